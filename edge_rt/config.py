@@ -1,0 +1,54 @@
+"""Where edge-rt keeps things, by the platform's own conventions, each overridable by an environment variable."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Directory for what can be made again: models, packed weights. ``EDGE_RT_CACHE`` overrides it.
+
+    Linux ``$XDG_CACHE_HOME/edge-rt`` or ``~/.cache/edge-rt``, macOS ``~/Library/Caches/edge-rt``,
+    Windows ``%LOCALAPPDATA%\\edge-rt``. It is not created here.
+    """
+    if override := os.environ.get("EDGE_RT_CACHE"):
+        return Path(override).expanduser()
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "edge-rt"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "edge-rt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "edge-rt"
+
+
+def models_dir() -> Path:
+    """Directory ``edge-rt pull`` fills and ``-m NAME`` searches."""
+    return cache_dir() / "models"
+
+
+def packed_dir() -> Path:
+    """Directory of packed weights (see core/load/packing.py)."""
+    return cache_dir() / "packed"
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on: affinity, then the cgroup's quota, whichever is less; at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, _cgroup_cpus() or affinity))
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole CPUs the cgroup's quota allows (v2, then v1), None without a quota."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return max(1, int(quota) // max(1, int(period)))

@@ -1,0 +1,114 @@
+"""What every engine fills: a model that turns tokens of several sequences into logits, with a cache it owns.
+
+An engine knows tokens, positions and its cache. It knows nothing of text, sampling, stop strings or sessions.
+Sequences are named by small integers the engine hands out; tokens always go to the end of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Logits = npt.NDArray[np.float32]
+
+Wanted = Literal["none", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One sequence's share of a step: ``tokens`` go to its end; ``logits`` says for which of them logits come back."""
+
+    sequence: int
+    tokens: Sequence[int]
+    logits: Wanted = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the loop must know of an engine. ``max_context`` is cells per sequence; ``chunk`` the tokens a step takes best."""
+
+    engine: str
+    architecture: str
+    n_vocab: int
+    n_layer: int
+    n_embd: int
+    train_context: int
+    max_context: int
+    chunk: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes by owner. ``weights_resident`` is None where the system cannot say."""
+
+    weights_mapped: int
+    weights_resident: int | None
+    cache: int
+    compute: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """The protocol. Calls come from one thread at a time (the runtime holds the lock)."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Static facts."""
+        ...
+
+    def new_sequence(self) -> int:
+        """Open an empty sequence. Raises OutOfMemory."""
+        ...
+
+    def fork_sequence(self, sequence: int, length: int) -> int:
+        """Open a sequence that starts with the first ``length`` cells of another; the two never touch each other again."""
+        ...
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the cells from ``length`` on. Raises ContextError where the engine cannot."""
+        ...
+
+    def free_sequence(self, sequence: int) -> None:
+        """Release a sequence and its memory."""
+        ...
+
+    def length(self, sequence: int) -> int:
+        """Cells in use."""
+        ...
+
+    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+        """Feed every part and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
+
+        The arrays are valid until the next call. Raises ContextError if a sequence would outgrow ``max_context``
+        (then no sequence has changed), ModelChanged, OutOfMemory, NativeError.
+        """
+        ...
+
+    def exact_rows(self) -> int:
+        """How many tokens of one sequence a step may carry while logits and cache stay bit-identical to feeding them one by one.
+
+        1 where that is not proven. The answer comes from a probe of the real kernels, not from belief.
+        """
+        ...
+
+    def export_sequence(self, sequence: int) -> bytes:
+        """The cells of a sequence as bytes, for ``import_sequence`` of the same engine, model and version."""
+        ...
+
+    def import_sequence(self, data: bytes | memoryview) -> int:
+        """Open a sequence from exported bytes. Raises SessionFileError."""
+        ...
+
+    def memory(self) -> MemoryReport:
+        """Bytes held now."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; further calls are errors."""
+        ...

@@ -1,0 +1,83 @@
+"""Every error edge-rt raises on purpose.
+
+    EdgeError
+    ├── UserError                the caller can mend it; the CLI exits 1 with the message
+    │   ├── ModelFileError       not a model, damaged, or not found
+    │   │   ├── UnsupportedModel   a sound file that no installed engine can run
+    │   │   └── ModelChanged       the file was replaced or truncated while open
+    │   ├── ContextError         the request does not fit the context
+    │   ├── OptionError          an option's value is out of range, or options contradict
+    │   ├── ConstraintError      a grammar, JSON schema or chat template that does not compile
+    │   ├── SessionFileError     a saved session that is damaged or from another model
+    │   ├── PluginError          a plugin asked for by name failed or does not exist
+    │   └── DownloadError        the network, or a checksum, said no
+    ├── NativeError              libggml or libllama refused or failed
+    │   └── AbiMismatch            the installed library is not one this version was written for
+    ├── OutOfMemory              a buffer could not be allocated
+    └── Cancelled                the caller asked to stop
+
+A bug is any other exception: the CLI writes a report and exits 3.
+Messages are one sentence that says what is wrong and, after a semicolon, the way out.
+"""
+
+from __future__ import annotations
+
+
+class EdgeError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UserError(EdgeError):
+    """The caller can mend this; the CLI prints the message and exits 1."""
+
+
+class ModelFileError(UserError):
+    """The file is not a model, is damaged, or is not there."""
+
+
+class UnsupportedModel(ModelFileError):
+    """A sound model file that no installed engine can run."""
+
+
+class ModelChanged(ModelFileError):
+    """The model file was replaced or truncated while it was open."""
+
+
+class ContextError(UserError):
+    """The request does not fit the context."""
+
+
+class OptionError(UserError):
+    """An option's value is out of range, or two options contradict each other."""
+
+
+class ConstraintError(UserError):
+    """A grammar, JSON schema or chat template does not compile."""
+
+
+class SessionFileError(UserError):
+    """A saved session is damaged, or belongs to another model or version."""
+
+
+class PluginError(UserError):
+    """A plugin asked for by name is missing, too new, or failed."""
+
+
+class DownloadError(UserError):
+    """A download failed, or what arrived has the wrong checksum."""
+
+
+class NativeError(EdgeError):
+    """libggml or libllama refused a call or failed in it."""
+
+
+class AbiMismatch(NativeError):
+    """The installed native library is not one this version was written for."""
+
+
+class OutOfMemory(EdgeError):
+    """A buffer could not be allocated."""
+
+
+class Cancelled(EdgeError):
+    """The caller asked to stop."""

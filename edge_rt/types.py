@@ -1,0 +1,145 @@
+"""Value objects that cross stage borders: what is asked for, and the events that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = Mapping[str, Any]
+"""One chat message: ``{"role": "system"|"user"|"assistant"|"tool", "content": str, ...}``."""
+
+FinishReason = Literal["end_of_generation", "stop_string", "max_tokens", "context_full", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; names and defaults are llama.cpp's.
+
+    ``temperature`` 0 means greedy. ``seed`` None draws a fresh one, which the final event reports.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """One request.
+
+    ``max_tokens`` None generates until the model stops or the context is full.
+    ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
+    ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
+    ``post`` names post-processors, applied in this order.
+    """
+
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    grammar: str | None = None
+    json_schema: Mapping[str, Any] | None = None
+    logprobs: int = 0
+    speculate: int = 0
+    post: Sequence[str] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability (natural log) and its likeliest rivals, best first."""
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """Prefill went on: ``done`` of ``total`` prompt tokens are in the context, ``reused`` of them came from a shared prefix."""
+
+    done: int
+    total: int
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that can no longer change. ``tokens`` are the ids decoded since the last Delta (their text may still be held back)."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something a person should know and no one asked for: a fallback, a degraded mode."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. ``reused`` prompt tokens were not computed again; ``drafted``/``accepted`` count speculation."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. ``first_token`` counts from the request to the first sampled token."""
+
+    first_token: float
+    prompt: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        """Seconds from the request to the last token."""
+        return self.first_token + self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class ContextUse:
+    """Cells in use after the request, cells allowed, and what the policy did. Nothing is ever dropped silently."""
+
+    used: int
+    allowed: int
+    policy: str = "refuse"
+    evicted_segments: int = 0
+    recalled_segments: int = 0
+    pruned_cells: int = 0
+    released_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last event of every generation."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    context: ContextUse
+    seed: int
+    stop: str | None = None
+
+
+Event = PromptProgress | Delta | Notice | Done
