@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Logits = npt.NDArray[np.float32]
+else:
+    Logits = object  # the real type needs NumPy, which is not imported here
 
 Wanted = Literal["none", "last", "all"]
 
