@@ -1,0 +1,111 @@
+"""Pages of mapped files: map over an address, ask what is resident, advise, lock, release (Linux and macOS)."""
+
+from __future__ import annotations
+
+import ctypes as C
+import mmap
+import os
+import sys
+from functools import lru_cache
+from typing import Any
+
+from edge_rt.errors import NativeError
+
+PAGE = mmap.PAGESIZE
+_PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
+_ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22}
+_FADV_DONTNEED = 4
+_MLOCK_ONFAULT = 1
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    libc = C.CDLL(None, use_errno=True)
+    # void * mmap(void * addr, size_t length, int prot, int flags, int fd, off_t offset);
+    libc.mmap.restype, libc.mmap.argtypes = C.c_void_p, [C.c_void_p, C.c_size_t, C.c_int, C.c_int, C.c_int, C.c_int64]
+    # int munmap(void * addr, size_t length);
+    libc.munmap.restype, libc.munmap.argtypes = C.c_int, [C.c_void_p, C.c_size_t]
+    # int madvise(void * addr, size_t length, int advice);
+    libc.madvise.restype, libc.madvise.argtypes = C.c_int, [C.c_void_p, C.c_size_t, C.c_int]
+    # int mincore(void * addr, size_t length, unsigned char * vec);
+    libc.mincore.restype, libc.mincore.argtypes = C.c_int, [C.c_void_p, C.c_size_t, C.c_void_p]
+    # int mlock(const void * addr, size_t length);
+    libc.mlock.restype, libc.mlock.argtypes = C.c_int, [C.c_void_p, C.c_size_t]
+    # int munlock(const void * addr, size_t length);
+    libc.munlock.restype, libc.munlock.argtypes = C.c_int, [C.c_void_p, C.c_size_t]
+    return libc
+
+
+def page_span(address: int, size: int) -> tuple[int, int]:
+    """The smallest whole-page (address, size) that covers a byte range."""
+    start = address // PAGE * PAGE
+    end = -(-(address + size) // PAGE) * PAGE
+    return start, end - start
+
+
+def inner_page_span(address: int, size: int) -> tuple[int, int]:
+    """The largest whole-page (address, size) inside a byte range; size 0 if there is none."""
+    start = -(-address // PAGE) * PAGE
+    end = (address + size) // PAGE * PAGE
+    return start, max(0, end - start)
+
+
+def map_file(fd: int, size: int, offset: int = 0, address: int | None = None) -> int:
+    """Map a file read-only and shared, without reading it; over ``address`` (page-aligned) if given. Raises NativeError."""
+    flags = _MAP_SHARED | (_MAP_FIXED if address is not None else 0)
+    if sys.platform == "darwin" and address is not None:
+        flags = _MAP_SHARED | 0x0010
+    mapped = _libc().mmap(address, size, _PROT_READ, flags, fd, offset)
+    if mapped in (None, C.c_void_p(-1).value):
+        raise NativeError(f"cannot map {size} bytes: {os.strerror(C.get_errno())}")
+    return int(mapped)
+
+
+def unmap(address: int, size: int) -> None:
+    """Remove a mapping."""
+    _libc().munmap(address, size)
+
+
+def advise(address: int, size: int, advice: str) -> bool:
+    """madvise over whole pages; False where the kernel does not know the advice or refuses."""
+    return bool(_libc().madvise(address, size, _ADVICE[advice]) == 0)
+
+
+def populate(address: int, size: int) -> bool:
+    """Read pages in and enter them in the page table (MADV_POPULATE_READ, Linux 5.14); False where unknown."""
+    return sys.platform == "linux" and advise(address, size, "populate_read")
+
+
+def resident_bytes(address: int, size: int) -> int | None:
+    """Bytes of a page-aligned range that are in memory (mincore), None where the system cannot say."""
+    if size == 0:
+        return 0
+    pages = -(-size // PAGE)
+    vector = (C.c_ubyte * pages)()
+    if _libc().mincore(address, size, vector) != 0:
+        return None
+    return sum(b & 1 for b in bytes(vector)) * PAGE
+
+
+def lock(address: int, size: int) -> bool:
+    """Keep pages in memory (mlock); False where RLIMIT_MEMLOCK does not allow it."""
+    return bool(_libc().mlock(address, size) == 0)
+
+
+def unlock(address: int, size: int) -> None:
+    """Undo ``lock``."""
+    _libc().munlock(address, size)
+
+
+def release(address: int, size: int, fd: int, offset: int) -> None:
+    """Give a clean mapped file range back: out of the page table, then out of the page cache. It is read again when touched."""
+    advise(address, size, "dontneed")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, _FADV_DONTNEED)
+
+
+def address_of(buffer: Any) -> int:
+    """Address of a readable buffer's first byte (a read-only mmap included)."""
+    import numpy as np
+
+    return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
