@@ -1,0 +1,154 @@
+"""A model file, opened once: its descriptor, a lazy read-only mapping, and its checked header."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from edge_rt.core.load.header import Header, read_header
+from edge_rt.errors import ModelChanged, ModelFileError
+
+_SAMPLES = 8
+_SAMPLE_BYTES = 4096
+
+_CANNOT_OPEN = {
+    errno.ENOENT: "does not exist; check the path, or run `edge-rt models` to see what is installed",
+    errno.ENOTDIR: "does not exist: a part of its path is a file; check the path",
+    errno.EACCES: "may not be read by this user; change its permissions",
+    errno.EPERM: "may not be read by this user; change its permissions",
+    errno.ELOOP: "is a symbolic link that leads to itself; repair the link",
+    errno.ENAMETOOLONG: "has too long a name; check the path",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells one state of a file from another. Times are nanoseconds since the epoch."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """The identity in an ``os.stat`` result."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class ModelFile:
+    """An open GGUF file; a context manager.
+
+    ``map`` is a shared read-only mapping of the whole file: a page is read when it is first touched and may be dropped at any time.
+    Replacing the file by rename does not disturb what is open; rewriting or truncating it in place is found by ``check_unchanged``.
+    """
+
+    def __init__(self, path: Path, fd: int, mapping: mmap.mmap, header: Header, identity: Identity) -> None:
+        self.path = path
+        self.fd = fd
+        self.map = mapping
+        self.header = header
+        self.identity = identity
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> ModelFile:
+        """Open, map and check a file. Raises ModelFileError, or UnsupportedModel for a sound file of another version or kind."""
+        where = Path(path)
+        fd = _open(where)
+        mapping = None
+        try:
+            identity = _identify(fd, where)
+            # mmap without MAP_POPULATE: nothing is read yet. The header is read through it, page by page.
+            mapping = mmap.mmap(fd, identity.size, access=mmap.ACCESS_READ)
+            header = read_header(mapping, identity.size)
+            _refuse_shard(header)
+        except BaseException as error:
+            if mapping is not None:
+                mapping.close()
+            os.close(fd)
+            if isinstance(error, ModelFileError):
+                raise type(error)(f"{where}: {error}") from None
+            if isinstance(error, OSError | ValueError | OverflowError):  # no mmap on this file system; cut just now; too big to address
+                raise ModelFileError(f"{where} cannot be mapped into memory: {error}; copy it to a local disk") from error
+            raise
+        return cls(where, fd, mapping, header, identity)
+
+    def check_unchanged(self) -> None:
+        """Raise ModelChanged if the open file was truncated or written to since ``open``. Costs one fstat (about a microsecond)."""
+        if Identity.of(os.fstat(self.fd)) != self.identity:
+            raise ModelChanged(f"{self.path} was changed while it was open; open the model again")
+
+    @property
+    def native_path(self) -> str:
+        """A path by which native code opens this very file, even if another has taken its name."""
+        return f"/proc/self/fd/{self.fd}" if sys.platform == "linux" else str(self.path)
+
+    def key(self) -> str:
+        """Identifies the content for caches: SHA-256 over header, size, time of change and a few samples of the tensor data.
+
+        Reads a few pages. It tells apart what honest tools write; it is no proof against forgery.
+        """
+        import hashlib
+
+        first, end = self.header.data_offset, self.identity.size
+        digest = hashlib.sha256(f"{self.header.digest} {end} {self.identity.mtime_ns}".encode())
+        for i in range(_SAMPLES if end > first else 0):
+            at = first + (end - first) * i // _SAMPLES
+            digest.update(self.map[at : at + _SAMPLE_BYTES])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Release the mapping and the descriptor; further calls do nothing."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        os.close(fd)
+        self.map.close()
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _open(path: Path) -> int:
+    """A descriptor for reading. O_NONBLOCK: opening a FIFO must not wait for a writer."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        why = _CANNOT_OPEN.get(error.errno or 0, f"cannot be opened: {error.strerror}")
+        raise ModelFileError(f"{path} {why}") from None
+    except ValueError:
+        raise ModelFileError(f"the path {str(path)!r} contains a NUL character; check the path") from None
+
+
+def _identify(fd: int, path: Path) -> Identity:
+    """The file's identity. Raises ModelFileError unless it is a regular file with something in it."""
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
+        models = sorted(entry.name for entry in path.glob("*.gguf"))[:3]
+        hint = f"give one of its files, e.g. {path / models[0]}" if models else "give the path of a .gguf file"
+        raise ModelFileError(f"this is a directory; {hint}")
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFileError("this is a device, pipe or socket; give the path of a .gguf file")
+    if status.st_size == 0:
+        raise ModelFileError("the file is empty; download it again")
+    return Identity.of(status)
+
+
+def _refuse_shard(header: Header) -> None:
+    """One part of a split model is not a model. Raises ModelFileError that says how to merge it."""
+    parts = header.optional("split.count", int, 0)
+    if parts > 1:
+        part = header.optional("split.no", int, 0)
+        raise ModelFileError(
+            f"this is part {part + 1} of {parts} of a split model; merge the parts with `llama-gguf-split --merge FIRST-PART OUTPUT.gguf`"
+        )
