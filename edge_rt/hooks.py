@@ -1,13 +1,23 @@
 """The one meeting point of core and plugins: hook specifications and the vocabulary they use.
 
 A plugin imports only this module. It registers under the entry-point group ``edge_rt`` a module or object whose functions
-are marked with ``hookimpl``. Every hook is called once, when the registry collects what is installed (not in the token loop),
-and its results are chained. An exception in a hook is reported with the plugin's name and drops only that plugin's contribution,
-unless the user asked for the plugin by name.
+are marked with ``hookimpl``, and declares the interface it was written for with ``EDGE_RT_API = 1``.
+
+The rules of every hook:
+
+- All hooks are optional. None is called in the token loop: the registry calls each when it first needs what the hook offers.
+- Results are chained: the offers of all plugins together, built-in plugins first, then by distribution and plugin name.
+  That order decides only who keeps a name that two plugins claim; the later claim is reported and dropped.
+  Choices are made by score. pluggy's ``tryfirst`` and ``trylast`` have no effect, and hook wrappers are refused.
+- An exception in a hook is reported with the plugin's name and drops only that plugin's contribution to that hook,
+  unless the user asked for the plugin by name.
+- Exceptions of the objects a hook returned carry the plugin's name too, except those of ``edge_rt.errors``, which a plugin raises
+  to speak to the user and which go through unchanged.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -16,9 +26,11 @@ import pluggy
 
 from edge_rt.core.engine import Engine, EngineInfo, Logits, MemoryReport, Part, Wanted
 from edge_rt.errors import (
+    AbiMismatch,
     Cancelled,
     ContextError,
     EdgeError,
+    ModelChanged,
     ModelFileError,
     NativeError,
     OptionError,
@@ -31,7 +43,10 @@ from edge_rt.errors import (
 if TYPE_CHECKING:
     import typer
 
+    from edge_rt.config import available_cpus
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.native.logs import install as install_native_log
+    from edge_rt.native.logs import recent_errors as recent_native_errors
 
 API_VERSION = 1
 """Raised when a hook or type here changes so that an existing plugin would break. A plugin declares ``EDGE_RT_API = 1``."""
@@ -41,7 +56,25 @@ hookspec = pluggy.HookspecMarker("edge_rt")
 hookimpl = pluggy.HookimplMarker("edge_rt")
 
 Basis = Literal["measured", "simulated", "projected", "unknown"]
-"""What a stated capability rests on."""
+"""What a stated capability rests on: run on this hardware, run on a model of it, worked out on paper, or not known."""
+
+# What plugins may use of the core but few need: imported when first asked for, because it costs start-up time.
+_LAZY = {
+    "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
+    "available_cpus": ("edge_rt.config", "available_cpus"),
+    "install_native_log": ("edge_rt.native.logs", "install"),
+    "recent_native_errors": ("edge_rt.native.logs", "recent_errors"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value  # the next look-up is an ordinary one
+    return value
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
@@ -49,7 +82,13 @@ Basis = Literal["measured", "simulated", "projected", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A device is usable. The highest score wins (CPU: 10); ``engines`` are those that can run on it, best first."""
+    """A device is usable.
+
+    ``score``: the highest wins (CPU: 10); 0 or less is used only when asked for by name.
+    ``memory_bytes``: what models may use of it, in bytes, free or not.
+    ``engines``: names of the engines that can drive it, best first; ``"*"`` for any engine that does not refuse.
+    ``features``: short lower-case names, e.g. ``avx2``, ``dotprod``.
+    """
 
     score: float
     description: str
@@ -61,7 +100,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A device or engine cannot be used: why, and what the user can do about it."""
+    """A device or engine cannot be used: ``reason`` says why, ``remedy`` what the user can do about it (a clause, no full stop)."""
 
     reason: str
     remedy: str = ""
@@ -77,7 +116,7 @@ class Device(Protocol):
         ...
 
     def probe(self) -> Offer | Refusal:
-        """Look at the hardware."""
+        """Look at the hardware. Two calls in a row give equal answers; absent hardware is a Refusal, not an exception."""
         ...
 
 
@@ -90,7 +129,9 @@ class EngineOptions:
 
     ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose.
     ``memory``: bytes of weights that may be resident (None: no limit). ``pack``: build and use packed weights.
-    ``key_type``: element type of cached keys. ``progress`` is told (phase, done, total) during slow steps, on any thread.
+    ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
+    ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
+    ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
     """
 
     context: int | None = None
@@ -113,11 +154,59 @@ class EngineFactory(Protocol):
         ...
 
     def supports(self, model: ModelFile, options: EngineOptions) -> float | Refusal:
-        """A score (ggml: 10, llama_cpp: 1), or why not. Reads the header only."""
+        """A score (ggml: 10, llama_cpp: 1; 0 or less is used only when asked for by name), or why not. Reads the header only."""
         ...
 
     def open(self, model: ModelFile, options: EngineOptions) -> Engine:
         """Open the model. Raises the errors of ``edge_rt.errors``; AbiMismatch makes the runtime try the next engine."""
+        ...
+
+
+class Vocabulary(Protocol):
+    """Text to tokens and back.
+
+    The runtime makes one from the model file. An engine whose text does not come from there has an attribute ``vocabulary``,
+    and an engine that holds a model of libllama an attribute ``llama_model`` (its address), from which one is made.
+    """
+
+    @property
+    def n_tokens(self) -> int:
+        """Size of the vocabulary; tokens are 0 to n_tokens - 1."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """Begin-of-text token."""
+        ...
+
+    @property
+    def eos(self) -> int | None:
+        """End-of-text token."""
+        ...
+
+    @property
+    def eot(self) -> int | None:
+        """End-of-turn token."""
+        ...
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
+        """Tokens of a text. ``special`` reads the text of special tokens as them; ``bos`` None does as the model asks."""
+        ...
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """A token's bytes (not always whole UTF-8); control tokens are empty unless ``special``."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+        """The bytes of tokens, joined."""
+        ...
+
+    def is_eog(self, token: int) -> bool:
+        """Does the token end a generation?"""
+        ...
+
+    def is_control(self, token: int) -> bool:
+        """Is the token one that is not text?"""
         ...
 
 
@@ -134,7 +223,7 @@ class ContextPolicy(Protocol):
         ...
 
     def fit(self, tokens: Sequence[int], allowed: int) -> Sequence[int]:
-        """Return the tokens to use, at most ``allowed``; raise ContextError to refuse."""
+        """Return the tokens to use, at most ``allowed`` (> 0); raise ContextError to refuse. Called only if they do not fit."""
         ...
 
 
@@ -146,7 +235,8 @@ class PostProcessor(Protocol):
     """An incremental text transducer, one instance a stream.
 
     Contract: for every way of splitting a text into pieces, the joined results of ``feed`` and the final ``flush`` are equal;
-    what was returned is never taken back; what is held back is bounded; cost is linear in the text.
+    what was returned is never taken back; what is held back is bounded; cost is linear in the text. Instances share no state.
+    Held to by ``edge_rt.testing.conformance.PostProcessorConformance``.
     """
 
     def feed(self, text: str) -> str:
@@ -154,7 +244,7 @@ class PostProcessor(Protocol):
         ...
 
     def flush(self) -> str:
-        """The stream ended (for whatever reason): return the rest."""
+        """The stream ended (for whatever reason): return the rest. Nothing is fed after it, and a second call returns ``""``."""
         ...
 
 
@@ -173,32 +263,53 @@ class HookSpecs:
 
     @hookspec
     def edge_rt_devices(self) -> Iterable[Device]:  # type: ignore[empty-body]
-        """Devices: hardware this plugin knows how to look for. Called once per process, before the first model is opened."""
+        """Devices: hardware this plugin knows how to look for.
+
+        Called once per registry, before the first model is opened. Return a device for each place to look, found or not:
+        ``Device.probe`` says whether it is there, and is called at most once per device and registry.
+        """
 
     @hookspec
     def edge_rt_engines(self) -> Iterable[EngineFactory]:  # type: ignore[empty-body]
-        """Engines: ways to run a model. Called once per process, before the first model is opened."""
+        """Engines: ways to run a model.
+
+        Called once per registry, before the first model is opened. ``EngineFactory.supports`` is called for every model opened;
+        the runtime opens the highest score, and the next one when that raises AbiMismatch.
+        """
 
     @hookspec
     def edge_rt_context_policies(self) -> Iterable[ContextPolicy]:  # type: ignore[empty-body]
-        """Context: policies for prompts that do not fit. Called once per process."""
+        """Context: policies for prompts that do not fit.
+
+        Called once per registry, when a policy is first needed. The built-in one is ``refuse``.
+        """
 
     @hookspec
     def edge_rt_post_processors(self) -> Iterable[PostProcessorFactory]:  # type: ignore[empty-body]
-        """Assemble: text transducers a request may name. Called once per process; ``make`` is called once per stream."""
+        """Assemble: text transducers a request may name.
+
+        Called once per registry, when a post-processor is first needed. ``PostProcessorFactory.make`` is called once per stream.
+        """
 
     @hookspec
     def edge_rt_cli_commands(self, app: typer.Typer) -> None:
-        """CLI: add commands to ``edge-rt``. Called once, when the command line starts."""
+        """CLI: add commands to ``edge-rt``.
+
+        Called once, when the command line starts. A plugin that fails half-way loses all the commands it added.
+        """
 
     @hookspec
     def edge_rt_compiler_passes(self) -> Iterable[Any]:  # type: ignore[empty-body]
-        """Compiler: passes that fit a model to a device. Called once per compilation."""
+        """Compiler: passes that fit a model to a device.
+
+        Called once per compilation. The compiler's version of this module says what a pass is.
+        """
 
 
 __all__ = [
     "API_VERSION",
     "ENTRY_POINT_GROUP",
+    "AbiMismatch",
     "Basis",
     "Cancelled",
     "ContextError",
@@ -212,6 +323,7 @@ __all__ = [
     "HookSpecs",
     "Logits",
     "MemoryReport",
+    "ModelChanged",
     "ModelFile",
     "ModelFileError",
     "NativeError",
@@ -225,7 +337,11 @@ __all__ = [
     "SessionFileError",
     "UnsupportedModel",
     "UserError",
+    "Vocabulary",
     "Wanted",
+    "available_cpus",
     "hookimpl",
     "hookspec",
+    "install_native_log",
+    "recent_native_errors",
 ]

@@ -1,0 +1,153 @@
+"""What plugins hand in, wrapped so that every object knows its plugin and every unexpected exception names it.
+
+Errors of ``edge_rt.errors`` go through unchanged: a plugin raises them to speak to the user. Engines are not wrapped: they are
+called in the token loop, and raise errors of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edge_rt.errors import EdgeError, PluginError
+from edge_rt.hooks import (
+    ContextPolicy,
+    Device,
+    Engine,
+    EngineFactory,
+    EngineOptions,
+    Offer,
+    PostProcessor,
+    PostProcessorFactory,
+    Refusal,
+)
+
+if TYPE_CHECKING:
+    from edge_rt.hooks import ModelFile
+
+_T = TypeVar("_T")
+
+
+def _call(plugin: str, what: str, expected: Any, function: Callable[[], _T]) -> _T:
+    """The function's result, if it is of the expected type. Raises PluginError with the plugin's name otherwise."""
+    try:
+        result = function()
+    except EdgeError:
+        raise
+    except Exception as error:
+        raise failure(plugin, what, error) from error
+    if not isinstance(result, expected):
+        raise PluginError(f"plugin {plugin}: {what} returned {type(result).__name__}; report this to the plugin's author")
+    return result
+
+
+def failure(plugin: str, what: str, error: BaseException) -> PluginError:
+    """The error for an exception that a plugin should not have raised."""
+    return PluginError(f"plugin {plugin}: {what} raised {type(error).__name__}: {error}; report this to the plugin's author")
+
+
+@dataclass(frozen=True, slots=True)
+class PluginDevice:
+    """A device and the plugin it came from."""
+
+    plugin: str
+    device: Device
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.device.name
+
+    def probe(self) -> Offer | Refusal:
+        """Look at the hardware. Raises PluginError."""
+        return _call(self.plugin, f"probing device {self.name}", (Offer, Refusal), self.device.probe)
+
+
+@dataclass(frozen=True, slots=True)
+class PluginEngineFactory:
+    """An engine factory and the plugin it came from."""
+
+    plugin: str
+    factory: EngineFactory
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return self.factory.name
+
+    def supports(self, model: ModelFile, options: EngineOptions) -> float | Refusal:
+        """A score or why not. Raises PluginError."""
+        return _call(self.plugin, f"engine {self.name}: supports", (float, int, Refusal), lambda: self.factory.supports(model, options))
+
+    def open(self, model: ModelFile, options: EngineOptions) -> Engine:
+        """Open the model. Raises the errors of ``edge_rt.errors``."""
+        return _call(self.plugin, f"engine {self.name}: open", (Engine,), lambda: self.factory.open(model, options))
+
+
+@dataclass(frozen=True, slots=True)
+class PluginContextPolicy:
+    """A context policy and the plugin it came from."""
+
+    plugin: str
+    policy: ContextPolicy
+
+    @property
+    def name(self) -> str:
+        """The policy's name."""
+        return self.policy.name
+
+    def fit(self, tokens: Sequence[int], allowed: int) -> Sequence[int]:
+        """The tokens to use, at most ``allowed``. Raises ContextError to refuse, PluginError."""
+        kept = _call(self.plugin, f"context policy {self.name}", (Sequence,), lambda: self.policy.fit(tokens, allowed))
+        if len(kept) > allowed:
+            raise PluginError(f"plugin {self.plugin}: context policy {self.name} kept {len(kept)} tokens where {allowed} are allowed")
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class PluginPostProcessorFactory:
+    """A post-processor factory and the plugin it came from."""
+
+    plugin: str
+    factory: PostProcessorFactory
+
+    @property
+    def name(self) -> str:
+        """The post-processor's name."""
+        return self.factory.name
+
+    @property
+    def description(self) -> str:
+        """One line for listings."""
+        return self.factory.description
+
+    @property
+    def fails_closed(self) -> bool:
+        """Must the stream stop if the post-processor raises?"""
+        return self.factory.fails_closed
+
+    def make(self) -> PluginPostProcessor:
+        """A post-processor for one stream. Raises PluginError."""
+        made = _call(self.plugin, f"making post-processor {self.name}", (PostProcessor,), self.factory.make)
+        return PluginPostProcessor(self.plugin, self.name, made)
+
+
+class PluginPostProcessor:
+    """A post-processor whose exceptions name its plugin; costs one more Python call a piece of text."""
+
+    __slots__ = ("_feed", "_flush", "name", "plugin")
+
+    def __init__(self, plugin: str, name: str, processor: PostProcessor) -> None:
+        self.plugin = plugin
+        self.name = name
+        self._feed = processor.feed
+        self._flush = processor.flush
+
+    def feed(self, text: str) -> str:
+        """Take more text and return what can no longer change. Raises PluginError."""
+        return _call(self.plugin, f"post-processor {self.name}: feed", str, lambda: self._feed(text))
+
+    def flush(self) -> str:
+        """The stream ended: return the rest. Raises PluginError."""
+        return _call(self.plugin, f"post-processor {self.name}: flush", str, self._flush)

@@ -1,0 +1,390 @@
+"""The plugin host: what is installed, what each plugin offers, and which offer to use.
+
+A plugin that cannot be imported, was written for another plugin API, misspells a hook or raises is reported (``Registry.plugins``,
+and a log line) and never fatal, unless it was asked for by name. Hooks are called when their results are first needed; a session
+keeps the objects it got, so nothing here is touched in the token loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import pluggy
+
+from edge_rt import entry_points as installed
+from edge_rt.errors import PluginError, UnsupportedModel
+from edge_rt.guarded import PluginContextPolicy, PluginDevice, PluginEngineFactory, PluginPostProcessorFactory, failure
+from edge_rt.hooks import (
+    API_VERSION,
+    ENTRY_POINT_GROUP,
+    ContextPolicy,
+    Device,
+    EngineFactory,
+    EngineOptions,
+    HookSpecs,
+    Offer,
+    PostProcessorFactory,
+    Refusal,
+)
+
+if TYPE_CHECKING:
+    import typer
+
+    from edge_rt.hooks import ModelFile
+
+State = Literal["ok", "failed", "refused", "disabled"]
+
+# The entry points of this distribution, for a source tree that is not installed or whose metadata is old. A test holds them equal.
+BUILT_INS = {
+    "context_refuse": "edge_rt.plugins.context_refuse",
+    "cpu": "edge_rt.plugins.cpu",
+    "ggml": "edge_rt.plugins.ggml",
+    "llama_cpp": "edge_rt.plugins.llama_cpp",
+}
+_OWN_DISTRIBUTION = "edge-rt"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class PluginStatus:
+    """What became of a plugin. ``reason`` is empty while it is ok; ``hooks`` are the names of those it implements."""
+
+    name: str
+    distribution: str
+    version: str
+    state: State
+    reason: str = ""
+    hooks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """The device to use and what it offers."""
+
+    device: PluginDevice
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Engines that can run a model, best first, and why the others cannot, by engine name."""
+
+    candidates: tuple[tuple[PluginEngineFactory, float], ...]
+    refusals: Mapping[str, Refusal]
+
+
+class _Rejected(Exception):
+    """A plugin that is not registered, and why."""
+
+    def __init__(self, state: State, reason: str) -> None:
+        super().__init__(reason)
+        self.state = state
+
+
+class Registry:
+    """Installed plugins and what they offer. Make one with ``Registry.load``."""
+
+    def __init__(self, required: Iterable[str] = ()) -> None:
+        self._manager = pluggy.PluginManager("edge_rt")
+        self._manager.add_hookspecs(HookSpecs)
+        self._required = frozenset(required)
+        self._status: dict[str, PluginStatus] = {}
+        self._collected: dict[str, dict[str, Any]] = {}
+        self._probed: dict[str, Offer | Refusal] = {}
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        entry_points: bool = True,
+        disabled: Iterable[str] = (),
+        required: Iterable[str] = (),
+        plugins: Mapping[str, object] | None = None,
+    ) -> Registry:
+        """Register the built-in plugins, those of installed distributions, and ``plugins`` (objects by name).
+
+        ``entry_points`` False leaves out other distributions'. ``disabled`` names plugins not to import (unknown names do nothing).
+        Raises PluginError if a plugin in ``required`` is missing, disabled, or fails now or later.
+        """
+        registry = cls(required)
+        off = frozenset(disabled)
+        for point in _points(entry_points):
+            registry._add(point.name, point.distribution, point.version, point.load, disabled=point.name in off)
+        for name, plugin in (plugins or {}).items():
+            registry._add(name, "", "", lambda plugin=plugin: plugin, disabled=name in off)
+        missing = sorted(registry._required - registry._status.keys())
+        if missing:
+            raise PluginError(f"no plugin named {missing[0]} is installed; installed are {', '.join(registry._status) or 'none'}")
+        return registry
+
+    @property
+    def plugins(self) -> tuple[PluginStatus, ...]:
+        """Every plugin found, in the order in which their offers are chained."""
+        return tuple(self._status.values())
+
+    def devices(self) -> Mapping[str, PluginDevice]:
+        """Devices by name, usable or not."""
+        return self._collect("edge_rt_devices", Device, PluginDevice)
+
+    def engines(self) -> Mapping[str, PluginEngineFactory]:
+        """Engine factories by name."""
+        return self._collect("edge_rt_engines", EngineFactory, PluginEngineFactory)
+
+    def context_policies(self) -> Mapping[str, PluginContextPolicy]:
+        """Context policies by name."""
+        return self._collect("edge_rt_context_policies", ContextPolicy, PluginContextPolicy)
+
+    def post_processors(self) -> Mapping[str, PluginPostProcessorFactory]:
+        """Post-processor factories by name."""
+        return self._collect("edge_rt_post_processors", PostProcessorFactory, PluginPostProcessorFactory)
+
+    def context_policy(self, name: str) -> PluginContextPolicy:
+        """A context policy by name. Raises PluginError."""
+        return self._named("context policy", self.context_policies(), name)
+
+    def post_processor(self, name: str) -> PluginPostProcessorFactory:
+        """A post-processor factory by name. Raises PluginError."""
+        return self._named("post-processor", self.post_processors(), name)
+
+    def add_cli_commands(self, app: typer.Typer) -> None:
+        """Let every plugin add commands to ``app``; one that raises adds none."""
+        for plugin, function in self._implementations("edge_rt_cli_commands"):
+            commands, groups = list(app.registered_commands), list(app.registered_groups)
+            try:
+                function(app)
+            except Exception as error:
+                app.registered_commands, app.registered_groups = commands, groups
+                self._fail(plugin, str(failure(plugin, "edge_rt_cli_commands", error)), error)
+
+    def compiler_passes(self) -> list[Any]:
+        """Fresh compiler passes of all plugins."""
+        passes: list[Any] = []
+        for plugin, function in self._implementations("edge_rt_compiler_passes"):
+            try:
+                passes += function() or ()
+            except Exception as error:
+                self._fail(plugin, str(failure(plugin, "edge_rt_compiler_passes", error)), error)
+        return passes
+
+    # ---- choosing ----------------------------------------------------------------------------------------------------
+
+    def probe(self, name: str) -> Offer | Refusal:
+        """What a device says of itself, asked once; one that raises refuses. Raises PluginError if there is no such device."""
+        device = self._named("device", self.devices(), name)
+        if name not in self._probed:
+            try:
+                self._probed[name] = device.probe()
+            except PluginError as error:
+                self._fail(device.plugin, str(error), error)
+                self._probed[name] = Refusal(str(error), f"run without it by disabling the plugin {device.plugin}")
+        return self._probed[name]
+
+    def choose_device(self, name: str | None = None) -> DeviceChoice:
+        """The device of that name, or the one with the highest score above 0. Raises PluginError if it cannot be used."""
+        if name is not None:
+            offer = self.probe(name)
+            if isinstance(offer, Refusal):
+                raise PluginError(f"device {name} cannot be used: {_sentence(offer)}")
+            return DeviceChoice(self.devices()[name], offer)
+        answers = {name: self.probe(name) for name in self.devices()}
+        offers = {name: answer for name, answer in answers.items() if isinstance(answer, Offer) and answer.score > 0}
+        if not offers:
+            reasons = "; ".join(f"{name}: {_sentence(answer)}" for name, answer in answers.items() if isinstance(answer, Refusal))
+            raise PluginError(f"no device can be used ({reasons or 'none is installed'}); see `edge-rt doctor`")
+        best = max(offers, key=lambda name: offers[name].score)  # of equals the first
+        return DeviceChoice(self.devices()[best], offers[best])
+
+    def choose_engine(self, model: ModelFile, options: EngineOptions, name: str | None = None, offer: Offer | None = None) -> EngineChoice:
+        """The engine of that name, or all with a score above 0, best first.
+
+        ``offer`` is the chosen device's: an engine it does not list is refused, unless asked for by name.
+        Raises UnsupportedModel if no engine can run the model, PluginError if ``name`` is not installed.
+        """
+        factories = self.engines() if name is None else {name: self._named("engine", self.engines(), name)}
+        candidates: list[tuple[PluginEngineFactory, float]] = []
+        refusals: dict[str, Refusal] = {}
+        for factory in factories.values():
+            if name is None and offer is not None and not {factory.name, "*"} & set(offer.engines):
+                refusals[factory.name] = Refusal(f"it cannot drive the device {options.device}")
+                continue
+            answer = self._supports(factory, model, options)
+            if isinstance(answer, Refusal):
+                refusals[factory.name] = answer
+            elif answer > 0 or name is not None:
+                candidates.append((factory, answer))
+            else:
+                refusals[factory.name] = Refusal("it is used only when asked for by name")
+        if not candidates:
+            reasons = "; ".join(f"{engine}: {_sentence(refusal)}" for engine, refusal in refusals.items())
+            raise UnsupportedModel(f"no engine can run this model ({reasons or 'none is installed'})")
+        candidates.sort(key=lambda candidate: -candidate[1])
+        return EngineChoice(tuple(candidates), refusals)
+
+    def _supports(self, factory: PluginEngineFactory, model: ModelFile, options: EngineOptions) -> float | Refusal:
+        try:
+            return factory.supports(model, options)
+        except PluginError as error:
+            self._fail(factory.plugin, str(error), error)
+            return Refusal(str(error))
+
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    def _add(self, name: str, distribution: str, version: str, load: Any, *, disabled: bool) -> None:
+        """Import and register one plugin, and note what became of it."""
+        if name in self._status:
+            owner = self._status[name].distribution or "the caller"
+            name, reason = f"{name} ({distribution or 'the caller'})", f"the name {name} is taken by {owner}"
+            self._note(PluginStatus(name, distribution, version, "failed", reason), None)
+            return
+        if disabled:
+            self._note(PluginStatus(name, distribution, version, "disabled", "it was disabled"), None)
+            return
+        try:
+            plugin = _import(load)
+            hooks = self._register(name, plugin)
+        except _Rejected as rejected:
+            self._note(PluginStatus(name, distribution, version, rejected.state, str(rejected)), rejected.__cause__)
+        else:
+            self._note(PluginStatus(name, distribution, version, "ok", "", hooks), None)
+
+    def _register(self, name: str, plugin: object) -> tuple[str, ...]:
+        """Register a checked plugin and return its hooks. Raises _Rejected, then nothing of it is registered."""
+        try:
+            self._manager.register(plugin, name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            if self._manager.has_plugin(name):  # older versions of pluggy register what they then find fault with
+                self._manager.unregister(name=name)
+            raise _Rejected("failed", " ".join(str(error).split())) from error
+        callers = self._manager.get_hookcallers(plugin) or []
+        problem = _unmarked(plugin) or next(filter(None, map(_unknown, callers)), None)
+        if not problem and any(i.plugin is plugin and (i.wrapper or i.hookwrapper) for c in callers for i in c.get_hookimpls()):
+            problem = "hook wrappers are not supported"
+        if not problem and not callers:
+            problem = "it implements no hook"
+        if problem:
+            self._manager.unregister(plugin)
+            for caller in callers:  # a misspelt hook would be found again in the next plugin
+                if not caller.has_spec() and not caller.get_hookimpls():
+                    delattr(self._manager.hook, caller.name)
+            raise _Rejected("failed", problem)
+        return tuple(sorted(caller.name for caller in callers))
+
+    def _note(self, status: PluginStatus, cause: BaseException | None) -> None:
+        """Keep a plugin's status; say what went wrong. Raises PluginError for a plugin that was asked for by name."""
+        self._status[status.name] = status
+        if status.state == "ok":
+            return
+        message = f"plugin {status.name}: {status.reason}"
+        if status.name in self._required:
+            raise PluginError(message) from cause
+        if status.state != "disabled":
+            import logging  # only now: it costs start-up time that an ordinary run does not need to spend
+
+            logging.getLogger("edge_rt.plugins").warning("%s; going on without it", message)
+
+    def _fail(self, plugin: str, reason: str, cause: BaseException | None) -> None:
+        """A registered plugin did something wrong. Raises PluginError if it was asked for by name."""
+        reason = reason.removeprefix(f"plugin {plugin}: ")
+        self._note(dataclasses.replace(self._status[plugin], state="failed", reason=reason), cause)
+
+    # ---- collecting --------------------------------------------------------------------------------------------------
+
+    def _implementations(self, hook: str) -> Iterator[tuple[str, Any]]:
+        """(plugin, function) for each implementation of a hook, in the order of ``plugins``."""
+        functions = {impl.plugin_name: impl.function for impl in getattr(self._manager.hook, hook).get_hookimpls()}
+        return ((plugin, functions[plugin]) for plugin in list(self._status) if plugin in functions)
+
+    def _collect(self, hook: str, kind: Any, wrap: Callable[[str, Any], _T]) -> dict[str, _T]:
+        """What all plugins return from a hook, wrapped, by name; called once."""
+        if hook in self._collected:
+            return self._collected[hook]
+        found: dict[str, _T] = {}
+        owners: dict[str, str] = {}
+        for plugin, function in self._implementations(hook):
+            try:
+                items = list(_checked(function(), kind))
+            except _Rejected as rejected:
+                self._fail(plugin, f"{hook} {rejected}", None)
+                continue
+            except Exception as error:
+                self._fail(plugin, str(failure(plugin, hook, error)), error)
+                continue
+            for item in items:
+                if item.name in found:
+                    self._fail(plugin, f"{hook} offers {item.name}, a name taken by plugin {owners[item.name]}", None)
+                else:
+                    found[item.name] = wrap(plugin, item)
+                    owners[item.name] = plugin
+        self._collected[hook] = found
+        return found
+
+    def _named(self, kind: str, offers: Mapping[str, _T], name: str) -> _T:
+        """An offer by name. Raises PluginError that says what there is, and which plugins failed."""
+        if name in offers:
+            return offers[name]
+        broken = [f"plugin {status.name} {status.state}: {status.reason}" for status in self.plugins if status.state != "ok"]
+        raise PluginError("; ".join([f"no {kind} named {name}, there is {', '.join(offers) or 'none'}", *broken]))
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _points(others: bool) -> list[installed.EntryPoint]:
+    """Entry points to load: this distribution's first, then, if wanted, the others' by distribution and name."""
+    from edge_rt import __version__
+
+    found = installed.find(ENTRY_POINT_GROUP) if others else []
+    own = {name: installed.EntryPoint(name, module, _OWN_DISTRIBUTION, __version__) for name, module in BUILT_INS.items()}
+    own |= {point.name: point for point in found if point.distribution == _OWN_DISTRIBUTION}
+    return [*own.values(), *(point for point in found if point.distribution != _OWN_DISTRIBUTION)]
+
+
+def _import(load: Any) -> object:
+    """The plugin's object, if it can be imported and was written for this plugin API. Raises _Rejected."""
+    try:
+        plugin: object = load()
+    except (Exception, SystemExit) as error:
+        raise _Rejected("failed", f"cannot be imported: {type(error).__name__}: {error}") from error
+    if isinstance(plugin, type):
+        raise _Rejected("failed", f"its entry point names the class {plugin.__name__}; it must name a module or an object")
+    version = getattr(plugin, "EDGE_RT_API", None)
+    if not isinstance(version, int):
+        raise _Rejected("refused", f"it does not declare the plugin API it was written for; add `EDGE_RT_API = {API_VERSION}` to it")
+    if version != API_VERSION:
+        mend = "upgrade edge-rt" if version > API_VERSION else "upgrade the plugin"
+        raise _Rejected("refused", f"it was written for plugin API {version}, this edge-rt has {API_VERSION}; {mend}")
+    return plugin
+
+
+def _unknown(caller: Any) -> str | None:
+    """What is wrong with a hook that has no specification: pluggy would keep it and never call it."""
+    if caller.has_spec() or all(impl.optionalhook for impl in caller.get_hookimpls()):
+        return None
+    from difflib import get_close_matches
+
+    near = get_close_matches(caller.name, vars(HookSpecs), 1)
+    return f"there is no hook {caller.name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _unmarked(plugin: object) -> str | None:
+    """A function named like a hook that ``hookimpl`` was forgotten on, which pluggy ignores."""
+    for name in dir(plugin):
+        if name.startswith("edge_rt_") and name in vars(HookSpecs) and not hasattr(getattr(plugin, name), "edge_rt_impl"):
+            return f"{name} is not marked with @hookimpl"
+    return None
+
+
+def _checked(result: Any, kind: Any) -> Iterator[Any]:
+    """The items of a hook's result. Raises _Rejected for one that is not what the hook is for."""
+    for item in () if result is None else result:
+        if not isinstance(item, kind) or not isinstance(item.name, str):
+            raise _Rejected("failed", f"returned {item!r}, which is no {kind.__name__}")
+        yield item
+
+
+def _sentence(refusal: Refusal) -> str:
+    return f"{refusal.reason}; {refusal.remedy}" if refusal.remedy else refusal.reason
