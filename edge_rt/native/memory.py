@@ -9,13 +9,13 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from edge_rt.errors import NativeError
+from edge_rt.errors import NativeError, OutOfMemory
 
 PAGE = mmap.PAGESIZE
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
 _ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22}
 _FADV_DONTNEED = 4
-_MLOCK_ONFAULT = 1
+_LOW_BIT = bytes(i & 1 for i in range(256))  # mincore defines only the lowest bit of each byte
 
 
 @lru_cache(maxsize=1)
@@ -53,11 +53,19 @@ def inner_page_span(address: int, size: int) -> tuple[int, int]:
 def map_file(fd: int, size: int, offset: int = 0, address: int | None = None) -> int:
     """Map a file read-only and shared, without reading it; over ``address`` (page-aligned) if given. Raises NativeError."""
     flags = _MAP_SHARED | (_MAP_FIXED if address is not None else 0)
-    if sys.platform == "darwin" and address is not None:
-        flags = _MAP_SHARED | 0x0010
     mapped = _libc().mmap(address, size, _PROT_READ, flags, fd, offset)
     if mapped in (None, C.c_void_p(-1).value):
         raise NativeError(f"cannot map {size} bytes: {os.strerror(C.get_errno())}")
+    return int(mapped)
+
+
+def map_anonymous(size: int, address: int | None = None) -> int:
+    """Fresh, zeroed, private memory (over ``address`` if given) that costs nothing until written. Raises OutOfMemory."""
+    anonymous = 0x1000 if sys.platform == "darwin" else 0x20
+    flags = 0x02 | anonymous | (_MAP_FIXED if address is not None else 0)  # MAP_PRIVATE
+    mapped = _libc().mmap(address, size, 3, flags, -1, 0)  # PROT_READ | PROT_WRITE
+    if mapped in (None, C.c_void_p(-1).value):
+        raise OutOfMemory(f"cannot get {size >> 20} MB of memory ({os.strerror(C.get_errno())}); lower --ctx or close other programs")
     return int(mapped)
 
 
@@ -84,7 +92,7 @@ def resident_bytes(address: int, size: int) -> int | None:
     vector = (C.c_ubyte * pages)()
     if _libc().mincore(address, size, vector) != 0:
         return None
-    return sum(b & 1 for b in bytes(vector)) * PAGE
+    return bytes(vector).translate(_LOW_BIT).count(1) * PAGE
 
 
 def lock(address: int, size: int) -> bool:

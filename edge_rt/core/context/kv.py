@@ -1,0 +1,115 @@
+"""One sequence's key-value cache: memory that follows what is kept.
+
+Keys lie by cell ([KV, capacity] per layer, F16 or Q8_0), values transposed ([capacity, KV], F16), so that decode attention is two
+plain matmuls. A transposed value row is ``capacity`` long, so memory follows use only if capacity does: it grows in steps by moving.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.core.graph.common import KvView
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.errors import SessionFileError
+from edge_rt.native import ggml, memory
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+STEP = 256
+"""Cells: attention runs over multiples of this (as in llama.cpp), and capacities are multiples of it."""
+
+
+def padded(cells: int) -> int:
+    """Cells rounded up to a whole step, at least one."""
+    return max(STEP, -(-cells // STEP) * STEP)
+
+
+def next_capacity(current: int, needed: int, limit: int) -> int:
+    """Grow by a quarter, at least one step: the waste stays under a quarter and copying stays linear in the end."""
+    return min(padded(limit), max(padded(needed), padded(current + current // 4) if current else 0))
+
+
+def cell_bytes(hyper: Hyper, key_type: int) -> int:
+    """Bytes one cell takes over all layers."""
+    return int(hyper.n_layer * (ggml.c.row_size(key_type, hyper.kv_width) + 2 * hyper.kv_width))
+
+
+class KvCache:
+    """Cells of one sequence. ``length`` cells are in use; a cache never shares memory with another."""
+
+    def __init__(self, hyper: Hyper, key_type: int, capacity: int) -> None:
+        """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells cost no memory and read as zero."""
+        self._hyper, self._key_type = hyper, key_type
+        self.capacity, self.length = capacity, 0
+        key_row = ggml.c.row_size(key_type, hyper.kv_width)
+        key_size, value_size = capacity * key_row, capacity * 2 * hyper.kv_width
+        self.nbytes = -(-hyper.n_layer * (key_size + value_size) // memory.PAGE) * memory.PAGE
+        base = memory.map_anonymous(self.nbytes)
+        self._release = weakref.finalize(self, memory.unmap, base, self.nbytes)
+        self._buffer = ggml.buffer_from_address(base, self.nbytes)
+        self._ctx = ggml.context(2 * hyper.n_layer)
+        keys, values, address = [], [], base
+        for _ in range(hyper.n_layer):
+            for tensors, type_, shape, size in (
+                (keys, key_type, (hyper.kv_width, capacity), key_size),
+                (values, ggml.TYPE_F16, (capacity, hyper.kv_width), value_size),
+            ):
+                tensor = ggml.new_tensor(self._ctx.address, type_, shape)
+                ggml.place(tensor, self._buffer.address, address)
+                tensors.append(tensor)
+                address += size
+        self.view = KvView(tuple(keys), tuple(values), capacity, key_type)
+
+    def key_cells(self, layer: int) -> npt.NDArray[np.uint8]:
+        """Keys of a layer as bytes [capacity, bytes of a cell]; a view."""
+        row = ggml.c.row_size(self._key_type, self._hyper.kv_width)
+        return ggml.view(self.view.keys[layer], "u1", (self.capacity, row))
+
+    def value_cells(self, layer: int) -> npt.NDArray[np.uint16]:
+        """Values of a layer as half-precision bits [KV, capacity]; a view."""
+        return ggml.view(self.view.values[layer], "u2", (self._hyper.kv_width, self.capacity))
+
+    def copy(self, length: int, capacity: int) -> KvCache:
+        """A new cache of ``capacity`` cells that starts with the first ``length`` of this one. Raises OutOfMemory."""
+        fresh = KvCache(self._hyper, self._key_type, capacity)
+        for layer in range(self._hyper.n_layer):
+            fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
+            fresh.value_cells(layer)[:, :length] = self.value_cells(layer)[:, :length]
+        fresh.length = length
+        return fresh
+
+    def truncate(self, length: int) -> None:
+        """Forget the cells from ``length`` on. They are masked until overwritten."""
+        self.length = min(self.length, length)
+
+    def export(self) -> bytes:
+        """Cells in use as bytes: per layer the keys, then the values [KV, length]."""
+        parts: list[Any] = []
+        for layer in range(self._hyper.n_layer):
+            parts.append(self.key_cells(layer)[: self.length].tobytes())
+            parts.append(self.value_cells(layer)[:, : self.length].tobytes())
+        return b"".join(parts)
+
+    def load(self, data: memoryview, length: int) -> None:
+        """Fill from exported bytes. Raises SessionFileError if there are too few or too many."""
+        import numpy as np
+
+        if len(data) != length * cell_bytes(self._hyper, self._key_type):
+            raise SessionFileError("the saved session has the wrong size for this model; start a new session")
+        position = 0
+        for layer in range(self._hyper.n_layer):
+            keys, values = self.key_cells(layer)[:length], self.value_cells(layer)[:, :length]
+            for target in (keys, values):
+                chunk = np.frombuffer(data[position : position + target.nbytes], dtype=target.dtype)
+                target[...] = chunk.reshape(target.shape)
+                position += target.nbytes
+        self.length = length
+
+    def close(self) -> None:
+        """Give the memory back. Graphs over this cache must not run any more."""
+        self._buffer.close()
+        self._ctx.close()
+        self._release()

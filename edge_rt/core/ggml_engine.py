@@ -1,0 +1,302 @@
+"""The engine on libggml: our own graphs over mapped weights, one cache per sequence."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edge_rt import config
+from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
+from edge_rt.core.engine import EngineInfo, MemoryReport, Part
+from edge_rt.core.graph.common import FLASH_FROM, SlotShape
+from edge_rt.core.graph.decoder import FAMILIES
+from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.step import GraphCache, Slot
+from edge_rt.core.load.pack_cache import open_packed
+from edge_rt.core.load.paging import Paging
+from edge_rt.core.load.weights import WeightStore
+from edge_rt.errors import ContextError, OptionError, SessionFileError, UnsupportedModel
+from edge_rt.native import abi, ggml
+
+if TYPE_CHECKING:
+    from edge_rt.core.engine import Logits
+    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.load.units import Unit
+    from edge_rt.hooks import EngineOptions
+
+CHUNK = 512
+_KEY_TYPES = {"f16": ggml.TYPE_F16, "q8_0": ggml.TYPE_Q8_0}
+_EXPORT = struct.Struct("<4sIIII")  # magic, cells, layers, KV width, key type
+
+
+def unsupported(file: ModelFile) -> str | None:
+    """Why this engine has no graph for a model, None if it has one. Reads the header only."""
+    if file.header.architecture not in FAMILIES:
+        return f"no graph for architecture {file.header.architecture!r}"
+    try:
+        hyper = read_hyper(file.header)
+    except UnsupportedModel as error:
+        return str(error)
+    if hyper.n_expert and "blk.0.ffn_gate_exps.weight" not in file.header.tensors:
+        return "experts in separate tensors (an old Mixtral conversion)"
+    strange = next((name for name in file.header.tensors if name.endswith(".scale") or "_shexp" in name or "lora" in name), None)
+    return f"no graph for the tensor {strange}" if strange else None
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Tokens of one part that go into one graph run; ``rows`` of them get logits."""
+
+    part: int
+    sequence: int
+    tokens: Sequence[int]
+    rows: Sequence[int]
+
+
+class GgmlEngine:
+    """Fills the ``Engine`` protocol. Not thread-safe: the runtime holds a lock."""
+
+    def __init__(self, file: ModelFile, options: EngineOptions) -> None:
+        """Open a model. Raises AbiMismatch, UnsupportedModel, ModelFileError, OptionError, OutOfMemory."""
+        abi.check()
+        if reason := unsupported(file):
+            raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
+        self._file, self.notices = file, list[str]()
+        self.hyper: Hyper = read_hyper(file.header)
+        self._key_type = _key_type(options.key_type, self.hyper)
+        packed, notice = open_packed(file, options.progress) if options.pack else (None, None)
+        if notice:
+            self.notices.append(notice)
+        self.weights = WeightStore(file, self.hyper, packed)
+        self._paging = Paging(self.weights, self.hyper, options.memory, options.progress)
+        self._threads = options.threads or config.available_cpus()
+        self._backend = ggml.cpu_backend(self._threads)
+        self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
+        self._sequences: dict[int, KvCache] = {}
+        self._next = 0
+        self._exact: int | None = None
+        self._closed = False
+        self.info = EngineInfo(
+            engine="ggml", architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
+            n_embd=self.hyper.n_embd, train_context=self.hyper.train_context, max_context=options.context or self.hyper.train_context,
+            chunk=CHUNK, device=options.device,
+        )  # fmt: skip
+
+    # ---- sequences ---------------------------------------------------------------------------------------------------
+
+    def new_sequence(self) -> int:
+        """Open an empty sequence; memory comes with its first tokens."""
+        return self._adopt(KvCache(self.hyper, self._key_type, padded(1)))
+
+    def fork_sequence(self, sequence: int, length: int) -> int:
+        """Copy the first ``length`` cells into a sequence of its own."""
+        source = self._sequences[sequence]
+        length = min(length, source.length)
+        return self._adopt(source.copy(length, next_capacity(0, length + 1, self.info.max_context)))
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the cells from ``length`` on."""
+        self._sequences[sequence].truncate(length)
+
+    def free_sequence(self, sequence: int) -> None:
+        """Release a sequence and its memory."""
+        cache = self._sequences.pop(sequence)
+        self._graphs.forget(cache.view)
+        cache.close()
+
+    def length(self, sequence: int) -> int:
+        """Cells in use."""
+        return self._sequences[sequence].length
+
+    def _adopt(self, cache: KvCache) -> int:
+        self._next += 1
+        self._sequences[self._next] = cache
+        return self._next
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+        """Feed every part; see ``Engine.step``."""
+        self._file.check_unchanged()
+        self._check(parts)
+        pending = self._plan(parts)
+        results: list[list[Logits]] = [[] for _ in parts]
+        for number, run in enumerate(pending):
+            logits = self._run(run)
+            if logits is None:
+                continue
+            row = 0
+            for piece in run:
+                if piece.rows:
+                    rows = logits[row : row + len(piece.rows)]
+                    results[piece.part].append(rows if number == len(pending) - 1 else rows.copy())
+                    row += len(piece.rows)
+        return [None if not r else r[0] if len(r) == 1 else np.concatenate(r) for r in results]
+
+    def _check(self, parts: Sequence[Part]) -> None:
+        """Refuse before anything has changed."""
+        seen: set[int] = set()
+        for part in parts:
+            if part.sequence in seen:
+                raise OptionError("a step names the same sequence twice; join its tokens into one part")
+            seen.add(part.sequence)
+            needed = self._sequences[part.sequence].length + len(part.tokens)
+            if needed > self.info.max_context:
+                raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
+            if any(not 0 <= token < self.info.n_vocab for token in part.tokens):
+                raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
+
+    def _plan(self, parts: Sequence[Part]) -> list[list[_Piece]]:
+        """Divide parts into graph runs of at most CHUNK tokens, in order."""
+        runs: list[list[_Piece]] = [[]]
+        room = CHUNK
+        for index, part in enumerate(parts):
+            n, start = len(part.tokens), 0
+            while start < n:
+                if room == 0:
+                    runs.append([])
+                    room = CHUNK
+                take = min(room, n - start)
+                wanted = {"none": range(0), "last": range(n - 1, n), "all": range(n)}[part.logits]
+                rows = [r - start for r in wanted if start <= r < start + take]
+                runs[-1].append(_Piece(index, part.sequence, part.tokens[start : start + take], rows))
+                start, room = start + take, room - take
+        return [run for run in runs if run]
+
+    def _run(self, run: Sequence[_Piece]) -> Logits | None:
+        """Evaluate one graph; logits are a view valid until the next."""
+        shapes, slots = [], []
+        for piece in run:
+            cache = self._room(piece.sequence, len(piece.tokens))
+            shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows)))
+            slots.append(Slot(cache.view, cache.length, piece.tokens, piece.rows))
+        graph = self._graphs.get(shapes, [slot.cache for slot in slots])
+        graph.set_inputs(slots)
+        for segment in graph.segments:
+            with self._paging.holding(segment.unit):
+                ggml.compute(self._backend, segment.graph)
+        for piece in run:
+            self._sequences[piece.sequence].length += len(piece.tokens)
+        self._paging.experts_used(graph.experts)
+        return graph.logits
+
+    def _room(self, sequence: int, tokens: int) -> KvCache:
+        """The sequence's cache, moved to a larger one if ``tokens`` more do not fit."""
+        cache = self._sequences[sequence]
+        needed = cache.length + tokens
+        if needed <= cache.capacity:
+            return cache
+        larger = cache.copy(cache.length, next_capacity(cache.capacity, needed, self.info.max_context))
+        self._graphs.forget(cache.view)
+        cache.close()
+        self._sequences[sequence] = larger
+        return larger
+
+    def exact_rows(self) -> int:
+        """Probe, once: feed random tokens one by one and together, and compare logits and cache bit for bit."""
+        if self._exact is None:
+            self._exact = next((n for n in range(FLASH_FROM - 1, 1, -1) if self._is_exact(n)), 1)
+        return self._exact
+
+    def _is_exact(self, n: int) -> bool:
+        rng = np.random.default_rng(n)
+        tokens = [int(t) for t in rng.integers(0, self.info.n_vocab, 8 + n)]
+        single, joint = self.new_sequence(), self.new_sequence()
+        try:
+            for sequence in (single, joint):
+                self.step([Part(sequence, tokens[:8], "none")])
+            one_by_one = [_only(self.step([Part(single, [t])])).copy() for t in tokens[8:]]
+            together = _only(self.step([Part(joint, tokens[8:], "all")]))
+            same = np.array_equal(np.concatenate(one_by_one).view(np.uint32), together.view(np.uint32))
+            return bool(same) and self._sequences[single].export() == self._sequences[joint].export()
+        finally:
+            self.free_sequence(single)
+            self.free_sequence(joint)
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def export_sequence(self, sequence: int) -> bytes:
+        """Cells as bytes, with their sizes in front."""
+        cache = self._sequences[sequence]
+        return _EXPORT.pack(b"EKV1", cache.length, self.hyper.n_layer, self.hyper.kv_width, self._key_type) + cache.export()
+
+    def import_sequence(self, data: bytes | memoryview) -> int:
+        """Open a sequence from exported bytes. Raises SessionFileError."""
+        view = memoryview(data)
+        if len(view) < _EXPORT.size:
+            raise SessionFileError("the saved session is cut short; start a new session")
+        magic, length, layers, width, key_type = _EXPORT.unpack(view[: _EXPORT.size])
+        if magic != b"EKV1" or (layers, width, key_type) != (self.hyper.n_layer, self.hyper.kv_width, self._key_type):
+            raise SessionFileError("the saved session has another shape or key type than this model; start a new session")
+        if length > self.info.max_context:
+            raise SessionFileError(f"the saved session holds {length} tokens, the context {self.info.max_context}; raise --ctx")
+        cache = KvCache(self.hyper, self._key_type, next_capacity(0, length + 1, self.info.max_context))
+        try:
+            cache.load(view[_EXPORT.size :], length)
+        except SessionFileError:
+            cache.close()
+            raise
+        return self._adopt(cache)
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes a token takes in the cache."""
+        return cell_bytes(self.hyper, self._key_type)
+
+    def memory(self) -> MemoryReport:
+        """Bytes held now."""
+        return MemoryReport(
+            weights_mapped=self.weights.size,
+            weights_resident=self.weights.resident(),
+            cache=sum(cache.nbytes for cache in self._sequences.values()),
+            compute=self._graphs.nbytes,
+        )
+
+    def units(self) -> Sequence[Unit]:
+        """The units of the weight store."""
+        return self.weights.units
+
+    def cool(self) -> None:
+        """Give weights, graphs and the compute buffer back; vocabulary, header and caches stay."""
+        self._graphs.close()
+        self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
+        self._paging.cool()
+
+    def warm(self) -> None:
+        """Read the weights again, in the background."""
+        self._paging.warm()
+
+    def close(self) -> None:
+        """Release everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._paging.close()
+        self._graphs.close()
+        for cache in self._sequences.values():
+            cache.close()
+        self._sequences.clear()
+        self._backend.close()
+        self.weights.close()
+
+
+def _only(results: list[Logits | None]) -> Logits:
+    """The logits of a step with one part that asked for them."""
+    (logits,) = results
+    assert logits is not None, "the part asked for logits"
+    return logits
+
+
+def _key_type(name: Literal["f16", "q8_0"], hyper: Hyper) -> int:
+    """Element type of cached keys. Raises OptionError where heads do not divide into its blocks."""
+    if name not in _KEY_TYPES:
+        raise OptionError(f"--key-type {name} is unknown; choose f16 or q8_0")
+    if hyper.head_dim % ggml.c.blck_size(_KEY_TYPES[name]):
+        raise OptionError(f"heads of {hyper.head_dim} do not divide into {name} blocks; use --key-type f16")
+    return _KEY_TYPES[name]

@@ -1,0 +1,233 @@
+"""The parts every decoder graph is made of. One ``Builder`` builds the graphs of one step shape.
+
+Notation beside tensors: shapes in ggml order (fastest first); T tokens in the step, t tokens of one sequence, N cells attended,
+H heads, G key-value heads, D head size, E embedding width, KV = G*D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edge_rt.core.graph.hyper import Hyper, Rope
+from edge_rt.native import ggml
+
+c = ggml.c
+FLASH_FROM = 9
+"""Tokens of one sequence from which flash attention beats matmuls on a CPU (shared/design.md, attention table)."""
+
+
+class Weights(Protocol):
+    """Where a graph finds its weights."""
+
+    def get(self, name: str) -> int | None:
+        """Address of a weight tensor, None if the model has none of that name."""
+        ...
+
+    def require(self, name: str) -> int:
+        """The same, or ModelFileError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KvView:
+    """One sequence's cache as tensors: per layer keys [KV, capacity] and values [capacity, KV] (transposed)."""
+
+    keys: tuple[int, ...]
+    values: tuple[int, ...]
+    capacity: int
+    key_type: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotShape:
+    """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted."""
+
+    tokens: int
+    cells: int
+    rows: int
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention runs as flash attention (prefill) or as matmuls (decode)."""
+        return self.tokens >= FLASH_FROM
+
+
+@dataclass(slots=True)
+class SlotInputs:
+    """Input tensors of one sequence: cell of each token [t], element of each value [t*KV], mask [N, t]."""
+
+    cells: int
+    elements: int
+    mask: int
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Input tensors of a step: token ids [T], positions [T], rows that get logits [R] (None: all rows)."""
+
+    tokens: int
+    positions: int
+    rows: int | None
+    slots: list[SlotInputs]
+
+
+@dataclass(slots=True)
+class Segment:
+    """A graph that touches one unit of weights; ``unit`` names it."""
+
+    graph: int
+    unit: str
+
+
+@dataclass(slots=True)
+class Builder:
+    """Builds segments in ``ctx``. ``split`` starts a new graph at every unit, so that units can be paged between graphs."""
+
+    ctx: int
+    hyper: Hyper
+    weights: Weights
+    inputs: Inputs
+    shapes: Sequence[SlotShape]
+    caches: Sequence[KvView]
+    graph_size: int
+    split: bool = False
+    borders: Sequence[int] = ()
+    segments: list[Segment] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return sum(shape.tokens for shape in self.shapes)
+
+    def begin(self, unit: str) -> None:
+        """Start the first graph, or in split mode one more."""
+        if self.split or not self.segments:
+            self.segments.append(Segment(c.new_graph_custom(self.ctx, self.graph_size, False), unit))
+
+    def border(self, x: int, unit: str) -> int:
+        """Carry x [E, T] over a unit border: itself, or in split mode a copy that outlives the graph that made it."""
+        if not self.split:
+            return x
+        width, rows = self.hyper.n_embd, int(ggml.fields(x).ne[1])
+        kept = int(c.view_2d(self.ctx, self.borders[len(self.segments) % 2], width, rows, 4 * width, 0))
+        self.expand(c.cpy(self.ctx, x, kept))
+        self.begin(unit)
+        return kept
+
+    def expand(self, tensor: int) -> None:
+        """Make a tensor part of the current graph, in call order."""
+        c.build_forward_expand(self.segments[-1].graph, tensor)
+
+    # ---- layers ------------------------------------------------------------------------------------------------------
+
+    def embed(self) -> int:
+        """Token embeddings [E, T]."""
+        return int(c.get_rows(self.ctx, self.weights.require("token_embd.weight"), self.inputs.tokens))
+
+    def rms_norm(self, x: int, name: str) -> int:
+        """x / rms(x) * w over the fastest dimension."""
+        return int(c.mul(self.ctx, c.rms_norm(self.ctx, x, self.hyper.eps), self.weights.require(name)))
+
+    def linear(self, x: int, name: str) -> int:
+        """W x (+ b if the model has one)."""
+        y = c.mul_mat(self.ctx, self.weights.require(f"{name}.weight"), x)
+        bias = self.weights.get(f"{name}.bias")
+        return int(c.add(self.ctx, y, bias) if bias else y)
+
+    def rope(self, x: int, mode: int, factors: int | None) -> int:
+        """Rotate x [D, heads, T] by its positions; ``factors`` [D/2] divides the frequencies (Llama 3)."""
+        r: Rope = self.hyper.rope
+        return int(
+            c.rope_ext(
+                self.ctx, x, self.inputs.positions, factors, r.dims, mode, r.original_context,
+                r.base, r.scale, r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow,
+            )
+        )  # fmt: skip
+
+    def qkv(self, x: int, prefix: str) -> tuple[int, int, int]:
+        """Queries [D, H, T], keys [D, G, T] and values [KV, T] before rotation, from separate or fused weights."""
+        h = self.hyper
+        width_q, width_kv, n = h.n_head * h.head_dim, h.kv_width, self.n_tokens
+        if self.weights.get(f"{prefix}.attn_qkv.weight"):
+            y = self.linear(x, f"{prefix}.attn_qkv")
+            if not self.weights.get(f"{prefix}.attn_qkv.bias") and self.weights.get(f"{prefix}.attn_q.bias"):
+                parts = [self.weights.require(f"{prefix}.attn_{p}.bias") for p in "qkv"]
+                y = c.add(self.ctx, y, c.concat(self.ctx, c.concat(self.ctx, parts[0], parts[1], 0), parts[2], 0))
+            row, head = 4 * (width_q + 2 * width_kv), 4 * h.head_dim
+            q = c.view_3d(self.ctx, y, h.head_dim, h.n_head, n, head, row, 0)
+            k = c.view_3d(self.ctx, y, h.head_dim, h.n_head_kv, n, head, row, 4 * width_q)
+            v = c.cont(self.ctx, c.view_2d(self.ctx, y, width_kv, n, row, 4 * (width_q + width_kv)))
+            return q, k, v
+        q = c.reshape_3d(self.ctx, self.linear(x, f"{prefix}.attn_q"), h.head_dim, h.n_head, n)
+        k = c.reshape_3d(self.ctx, self.linear(x, f"{prefix}.attn_k"), h.head_dim, h.n_head_kv, n)
+        return q, k, self.linear(x, f"{prefix}.attn_v")
+
+    def store(self, layer: int, k: int, v: int) -> None:
+        """Write keys [D, G, T] and values [KV, T] of every sequence into its own cache."""
+        kv, first = self.hyper.kv_width, 0
+        k = c.reshape_2d(self.ctx, k, kv, self.n_tokens)
+        for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
+            k_rows = c.view_2d(self.ctx, k, kv, shape.tokens, 4 * kv, 4 * kv * first)
+            v_elements = c.view_2d(self.ctx, v, 1, kv * shape.tokens, 4, 4 * kv * first)
+            self.expand(c.set_rows(self.ctx, cache.keys[layer], k_rows, slot.cells))
+            by_element = c.reshape_2d(self.ctx, cache.values[layer], 1, cache.capacity * kv)
+            self.expand(c.set_rows(self.ctx, by_element, v_elements, slot.elements))
+            first += shape.tokens
+
+    def attend(self, layer: int, q: int) -> int:
+        """Attention of queries [D, H, T], each sequence over its own cells; returns [H*D, T]."""
+        h, first, outputs = self.hyper, 0, []
+        width = h.n_head * h.head_dim
+        for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
+            own = q
+            if len(self.shapes) > 1:
+                own = c.view_3d(self.ctx, q, h.head_dim, h.n_head, shape.tokens, 4 * h.head_dim, 4 * width, 4 * width * first)
+            outputs.append(self._attend_one(layer, own, shape, slot, cache))
+            first += shape.tokens
+        joined = outputs[0]
+        for output in outputs[1:]:
+            joined = c.concat(self.ctx, joined, output, 1)
+        return joined
+
+    def _attend_one(self, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KvView) -> int:
+        """Flash attention over a transient copy of V for prefill, matmuls over the transposed V for decode."""
+        h, ctx = self.hyper, self.ctx
+        cell, head = c.row_size(cache.key_type, h.kv_width), c.row_size(cache.key_type, h.head_dim)
+        k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, cell, head, 0)  # [D, N, G]
+        v = c.view_3d(ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv,
+                      2 * cache.capacity, 2 * cache.capacity * h.head_dim, 0)  # [N, D, G]  # fmt: skip
+        q = c.permute(ctx, q, 0, 2, 1, 3)  # [D, t, H]
+        width = h.n_head * h.head_dim
+        if shape.flash:
+            rows = c.cont(ctx, c.transpose(ctx, v))  # [D, N, G]
+            out = c.flash_attn_ext(ctx, q, k, rows, slot.mask, h.attention_scale, 0.0, 0.0)  # [D, H, t]
+            c.prec_set_acc(out, ggml.PRECISION_F32)
+            return int(c.reshape_2d(ctx, out, width, shape.tokens))
+        scores = c.mul_mat(ctx, k, q)  # [N, t, H]
+        c.prec_set_acc(scores, ggml.PRECISION_F32)
+        weights = c.soft_max_ext(ctx, scores, slot.mask, h.attention_scale, 0.0)
+        out = c.mul_mat(ctx, v, weights)  # [D, t, H]
+        return int(c.cont_2d(ctx, c.permute(ctx, out, 0, 2, 1, 3), width, shape.tokens))
+
+    def wanted_rows(self, x: int) -> int:
+        """Keep only the rows that get logits."""
+        return x if self.inputs.rows is None else int(c.get_rows(self.ctx, x, self.inputs.rows))
+
+    def swiglu(self, x: int, prefix: str) -> int:
+        """down(silu(gate x) * up x)."""
+        up, gate = self.linear(x, f"{prefix}.ffn_up"), self.linear(x, f"{prefix}.ffn_gate")
+        return self.linear(c.swiglu_split(self.ctx, gate, up), f"{prefix}.ffn_down")
+
+    def head(self, x: int) -> int:
+        """Logits [V, R] from the last hidden states."""
+        x = self.rms_norm(x, "output_norm.weight")
+        output = self.weights.get("output.weight") or self.weights.require("token_embd.weight")
+        logits = c.mul_mat(self.ctx, output, x)
+        if bias := self.weights.get("output.bias"):
+            logits = c.add(self.ctx, logits, bias)
+        c.set_output(logits)
+        self.expand(logits)
+        return int(logits)

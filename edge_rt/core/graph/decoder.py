@@ -1,0 +1,58 @@
+"""The pre-norm decoder: llama (Mistral, SmolLM, TinyLlama, Mixtral), qwen2, qwen3 and qwen3moe are this graph with other parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_rt.core.graph.common import Builder, c
+from edge_rt.core.graph.moe import experts
+from edge_rt.native import ggml
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How an architecture differs: rotation of neighbouring pairs or of halves, norms on queries and keys, frequency factors."""
+
+    rope_mode: int
+    qk_norm: bool = False
+    rope_factors: bool = False
+
+
+FAMILIES = {
+    "llama": Family(ggml.ROPE_NORMAL, rope_factors=True),
+    "qwen2": Family(ggml.ROPE_NEOX),
+    "qwen3": Family(ggml.ROPE_NEOX, qk_norm=True),
+    "qwen3moe": Family(ggml.ROPE_NEOX, qk_norm=True),
+}
+
+
+def build(b: Builder, family: Family, *, logits: bool) -> int | None:
+    """Build one step: x += attention(norm(x)); x += ffn(norm(x)) for each block, then the head. Returns the logits' address.
+
+    Without ``logits`` the last block only stores its keys and values: that is all a later step needs of this one.
+    """
+    h = b.hyper
+    factors = b.weights.get("rope_freqs.weight") if family.rope_factors else None
+    b.begin("embedding")
+    x = b.embed()  # [E, T]
+    for layer in range(h.n_layer):
+        prefix, last = f"blk.{layer}", layer == h.n_layer - 1
+        x = b.border(x, prefix)
+        normed = b.rms_norm(x, f"{prefix}.attn_norm.weight")
+        q, k, v = b.qkv(normed, prefix)
+        if family.qk_norm:
+            q = b.rms_norm(q, f"{prefix}.attn_q_norm.weight")
+            k = b.rms_norm(k, f"{prefix}.attn_k_norm.weight")
+        q, k = b.rope(q, family.rope_mode, factors), b.rope(k, family.rope_mode, factors)
+        b.expand(q)
+        b.store(layer, k, v)
+        if last and not logits:
+            return None
+        attended = b.linear(b.attend(layer, q), f"{prefix}.attn_output")
+        if last:
+            attended, x = b.wanted_rows(attended), b.wanted_rows(x)
+        x = c.add(b.ctx, attended, x)
+        normed = b.rms_norm(x, f"{prefix}.ffn_norm.weight")
+        fed = experts(b, normed, prefix) if h.n_expert else b.swiglu(normed, prefix)
+        x = c.add(b.ctx, fed, x)
+    return b.head(b.border(x, "head"))

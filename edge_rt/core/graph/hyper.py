@@ -1,0 +1,149 @@
+"""What a graph must know of a model: sizes and constants from the GGUF metadata, checked before any tensor is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.errors import ModelFileError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.header import Header
+
+MAX_LAYERS, MAX_EXPERTS = 512, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding: the arguments of ggml_rope_ext. Scaling follows YaRN (Peng et al. 2023) as llama.cpp applies it."""
+
+    dims: int
+    base: float
+    scale: float
+    original_context: int
+    ext_factor: float
+    attn_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """Sizes of a decoder-only transformer. ``n_expert`` 0 means a dense feed-forward network."""
+
+    architecture: str
+    n_vocab: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_expert: int
+    n_expert_used: int
+    eps: float
+    attention_scale: float
+    train_context: int
+    rope: Rope
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of one cell's keys (or values) in one layer."""
+        return self.n_head_kv * self.head_dim
+
+
+def read_hyper(header: Header) -> Hyper:
+    """Read and check the hyperparameters. Raises ModelFileError (damaged) or UnsupportedModel (sound, but no graph here)."""
+    arch = header.architecture
+    whole = _Reader(header, arch)
+    n_embd, n_layer, n_head = whole.count("embedding_length"), whole.count("block_count"), whole.count("attention.head_count")
+    n_head_kv = whole.count("attention.head_count_kv", n_head)
+    head_dim = whole.count("attention.key_length", max(1, n_embd // n_head))
+    if whole.count("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModel(f"keys and values of {arch} differ in size; run it with --engine llama_cpp")
+    if n_layer > MAX_LAYERS:
+        raise ModelFileError(f"{arch}.block_count is {n_layer}, more than {MAX_LAYERS}; the file is damaged")
+    if n_head % n_head_kv:
+        raise ModelFileError(f"{n_head} attention heads cannot share {n_head_kv} key-value heads; the file is damaged")
+    n_expert = whole.count("expert_count", 0, least=0)
+    n_expert_used = whole.count("expert_used_count", 0, least=0)
+    if n_expert > MAX_EXPERTS or n_expert_used > n_expert or (n_expert and not n_expert_used):
+        raise ModelFileError(f"{arch} uses {n_expert_used} of {n_expert} experts; the file is damaged")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2 or embedding.shape[0] != n_embd:
+        raise ModelFileError("token_embd.weight is missing or has the wrong shape; the file is damaged")
+    scale = whole.real("attention.scale", 0.0) if arch == "llama" else 0.0
+    return Hyper(
+        architecture=arch, n_vocab=embedding.shape[1], n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_head_kv=n_head_kv,
+        head_dim=head_dim, n_ff=whole.count("feed_forward_length", 0, least=0), n_expert=n_expert, n_expert_used=n_expert_used,
+        eps=whole.real("attention.layer_norm_rms_epsilon"), attention_scale=scale or 1.0 / math.sqrt(head_dim),
+        train_context=whole.count("context_length"), rope=_rope(whole, head_dim),
+    )  # fmt: skip
+
+
+def _rope(whole: _Reader, head_dim: int) -> Rope:
+    dims = whole.count("rope.dimension_count", head_dim)
+    if dims != head_dim:
+        raise UnsupportedModel(f"{whole.arch} rotates {dims} of {head_dim} dimensions; run it with --engine llama_cpp")
+    kind = whole.text("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModel(f"rope scaling {kind!r} has no graph here; run it with --engine llama_cpp")
+    factor = whole.real("rope.scaling.factor", 0.0) or whole.real("rope.scale_linear", 0.0)
+    if factor < 0:
+        raise ModelFileError(f"{whole.arch}.rope.scaling.factor is {factor}; the file is damaged")
+    scale = 1.0 / factor if factor and kind != "none" else 1.0
+    train_context = whole.count("context_length")
+    return Rope(
+        dims=dims,
+        base=whole.real("rope.freq_base", 10000.0),
+        scale=scale,
+        original_context=whole.count("rope.scaling.original_context_length", train_context),
+        ext_factor=1.0 if kind == "yarn" else 0.0,
+        attn_factor=_yarn_attention_factor(scale, kind) * whole.real("rope.scaling.attn_factor", 1.0),
+    )
+
+
+def _yarn_attention_factor(scale: float, kind: str) -> float:
+    """llama.cpp's float32 arithmetic (llama-context.cpp): YaRN's magnitude term, and the division that cancels ggml's own."""
+    import numpy as np
+
+    if kind != "yarn":
+        return 1.0
+    one, tenth = np.float32(1.0), np.float32(0.1)
+    factor = one / np.float32(scale)
+    magnitude = one if factor <= 1 else tenth * np.log(factor, dtype=np.float32) + one
+    return float(magnitude * (one / (one + tenth * np.log(factor, dtype=np.float32))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Typed access to ``ARCH.key`` metadata."""
+
+    header: Header
+    arch: str
+
+    def _get(self, key: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
+        value = self.header.get(f"{self.arch}.{key}", default)
+        if value is None:
+            raise ModelFileError(f"the metadata has no {self.arch}.{key}; the file is damaged or not a language model")
+        if isinstance(value, list):
+            raise UnsupportedModel(f"{self.arch}.{key} differs from layer to layer; run it with --engine llama_cpp")
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ModelFileError(f"{self.arch}.{key} is not {what}; the file is damaged")
+        return value
+
+    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        value = int(self._get(key, default, (int,), "a whole number"))
+        if not least <= value < 2**31:
+            raise ModelFileError(f"{self.arch}.{key} is {value}; the file is damaged")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = float(self._get(key, default, (int, float), "a number"))
+        if not math.isfinite(value):
+            raise ModelFileError(f"{self.arch}.{key} is {value}; the file is damaged")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        return str(self._get(key, default, (str,), "text"))

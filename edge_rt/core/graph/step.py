@@ -1,0 +1,181 @@
+"""One built and allocated graph for one step shape, and the cache of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.core.graph import decoder
+from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.errors import OutOfMemory
+from edge_rt.native import ggml
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+c = ggml.c
+_HALF_MINUS_INFINITY = 0xFC00
+_NODES_PER_LAYER, _NODES_PER_SLOT, _NODES_PER_EXPERT = 64, 24, 3  # generous: libggml aborts when a context is full
+INPUT_BYTES = 48 * 1024 * 1024
+"""Cached graphs are dropped, oldest first, beyond this many bytes of inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One sequence's part of a step: its cache, first free cell, tokens, and the rows of them that get logits."""
+
+    cache: KvView
+    start: int
+    tokens: Sequence[int]
+    rows: Sequence[int]
+
+
+class StepGraph:
+    """Graph, inputs and output of one step shape. Every input is set before every evaluation."""
+
+    def __init__(
+        self, hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], caches: Sequence[KvView], arena: ggml.Handle, split: bool
+    ) -> None:
+        self.shapes = shapes
+        n_tokens, n_rows = sum(s.tokens for s in shapes), sum(s.rows for s in shapes)
+        self._input_ctx = ggml.context(5 + 3 * len(shapes))
+        inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, split)
+        self._input_buffer = ggml.allocate_context(self._input_ctx)
+        self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address))
+        self._bind(inputs, hyper, n_tokens)
+        per_layer = _NODES_PER_LAYER + _NODES_PER_SLOT * len(shapes) + _NODES_PER_EXPERT * hyper.n_expert_used
+        size = 64 + per_layer * (3 if split else hyper.n_layer)
+        n_graphs = hyper.n_layer + 2 if split else 1
+        self._ctx = ggml.context(64 + per_layer * hyper.n_layer, (size,) * n_graphs)
+        builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, size, split, borders)
+        family = decoder.FAMILIES[hyper.architecture]
+        logits = decoder.build(builder, family, logits=n_rows > 0)
+        self.segments: list[Segment] = builder.segments
+        self._allocate(arena)
+        self.logits: npt.NDArray[np.float32] | None = None
+        if logits is not None:
+            self.logits = ggml.view(logits, "f4", (n_rows, hyper.n_vocab))
+        self.experts = [ggml.view(e, "i4", (int(ggml.fields(e).ne[1]), hyper.n_expert_used)) for e in builder.experts]
+
+    def _declare_inputs(self, hyper: Hyper, n_tokens: int, n_rows: int, split: bool) -> tuple[Inputs, list[int]]:
+        ctx = self._input_ctx.address
+        slots = [
+            SlotInputs(
+                cells=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens),
+                elements=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens * hyper.kv_width),
+                mask=c.new_tensor_2d(ctx, ggml.TYPE_F16 if shape.flash else ggml.TYPE_F32, shape.cells, shape.tokens),
+            )
+            for shape in self.shapes
+        ]
+        inputs = Inputs(
+            tokens=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_tokens),
+            positions=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_tokens),
+            rows=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_rows) if 0 < n_rows < n_tokens else None,
+            slots=slots,
+        )
+        borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, hyper.n_embd, n_tokens) for _ in range(2 if split else 0)]
+        return inputs, borders
+
+    def _bind(self, inputs: Inputs, hyper: Hyper, n_tokens: int) -> None:
+        """NumPy views over the inputs, and what of them never changes."""
+        import numpy as np
+
+        self._tokens = ggml.view(inputs.tokens, "i4", (n_tokens,))
+        self._positions = ggml.view(inputs.positions, "i4", (n_tokens,))
+        n_rows = sum(s.rows for s in self.shapes)
+        self._rows = None if inputs.rows is None else ggml.view(inputs.rows, "i4", (n_rows,))
+        self._slots: list[tuple[Any, Any, Any]] = [
+            (
+                ggml.view(slot.cells, "i8", (shape.tokens,)),
+                ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)),
+                ggml.view(slot.mask, "u2" if shape.flash else "f4", (shape.tokens, shape.cells)),
+            )
+            for shape, slot in zip(self.shapes, inputs.slots, strict=True)
+        ]
+        self._element = np.arange(hyper.kv_width, dtype=np.int64)
+
+    def _allocate(self, arena: ggml.Handle) -> None:
+        """Give every node an address in the shared compute buffer; the largest segment decides its size first."""
+        for segment in self.segments[1:]:
+            c.gallocr_reserve(arena.address, segment.graph)
+        for segment in self.segments:
+            if not c.gallocr_alloc_graph(arena.address, segment.graph):
+                raise OutOfMemory("no memory for the compute buffer; lower --ctx or close other programs")
+
+    def set_inputs(self, slots: Sequence[Slot]) -> None:
+        """Fill every input for the given slots, which must have this graph's shapes."""
+        import numpy as np
+
+        first = row = 0
+        for slot, shape, (cells, elements, mask) in zip(slots, self.shapes, self._slots, strict=True):
+            n, start = shape.tokens, slot.start
+            self._tokens[first : first + n] = slot.tokens
+            here = np.arange(start, start + n)
+            self._positions[first : first + n] = here
+            cells[:] = here
+            np.add(self._element * slot.cache.capacity, here[:, None], out=elements)
+            mask.fill(_HALF_MINUS_INFINITY if shape.flash else -np.inf)
+            for i in range(n):
+                mask[i, : start + i + 1] = 0
+            if self._rows is not None:
+                self._rows[row : row + shape.rows] = [first + r for r in slot.rows]
+            first += n
+            row += shape.rows
+
+    def close(self) -> None:
+        """Free the graph and its inputs."""
+        self._ctx.close()
+        self._input_buffer.close()
+        self._input_ctx.close()
+
+
+class GraphCache:
+    """Step graphs by shape and cache identity, least recently used first out; they share one compute buffer."""
+
+    def __init__(self, hyper: Hyper, weights: Weights, split: bool) -> None:
+        self._hyper, self._weights, self._split = hyper, weights, split
+        self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
+        self._arena = ggml.allocator()
+        self._size = 0
+
+    def get(self, shapes: Sequence[SlotShape], caches: Sequence[KvView]) -> StepGraph:
+        """The graph for a step shape, built if need be. Raises OutOfMemory."""
+        key = (tuple(shapes), tuple(id(cache) for cache in caches))
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            return graph
+        graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split)
+        size = int(c.gallocr_get_buffer_size(self._arena.address, 0))
+        if size != self._size:  # the compute buffer moved: what was allocated in the old one is gone
+            self._size = size
+            self.clear()
+        self._graphs[key] = graph
+        while len(self._graphs) > 1 and sum(g.nbytes for g in self._graphs.values()) > INPUT_BYTES:
+            self._graphs.popitem(last=False)[1].close()
+        return graph
+
+    def forget(self, cache: KvView) -> None:
+        """Drop the graphs over a cache that is about to move or go."""
+        for key in [k for k in self._graphs if id(cache) in k[1]]:
+            self._graphs.pop(key).close()
+
+    def clear(self) -> None:
+        """Drop all graphs."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the compute buffer and of cached graphs' inputs."""
+        return self._size + sum(g.nbytes for g in self._graphs.values())
+
+    def close(self) -> None:
+        """Drop everything."""
+        self.clear()
+        self._arena.close()

@@ -1,0 +1,118 @@
+"""Find, or make once, the packed file of a model; safe when two processes start together, harmless when the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_rt import config
+from edge_rt.core.load import packing
+from edge_rt.core.load.packing import PackDamaged, PackedFile
+from edge_rt.native import ggml, memory
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.model_file import ModelFile
+
+Progress = Callable[[str, int, int], None]
+
+
+def cache_key(file: ModelFile) -> str:
+    """Identify model content, library build and CPU features: a packed file is good only for all three."""
+    parts = (file.key(), ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(packing.FORMAT))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[PackedFile | None, str | None]:
+    """Open the packed weights of a model, making them first if need be.
+
+    Returns (packed, notice): packed None runs from the GGUF, and the notice says why if that is not simply
+    because the model has nothing to pack.
+    """
+    key = cache_key(file)
+    path = config.packed_dir() / f"{Path(file.path).stem}-{key[:16]}.pack"
+    if found := _open_sound(path, key):
+        return found, None
+    plan = packing.plan(file.header)
+    if plan is None:
+        return None, None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_builder(path):
+            if found := _open_sound(path, key):  # the other process made it while we waited
+                return found, None
+            _build(file, plan, path, key, progress)
+        return PackedFile(path, key), None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return None, f"running without packed weights, which is slower: cannot write {path.parent} ({reason}); free space or set EDGE_RT_CACHE"
+
+
+def _open_sound(path: Path, key: str) -> PackedFile | None:
+    """Open a packed file if it is there and sound; a damaged or stale one counts as absent and is overwritten."""
+    try:
+        return PackedFile(path, key)
+    except (FileNotFoundError, PackDamaged):
+        return None
+
+
+@contextlib.contextmanager
+def _only_builder(path: Path) -> Iterator[None]:
+    """Hold a lock file, so that a second process waits for the first instead of packing too."""
+    try:
+        import fcntl
+    except ImportError:  # no flock here: both build, and the atomic rename keeps that correct
+        yield
+        return
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: Progress | None) -> None:
+    """Write the packed file beside its final name, then rename it into place. Raises OSError (disk full, read-only)."""
+    needed = plan.size + 16 * memory.PAGE
+    if (free := shutil.disk_usage(path.parent).free) < needed:
+        raise OSError(28, f"{needed >> 20} MB needed, {free >> 20} MB free")
+    base = memory.address_of(file.map)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            # Checksums are known only at the end: the header's room is measured with the widest ones.
+            blank = [replace(entry, crc32=0xFFFFFFFF) for entry in plan.entries]
+            start = packing.header_size(blank, plan.size, key, str(file.path))
+            out.truncate(start + plan.size)
+            entries, done = [], 0
+            for entry, data in packing.pack_tensors(plan, file.header, base):
+                out.seek(start + entry.offset)
+                out.write(data)
+                entries.append(replace(entry, crc32=zlib.crc32(data)))
+                done += entry.nbytes
+                if progress:
+                    progress("packing", done, plan.size)
+            out.seek(0)
+            out.write(packing.write_header(entries, plan.size, key, str(file.path), start))
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _forget_stale(path, str(file.path), key)
+
+
+def _forget_stale(path: Path, model: str, key: str) -> None:
+    """Delete other packed files of the same model path (an older model, library or CPU): nobody will open them again."""
+    for other in path.parent.glob("*.pack"):
+        if other != path and packing.made_for(other) == model:
+            with contextlib.suppress(OSError):
+                other.unlink()

@@ -1,0 +1,241 @@
+"""Packed weights: the interleaved layouts ggml's CPU kernels want, made once, kept in a file, mapped in place.
+
+llama.cpp repacks at every load into anonymous memory. Here the repacked bytes are written to a page-aligned file whose pages are
+then mapped over the memory of a packed buffer: the same kernels run from page cache, in milliseconds, shared and evictable.
+A file: magic, header length, CRC-32 of the header, JSON header, padding, then one page-aligned run of tensors for each unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.core.load.units import Span, unit_name
+from edge_rt.errors import EdgeError
+from edge_rt.native import ggml, memory
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.header import Header, TensorInfo
+
+FORMAT = 1
+MAGIC = b"EDGEPACK"
+SMALL = 256 * 1024
+"""Unpackable tensors of a packed unit up to this size (norms, biases) are copied along, so that a unit is one sequential read."""
+_PREFIX = struct.Struct("<8sII")
+_ALIGNMENT = 64
+
+
+class PackDamaged(EdgeError):
+    """A packed file is cut short, altered, or of another key; it is made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a packed file: ``offset`` from the start of the data; ``packed`` in the kernels' layout or as in the GGUF."""
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    packed: bool
+    crc32: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a packed file for one model holds, and its size."""
+
+    entries: tuple[Entry, ...]
+    size: int
+
+
+def buffer_type() -> int | None:
+    """The CPU's packed buffer type, None if this build has none whose memory may be mapped from a file."""
+    return ggml.extra_buffer_types().get("CPU_REPACK")
+
+
+def plan(header: Header) -> Plan | None:
+    """Decide what to pack: every 2-D or expert weight for which the library has a kernel. None if there is nothing."""
+    packed_type = buffer_type()
+    if packed_type is None:
+        return None
+    sources = _sources(header)
+    kernels = _with_kernels(sources, packed_type)
+    if not kernels:
+        return None
+    units: dict[str, list[str]] = {}
+    for name in sources:
+        units.setdefault(unit_name(name), []).append(name)
+    entries: list[Entry] = []
+    position = 0
+    for names in units.values():
+        position = -(-position // memory.PAGE) * memory.PAGE
+        for name in names:
+            info = sources[name]
+            if name in kernels or (info.nbytes <= SMALL and name != "token_embd.weight"):
+                entries.append(Entry(name, info.type, info.shape, position, info.nbytes, name in kernels))
+                position = -(-(position + info.nbytes) // _ALIGNMENT) * _ALIGNMENT
+    return Plan(tuple(entries), -(-position // memory.PAGE) * memory.PAGE)
+
+
+def _sources(header: Header) -> dict[str, TensorInfo]:
+    """Tensors a packed file may hold, with a tied head as a tensor of its own, in file order."""
+    sources = {name: info for name, info in header.tensors.items() if name != "token_embd.weight"}
+    if "output.weight" not in sources and "token_embd.weight" in header.tensors:
+        sources["output.weight"] = header.tensors["token_embd.weight"]
+    return sources
+
+
+def _with_kernels(sources: Mapping[str, TensorInfo], packed_type: int) -> set[str]:
+    """Names for which the packed buffer finds a kernel: it says so through ``tensor->extra``."""
+    candidates = {n: i for n, i in sources.items() if n.endswith(".weight") and len(i.shape) >= 2}
+    if not candidates:
+        return set()
+    ctx = ggml.context(len(candidates))
+    probe = ggml.buffer(packed_type, max(i.nbytes for i in candidates.values()) + _ALIGNMENT)  # untouched memory costs nothing
+    base = -(-ggml.c.backend_buffer_get_base(probe.address) // _ALIGNMENT) * _ALIGNMENT
+    try:
+        found = set()
+        for name, info in candidates.items():
+            tensor = ggml.new_tensor(ctx.address, info.type, info.shape)
+            ggml.place(tensor, probe.address, base)
+            if ggml.fields(tensor).extra:
+                found.add(name)
+        return found
+    finally:
+        probe.close()
+        ctx.close()
+
+
+def pack_tensors(plan_: Plan, header: Header, base: int) -> Iterator[tuple[Entry, bytes]]:
+    """Repack one tensor at a time (memory: the largest one) from the mapped model at ``base``."""
+    packed_type = buffer_type()
+    assert packed_type is not None, "a plan is only made where the type exists"
+    sources = _sources(header)
+    for entry in plan_.entries:
+        source = base + sources[entry.name].offset
+        if not entry.packed:
+            yield entry, bytes(ggml.memory_at(source, entry.nbytes))
+            continue
+        ctx = ggml.context(1)
+        scratch = ggml.buffer(packed_type, entry.nbytes + _ALIGNMENT)
+        try:
+            place = -(-ggml.c.backend_buffer_get_base(scratch.address) // _ALIGNMENT) * _ALIGNMENT
+            tensor = ggml.new_tensor(ctx.address, entry.type, entry.shape)
+            ggml.place(tensor, scratch.address, place)
+            ggml.c.backend_tensor_set(tensor, source, 0, entry.nbytes)
+            yield entry, bytes(ggml.memory_at(place, entry.nbytes))
+        finally:
+            scratch.close()
+            ctx.close()
+
+
+def write_header(entries: Sequence[Entry], size: int, key: str, model: str, data_offset: int) -> bytes:
+    """The first pages of a packed file, padded to ``data_offset``."""
+    body = _body(entries, size, key, model, data_offset)
+    return (_PREFIX.pack(MAGIC, len(body), zlib.crc32(body)) + body).ljust(data_offset, b"\0")
+
+
+def header_size(entries: Sequence[Entry], size: int, key: str, model: str) -> int:
+    """Bytes to keep free for the header, in whole pages."""
+    return -(-(_PREFIX.size + len(_body(entries, size, key, model, 1 << 40))) // memory.PAGE) * memory.PAGE
+
+
+def _body(entries: Sequence[Entry], size: int, key: str, model: str, data_offset: int) -> bytes:
+    fields = {"format": FORMAT, "key": key, "model": model, "size": size, "data_offset": data_offset}
+    return json.dumps({**fields, "entries": [[*asdict(e).values()] for e in entries]}).encode()
+
+
+def made_for(path: Path) -> str | None:
+    """Path of the model a packed file was made from, None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return str(_read_body(file.fileno())["model"])
+    except (OSError, PackDamaged):
+        return None
+
+
+def _read_body(fd: int) -> dict[str, Any]:
+    """The JSON header. Raises PackDamaged."""
+    prefix = os.pread(fd, _PREFIX.size, 0)
+    if len(prefix) < _PREFIX.size:
+        raise PackDamaged("the packed file is cut short")
+    magic, length, crc = _PREFIX.unpack(prefix)
+    if magic != MAGIC or length > os.fstat(fd).st_size:
+        raise PackDamaged("the packed file has no header")
+    body = os.pread(fd, length, _PREFIX.size)
+    if len(body) != length or zlib.crc32(body) != crc:
+        raise PackDamaged("the packed file's header is damaged")
+    fields = json.loads(body)
+    if fields["format"] != FORMAT:
+        raise PackDamaged("the packed file is of another format")
+    if os.fstat(fd).st_size != fields["data_offset"] + fields["size"]:
+        raise PackDamaged("the packed file is cut short")
+    return dict(fields)
+
+
+class PackedFile:
+    """An open packed file. ``place`` maps it over a packed buffer and puts its tensors there."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Open and check. Raises PackDamaged, or OSError if the file is not there."""
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._closers: list[ggml.Handle] = []
+        self._mapped: tuple[int, int] | None = None
+        try:
+            fields = _read_body(self.fd)
+            if fields["key"] != key:
+                raise PackDamaged("the packed file was made from another model, library or CPU")
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.size, self.data_offset = int(fields["size"]), int(fields["data_offset"])
+        self.entries = tuple(Entry(e[0], e[1], tuple(e[2]), *e[3:]) for e in fields["entries"])
+
+    def verify(self) -> None:
+        """Read everything and compare checksums. Raises PackDamaged."""
+        for entry in self.entries:
+            if zlib.crc32(os.pread(self.fd, entry.nbytes, self.data_offset + entry.offset)) != entry.crc32:
+                raise PackDamaged(f"packed tensor {entry.name} is damaged")
+
+    def place(self, ctx: int) -> dict[str, tuple[int, Span]]:
+        """Map the data over a packed buffer and place every tensor; returns name -> (tensor, span)."""
+        packed_type = buffer_type()
+        if packed_type is None:
+            raise PackDamaged("this build has no packed buffer type")
+        room = ggml.buffer(packed_type, self.size + memory.PAGE)  # never touched: the file is mapped over it
+        base = -(-ggml.c.backend_buffer_get_base(room.address) // memory.PAGE) * memory.PAGE
+        memory.map_file(self.fd, self.size, self.data_offset, base)
+        self._mapped = (base, self.size)
+        plain = ggml.buffer_from_address(base, self.size)
+        self._closers = [plain, room]
+        placed: dict[str, tuple[int, Span]] = {}
+        for entry in self.entries:
+            tensor = ggml.new_tensor(ctx, entry.type, entry.shape)
+            ggml.c.set_name(tensor, entry.name.encode())
+            ggml.place(tensor, (room if entry.packed else plain).address, base + entry.offset)
+            if entry.packed and not ggml.fields(tensor).extra:
+                raise PackDamaged(f"the library has no kernel for packed tensor {entry.name}")
+            placed[entry.name] = (tensor, Span(base + entry.offset, entry.nbytes, self.fd, self.data_offset + entry.offset))
+        return placed
+
+    def close(self) -> None:
+        """Unmap and close. The buffer's memory is made ordinary again first: its allocator may hand it to someone else."""
+        if self._mapped:
+            address, size = self._mapped
+            memory.map_anonymous(size, address)
+            self._mapped = None
+        for closer in self._closers:
+            closer.close()
+        self._closers = []
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

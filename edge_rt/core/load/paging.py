@@ -1,0 +1,125 @@
+"""How weights come into memory for one open model: read ahead once, streamed under a budget, or paged expert by expert."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.load.prefetch import Heat, Prefetcher
+from edge_rt.core.load.residency import ExpertResidency, Pager
+from edge_rt.native import memory
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.weights import WeightStore
+
+
+class Paging:
+    """Chooses by budget: none or enough -> a prefetcher; too little -> a pager, and for a mixture an expert budget."""
+
+    def __init__(
+        self, weights: WeightStore, hyper: Hyper, budget: int | None, progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        """Raises OptionError if the budget cannot even hold the streaming window."""
+        self._weights, self._progress = weights, progress
+        self._hyper = hyper
+        self.heat = Heat()
+        self._pager: Pager | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._experts: ExpertResidency | None = None
+        dense = sum(unit.size for unit in weights.units if not unit.sparse)
+        if budget is not None and budget < weights.size:
+            sparse_budget = max(0, budget - dense) if hyper.n_expert else 0
+            pager = Pager(weights.units, budget - sparse_budget)
+            self._pager = pager
+            if hyper.n_expert:
+                self._experts = ExpertResidency(self._expert_spans(), hyper.n_expert, sparse_budget)
+        else:
+            self.warm()
+
+    @property
+    def streams(self) -> bool:
+        """Whether units must be paged between graphs."""
+        return self._pager is not None and self._pager.streams
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk by us (page faults not counted)."""
+        return (self._pager.read if self._pager else 0) + (self._prefetcher.read if self._prefetcher else 0)
+
+    @property
+    def pager(self) -> Pager | None:
+        """The pager, if the budget called for one."""
+        return self._pager
+
+    @contextlib.contextmanager
+    def holding(self, unit: str) -> Iterator[None]:
+        """Keep a unit in memory while its graph runs. Without paging this does nothing."""
+        if self._pager is None or not self._pager.streams:
+            yield
+            return
+        names = [name for name in self._pager.names if name == unit or (unit == "head" and name == "norm")]
+        for name in names:
+            self._pager.acquire(name)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._pager.done(name)
+
+    def experts_used(self, chosen: Sequence[Any]) -> None:
+        """Tell the heat which experts each layer used: arrays of ids [T, n_expert_used], one a layer."""
+        if not chosen:
+            return
+        import numpy as np
+
+        names = [
+            f"blk.{layer}.ffn_{kind}_exps.weight#{expert}"
+            for layer, ids in enumerate(chosen)
+            for expert in np.unique(ids)
+            for kind in ("gate", "up", "down")
+        ]
+        if self._experts:
+            self._experts.touched(names)
+        else:
+            self.heat.tick()
+            for name in names:
+                self.heat.touch(name)
+
+    def warm(self) -> None:
+        """Read dense units in forward order, in the background."""
+        if self._pager is None:
+            self._stop_prefetch()
+            self._prefetcher = Prefetcher(self._weights.units, self._progress)
+            self._prefetcher.start()
+
+    def cool(self) -> None:
+        """Give every page of the weights back."""
+        self._stop_prefetch()
+        for unit in self._weights.units:
+            for span in unit.spans:
+                address, size, offset = span.whole_pages
+                memory.release(address, size, span.fd, offset)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the read-ahead is done; False if the timeout (seconds) came first."""
+        return self._prefetcher.wait(timeout) if self._prefetcher else True
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._stop_prefetch()
+        if self._pager:
+            self._pager.close()
+
+    def _stop_prefetch(self) -> None:
+        if self._prefetcher:
+            self._prefetcher.stop()
+
+    def _expert_spans(self) -> dict[str, Any]:
+        return {
+            name: self._weights.span(name)
+            for layer in range(self._hyper.n_layer)
+            for kind in ("gate", "up", "down")
+            if self._weights.get(name := f"blk.{layer}.ffn_{kind}_exps.weight")
+        }

@@ -1,0 +1,128 @@
+"""The prefetch queue: reads units in the order the forward pass will touch them, ahead of it, in large sequential reads.
+
+Page faults read 4-128 KB at a time and stall the kernel that took them; a thread that reads 2 MB at a time keeps the disk busy
+while the cores compute. What is already in the page cache is not read again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from edge_rt.core.load.units import Span, Unit
+from edge_rt.native import memory
+
+CHUNK = 2 * 1024 * 1024
+_RESERVE = 64 * 1024 * 1024
+"""Free memory left to others when reading ahead."""
+
+
+def read_span(span: Span, scratch: bytearray, stop: Callable[[], bool] = lambda: False) -> int:
+    """Bring a span into memory and return the bytes that had to be read; ``stop`` is asked between chunks."""
+    read = 0
+    for start in range(0, span.size, CHUNK):
+        if stop():
+            break
+        size = min(CHUNK, span.size - start)
+        page, page_size = memory.page_span(span.address + start, size)
+        if memory.resident_bytes(page, page_size) != page_size:
+            with memoryview(scratch)[:size] as target:
+                read += os.preadv(span.fd, [target], span.offset + start)
+        memory.populate(page, page_size)
+    return read
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping (MemAvailable, or what the cgroup leaves), None where unknown."""
+    found: list[int] = []
+    try:
+        with open("/proc/meminfo") as lines:
+            found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else -1
+        return pages * memory.PAGE if pages > 0 else None
+    for limit, used in _CGROUP_MEMORY:
+        try:
+            with open(limit) as a, open(used) as b:
+                text = a.read().strip()
+                if text != "max":
+                    found.append(max(0, int(text) - int(b.read())))
+        except (OSError, ValueError):
+            continue  # no such controller here
+    return min(found) if found else None
+
+
+_CGROUP_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class Prefetcher:
+    """Reads dense units once, in order, on a thread; reports how far it is and stops when memory gets short."""
+
+    def __init__(self, units: Sequence[Unit], progress: Callable[[str, int, int], None] | None = None) -> None:
+        self._units = [unit for unit in units if not unit.sparse]
+        self._progress = progress
+        self._stop = threading.Event()
+        self.total = sum(unit.size for unit in self._units)
+        self.done = 0
+        self.read = 0
+        self._thread = threading.Thread(target=self._run, name="edge-rt-prefetch", daemon=True)
+
+    def start(self) -> None:
+        """Begin reading."""
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until everything that fits is in memory; False if the timeout (seconds) came first."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stop reading and wait for the thread."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        scratch = bytearray(CHUNK)
+        for span in self._spans():
+            free = available_memory()
+            if self._stop.is_set() or (free is not None and free < span.size + _RESERVE):
+                return
+            self.read += read_span(span, scratch, self._stop.is_set)
+            self.done += span.size
+            if self._progress:
+                self._progress("prefetch", self.done, self.total)
+
+    def _spans(self) -> Iterable[Span]:
+        for unit in self._units:
+            yield from unit.spans
+
+
+class Heat:
+    """Exponentially weighted access counts, for what is touched unevenly: experts, embedding rows, whole models."""
+
+    def __init__(self, half_life: float = 64.0) -> None:
+        self._decay = 0.5 ** (1.0 / half_life)
+        self._heat: dict[str, tuple[float, int]] = {}
+        self._clock = 0
+
+    def tick(self) -> None:
+        """A step passed."""
+        self._clock += 1
+
+    def touch(self, key: str, amount: float = 1.0) -> None:
+        """``key`` was used in this step."""
+        self._heat[key] = (self.value(key) + amount, self._clock)
+
+    def value(self, key: str) -> float:
+        """Heat now: every past touch, halved for each half-life (in steps) since."""
+        heat, when = self._heat.get(key, (0.0, self._clock))
+        return heat * self._decay ** (self._clock - when)
+
+    def coldest(self, keys: Iterable[str]) -> list[str]:
+        """Keys by rising heat."""
+        return sorted(keys, key=self.value)

@@ -1,0 +1,102 @@
+"""The weight store: tensors placed over mapped files, in four kinds of unit (embedding, each block, norm, head).
+
+Nothing is read here. A tensor's bytes come from disk when a kernel, the prefetcher or the pager touches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.load.packing import PackedFile
+from edge_rt.core.load.units import Span, Unit, merge, unit_name
+from edge_rt.errors import ModelFileError
+from edge_rt.native import ggml, memory
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.model_file import ModelFile
+
+
+class WeightStore:
+    """Every weight as a ggml tensor over mapped memory. ``packed`` None runs straight from the GGUF."""
+
+    def __init__(self, file: ModelFile, hyper: Hyper, packed: PackedFile | None = None) -> None:
+        self._file, self._packed = file, packed
+        names = list(file.header.tensors)
+        self._ctx = ggml.context(len(names) + len(packed.entries if packed else ()) + 1)
+        base = memory.address_of(file.map)
+        self._plain = ggml.buffer_from_address(base, len(file.map))
+        self._tensors: dict[str, int] = {}
+        self._spans: dict[str, Span] = {}
+        packed_names = packed.place(self._ctx.address) if packed else {}
+        for name, (tensor, span) in packed_names.items():
+            self._tensors[name], self._spans[name] = tensor, span
+        for name, info in file.header.tensors.items():
+            if name in self._tensors:
+                continue
+            tensor = ggml.new_tensor(self._ctx.address, info.type, info.shape)
+            ggml.c.set_name(tensor, name.encode())
+            ggml.place(tensor, self._plain.address, base + info.offset)
+            self._tensors[name] = tensor
+            self._spans[name] = Span(base + info.offset, info.nbytes, file.fd, info.offset)
+        self._packed_names = frozenset(packed_names)
+        self.units = tuple(self._units(hyper))
+        self._advise()
+
+    def get(self, name: str) -> int | None:
+        """Address of a tensor, None if the model has none of that name."""
+        return self._tensors.get(name)
+
+    def require(self, name: str) -> int:
+        """Address of a tensor. Raises ModelFileError."""
+        if (tensor := self._tensors.get(name)) is None:
+            raise ModelFileError(f"the model lacks the tensor {name}; the file is incomplete, download it again")
+        return tensor
+
+    def span(self, name: str) -> Span:
+        """Where a tensor's bytes are."""
+        return self._spans[name]
+
+    @property
+    def size(self) -> int:
+        """Bytes mapped over all units."""
+        return sum(unit.size for unit in self.units)
+
+    def resident(self) -> int | None:
+        """Bytes in memory now, None where the system cannot say."""
+        parts = [unit.resident() for unit in self.units]
+        return None if any(part is None for part in parts) else sum(part or 0 for part in parts)
+
+    def close(self) -> None:
+        """Unmap. No graph over these tensors may run afterwards."""
+        self._plain.close()
+        self._ctx.close()
+        if self._packed:
+            self._packed.close()
+
+    def _units(self, hyper: Hyper) -> Iterator[Unit]:
+        """Units in the order a forward pass touches them."""
+        tied = "output.weight" not in self._tensors
+        members: dict[str, list[str]] = {}
+        for name in self._tensors:
+            members.setdefault(unit_name(name), []).append(name)
+        if tied:
+            # The head is the embedding: its bytes are read whole by every step, so they count there.
+            members.setdefault("head", []).extend(n for n in members.pop("embedding", []))
+        order = ["embedding", *(f"blk.{i}" for i in range(hyper.n_layer)), "norm", "head"]
+        for unit in order:
+            names = members.get(unit, [])
+            experts = [n for n in names if "_exps." in n]
+            for part, sparse, suffix in ((names, unit == "embedding", ""), (experts, True, ".experts")):
+                chosen = [n for n in part if suffix or n not in experts]
+                if chosen:
+                    yield Unit(unit + suffix, merge([self._spans[n] for n in chosen]), sparse, any(n in self._packed_names for n in chosen))
+
+    def _advise(self) -> None:
+        """Rows and experts are touched at random: reading around them would page in neighbours nobody asked for."""
+        for unit in self.units:
+            if unit.sparse:
+                for span in unit.spans:
+                    address, size = memory.page_span(span.address, span.size)
+                    memory.advise(address, size, "random")
