@@ -1,0 +1,213 @@
+"""`edge-rt doctor`: what edge-rt found on this machine, and what stands in its way."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.cli.options import JsonOption
+from edge_rt.cli.output import size, table, write, write_json
+
+if TYPE_CHECKING:
+    from edge_rt.registry import Registry
+
+HELP = """Show what edge-rt found on this machine.
+
+Versions, the native library, processors, memory, devices, plugins, cache.
+Every device says what its figures rest on: measured on such a device, simulated, or projected from data sheets.
+The exit status is 1 if no model can run here.
+
+\b
+Examples:
+  edge-rt doctor
+  edge-rt doctor --json > report.json
+"""
+
+
+class Options(JsonOption):
+    """The command's options."""
+
+
+def run(options: Options) -> int:
+    """Look and print."""
+    found = facts()
+    if options.json:
+        write_json(found, indent=2)
+    else:
+        write(_text(found))
+    return 1 if found["problems"] else 0
+
+
+def facts() -> dict[str, Any]:
+    """Everything the command shows; ``problems`` are what keeps every model from running. Sizes in bytes."""
+    from edge_rt.cli.plugins import facts as plugin_facts
+    from edge_rt.cli.plugins import silence_warnings
+    from edge_rt.cli.report import versions
+    from edge_rt.registry import Registry
+
+    silence_warnings()
+    registry = Registry.load()
+    found: dict[str, Any] = {
+        "versions": versions(),
+        "library": _library(),
+        "processors": _processors(),
+        "memory": _memory(),
+        "devices": _devices(registry),
+        "plugins": plugin_facts(registry)["plugins"],
+        "cache": _cache(),
+    }
+    usable = [device["name"] for device in found["devices"] if device["usable"]]
+    problems = [] if usable else ["no device can be used"]
+    if not registry.engines():
+        problems.append("no engine is installed")
+    if not found["library"]["file"]:
+        problems.append(found["library"]["verdict"])
+    return {**found, "problems": problems}
+
+
+def _library() -> dict[str, Any]:
+    from edge_rt.native import abi
+
+    report = abi.report()
+    return {
+        "file": report.library,
+        "ggml": report.ggml_version,
+        "commit": report.ggml_commit,
+        "known": list(abi.KNOWN_VERSIONS),
+        "features": list(report.cpu_features),
+        "verdict": report.problem or "as expected",
+    }
+
+
+def _processors() -> dict[str, Any]:
+    import platform
+
+    from edge_rt.config import available_cpus
+
+    return {"machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": _load()}
+
+
+def _load() -> float | None:
+    """Processes that ran or waited, over the last minute; None where the system cannot say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _memory() -> dict[str, Any]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"total": memory.total, "available": memory.available, "cgroup_limit": _cgroup_limit(memory.total), "lockable": _lockable()}
+
+
+def _cgroup_limit(total: int) -> int | None:
+    """The cgroup's limit in bytes, None without one (a version 1 cgroup says so with a huge number)."""
+    for path in _CGROUP_LIMITS:
+        try:
+            limit = int(Path(path).read_text())
+        except (OSError, ValueError):
+            continue
+        return limit if limit < total else None
+    return None
+
+
+def _lockable() -> int | None:
+    """Bytes this process may lock in memory, which --memory needs; None: no limit, or unknown."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _devices(registry: Registry) -> list[dict[str, Any]]:
+    from edge_rt.hooks import Refusal
+
+    found = []
+    for name, device in registry.devices().items():
+        answer = registry.probe(name)
+        usable = not isinstance(answer, Refusal)
+        found.append({"name": name, "plugin": device.plugin, "usable": usable, **asdict(answer)})
+    return found
+
+
+def _cache() -> dict[str, Any]:
+    from edge_rt import catalog
+    from edge_rt.config import cache_dir, models_dir, packed_dir
+
+    folder = cache_dir()
+    return {
+        "folder": str(folder),
+        "writable": _writable(folder),
+        "models": _bytes(models_dir()),
+        "packed": _bytes(packed_dir()),
+        "installed": [model.name for model in catalog.installed()],
+    }
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a file can really be made there (permission bits say little on a read-only file system, or to root)."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+# ---- as text ---------------------------------------------------------------------------------------------------------
+
+
+def _text(found: dict[str, Any]) -> str:
+    library, cpus, memory, cache = (found[key] for key in ("library", "processors", "memory", "cache"))
+    sections: dict[str, list[tuple[str, ...]]] = {
+        "Versions": list(found["versions"].items()),
+        "Native library": [
+            ("folder", library["file"] or "not found"),
+            ("ggml", f"{library['ggml']} ({library['commit']}); known: {', '.join(library['known'])}"),
+            ("verdict", library["verdict"]),
+            ("built for", ", ".join(library["features"]) or "nothing beyond the baseline"),
+        ],
+        "Processors": [
+            ("machine", cpus["machine"]),
+            ("available", f"{cpus['available']} of {cpus['installed']}"),
+            ("load", f"{cpus['load']:.2f}" if cpus["load"] is not None else "unknown"),
+        ],
+        "Memory": [
+            ("available", f"{size(memory['available'])} of {size(memory['total'])}"),
+            ("cgroup limit", size(memory["cgroup_limit"]) if memory["cgroup_limit"] is not None else "none"),
+            ("lockable", size(memory["lockable"]) if memory["lockable"] is not None else "no limit"),
+        ],
+        "Devices": [row for device in found["devices"] for row in _device_rows(device)],
+        "Plugins": [(plugin["name"], plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])) for plugin in found["plugins"]],
+        "Cache": [
+            ("folder", cache["folder"] + ("" if cache["writable"] else "  NOT WRITABLE: set EDGE_RT_CACHE to another folder")),
+            ("models", f"{size(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
+            ("packed weights", size(cache["packed"])),
+        ],
+        "Problems": [(problem,) for problem in found["problems"]],
+    }
+    return "\n".join(f"{title}\n{table(rows, '  ')}" for title, rows in sections.items() if rows)
+
+
+def _device_rows(device: dict[str, Any]) -> list[tuple[str, ...]]:
+    if not device["usable"]:
+        return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
+    return [
+        (device["name"], f"{device['description']}, {size(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
+        ("", f"engines {', '.join(device['engines'])}; features {', '.join(device['features']) or 'none stated'}"),
+    ]

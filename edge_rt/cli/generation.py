@@ -1,0 +1,284 @@
+"""What `run` and `chat` share: from the command line to a request, and from events to text or JSON."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
+from edge_rt.cli.output import ProgressBar, say, write, write_json
+from edge_rt.errors import ConstraintError, OptionError
+from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, SamplingParams
+
+if TYPE_CHECKING:
+    from edge_rt.runtime import Model
+    from edge_rt.session import Session
+
+Show = Callable[[Iterable[Event]], tuple[str, Done]]
+
+
+# ---- from the command line -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(options: ModelOptions) -> Iterator[Model]:
+    """Open the model the options name, with a progress bar."""
+    from edge_rt.catalog import resolve
+
+    path = resolve(options.model)
+    memory = parse_size(options.memory, "--memory") if options.memory is not None else None
+    if options.verbose:
+        _log_to_stderr()
+    import edge_rt
+
+    progress = ProgressBar()
+    started = time.perf_counter()
+    try:
+        model = edge_rt.open(
+            path,
+            engine=options.engine,
+            device=options.device,
+            context=options.ctx,
+            threads=options.threads,
+            memory=memory,
+            pack=not options.no_pack,
+            key_type=options.key_type,  # type: ignore[arg-type]  # one of the choices that check() allows
+            progress=progress,
+        )
+    finally:
+        progress.finish()
+    with model:
+        if options.verbose:
+            info = model.info
+            say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}; opened in {time.perf_counter() - started:.3f} s]")
+        yield model
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+
+
+def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateOptions:
+    """The request's options. Raises OptionError, ConstraintError."""
+    return GenerateOptions(
+        max_tokens=options.max_tokens,
+        stop=tuple(_not_empty(text, "--stop") for text in options.stop),
+        sampling=SamplingParams(
+            temperature=options.temp,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            typical_p=options.typical,
+            repeat_penalty=options.repeat_penalty,
+            repeat_last_n=options.repeat_last_n,
+            frequency_penalty=options.frequency_penalty,
+            presence_penalty=options.presence_penalty,
+            dry_multiplier=options.dry_multiplier,
+            dry_base=options.dry_base,
+            dry_allowed_length=options.dry_allowed_length,
+            dry_penalty_last_n=options.dry_penalty_last_n,
+            seed=options.seed,
+            logit_bias=dict(map(_bias, options.logit_bias)),
+        ),
+        grammar=_grammar(options),
+        json_schema=_schema(options),
+        logprobs=logprobs,
+        speculate=options.speculate,
+        post=tuple(_not_empty(name.strip(), "--post") for name in options.post.split(",")) if options.post is not None else (),
+        ignore_eos=options.ignore_eos,
+    )
+
+
+def read_text(name: str, what: str) -> str:
+    """The text of a file, or of standard input for ``-``. Raises OptionError."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise OptionError(f"cannot read {what} from {name}: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{what} in {name} is not UTF-8 (byte {error.start}); convert it first, for example with iconv") from error
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise OptionError for a text that is empty or was not UTF-8 on the command line."""
+    if not text.strip():
+        raise OptionError(f"{what} is empty; give the model something to answer")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{what} is not UTF-8 (character {error.start}); check the terminal's encoding") from error
+
+
+def _not_empty(text: str, flag: str) -> str:
+    if not text:
+        raise OptionError(f"{flag} takes a text that is not empty")
+    return text
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """``42+1.5`` or ``42-inf`` as (token id, bias)."""
+    sign = max(text.find("+"), text.find("-"))
+    try:
+        if sign < 1:
+            raise ValueError
+        return int(text[:sign]), float(text[sign:])
+    except ValueError:
+        raise OptionError(f"--logit-bias takes a token id and a signed number, as 42+1.5, and not {text!r}") from None
+
+
+def _or_file(text: str, what: str) -> str:
+    return read_text(text[1:], what) if text.startswith("@") else text
+
+
+def _grammar(options: GenerationOptions) -> str | None:
+    if options.grammar is not None and options.grammar_file is not None:
+        raise OptionError("--grammar and --grammar-file contradict each other; give one of them")
+    if options.grammar_file is not None:
+        return read_text(options.grammar_file, "the grammar")
+    return _or_file(options.grammar, "the grammar") if options.grammar is not None else None
+
+
+def _schema(options: GenerationOptions) -> Mapping[str, Any] | None:
+    if options.json_schema is None:
+        return None
+    if options.grammar is not None or options.grammar_file is not None:
+        raise OptionError("--json-schema and a grammar contradict each other; give one of them")
+    import json
+
+    try:
+        schema = json.loads(_or_file(options.json_schema, "the JSON schema"))
+    except json.JSONDecodeError as error:
+        raise ConstraintError(f"--json-schema is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise ConstraintError("--json-schema is not a JSON object; a schema that allows everything is {}")
+    return schema
+
+
+# ---- to the terminal -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def cancelling(cancel: Callable[[], None]) -> Iterator[list[int]]:
+    """While it lasts Ctrl-C calls ``cancel``, a second one raises KeyboardInterrupt; yields a list that is empty until the first."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        cancel()
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread, which alone may set handlers: Ctrl-C goes elsewhere
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Answer(NamedTuple):
+    """A finished answer: its text, its last event, and whether Ctrl-C ended it."""
+
+    text: str
+    done: Done
+    interrupted: bool
+
+
+def answer(session: Session, prompt: str | Sequence[Message], request: GenerateOptions, show: Show) -> Answer:
+    """Answer a prompt and show the events; Ctrl-C ends the answer early."""
+    events = session.generate(prompt, request)
+    # The request ends here whatever happens: a generator that a traceback keeps alive would hold the session.
+    with closing(cast("Generator[Event]", events)), cancelling(session.cancel) as interrupts:
+        text, done = show(events)
+    return Answer(text, done, bool(interrupts))
+
+
+def show_text(events: Iterable[Event]) -> tuple[str, Done]:
+    """Stream an answer to standard output, notices to standard error; returns the whole text and the last event."""
+    parts: list[str] = []
+    for event in events:
+        if isinstance(event, Delta):
+            if event.text:
+                parts.append(event.text)
+                write(event.text)
+        elif isinstance(event, Notice):
+            say(f"note: {event.message}")
+        elif isinstance(event, Done):
+            _say_context(event)
+            return "".join(parts), event
+    raise AssertionError("the answer ended without a Done event")
+
+
+def show_json(events: Iterable[Event]) -> tuple[str, Done]:
+    """One JSON object a line for every event; returns the whole text and the last event."""
+    parts: list[str] = []
+    for event in events:
+        write_json(record(event))
+        if isinstance(event, Delta):
+            parts.append(event.text)
+        elif isinstance(event, Done):
+            return "".join(parts), event
+    raise AssertionError("the answer ended without a Done event")
+
+
+_NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: "notice", Done: "done"}
+
+
+def record(event: Event) -> dict[str, Any]:
+    """An event as JSON: its fields and ``event``, its kind. Times are in seconds."""
+    found = {"event": _NAMES[type(event)], **asdict(event)}
+    if isinstance(event, Delta) and not event.logprobs:
+        del found["logprobs"]
+    if isinstance(event, Done):
+        found["timings"]["total"] = event.timings.total
+        found["timings"]["tokens_per_second"] = decode_rate(event)
+    return found
+
+
+def decode_rate(done: Done) -> float | None:
+    """Tokens a second after the first one; None where there are too few to tell."""
+    more = done.usage.completion_tokens - 1
+    return more / done.timings.decode if more > 0 and done.timings.decode > 0 else None
+
+
+def facts(done: Done) -> str:
+    """One line about an answer: tokens, rates, context."""
+    use, times, context = done.usage, done.timings, done.context
+    computed = use.prompt_tokens - use.reused_tokens
+    parts = [f"context {context.used} of {context.allowed}", f"prompt {use.prompt_tokens} tokens"]
+    if use.reused_tokens:
+        parts[-1] += f", {use.reused_tokens} of them reused"
+    if computed > 0 and times.prompt > 0:
+        parts[-1] += f" ({computed / times.prompt:.0f}/s)"
+    rate = decode_rate(done)
+    parts.append(f"answer {use.completion_tokens} tokens" + (f" ({rate:.1f}/s)" if rate else ""))
+    if use.drafted_tokens:
+        parts.append(f"{use.accepted_tokens} of {use.drafted_tokens} drafted tokens right")
+    parts.append(f"first token after {times.first_token:.3f} s")
+    return f"[{'; '.join(parts)}; {done.reason.replace('_', ' ')}; seed {done.seed}]"
+
+
+def _say_context(done: Done) -> None:
+    """What the context policy did is never silent."""
+    use = done.context
+    if done.reason == "context_full":
+        say(f"note: the answer ends because the context of {use.allowed} tokens is full; --ctx N allows more, where the model does")
+    for count, what in (
+        (use.evicted_segments, "segments of the history were left out"),
+        (use.recalled_segments, "segments of the history were brought back"),
+        (use.pruned_cells, "cells of the cache were pruned"),
+    ):
+        if count:
+            say(f"note: {count} {what} ({use.policy})")

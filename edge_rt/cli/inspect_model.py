@@ -1,0 +1,184 @@
+"""`edge-rt inspect`: what a model file holds, and how much of it is in memory. Needs no engine and runs none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.cli.options import JsonOption, argument, option
+from edge_rt.cli.output import size, table, write, write_json
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.header import TensorInfo
+    from edge_rt.core.load.model_file import ModelFile
+
+HELP = """Show what a model file holds.
+
+Facts, units, tensor types and sizes, and how much of it is in memory now.
+Units are what edge-rt reads, keeps and releases together: the embedding, each transformer block, the norm and the head.
+A unit's blocks are the pages it covers; resident are those the system holds in memory.
+
+\b
+Examples:
+  edge-rt inspect model.gguf
+  edge-rt inspect smollm2 --tensors
+  edge-rt inspect smollm2 --json | jq .units
+"""
+
+_FACTS = ("name", "type", "size_label", "quantization_version", "file_type", "license")
+_SIZES = (
+    ("context_length", "context"),
+    ("embedding_length", "width"),
+    ("block_count", "blocks"),
+    ("feed_forward_length", "feed-forward"),
+    ("attention.head_count", "heads"),
+    ("attention.head_count_kv", "KV heads"),
+    ("expert_count", "experts"),
+    ("expert_used_count", "experts used"),
+    ("rope.freq_base", "rope base"),
+)
+
+
+class Options(JsonOption):
+    """The command's options."""
+
+    file: str = argument(metavar="MODEL", help="GGUF file, or a name from `edge-rt models`.")
+    tensors: bool = option(False, "--tensors", "List every tensor.")
+
+
+def run(options: Options) -> int:
+    """Look and print."""
+    from edge_rt.catalog import resolve
+    from edge_rt.core.load.model_file import ModelFile
+
+    with ModelFile.open(resolve(options.file)) as model:
+        found = facts(model, tensors=options.tensors)
+    if options.json:
+        write_json(found, indent=2)
+    else:
+        write(_text(found))
+    return 0
+
+
+def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
+    """Everything the command shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
+    header = model.header
+    found: dict[str, Any] = {
+        "path": str(Path(model.path).absolute()),
+        "bytes": header.file_size,
+        "gguf_version": header.version,
+        "alignment": header.alignment,
+        "architecture": header.architecture,
+        "parameters": sum(_elements(tensor) for tensor in header.tensors.values()),
+        "metadata": {key: header.get(f"general.{key}") for key in _FACTS if f"general.{key}" in header},
+        "sizes": {
+            name: header.get(f"{header.architecture}.{key}") for key, name in _SIZES if f"{header.architecture}.{key}" in header
+        },
+        "vocabulary": header.count("tokenizer.ggml.tokens"),
+        "tokenizer": header.get("tokenizer.ggml.model"),
+        "chat_template": "tokenizer.chat_template" in header,
+        "types": _types(header.tensors.values()),
+        "units": _units(model),
+    }
+    if tensors:
+        found["tensors"] = [
+            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "offset": t.offset, "bytes": t.nbytes}
+            for t in header.tensors.values()
+        ]
+    return found
+
+
+def _elements(tensor: TensorInfo) -> int:
+    import math
+
+    return math.prod(tensor.shape)
+
+
+def _types(tensors: Any) -> list[dict[str, Any]]:
+    """Tensor types by bytes, largest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for tensor in tensors:
+        entry = found.setdefault(tensor.type_name, {"type": tensor.type_name, "tensors": 0, "parameters": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += _elements(tensor)
+        entry["bytes"] += tensor.nbytes
+    return sorted(found.values(), key=lambda entry: -int(entry["bytes"]))
+
+
+def _units(model: ModelFile) -> list[dict[str, Any]]:
+    """Units in file order of their first tensor, with the pages they cover and those in memory."""
+    from edge_rt.core.load.units import unit_name
+    from edge_rt.native import memory
+
+    base = memory.address_of(model.map)
+    grouped: dict[str, list[TensorInfo]] = {}
+    for tensor in model.header.tensors.values():
+        grouped.setdefault(unit_name(tensor.name), []).append(tensor)
+    found = []
+    for name, tensors in sorted(grouped.items(), key=lambda entry: _place(entry[0])):
+        spans = _page_runs(base, tensors)
+        resident = [memory.resident_bytes(*span) for span in spans]
+        size_ = sum(tensor.nbytes for tensor in tensors)
+        found.append(
+            {
+                "unit": name,
+                "tensors": len(tensors),
+                "blocks": sum(span[1] for span in spans) // memory.PAGE,
+                "bytes": size_,
+                "resident": None if None in resident else min(size_, sum(part or 0 for part in resident)),
+                "types": sorted({tensor.type_name for tensor in tensors}),
+            }
+        )
+    return found
+
+
+def _place(unit: str) -> tuple[int, int]:
+    """Units in the order a forward pass touches them."""
+    if unit.startswith("blk."):
+        number = unit.removeprefix("blk.")
+        return (1, int(number) if number.isdecimal() else 0)
+    return ({"embedding": 0, "norm": 2, "head": 3}.get(unit, 4), 0)
+
+
+def _page_runs(base: int, tensors: list[TensorInfo]) -> list[tuple[int, int]]:
+    """The runs of whole pages that cover tensors, as (address, bytes), without counting a page twice."""
+    from edge_rt.native import memory
+
+    runs: list[tuple[int, int]] = []
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        start, length = memory.page_span(base + tensor.offset, tensor.nbytes)
+        if runs and start <= runs[-1][0] + runs[-1][1]:
+            first = runs[-1][0]
+            runs[-1] = (first, max(runs[-1][1], start + length - first))
+        else:
+            runs.append((start, length))
+    return runs
+
+
+def _text(found: dict[str, Any]) -> str:
+    units = found["units"]
+    resident = [unit["resident"] for unit in units]
+    in_memory = "" if None in resident else f", {size(sum(resident))} of the weights in memory"
+    rows: list[tuple[str, ...]] = [
+        ("file", f"{found['path']}  ({size(found['bytes'])}{in_memory})"),
+        ("format", f"GGUF {found['gguf_version']}, tensors aligned to {found['alignment']}"),
+        ("model", f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters"),
+        *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
+        *((name, str(value)) for name, value in found["sizes"].items()),
+        ("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})"),
+        ("chat template", "yes" if found["chat_template"] else "no; run with --raw"),
+    ]
+    text = table(rows) + "\n"
+    text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"),
+                   *((t["type"], str(t["tensors"]), str(t["parameters"]), size(t["bytes"])) for t in found["types"])]) + "\n"  # fmt: skip
+    text += table([("UNIT", "TENSORS", "BLOCKS", "SIZE", "RESIDENT", "TYPES"), *map(_unit_row, units)])
+    if "tensors" in found:
+        text += "\n" + table([("TENSOR", "SHAPE", "TYPE", "OFFSET", "SIZE"),
+                              *((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), size(t["bytes"]))
+                                for t in found["tensors"])])  # fmt: skip
+    return text
+
+
+def _unit_row(unit: dict[str, Any]) -> tuple[str, ...]:
+    share = "unknown" if unit["resident"] is None else f"{unit['resident'] / max(1, unit['bytes']):.0%}"
+    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), size(unit["bytes"]), share, " ".join(unit["types"]))
