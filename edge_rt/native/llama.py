@@ -214,10 +214,13 @@ class Vocab:
 
     @classmethod
     def adopt(cls, model_pointer: int, owner: object) -> Vocab:
-        """The vocabulary of a model another engine opened: ``owner`` is kept alive, the model is not freed."""
-        initialise()
+        """The vocabulary of a model another engine opened: ``owner`` is kept alive, the model is not freed.
+
+        Works with a library whose version is unknown, where ``load`` refuses: the functions a vocabulary needs are old and stable.
+        """
         if not model_pointer:
             raise NativeError("cannot adopt the vocabulary of a model that is not open")
+        logs.install()
         return cls(None, model_pointer, owner)
 
     @property

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from edge_rt.native.libs import Bindings, libraries
 
-logger = logging.getLogger("edge_rt.native")
-logger.addHandler(logging.NullHandler())  # without it, logging prints warnings to stderr in a program that configured nothing
+if TYPE_CHECKING:
+    import logging
 
 _P = ctypes.c_void_p
 c = Bindings("llama_")
@@ -29,7 +31,8 @@ _Callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _P)
 c.declare("log_set", None, _P, _P)
 
 # enum ggml_log_level { NONE = 0, DEBUG = 1, INFO = 2, WARN = 3, ERROR = 4, CONT = 5 };  CONT goes on with the line before
-_LEVELS = {0: logging.INFO, 1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_DEBUG, _INFO, _WARNING, _ERROR = 10, 20, 30, 40  # those of logging, which costs 5 ms to import: not before there is a line
+_LEVELS = {0: _INFO, 1: _DEBUG, 2: _INFO, 3: _WARNING, 4: _ERROR}
 
 _recent: deque[str] = deque(maxlen=32)
 
@@ -39,11 +42,21 @@ class _Partial(threading.local):
 
     def __init__(self) -> None:
         self.text = ""
-        self.level = logging.INFO
+        self.level = _INFO
         self.listeners: list[list[str]] = []
 
 
 _partial = _Partial()
+
+
+@lru_cache(maxsize=1)
+def logger() -> logging.Logger:
+    """The logger ``edge_rt.native``."""
+    import logging
+
+    found = logging.getLogger("edge_rt.native")
+    found.addHandler(logging.NullHandler())  # without it, logging prints warnings to stderr in a program that configured nothing
+    return found
 
 
 def _emit(text: str, level: int) -> None:
@@ -51,11 +64,11 @@ def _emit(text: str, level: int) -> None:
     text = text.rstrip()
     if not text:
         return
-    if level >= logging.ERROR:
+    if level >= _ERROR:
         _recent.append(text)
         for listener in _partial.listeners:
             listener.append(text)
-    logger.log(level, "%s", text)
+    logger().log(level, "%s", text)
 
 
 def _on_log(native_level: int, text: bytes | None, _user_data: int | None) -> None:
@@ -86,7 +99,7 @@ def muted() -> Iterator[None]:
     touches nothing and returns a constant, and C calling conventions let a callee ignore what it is passed.
     Errors are lost meanwhile: a caller that sees a failure repeats the call unmuted, to learn why.
     """
-    if logger.isEnabledFor(logging.INFO):
+    if "logging" in sys.modules and logger().isEnabledFor(_INFO):
         yield
         return
     c.log_set(ctypes.cast(libraries()[0]["llama_max_devices"], _P), None)
