@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_rt.cli.options import CommandOptions, argument, option
-from edge_rt.cli.output import ProgressBar, say, size, write
+from edge_rt.cli.output import ProgressBar, say, write
 from edge_rt.errors import OptionError
 
 HELP = """Fetch a model into the cache.
@@ -44,6 +44,5 @@ def run(options: Options) -> int:
         progress.finish()
     if "://" in options.name and options.sha256 is None:
         say(f"note: nothing says that this is the right file; with --sha256 {sha256_of(path)} a later pull would make sure")
-    say(f"{size(path.stat().st_size)} in")
     write(f"{path}\n")
     return 0

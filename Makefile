@@ -1,0 +1,44 @@
+# Every target works alone on a fresh machine with Python >= 3.10 and a C++ compiler, and sets up what it needs once.
+PYTHON ?= python3
+PROMPT ?= Explain in two sentences why the sky is blue.
+BIN := .venv/bin
+# A mirror configured for pip is a mirror for the models too.
+INDEX = EDGE_RT_INDEX="$${EDGE_RT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}}"
+
+.PHONY: help run test check bench docs clean
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
+	@$(INDEX) $(BIN)/edge-rt pull smollm2 >/dev/null
+	@echo "> $(PROMPT)"
+	@$(BIN)/edge-rt run "$$PROMPT"
+
+test: .venv/.ready-dev  ## set up, run all tests
+	$(INDEX) $(BIN)/python -m pytest
+
+check: .venv/.ready-dev  ## lint, types, generated docs, links
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/generate_cli_doc.py --check
+	$(BIN)/python tools/check_links.py
+
+bench: .venv/.ready-dev  ## compare with llama-cpp-python, as docs/performance.md tells
+	$(INDEX) $(BIN)/edge-rt pull smollm2 >/dev/null
+	$(BIN)/python -m bench
+
+docs: .venv/.ready-dev  ## write the generated docs
+	$(BIN)/python tools/generate_cli_doc.py
+
+clean:  ## remove .venv and what tools leave (not the models in the cache)
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+export PROMPT
+
+.venv/.ready: pyproject.toml tools/setup.sh
+	tools/setup.sh $(PYTHON)
+	@touch $@
+
+.venv/.ready-dev: pyproject.toml tools/setup.sh
+	tools/setup.sh $(PYTHON) dev
+	@touch $@ .venv/.ready
