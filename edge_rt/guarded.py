@@ -127,20 +127,19 @@ class PluginPostProcessorFactory:
         """Must the stream stop if the post-processor raises?"""
         return self.factory.fails_closed
 
-    def make(self) -> PluginPostProcessor:
+    def start(self) -> PluginPostProcessor:
         """A post-processor for one stream. Raises PluginError."""
         made = _call(self.plugin, f"making post-processor {self.name}", (PostProcessor,), self.factory.make)
-        return PluginPostProcessor(self.plugin, self.name, made)
+        return PluginPostProcessor(self.plugin, self.name, self.fails_closed, made)
 
 
 class PluginPostProcessor:
     """A post-processor whose exceptions name its plugin; costs one more Python call a piece of text."""
 
-    __slots__ = ("_feed", "_flush", "name", "plugin")
+    __slots__ = ("_feed", "_flush", "fails_closed", "name", "plugin")
 
-    def __init__(self, plugin: str, name: str, processor: PostProcessor) -> None:
-        self.plugin = plugin
-        self.name = name
+    def __init__(self, plugin: str, name: str, fails_closed: bool, processor: PostProcessor) -> None:
+        self.plugin, self.name, self.fails_closed = plugin, name, fails_closed
         self._feed = processor.feed
         self._flush = processor.flush
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     import typer
 
     from edge_rt.config import available_cpus
+    from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
+    from edge_rt.core.ggml_engine import unsupported as ggml_unsupported
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
@@ -62,6 +64,8 @@ Basis = Literal["measured", "simulated", "projected", "unknown"]
 _LAZY = {
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
+    "ggml_unsupported": ("edge_rt.core.ggml_engine", "unsupported"),
+    "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
     "install_native_log": ("edge_rt.native.logs", "install"),
     "recent_native_errors": ("edge_rt.native.logs", "recent_errors"),
 }
@@ -158,55 +162,11 @@ class EngineFactory(Protocol):
         ...
 
     def open(self, model: ModelFile, options: EngineOptions) -> Engine:
-        """Open the model. Raises the errors of ``edge_rt.errors``; AbiMismatch makes the runtime try the next engine."""
-        ...
+        """Open the model. Raises the errors of ``edge_rt.errors``; AbiMismatch makes the runtime try the next engine.
 
-
-class Vocabulary(Protocol):
-    """Text to tokens and back.
-
-    The runtime makes one from the model file. An engine whose text does not come from there has an attribute ``vocabulary``,
-    and an engine that holds a model of libllama an attribute ``llama_model`` (its address), from which one is made.
-    """
-
-    @property
-    def n_tokens(self) -> int:
-        """Size of the vocabulary; tokens are 0 to n_tokens - 1."""
-        ...
-
-    @property
-    def bos(self) -> int | None:
-        """Begin-of-text token."""
-        ...
-
-    @property
-    def eos(self) -> int | None:
-        """End-of-text token."""
-        ...
-
-    @property
-    def eot(self) -> int | None:
-        """End-of-turn token."""
-        ...
-
-    def tokenize(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
-        """Tokens of a text. ``special`` reads the text of special tokens as them; ``bos`` None does as the model asks."""
-        ...
-
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """A token's bytes (not always whole UTF-8); control tokens are empty unless ``special``."""
-        ...
-
-    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
-        """The bytes of tokens, joined."""
-        ...
-
-    def is_eog(self, token: int) -> bool:
-        """Does the token end a generation?"""
-        ...
-
-    def is_control(self, token: int) -> bool:
-        """Is the token one that is not text?"""
+        The runtime reads the vocabulary from the model file. An engine can spare it that: by an attribute ``llama_model``,
+        the address of libllama's model, or by an attribute ``vocab``, an object with the methods of the runtime's own.
+        """
         ...
 
 
@@ -337,11 +297,12 @@ __all__ = [
     "SessionFileError",
     "UnsupportedModel",
     "UserError",
-    "Vocabulary",
     "Wanted",
     "available_cpus",
+    "ggml_unsupported",
     "hookimpl",
     "hookspec",
     "install_native_log",
+    "open_ggml_engine",
     "recent_native_errors",
 ]

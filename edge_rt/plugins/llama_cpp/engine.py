@@ -1,0 +1,311 @@
+"""libllama behind the engine protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_rt.hooks import (
+    ContextError,
+    EngineInfo,
+    Logits,
+    MemoryReport,
+    NativeError,
+    OptionError,
+    OutOfMemory,
+    Part,
+    SessionFileError,
+    recent_native_errors,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from edge_rt.hooks import ModelFile
+
+CHUNK = 512
+"""Tokens a call of llama_decode takes: its default physical batch."""
+
+# magic, layout version, cells, bytes of payload, digest of the payload, digest of what it belongs to
+_HEADER = struct.Struct("<8sIIQ16s16s")
+_MAGIC = b"ERTLLAMA"
+_LAYOUT = 1
+
+
+class LlamaCppEngine:
+    """A libllama model with one context. ``llama_model`` is the address of its ``llama_model``, for the vocabulary."""
+
+    def __init__(
+        self, lib: Any, model: ModelFile, pointer: int, context: Any, buffers: dict[str, int], max_context: int, key_type: str
+    ) -> None:
+        """Take over ``pointer`` and ``context``; ``buffers`` are bytes by kind: KV, RS, compute, output."""
+        self.llama_model = pointer
+        self.info = EngineInfo(
+            engine="llama_cpp",
+            architecture=model.header.architecture,
+            n_vocab=lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(pointer)),
+            n_layer=lib.llama_model_n_layer(pointer),
+            n_embd=lib.llama_model_n_embd(pointer),
+            train_context=lib.llama_model_n_ctx_train(pointer),
+            max_context=max_context,
+            chunk=CHUNK,
+        )
+        self._lib = lib
+        self._model = model
+        self._key_type = key_type
+        self._context = context
+        self._buffers = buffers
+        self._batch = _Batch(lib.llama_batch_init(CHUNK, 0, 1))
+        self._release = weakref.finalize(self, _release, lib, self._batch.native, context, pointer)
+        self._cells = lib.llama_get_memory(context)
+        # A state of fixed size instead of cells: it cannot be cut, only dropped.
+        self._indivisible = lib.llama_model_is_recurrent(pointer) or lib.llama_model_is_hybrid(pointer)
+        self._window = lib.llama_model_n_swa(pointer)
+        self._free_slots = list(range(lib.llama_n_seq_max(context) - 1, -1, -1))
+        self._slots: dict[int, int] = {}  # sequence -> libllama's number for it
+        self._lengths: dict[int, int] = {}
+        self._next = 0  # numbers are never handed out twice: use of a freed sequence is an error, not someone else's text
+
+    # ---- sequences ---------------------------------------------------------------------------------------------------
+
+    def new_sequence(self) -> int:
+        """Open an empty sequence. Raises OutOfMemory when as many are open as ``llama_cpp.sequences`` allows."""
+        self._check_open()
+        if not self._free_slots:
+            raise OutOfMemory(f"all {len(self._slots)} sequences of the llama_cpp engine are in use; close a session")
+        sequence, self._next = self._next, self._next + 1
+        self._slots[sequence] = self._free_slots.pop()
+        self._lengths[sequence] = 0
+        return sequence
+
+    def fork_sequence(self, sequence: int, length: int) -> int:
+        """Open a sequence that starts with the first ``length`` cells of another. Raises ContextError where the model cannot."""
+        source = self._slot(sequence)
+        self._check_cut(sequence, length)
+        new = self.new_sequence()
+        if length:
+            self._lib.llama_memory_seq_cp(self._cells, source, self._slots[new], 0, length)
+            self._lengths[new] = length
+        return new
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the cells from ``length`` on. Raises ContextError where the model cannot."""
+        slot = self._slot(sequence)
+        self._check_cut(sequence, length)
+        if length < self._lengths[sequence]:
+            if not self._lib.llama_memory_seq_rm(self._cells, slot, length, -1):
+                raise ContextError(f"{self.info.architecture} models cannot go back to token {length}; start the session anew")
+            self._lengths[sequence] = length
+
+    def free_sequence(self, sequence: int) -> None:
+        """Release a sequence's cells for others; the cache itself stays as it is."""
+        slot = self._slot(sequence)
+        self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)
+        del self._slots[sequence], self._lengths[sequence]
+        self._free_slots.append(slot)
+
+    def length(self, sequence: int) -> int:
+        """Cells in use."""
+        self._slot(sequence)
+        return self._lengths[sequence]
+
+    def _slot(self, sequence: int) -> int:
+        self._check_open()
+        if sequence not in self._slots:
+            raise ValueError(f"there is no sequence {sequence}")
+        return self._slots[sequence]
+
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise NativeError("the engine is closed; open the model again")
+
+    def _check_cut(self, sequence: int, length: int) -> None:
+        """Raise ValueError, or ContextError if the model does not keep what a sequence cut to ``length`` needs."""
+        held = self._lengths[sequence]
+        if not 0 <= length <= held:
+            raise ValueError(f"sequence {sequence} has {held} cells, not {length}")
+        if length in (0, held):
+            return
+        oldest = self._lib.llama_memory_seq_pos_min(self._cells, self._slots[sequence])
+        if self._indivisible or (self._window and oldest > max(0, length - self._window)):
+            raise ContextError(f"{self.info.architecture} models cannot go back to token {length} of {held}; start the session anew")
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+        """Feed every part and return its logits, as ``Engine.step`` says. More than 512 tokens go to libllama in several calls.
+
+        Raises ContextError or OutOfMemory (then no sequence has changed), ModelChanged, NativeError.
+        """
+        self._check_open()
+        self._model.check_unchanged()
+        if len({part.sequence for part in parts}) < len(parts):
+            raise OptionError("a step names the same sequence twice; join its tokens into one part")
+        arrays = [self._checked(part) for part in parts]
+        if not any(map(len, arrays)):
+            return [None] * len(parts)
+        tokens = np.concatenate(arrays)
+        pairs = list(zip(parts, arrays, strict=True))
+        positions = np.concatenate([self._lengths[part.sequence] + np.arange(len(array), dtype=np.int32) for part, array in pairs])
+        slots = np.repeat([self._slots[part.sequence] for part in parts], [len(array) for array in arrays]).astype(np.int32)
+        wanted = np.concatenate([_wanted(part, len(array)) for part, array in pairs])
+        logits = np.empty((int(wanted.sum()), self.info.n_vocab), dtype=np.float32)
+        try:
+            done = 0
+            for start in range(0, len(tokens), CHUNK):
+                chunk = slice(start, start + CHUNK)
+                self._batch.fill(tokens[chunk], positions[chunk], slots[chunk], wanted[chunk])
+                rows = int(wanted[chunk].sum())
+                self._decode(logits[done : done + rows])
+                done += rows
+        except BaseException:
+            self._undo([part.sequence for part in parts])
+            raise
+        results: list[Logits | None] = []
+        row = 0
+        for part, array in pairs:
+            self._lengths[part.sequence] += len(array)
+            rows = {"none": 0, "last": min(1, len(array)), "all": len(array)}[part.logits]
+            results.append(logits[row : row + rows] if rows else None)
+            row += rows
+        return results
+
+    def _checked(self, part: Part) -> npt.NDArray[np.int32]:
+        """A part's tokens as int32 [n]. Raises OptionError, ContextError if the sequence would outgrow the context."""
+        self._slot(part.sequence)
+        tokens = np.asarray(part.tokens, dtype=np.int64)
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.info.n_vocab):
+            raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
+        total = self._lengths[part.sequence] + len(tokens)
+        if total > self.info.max_context:
+            raise ContextError(f"{total} tokens do not fit the context of {self.info.max_context}; shorten the prompt or raise --ctx")
+        return tokens.astype(np.int32)
+
+    def _decode(self, logits: npt.NDArray[np.float32]) -> None:
+        """Run the batch and copy its logits to ``logits`` [rows, n_vocab]. Raises OutOfMemory, NativeError."""
+        code = self._lib.llama_decode(self._context, self._batch.native)
+        if code == 1:
+            held, capacity = sum(self._lengths.values()), self.info.max_context
+            raise OutOfMemory(f"the sequences' {held} tokens fill the shared cache of {capacity}; close a session or raise --ctx")
+        if code:
+            why = (recent_native_errors() or ("no reason given",))[-1]
+            raise NativeError(f"llama_decode failed with code {code}: {why}")
+        if len(logits):
+            # Rows come in the order of the batch, whatever order libllama computed them in.
+            pointer = self._lib.llama_get_logits(self._context)
+            logits[:] = np.ctypeslib.as_array(pointer, shape=logits.shape)
+
+    def _undo(self, sequences: Sequence[int]) -> None:
+        """After a failed step: take back what earlier chunks of it have added."""
+        for sequence in sequences:
+            slot, length = self._slots[sequence], self._lengths[sequence]
+            if not self._lib.llama_memory_seq_rm(self._cells, slot, length, -1):
+                self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)  # an indivisible state has moved on: it is lost
+                self._lengths[sequence] = 0
+
+    def exact_rows(self) -> int:
+        """1: libllama picks other kernels for several rows, and this engine does not probe which of them agree to the bit."""
+        return 1
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def export_sequence(self, sequence: int) -> bytes:
+        """The cells of a sequence as bytes, under a header that says which model and library they belong to."""
+        slot, length = self._slot(sequence), self._lengths[sequence]
+        payload = b""
+        if length:
+            buffer = np.empty(self._lib.llama_state_seq_get_size(self._context, slot), dtype=np.uint8)
+            written = self._lib.llama_state_seq_get_data(self._context, np.ctypeslib.as_ctypes(buffer), len(buffer), slot)
+            if written != len(buffer):
+                raise NativeError(f"libllama wrote {written} of {len(buffer)} bytes of a sequence's state")
+            payload = buffer.tobytes()
+        return _HEADER.pack(_MAGIC, _LAYOUT, length, len(payload), _digest(payload), self._identity()) + payload
+
+    def import_sequence(self, data: bytes | memoryview) -> int:
+        """Open a sequence from exported bytes.
+
+        Raises SessionFileError if they are damaged or belong to another model, library version or key type: libllama is never
+        shown a state it did not write. Raises OutOfMemory if there is no room.
+        """
+        self._check_open()
+        data = memoryview(data).cast("B")
+        if len(data) < _HEADER.size or bytes(data[:8]) != _MAGIC:
+            raise SessionFileError("this is not a sequence saved by the llama_cpp engine; save the session again")
+        _, layout, length, size, digest, identity = _HEADER.unpack_from(data)
+        payload = data[_HEADER.size :]
+        if layout != _LAYOUT or identity != self._identity():
+            raise SessionFileError("the saved sequence belongs to another model, key type or version of llama.cpp; save the session again")
+        if len(payload) != size or _digest(payload) != digest:
+            raise SessionFileError("the saved sequence is damaged; save the session again")
+        if length > self.info.max_context:
+            raise SessionFileError(f"the saved sequence has {length} tokens, more than the context of {self.info.max_context}; raise --ctx")
+        sequence = self.new_sequence()
+        if length:
+            slot = self._slots[sequence]
+            state = np.ctypeslib.as_ctypes(np.frombuffer(payload, dtype=np.uint8).copy())
+            if self._lib.llama_state_seq_set_data(self._context, state, size, slot) != size:
+                self.free_sequence(sequence)
+                raise OutOfMemory(f"the shared cache of {self.info.max_context} cells has no room for {length} more; close a session")
+            self._lengths[sequence] = length
+        return sequence
+
+    def _identity(self) -> bytes:
+        """Digest of what a saved state belongs to, 16 bytes."""
+        return _digest(f"{self._model.key()} {self._lib.llama_version()!r} {self._key_type}".encode())
+
+    def memory(self) -> MemoryReport:
+        """Bytes held now, by libllama's own account; how much of the weights is resident, it cannot say."""
+        self._check_open()
+        return MemoryReport(
+            weights_mapped=self._lib.llama_model_size(self.llama_model),
+            weights_resident=None,
+            cache=self._buffers["KV"] + self._buffers["RS"],
+            compute=self._buffers["compute"] + self._buffers["output"],
+        )
+
+    def close(self) -> None:
+        """Release everything; calling it again does nothing."""
+        self._release()
+
+
+class _Batch:
+    """NumPy views of a ``llama_batch``'s arrays."""
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+        shape = (CHUNK,)
+        self._tokens = np.ctypeslib.as_array(native.token, shape)
+        self._positions = np.ctypeslib.as_array(native.pos, shape)
+        self._wanted = np.ctypeslib.as_array(native.logits, shape)
+        np.ctypeslib.as_array(native.n_seq_id, shape)[:] = 1  # every token belongs to one sequence
+        self._slots = np.full(shape, -1, dtype=np.int32)  # what native.seq_id holds: writing it costs a loop
+
+    def fill(self, tokens: Any, positions: Any, slots: Any, wanted: Any) -> None:
+        """Set the batch to arrays of n <= 512 elements."""
+        n = self.native.n_tokens = len(tokens)
+        self._tokens[:n], self._positions[:n], self._wanted[:n] = tokens, positions, wanted
+        for i in np.flatnonzero(self._slots[:n] != slots).tolist():
+            self.native.seq_id[i][0] = int(slots[i])
+        self._slots[:n] = slots
+
+
+def _wanted(part: Part, n: int) -> npt.NDArray[np.bool_]:
+    """For which of a part's n tokens logits are wanted: bool [n]."""
+    wanted = np.full(n, part.logits == "all")
+    wanted[-1:] = part.logits != "none"
+    return wanted
+
+
+def _digest(data: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _release(lib: Any, batch: Any, context: Any, model: int) -> None:
+    lib.llama_batch_free(batch)
+    lib.llama_free(context)
+    lib.llama_model_free(model)
