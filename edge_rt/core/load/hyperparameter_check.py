@@ -1,0 +1,149 @@
+"""Checks hyperparameters and weight types before any engine builds a graph: ggml ends the process when they do not fit together.
+
+Each rule stands for an assertion (or a null kernel) in llama.cpp (ggml 0.25.3) that a damaged file could reach.
+What llama.cpp or an engine of ours refuses in good order, such as a tensor of the wrong shape, is left to it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from edge_rt.core.load.header import Header
+from edge_rt.errors import ModelFileError, UnsupportedModel
+
+MAX_LAYERS = 512
+MAX_EXPERTS = 1024
+_MOST = 2**31 - 1
+
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+_NOT_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
+"""Types without a matrix product: ggml would call a null pointer."""
+
+_MAY_BE_INTEGER = ("_tid2eid.weight", "d2t")
+"""Look-up tables of a few architectures, which no product touches."""
+
+_OPTIONAL_EXPERTS = ("hunyuan_vl", "hunyuan-dense")
+"""Here an expert count of 1 means none."""
+
+_FULL_ROTATION = (
+    "apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone"
+    " exaone-moe exaone4 falcon granite graniteswitch granite_swa grok grovemoe hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 llada"
+    " llada-moe llama llama4 maincoder mellum mistral3 olmo olmo2 olmoe orion paddleocr pangu-embedded plamo qwen2 qwen2moe qwen2vl"
+    " qwen3 qwen3moe qwen3vl qwen3vlmoe rnd1 seed_oss smallthinker smollm3 starcoder2 talkie xverse"
+)
+"""Architectures, between spaces, whose graph in llama.cpp asserts that keys, values and rotary dimensions have one size."""
+
+
+def check_hyperparameters(header: Header) -> None:
+    """Raise ModelFileError for hyperparameters that would abort ggml, UnsupportedModel for weights of a type it has no kernels for.
+
+    Architectures without a rule of their own (recurrent ones, say) are checked only as far as the rules are common to all.
+    """
+    numbers = _Numbers(header)
+    numbers.check_ranges()
+    n_layer = numbers.scalar("block_count", 1, MAX_LAYERS)
+    numbers.scalar("embedding_length", 1, _MOST)
+    numbers.scalar("context_length", 1, _MOST)
+    numbers.scalar("nextn_predict_layers", 0, n_layer, default=0)
+    _check_heads(numbers, header.architecture)
+    if header.architecture not in _OPTIONAL_EXPERTS:
+        _check_experts(numbers)
+    scaling = header.get(f"{header.architecture}.rope.scaling.type", "none")
+    if scaling not in _ROPE_SCALINGS:
+        raise UnsupportedModel(f"the model scales rotary positions by the unknown method {scaling!r}; update edge-rt")
+    _check_weight_types(header)
+
+
+class _Numbers:
+    """The numbers under the architecture's name: each a scalar, or an array with an element for each layer."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.prefix = f"{header.architecture}."
+
+    def wrong(self, key: str, value: Any) -> ModelFileError:
+        return ModelFileError(f"{self.prefix}{key} is {value}, which is impossible; the file is damaged")
+
+    def check_ranges(self) -> None:
+        """Every number must be finite and fit an int; an epsilon must not be negative."""
+        for key in self.header:
+            if not key.startswith(self.prefix):
+                continue
+            value = self.header.get(key)
+            for number in value if isinstance(value, list) else (value,):
+                if isinstance(number, float):
+                    bad = not math.isfinite(number) or (number < 0 and key.endswith("epsilon"))
+                else:
+                    bad = isinstance(number, int) and abs(number) > _MOST
+                if bad:
+                    raise self.wrong(key.removeprefix(self.prefix), number)
+
+    def scalar(self, key: str, least: int, most: int, default: int | None = None) -> int:
+        """One whole number within bounds. Raises ModelFileError."""
+        if default is not None and f"{self.prefix}{key}" not in self.header:
+            return default
+        value = self.header.require(f"{self.prefix}{key}", int)
+        if not least <= value <= most:
+            raise self.wrong(key, value)
+        return value
+
+    def layers(self, key: str) -> list[int] | None:
+        """A whole number for each layer, or one for all. None if absent. Raises ModelFileError."""
+        value = self.header.get(f"{self.prefix}{key}")
+        if value is None:
+            return None
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(number, int) and number >= 0 for number in values):
+            raise self.wrong(key, "not a number" if isinstance(value, str) else value)
+        return values
+
+
+def _check_heads(numbers: _Numbers, architecture: str) -> None:
+    """Query heads must divide among key-value heads, and the parts of a head have sizes that fit together."""
+    heads = numbers.layers("attention.head_count")
+    if heads is None or not max(heads):
+        return  # not a transformer; libllama then ignores the rest
+    kv_heads = numbers.layers("attention.head_count_kv") or heads
+    if len(heads) == len(kv_heads) or 1 in (len(heads), len(kv_heads)):
+        n = max(len(heads), len(kv_heads))
+        for query, kv in zip(heads * (n // len(heads)), kv_heads * (n // len(kv_heads)), strict=True):
+            if query and kv and query % kv:
+                raise ModelFileError(f"{query} attention heads cannot share {kv} key-value heads; the file is damaged")
+    if not heads[0]:
+        return
+    embedding = numbers.scalar("embedding_length", 1, _MOST)
+    default = embedding // heads[0]
+    key_length = numbers.scalar("attention.key_length", 1, _MOST, default=default)
+    value_length = numbers.scalar("attention.value_length", 1, _MOST, default=default)
+    rotated = numbers.scalar("rope.dimension_count", 0, _MOST, default=key_length)
+    if rotated % 2 or rotated > key_length or not key_length:
+        raise ModelFileError(f"{rotated} of {key_length} dimensions of a head are to be rotated, which is impossible; the file is damaged")
+    if architecture in _FULL_ROTATION.split() and not key_length == value_length == rotated:
+        raise ModelFileError(
+            f"heads with keys of {key_length}, values of {value_length} and {rotated} rotary dimensions do not fit {architecture};"
+            " the file is damaged"
+        )
+
+
+def _check_experts(numbers: _Numbers) -> None:
+    """Experts in use must exist, and groups of experts be equal."""
+    count = numbers.scalar("expert_count", 0, MAX_EXPERTS, default=0)
+    used = max(numbers.layers("expert_used_count") or [0])
+    groups = numbers.scalar("expert_group_count", 0, _MOST, default=0)
+    groups_used = numbers.scalar("expert_group_used_count", 0, _MOST, default=0)
+    if used > count or (count and not used):
+        raise ModelFileError(f"the model uses {used} of {count} experts, which is impossible; the file is damaged")
+    if groups and (groups >= count or (groups > 1 and (count % groups or not 0 < groups_used < groups))):
+        raise ModelFileError(f"the model uses {groups_used} of {groups} groups of {count} experts; the file is damaged")
+
+
+def _check_weight_types(header: Header) -> None:
+    """Matrices need a type with kernels; vectors (norms, biases) are added and multiplied as F32."""
+    for info in header.tensors.values():
+        if info.name.endswith(_MAY_BE_INTEGER):
+            continue
+        vector = len(info.shape) == 1 or "norm" in info.name or info.name.endswith(".bias")
+        if info.type_name in _NOT_WEIGHTS or (vector and info.type_name != "F32"):
+            wanted = "F32" if vector else "a floating-point or quantised type"
+            raise UnsupportedModel(f"the tensor {info.name} is {info.type_name} where {wanted} is needed; convert the model again")

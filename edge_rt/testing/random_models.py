@@ -1,0 +1,288 @@
+"""Writes random GGUF models of the architectures edge-rt runs: small ones for tests in milliseconds, gigabytes for measurements.
+
+The weights are random but scaled so that a model behaves: logits are finite, of standard deviation 1 to 3, and depend on the
+whole context. Use it in a plugin's tests:
+
+>>> from edge_rt.testing.random_models import write_random_model
+>>> write_random_model(tmp_path / "tiny.gguf", "qwen3", type="Q4_0")
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_rt.core.load.gguf_tables import GGML_TYPES
+from edge_rt.errors import OptionError
+from edge_rt.testing.random_vocabulary import CHATML, Kind, Vocabulary, make_vocabulary
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma")
+"""``gemma`` is here because edge-rt has no graph of its own for it: it goes to the fallback engine."""
+
+_LOGIT_DEVIATION = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor to write: shape in ggml's order, and how its weights are spread."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    deviation: float = 0.0
+    mean: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The model's measures, after defaults."""
+
+    architecture: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_vocab: int
+    n_expert: int
+    type: str
+    embedding_type: str
+    output_type: str
+    tied: bool
+    bias: bool
+    fused_qkv: bool
+
+    @property
+    def moe(self) -> bool:
+        return self.n_expert > 0
+
+
+def write_random_model(
+    path: str | os.PathLike[str],
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    n_layer: int = 2,
+    n_embd: int = 64,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    head_dim: int | None = None,
+    n_ff: int = 128,
+    n_vocab: int | None = None,
+    context: int = 512,
+    type: str = "F32",
+    embedding_type: str | None = None,
+    output_type: str | None = None,
+    tied: bool = True,
+    bias: bool = False,
+    fused_qkv: bool = False,
+    rope_base: float = 10000.0,
+    rope_scaling: Mapping[str, Any] | None = None,
+    rope_freqs: Sequence[float] | None = None,
+    n_expert: int = 0,
+    n_expert_used: int = 0,
+    n_ff_exp: int | None = None,
+    alignment: int = 32,
+    vocabulary: Kind = "bpe",
+    chat_template: str | None = CHATML,
+    name: str = "random",
+) -> Path:
+    """Write a model and return its path. The same arguments give the same file.
+
+    ``type`` is the element type of matrices (``embedding_type`` and ``output_type`` default to it); vectors are F32.
+    Quantised weights are random blocks with a sane scale, not quantised floats, so K-quants cost no more than others.
+    ``rope_scaling`` is ``{"type": "linear" | "yarn", "factor": ..., "original_context": ...}``; ``rope_freqs`` are llama3's
+    head_dim / 2 factors. ``bias`` adds attention biases (qwen2 always has them). ``qwen3moe`` defaults to 4 experts, 2 of them used.
+    ``n_vocab`` None is the vocabulary's own size. Raises OptionError for measures that do not fit together.
+    """
+    if architecture == "qwen3moe" and n_expert == 0:
+        n_expert, n_expert_used = 4, 2
+    try:
+        words = make_vocabulary(vocabulary, n_vocab)
+    except ValueError as error:
+        raise OptionError(f"n_vocab is {n_vocab}, but {error}; leave it out or raise it") from None
+    plan = _Plan(
+        architecture=architecture,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim or n_embd // n_head,
+        n_ff=(n_ff_exp or n_ff) if n_expert else n_ff,
+        n_vocab=len(words.tokens),
+        n_expert=n_expert,
+        type=type,
+        embedding_type=embedding_type or type,
+        output_type=output_type or type,
+        tied=tied or architecture == "gemma",
+        bias=bias or architecture == "qwen2",
+        fused_qkv=fused_qkv,
+    )
+    tensors = list(_tensors(plan))
+    if rope_freqs is not None:
+        tensors.append(_Tensor("rope_freqs.weight", (plan.head_dim // 2,), "F32"))
+    _check(plan, n_expert_used, rope_freqs, tensors)
+
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_custom_alignment(alignment)
+    writer.add_name(name)
+    _write_hyperparameters(writer, plan, context, rope_base, rope_scaling, n_expert_used)
+    words.write(writer)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    _write_tensors(writer, Path(path), tensors, rope_freqs, seed)
+    return Path(path)
+
+
+def _check(plan: _Plan, n_expert_used: int, rope_freqs: Sequence[float] | None, tensors: list[_Tensor]) -> None:
+    """Raise OptionError for a model no engine could run."""
+    from edge_rt.testing.random_weights import WEIGHT_TYPES
+
+    if plan.architecture not in ARCHITECTURES:
+        raise OptionError(f"there is no random model of architecture {plan.architecture!r}; choose one of {', '.join(ARCHITECTURES)}")
+    if plan.n_head % plan.n_head_kv or plan.head_dim % 2:
+        raise OptionError(f"{plan.n_head} heads of size {plan.head_dim} cannot share {plan.n_head_kv} key-value heads; change one of them")
+    if plan.moe and plan.architecture not in ("llama", "qwen3moe"):
+        raise OptionError(f"{plan.architecture} has no experts; use llama or qwen3moe")
+    if plan.moe != (n_expert_used > 0) or n_expert_used > plan.n_expert:
+        raise OptionError(f"{n_expert_used} of {plan.n_expert} experts cannot be used; give n_expert and n_expert_used together")
+    if rope_freqs is not None and len(rope_freqs) != plan.head_dim // 2:
+        raise OptionError(f"rope_freqs has {len(rope_freqs)} factors; give head_dim / 2 = {plan.head_dim // 2}")
+    blocks = {type_name: block for type_name, block, _ in GGML_TYPES.values()}
+    for tensor in tensors:
+        if tensor.type not in WEIGHT_TYPES:
+            raise OptionError(f"random weights of type {tensor.type} cannot be made; choose one of {', '.join(WEIGHT_TYPES)}")
+        if tensor.shape[0] % blocks[tensor.type]:
+            raise OptionError(f"{tensor.name} has rows of {tensor.shape[0]}, no multiple of the {tensor.type} block; change n_embd or n_ff")
+
+
+def _tensors(plan: _Plan) -> Iterator[_Tensor]:
+    """Every tensor, in the order the forward pass touches them (which is file order)."""
+    # Logits are the normalised hidden state times these rows: their standard deviation is sqrt(n_embd) times the rows'.
+    embedding_deviation = _LOGIT_DEVIATION / math.sqrt(plan.n_embd)
+    yield _Tensor("token_embd.weight", (plan.n_embd, plan.n_vocab), plan.embedding_type, embedding_deviation)
+    for i in range(plan.n_layer):
+        for tensor in (*_attention(plan), *_feed_forward(plan)):
+            yield _Tensor(f"blk.{i}.{tensor.name}", tensor.shape, tensor.type, tensor.deviation, tensor.mean)
+    yield _norm("output_norm.weight", plan.n_embd)
+    if not plan.tied:
+        yield _Tensor("output.weight", (plan.n_embd, plan.n_vocab), plan.output_type, embedding_deviation)
+
+
+def _norm(name: str, size: int, mean: float = 1.0) -> _Tensor:
+    return _Tensor(name, (size,), "F32", 0.1, mean)
+
+
+def _matrix(plan: _Plan, name: str, rows: int, columns: int, gain: float = 1.0) -> _Tensor:
+    """A matrix from ``rows`` inputs to ``columns`` outputs that gives inputs of size 1 outputs of size ``gain``."""
+    return _Tensor(name, (rows, columns), plan.type, gain / math.sqrt(rows))
+
+
+def _attention(plan: _Plan) -> Iterator[_Tensor]:
+    query, cells = plan.n_head * plan.head_dim, plan.n_head_kv * plan.head_dim
+    yield _norm("attn_norm.weight", plan.n_embd)
+    # Queries and keys of 1.5 make scores of about 2: neither an average over the context nor a single cell.
+    parts = {"attn_q": (query, 1.5), "attn_k": (cells, 1.5), "attn_v": (cells, 1.0)}
+    if plan.fused_qkv:
+        parts = {"attn_qkv": (query + 2 * cells, 1.3)}
+    for name, (size, gain) in parts.items():
+        yield _matrix(plan, f"{name}.weight", plan.n_embd, size, gain)
+    if plan.bias:
+        for name, (size, _) in parts.items():
+            yield _Tensor(f"{name}.bias", (size,), "F32", 0.3)
+    if plan.architecture.startswith("qwen3"):
+        yield _norm("attn_q_norm.weight", plan.head_dim, 1.5)
+        yield _norm("attn_k_norm.weight", plan.head_dim, 1.5)
+    yield _matrix(plan, "attn_output.weight", query, plan.n_embd, _residual_gain(plan))
+    if plan.bias and plan.architecture == "llama":
+        yield _Tensor("attn_output.bias", (plan.n_embd,), "F32", 0.1)
+
+
+def _feed_forward(plan: _Plan) -> Iterator[_Tensor]:
+    yield _norm("ffn_norm.weight", plan.n_embd)
+    experts: tuple[int, ...] = ()
+    if plan.moe:
+        yield _Tensor("ffn_gate_inp.weight", (plan.n_embd, plan.n_expert), "F32", 1.5 / math.sqrt(plan.n_embd))
+        experts = (plan.n_expert,)
+    suffix = "_exps" if plan.moe else ""
+    # silu(gate) * up is about half as large as its factors: the way down makes up for it.
+    gains = {"gate": 1.0, "up": 1.0, "down": 2 * _residual_gain(plan)}
+    for name, gain in gains.items():
+        rows, columns = (plan.n_ff, plan.n_embd) if name == "down" else (plan.n_embd, plan.n_ff)
+        matrix = _matrix(plan, f"ffn_{name}{suffix}.weight", rows, columns, gain)
+        yield _Tensor(matrix.name, (*matrix.shape, *experts), matrix.type, matrix.deviation)
+
+
+def _residual_gain(plan: _Plan) -> float:
+    """How much a block adds to the hidden state: more than the embedding, or a tied model would only repeat its input."""
+    return 4.0 if plan.architecture == "gemma" else 1.0  # gemma scales its embedding by sqrt(n_embd)
+
+
+def _write_hyperparameters(
+    writer: Any, plan: _Plan, context: int, rope_base: float, rope_scaling: Mapping[str, Any] | None, n_expert_used: int
+) -> None:
+    """Add what llama.cpp needs to know of the architecture."""
+    import gguf
+
+    writer.add_context_length(context)
+    writer.add_embedding_length(plan.n_embd)
+    writer.add_block_count(plan.n_layer)
+    writer.add_feed_forward_length(plan.n_ff)
+    writer.add_head_count(plan.n_head)
+    writer.add_head_count_kv(plan.n_head_kv)
+    writer.add_key_length(plan.head_dim)
+    writer.add_value_length(plan.head_dim)
+    writer.add_rope_dimension_count(plan.head_dim)
+    writer.add_rope_freq_base(rope_base)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(plan.n_vocab)
+    writer.add_quantization_version(2)
+    if plan.moe:
+        writer.add_expert_count(plan.n_expert)
+        writer.add_expert_used_count(n_expert_used)
+        if plan.architecture == "qwen3moe":
+            writer.add_expert_feed_forward_length(plan.n_ff)
+    if rope_scaling is not None:
+        kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+        if rope_scaling.get("type") not in kinds or not rope_scaling.get("factor", 0) > 0:
+            raise OptionError(f"rope_scaling is {dict(rope_scaling)}; give a type ({' or '.join(kinds)}) and a positive factor")
+        writer.add_rope_scaling_type(kinds[rope_scaling["type"]])
+        writer.add_rope_scaling_factor(float(rope_scaling["factor"]))
+        if "original_context" in rope_scaling:
+            writer.add_rope_scaling_orig_ctx_len(int(rope_scaling["original_context"]))
+
+
+def _write_tensors(writer: Any, path: Path, tensors: list[_Tensor], rope_freqs: Sequence[float] | None, seed: int) -> None:
+    """Make and write one tensor after the other: memory holds the largest one, not the model."""
+    import gguf
+    import numpy as np
+
+    from edge_rt.testing.random_weights import random_tensor
+
+    numbers = {type_name: (number, block, size) for number, (type_name, block, size) in GGML_TYPES.items()}
+    for tensor in tensors:
+        number, block, size = numbers[tensor.type]
+        *outer, row = reversed(tensor.shape)
+        dtype = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}.get(tensor.type, np.dtype(np.uint8))
+        shape = (*outer, row // block * size) if dtype == np.uint8 else (*outer, row)
+        nbytes = math.prod(tensor.shape) // block * size
+        writer.add_tensor_info(tensor.name, shape, dtype, nbytes, gguf.GGMLQuantizationType(number) if dtype == np.uint8 else None)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        if tensor.name == "rope_freqs.weight":
+            writer.write_tensor_data(np.asarray(rope_freqs, dtype=np.float32))
+        else:
+            writer.write_tensor_data(random_tensor(tensor.name, tensor.shape, tensor.type, tensor.deviation, tensor.mean, seed))
+    writer.close()
+
+
+__all__ = ["ARCHITECTURES", "CHATML", "Vocabulary", "make_vocabulary", "write_random_model"]
