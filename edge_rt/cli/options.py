@@ -51,6 +51,11 @@ class Spec(NamedTuple):
         """The flag as messages name it."""
         return next((flag for flag in self.flags if flag.startswith("--")), self.metavar)
 
+    @property
+    def shown_default(self) -> bool:
+        """Whether the default tells a person something."""
+        return not any(self.default is nothing for nothing in (None, False, (), REQUIRED))
+
 
 def option(
     default: T, flags: str, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()

