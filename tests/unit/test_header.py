@@ -4,56 +4,26 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.load.gguf_tables import GGML_TYPES, NOT_GGUF, REMOVED_TYPES
+from edge_rt.core.load.gguf_tables import ARRAY, GGML_TYPES, NOT_GGUF, REMOVED_TYPES, STRING
 from edge_rt.core.load.header import Header, TensorInfo, read_header
 from edge_rt.errors import ModelFileError, UnsupportedModel
+from edge_rt.testing import gguf_bytes
+from edge_rt.testing.gguf_bytes import metadata, tensor, text
 
-FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
-ARCHITECTURE = ("general.architecture", STRING, "llama")
-
-
-def text(value: str | bytes) -> bytes:
-    raw = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(raw)) + raw
+ARCHITECTURE = metadata("general.architecture", "str", "llama")
+TWO_TENSORS = (tensor("a", (32, 2), 0, 0), tensor("b", (64,), 2, 256))
 
 
-def element(kind: int, value: Any) -> bytes:
-    return text(value) if kind == STRING else struct.pack("<" + FORMATS[kind], value)
-
-
-def metadata(key: str | bytes, kind: int, value: Any) -> bytes:
-    if kind == ARRAY:
-        inner, items = value
-        return text(key) + struct.pack("<IIQ", kind, inner, len(items)) + b"".join(element(inner, item) for item in items)
-    return text(key) + struct.pack("<I", kind) + element(kind, value)
-
-
-def tensor(name: str | bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-def build(
-    values: list[bytes] | None = None,
-    tensors: list[bytes] | None = None,
-    data: int = 4096,
-    *,
-    version: int = 3,
-    alignment: int = 32,
-    counts: tuple[int, int] | None = None,
-) -> bytes:
-    """A GGUF file of ``data`` bytes of tensor data."""
-    values = [metadata(*ARCHITECTURE)] if values is None else values
-    tensors = [tensor("a", (32, 2), 0, 0), tensor("b", (64,), 2, 256)] if tensors is None else tensors
-    n_tensors, n_values = counts or (len(tensors), len(values))
-    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_values) + b"".join(values + tensors)
-    return head + bytes(-len(head) % alignment + data)
+def build(values: list[bytes] | None = None, tensors: Sequence[bytes] = TWO_TENSORS, data: int = 4096, **options: Any) -> bytes:
+    """A GGUF file of ``data`` bytes of tensor data; the architecture is its first entry unless ``values`` are given."""
+    return gguf_bytes.build([ARCHITECTURE] if values is None else values, tensors, bytes(data), **options)
 
 
 def parse(raw: bytes) -> Header:
@@ -73,22 +43,22 @@ def refused(raw: bytes, words: str, kind: type[ModelFileError] = ModelFileError)
 
 
 def test_reads_every_metadata_type() -> None:
-    samples: dict[int, Any] = {0: 200, 1: -5, 2: 60000, 3: -3000, 4: 2**32 - 1, 5: -(2**31), 6: 0.5, 7: True}
-    samples |= {10: 2**64 - 1, 11: -(2**63), 12: 0.1}
-    values = [metadata(*ARCHITECTURE), metadata("text", STRING, "naïve"), metadata("words", ARRAY, (STRING, ["", "é", "x" * 300]))]
-    values += [metadata(f"scalar{kind}", kind, value) for kind, value in samples.items()]
-    values += [metadata(f"array{kind}", ARRAY, (kind, [value] * 3)) for kind, value in samples.items()]
+    samples: dict[str, Any] = {"u8": 200, "i8": -5, "u16": 60000, "i16": -3000, "u32": 2**32 - 1, "i32": -(2**31), "f32": 0.5}
+    samples |= {"bool": True, "u64": 2**64 - 1, "i64": -(2**63), "f64": 0.1}
+    values = [ARCHITECTURE, metadata("text", "str", "naïve"), metadata("words", "[str]", ["", "é", "x" * 300])]
+    values += [metadata(f"scalar_{kind}", kind, value) for kind, value in samples.items()]
+    values += [metadata(f"array_{kind}", f"[{kind}]", [value] * 3) for kind, value in samples.items()]
     header = parse(build(values))
     assert header.architecture == "llama"
     assert header.get("text") == "naïve"
     assert header.get("words") == ["", "é", "x" * 300]
     assert header.raw_strings("words") == [b"", "é".encode(), b"x" * 300]
     for kind, value in samples.items():
-        assert header.get(f"scalar{kind}") == value
-        assert type(header.get(f"scalar{kind}")) is type(value)
-        assert header.get(f"array{kind}") == [value] * 3
+        assert header.get(f"scalar_{kind}") == value
+        assert type(header.get(f"scalar_{kind}")) is type(value)
+        assert header.get(f"array_{kind}") == [value] * 3
     assert list(header)[:3] == ["general.architecture", "text", "words"]
-    assert header.type_of("scalar4") == "u32"
+    assert header.type_of("scalar_u32") == "u32"
     assert header.type_of("words") == "[str]"
     assert header.type_of("absent") is None
     assert (header.count("words"), header.count("text"), header.count("absent")) == (3, 1, 0)
@@ -112,7 +82,7 @@ def test_reads_tensors_with_absolute_offsets() -> None:
 
 @pytest.mark.parametrize("alignment", [8, 64, 4096, 65536])
 def test_alignment_moves_the_data(alignment: int) -> None:
-    values = [metadata(*ARCHITECTURE), metadata("general.alignment", U32, alignment)]
+    values = [ARCHITECTURE, metadata("general.alignment", "u32", alignment)]
     header = parse(build(values, [tensor("a", (2,), 0, 0), tensor("b", (2,), 0, alignment)], 2 * alignment, alignment=alignment))
     assert header.data_offset % alignment == 0
     assert header.tensors["b"].offset == header.data_offset + alignment
@@ -125,8 +95,8 @@ def test_version_2_and_a_file_without_tensors() -> None:
 
 
 def test_typed_access() -> None:
-    values = [metadata("n", U32, 5), metadata("f", F32, 0.5), metadata("b", BOOL, True), metadata("l", ARRAY, (U32, [1]))]
-    header = parse(build([metadata(*ARCHITECTURE), *values]))
+    values = [metadata("n", "u32", 5), metadata("f", "f32", 0.5), metadata("b", "bool", True), metadata("l", "[u32]", [1])]
+    header = parse(build([ARCHITECTURE, *values]))
     assert header.require("n", int) == 5
     assert header.require("f", float) == 0.5
     assert header.require("b", bool) is True
@@ -146,11 +116,11 @@ def test_typed_access() -> None:
 def test_digest_follows_the_header_and_not_the_data() -> None:
     raw = build()
     assert parse(raw).digest == parse(raw[:-1] + b"x").digest
-    assert parse(raw).digest != parse(build([metadata("general.architecture", STRING, "lamma")])).digest
+    assert parse(raw).digest != parse(build([metadata("general.architecture", "str", "lamma")])).digest
 
 
 def test_a_prefix_is_enough_and_arrays_outlive_the_buffer() -> None:
-    values = [metadata(*ARCHITECTURE), metadata("words", ARRAY, (STRING, ["a", "b"]))]
+    values = [ARCHITECTURE, metadata("words", "[str]", ["a", "b"])]
     raw = bytearray(build(values))
     view = memoryview(raw)[:400]
     header = read_header(view, len(raw))
@@ -219,15 +189,15 @@ def test_impossible_counts(counts: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (metadata(*ARCHITECTURE), "general.architecture occurs twice"),
-        (metadata("", U32, 1), "metadata key is empty"),
-        (metadata(b"a\xff", U32, 1), "not valid UTF-8"),
-        (metadata("a\0b", U32, 1), "not text"),
+        (ARCHITECTURE, "general.architecture occurs twice"),
+        (metadata("", "u32", 1), "metadata key is empty"),
+        (metadata(b"a\xff", "u32", 1), "not valid UTF-8"),
+        (metadata("a\0b", "u32", 1), "not text"),
         (text("k") + struct.pack("<I", 13) + bytes(64), "k has the unknown type 13"),
         (text("k") + struct.pack("<IIQ", ARRAY, ARRAY, 0), "array of arrays"),
         (text("k") + struct.pack("<IIQ", ARRAY, 77, 0), "unknown type 77"),
-        (text("k") + struct.pack("<IIQ", ARRAY, U32, 2**62), "cut short"),
-        (text("k") + struct.pack("<IIQ", ARRAY, U32, 10**5), "cut short"),
+        (text("k") + struct.pack("<IIQ", ARRAY, 4, 2**62), "cut short"),
+        (text("k") + struct.pack("<IIQ", ARRAY, 4, 10**5), "cut short"),
         (text("k") + struct.pack("<IIQ", ARRAY, STRING, 2**40), "claims"),
         (text("k") + struct.pack("<IIQ", ARRAY, STRING, 10**6), "cut short"),
         (text("k") + struct.pack("<IIQQ", ARRAY, STRING, 2, 2**64 - 1), "cut short"),
@@ -236,23 +206,23 @@ def test_impossible_counts(counts: tuple[int, int]) -> None:
         (text("k") + struct.pack("<IQ", STRING, 2**64 - 1), "cut short"),
         (text("k") + struct.pack("<IQ", STRING, 10**6), "cut short"),
         (struct.pack("<Q", 10**9) + b"k", "cut short"),
-        (metadata("general.alignment", U32, 0), "general.alignment"),
-        (metadata("general.alignment", U32, 4), "general.alignment"),
-        (metadata("general.alignment", U32, 48), "general.alignment"),
-        (metadata("general.alignment", U32, 1 << 17), "general.alignment"),
-        (metadata("general.alignment", 10, 32), "general.alignment"),
-        (metadata("general.alignment", STRING, "32"), "general.alignment"),
-        (metadata("general.alignment", ARRAY, (U32, [32])), "general.alignment"),
+        (metadata("general.alignment", "u32", 0), "general.alignment"),
+        (metadata("general.alignment", "u32", 4), "general.alignment"),
+        (metadata("general.alignment", "u32", 48), "general.alignment"),
+        (metadata("general.alignment", "u32", 1 << 17), "general.alignment"),
+        (metadata("general.alignment", "u64", 32), "general.alignment"),
+        (metadata("general.alignment", "str", "32"), "general.alignment"),
+        (metadata("general.alignment", "[u32]", [32]), "general.alignment"),
     ],
 )
 def test_bad_metadata(value: bytes, words: str) -> None:
-    refused(build([metadata(*ARCHITECTURE), value]), words)
+    refused(build([ARCHITECTURE, value]), words)
 
 
 def test_architecture_must_be_there_as_text() -> None:
     refused(build([]), "general.architecture is missing")
-    refused(build([metadata("general.architecture", U32, 3)]), "general.architecture has type u32")
-    refused(build([metadata("general.architecture", ARRAY, (STRING, ["a"]))]), "general.architecture has type [str]")
+    refused(build([metadata("general.architecture", "u32", 3)]), "general.architecture has type u32")
+    refused(build([metadata("general.architecture", "[str]", ["a"])]), "general.architecture has type [str]")
 
 
 @pytest.mark.parametrize(
@@ -298,8 +268,8 @@ def test_unknown_tensor_types_name_tensor_and_id(kind: int) -> None:
 
 def rich_file() -> bytes:
     """Every kind of section, small enough to try each byte of it."""
-    values = [metadata(*ARCHITECTURE), metadata("general.alignment", U32, 64), metadata("words", ARRAY, (STRING, ["a", "", "bcd"]))]
-    values += [metadata("ids", ARRAY, (5, [1, 2])), metadata("f", F32, 1.0), metadata("b", BOOL, True)]
+    values = [ARCHITECTURE, metadata("general.alignment", "u32", 64), metadata("words", "[str]", ["a", "", "bcd"])]
+    values += [metadata("ids", "[i32]", [1, 2]), metadata("f", "f32", 1.0), metadata("b", "bool", True)]
     tensors = [tensor("a", (32, 2), 0, 0), tensor("b", (256, 1, 1), 12, 256), tensor("c", (4, 1, 1, 2), 1, 448)]
     return build(values, tensors, 464, alignment=64)
 
