@@ -147,7 +147,7 @@ class GgmlEngine:
             needed = self._sequences[part.sequence].length + len(part.tokens)
             if needed > self.info.max_context:
                 raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
-            if any(not 0 <= token < self.info.n_vocab for token in part.tokens):
+            if min(part.tokens, default=0) < 0 or max(part.tokens, default=0) >= self.info.n_vocab:
                 raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
 
     def _plan(self, parts: Sequence[Part]) -> list[list[_Piece]]:

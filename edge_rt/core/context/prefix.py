@@ -1,0 +1,69 @@
+"""Shared beginnings: sequences whose session ended are kept a while, so that a prompt with the same beginning starts from their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_rt.core.engine import Engine
+
+WORTH = 16
+"""Tokens a shared beginning must have to be worth keeping or copying."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """A sequence nobody uses now, and the tokens in its cells."""
+
+    sequence: int
+    tokens: list[int]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+class PrefixCache:
+    """Holds sequences of ended sessions within a budget of cells, least recently used out first."""
+
+    def __init__(self, engine: Engine, budget: int) -> None:
+        """``budget``: cells over all kept sequences."""
+        self._engine, self._budget = engine, budget
+        self._kept: list[Kept] = []
+
+    def give(self, sequence: int, tokens: list[int]) -> None:
+        """Take over a sequence whose session ended; it is freed if it is not worth keeping."""
+        if not WORTH <= len(tokens) <= self._budget:
+            self._engine.free_sequence(sequence)
+            return
+        self._kept.append(Kept(sequence, tokens))
+        while sum(len(kept.tokens) for kept in self._kept) > self._budget:
+            self._engine.free_sequence(self._kept.pop(0).sequence)
+
+    def take(self, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """A sequence that starts like ``tokens`` as (sequence, cells in common), now the caller's own; None if nothing is worth it.
+
+        A kept sequence that would lose more cells than it shares is copied, so that others can still start from it.
+        """
+        if not self._kept:
+            return None
+        best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, tokens))
+        shared = common_prefix(best.tokens, tokens)
+        if shared < WORTH:
+            return None
+        self._kept.remove(best)
+        if len(best.tokens) - shared > shared:
+            self._kept.append(best)
+            return self._engine.fork_sequence(best.sequence, shared), shared
+        self._engine.truncate(best.sequence, shared)
+        return best.sequence, shared
+
+    def clear(self) -> None:
+        """Free everything kept."""
+        for kept in self._kept:
+            self._engine.free_sequence(kept.sequence)
+        self._kept.clear()

@@ -1,0 +1,294 @@
+"""The composition root: everything is put together here and nowhere else. Runtime -> Model -> Session."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edge_rt.core.assemble.pipeline import Pipeline
+from edge_rt.core.context import session_file
+from edge_rt.core.context.prefix import PrefixCache
+from edge_rt.core.engine import Engine, EngineInfo, MemoryReport, Part
+from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.load.vocabulary_check import check_vocabulary
+from edge_rt.errors import AbiMismatch, OptionError, UnsupportedModel
+from edge_rt.hooks import EngineOptions
+from edge_rt.native.llama import Vocab
+from edge_rt.registry import Registry
+from edge_rt.session import Session
+from edge_rt.types import Message
+
+if TYPE_CHECKING:
+    from edge_rt.core.engine import Logits
+    from edge_rt.registry import EngineChoice
+
+Progress = Callable[[str, int, int], None]
+LOGITS_CHUNK = 128
+"""Tokens per step when logits of every token are wanted: 128 x 49,152 float32 are 25 MB."""
+
+
+def open(
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+    pack: bool = True,
+    key_type: Literal["f16", "q8_0"] = "f16",
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Model:
+    """Open a model.
+
+    ``engine``, ``device``: by name, else the best that can. ``context``: cells per sequence, else what the model was trained with.
+    ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
+    ``pack``: make and use packed weights. ``progress`` is told (phase, done, total), on any thread.
+
+    Raises ModelFileError, UnsupportedModel, OptionError, PluginError, OutOfMemory, NativeError.
+    """
+    _check_options(context, threads, memory)
+    file = ModelFile.open(path)
+    try:
+        check_vocabulary(file.header)
+        plugins = registry or Registry.load(required=[])
+        choice = plugins.choose_device(device)
+        options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
+        vocabulary = _VocabularyLoad(file)
+        try:
+            notices: list[str] = []
+            opened = _open_engine(plugins.choose_engine(file, options, engine, choice.offer), file, options, notices, strict=engine is not None)
+        except BaseException:
+            vocabulary.discard()
+            raise
+        try:
+            vocab = _vocabulary(vocabulary, opened)
+        except BaseException:
+            opened.close()
+            raise
+    except BaseException:
+        file.close()
+        raise
+    return Model(file, opened, vocab, plugins, notices)
+
+
+def _check_options(context: int | None, threads: int | None, memory: int | None) -> None:
+    if context is not None and context < 1:
+        raise OptionError(f"a context of {context} tokens is too small; give at least 1")
+    if threads is not None and not 1 <= threads <= 512:
+        raise OptionError(f"{threads} threads are out of range; give 1 to 512")
+    if memory is not None and memory < 1:
+        raise OptionError(f"a memory limit of {memory} bytes is too small; give e.g. 500M")
+
+
+class _VocabularyLoad:
+    """Loads the vocabulary beside everything else: in C, without the GIL, it takes longer than the rest of opening a model."""
+
+    def __init__(self, file: ModelFile) -> None:
+        self._path = file.native_path
+        self._result: Vocab | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="edge-rt-vocabulary")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = Vocab.load(self._path)
+        except BaseException as error:  # handed to whoever asks for the result
+            self._error = error
+
+    def result(self) -> Vocab:
+        """Wait for it. Raises what loading raised."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+        assert self._result is not None, "a finished load has a result or an error"
+        return self._result
+
+    def discard(self) -> None:
+        """The model will not be opened."""
+        self._thread.join()
+        if self._result:
+            self._result.close()
+
+
+def _open_engine(choice: EngineChoice, file: ModelFile, options: EngineOptions, notices: list[str], *, strict: bool) -> Engine:
+    """Try engines from the best down; falling back is said aloud."""
+    for name, refusal in choice.refusals.items():
+        if not strict and name == "ggml":
+            notices.append(f"running with {choice.candidates[0][0].name} instead of ggml: {refusal.reason}")
+    for i, (factory, _) in enumerate(choice.candidates):
+        try:
+            return factory.open(file, options)
+        except (AbiMismatch, UnsupportedModel) as error:
+            if strict or i == len(choice.candidates) - 1:
+                raise
+            notices.append(f"running with {choice.candidates[i + 1][0].name} instead of {factory.name}: {error}")
+    raise AssertionError("choose_engine returns at least one candidate")
+
+
+def _vocabulary(loading: _VocabularyLoad, engine: Engine) -> Vocab:
+    """The loaded vocabulary, or the engine's own where our bindings refused the library."""
+    own = getattr(engine, "vocab", None)
+    if own is not None:  # an engine without libllama brings its own (the null engine does)
+        loading.discard()
+        return own  # type: ignore[no-any-return]
+    try:
+        return loading.result()
+    except AbiMismatch:
+        pointer = getattr(engine, "llama_model", None)
+        if pointer is None:
+            raise
+        return Vocab.adopt(pointer, engine)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFacts:
+    """What `inspect` shows of a unit. ``resident`` is None where the system cannot say."""
+
+    name: str
+    blocks: int
+    nbytes: int
+    resident: int | None
+    packed: bool
+
+
+class Model:
+    """An open model; a context manager. Several sessions may run on several threads: steps take turns."""
+
+    def __init__(self, file: ModelFile, engine: Engine, vocab: Vocab, registry: Registry, notices: list[str]) -> None:
+        """Use ``open``."""
+        self.file, self.engine, self.vocab, self.registry = file, engine, vocab, registry
+        self.lock = threading.Lock()
+        self.notices = [*notices, *getattr(engine, "notices", ())]
+        self.prefixes = PrefixCache(engine, budget=self.info.max_context)
+        self._told = 0
+        self._sessions: set[Session] = set()
+        self._closed = False
+        if self.info.max_context > self.info.train_context > 0:
+            self.notices.append(
+                f"a context of {self.info.max_context} is beyond the {self.info.train_context} the model was trained with; answers may degrade"
+            )
+
+    @property
+    def info(self) -> EngineInfo:
+        """Static facts."""
+        return self.engine.info
+
+    # ---- text and tokens ---------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
+        """Text to tokens; see ``Vocab.tokenize``."""
+        return self.vocab.tokenize(text, special=special, bos=bos)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Tokens to text; bytes that are no UTF-8 become U+FFFD."""
+        return self.vocab.detokenize(tokens).decode(errors="replace")
+
+    def prompt_tokens(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Tokens of a raw text, or of messages through the model's chat template. Raises ConstraintError, OptionError."""
+        if isinstance(prompt, str):
+            return self.vocab.tokenize(prompt) if prompt else []
+        from edge_rt.core.context.chat_template import tokenize_messages
+
+        return tokenize_messages(self.vocab, prompt)
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""
+        if not tokens:
+            raise OptionError("logits of no tokens were asked for; give at least one")
+        rows = []
+        with self.lock:
+            sequence = self.engine.new_sequence()
+            try:
+                for start in range(0, len(tokens), LOGITS_CHUNK):
+                    (part,) = self.engine.step([Part(sequence, tokens[start : start + LOGITS_CHUNK], "all")])
+                    assert part is not None, "all rows were asked for"
+                    rows.append(part.copy())
+            finally:
+                self.engine.free_sequence(sequence)
+        return np.concatenate(rows)
+
+    # ---- sessions ----------------------------------------------------------------------------------------------------
+
+    def session(self) -> Session:
+        """Open a session."""
+        session = Session(self)
+        self._sessions.add(session)
+        return session
+
+    def restore(self, path: str | Path) -> Session:
+        """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model or engine."""
+        saved = session_file.load(Path(path), engine=self.info.engine, model=self.file.key())
+        sequence = None
+        if saved.cells:
+            with self.lock:
+                sequence = self.engine.import_sequence(saved.cells)
+                session_file.check_length(saved, self.engine, sequence)
+        session = Session(self, sequence, saved.tokens)
+        self._sessions.add(session)
+        return session
+
+    def end_session(self, session: Session, sequence: int | None, tokens: list[int]) -> None:
+        """Called by ``Session.close``: keep its cells for prompts with the same beginning."""
+        self._sessions.discard(session)
+        if sequence is not None and not self._closed:
+            with self.lock:
+                self.prefixes.give(sequence, list(tokens))
+
+    def pipeline(self, names: Sequence[str]) -> Pipeline:
+        """Fresh post-processors for one stream. Raises PluginError for an unknown name."""
+        return Pipeline([self.registry.post_processor(name).start() for name in names])
+
+    def new_notices(self) -> list[str]:
+        """Notices nobody has been told yet."""
+        fresh, self._told = self.notices[self._told :], len(self.notices)
+        return fresh
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> MemoryReport:
+        """Bytes held now."""
+        with self.lock:
+            return self.engine.memory()
+
+    def units(self) -> list[UnitFacts]:
+        """Units of the weight store with what of them is in memory; empty for engines that have none."""
+        units = getattr(self.engine, "units", tuple)
+        return [UnitFacts(u.name, len(u.spans), u.size, u.resident(), u.packed) for u in units()]
+
+    def cool(self) -> None:
+        """Give the weights' memory back while nobody asks anything; vocabulary, header and sessions stay."""
+        with self.lock:
+            self.engine.cool()  # type: ignore[attr-defined]
+
+    def warm(self) -> None:
+        """Read the weights again, in the background."""
+        with self.lock:
+            self.engine.warm()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Close sessions and release everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for session in list(self._sessions):
+            session.close()
+        with self.lock:
+            self.engine.close()
+        self.vocab.close()
+        self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,202 @@
+"""One conversation: its cells, its tokens, and the requests made of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.core.assemble.detokenise import Detokeniser
+from edge_rt.core.assemble.stopping import StopMatcher
+from edge_rt.core.assemble.writer import Writer
+from edge_rt.core.context import session_file
+from edge_rt.core.context.prefix import common_prefix
+from edge_rt.core.context.session_file import SavedSession
+from edge_rt.core.decode import loop
+from edge_rt.core.decode.constraints import compile_constraint
+from edge_rt.core.decode.loop import Job
+from edge_rt.core.decode.sampling import Sampler
+from edge_rt.core.decode.speculation import NgramDrafter
+from edge_rt.errors import ContextError, OptionError
+from edge_rt.types import Event, GenerateOptions, Message, Notice, SamplingParams
+
+if TYPE_CHECKING:
+    from edge_rt.runtime import Model
+
+_SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__)
+
+
+class Session:
+    """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
+
+    def __init__(self, model: Model, sequence: int | None = None, tokens: list[int] | None = None) -> None:
+        """Use ``Model.session`` or ``Model.restore``."""
+        self._model = model
+        self._sequence = sequence
+        self._fed = tokens if tokens is not None else []
+        self._busy = threading.Lock()
+        self._cancelled = threading.Event()
+        self._closed = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens in the session's cells."""
+        return tuple(self._fed)
+
+    def generate(self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any) -> Iterator[Event]:
+        """Answer a prompt: events as they happen, the last one Done.
+
+        A text is continued as it is; a list of messages goes through the model's chat template. The prompt is always the whole one:
+        a chat passes all its messages each time, and only what is new is computed. Keywords replace fields of ``options`` and of its
+        ``sampling`` (``max_tokens=64, temperature=0``).
+
+        Raises OptionError, ConstraintError, ContextError (the prompt does not fit), ModelChanged, PluginError.
+        """
+        chosen = _override(options or GenerateOptions(), overrides)
+        if self._closed:
+            raise OptionError("the session was closed; open another with model.session()")
+        if not self._busy.acquire(blocking=False):
+            raise OptionError("the session is answering another request; wait for it, cancel it, or open another session")
+        try:
+            job = self._prepare(self._model.prompt_tokens(prompt), chosen)
+        except BaseException:
+            self._busy.release()
+            raise
+        return self._run(job, chosen)
+
+    async def agenerate(
+        self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any
+    ) -> AsyncIterator[Event]:
+        """The same for asyncio: steps run on a worker thread. Leaving the iteration early cancels the request."""
+        import asyncio
+
+        events = await asyncio.to_thread(self.generate, prompt, options, **overrides)
+        try:
+            while (event := await asyncio.to_thread(next, events, None)) is not None:
+                yield event
+        finally:
+            self.cancel()
+            await asyncio.shield(asyncio.to_thread(events.close))  # type: ignore[attr-defined]
+
+    def cancel(self) -> None:
+        """End the running request at the next step (from any thread): it finishes with reason ``cancelled``."""
+        self._cancelled.set()
+
+    def save(self, path: str | Path) -> None:
+        """Write tokens and cells to a file. Raises UserError if the disk says no, OptionError while a request runs."""
+        if not self._busy.acquire(blocking=False):
+            raise OptionError("the session is answering a request; save it when that is done")
+        try:
+            cells = b""
+            if self._sequence is not None:
+                with self._model.lock:
+                    cells = self._model.engine.export_sequence(self._sequence)
+            info = self._model.info
+            session_file.save(Path(path), SavedSession(info.engine, self._model.file.key(), list(self._fed), cells))
+        finally:
+            self._busy.release()
+
+    def close(self) -> None:
+        """End the session; its cells may serve later prompts with the same beginning."""
+        if self._closed:
+            return
+        self._closed = True
+        self.cancel()
+        with self._busy:
+            self._model.end_session(self, self._sequence, self._fed)
+            self._sequence = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- one request -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, prompt: list[int], options: GenerateOptions) -> Job:
+        """Check the request, then find the cells it can start from."""
+        model = self._model
+        if not prompt:
+            raise OptionError("the prompt is empty; give some text")
+        allowed = model.info.max_context
+        if len(prompt) >= allowed:
+            raise ContextError(f"the prompt has {len(prompt)} tokens, the context room for {allowed - 1}; shorten it or raise --ctx")
+        _check(options)
+        sampling = options.sampling
+        if options.ignore_eos:
+            never = dict.fromkeys(model.vocab.eog_tokens(), float("-inf"))
+            sampling = replace(sampling, logit_bias={**sampling.logit_bias, **never})
+        constraint = compile_constraint(model.vocab, options.grammar, options.json_schema)
+        sampler = Sampler(model.vocab, sampling, constraint)
+        writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
+        sequence = self._start(prompt)
+        with model.lock:
+            exact = model.engine.exact_rows() if options.speculate else 1
+        speculate = min(options.speculate, exact - 1)
+        drafter = NgramDrafter() if speculate else None
+        if drafter:
+            drafter.extend(prompt)
+        for token in prompt:
+            sampler.accept(token, prompt=True)
+        self._cancelled.clear()
+        return Job(
+            engine=model.engine, lock=model.lock, vocab=model.vocab, sequence=sequence, fed=self._fed, prompt=prompt, sampler=sampler,
+            writer=writer, max_tokens=options.max_tokens or allowed, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
+            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set,
+        )  # fmt: skip
+
+    def _start(self, prompt: list[int]) -> int:
+        """The sequence to continue: our own, or one that shares more of the prompt. At least one token is left to feed."""
+        model = self._model
+        with model.lock:
+            own = common_prefix(self._fed, prompt)
+            other = model.prefixes.take(prompt) if own < len(prompt) // 2 else None
+            if other and other[1] > own:
+                if self._sequence is not None:
+                    model.prefixes.give(self._sequence, list(self._fed))
+                self._sequence, own = other
+            elif other:
+                model.prefixes.give(other[0], list(prompt[: other[1]]))
+            if self._sequence is None:
+                self._sequence = model.engine.new_sequence()
+            shared = min(own, len(prompt) - 1)
+            model.engine.truncate(self._sequence, shared)
+            self._fed[:] = prompt[:shared]
+            return self._sequence
+
+    def _run(self, job: Job, options: GenerateOptions) -> Iterator[Event]:
+        try:
+            for message in self._model.new_notices():
+                yield Notice(message)
+            if options.speculate and not job.drafter:
+                yield Notice("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
+            yield from loop.generate(job)
+        finally:
+            job.sampler.close()
+            self._busy.release()
+
+
+def _override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOptions:
+    """Apply keywords to options and to their sampling parameters. Raises OptionError for an unknown one."""
+    sampling = {k: overrides.pop(k) for k in list(overrides) if k in _SAMPLING_FIELDS}
+    unknown = sorted(set(overrides) - set(GenerateOptions.__dataclass_fields__))
+    if unknown:
+        raise OptionError(f"generate has no option {unknown[0]!r}; see edge_rt.types.GenerateOptions")
+    chosen = replace(options, **overrides)
+    return replace(chosen, sampling=replace(chosen.sampling, **sampling)) if sampling else chosen
+
+
+def _check(options: GenerateOptions) -> None:
+    """Raise OptionError for values out of range (sampling parameters are checked by the sampler)."""
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise OptionError(f"max_tokens is {options.max_tokens}; give at least 1, or leave it out")
+    if not 0 <= options.logprobs <= 100:
+        raise OptionError(f"logprobs is {options.logprobs}; give 0 to 100")
+    if not 0 <= options.speculate <= 64:
+        raise OptionError(f"speculate is {options.speculate}; give 0 to 64")
+    if options.grammar is not None and options.json_schema is not None:
+        raise OptionError("a grammar and a JSON schema contradict each other; give one of them")
