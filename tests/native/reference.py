@@ -1,0 +1,46 @@
+"""libllama itself, through llama-cpp-python's own bindings: what our graphs are compared with, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+
+_QUIET = llama.llama_log_callback(lambda *_: None)
+
+
+class Reference:
+    """One model and one context of libllama; ``flash`` chooses its attention."""
+
+    def __init__(self, path: Path, *, flash: bool, threads: int = 2, context: int = 512, key_type: int = 1) -> None:
+        llama.llama_log_set(_QUIET, ctypes.c_void_p(0))
+        self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+        assert self._model, f"libllama cannot load {path}"
+        params = llama.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = context, context, 512
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = 1 if flash else 0
+        params.type_k = key_type
+        self._context = llama.llama_init_from_model(self._model, params)
+        self._n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        self._at = 0
+
+    def feed(self, tokens: Sequence[int]) -> Any:
+        """Logits of every token: float32 [n_tokens, n_vocab]."""
+        batch = llama.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, self._at + i, 1, 1
+            batch.seq_id[i][0] = 0
+        assert llama.llama_decode(self._context, batch) == 0
+        llama.llama_batch_free(batch)
+        self._at += len(tokens)
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), shape=(len(tokens), self._n_vocab)).copy()
+
+    def close(self) -> None:
+        llama.llama_free(self._context)
+        llama.llama_model_free(self._model)
