@@ -1,0 +1,333 @@
+"""What every engine must do, as a suite to subclass; imported by edge_rt/testing/conformance.py."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pytest
+
+from edge_rt.hooks import (
+    ContextError,
+    EdgeError,
+    Engine,
+    EngineFactory,
+    EngineOptions,
+    OptionError,
+    OutOfMemory,
+    Part,
+    Refusal,
+    SessionFileError,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from edge_rt.hooks import ModelFile, Wanted
+
+_MISUSE = (EdgeError, LookupError, ValueError)  # what use after free or close may raise: anything but silence or a crash
+
+
+class EngineConformance:
+    """Subclass with fixtures ``engine_factory`` and ``model``."""
+
+    tolerance: ClassVar[float] = 1e-3
+    """Largest mean |difference| / mean |logits| between two ways to feed the same tokens; 0 asks for equal bits."""
+    options: ClassVar[EngineOptions] = EngineOptions(context=640, threads=1)
+    """What the engine is opened with; ``context`` must be at least 64, and 40 more than its ``chunk`` for all tests to run."""
+
+    _opened: ClassVar[Engine | None] = None
+
+    @pytest.fixture
+    def engine_factory(self) -> EngineFactory:
+        """The factory under test."""
+        raise NotImplementedError("define the fixture engine_factory in your subclass")
+
+    @pytest.fixture
+    def model(self) -> ModelFile:
+        """A model it can open; a tiny one will do."""
+        raise NotImplementedError("define the fixture model in your subclass")
+
+    @pytest.fixture
+    def engine(self, engine_factory: EngineFactory, model: ModelFile) -> Engine:
+        """One engine for all tests of the class: they must leave it usable for each other, as sessions must."""
+        cls = type(self)
+        if cls._opened is None:
+            cls._opened = engine_factory.open(model, self.options)
+        return cls._opened
+
+    @classmethod
+    def teardown_class(cls) -> None:
+        """Close the engine."""
+        if cls._opened is not None:
+            cls._opened.close()
+            cls._opened = None
+
+    def test_supports_the_model_and_says_what_it_is(self, engine_factory: EngineFactory, model: ModelFile, engine: Engine) -> None:
+        score = engine_factory.supports(model, self.options)
+        assert not isinstance(score, Refusal), f"the factory refuses the model it is tested with: {score}"
+        assert math.isfinite(score)
+        assert isinstance(engine, Engine)
+        info = engine.info
+        assert info.engine == engine_factory.name
+        assert info.max_context == self.options.context
+        assert min(info.n_vocab, info.n_layer, info.n_embd, info.chunk) > 0
+
+    def test_returns_the_rows_that_were_asked_for(self, engine: Engine) -> None:
+        tokens = _tokens(engine, 9)
+        with _sequences(engine, 3) as (a, b, c):
+            none, last, all_ = engine.step([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
+            assert none is None
+            assert last is not None
+            assert all_ is not None
+            assert last.shape == (1, engine.info.n_vocab)
+            assert all_.shape == (9, engine.info.n_vocab)
+            assert last.dtype == all_.dtype == np.float32
+            assert np.isfinite(all_).all()
+            self._assert_close(last[0], all_[-1])
+            assert [engine.length(s) for s in (a, b, c)] == [9, 9, 9]
+        assert engine.step([]) == []
+
+    def test_logits_depend_on_every_token_before(self, engine: Engine) -> None:
+        tokens = _tokens(engine, 12)
+        whole = _feed_new(engine, tokens)
+        for changed in (0, 6, 10):
+            other = [*tokens]
+            other[changed] = (other[changed] + 1) % engine.info.n_vocab
+            assert not np.array_equal(whole[-1], _feed_new(engine, other)[-1]), f"token {changed} makes no difference"
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
+    def test_any_division_gives_the_same_logits(self, engine: Engine, size: int) -> None:
+        tokens = _tokens(engine, 40)
+        self._assert_close(_feed_new(engine, tokens, size), _feed_new(engine, tokens))
+
+    def test_a_part_longer_than_a_chunk(self, engine: Engine) -> None:
+        chunk = engine.info.chunk
+        if chunk + 40 > engine.info.max_context:
+            pytest.skip(f"a chunk of {chunk} tokens and 40 more do not fit the context; raise options.context")
+        tokens = _tokens(engine, chunk + 40)
+        self._assert_close(_feed_new(engine, tokens), _feed_new(engine, tokens, chunk))
+
+    def test_several_sequences_in_one_step_equal_one_by_one(self, engine: Engine) -> None:
+        texts = [_tokens(engine, n, seed=n) for n in (17, 5, 11)]
+        alone = [_feed_new(engine, text) for text in texts]
+        with _sequences(engine, 3) as sequences:
+            rows: list[list[npt.NDArray[np.float32]]] = [[], [], []]
+            for start in range(0, 17, 4):  # shorter ones drop out on the way, as finished requests do
+                live = [i for i in range(3) if start < len(texts[i])]
+                results = engine.step([Part(sequences[i], texts[i][start : start + 4], "all") for i in live])
+                for i, result in zip(live, results, strict=True):
+                    rows[i].append(_rows(result))
+            for got, expected in zip(rows, alone, strict=True):
+                self._assert_close(np.concatenate(got), expected)
+
+    def test_a_fork_and_its_source_do_not_touch_each_other(self, engine: Engine) -> None:
+        tokens, left, right = _tokens(engine, 24), _tokens(engine, 8, seed=2), _tokens(engine, 8, seed=3)
+        if not self._can_go_back(engine):
+            return
+        source = engine.new_sequence()
+        _feed(engine, source, tokens)
+        fork = engine.fork_sequence(source, 16)
+        assert (engine.length(source), engine.length(fork)) == (24, 16)
+        got_left, got_right = _feed(engine, fork, left), _feed(engine, source, right)
+        engine.free_sequence(source)
+        after = _feed(engine, fork, right)
+        engine.free_sequence(fork)
+        self._assert_close(got_left, _feed_new(engine, tokens[:16] + left)[16:])
+        self._assert_close(got_right, _feed_new(engine, tokens + right)[24:])
+        self._assert_close(after, _feed_new(engine, tokens[:16] + left + right)[24:])
+
+    def test_a_fork_of_everything_and_of_nothing(self, engine: Engine) -> None:
+        tokens, more = _tokens(engine, 10), _tokens(engine, 4, seed=2)
+        with _sequences(engine, 1) as (source,):
+            _feed(engine, source, tokens)
+            whole, empty = engine.fork_sequence(source, 10), engine.fork_sequence(source, 0)
+            self._assert_close(_feed(engine, whole, more), _feed_new(engine, tokens + more)[10:])
+            self._assert_close(_feed(engine, empty, more), _feed_new(engine, more))
+            engine.free_sequence(whole)
+            engine.free_sequence(empty)
+
+    def test_truncated_cells_are_forgotten(self, engine: Engine) -> None:
+        tokens, more = _tokens(engine, 24), _tokens(engine, 8, seed=2)
+        if not self._can_go_back(engine):
+            return
+        with _sequences(engine, 1) as (sequence,):
+            _feed(engine, sequence, tokens)
+            engine.truncate(sequence, 10)
+            assert engine.length(sequence) == 10
+            self._assert_close(_feed(engine, sequence, more), _feed_new(engine, tokens[:10] + more)[10:])
+            engine.truncate(sequence, 0)
+            self._assert_close(_feed(engine, sequence, tokens), _feed_new(engine, tokens))
+
+    def _can_go_back(self, engine: Engine) -> bool:
+        """Can the engine cut a sequence? One that cannot must say so, for forks and truncation alike, and change nothing."""
+        tokens, more = _tokens(engine, 6), _tokens(engine, 2, seed=2)
+        with _sequences(engine, 1) as (sequence,):
+            _feed(engine, sequence, tokens)
+            try:
+                engine.truncate(sequence, 3)
+            except ContextError:
+                with pytest.raises(ContextError):
+                    engine.fork_sequence(sequence, 3)
+                assert engine.length(sequence) == 6
+                self._assert_close(_feed(engine, sequence, more), _feed_new(engine, tokens + more)[6:])
+                return False
+            return True
+
+    def test_an_imported_sequence_goes_on_like_the_exported_one(self, engine: Engine) -> None:
+        tokens, more = _tokens(engine, 20), _tokens(engine, 4, seed=2)
+        with _sequences(engine, 1) as (sequence,):
+            _feed(engine, sequence, tokens)
+            data = engine.export_sequence(sequence)
+            expected = _feed(engine, sequence, more)
+        for exported in (data, memoryview(data)):
+            copy = engine.import_sequence(exported)
+            assert engine.length(copy) == 20
+            self._assert_close(_feed(engine, copy, more), expected)
+            engine.free_sequence(copy)
+        with _sequences(engine, 1) as (empty,):
+            copy = engine.import_sequence(engine.export_sequence(empty))
+            assert engine.length(copy) == 0
+            engine.free_sequence(copy)
+
+    def test_what_is_no_saved_sequence_is_refused(self, engine: Engine) -> None:
+        tokens = _tokens(engine, 20)
+        with _sequences(engine, 1) as (sequence,):
+            _feed(engine, sequence, tokens)
+            data = engine.export_sequence(sequence)
+        cuts = {0, 1, 8, 16, 40, len(data) // 2, len(data) - 1}
+        for bad in [*(data[:cut] for cut in sorted(cuts)), b"\xff" * len(data), bytes(len(data)), data + b"\0", data[1:]]:
+            with pytest.raises(SessionFileError):
+                engine.import_sequence(bad)
+        self._assert_close(_feed_new(engine, tokens), _feed_new(engine, tokens))
+
+    def test_a_step_beyond_the_context_changes_nothing(self, engine: Engine) -> None:
+        context = engine.info.max_context
+        tokens, more = _tokens(engine, context - 4), _tokens(engine, 5, seed=2)
+        with _sequences(engine, 2) as (full, other):
+            _feed(engine, full, tokens)
+            with pytest.raises(ContextError):
+                engine.step([Part(other, more), Part(full, more)])
+            assert (engine.length(full), engine.length(other)) == (context - 4, 0)
+            with pytest.raises(ContextError):
+                engine.step([Part(other, [*tokens, *more])])
+            assert engine.length(other) == 0
+            got = _feed(engine, full, more[:4])
+            assert engine.length(full) == context
+            with pytest.raises(ContextError):
+                engine.step([Part(full, more[:1])])
+        self._assert_close(got, _feed_new(engine, tokens + more[:4], context - 4)[-4:])
+
+    def test_tokens_outside_the_vocabulary_are_refused(self, engine: Engine) -> None:
+        with _sequences(engine, 1) as (sequence,):
+            for bad in (-1, engine.info.n_vocab, 1 << 40):
+                with pytest.raises(OptionError):
+                    engine.step([Part(sequence, [1, bad])])
+            assert engine.length(sequence) == 0
+
+    def test_exact_rows_are_exact(self, engine: Engine) -> None:
+        rows = engine.exact_rows()
+        assert rows >= 1
+        before, tokens, after = _tokens(engine, 8), _tokens(engine, min(rows, 16), seed=2), _tokens(engine, 1, seed=3)
+        with _sequences(engine, 1) as (single,):
+            _feed(engine, single, before)
+            one_by_one = _feed(engine, single, tokens, 1)
+            next_ = _feed(engine, single, after)
+        for n in range(2, len(tokens) + 1):
+            with _sequences(engine, 1) as (joint,):
+                _feed(engine, joint, before)
+                together = _feed(engine, joint, tokens[:n])
+                _feed(engine, joint, tokens[n:], 1)
+                assert np.array_equal(together.view(np.uint32), one_by_one[:n].view(np.uint32)), f"{n} rows differ from one by one"
+                assert np.array_equal(_feed(engine, joint, after), next_), f"after {n} rows at once the cache differs"
+
+    def test_a_freed_sequence_is_gone_and_its_memory_back(self, engine: Engine) -> None:
+        tokens = _tokens(engine, 30)
+        gone = engine.new_sequence()
+        engine.free_sequence(gone)
+        for use in (lambda: engine.step([Part(gone, [1])]), lambda: engine.length(gone), lambda: engine.free_sequence(gone)):
+            with pytest.raises(_MISUSE):
+                use()
+        before = engine.memory().cache
+        for _ in range(40):
+            _feed_new(engine, tokens)
+        assert engine.memory().cache == before
+
+    def test_opens_sequences_until_it_says_no(self, engine: Engine) -> None:
+        opened: list[int] = []
+        try:
+            for _ in range(64):
+                opened.append(engine.new_sequence())
+        except OutOfMemory:
+            assert len(opened) >= 4
+        assert len(set(opened)) == len(opened)
+        for sequence in opened:
+            engine.free_sequence(sequence)
+        _feed_new(engine, _tokens(engine, 4))
+
+    def test_the_memory_report_adds_up(self, engine: Engine) -> None:
+        with _sequences(engine, 1) as (sequence,):
+            _feed(engine, sequence, _tokens(engine, 30))
+            report = engine.memory()
+        counts = [count for count in asdict(report).values() if count is not None]
+        assert all(isinstance(count, int) and count >= 0 for count in counts)
+        assert report.cache > 0
+        assert report.weights_resident is None or report.weights_resident <= report.weights_mapped + (1 << 16)
+
+    def test_closing_twice_is_harmless_and_use_after_it_an_error(self, engine_factory: EngineFactory, model: ModelFile) -> None:
+        engine = engine_factory.open(model, self.options)
+        sequence = engine.new_sequence()
+        _feed(engine, sequence, _tokens(engine, 4))
+        engine.close()
+        engine.close()
+        with pytest.raises(_MISUSE):
+            engine.step([Part(sequence, [1])])
+
+    def _assert_close(self, got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
+        assert got.shape == expected.shape
+        if self.tolerance == 0:
+            assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), "logits are not equal to the bit"
+        error = float(np.abs(got - expected).mean() / np.abs(expected).mean())
+        assert error <= self.tolerance, f"logits differ by {error:.2g}, more than {self.tolerance:g}"
+
+
+def _tokens(engine: Engine, n: int, seed: int = 1) -> list[int]:
+    """n random tokens."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, engine.info.n_vocab, n)]
+
+
+@contextlib.contextmanager
+def _sequences(engine: Engine, n: int) -> Iterator[list[int]]:
+    """n new sequences, freed at the end even if the test fails, because the engine serves the next test too."""
+    opened = [engine.new_sequence() for _ in range(n)]
+    try:
+        yield opened
+    finally:
+        for sequence in opened:
+            engine.free_sequence(sequence)
+
+
+def _rows(result: Any) -> npt.NDArray[np.float32]:
+    """A part's logits, kept beyond the next step."""
+    assert result is not None, "logits were asked for and did not come"
+    kept: npt.NDArray[np.float32] = result.copy()
+    return kept
+
+
+def _feed(engine: Engine, sequence: int, tokens: Sequence[int], size: int | None = None, want: Wanted = "all") -> npt.NDArray[np.float32]:
+    """Feed tokens, ``size`` at a time, and return the logits of all: float32 [n, n_vocab]."""
+    rows = [np.empty((0, engine.info.n_vocab), np.float32)]
+    for start in range(0, len(tokens), size or len(tokens) or 1):
+        (result,) = engine.step([Part(sequence, tokens[start : start + (size or len(tokens))], want)])
+        rows.append(_rows(result))
+    return np.concatenate(rows)
+
+
+def _feed_new(engine: Engine, tokens: Sequence[int], size: int | None = None) -> npt.NDArray[np.float32]:
+    """``_feed`` with a sequence of its own."""
+    with _sequences(engine, 1) as (sequence,):
+        return _feed(engine, sequence, tokens, size)

@@ -1,0 +1,271 @@
+"""The null engine passes the conformance suite, and engines with a fault planted in them do not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_rt.hooks import EngineOptions, OptionError, Part, SessionFileError
+from edge_rt.native.llama import Vocab
+from edge_rt.testing.conformance import DeviceConformance, EngineConformance
+from edge_rt.testing.null_device import BOS, EOS, EOT, NullDevice, NullEngine, NullEngineFactory, NullVocab
+
+
+def _model(folder: Path, name: str = "tiny.null", content: bytes = b"weights") -> Any:
+    path = folder / name
+    path.write_bytes(content)
+    return SimpleNamespace(path=path)
+
+
+class TestNullEngine(EngineConformance):
+    tolerance = 0
+
+    @pytest.fixture
+    def engine_factory(self) -> NullEngineFactory:
+        return NullEngineFactory()
+
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> Any:
+        return _model(tmp_path)
+
+
+class TestNullDevice(DeviceConformance):
+    @pytest.fixture
+    def device(self) -> NullDevice:
+        return NullDevice()
+
+
+# ---- faults the suite must find --------------------------------------------------------------------------------------
+
+
+class _ForgetsFirstToken(NullEngine):
+    def step(self, parts: Any) -> Any:
+        return super().step([Part(p.sequence, [0, *p.tokens[1:]], p.logits) if self.length(p.sequence) == 0 else p for p in parts])
+
+
+class _ChunkBorderSlips(NullEngine):
+    """A part longer than a chunk is fed in chunks, the second from an empty history."""
+
+    def step(self, parts: Any) -> Any:
+        long = [p for p in parts if len(p.tokens) > self.info.chunk]
+        results = super().step(parts)
+        for part in long:
+            tokens = part.tokens[self.info.chunk :]
+            self.truncate(part.sequence, 0)
+            results[parts.index(part)][self.info.chunk :] = super().step([Part(part.sequence, tokens, "all")])[0]
+            self.truncate(part.sequence, 0)
+            super().step([Part(part.sequence, part.tokens, "none")])
+        return results
+
+
+class _BatchMixesSequences(NullEngine):
+    def step(self, parts: Any) -> Any:
+        results = super().step(parts)
+        return results[::-1] if len(parts) == 2 and all(p.logits == "all" for p in parts) else results
+
+
+class _ForkShares(NullEngine):
+    def fork_sequence(self, sequence: int, length: int) -> int:
+        source = self._get(sequence)
+        new = super().fork_sequence(sequence, length)
+        if length == len(source.tokens):
+            return new
+        self._sequences[new].states = source.states  # the cells of the source, not copies
+        del source.states[length:]
+        return new
+
+
+class _TruncateKeepsState(NullEngine):
+    def truncate(self, sequence: int, length: int) -> None:
+        del self._get(sequence).tokens[length:]
+
+
+class _GrowsWhenRefused(NullEngine):
+    def step(self, parts: Any) -> Any:
+        for part in parts:  # feeds the first part before it looks at the second
+            super().step([part]) if part.logits == "none" else None
+        first, *others = parts
+        return [*super().step([first]), *(super().step(others) if others else [])]
+
+
+class _LiesAboutExactRows(NullEngine):
+    def step(self, parts: Any) -> Any:
+        return [r if r is None or len(r) < 5 else r + np.float32(1e-6) * np.abs(r) for r in super().step(parts)]
+
+
+class _ImportTrusts(NullEngine):
+    def import_sequence(self, data: Any) -> int:
+        try:
+            return super().import_sequence(data)
+        except SessionFileError:
+            return self.new_sequence()
+
+
+class _ImportForgets(NullEngine):
+    def import_sequence(self, data: Any) -> int:
+        sequence = super().import_sequence(data)
+        if self.length(sequence):
+            self._sequences[sequence].states[-1] ^= 1
+        return sequence
+
+
+class _LastIsFirst(NullEngine):
+    def step(self, parts: Any) -> Any:
+        results = super().step([replace(p, logits="all") if p.logits == "last" else p for p in parts])
+        return [r[:1] if p.logits == "last" else r for p, r in zip(parts, results, strict=True)]
+
+
+class _Leaks(NullEngine):
+    def free_sequence(self, sequence: int) -> None:
+        kept = self._get(sequence)
+        super().free_sequence(sequence)
+        self._sequences[-self._next] = kept
+
+
+class _WrapsTokens(NullEngine):
+    def step(self, parts: Any) -> Any:
+        return super().step([replace(p, tokens=[t % self.info.n_vocab for t in p.tokens]) for p in parts])
+
+
+class _RevivesAfterClose(NullEngine):
+    def close(self) -> None:
+        """Keeps on working."""
+
+
+FAULTS = {
+    _ForgetsFirstToken: "test_logits_depend_on_every_token_before",
+    _ChunkBorderSlips: "test_a_part_longer_than_a_chunk",
+    _BatchMixesSequences: "test_several_sequences_in_one_step_equal_one_by_one",
+    _ForkShares: "test_a_fork_and_its_source_do_not_touch_each_other",
+    _TruncateKeepsState: "test_truncated_cells_are_forgotten",
+    _GrowsWhenRefused: "test_a_step_beyond_the_context_changes_nothing",
+    _LiesAboutExactRows: "test_exact_rows_are_exact",
+    _ImportTrusts: "test_what_is_no_saved_sequence_is_refused",
+    _ImportForgets: "test_an_imported_sequence_goes_on_like_the_exported_one",
+    _LastIsFirst: "test_returns_the_rows_that_were_asked_for",
+    _Leaks: "test_a_freed_sequence_is_gone_and_its_memory_back",
+    _WrapsTokens: "test_tokens_outside_the_vocabulary_are_refused",
+    _RevivesAfterClose: "test_closing_twice_is_harmless_and_use_after_it_an_error",
+}
+
+
+def _failures(fault: type[NullEngine], model: Any) -> list[str]:
+    """Names of the suite's tests that a faulty engine fails."""
+    factory = SimpleNamespace(name="null", supports=lambda *_: 1.0, open=lambda _, options: fault(context=options.context))
+    failed = []
+    for name, test in inspect.getmembers(EngineConformance, inspect.isfunction):
+        if not name.startswith("test_"):
+            continue
+        suite = TestNullEngine()
+        available = {"engine": fault(context=suite.options.context or 0), "engine_factory": factory, "model": model, "size": 7}
+        try:
+            test(suite, **{key: available[key] for key in inspect.signature(test).parameters if key != "self"})
+        except (AssertionError, pytest.fail.Exception):
+            failed.append(name)
+    return failed
+
+
+@pytest.mark.parametrize(("fault", "test"), FAULTS.items())
+def test_the_suite_finds_the_fault(fault: type[NullEngine], test: str, tmp_path: Path) -> None:
+    assert test in _failures(fault, _model(tmp_path))
+
+
+def test_the_suite_finds_no_fault_where_there_is_none(tmp_path: Path) -> None:
+    assert _failures(NullEngine, _model(tmp_path)) == []
+
+
+# ---- what is the null engine's own -----------------------------------------------------------------------------------
+
+
+def _greedy(engine: NullEngine, prompt: str, limit: int = 40) -> str:
+    sequence, tokens, out = engine.new_sequence(), engine.vocab.tokenize(prompt), []
+    while len(out) < limit:
+        (logits,) = engine.step([Part(sequence, tokens)])
+        assert logits is not None
+        tokens = [int(logits[0].argmax())]
+        if engine.vocab.is_eog(tokens[0]):
+            break
+        out += tokens
+    return engine.vocab.detokenize(out).decode()
+
+
+@pytest.mark.parametrize("reply", ["Hello, world!", "abab abac", "你好", ""])
+def test_writes_its_reply_and_stops(reply: str) -> None:
+    assert _greedy(NullEngine(reply=reply), "Say something: ") == reply
+
+
+def test_supports_null_files_first_and_others_only_by_name(tmp_path: Path) -> None:
+    factory = NullEngineFactory()
+    assert factory.supports(_model(tmp_path), EngineOptions()) == 100
+    assert factory.supports(_model(tmp_path, "model.gguf"), EngineOptions()) == 0
+
+
+def test_another_file_is_another_model(tmp_path: Path) -> None:
+    def logits(model: Any) -> Any:
+        engine = NullEngineFactory().open(model, EngineOptions())
+        return engine.step([Part(engine.new_sequence(), [1, 2, 3])])[0]
+
+    first, again, other = (logits(_model(tmp_path, "m.null", content)) for content in (b"one", b"one", b"two"))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_context_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="at least 1 token"):
+        NullEngineFactory().open(_model(tmp_path), EngineOptions(context=0))
+
+
+def test_a_sequence_of_another_model_is_refused() -> None:
+    one, other = NullEngine(seed=b"1"), NullEngine(seed=b"2")
+    with pytest.raises(SessionFileError, match="another model"):
+        other.import_sequence(one.export_sequence(one.new_sequence()))
+
+
+# ---- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_answers_all_that_libllamas_does() -> None:
+    own = {"load", "adopt"}  # ways to make one from a file or a pointer
+    names = {name for name in dir(Vocab) if not name.startswith("_")} - own
+    names |= {"n_tokens", "kind", "train_context", "bos", "eos", "eot", "nl", "add_bos"}
+    assert names <= set(dir(NullVocab))
+    for name, method in inspect.getmembers(Vocab, inspect.isfunction):
+        if not name.startswith("_") and name not in own:
+            theirs, ours = (list(inspect.signature(f).parameters.values()) for f in (method, getattr(NullVocab, name)))
+            assert [(p.name, p.kind, p.default) for p in theirs] == [(p.name, p.kind, p.default) for p in ours], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, [BOS, *b"a<|end|>"]),
+        ({"bos": False}, [*b"a<|end|>"]),
+        ({"special": True}, [BOS, ord("a"), EOS]),
+        ({"special": True, "bos": True}, [BOS, ord("a"), EOS]),
+    ],
+)
+def test_tokenize(arguments: dict[str, Any], expected: list[int]) -> None:
+    assert NullVocab().tokenize("a<|end|>", **arguments) == expected
+
+
+def test_begin_of_text_is_not_added_twice() -> None:
+    assert NullVocab().tokenize("<|begin|>a", special=True) == [BOS, ord("a")]
+
+
+def test_pieces() -> None:
+    vocab = NullVocab()
+    assert vocab.detokenize(vocab.tokenize("héllo")) == "héllo".encode()
+    assert (vocab.piece(EOT), vocab.piece(EOT, special=True)) == (b"", b"<|turn|>")
+    assert [vocab.is_eog(t) for t in (EOS, EOT, BOS, 65)] == [True, True, False, False]
+    assert [vocab.is_control(t) for t in (EOS, BOS, 65)] == [True, True, False]
+    uses: list[Callable[[int], object]] = [vocab.piece, vocab.is_eog, vocab.is_control]
+    for use in uses:
+        with pytest.raises(OptionError, match="out of range"):
+            use(260)
