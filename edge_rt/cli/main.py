@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from edge_rt.errors import OptionError
+
 COMMANDS = {
     "run": "edge_rt.cli.run",
     "chat": "edge_rt.cli.chat",
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if level := os.environ.get("EDGE_RT_LOG"):
+            _log(level)
         # Until a command runs there is nothing to put in order: an interrupt during the imports ends the process at once.
         with _quiet_interrupts():
             start = _command(words)
@@ -42,6 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         return _status(error, words)
+
+
+def _log(level: str) -> None:
+    """Show on standard error what edge-rt and the native libraries log."""
+    import logging
+
+    if level.lower() not in ("debug", "info", "warning", "error"):
+        raise OptionError(f"EDGE_RT_LOG takes debug, info, warning or error and not {level!r}")
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
 
 def _command(words: list[str]) -> Callable[[], int]:

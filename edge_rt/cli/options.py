@@ -110,7 +110,7 @@ class ModelOptions(CommandOptions):
     key_type: str = option("f16", "--key-type --cache-type-k TYPE", "Type of cached keys: f16 or q8_0.", choices=("f16", "q8_0"))
     engine: str | None = option(None, "--engine NAME", "Engine; the best that can run the model if left out.")
     device: str | None = option(None, "--device NAME", "Device, as `edge-rt doctor` names it; the best if left out.")
-    verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took, and what the libraries log.")
+    verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took.")
 
 
 class GenerationOptions(CommandOptions):

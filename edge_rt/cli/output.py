@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,10 @@ def write(text: str) -> None:
     if sys.stdout is None:
         raise UserError("standard output is closed, and the answer has nowhere to go; redirect it to /dev/null to discard it")
     try:
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError as error:  # a terminal that is not UTF-8
+            sys.stdout.write(text.encode(error.encoding, "replace").decode(error.encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         abandon_stdout()
@@ -41,7 +45,8 @@ def write_json(record: dict[str, Any], indent: int | None = None) -> None:
     """Write one JSON value and a newline to standard output."""
     import json
 
-    write(json.dumps(record, ensure_ascii=False, indent=indent) + "\n")
+    utf8 = getattr(sys.stdout, "encoding", "").lower() in ("utf-8", "utf8")
+    write(json.dumps(record, ensure_ascii=not utf8, allow_nan=False, indent=indent) + "\n")
 
 
 def say(text: str) -> None:
@@ -72,37 +77,53 @@ def size(count: float) -> str:
 
 
 class ProgressBar:
-    """Shows (phase, done, total) on standard error: a bar on a terminal, else one line a phase. May be called from any thread."""
+    """Shows (phase, done, total) on standard error: a bar on a terminal, elsewhere one line for a phase that takes a while.
+
+    May be called from any thread, and after ``finish``: weights are still being read while the answer is already written.
+    """
 
     def __init__(self) -> None:
-        self._phase = ""
-        self._drawn = False
-        self._next = 0.0
         self._terminal = terminal(sys.stderr)
+        self._lock = threading.Lock()
+        self._phase = ""
+        self._due = 0.0  # when to write next
+        self._drawn = False
+        self._finished = False
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Note that ``done`` of ``total`` bytes (0: unknown) of a phase are done."""
-        if not self._terminal:
+        with self._lock:
+            now = time.monotonic()
             if phase != self._phase:
-                self._phase = phase
+                self._phase, self._due = phase, now + (0.1 if self._terminal else 1.0)
+            if self._finished or now < self._due:
+                return
+            if self._terminal:
+                self._draw(phase, done, total)
+                self._due = now + 0.1
+            else:
                 say(f"{phase}" + (f" {size(total)}" if total else "") + " ...")
-            return
-        now = time.monotonic()
-        if phase == self._phase and now < self._next and (done < total or not total):
-            return
-        self._phase, self._next, self._drawn = phase, now + 0.1, True
-        share = min(1.0, done / total) if total else 0.0
-        bar = "#" * int(share * 30)
-        facts = f"[{bar:<30}] {share:4.0%}  {size(done)} of {size(total)}" if total else size(done)
-        sys.stderr.write(f"\r\x1b[K{phase:<12} {facts}")
-        sys.stderr.flush()
+                self._due = float("inf")
 
     def finish(self) -> None:
-        """Remove the bar."""
-        if self._drawn:
-            sys.stderr.write("\r\x1b[K")
+        """Remove the bar, for good."""
+        with self._lock:
+            self._finished = True
+            if self._drawn:
+                self._write("\r\x1b[K")
+
+    def _draw(self, phase: str, done: int, total: int) -> None:
+        share = min(1.0, done / total) if total else 0.0
+        facts = f"[{'#' * int(share * 30):<30}] {share:4.0%}  {size(done)} of {size(total)}" if total else size(done)
+        self._write(f"\r\x1b[K{phase:<12} {facts}")
+        self._drawn = True
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
             sys.stderr.flush()
-            self._drawn = False
+        except OSError:  # the terminal is gone: the work goes on, and whoever waits for it will notice
+            self._finished = True
 
 
 def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:

@@ -188,3 +188,9 @@ def test_a_plain_line_imports_nothing_slow():
     slow = {"typer", "click", "rich", "numpy", "asyncio", "psutil", "jinja2", "llama_cpp", "gguf", "logging", "json", "urllib.request",
             "ssl", "hashlib", "subprocess", "importlib.metadata", "pluggy", "ctypes", "email"}  # fmt: skip
     assert loaded & slow == set()
+
+
+def test_a_log_level_that_is_none(monkeypatch, capsys):
+    monkeypatch.setenv("EDGE_RT_LOG", "loud")
+    assert cli.main(["models"]) == 1
+    assert capsys.readouterr().err == "error: EDGE_RT_LOG takes debug, info, warning or error and not 'loud'\n"
