@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_text
 from edge_rt.cli.options import GenerationOptions, ModelOptions, option
 from edge_rt.cli.output import say, terminal, write
-from edge_rt.errors import OptionError, UserError
+from edge_rt.errors import ContextError, OptionError, UserError
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def _one(chat: Chat, line: str) -> bool:
             chat.turn(line)
     except KeyboardInterrupt:
         say("\n[stopped]")  # the second Ctrl-C during one answer
+    except ContextError as error:
+        say(f"error: {error}, or start anew with /clear")
     except UserError as error:
         say(f"error: {error}")
     return True

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if level := os.environ.get("EDGE_RT_LOG"):
             _log(level)
         # Until a command runs there is nothing to put in order: an interrupt during the imports ends the process at once.
-        with _quiet_interrupts():
+        with QuietInterrupts():
             start = _command(words)
         return start()
     except KeyboardInterrupt:
@@ -95,7 +95,7 @@ def _version() -> int:
     return SUCCESS
 
 
-class _quiet_interrupts:
+class QuietInterrupts:
     """While it lasts, Ctrl-C ends the process with status 130 and without a traceback."""
 
     def __enter__(self) -> None:
