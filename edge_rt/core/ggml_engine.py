@@ -15,6 +15,7 @@ from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot
 from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
@@ -25,6 +26,7 @@ from edge_rt.native import abi, ggml
 if TYPE_CHECKING:
     from edge_rt.core.engine import Logits
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.load.residency import Pager
     from edge_rt.core.load.units import Unit
     from edge_rt.hooks import EngineOptions
 
@@ -67,6 +69,7 @@ class GgmlEngine:
             raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
         self._file, self.notices = file, list[str]()
         self.hyper: Hyper = read_hyper(file.header)
+        check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = _key_type(options.key_type, self.hyper)
         packed, notice = open_packed(file, options.progress) if options.pack else (None, None)
         if notice:
@@ -257,6 +260,11 @@ class GgmlEngine:
             cache=sum(cache.nbytes for cache in self._sequences.values()),
             compute=self._graphs.nbytes,
         )
+
+    @property
+    def pager(self) -> Pager | None:
+        """What streams the weights under a memory budget, None without one."""
+        return self._paging.pager
 
     def units(self) -> Sequence[Unit]:
         """The units of the weight store."""

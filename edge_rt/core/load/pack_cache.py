@@ -59,7 +59,7 @@ def _open_sound(path: Path, key: str) -> PackedFile | None:
     """Open a packed file if it is there and sound; a damaged or stale one counts as absent and is overwritten."""
     try:
         return PackedFile(path, key)
-    except (FileNotFoundError, PackDamaged):
+    except (FileNotFoundError, NotADirectoryError, PackDamaged):
         return None
 
 
