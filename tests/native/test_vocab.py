@@ -16,7 +16,8 @@ from edge_rt.native import llama, logs
 from edge_rt.native.llama import Vocab
 
 TEXTS = (
-    "Hello, world!", " leading and trailing ", "", " ", "\n\n\t x\r\n", "你好，世界。今天天气很好。", "🙂👩‍👩‍👧‍👦🇩🇪", "e\u0301 n\u0303 \u0928\u0940",
+    "Hello, world!", " leading and trailing ", "", " ", "\n\n\t x\r\n", "你好，世界。今天天气很好。",
+    "🙂👩‍👩‍👧‍👦🇩🇪", "e\u0301 n\u0303 \u0928\u0940",
     "def f(x):\n    return x ** 2  # 平方\n", "a\0b", "1234567890 3.14e-10", "<|im_start|>user\nhi<|im_end|>\n", "\ufeffBOM \u200b zero",
     "The quick brown fox. " * 200, "x" * 5000,
 )  # fmt: skip
