@@ -162,7 +162,9 @@ class EngineFactory(Protocol):
         ...
 
     def open(self, model: ModelFile, options: EngineOptions) -> Engine:
-        """Open the model. Raises the errors of ``edge_rt.errors``; AbiMismatch makes the runtime try the next engine.
+        """Open the model. Raises the errors of ``edge_rt.errors``.
+
+        AbiMismatch and UnsupportedModel make the runtime try the next engine, and say so.
 
         The runtime reads the vocabulary from the model file. An engine can spare it that: by an attribute ``llama_model``,
         the address of libllama's model, or by an attribute ``vocab``, an object with the methods of the runtime's own.
@@ -234,7 +236,7 @@ class HookSpecs:
         """Engines: ways to run a model.
 
         Called once per registry, before the first model is opened. ``EngineFactory.supports`` is called for every model opened;
-        the runtime opens the highest score, and the next one when that raises AbiMismatch.
+        the runtime opens the highest score, and the next one when that raises AbiMismatch or UnsupportedModel.
         """
 
     @hookspec
