@@ -175,7 +175,7 @@ SCHEMAS = (
     {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"y": {"type": "null"}}, "required": ["y"]}],
      "$defs": {"a": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
     {"properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
-    {"$ref": "#/$defs/tree", "$defs": {"tree": {"properties": {"v": {"type": "integer"}, "l": {"$ref": "#/$defs/tree"}}, "required": ["v"]}}},
+    {"$ref": "#/$defs/t", "$defs": {"t": {"properties": {"v": {"type": "integer"}, "l": {"$ref": "#/$defs/t"}}, "required": ["v"]}}},
     {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]},
     {"$ref": "#/definitions/a~1b/items", "description": "beside a reference", "definitions": {"a/b": {"items": {"type": "integer"}}}},
     {"type": "integer", "allOf": [{"minimum": 3}, {"minimum": 1, "maximum": 9}]}, {"type": ["integer", "null"], "minimum": 7},

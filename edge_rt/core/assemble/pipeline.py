@@ -14,6 +14,8 @@ from typing import Protocol
 
 from edge_rt.errors import PluginError
 
+MAX_PENDING = 4096  # characters; who holds back more is not just waiting
+
 
 class Transducer(Protocol):
     """An incremental text transducer; see ``edge_rt.hooks.PostProcessor`` for the contract."""
@@ -27,7 +29,7 @@ class Transducer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stage:
     """A post-processor of one stream. ``fails_closed``: better no text than unprocessed text."""
 
@@ -41,14 +43,14 @@ class Pipeline:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = list(stages)
-        self._pending: dict[int, str | None] = {id(stage): "" for stage in stages}  # None: no longer known
+        self._pending: dict[Stage, str | None] = dict.fromkeys(stages, "")  # taken and not given back; None: not known
         self._ended = False
         self.notices: list[str] = []
 
     @property
     def held(self) -> tuple[tuple[str, int | None], ...]:
         """For each processor still in: its name and the characters it holds back (None: not known)."""
-        pending = ((stage.name, self._pending[id(stage)]) for stage in self._stages)
+        pending = ((stage.name, self._pending[stage]) for stage in self._stages)
         return tuple((name, None if text is None else len(text)) for name, text in pending)
 
     def feed(self, text: str) -> str:
@@ -74,18 +76,18 @@ class Pipeline:
         return text
 
     def _feed(self, stage: Stage, text: str) -> str:
-        before = self._pending[id(stage)]
+        before = self._pending[stage]
         result, failure = _attempt(lambda: stage.processor.feed(text))
         if failure is not None:
             return self._leave_out(stage, failure, before, text)
         if before is not None:
-            taken = before + text
-            self._pending[id(stage)] = taken[len(result) :] if taken.startswith(result) else None
+            rest = (before + text)[len(result) :] if (before + text).startswith(result) else None
+            self._pending[stage] = rest if rest is not None and len(rest) <= MAX_PENDING else None
         return result
 
     def _flush(self, stage: Stage) -> str:
         result, failure = _attempt(stage.processor.flush)
-        return result if failure is None else self._leave_out(stage, failure, self._pending[id(stage)], "")
+        return result if failure is None else self._leave_out(stage, failure, self._pending[stage], "")
 
     def _leave_out(self, stage: Stage, failure: str, before: str | None, text: str) -> str:
         """A processor failed: stop the stream, or go on without it. Returns the text it should have processed."""

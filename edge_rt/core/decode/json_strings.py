@@ -58,8 +58,9 @@ def _code(code: int) -> str:
 _DIGIT: Terminal = ((0x30, 0x39),)
 _WORD: Terminal = (*_DIGIT, (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
 _SPACE: Terminal = ((0x09, 0x0D), (0x20, 0x20), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
-                    (0x205F, 0x205F), (0x3000, 0x3000))  # fmt: skip  # not U+FEFF, which is \\s in ECMA 262 only
-_CLASSES = {"d": _DIGIT, "w": _WORD, "s": _SPACE, "D": complement(_DIGIT), "W": complement(_WORD), "S": complement([*_SPACE, (0x1C, 0x1F), (0x85, 0x85), (0xFEFF, 0xFEFF)])}
+                    (0x205F, 0x205F), (0x3000, 0x3000))  # fmt: skip  # not U+FEFF, a space to ECMA 262 only
+_NO_SPACE = complement([*_SPACE, (0x1C, 0x1F), (0x85, 0x85), (0xFEFF, 0xFEFF)])  # in no dialect
+_CLASSES = {"d": _DIGIT, "w": _WORD, "s": _SPACE, "D": complement(_DIGIT), "W": complement(_WORD), "S": _NO_SPACE}
 _DOT = complement([(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)])
 _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _DEEPEST = 50

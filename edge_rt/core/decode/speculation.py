@@ -1,82 +1,116 @@
-"""Drafts from the text itself: what followed the last few tokens the last time they occurred (prompt look-up, Saxena 2023).
+"""Drafts from the text itself: what followed the last few tokens when they occurred before.
 
-It costs a few dictionary look-ups a token and pays wherever the output repeats the input: extraction, code, tables, quotes.
+Extraction, code and summaries repeat their prompt; there several drafted tokens are accepted per step. Elsewhere drafts are wrong, and
+each costs the rows that verify it: the drafter watches what becomes of its drafts and falls silent for a while after failures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 
-LONGEST, SHORTEST = 4, 2
-"""Tokens matched: the longest context that occurred before wins."""
-_FIRST = 4
-_PAUSE = 16
-"""Tokens without drafts after several drafts in a row were wrong."""
+LONGEST, SHORTEST = 4, 2  # tokens compared
+LOOK_BACK = 64  # earlier occurrences of the last two tokens looked at: bounds the cost of a draft
+MOST = 1 << 30
+TRUST = {2: 2, 3: 4, 4: MOST}  # tokens drafted after a match of this length
+MAX_PAUSE = 64  # tokens
 
 
 class NgramDrafter:
-    """One stream's index. It drafts more while drafts come true and pauses while they do not, so plain text is not slowed down."""
+    """Prompt and generated tokens of one sequence, indexed by pairs; each pair is chained to its earlier occurrence.
+
+    A token costs one dictionary entry at most and 8 bytes; ``draft`` costs the same however long the text is.
+    """
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST + 1)]
-        self._expected: list[int] = []
-        self._hits = 0
-        self._limit = _FIRST
-        self._pause = 0
+        self._tokens = array("i")
+        self._earlier = array("i")  # per token: where the pair that ends with it ended before, -1: nowhere
+        self._last: dict[tuple[int, int], int] = {}  # pair -> where it ended last
+        self._draft: list[int] = []  # what is not yet confirmed or refuted of the last draft
+        self._drafted = 0  # its length at first
+        self._limit = MOST  # tokens a draft may have, by experience
+        self._failures = 0
+        self._pause = 0  # tokens to wait before the next draft
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """These tokens are certain now, in this order."""
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Take tokens that are certain: the prompt, then what was sampled. Tells also how the last draft fared."""
         for token in tokens:
-            self._judge(token)
-            at = len(self._tokens)
-            for n in range(SHORTEST, min(LONGEST, at) + 1):
-                self._after[n][tuple(self._tokens[at - n :])] = at
+            if self._draft:
+                self._judge(token)
+            elif self._pause:
+                self._pause -= 1
+            end = len(self._tokens)
             self._tokens.append(token)
-
-    def draft(self, most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow; empty where nothing is known or drafting does not pay."""
-        self._settle()
-        if self._pause > 0:
-            self._pause -= 1
-            return []
-        at = self._look_up()
-        if at is None:
-            return []
-        period = len(self._tokens) - at  # a match that runs up to the end repeats from there
-        self._expected = [self._tokens[at + i % period] for i in range(min(most, self._limit))]
-        self._hits = 0
-        return list(self._expected)
-
-    def _look_up(self) -> int | None:
-        """Where the text went on after the longest earlier occurrence of its end."""
-        for n in range(min(LONGEST, len(self._tokens)), SHORTEST - 1, -1):
-            at = self._after[n].get(tuple(self._tokens[-n:]))
-            if at is not None:
-                return at
-        return None
+            if not end:
+                self._earlier.append(-1)
+                continue
+            pair = (self._tokens[end - 1], token)
+            self._earlier.append(self._last.get(pair, -1))
+            self._last[pair] = end
 
     def _judge(self, token: int) -> None:
-        """Compare a token with what was drafted for its place."""
-        if self._hits < len(self._expected):
-            if self._expected[self._hits] == token:
-                self._hits += 1
+        """Compare a sampled token with the one drafted for its place."""
+        if token == self._draft[0]:
+            del self._draft[0]
+            self._failures = 0
+            if not self._draft:
+                self._limit = min(MOST, 2 * self._limit)
+            return
+        accepted = self._drafted - len(self._draft)
+        self._limit = max(2, accepted + 1)
+        if not accepted:
+            self._failures += 1
+            self._pause = min(MAX_PAUSE, 2**self._failures)
+        self._draft = []
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        while len(self._tokens) > max(length, 0):
+            end = len(self._tokens) - 1
+            token, earlier = self._tokens.pop(), self._earlier.pop()
+            if not end:
+                continue
+            pair = (self._tokens[end - 1], token)
+            if earlier < 0:
+                del self._last[pair]
             else:
-                self._finish()
+                self._last[pair] = earlier
+        self._draft = []
 
-    def _settle(self) -> None:
-        if self._expected:
-            self._finish()
+    def draft(self, max_tokens: int) -> list[int]:
+        """At most ``max_tokens`` tokens that may follow; empty where nothing suggests any, or drafts have failed lately."""
+        self._draft = []
+        if self._pause or len(self._tokens) < SHORTEST + 1:
+            return []
+        start, length = self._match()
+        if not length:
+            return []
+        period = len(self._tokens) - start  # past the end the text is taken to repeat itself
+        n = min(max_tokens, TRUST[length], self._limit)
+        self._draft = [self._tokens[start + i % period] for i in range(n)]
+        self._drafted = len(self._draft)
+        return list(self._draft)
 
-    def _finish(self) -> None:
-        """Adjust the length of drafts: double what came true entirely, shorten what did not, pause after total failures."""
-        drafted, hits = len(self._expected), self._hits
-        self._expected, self._hits = [], 0
-        if hits == drafted:
-            self._limit = min(2 * self._limit, 64)
-        elif hits:
-            self._limit = max(_FIRST, hits + 1)
-        elif self._limit > 1:
-            self._limit //= 2
-        else:
-            self._pause, self._limit = _PAUSE, 1
+    def _match(self) -> tuple[int, int]:
+        """Where the text goes on after the best earlier occurrence of its end, and the tokens that agree (0: there is none).
+
+        The longest agreement wins, up to LONGEST; of several, the latest.
+        """
+        tokens, end = self._tokens, len(self._tokens) - 1
+        best, best_length = 0, 0
+        at = self._earlier[end]
+        for _ in range(LOOK_BACK):
+            if at < 0:
+                break
+            length = SHORTEST
+            while length < LONGEST and at >= length and tokens[at - length] == tokens[end - length]:
+                length += 1
+            if length > best_length:
+                best, best_length = at + 1, length
+                if length == LONGEST:
+                    break
+            at = self._earlier[at]
+        return best, best_length
