@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edge_rt.core.assemble.pipeline import Pipeline
+from edge_rt.core.assemble.pipeline import Pipeline, Stage
 from edge_rt.core.context import session_file
 from edge_rt.core.context.prefix import PrefixCache
 from edge_rt.core.engine import Engine, EngineInfo, MemoryReport, Part
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.core.load.vocabulary_check import check_vocabulary
-from edge_rt.errors import AbiMismatch, OptionError, UnsupportedModel
+from edge_rt.errors import AbiMismatch, OptionError, SessionFileError, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native.llama import Vocab
 from edge_rt.registry import Registry
@@ -59,13 +59,14 @@ def open(
     file = ModelFile.open(path)
     try:
         check_vocabulary(file.header)
-        plugins = registry or Registry.load(required=[])
+        plugins = registry or Registry.load()
         choice = plugins.choose_device(device)
         options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
         vocabulary = _VocabularyLoad(file)
         try:
             notices: list[str] = []
-            opened = _open_engine(plugins.choose_engine(file, options, engine, choice.offer), file, options, notices, strict=engine is not None)
+            engines = plugins.choose_engine(file, options, engine, choice.offer)
+            opened = _open_engine(engines, file, options, notices, strict=engine is not None)
         except BaseException:
             vocabulary.discard()
             raise
@@ -174,9 +175,8 @@ class Model:
         self._sessions: set[Session] = set()
         self._closed = False
         if self.info.max_context > self.info.train_context > 0:
-            self.notices.append(
-                f"a context of {self.info.max_context} is beyond the {self.info.train_context} the model was trained with; answers may degrade"
-            )
+            trained, asked = self.info.train_context, self.info.max_context
+            self.notices.append(f"a context of {asked} is beyond the {trained} the model was trained with; answers may degrade")
 
     @property
     def info(self) -> EngineInfo:
@@ -232,7 +232,9 @@ class Model:
         if saved.cells:
             with self.lock:
                 sequence = self.engine.import_sequence(saved.cells)
-                session_file.check_length(saved, self.engine, sequence)
+                if self.engine.length(sequence) != len(saved.tokens):
+                    self.engine.free_sequence(sequence)
+                    raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
         session = Session(self, sequence, saved.tokens)
         self._sessions.add(session)
         return session
@@ -246,7 +248,8 @@ class Model:
 
     def pipeline(self, names: Sequence[str]) -> Pipeline:
         """Fresh post-processors for one stream. Raises PluginError for an unknown name."""
-        return Pipeline([self.registry.post_processor(name).start() for name in names])
+        started = [self.registry.post_processor(name).start() for name in names]
+        return Pipeline([Stage(processor.name, processor, processor.fails_closed) for processor in started])
 
     def new_notices(self) -> list[str]:
         """Notices nobody has been told yet."""

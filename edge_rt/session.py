@@ -138,7 +138,7 @@ class Session:
             exact = model.engine.exact_rows() if options.speculate else 1
         speculate = min(options.speculate, exact - 1)
         drafter = NgramDrafter() if speculate else None
-        if drafter:
+        if drafter is not None:
             drafter.extend(prompt)
         for token in prompt:
             sampler.accept(token, prompt=True)
@@ -146,7 +146,7 @@ class Session:
         return Job(
             engine=model.engine, lock=model.lock, vocab=model.vocab, sequence=sequence, fed=self._fed, prompt=prompt, sampler=sampler,
             writer=writer, max_tokens=options.max_tokens or allowed, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
-            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set,
+            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
         )  # fmt: skip
 
     def _start(self, prompt: list[int]) -> int:
@@ -172,7 +172,7 @@ class Session:
         try:
             for message in self._model.new_notices():
                 yield Notice(message)
-            if options.speculate and not job.drafter:
+            if options.speculate and job.drafter is None:
                 yield Notice("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
             yield from loop.generate(job)
         finally:

@@ -15,7 +15,6 @@ from edge_rt.errors import NativeError, OutOfMemory
 from edge_rt.native.libs import Bindings, function
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 P, I32, I64, SIZE, F32, BOOL, STR = C.c_void_p, C.c_int, C.c_int64, C.c_size_t, C.c_float, C.c_bool, C.c_char_p
@@ -276,7 +275,8 @@ def view(tensor: int, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArr
 
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     memory = (C.c_char * size).from_address(data_address(tensor))
-    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+    array: npt.NDArray[Any] = np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
+    return array
 
 
 def memory_at(address: int, size: int) -> memoryview:

@@ -14,6 +14,11 @@ class Writer:
         self._detokeniser, self._stops, self._pipeline = detokeniser, stops, pipeline
         self.stop: str | None = None
 
+    @property
+    def notices(self) -> list[str]:
+        """What a person should know of the post-processors."""
+        return self._pipeline.notices
+
     def feed(self, token: int) -> str:
         """Text that became final with this token. Raises PluginError if a post-processor that fails closed failed."""
         text, self.stop = self._stops.feed(self._detokeniser.feed(token))

@@ -51,7 +51,9 @@ class KvCache:
         self._release = weakref.finalize(self, memory.unmap, base, self.nbytes)
         self._buffer = ggml.buffer_from_address(base, self.nbytes)
         self._ctx = ggml.context(2 * hyper.n_layer)
-        keys, values, address = [], [], base
+        keys: list[int] = []
+        values: list[int] = []
+        address = base
         for _ in range(hyper.n_layer):
             for tensors, type_, shape, size in (
                 (keys, key_type, (hyper.kv_width, capacity), key_size),

@@ -62,8 +62,10 @@ class PrefixCache:
         self._engine.truncate(best.sequence, shared)
         return best.sequence, shared
 
-    def clear(self) -> None:
-        """Free everything kept."""
+    def clear(self) -> bool:
+        """Free everything kept; whether there was anything."""
+        found = bool(self._kept)
         for kept in self._kept:
             self._engine.free_sequence(kept.sequence)
         self._kept.clear()
+        return found

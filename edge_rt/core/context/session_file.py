@@ -1,6 +1,6 @@
 """Saved sessions: tokens and cells in one file, checked against engine, model and version before a byte of it is used.
 
-Layout: magic, length of the header, msgpack header, cells. The header carries a SHA-256 of the cells.
+Layout: magic, length of the header, SHA-256 of all that follows, msgpack header, cells.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 from edge_rt.errors import SessionFileError, UserError
 
 FORMAT = 1
-_PREFIX = struct.Struct("<8sI")
+_PREFIX = struct.Struct("<8sI32s")
 _MAGIC = b"EDGESESS"
-_MOST_HEADER = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +39,14 @@ def save(path: Path, session: SavedSession) -> None:
             "engine": session.engine,
             "model": session.model,
             "tokens": session.tokens,
-            "sha256": hashlib.sha256(session.cells).digest(),
-            "size": len(session.cells),
         }
     )
+    digest = hashlib.sha256(header + session.cells).digest()
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(descriptor, "wb") as out:
-            out.write(_PREFIX.pack(_MAGIC, len(header)))
+            out.write(_PREFIX.pack(_MAGIC, len(header), digest))
             out.write(header)
             out.write(session.cells)
             out.flush()
@@ -70,19 +68,17 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
         raise SessionFileError(f"cannot read the session {path}: {error.strerror}") from error
     if len(data) < _PREFIX.size or data[:8] != _MAGIC:
         raise SessionFileError(f"{path} is not a saved session; choose a file written by --session or Session.save")
-    _, length = _PREFIX.unpack_from(data)
-    if length > min(_MOST_HEADER, len(data) - _PREFIX.size):
-        raise SessionFileError(f"the session {path} is cut short; start a new session")
+    _, length, digest = _PREFIX.unpack_from(data)
+    if length > len(data) - _PREFIX.size or hashlib.sha256(memoryview(data)[_PREFIX.size :]).digest() != digest:
+        raise SessionFileError(f"the session {path} is damaged or cut short; start a new session")
     try:
         header = msgpack.unpackb(data[_PREFIX.size : _PREFIX.size + length])
         found = SavedSession(str(header["engine"]), str(header["model"]), [int(t) for t in header["tokens"]], data[_PREFIX.size + length :])
-        format_, digest, size = header["format"], header["sha256"], header["size"]
+        format_ = header["format"]
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         raise SessionFileError(f"the header of the session {path} is damaged; start a new session") from error
     if format_ != FORMAT:
         raise SessionFileError(f"the session {path} has format {format_}, this version reads {FORMAT}; start a new session")
-    if len(found.cells) != size or hashlib.sha256(found.cells).digest() != digest:
-        raise SessionFileError(f"the session {path} is damaged or cut short; start a new session")
     if found.engine != engine:
         raise SessionFileError(f"the session {path} was saved by the engine {found.engine}, not {engine}; open the model with it")
     if found.model != model:

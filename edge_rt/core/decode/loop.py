@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.engine import Engine, Part, Wanted
-from edge_rt.errors import Cancelled
-from edge_rt.types import ContextUse, Delta, Done, Event, FinishReason, PromptProgress, Timings, TokenLogprob, Usage
+from edge_rt.errors import Cancelled, OutOfMemory
+from edge_rt.types import ContextUse, Delta, Done, Event, FinishReason, Notice, PromptProgress, Timings, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from edge_rt.core.assemble.writer import Writer
@@ -32,6 +32,7 @@ class Job:
 
     ``fed`` are the tokens in the sequence's cells and is kept true throughout, whatever ends the job; it starts as the reused
     beginning of ``prompt`` (always shorter than it). ``lock`` is held for each step and no longer. ``cancelled`` is asked between steps.
+    ``relieve`` is asked for memory when a step finds none, and says whether it could free any.
     """
 
     engine: Engine
@@ -48,6 +49,7 @@ class Job:
     logprobs: int = 0
     ignore_eos: bool = False
     cancelled: Callable[[], bool] = lambda: False
+    relieve: Callable[[], bool] = lambda: False
     started: float = field(default_factory=time.perf_counter)
     completion: int = 0
     drafted: int = 0
@@ -56,7 +58,8 @@ class Job:
 
 def generate(job: Job) -> Iterator[Event]:
     """Run a job. The last event is always Done. Raises what the engine, the sampler and post-processors raise."""
-    reused, reason, first = len(job.fed), None, 0.0
+    reused, first = len(job.fed), 0.0
+    reason: FinishReason | None = None
     prompt_done = job.started
     try:
         rows = yield from _prefill(job)
@@ -80,11 +83,13 @@ def generate(job: Job) -> Iterator[Event]:
                 reason = "context_full"
             if reason is None:
                 drafts = _draft(job, token)
-                rows = _step(job, [token, *drafts], "all")
+                rows = _rows(job, [token, *drafts])
     except Cancelled:
         reason = "cancelled"
     if rest := job.writer.finish():
         yield Delta(rest)
+    for message in job.writer.notices:
+        yield Notice(message)
     now = time.perf_counter()
     first = first or now
     yield Done(
@@ -109,12 +114,25 @@ def _prefill(job: Job) -> Generator[Event, None, Logits]:
             return logits
 
 
+def _rows(job: Job, tokens: Sequence[int]) -> Logits:
+    """One step with logits of every token."""
+    rows = _step(job, tokens, "all")
+    assert rows is not None, "logits of all tokens were asked for"
+    return rows
+
+
 def _step(job: Job, tokens: Sequence[int], wanted: Wanted) -> Logits | None:
     """One engine step; ``job.fed`` follows it."""
     if job.cancelled():
         raise Cancelled("the request was cancelled")
     with job.lock:
-        (logits,) = job.engine.step([Part(job.sequence, tokens, wanted)])
+        part = Part(job.sequence, tokens, wanted)
+        try:
+            (logits,) = job.engine.step([part])
+        except OutOfMemory:
+            if job.engine.length(job.sequence) != len(job.fed) or not job.relieve():
+                raise
+            (logits,) = job.engine.step([part])
         # The engine's arrays live until its next step, which another session may take as soon as the lock is free.
         kept = None if logits is None else logits.copy()
     job.fed.extend(tokens)
@@ -126,7 +144,7 @@ def _emit(job: Job, token: int, logits: Logits) -> tuple[FinishReason | None, De
     if job.vocab.is_eog(token) and not job.ignore_eos:
         return "end_of_generation", None
     job.completion += 1
-    if job.drafter:
+    if job.drafter is not None:
         job.drafter.extend([token])
     text = job.writer.feed(token)
     scores: tuple[TokenLogprob, ...] = ()
@@ -151,7 +169,7 @@ def _keep(job: Job, cells: int) -> None:
 
 def _draft(job: Job, token: int) -> list[int]:
     """Tokens likely to follow, within what the context, the request and the engine's exactness allow."""
-    if not job.drafter:
+    if job.drafter is None:
         return []
     room = job.engine.info.max_context - len(job.fed) - 1
     most = min(job.speculate, room, job.max_tokens - job.completion - 1)

@@ -15,6 +15,7 @@ from edge_rt.errors import ModelFileError, UnsupportedModel
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
 _MOST = 2**31 - 1
+_GGML_ALIGNMENT = 32
 
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _NOT_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
@@ -34,6 +35,12 @@ _FULL_ROTATION = (
 )
 """Architectures, between spaces, whose graph in llama.cpp asserts that keys, values and rotary dimensions have one size."""
 
+_PLAIN_ATTENTION = _FULL_ROTATION + (
+    " bloom chatglm cohere2 command-r deepseek2-ocr gemma gpt2 gptneox jais jamba lfm2 lfm2moe mpt nemotron phi2 phi3 phimoe qwen"
+    " stablelm starcoder"
+)
+"""Architectures whose projections have heads times head size columns, which llama.cpp takes for granted in some of them."""
+
 
 def check_hyperparameters(header: Header) -> None:
     """Raise ModelFileError for hyperparameters that would abort ggml, UnsupportedModel for weights of a type it has no kernels for.
@@ -46,13 +53,13 @@ def check_hyperparameters(header: Header) -> None:
     numbers.scalar("embedding_length", 1, _MOST)
     numbers.scalar("context_length", 1, _MOST)
     numbers.scalar("nextn_predict_layers", 0, n_layer, default=0)
-    _check_heads(numbers, header.architecture)
+    _check_heads(numbers, header.architecture, n_layer)
     if header.architecture not in _OPTIONAL_EXPERTS:
-        _check_experts(numbers)
+        _check_experts(numbers, n_layer)
     scaling = header.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling not in _ROPE_SCALINGS:
         raise UnsupportedModel(f"the model scales rotary positions by the unknown method {scaling!r}; update edge-rt")
-    _check_weight_types(header)
+    _check_weights(header)
 
 
 class _Numbers:
@@ -72,11 +79,10 @@ class _Numbers:
                 continue
             value = self.header.get(key)
             for number in value if isinstance(value, list) else (value,):
-                if isinstance(number, float):
-                    bad = not math.isfinite(number) or (number < 0 and key.endswith("epsilon"))
-                else:
-                    bad = isinstance(number, int) and abs(number) > _MOST
-                if bad:
+                if not isinstance(number, int | float):
+                    continue
+                too_big = isinstance(number, int) and abs(number) > _MOST
+                if too_big or not math.isfinite(number) or (number < 0 and key.endswith("epsilon")):
                     raise self.wrong(key.removeprefix(self.prefix), number)
 
     def scalar(self, key: str, least: int, most: int, default: int | None = None) -> int:
@@ -88,48 +94,59 @@ class _Numbers:
             raise self.wrong(key, value)
         return value
 
-    def layers(self, key: str) -> list[int] | None:
-        """A whole number for each layer, or one for all. None if absent. Raises ModelFileError."""
+    def layers(self, key: str, n_layer: int) -> list[int] | None:
+        """A whole number for each layer, written as such or as one for all. None if absent. Raises ModelFileError."""
         value = self.header.get(f"{self.prefix}{key}")
         if value is None:
             return None
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(number, int) and number >= 0 for number in values):
+        values = value if isinstance(value, list) else [value] * n_layer
+        if len(values) != n_layer or not all(isinstance(number, int) and number >= 0 for number in values):
             raise self.wrong(key, "not a number" if isinstance(value, str) else value)
         return values
 
 
-def _check_heads(numbers: _Numbers, architecture: str) -> None:
+def _check_heads(numbers: _Numbers, architecture: str, n_layer: int) -> None:
     """Query heads must divide among key-value heads, and the parts of a head have sizes that fit together."""
-    heads = numbers.layers("attention.head_count")
+    heads = numbers.layers("attention.head_count", n_layer)
     if heads is None or not max(heads):
         return  # not a transformer; libllama then ignores the rest
-    kv_heads = numbers.layers("attention.head_count_kv") or heads
-    if len(heads) == len(kv_heads) or 1 in (len(heads), len(kv_heads)):
-        n = max(len(heads), len(kv_heads))
-        for query, kv in zip(heads * (n // len(heads)), kv_heads * (n // len(kv_heads)), strict=True):
-            if query and kv and query % kv:
-                raise ModelFileError(f"{query} attention heads cannot share {kv} key-value heads; the file is damaged")
+    kv_heads = numbers.layers("attention.head_count_kv", n_layer) or heads
+    for query, kv in zip(heads, kv_heads, strict=True):
+        if query and kv and query % kv:
+            raise ModelFileError(f"{query} attention heads cannot share {kv} key-value heads; the file is damaged")
     if not heads[0]:
         return
     embedding = numbers.scalar("embedding_length", 1, _MOST)
     default = embedding // heads[0]
     key_length = numbers.scalar("attention.key_length", 1, _MOST, default=default)
     value_length = numbers.scalar("attention.value_length", 1, _MOST, default=default)
-    rotated = numbers.scalar("rope.dimension_count", 0, _MOST, default=key_length)
-    if rotated % 2 or rotated > key_length or not key_length:
+    rotated = numbers.scalar("rope.dimension_count", 2, _MOST, default=key_length)  # 0: ggml would loop for ever
+    rotated_in_window = numbers.scalar("rope.dimension_count_swa", 2, _MOST, default=rotated)
+    if rotated % 2 or rotated_in_window % 2 or rotated > key_length or not key_length:
         raise ModelFileError(f"{rotated} of {key_length} dimensions of a head are to be rotated, which is impossible; the file is damaged")
     if architecture in _FULL_ROTATION.split() and not key_length == value_length == rotated:
         raise ModelFileError(
             f"heads with keys of {key_length}, values of {value_length} and {rotated} rotary dimensions do not fit {architecture};"
             " the file is damaged"
         )
+    if architecture in _PLAIN_ATTENTION.split():
+        for layer, (query, kv) in enumerate(zip(heads, kv_heads, strict=True)):
+            _check_projections(numbers.header, f"blk.{layer}.attn", query * key_length, kv * key_length, kv * value_length)
 
 
-def _check_experts(numbers: _Numbers) -> None:
+def _check_projections(header: Header, prefix: str, query: int, key: int, value: int) -> None:
+    """The projections of one block must have as many columns as its heads have elements."""
+    columns = {"q": query, "k": key, "v": value, "qkv": query + key + value}
+    for name, expected in columns.items():
+        info = header.tensors.get(f"{prefix}_{name}.weight")
+        if info is not None and query and (len(info.shape) < 2 or info.shape[1] != expected):
+            raise ModelFileError(f"{info.name} has the shape {info.shape} where {expected} columns are expected; the file is damaged")
+
+
+def _check_experts(numbers: _Numbers, n_layer: int) -> None:
     """Experts in use must exist, and groups of experts be equal."""
     count = numbers.scalar("expert_count", 0, MAX_EXPERTS, default=0)
-    used = max(numbers.layers("expert_used_count") or [0])
+    used = max(numbers.layers("expert_used_count", n_layer) or [0])
     groups = numbers.scalar("expert_group_count", 0, _MOST, default=0)
     groups_used = numbers.scalar("expert_group_used_count", 0, _MOST, default=0)
     if used > count or (count and not used):
@@ -138,9 +155,11 @@ def _check_experts(numbers: _Numbers) -> None:
         raise ModelFileError(f"the model uses {groups_used} of {groups} groups of {count} experts; the file is damaged")
 
 
-def _check_weight_types(header: Header) -> None:
-    """Matrices need a type with kernels; vectors (norms, biases) are added and multiplied as F32."""
+def _check_weights(header: Header) -> None:
+    """Matrices need a type with kernels; vectors (norms, biases) are added and multiplied as F32; all must be aligned for ggml."""
     for info in header.tensors.values():
+        if info.offset % _GGML_ALIGNMENT:
+            raise ModelFileError(f"the tensor {info.name} does not start on a multiple of {_GGML_ALIGNMENT} bytes; convert the model again")
         if info.name.endswith(_MAY_BE_INTEGER):
             continue
         vector = len(info.shape) == 1 or "norm" in info.name or info.name.endswith(".bias")

@@ -52,7 +52,8 @@ def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[Pack
         return PackedFile(path, key), None
     except OSError as error:
         reason = error.strerror or str(error)
-        return None, f"running without packed weights, which is slower: cannot write {path.parent} ({reason}); free space or set EDGE_RT_CACHE"
+        where = f"cannot write {path.parent} ({reason}); free space or set EDGE_RT_CACHE"
+        return None, f"running without packed weights, which is slower: {where}"
 
 
 def _open_sound(path: Path, key: str) -> PackedFile | None:

@@ -121,7 +121,7 @@ class Heat:
     def value(self, key: str) -> float:
         """Heat now: every past touch, halved for each half-life (in steps) since."""
         heat, when = self._heat.get(key, (0.0, self._clock))
-        return heat * self._decay ** (self._clock - when)
+        return float(heat * self._decay ** (self._clock - when))
 
     def coldest(self, keys: Iterable[str]) -> list[str]:
         """Keys by rising heat."""

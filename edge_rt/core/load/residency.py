@@ -141,7 +141,8 @@ class Pager:
         try:
             while True:
                 with self._change:
-                    self._change.wait_for(lambda: self._closed or self._released > freed or self._loaded - self._released < AHEAD)
+                    while not (self._closed or self._released > freed or self._loaded - self._released < AHEAD):
+                        self._change.wait()
                     if self._closed:
                         return
                     released = self._released

@@ -49,7 +49,7 @@ def _tokens(header: Header) -> list[bytes]:
     if header.type_of(key) != "[str]" or not header.count(key):
         raise ModelFileError(f"the list of tokens ({key}) is missing, empty or not text; convert the model again")
     embedding = header.tensors.get("token_embd.weight")
-    if embedding is not None and (len(embedding.shape) != 2 or embedding.shape[1] != header.count(key)):
+    if embedding is not None and (*embedding.shape, 1, 1, 1)[1:4] != (header.count(key), 1, 1):
         raise ModelFileError(
             f"the model has {header.count(key):,} tokens, but token_embd.weight has the shape {embedding.shape}; convert the model again"
         )
