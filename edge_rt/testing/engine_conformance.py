@@ -40,8 +40,6 @@ class EngineConformance:
     options: ClassVar[EngineOptions] = EngineOptions(context=640, threads=1)
     """What the engine is opened with; ``context`` must be at least 64, and 40 more than its ``chunk`` for all tests to run."""
 
-    _opened: ClassVar[Engine | None] = None
-
     @pytest.fixture
     def engine_factory(self) -> EngineFactory:
         """The factory under test."""
@@ -53,19 +51,11 @@ class EngineConformance:
         raise NotImplementedError("define the fixture model in your subclass")
 
     @pytest.fixture
-    def engine(self, engine_factory: EngineFactory, model: ModelFile) -> Engine:
-        """One engine for all tests of the class: they must leave it usable for each other, as sessions must."""
-        cls = type(self)
-        if cls._opened is None:
-            cls._opened = engine_factory.open(model, self.options)
-        return cls._opened
-
-    @classmethod
-    def teardown_class(cls) -> None:
-        """Close the engine."""
-        if cls._opened is not None:
-            cls._opened.close()
-            cls._opened = None
+    def engine(self, engine_factory: EngineFactory, model: ModelFile) -> Iterator[Engine]:
+        """A fresh engine for every test, closed before ``model`` is."""
+        engine = engine_factory.open(model, self.options)
+        yield engine
+        engine.close()
 
     def test_supports_the_model_and_says_what_it_is(self, engine_factory: EngineFactory, model: ModelFile, engine: Engine) -> None:
         score = engine_factory.supports(model, self.options)
@@ -302,13 +292,11 @@ def _tokens(engine: Engine, n: int, seed: int = 1) -> list[int]:
 
 @contextlib.contextmanager
 def _sequences(engine: Engine, n: int) -> Iterator[list[int]]:
-    """n new sequences, freed at the end even if the test fails, because the engine serves the next test too."""
+    """n new sequences, freed at the end."""
     opened = [engine.new_sequence() for _ in range(n)]
-    try:
-        yield opened
-    finally:
-        for sequence in opened:
-            engine.free_sequence(sequence)
+    yield opened
+    for sequence in opened:
+        engine.free_sequence(sequence)
 
 
 def _rows(result: Any) -> npt.NDArray[np.float32]:

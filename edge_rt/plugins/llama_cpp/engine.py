@@ -12,6 +12,7 @@ import numpy as np
 
 from edge_rt.hooks import (
     ContextError,
+    EdgeError,
     EngineInfo,
     Logits,
     MemoryReport,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 CHUNK = 512
 """Tokens a call of llama_decode takes: its default physical batch."""
 
-# magic, layout version, cells, bytes of payload, digest of the payload, digest of what it belongs to
+# magic, layout version, cells, bytes of payload, digest of cells and payload, digest of what it belongs to
 _HEADER = struct.Struct("<8sIIQ16s16s")
 _MAGIC = b"ERTLLAMA"
 _LAYOUT = 1
@@ -163,8 +164,10 @@ class LlamaCppEngine:
                 rows = int(wanted[chunk].sum())
                 self._decode(logits[done : done + rows])
                 done += rows
-        except BaseException:
-            self._undo([part.sequence for part in parts])
+        except BaseException as error:
+            lost = self._undo([part.sequence for part in parts])
+            if lost and isinstance(error, EdgeError):
+                raise NativeError(f"{error}; this step's sessions are lost: {self.info.architecture} models cannot go back") from error
             raise
         results: list[Logits | None] = []
         row = 0
@@ -200,13 +203,15 @@ class LlamaCppEngine:
             pointer = self._lib.llama_get_logits(self._context)
             logits[:] = np.ctypeslib.as_array(pointer, shape=logits.shape)
 
-    def _undo(self, sequences: Sequence[int]) -> None:
-        """After a failed step: take back what earlier chunks of it have added."""
+    def _undo(self, sequences: Sequence[int]) -> bool:
+        """After a failed step: take back what earlier chunks of it have added. True if some sequence had to be emptied instead."""
+        lost = False
         for sequence in sequences:
             slot, length = self._slots[sequence], self._lengths[sequence]
             if not self._lib.llama_memory_seq_rm(self._cells, slot, length, -1):
-                self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)  # an indivisible state has moved on: it is lost
-                self._lengths[sequence] = 0
+                self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)  # an indivisible state has moved on
+                self._lengths[sequence], lost = 0, True
+        return lost
 
     def exact_rows(self) -> int:
         """1: libllama picks other kernels for several rows, and this engine does not probe which of them agree to the bit."""
@@ -224,7 +229,7 @@ class LlamaCppEngine:
             if written != len(buffer):
                 raise NativeError(f"libllama wrote {written} of {len(buffer)} bytes of a sequence's state")
             payload = buffer.tobytes()
-        return _HEADER.pack(_MAGIC, _LAYOUT, length, len(payload), _digest(payload), self._identity()) + payload
+        return _HEADER.pack(_MAGIC, _LAYOUT, length, len(payload), _digest(payload, length), self._identity()) + payload
 
     def import_sequence(self, data: bytes | memoryview) -> int:
         """Open a sequence from exported bytes.
@@ -240,7 +245,7 @@ class LlamaCppEngine:
         payload = data[_HEADER.size :]
         if layout != _LAYOUT or identity != self._identity():
             raise SessionFileError("the saved sequence belongs to another model, key type or version of llama.cpp; save the session again")
-        if len(payload) != size or _digest(payload) != digest:
+        if len(payload) != size or _digest(payload, length) != digest:
             raise SessionFileError("the saved sequence is damaged; save the session again")
         if length > self.info.max_context:
             raise SessionFileError(f"the saved sequence has {length} tokens, more than the context of {self.info.max_context}; raise --ctx")
@@ -301,8 +306,11 @@ def _wanted(part: Part, n: int) -> npt.NDArray[np.bool_]:
     return wanted
 
 
-def _digest(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _digest(data: bytes | memoryview, number: int = 0) -> bytes:
+    """16 bytes that depend on both."""
+    digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=16)
+    digest.update(data)
+    return digest.digest()
 
 
 def _release(lib: Any, batch: Any, context: Any, model: int) -> None:

@@ -25,6 +25,7 @@ def open_engine(model: ModelFile, options: EngineOptions) -> LlamaCppEngine:
     if options.context is not None and options.context <= 0:
         raise OptionError(f"the context must be at least 1 token, not {options.context}")
     lib = _library()
+    install_native_log()  # importing llama_cpp puts in a callback that prints to stderr
     pointer = _load(lib, model, options)
     try:
         cells = options.context or lib.llama_model_n_ctx_train(pointer)
@@ -42,7 +43,6 @@ def _library() -> Any:
         import llama_cpp.llama_cpp as lib
     except (ImportError, OSError, RuntimeError) as error:
         raise NativeError(f"llama-cpp-python cannot be loaded: {error}; reinstall it") from error
-    install_native_log()  # llama_cpp has just put in a callback that prints to stderr
     lib.llama_backend_init()
     return lib
 
@@ -96,7 +96,10 @@ def _new_context(lib: Any, pointer: int, cells: int, options: EngineOptions) -> 
     with _native_lines() as lines:
         context = lib.llama_init_from_model(pointer, parameters)
     if not context:
-        raise OutOfMemory(f"llama.cpp cannot make a cache of {cells} tokens ({_first_error(lines)}); pass a smaller --ctx")
+        why = _first_error(lines)
+        if "cache type" in why:
+            raise OptionError(f"keys of this model cannot be cached as {options.key_type} ({why}); use --key-type f16")
+        raise OutOfMemory(f"llama.cpp cannot make a cache of {cells} tokens ({why}); pass a smaller --ctx")
     return context, _buffer_sizes(lines)
 
 
