@@ -1,0 +1,260 @@
+"""Messages to a prompt, through the Jinja template of the model's metadata, without letting text pose as control tokens.
+
+A prompt is tokenised with control tokens switched on, or the template's own would not work. So wherever a message, a tool or a
+document holds the name of a control token, a private character takes its place while the template runs; afterwards the prompt is cut
+there, and the name is tokenised as plain text. The end of a text that could be the beginning of such a name is treated likewise, so
+that none can be put together from two texts. What does not look like a name is not touched: the tokens are those of the whole prompt.
+Not guarded: roles (checked to be plain words, templates build control tokens from them) and tokens a vocabulary calls user-defined,
+which are recognised in plain text too.
+
+Templates come with model files and are not trusted: they run in Jinja's sandbox, with bounded ranges, repetitions, steps and output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edge_rt.errors import ConstraintError, OptionError
+from edge_rt.types import Message
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from edge_rt.native.llama import Vocab
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""For models without a template whose vocabulary has ``<|im_start|>``."""
+PLAIN = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""For all others: a paragraph a message, headed by its role."""
+
+MAX_TEMPLATE = 1 << 20  # characters
+
+_ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# Names of control tokens hold brackets, bars or the like; only a text that does is worth the 15 ms it takes to list the names.
+_HARMLESS = re.compile(r"[\w\s.,?!'\"():;/-]*")
+_PRIVATE = range(0xF0000, 0xFFFFE)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a prompt. ``special``: names of control tokens in it are control tokens."""
+
+    text: str
+    special: bool
+
+
+def tokenize_messages(
+    vocab: Vocab,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt for some messages, ready for the model. ``tools`` and ``extra`` go to the template.
+
+    Raises OptionError for messages that are none, ConstraintError where the template fails or refuses them.
+    """
+    segments = render_segments(
+        find_template(vocab, tools=bool(tools)), messages, control=vocab.control_texts, bos=_text(vocab, vocab.bos),
+        eos=_text(vocab, vocab.eos), add_generation_prompt=add_generation_prompt, tools=tools, extra=extra,
+    )  # fmt: skip
+    tokens: list[int] = []
+    for i, segment in enumerate(segments):
+        # The model may want a BOS token, which a template may have written already: the first segment sees to it.
+        tokens += vocab.tokenize(segment.text, special=segment.special, bos=None if i == 0 else False)
+    return tokens
+
+
+def find_template(vocab: Vocab, *, tools: bool = False) -> str:
+    """The model's template (its variant ``tool_use`` for tools), else ChatML or a plain format."""
+    found = (vocab.chat_template("tool_use") if tools else None) or vocab.chat_template()
+    if found:
+        return found
+    return CHATML if len(vocab.tokenize("<|im_start|>", special=True, bos=False)) == 1 else PLAIN
+
+
+def _text(vocab: Vocab, token: int | None) -> str:
+    return "" if token is None else vocab.piece(token, special=True).decode("utf-8", "replace")
+
+
+def render_segments(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    control: Callable[[], Sequence[str]],
+    bos: str,
+    eos: str,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Segment]:
+    """The prompt in segments; joined, they are what ``render`` returns. ``control`` lists names of control tokens, longest first.
+
+    Raises ConstraintError if a message holds such a name and the template rewrites it beyond recognition.
+    """
+
+    def run(messages: Any, tools: Any, extra: Any) -> str:
+        return render(template, messages, bos=bos, eos=eos, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra)
+
+    guard = _Guard(control, [template, bos, eos])
+    guarded = guard.replace([list(messages), tools, extra])
+    prompt = run(*guarded)
+    if not guard.originals:
+        return [Segment(prompt, True)] if prompt else []
+    parts = re.split(f"([{''.join(guard.originals)}])", prompt)
+    restored = [guard.originals.get(part, part) for part in parts]
+    # A name that does not come out was in a text the template left out, or has been rewritten: then the whole differs.
+    if set(parts[1::2]) != set(guard.originals) and "".join(restored) != run(messages, tools, extra):
+        names = ", ".join(sorted(guard.originals.values()))
+        raise ConstraintError(f"the messages hold control tokens ({names}) and the model's chat template rewrites them; take them out")
+    segments: list[Segment] = []
+    for part, text in zip(parts, restored, strict=True):
+        special = part not in guard.originals
+        if text and segments and segments[-1].special == special:
+            segments[-1] = Segment(segments[-1].text + text, special)
+        elif text:
+            segments.append(Segment(text, special))
+    return segments
+
+
+class _Guard:
+    """Puts private characters in the place of what could become a control token. ``originals``: character -> text."""
+
+    def __init__(self, control: Callable[[], Sequence[str]], others: list[str]) -> None:
+        self._control, self._others = control, others
+        self._names: re.Pattern[str] | None = None
+        self._beginnings: frozenset[str] = frozenset()
+        self._longest = 0
+        self._free: list[str] = []
+        self._chosen: dict[str, str] = {}
+        self.originals: dict[str, str] = {}
+
+    def replace(self, value: Any) -> Any:
+        """The same structure with every text guarded; keys and roles stay."""
+        texts: list[str] = []
+        _collect(value, texts)
+        if all(_HARMLESS.fullmatch(text) for text in texts):
+            return value
+        names = [name for name in self._control() if name]
+        if not names:
+            return value
+        self._names = re.compile("|".join(map(re.escape, names)))  # longest first
+        self._beginnings = frozenset(name[:n] for name in names for n in range(1, len(name)))
+        self._longest = max(map(len, names))
+        taken = set("".join([*texts, *self._others]))
+        self._free = [chr(code) for code in _PRIVATE if chr(code) not in taken][::-1]
+        return self._walk(value)
+
+    def _walk(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, Mapping):
+            return {key: item if key == "role" else self._walk(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._walk(item) for item in value]
+        return value
+
+    def _text(self, text: str) -> str:
+        assert self._names is not None, "replace sets it"
+        text = self._names.sub(lambda found: self._character(found.group()), text)
+        for n in range(min(len(text), self._longest), 0, -1):
+            if text[-n:] in self._beginnings:
+                return text[:-n] + self._character(text[-n:])
+        return text
+
+    def _character(self, text: str) -> str:
+        if text not in self._chosen:
+            if not self._free:
+                raise ConstraintError("the messages use up all private characters; take some out")
+            self._chosen[text] = self._free.pop()
+            self.originals[self._chosen[text]] = text
+        return self._chosen[text]
+
+
+def _collect(value: Any, texts: list[str]) -> None:
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "role":
+                _collect(item, texts)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _collect(item, texts)
+
+
+# ---- the template ----------------------------------------------------------------------------------------------------
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos: str,
+    eos: str,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> str:
+    """Run a chat template as transformers does: ``bos_token``, ``eos_token``, ``raise_exception``, ``strftime_now``, ``tojson``.
+
+    Raises OptionError for messages that are none, ConstraintError naming the template's line.
+    """
+    _check_messages(messages)
+    compiled = _compile(template)
+    variables = {
+        "messages": list(messages), "tools": tools, "documents": None, **(extra or {}), "bos_token": bos, "eos_token": eos,
+        "add_generation_prompt": add_generation_prompt,
+    }  # fmt: skip
+    try:
+        return compiled.environment.run(compiled, variables)  # type: ignore[attr-defined,no-any-return]  # our own class
+    except Exception as error:  # a template can make anything go wrong
+        _explain(error)
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if isinstance(messages, (str, bytes)) or not messages:
+        raise OptionError("there are no messages; give a list such as [{'role': 'user', 'content': 'Hello'}]")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise OptionError(f"message {i} has no role; give it one such as 'user'")
+        if not _ROLE.fullmatch(message["role"]):
+            raise OptionError(f"message {i} has the role {message['role']!r}; a role is a word such as 'user'")
+
+
+def _explain(error: Exception) -> NoReturn:
+    """Raise what went wrong in a template, with its line."""
+    import traceback
+
+    line = getattr(error, "lineno", None)
+    if line is None:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+        line = lines[-1] if lines else None
+    where = f" at line {line}" if line else ""
+    if type(error).__name__ == "Refusal":  # of template_sandbox, which imports Jinja
+        raise ConstraintError(f"the model's chat template refuses these messages{where}: {error}") from None
+    message = str(error) or type(error).__name__
+    raise ConstraintError(f"the model's chat template fails{where}: {message}; use --raw, or a model with a sound template") from error
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Template:
+    if len(template) > MAX_TEMPLATE:
+        raise ConstraintError(f"the chat template has {len(template):,} characters; at most {MAX_TEMPLATE:,} are run")
+    from edge_rt.core.context.template_sandbox import environment
+
+    try:
+        return environment().from_string(template)
+    except Exception as error:  # whatever Jinja, or a filter it runs on constants, makes of a file we do not trust
+        _explain(error)
