@@ -12,11 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class EntryPoint:
+class EntryPoint(NamedTuple):
     """``name = value`` in a distribution's entry_points.txt; ``value`` is ``module`` or ``module:attribute``."""
 
     name: str

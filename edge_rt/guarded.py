@@ -7,8 +7,7 @@ called in the token loop, and raise errors of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from edge_rt.errors import EdgeError, PluginError
 from edge_rt.hooks import (
@@ -47,8 +46,7 @@ def failure(plugin: str, what: str, error: BaseException) -> PluginError:
     return PluginError(f"plugin {plugin}: {what} raised {type(error).__name__}: {error}; report this to the plugin's author")
 
 
-@dataclass(frozen=True, slots=True)
-class PluginDevice:
+class PluginDevice(NamedTuple):
     """A device and the plugin it came from."""
 
     plugin: str
@@ -64,8 +62,7 @@ class PluginDevice:
         return _call(self.plugin, f"probing device {self.name}", (Offer, Refusal), self.device.probe)
 
 
-@dataclass(frozen=True, slots=True)
-class PluginEngineFactory:
+class PluginEngineFactory(NamedTuple):
     """An engine factory and the plugin it came from."""
 
     plugin: str
@@ -85,8 +82,7 @@ class PluginEngineFactory:
         return _call(self.plugin, f"engine {self.name}: open", (Engine,), lambda: self.factory.open(model, options))
 
 
-@dataclass(frozen=True, slots=True)
-class PluginContextPolicy:
+class PluginContextPolicy(NamedTuple):
     """A context policy and the plugin it came from."""
 
     plugin: str
@@ -105,8 +101,7 @@ class PluginContextPolicy:
         return kept
 
 
-@dataclass(frozen=True, slots=True)
-class PluginPostProcessorFactory:
+class PluginPostProcessorFactory(NamedTuple):
     """A post-processor factory and the plugin it came from."""
 
     plugin: str

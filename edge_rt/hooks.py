@@ -18,9 +18,9 @@ The rules of every hook:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import pluggy
 
@@ -81,11 +81,12 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+# Named tuples and not dataclasses, here and in the registry: making a class of the latter costs a millisecond of every start.
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """A device is usable.
 
     ``score``: the highest wins (CPU: 10); 0 or less is used only when asked for by name.
@@ -102,8 +103,7 @@ class Offer:
     basis: Basis = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A device or engine cannot be used: ``reason`` says why, ``remedy`` what the user can do about it (a clause, no full stop)."""
 
     reason: str
@@ -127,8 +127,7 @@ class Device(Protocol):
 # ---- engines ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
+class EngineOptions(NamedTuple):
     """What an engine is opened with.
 
     ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose.
@@ -145,7 +144,7 @@ class EngineOptions:
     key_type: Literal["f16", "q8_0"] = "f16"
     device: str = "cpu"
     progress: Callable[[str, int, int], None] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -210,8 +209,7 @@ class PostProcessor(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class PostProcessorFactory:
+class PostProcessorFactory(NamedTuple):
     """Makes a post-processor for one stream. ``fails_closed``: if it raises, the stream stops rather than going on without it."""
 
     name: str

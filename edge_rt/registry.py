@@ -7,10 +7,8 @@ keeps the objects it got, so nothing here is touched in the token loop.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import pluggy
 
@@ -49,8 +47,7 @@ _OWN_DISTRIBUTION = "edge-rt"
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class PluginStatus:
+class PluginStatus(NamedTuple):
     """What became of a plugin. ``reason`` is empty while it is ok; ``hooks`` are the names of those it implements."""
 
     name: str
@@ -61,16 +58,14 @@ class PluginStatus:
     hooks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceChoice:
+class DeviceChoice(NamedTuple):
     """The device to use and what it offers."""
 
     device: PluginDevice
     offer: Offer
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChoice:
+class EngineChoice(NamedTuple):
     """Engines that can run a model, best first, and why the others cannot, by engine name."""
 
     candidates: tuple[tuple[PluginEngineFactory, float], ...]
@@ -289,7 +284,7 @@ class Registry:
     def _fail(self, plugin: str, reason: str, cause: BaseException | None) -> None:
         """A registered plugin did something wrong. Raises PluginError if it was asked for by name."""
         reason = reason.removeprefix(f"plugin {plugin}: ")
-        self._note(dataclasses.replace(self._status[plugin], state="failed", reason=reason), cause)
+        self._note(self._status[plugin]._replace(state="failed", reason=reason), cause)
 
     # ---- collecting --------------------------------------------------------------------------------------------------
 

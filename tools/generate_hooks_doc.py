@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ def hook_specs() -> list[tuple[str, Any]]:
 
 def _type(kind: type) -> str:
     """A section on a type: its fields, or its members."""
-    if dataclasses.is_dataclass(kind):
-        fields = (f"    {field.name}: {field.type}{_default(field)}" for field in dataclasses.fields(kind))
+    if issubclass(kind, tuple):
+        fields = (f"    {name}: {_annotation(kind, name)}{_default(kind, name)}" for name in kind._fields)  # type: ignore[attr-defined]
         body = "```python\nclass " + kind.__name__ + ":\n" + "\n".join(fields) + "\n```\n"
     else:
         body = "".join(f"- `{_signature(name, member)}`\n{_indented(_doc(member))}" for name, member in _members(kind))
@@ -65,10 +65,17 @@ def _members(kind: type) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in vars(kind).items() if not name.startswith("_") and callable(getattr(value, "fget", value))]
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return f" = {field.default!r}"
-    return " = {}" if field.default_factory is dict else ""
+def _annotation(kind: type, name: str) -> str:
+    """A field's type as written."""
+    written = kind.__annotations__[name]
+    return written if isinstance(written, str) else written.__forward_arg__
+
+
+def _default(kind: Any, name: str) -> str:
+    if name not in kind._field_defaults:
+        return ""
+    value = kind._field_defaults[name]
+    return f" = {dict(value) if isinstance(value, Mapping) else value!r}"
 
 
 def _signature(name: str, member: Any) -> str:

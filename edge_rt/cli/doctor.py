@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +135,7 @@ def _devices(registry: Registry) -> list[dict[str, Any]]:
     for name, device in registry.devices().items():
         answer = registry.probe(name)
         usable = not isinstance(answer, Refusal)
-        found.append({"name": name, "plugin": device.plugin, "usable": usable, **asdict(answer)})
+        found.append({"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()})
     return found
 
 

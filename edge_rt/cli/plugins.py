@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.cli.options import JsonOption
@@ -61,7 +60,7 @@ def facts(registry: Registry) -> dict[str, Any]:
         "context policy": registry.context_policies(),
         "post-processor": registry.post_processors(),
     }
-    plugins = [{**asdict(status), "hooks": list(status.hooks), "offers": list(_offers(status.name, kinds))} for status in registry.plugins]
+    plugins = [{**status._asdict(), "offers": list(_offers(status.name, kinds))} for status in registry.plugins]
     processors = [{"name": name, "description": factory.description} for name, factory in kinds["post-processor"].items()]
     return {"plugins": plugins, "post_processors": processors}
 

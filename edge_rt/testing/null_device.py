@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.hooks import (
     API_VERSION,
@@ -307,8 +307,7 @@ def _mix_array(values: Any) -> Any:
 # ---- plugin ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class NullDevice:
+class NullDevice(NamedTuple):
     """Always there, and used only when asked for by name."""
 
     name: str = "null"
@@ -318,8 +317,7 @@ class NullDevice:
         return Offer(score=0, description="no hardware, for tests", memory_bytes=1 << 30, engines=("null", "*"), basis="simulated")
 
 
-@dataclass(frozen=True, slots=True)
-class NullEngineFactory:
+class NullEngineFactory(NamedTuple):
     """Opens null engines; ``reply`` is what greedy decoding writes."""
 
     name: str = "null"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,7 +117,7 @@ class _ImportForgets(NullEngine):
 
 class _LastIsFirst(NullEngine):
     def step(self, parts: Any) -> Any:
-        results = super().step([replace(p, logits="all") if p.logits == "last" else p for p in parts])
+        results = super().step([p._replace(logits="all") if p.logits == "last" else p for p in parts])
         return [r[:1] if p.logits == "last" else r for p, r in zip(parts, results, strict=True)]
 
 
@@ -131,7 +130,7 @@ class _Leaks(NullEngine):
 
 class _WrapsTokens(NullEngine):
     def step(self, parts: Any) -> Any:
-        return super().step([replace(p, tokens=[t % self.info.n_vocab for t in p.tokens]) for p in parts])
+        return super().step([p._replace(tokens=[t % self.info.n_vocab for t in p.tokens]) for p in parts])
 
 
 class _RevivesAfterClose(NullEngine):
