@@ -69,6 +69,7 @@ def test_numbers_must_be_finite(dense: bytes, value: float) -> None:
 
 def test_epsilon_must_not_be_negative(dense: bytes) -> None:
     refused(dense, "epsilon", attention__layer_norm_rms_epsilon=("f32", -1e-5))
+    refused(dense, "epsilon", attention__layer_norm_rms_epsilon=("i8", -1))
     check(dense, attention__layer_norm_rms_epsilon=("f32", 0.0))
 
 
@@ -77,9 +78,12 @@ def test_heads(dense: bytes) -> None:
     refused(dense, "4 attention heads cannot share 8", attention__head_count_kv=("u32", 8))
     refused(dense, "4 attention heads cannot share 3", attention__head_count=("[u32]", [4, 4]), attention__head_count_kv=("[u32]", [2, 3]))
     refused(dense, "4 attention heads cannot share 3", attention__head_count_kv=("[u32]", [2, 3]))
+    refused(dense, "head_count is", attention__head_count=("[u32]", [4, 4, 4]))
     refused(dense, "head_count is", attention__head_count=("[i32]", [4, -4]))
     refused(dense, "head_count is", attention__head_count=("[u32]", []))
     refused(dense, "head_count is not a number", attention__head_count=("str", "4"))
+    refused(dense, "attn_q.weight has the shape .* where 80 columns", attention__head_count=("u32", 5), attention__head_count_kv=("u32", 1))
+    refused(dense, "attn_k.weight has the shape .* where 16 columns", attention__head_count_kv=("u32", 1))
     check(dense, attention__head_count=("[u32]", [4, 0]), attention__head_count_kv=("[u32]", [2, 0]))
     check(dense, attention__head_count=("u32", 0))
 
@@ -90,6 +94,8 @@ def test_head_sizes(dense: bytes, gemma: bytes) -> None:
     refused(dense, "do not fit llama", rope__dimension_count=("u32", 8))
     check(gemma, rope__dimension_count=("u32", 8))
     refused(gemma, "15 of 16 dimensions", rope__dimension_count=("u32", 15))
+    refused(gemma, "rope.dimension_count is 0", rope__dimension_count=("u32", 0))
+    refused(gemma, "rope.dimension_count_swa is 0", rope__dimension_count_swa=("u32", 0))
     refused(gemma, "18 of 16 dimensions", rope__dimension_count=("u32", 18))
 
 
@@ -138,3 +144,10 @@ def test_norms_and_biases_are_f32(random_model: Callable[..., Path]) -> None:
         before, after = (name.encode() + struct.pack("<IQI", 1, size, kind) for kind in (0, 1))
         assert raw.count(before) == 1
         refused(raw.replace(before, after), f"{name} is F16 where F32", UnsupportedModel)
+
+
+def test_tensors_aligned_for_ggml(random_model: Callable[..., Path]) -> None:
+    for alignment in (8, 16):
+        raw = random_model(alignment=alignment, n_embd=36, n_head=2, n_vocab=371).read_bytes()
+        with pytest.raises(ModelFileError, match="multiple of 32 bytes"):
+            check_hyperparameters(read_header(raw, len(raw)))
