@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,10 +57,14 @@ class Cpu:
     def probe(self) -> Offer | Refusal:
         """Always an offer. Reads a few small files; on macOS it runs sysctl once."""
         model, features = _macos() if sys.platform == "darwin" else _proc()
+        if not model:
+            import platform  # only now: it costs start-up time, and most systems have said by themselves
+
+            model = platform.processor() or platform.machine()
         cores = available_cpus()
         return Offer(
             score=10,
-            description=f"{model or platform.processor() or platform.machine()}, {cores} {'CPU' if cores == 1 else 'CPUs'}",
+            description=f"{model}, {cores} {'CPU' if cores == 1 else 'CPUs'}",
             memory_bytes=_memory(),
             features=features,
             engines=("ggml", "llama_cpp", "*"),
