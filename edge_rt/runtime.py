@@ -1,4 +1,8 @@
-"""The composition root: everything is put together here and nowhere else. Runtime -> Model -> Session."""
+"""The composition root: everything is put together here and nowhere else. Runtime -> Model -> Session.
+
+Start-up is a race between the vocabulary, which libllama loads in C on a thread, and everything Python has to import (NumPy, the
+engine, sampling). So this module imports only what checking the file takes; the rest comes while the vocabulary loads.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from edge_rt.core.assemble.pipeline import Pipeline, Stage
-from edge_rt.core.context import session_file
 from edge_rt.core.context.prefix import PrefixCache
 from edge_rt.core.engine import Engine, EngineInfo, MemoryReport, Part
+from edge_rt.core.load.hyperparameter_check import check_hyperparameters
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.core.load.vocabulary_check import check_vocabulary
 from edge_rt.errors import AbiMismatch, OptionError, SessionFileError, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native.llama import Vocab
 from edge_rt.registry import Registry
-from edge_rt.session import Session
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
+    from edge_rt.core.assemble.pipeline import Pipeline
     from edge_rt.core.engine import Logits
     from edge_rt.registry import EngineChoice
+    from edge_rt.session import Session
 
 Progress = Callable[[str, int, int], None]
 LOGITS_CHUNK = 128
@@ -59,11 +61,12 @@ def open(
     file = ModelFile.open(path)
     try:
         check_vocabulary(file.header)
-        plugins = registry or Registry.load()
-        choice = plugins.choose_device(device)
-        options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
+        check_hyperparameters(file.header)
         vocabulary = _VocabularyLoad(file)
         try:
+            plugins = registry or Registry.load()
+            choice = plugins.choose_device(device)
+            options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
             notices: list[str] = []
             engines = plugins.choose_engine(file, options, engine, choice.offer)
             opened = _open_engine(engines, file, options, notices, strict=engine is not None)
@@ -71,6 +74,8 @@ def open(
             vocabulary.discard()
             raise
         try:
+            import edge_rt.session  # noqa: F401  # while the vocabulary still loads
+
             vocab = _vocabulary(vocabulary, opened)
         except BaseException:
             opened.close()
@@ -205,6 +210,8 @@ class Model:
         """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""
         if not tokens:
             raise OptionError("logits of no tokens were asked for; give at least one")
+        import numpy as np
+
         rows = []
         with self.lock:
             sequence = self.engine.new_sequence()
@@ -221,12 +228,17 @@ class Model:
 
     def session(self) -> Session:
         """Open a session."""
+        from edge_rt.session import Session
+
         session = Session(self)
         self._sessions.add(session)
         return session
 
     def restore(self, path: str | Path) -> Session:
         """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model or engine."""
+        from edge_rt.core.context import session_file
+        from edge_rt.session import Session
+
         saved = session_file.load(Path(path), engine=self.info.engine, model=self.file.key())
         sequence = None
         if saved.cells:
@@ -248,6 +260,8 @@ class Model:
 
     def pipeline(self, names: Sequence[str]) -> Pipeline:
         """Fresh post-processors for one stream. Raises PluginError for an unknown name."""
+        from edge_rt.core.assemble.pipeline import Pipeline, Stage
+
         started = [self.registry.post_processor(name).start() for name in names]
         return Pipeline([Stage(processor.name, processor, processor.fails_closed) for processor in started])
 

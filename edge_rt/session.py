@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 from edge_rt.core.assemble.detokenise import Detokeniser
 from edge_rt.core.assemble.stopping import StopMatcher
 from edge_rt.core.assemble.writer import Writer
-from edge_rt.core.context import session_file
 from edge_rt.core.context.prefix import common_prefix
-from edge_rt.core.context.session_file import SavedSession
 from edge_rt.core.decode import loop
-from edge_rt.core.decode.constraints import compile_constraint
 from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
-from edge_rt.core.decode.speculation import NgramDrafter
 from edge_rt.errors import ContextError, OptionError
 from edge_rt.types import Event, GenerateOptions, Message, Notice, SamplingParams
 
 if TYPE_CHECKING:
+    from edge_rt.core.decode.constraints import Constraint
+    from edge_rt.core.decode.speculation import NgramDrafter
+    from edge_rt.native.llama import Vocab
     from edge_rt.runtime import Model
 
 _SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__)
@@ -87,6 +86,8 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write tokens and cells to a file. Raises UserError if the disk says no, OptionError while a request runs."""
+        from edge_rt.core.context import session_file
+
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering a request; save it when that is done")
         try:
@@ -95,7 +96,7 @@ class Session:
                 with self._model.lock:
                     cells = self._model.engine.export_sequence(self._sequence)
             info = self._model.info
-            session_file.save(Path(path), SavedSession(info.engine, self._model.file.key(), list(self._fed), cells))
+            session_file.save(Path(path), session_file.SavedSession(info.engine, self._model.file.key(), list(self._fed), cells))
         finally:
             self._busy.release()
 
@@ -126,20 +127,14 @@ class Session:
         if len(prompt) >= allowed:
             raise ContextError(f"the prompt has {len(prompt)} tokens, the context room for {allowed - 1}; shorten it or raise --ctx")
         _check(options)
-        sampling = options.sampling
-        if options.ignore_eos:
-            never = dict.fromkeys(model.vocab.eog_tokens(), float("-inf"))
-            sampling = replace(sampling, logit_bias={**sampling.logit_bias, **never})
-        constraint = compile_constraint(model.vocab, options.grammar, options.json_schema)
-        sampler = Sampler(model.vocab, sampling, constraint)
+        constraint = _constraint(model.vocab, options)
+        sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
         writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
         sequence = self._start(prompt)
         with model.lock:
             exact = model.engine.exact_rows() if options.speculate else 1
         speculate = min(options.speculate, exact - 1)
-        drafter = NgramDrafter() if speculate else None
-        if drafter is not None:
-            drafter.extend(prompt)
+        drafter = _drafter(prompt) if speculate else None
         for token in prompt:
             sampler.accept(token, prompt=True)
         self._cancelled.clear()
@@ -178,6 +173,24 @@ class Session:
         finally:
             job.sampler.close()
             self._busy.release()
+
+
+def _constraint(vocab: Vocab, options: GenerateOptions) -> Constraint | None:
+    """What binds the answer; most requests have none, and do not pay for the import."""
+    if options.grammar is None and options.json_schema is None:
+        return None
+    from edge_rt.core.decode.constraints import compile_constraint
+
+    return compile_constraint(vocab, options.grammar, options.json_schema)
+
+
+def _drafter(prompt: Sequence[int]) -> NgramDrafter:
+    """An index of the prompt to draft from."""
+    from edge_rt.core.decode.speculation import NgramDrafter
+
+    drafter = NgramDrafter()
+    drafter.extend(prompt)
+    return drafter
 
 
 def _override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOptions:

@@ -7,8 +7,7 @@ Sequences are named by small integers the engine hands out; tokens always go to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +20,7 @@ else:
 Wanted = Literal["none", "last", "all"]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One sequence's share of a step: ``tokens`` go to its end; ``logits`` says for which of them logits come back."""
 
     sequence: int
@@ -30,8 +28,7 @@ class Part:
     logits: Wanted = "last"
 
 
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
+class EngineInfo(NamedTuple):
     """What the loop must know of an engine. ``max_context`` is cells per sequence; ``chunk`` the tokens a step takes best."""
 
     engine: str
@@ -45,8 +42,7 @@ class EngineInfo:
     device: str = "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryReport:
+class MemoryReport(NamedTuple):
     """Bytes by owner. ``weights_resident`` is None where the system cannot say."""
 
     weights_mapped: int

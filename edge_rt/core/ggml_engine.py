@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -49,8 +48,7 @@ def unsupported(file: ModelFile) -> str | None:
     return f"no graph for the tensor {strange}" if strange else None
 
 
-@dataclass(slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Tokens of one part that go into one graph run; ``rows`` of them get logits."""
 
     part: int

@@ -113,10 +113,10 @@ def test_typed_access() -> None:
         header.raw_strings("n")
 
 
-def test_digest_follows_the_header_and_not_the_data() -> None:
+def test_crc32_follows_the_header_and_not_the_data() -> None:
     raw = build()
-    assert parse(raw).digest == parse(raw[:-1] + b"x").digest
-    assert parse(raw).digest != parse(build([metadata("general.architecture", "str", "lamma")])).digest
+    assert parse(raw).crc32 == parse(raw[:-1] + b"x").crc32
+    assert parse(raw).crc32 != parse(build([metadata("general.architecture", "str", "lamma")])).crc32
 
 
 def test_a_prefix_is_enough_and_arrays_outlive_the_buffer() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edge_rt.core.engine import Engine
 
@@ -11,8 +11,7 @@ WORTH = 16
 """Tokens a shared beginning must have to be worth keeping or copying."""
 
 
-@dataclass(slots=True)
-class Kept:
+class Kept(NamedTuple):
     """A sequence nobody uses now, and the tokens in its cells."""
 
     sequence: int

@@ -9,8 +9,8 @@ import hashlib
 import os
 import struct
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_rt.errors import SessionFileError, UserError
 
@@ -19,8 +19,7 @@ _PREFIX = struct.Struct("<8sI32s")
 _MAGIC = b"EDGESESS"
 
 
-@dataclass(frozen=True, slots=True)
-class SavedSession:
+class SavedSession(NamedTuple):
     """What a file holds: ``cells`` are the engine's own export."""
 
     engine: str

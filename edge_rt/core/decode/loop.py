@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.engine import Engine, Part, Wanted
 from edge_rt.errors import Cancelled, OutOfMemory
 from edge_rt.types import ContextUse, Delta, Done, Event, FinishReason, Notice, PromptProgress, Timings, TokenLogprob, Usage
@@ -149,6 +148,8 @@ def _emit(job: Job, token: int, logits: Logits) -> tuple[FinishReason | None, De
     text = job.writer.feed(token)
     scores: tuple[TokenLogprob, ...] = ()
     if job.logprobs:
+        from edge_rt.core.decode.logprobs import token_logprobs
+
         own, top = token_logprobs(logits, token, job.logprobs)
         scores = (TokenLogprob(token, job.vocab.piece(token).decode(errors="replace"), own, top),)
     delta = Delta(text, (token,), scores)

@@ -18,7 +18,7 @@ could not change it and are left out.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 GREEDY_BELOW = 1e-6
 """Temperatures under this are greedy: dividing logits by them overflows, and nothing but the likeliest token could be drawn."""
+
+NEVER = 1e-30
+"""Times as likely as the likeliest token: less cannot be drawn (random numbers have 53 bits)."""
 
 _RANGES: dict[str, tuple[type, float, float, str]] = {
     "temperature": (float, -1.0, 1000.0, "0 (greedy) to 1000"),
@@ -99,7 +102,8 @@ class Sampler:
         check_params(params, vocab.n_tokens)
         self._vocab, self.params, self._n_vocab = vocab, params, vocab.n_tokens
         fresh = params.seed is None or params.seed in (-1, samplers.DEFAULT_SEED)  # llama.cpp's -1
-        self.seed: int = secrets.randbelow(samplers.DEFAULT_SEED) if fresh else int(params.seed)  # type: ignore[arg-type]
+        # Not the secrets module: it loads OpenSSL, at every start.
+        self.seed: int = int.from_bytes(os.urandom(8), "little") % samplers.DEFAULT_SEED if fresh else int(params.seed)  # type: ignore[arg-type]
         self._greedy = params.temperature < GREEDY_BELOW
         self._constraint = constraint.clone() if constraint is not None else None
         stages, self._remembers = self._history_stages(context or vocab.train_context or 4096, ban_eog)
@@ -138,9 +142,11 @@ class Sampler:
         stages = []
         if p.top_k > 0:
             stages.append(c.sampler_init_top_k(min(p.top_k, self._n_vocab)))
-        for value, make in ((p.typical_p, c.sampler_init_typical), (p.top_p, c.sampler_init_top_p)):
-            if value < 1:
-                stages.append(make(value, 0))
+        if p.typical_p < 1:
+            # libllama sorts by p log p here, which is NaN where a probability is 0: behind a ban, a grammar, a wide gap.
+            stages += [c.sampler_init_min_p(NEVER, 0), c.sampler_init_typical(p.typical_p, 0)]
+        if p.top_p < 1:
+            stages.append(c.sampler_init_top_p(p.top_p, 0))
         if p.min_p > 0:
             stages.append(c.sampler_init_min_p(p.min_p, 0))
         return [*stages, c.sampler_init_temp(p.temperature), c.sampler_init_dist(self.seed)]

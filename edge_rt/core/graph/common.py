@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edge_rt.core.graph.hyper import Hyper, Rope
 from edge_rt.native import ggml
@@ -30,8 +30,7 @@ class Weights(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class KvView:
+class KvView(NamedTuple):
     """One sequence's cache as tensors: per layer keys [KV, capacity] and values [capacity, KV] (transposed)."""
 
     keys: tuple[int, ...]
@@ -40,8 +39,7 @@ class KvView:
     key_type: int
 
 
-@dataclass(frozen=True, slots=True)
-class SlotShape:
+class SlotShape(NamedTuple):
     """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted."""
 
     tokens: int
@@ -54,8 +52,7 @@ class SlotShape:
         return self.tokens >= FLASH_FROM
 
 
-@dataclass(slots=True)
-class SlotInputs:
+class SlotInputs(NamedTuple):
     """Input tensors of one sequence: cell of each token [t], element of each value [t*KV], mask [N, t]."""
 
     cells: int
@@ -63,8 +60,7 @@ class SlotInputs:
     mask: int
 
 
-@dataclass(slots=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Input tensors of a step: token ids [T], positions [T], rows that get logits [R] (None: all rows)."""
 
     tokens: int
@@ -73,8 +69,7 @@ class Inputs:
     slots: list[SlotInputs]
 
 
-@dataclass(slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A graph that touches one unit of weights; ``unit`` names it."""
 
     graph: int

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edge_rt.core.graph.common import Builder, c
 from edge_rt.core.graph.moe import experts
 from edge_rt.native import ggml
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """How an architecture differs: rotation of neighbouring pairs or of halves, norms on queries and keys, frequency factors."""
 
     rope_mode: int

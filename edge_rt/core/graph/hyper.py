@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.errors import ModelFileError, UnsupportedModel
 
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
 MAX_LAYERS, MAX_EXPERTS = 512, 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Rope:
+class Rope(NamedTuple):
     """Rotary embedding: the arguments of ggml_rope_ext. Scaling follows YaRN (Peng et al. 2023) as llama.cpp applies it."""
 
     dims: int
@@ -28,8 +26,7 @@ class Rope:
     beta_slow: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Hyper:
+class Hyper(NamedTuple):
     """Sizes of a decoder-only transformer. ``n_expert`` 0 means a dense feed-forward network."""
 
     architecture: str
@@ -116,8 +113,7 @@ def _yarn_attention_factor(scale: float, kind: str) -> float:
     return float(magnitude * (one / (one + tenth * np.log(factor, dtype=np.float32))))
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
+class _Reader(NamedTuple):
     """Typed access to ``ARCH.key`` metadata."""
 
     header: Header

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.graph import decoder
 from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
@@ -24,8 +23,7 @@ INPUT_BYTES = 48 * 1024 * 1024
 """Cached graphs are dropped, oldest first, beyond this many bytes of inputs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """One sequence's part of a step: its cache, first free cell, tokens, and the rows of them that get logits."""
 
     cache: KvView

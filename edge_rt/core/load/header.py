@@ -9,10 +9,11 @@ Whatever the bytes are, ``read_header`` returns a consistent header or raises Mo
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from mmap import mmap
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from edge_rt.core.load.gguf_tables import ARRAY, GGML_TYPES, NOT_GGUF, REMOVED_TYPES, SCALARS, STRING
 from edge_rt.errors import ModelFileError, UnsupportedModel
@@ -40,8 +41,7 @@ _KINDS: dict[type, frozenset[str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies. ``shape`` is in ggml's order (fastest first) as the file gives it, 1 to 4 dimensions.
 
     ``offset`` and ``nbytes`` are bytes; the offset counts from the start of the file.
@@ -68,7 +68,7 @@ class _Array:
 class Header:
     """A checked header: metadata, and tensors by name in file order. It holds no reference to the file it came from."""
 
-    __slots__ = ("_bytes", "_digest", "_values", "alignment", "architecture", "data_offset", "file_size", "tensors", "version")
+    __slots__ = ("_bytes", "_values", "alignment", "architecture", "data_offset", "file_size", "tensors", "version")
 
     def __init__(
         self,
@@ -88,7 +88,6 @@ class Header:
         self.tensors = tensors
         self._values = values
         self._bytes = header_bytes
-        self._digest: str | None = None
         self.architecture = self.require("general.architecture", str)
 
     def __contains__(self, key: str) -> bool:
@@ -155,13 +154,9 @@ class Header:
         return strings
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the header's bytes, in hex."""
-        if self._digest is None:
-            import hashlib  # loads OpenSSL
-
-            self._digest = hashlib.sha256(self._bytes).hexdigest()
-        return self._digest
+    def crc32(self) -> int:
+        """CRC-32 of the header's bytes."""
+        return zlib.crc32(self._bytes)
 
 
 _U32 = struct.Struct("<I")

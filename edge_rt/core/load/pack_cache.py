@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 def cache_key(file: ModelFile) -> str:
     """Identify model content, library build and CPU features: a packed file is good only for all three."""
     parts = (file.key(), ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(packing.FORMAT))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return "|".join(parts)
 
 
 def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[PackedFile | None, str | None]:
@@ -37,7 +33,7 @@ def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[Pack
     because the model has nothing to pack.
     """
     key = cache_key(file)
-    path = config.packed_dir() / f"{Path(file.path).stem}-{key[:16]}.pack"
+    path = config.packed_dir() / f"{Path(file.path).stem}-{zlib.crc32(key.encode()):08x}.pack"
     if found := _open_sound(path, key):
         return found, None
     plan = packing.plan(file.header)
@@ -79,6 +75,9 @@ def _only_builder(path: Path) -> Iterator[None]:
 
 def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: Progress | None) -> None:
     """Write the packed file beside its final name, then rename it into place. Raises OSError (disk full, read-only)."""
+    import shutil  # these two cost start-up time, and packing is rare
+    import tempfile
+
     needed = plan.size + 16 * memory.PAGE
     if (free := shutil.disk_usage(path.parent).free) < needed:
         raise OSError(28, f"{needed >> 20} MB needed, {free >> 20} MB free")
@@ -87,14 +86,14 @@ def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
     try:
         with os.fdopen(descriptor, "wb") as out:
             # Checksums are known only at the end: the header's room is measured with the widest ones.
-            blank = [replace(entry, crc32=0xFFFFFFFF) for entry in plan.entries]
+            blank = [entry._replace(crc32=0xFFFFFFFF) for entry in plan.entries]
             start = packing.header_size(blank, plan.size, key, str(file.path))
             out.truncate(start + plan.size)
             entries, done = [], 0
             for entry, data in packing.pack_tensors(plan, file.header, base):
                 out.seek(start + entry.offset)
                 out.write(data)
-                entries.append(replace(entry, crc32=zlib.crc32(data)))
+                entries.append(entry._replace(crc32=zlib.crc32(data)))
                 done += entry.nbytes
                 if progress:
                     progress("packing", done, plan.size)

@@ -12,9 +12,8 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.load.units import Span, unit_name
 from edge_rt.errors import EdgeError
@@ -35,8 +34,7 @@ class PackDamaged(EdgeError):
     """A packed file is cut short, altered, or of another key; it is made again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor in a packed file: ``offset`` from the start of the data; ``packed`` in the kernels' layout or as in the GGUF."""
 
     name: str
@@ -48,8 +46,7 @@ class Entry:
     crc32: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What a packed file for one model holds, and its size."""
 
     entries: tuple[Entry, ...]
@@ -150,7 +147,7 @@ def header_size(entries: Sequence[Entry], size: int, key: str, model: str) -> in
 
 def _body(entries: Sequence[Entry], size: int, key: str, model: str, data_offset: int) -> bytes:
     fields = {"format": FORMAT, "key": key, "model": model, "size": size, "data_offset": data_offset}
-    return json.dumps({**fields, "entries": [[*asdict(e).values()] for e in entries]}).encode()
+    return json.dumps({**fields, "entries": entries}).encode()
 
 
 def made_for(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edge_rt.core.load.prefetch import CHUNK, Heat, read_span
 from edge_rt.core.load.units import Span, Unit
@@ -20,8 +20,7 @@ AHEAD = 2
 """Units whose streamed part may be in memory at once: the one computed and the one being read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """A unit's whole pages, divided into those kept and those streamed."""
 
     unit: Unit

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edge_rt.native import memory
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A contiguous run of mapped bytes: where it is in memory and in its file."""
 
     address: int
@@ -24,8 +23,7 @@ class Span:
         return start, size, self.offset + (start - self.address)
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """What is read, kept and released together. ``sparse``: touched row by row or expert by expert, so never read ahead whole."""
 
     name: str
