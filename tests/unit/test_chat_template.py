@@ -229,7 +229,8 @@ def test_no_name_survives_in_special_segments(contents):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("a\n{% if %}", "line 2"), ("{{ x", "line 1"), ("a\nb\n{{ nothing.x }}", "line 3.*undefined"), ("{{ messages[9].content }}", "line 1"),
+        ("a\n{% if %}", "line 2"), ("{{ x", "line 1"), ("a\nb\n{{ nothing.x }}", "line 3.*undefined"),
+        ("{{ messages[9].content }}", "line 1"),
         ("{{ messages[0].content.nope() }}", "nope"), ("{{ 'x' | nofilter }}", "nofilter"), ("{% include 'x' %}", "line 1"),
         ("{{ raise_exception('No system message.') }}", "refuses these messages at line 1: No system message"),
         ("{{ ().__class__.__base__.__subclasses__() }}", "unsafe"), ("{{ messages.__init__.__globals__ }}", "unsafe|undefined"),

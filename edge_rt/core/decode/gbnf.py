@@ -49,6 +49,7 @@ class Parser:
     at: int = 0
     rules: list[Rule] = field(default_factory=list)
     terminals: list[Terminal] = field(default_factory=list)
+    tokens: dict[int, str] = field(default_factory=dict)  # element -> the <token> or !<token> it stands for
     numbers: dict[str, int] = field(default_factory=dict)
     elements: int = 0
     depth: int = 0
@@ -170,8 +171,7 @@ class Parser:
         if c == "[":
             return self.character_class(), 1
         if c in "<!":
-            self.token()
-            return [self.terminal(())], 1
+            return [self.token()], 1
         if c == ".":
             self.at += 1
             return [self.terminal(_ANY)], 1
@@ -250,8 +250,9 @@ class Parser:
         self.at += 1 + digits
         return int(code, 16)
 
-    def token(self) -> None:
+    def token(self) -> int:
         """A token: <[id]> or <its name>, after ! any other."""
+        start = self.at
         self.at += self.peek() == "!"
         at = self.at
         if self.peek() != "<":
@@ -266,6 +267,9 @@ class Parser:
                 raise self.fail("expecting a token number as in <[123]>", at)
         elif not self.is_token(name):
             raise self.fail(f"{name!r} is not one token of this model", at)
+        element = self.terminal(())
+        self.tokens[element] = self.text[start : self.at]
+        return element
 
     def quantifier(self, nested: bool) -> tuple[int, int | None]:
         """(least, most) of * + ? {n} {n,} {n,m}; most None: without limit."""

@@ -23,6 +23,7 @@ MAX_STACKS = 300  # a choice among 49,152 tokens takes seconds then; llama.cpp's
 TOKEN = 12  # characters; a long token
 MAX_TRIES = 20_000  # libllama follows every path through a token by itself, even where they lead to the same stack
 WALK = 10_000  # steps of the walk, about 10 ms
+_APART = "keep characters and tokens apart"
 _REMEDY = "give its alternatives distinct beginnings"
 
 
@@ -51,7 +52,10 @@ def check_grammar(text: str, is_token: Callable[[str], bool]) -> None:
     parser = Parser(text, is_token)
     parser.parse()
     alternatives = [list(_alternatives(rule)) for rule in parser.rules]
-    _check_recursion(parser.rules, _first(alternatives, _nullable(alternatives)))
+    empty = _nullable(alternatives)
+    _check_recursion(parser.rules, _first(alternatives, empty))
+    if parser.tokens:
+        _check_tokens(parser, alternatives, empty)
     _Walk(alternatives, parser.terminals).go(parser.numbers["root"])
 
 
@@ -96,6 +100,43 @@ def _first(alternatives: list[list[list[int]]], empty: list[bool]) -> list[tuple
                 others += 1
         result.append((refs, others))
     return result
+
+
+def _check_tokens(parser: Parser, alternatives: list[list[list[int]]], empty: list[bool]) -> None:
+    """Refuse tokens that libllama would allow and then not accept, which ends the process.
+
+    It looks at a token's characters one by one, and takes <X> or !<X> in the middle as well as at the beginning: ``"a" !<X>`` allows
+    the token "ab". So !<X> must not come right after a character, nor <X> where characters can be the beginning of its name, "<".
+    """
+    ends = _closure(alternatives, empty, last=True, terminal=lambda element: element not in parser.tokens)
+    for element, token in parser.tokens.items():
+        begins = _closure(alternatives, empty, last=False, terminal=lambda other, wanted=element: other == wanted)  # type: ignore[misc]
+        named = token[0] == "<" and token[1] != "["  # what a numbered token begins with is not known here
+        if named and not any(low <= ord("<") <= high for ranges in parser.terminals for low, high in ranges):
+            continue
+        for option in (option for options in alternatives for option in options):
+            after_character = False
+            for symbol in option:
+                if after_character and (begins[symbol] if symbol >= 0 else symbol == element):
+                    raise ConstraintError(f"{token} of the grammar comes right after characters, which libllama does not survive; {_APART}")
+                ending = ends[symbol] if symbol >= 0 else symbol not in parser.tokens
+                after_character = ending or (after_character and symbol >= 0 and empty[symbol])
+
+
+def _closure(alternatives: list[list[list[int]]], empty: list[bool], *, last: bool, terminal: Callable[[int], bool]) -> list[bool]:
+    """Which rules can begin (``last``: end) with one of some terminals."""
+    found = [False] * len(alternatives)
+    changed = True
+    while changed:
+        changed = False
+        for number, options in enumerate(alternatives):
+            for option in options if not found[number] else ():
+                for symbol in reversed(option) if last else option:
+                    if found[symbol] if symbol >= 0 else terminal(symbol):
+                        found[number] = changed = True
+                    if symbol < 0 or not empty[symbol]:
+                        break
+    return found
 
 
 def _check_recursion(rules: list[Rule], first: list[tuple[list[int], int]]) -> None:
