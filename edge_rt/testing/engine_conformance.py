@@ -39,6 +39,9 @@ class EngineConformance:
     options: ClassVar[EngineOptions] = EngineOptions(context=640, threads=1)
     """What the engine is opened with; ``context`` must be at least 64, and 40 more than its ``chunk`` for all tests to run."""
 
+    exact_texts: ClassVar[int] = 12
+    """On how many texts ``exact_rows`` is checked."""
+
     @pytest.fixture
     def engine_factory(self) -> EngineFactory:
         """The factory under test."""
@@ -219,20 +222,23 @@ class EngineConformance:
             assert engine.length(sequence) == 0
 
     def test_exact_rows_are_exact(self, engine: Engine) -> None:
-        rows = engine.exact_rows()
+        """On many texts: kernels that round differently agree on most inputs, because later rounding hides the difference."""
+        rows = min(engine.exact_rows(), 16)
         assert rows >= 1
-        before, tokens, after = _tokens(engine, 8), _tokens(engine, min(rows, 16), seed=2), _tokens(engine, 1, seed=3)
-        with _sequences(engine, 1) as (single,):
-            _feed(engine, single, before)
-            one_by_one = _feed(engine, single, tokens, 1)
-            next_ = _feed(engine, single, after)
-        for n in range(2, len(tokens) + 1):
-            with _sequences(engine, 1) as (joint,):
-                _feed(engine, joint, before)
-                together = _feed(engine, joint, tokens[:n])
-                _feed(engine, joint, tokens[n:], 1)
-                assert np.array_equal(together.view(np.uint32), one_by_one[:n].view(np.uint32)), f"{n} rows differ from one by one"
-                assert np.array_equal(_feed(engine, joint, after), next_), f"after {n} rows at once the cache differs"
+        for seed in range(self.exact_texts if rows > 1 else 0):
+            before, tokens, after = (_tokens(engine, n, seed=3 * seed + i) for i, n in enumerate((8, rows, 1)))
+            with _sequences(engine, 1) as (single,):
+                _feed(engine, single, before)
+                one_by_one = _feed(engine, single, tokens, 1)
+                next_ = _feed(engine, single, after)
+            for n in sorted({2, (rows + 2) // 2, rows}):
+                with _sequences(engine, 1) as (joint,):
+                    _feed(engine, joint, before)
+                    together = _feed(engine, joint, tokens[:n])
+                    _feed(engine, joint, tokens[n:], 1)
+                    same = np.array_equal(together.view(np.uint32), one_by_one[:n].view(np.uint32))
+                    assert same, f"text {seed}: {n} rows at once differ from one by one, exact_rows() is {rows} or more"
+                    assert np.array_equal(_feed(engine, joint, after), next_), f"text {seed}: after {n} rows at once the cache differs"
 
     def test_a_freed_sequence_is_gone_and_its_memory_back(self, engine: Engine) -> None:
         tokens = _tokens(engine, 30)
