@@ -10,6 +10,7 @@ import numpy as np
 
 from edge_rt import config
 from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
+from edge_rt.core.decode.governor import Governor
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
@@ -74,6 +75,7 @@ class GgmlEngine:
             self.notices.append(notice)
         self.weights = WeightStore(file, self.hyper, packed)
         self._paging = Paging(self.weights, self.hyper, options.memory, options.progress)
+        self._governor = Governor(config.available_cpus()) if options.threads is None else None
         self._threads = options.threads or config.available_cpus()
         self._backend = ggml.cpu_backend(self._threads)
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
@@ -177,6 +179,7 @@ class GgmlEngine:
             slots.append(Slot(cache.view, cache.length, piece.tokens, piece.rows))
         graph = self._graphs.get(shapes, [slot.cache for slot in slots])
         graph.set_inputs(slots)
+        self._choose_threads()
         for segment in graph.segments:
             with self._paging.holding(segment.unit):
                 ggml.compute(self._backend, segment.graph)
@@ -184,6 +187,12 @@ class GgmlEngine:
             self._sequences[piece.sequence].length += len(piece.tokens)
         self._paging.experts_used(graph.experts)
         return graph.logits
+
+    def _choose_threads(self) -> None:
+        """Follow the governor, unless the user fixed the number."""
+        if self._governor and (threads := self._governor.threads()) != self._threads:
+            self._threads = threads
+            ggml.c.backend_cpu_set_n_threads(self._backend.address, threads)
 
     def _room(self, sequence: int, tokens: int) -> KvCache:
         """The sequence's cache, moved to a larger one if ``tokens`` more do not fit."""
