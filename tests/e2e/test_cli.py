@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from edge_rt import __version__, catalog
-from edge_rt.config import models_dir
+from edge_rt.config import models_dir, packed_dir
 
 PROGRAM = [sys.executable, "-m", "edge_rt.cli.main"]
 GREEDY = ["--temp", "0", "-n", "12"]
@@ -148,11 +148,16 @@ def test_a_session_is_saved_and_gone_on_with(tmp_path):
     assert (damaged.returncode, events(damaged.stdout)[-1]["error"]) == (1, "SessionFileError")
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_the_answer_comes(smollm2, answer):
-    done = edge_rt("run", "-m", str(smollm2), *GREEDY, QUESTION, env={**os.environ, "EDGE_RT_CACHE": "/proc/nowhere"})
-    assert done.returncode == 0, done.stderr
+def test_a_cache_that_cannot_be_written_is_said_and_the_answer_comes(random_model):
+    model = random_model(type="Q4_0", n_embd=256, n_ff=512)
+    words = ["run", "-m", str(model), "--raw", "-n", "8", "--temp", "0", "--ignore-eos", "abc"]
+    writable = edge_rt(*words)
+    done = edge_rt(*words, env={**os.environ, "EDGE_RT_CACHE": "/proc/nowhere"})
+    assert (writable.returncode, writable.stderr, done.returncode) == (0, "", 0)
+    if not any(packed_dir().iterdir()):
+        pytest.skip("this processor has no packed kernels for Q4_0")
+    assert re.fullmatch(r"note: running without packed weights.*/proc/nowhere.*EDGE_RT_CACHE\n", done.stderr)
     assert done.stdout.strip()
-    assert "note: " in done.stderr
 
 
 # ---- what the user can mend ------------------------------------------------------------------------------------------
@@ -269,7 +274,8 @@ def test_ctrl_c_after_an_event(moment):
     rest, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"")
     last = events((seen + rest).decode())[-1]
-    assert (last["event"], last["reason"]) == ("done", "cancelled") or moment == "model"
+    if moment != "model":  # before the request has begun there is nothing to end with an event
+        assert (last["event"], last["reason"]) == ("done", "cancelled")
 
 
 def test_ctrl_c_keeps_what_was_written():
@@ -342,6 +348,8 @@ class Terminal:
                     assert condition(self.seen), self.seen
 
     def type(self, text: str) -> None:
+        """Write as a person does, who needs a moment after the prompt: readline shows it before it listens to signals."""
+        time.sleep(0.3)
         self.seen = ""
         os.write(self.fd, text.encode())
 
