@@ -1,0 +1,68 @@
+"""A graph is built only over tensors that are there, in their shapes, and none of which it would ignore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_rt.core.graph.decoder import FAMILIES
+from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.shapes import check_shapes
+from edge_rt.core.load.header import TensorInfo
+from edge_rt.core.load.model_file import ModelFile
+from edge_rt.errors import ModelFileError, UnsupportedModel
+
+VARIANTS: list[dict[str, Any]] = [
+    *({"architecture": architecture} for architecture in FAMILIES),
+    {"tied": False, "bias": True, "rope_freqs": [1.0] * 8},
+    {"fused_qkv": True, "bias": True},
+    {"n_expert": 4, "n_expert_used": 2, "n_ff_exp": 32},
+    {"architecture": "qwen3", "head_dim": 32, "tied": False},
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+def model(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> tuple[dict[str, TensorInfo], Hyper]:
+    with ModelFile.open(random_model(**request.param)) as file:
+        return dict(file.header.tensors), read_hyper(file.header)
+
+
+def check(tensors: dict[str, TensorInfo], hyper: Hyper) -> None:
+    check_shapes(tensors, hyper, FAMILIES[hyper.architecture])
+
+
+def reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(info.name, shape, info.type, info.type_name, info.offset, info.nbytes)
+
+
+def test_sound_models_pass(model: tuple[dict[str, TensorInfo], Hyper]) -> None:
+    tensors, hyper = model
+    check(tensors, hyper)
+    check({name: reshaped(info, (*info.shape, 1)) for name, info in tensors.items() if len(info.shape) < 4}, hyper)
+
+
+def test_every_tensor_is_checked(model: tuple[dict[str, TensorInfo], Hyper]) -> None:
+    """Another shape is refused for each; one that is missing is refused unless it is optional."""
+    tensors, hyper = model
+    for name, info in tensors.items():
+        for shape in ((info.shape[0] + 32, *info.shape[1:]), (*info.shape, 2)):
+            with pytest.raises(ModelFileError, match="has the shape"):
+                check(tensors | {name: reshaped(info, shape)}, hyper)
+        rest = {other: tensors[other] for other in tensors if other != name}
+        if name.endswith(".bias") or name in ("output.weight", "rope_freqs.weight"):
+            check(rest, hyper)
+        else:
+            with pytest.raises(ModelFileError, match="lacks the tensor"):
+                check(rest, hyper)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.scale", "blk.2.attn_norm.weight", "blk.0.ffn_gate_shexp.weight", "something.weight"])
+def test_nothing_is_ignored(name: str, random_model: Callable[..., Path]) -> None:
+    with ModelFile.open(random_model()) as file:
+        tensors, hyper = dict(file.header.tensors), read_hyper(file.header)
+    extra = reshaped(tensors["output_norm.weight"], (64,))
+    with pytest.raises(UnsupportedModel, match=name):
+        check(tensors | {name: extra}, hyper)
