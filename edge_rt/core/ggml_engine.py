@@ -14,6 +14,7 @@ from edge_rt.core.decode.governor import Governor
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
+from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot
@@ -207,25 +208,12 @@ class GgmlEngine:
         return larger
 
     def exact_rows(self) -> int:
-        """Probe, once: feed random tokens one by one and together, and compare logits and cache bit for bit."""
+        """Probed once, weight by weight (graph/exactness.py); attention runs token by token up to flash attention's threshold."""
         if self._exact is None:
-            self._exact = next((n for n in range(FLASH_FROM - 1, 1, -1) if self._is_exact(n)), 1)
+            matrices = distinct_kinds(self.weights.matrices())
+            # How experts group tokens depends on the data, so no probe could prove anything.
+            self._exact = 1 if self.hyper.n_expert else exact_columns(matrices, self._backend, FLASH_FROM - 1)
         return self._exact
-
-    def _is_exact(self, n: int) -> bool:
-        rng = np.random.default_rng(n)
-        tokens = [int(t) for t in rng.integers(0, self.info.n_vocab, 8 + n)]
-        single, joint = self.new_sequence(), self.new_sequence()
-        try:
-            for sequence in (single, joint):
-                self.step([Part(sequence, tokens[:8], "none")])
-            one_by_one = [_only(self.step([Part(single, [t])])).copy() for t in tokens[8:]]
-            together = _only(self.step([Part(joint, tokens[8:], "all")]))
-            same = np.array_equal(np.concatenate(one_by_one).view(np.uint32), together.view(np.uint32))
-            return bool(same) and self._sequences[single].export() == self._sequences[joint].export()
-        finally:
-            self.free_sequence(single)
-            self.free_sequence(joint)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -299,13 +287,6 @@ class GgmlEngine:
         self._sequences.clear()
         self._backend.close()
         self.weights.close()
-
-
-def _only(results: list[Logits | None]) -> Logits:
-    """The logits of a step with one part that asked for them."""
-    (logits,) = results
-    assert logits is not None, "the part asked for logits"
-    return logits
 
 
 def _key_type(name: Literal["f16", "q8_0"], hyper: Hyper) -> int:

@@ -211,6 +211,12 @@ class Handle:
         """Free it now; later calls do nothing."""
         self._finalizer()
 
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def context(n_tensors: int, graph_sizes: tuple[int, ...] = ()) -> Handle:
     """A context for tensor descriptions (no data): room for ``n_tensors`` and for graphs of the given node counts."""

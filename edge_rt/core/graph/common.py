@@ -182,9 +182,13 @@ class Builder:
                 own = c.view_3d(self.ctx, q, h.head_dim, h.n_head, shape.tokens, 4 * h.head_dim, 4 * width, 4 * width * first)
             outputs.append(self._attend_one(layer, own, shape, slot, cache))
             first += shape.tokens
-        joined = outputs[0]
-        for output in outputs[1:]:
-            joined = c.concat(self.ctx, joined, output, 1)
+        return self._side_by_side(outputs)
+
+    def _side_by_side(self, columns: Sequence[int]) -> int:
+        """Join [E, a], [E, b], ... to [E, a + b + ...]."""
+        joined = columns[0]
+        for column in columns[1:]:
+            joined = c.concat(self.ctx, joined, column, 1)
         return joined
 
     def _attend_one(self, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KvView) -> int:
@@ -194,18 +198,31 @@ class Builder:
         k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, cell, head, 0)  # [D, N, G]
         v = c.view_3d(ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv,
                       2 * cache.capacity, 2 * cache.capacity * h.head_dim, 0)  # [N, D, G]  # fmt: skip
-        q = c.permute(ctx, q, 0, 2, 1, 3)  # [D, t, H]
         width = h.n_head * h.head_dim
         if shape.flash:
+            q = c.permute(ctx, q, 0, 2, 1, 3)  # [D, t, H]
             rows = c.cont(ctx, c.transpose(ctx, v))  # [D, N, G]
             out = c.flash_attn_ext(ctx, q, k, rows, slot.mask, h.attention_scale, 0.0, 0.0)  # [D, H, t]
             c.prec_set_acc(out, ggml.PRECISION_F32)
             return int(c.reshape_2d(ctx, out, width, shape.tokens))
-        scores = c.mul_mat(ctx, k, q)  # [N, t, H]
+        # Token by token: a product over several queries may add up in another order, and drafts must not change a bit.
+        columns = []
+        for i in range(shape.tokens):
+            own, mask = q, slot.mask
+            if shape.tokens > 1:
+                own = c.view_3d(ctx, q, h.head_dim, h.n_head, 1, 4 * h.head_dim, 4 * width, 4 * width * i)
+                mask = c.view_2d(ctx, slot.mask, shape.cells, 1, 4 * shape.cells, 4 * shape.cells * i)
+            columns.append(self._attend_token(k, v, own, mask))
+        return self._side_by_side(columns)
+
+    def _attend_token(self, k: int, v: int, q: int, mask: int) -> int:
+        """Attention of one query [D, H, 1] over keys [D, N, G] and transposed values [N, D, G]; returns [H*D, 1]."""
+        h, ctx = self.hyper, self.ctx
+        scores = c.mul_mat(ctx, k, c.permute(ctx, q, 0, 2, 1, 3))  # [N, 1, H]
         c.prec_set_acc(scores, ggml.PRECISION_F32)
-        weights = c.soft_max_ext(ctx, scores, slot.mask, h.attention_scale, 0.0)
-        out = c.mul_mat(ctx, v, weights)  # [D, t, H]
-        return int(c.cont_2d(ctx, c.permute(ctx, out, 0, 2, 1, 3), width, shape.tokens))
+        weights = c.soft_max_ext(ctx, scores, mask, h.attention_scale, 0.0)
+        out = c.mul_mat(ctx, v, weights)  # [D, 1, H]
+        return int(c.cont_2d(ctx, c.permute(ctx, out, 0, 2, 1, 3), h.n_head * h.head_dim, 1))
 
     def wanted_rows(self, x: int) -> int:
         """Keep only the rows that get logits."""

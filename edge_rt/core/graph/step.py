@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 c = ggml.c
 _HALF_MINUS_INFINITY = 0xFC00
-_NODES_PER_LAYER, _NODES_PER_SLOT, _NODES_PER_EXPERT = 64, 24, 3  # generous: libggml aborts when a context is full
+_NODES_PER_LAYER, _NODES_PER_QUERY, _NODES_PER_EXPERT = 64, 24, 3  # generous: libggml aborts when a context is full
 INPUT_BYTES = 48 * 1024 * 1024
 """Cached graphs are dropped, oldest first, beyond this many bytes of inputs."""
 
@@ -45,7 +45,8 @@ class StepGraph:
         self._input_buffer = ggml.allocate_context(self._input_ctx)
         self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address))
         self._bind(inputs, hyper, n_tokens)
-        per_layer = _NODES_PER_LAYER + _NODES_PER_SLOT * len(shapes) + _NODES_PER_EXPERT * hyper.n_expert_used
+        queries = sum(1 if shape.flash else shape.tokens for shape in shapes)
+        per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
         size = 64 + per_layer * (3 if split else hyper.n_layer)
         n_graphs = hyper.n_layer + 2 if split else 1
         self._ctx = ggml.context(64 + per_layer * hyper.n_layer, (size,) * n_graphs)

@@ -58,6 +58,13 @@ class WeightStore:
         """Where a tensor's bytes are."""
         return self._spans[name]
 
+    def matrices(self) -> Iterator[int]:
+        """Weights that are multiplied with hidden states: all two-dimensional ones, the embedding only where it is the head too."""
+        tied = "output.weight" not in self._tensors
+        for name, tensor in self._tensors.items():
+            if ggml.fields(tensor).ne[1] > 1 and (tied or name != "token_embd.weight"):
+                yield tensor
+
     @property
     def size(self) -> int:
         """Bytes mapped over all units."""

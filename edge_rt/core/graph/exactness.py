@@ -1,0 +1,99 @@
+"""Which products give the same bits for several columns together as for each alone?
+
+Kernels may add up in another order when they work on several columns. The order does not depend on the data, so one look at each
+kind of weight decides; and it is looked at in the product itself, because the rounding of later steps would hide most differences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_rt import config
+from edge_rt.native import ggml
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+c = ggml.c
+
+
+def distinct_kinds(tensors: Iterable[int]) -> list[int]:
+    """One matrix of every kind: element type, kernel and shape."""
+    kinds: dict[tuple[int, int, tuple[int, ...]], int] = {}
+    for tensor in tensors:
+        fields = ggml.fields(tensor)
+        shape = tuple(fields.ne)
+        if shape[1] > 1:
+            kinds.setdefault((fields.type, fields.extra or 0, shape), tensor)
+    return list(kinds.values())
+
+
+def exact_columns(matrices: Iterable[int], backend: ggml.Handle, most: int) -> int:
+    """The largest n <= ``most`` such that every product with 2 to n columns equals those with one, bit for bit."""
+    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.cpu_features(), str(most)))
+    known = _remembered()
+    limit, fresh = most, False
+    for matrix in matrices:
+        fields = ggml.fields(matrix)
+        kind = f"{build}|{fields.type}|{bool(fields.extra)}|{list(fields.ne)}"
+        if kind not in known:
+            known[kind], fresh = _exact_columns(matrix, backend, most), True
+        limit = min(limit, known[kind])
+    if fresh:
+        _remember(known)
+    return limit
+
+
+def _remembered() -> dict[str, int]:
+    """Answers from earlier runs, on whatever model: a probe takes up to a second, a kind of weight never changes its answer."""
+    try:
+        known = json.loads((config.cache_dir() / "exact-columns.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(known, dict) and all(isinstance(n, int) and n >= 1 for n in known.values())
+    return known if sound else {}
+
+
+def _remember(known: dict[str, int]) -> None:
+    """Keep the answers for later runs; where nothing can be written, the next run probes again."""
+    path = config.cache_dir() / "exact-columns.json"
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known))
+        os.replace(temporary, path)
+
+
+def _exact_columns(matrix: int, backend: ggml.Handle, most: int) -> int:
+    """The same for one matrix, by trying."""
+    width = int(ggml.fields(matrix).ne[0])
+    data = np.random.default_rng(0).standard_normal((most, width)).astype(np.float32)
+    singles = [_product(matrix, column[None], backend)[0] for column in data]
+    for n in range(2, most + 1):
+        together = _product(matrix, data[:n], backend)
+        if any(not np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in zip(together, singles, strict=False)):
+            return n - 1
+    return most
+
+
+def _product(matrix: int, columns: npt.NDArray[np.float32], backend: ggml.Handle) -> npt.NDArray[np.float32]:
+    """float32 [n, rows] from float32 [n, width]."""
+    n, width = columns.shape
+    with ggml.context(2) as inputs, ggml.context(8, (16,)) as work, ggml.allocator() as arena:
+        x = c.new_tensor_2d(inputs.address, ggml.TYPE_F32, width, n)
+        with ggml.allocate_context(inputs):
+            ggml.view(x, "f4", (n, width))[:] = columns
+            y = c.mul_mat(work.address, matrix, x)
+            c.set_output(y)
+            graph = c.new_graph_custom(work.address, 16, False)
+            c.build_forward_expand(graph, y)
+            c.gallocr_alloc_graph(arena.address, graph)
+            ggml.compute(backend, graph)
+            product: npt.NDArray[Any] = ggml.view(y, "f4", (n, int(ggml.fields(matrix).ne[1])))
+            return product.copy()
