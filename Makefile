@@ -12,7 +12,7 @@ help:  ## list the targets
 run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
 	@$(INDEX) $(BIN)/edge-rt pull smollm2 >/dev/null
 	@echo "> $(PROMPT)"
-	@$(BIN)/edge-rt run "$$PROMPT"
+	@$(BIN)/edge-rt run --temp 0 "$$PROMPT"
 
 test: .venv/.ready-dev  ## set up, run all tests
 	$(INDEX) $(BIN)/python -m pytest

@@ -30,7 +30,8 @@ if ! installed; then
     echo "Building $native from source; this takes about five minutes, once"
   fi
   rm -rf .venv/.wheel
-  .venv/bin/pip install "$native" || fail "installing $native failed; the reason is above (a compiler too old, no network?)"
+  .venv/bin/pip install -q --progress-bar off "$native" || fail "installing $native failed; the reason is above (a compiler too old, no network?)"
 fi
 # editable_mode=compat: a plain path entry. setuptools' default is an import hook, which costs 13 ms at every start.
 .venv/bin/pip install -q --config-settings editable_mode=compat -e ".${extra:+[$extra]}" || fail "installing edge-rt failed; the reason is above"
+.venv/bin/python -m compileall -q edge_rt # the first start is then as fast as the next
