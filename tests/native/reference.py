@@ -16,7 +16,7 @@ _QUIET = llama.llama_log_callback(lambda *_: None)
 class Reference:
     """One model and one context of libllama; ``flash`` chooses its attention."""
 
-    def __init__(self, path: Path, *, flash: bool, threads: int = 2, context: int = 512, key_type: int = 1) -> None:
+    def __init__(self, path: Path, *, flash: bool, threads: int = 1, context: int = 512, key_type: int = 1) -> None:
         llama.llama_log_set(_QUIET, ctypes.c_void_p(0))
         self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         assert self._model, f"libllama cannot load {path}"

@@ -170,7 +170,7 @@ def test_200_greedy_tokens_are_libllamas(random_model: Callable[..., Path], monk
 
     monkeypatch.setattr(common, "FLASH_FROM", 1 if flash else 10**9)
     path = random_model("llama", type="Q4_0", n_embd=128, n_layer=4)
-    with edge_rt.open(path, threads=2) as model, model.session() as session:
+    with edge_rt.open(path, threads=1) as model, model.session() as session:
         prompt = model.tokenize("It was a bright cold day in April, and the clocks were striking thirteen.")
         ours = greedy(session, "It was a bright cold day in April, and the clocks were striking thirteen.", 200)
     libllama = Reference(path, flash=flash)

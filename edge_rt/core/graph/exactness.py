@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -95,5 +95,6 @@ def _product(matrix: int, columns: npt.NDArray[np.float32], backend: ggml.Handle
             c.build_forward_expand(graph, y)
             c.gallocr_alloc_graph(arena.address, graph)
             ggml.compute(backend, graph)
-            product: npt.NDArray[Any] = ggml.view(y, "f4", (n, int(ggml.fields(matrix).ne[1])))
-            return product.copy()
+            product = ggml.view(y, "f4", (n, int(ggml.fields(matrix).ne[1])))
+            copied: npt.NDArray[np.float32] = product.copy()
+            return copied
