@@ -28,6 +28,7 @@ from edge_rt.types import Message
 if TYPE_CHECKING:
     from edge_rt.core.assemble.pipeline import Pipeline
     from edge_rt.core.engine import Logits
+    from edge_rt.guarded import PluginContextPolicy
     from edge_rt.registry import EngineChoice
     from edge_rt.session import Session
 
@@ -46,6 +47,7 @@ def open(
     memory: int | None = None,
     pack: bool = True,
     key_type: Literal["f16", "q8_0"] = "f16",
+    policy: str = "refuse",
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Model:
@@ -53,7 +55,8 @@ def open(
 
     ``engine``, ``device``: by name, else the best that can. ``context``: cells per sequence, else what the model was trained with.
     ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
-    ``pack``: make and use packed weights. ``progress`` is told (phase, done, total), on any thread.
+    ``pack``: make and use packed weights. ``policy``: what happens to a prompt that does not fit.
+    ``progress`` is told (phase, done, total), on any thread.
 
     Raises ModelFileError, UnsupportedModel, OptionError, PluginError, OutOfMemory, NativeError.
     """
@@ -66,6 +69,7 @@ def open(
         try:
             plugins = registry or Registry.load()
             choice = plugins.choose_device(device)
+            fitting = plugins.context_policy(policy)
             options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
             notices: list[str] = []
             engines = plugins.choose_engine(file, options, engine, choice.offer)
@@ -83,7 +87,7 @@ def open(
     except BaseException:
         file.close()
         raise
-    return Model(file, opened, vocab, plugins, notices)
+    return Model(file, opened, vocab, plugins, fitting, notices)
 
 
 def _check_options(context: int | None, threads: int | None, memory: int | None) -> None:
@@ -170,9 +174,11 @@ class UnitFacts:
 class Model:
     """An open model; a context manager. Several sessions may run on several threads: steps take turns."""
 
-    def __init__(self, file: ModelFile, engine: Engine, vocab: Vocab, registry: Registry, notices: list[str]) -> None:
+    def __init__(
+        self, file: ModelFile, engine: Engine, vocab: Vocab, registry: Registry, policy: PluginContextPolicy, notices: list[str]
+    ) -> None:
         """Use ``open``."""
-        self.file, self.engine, self.vocab, self.registry = file, engine, vocab, registry
+        self.file, self.engine, self.vocab, self.registry, self.policy = file, engine, vocab, registry, policy
         self.lock = threading.Lock()
         self.notices = [*notices, *getattr(engine, "notices", ())]
         self.prefixes = PrefixCache(engine, budget=self.info.max_context)
@@ -284,13 +290,17 @@ class Model:
 
     def cool(self) -> None:
         """Give the weights' memory back while nobody asks anything; vocabulary, header and sessions stay."""
-        with self.lock:
-            self.engine.cool()  # type: ignore[attr-defined]
+        self._if_possible("cool")
 
     def warm(self) -> None:
         """Read the weights again, in the background."""
-        with self.lock:
-            self.engine.warm()  # type: ignore[attr-defined]
+        self._if_possible("warm")
+
+    def _if_possible(self, method: str) -> None:
+        """Engines that cannot give memory back (the fallback holds all it needs) have nothing to do."""
+        if call := getattr(self.engine, method, None):
+            with self.lock:
+                call()
 
     def close(self) -> None:
         """Close sessions and release everything; a second call does nothing."""

@@ -16,7 +16,7 @@ from edge_rt.core.context.prefix import common_prefix
 from edge_rt.core.decode import loop
 from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
-from edge_rt.errors import ContextError, OptionError
+from edge_rt.errors import OptionError
 from edge_rt.types import Event, GenerateOptions, Message, Notice, SamplingParams
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class Session:
         if not prompt:
             raise OptionError("the prompt is empty; give some text")
         allowed = model.info.max_context
-        if len(prompt) >= allowed:
-            raise ContextError(f"the prompt has {len(prompt)} tokens, the context room for {allowed - 1}; shorten it or raise --ctx")
+        prompt = list(model.policy.fit(prompt, allowed - 1))  # one cell is for the answer
         _check(options)
         constraint = _constraint(model.vocab, options)
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
@@ -141,7 +140,7 @@ class Session:
         return Job(
             engine=model.engine, lock=model.lock, vocab=model.vocab, sequence=sequence, fed=self._fed, prompt=prompt, sampler=sampler,
             writer=writer, max_tokens=options.max_tokens or allowed, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
-            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
+            ignore_eos=options.ignore_eos, policy=model.policy.name, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
         )  # fmt: skip
 
     def _start(self, prompt: list[int]) -> int:

@@ -98,9 +98,10 @@ def test_verify_finds_a_flipped_data_byte(model: Path) -> None:
     data = bytearray(pack.read_bytes())
     data[position] ^= 1
     pack.write_bytes(bytes(data))
-    with ModelFile.open(model) as file, closing(PackedFile(pack, pack_cache.cache_key(file))) as damaged:
-        with pytest.raises(PackDamaged, match=entry.name):
-            damaged.verify()
+    with ModelFile.open(model) as file:
+        damaged = PackedFile(pack, pack_cache.cache_key(file))
+    with closing(damaged), pytest.raises(PackDamaged, match=entry.name):
+        damaged.verify()
 
 
 def test_a_changed_model_is_packed_anew_and_the_old_pack_goes(model: Path, random_model: Callable[..., Path]) -> None:

@@ -141,7 +141,7 @@ def test_cooling_and_warming_changes_no_answer(random_model: Callable[..., Path]
         with model.session() as other:
             assert greedy(other, "abc", 10) == before
         model.warm()
-        assert [unit.name for unit in model.units()][0] == "embedding"
+        assert next(iter(model.units())).name == "embedding"
 
 
 def test_a_grammar_binds_and_a_bad_one_is_refused(random_model: Callable[..., Path]) -> None:

@@ -132,7 +132,7 @@ def test_a_growing_chat_computes_only_what_is_new(model: Model) -> None:
         run(session, "a" * 100, max_tokens=3, ignore_eos=True)
         _, done = run(session, "a" * 100 + "b" * 20, max_tokens=3, ignore_eos=True)
         assert done.usage.reused_tokens > 0
-        fresh_text, fresh = run(session, "a" * 100 + "b" * 20, max_tokens=3, ignore_eos=True)
+        _, fresh = run(session, "a" * 100 + "b" * 20, max_tokens=3, ignore_eos=True)
         assert fresh.usage.reused_tokens == fresh.usage.prompt_tokens - 1
 
 

@@ -47,6 +47,7 @@ class Job:
     speculate: int = 0
     logprobs: int = 0
     ignore_eos: bool = False
+    policy: str = "refuse"
     cancelled: Callable[[], bool] = lambda: False
     relieve: Callable[[], bool] = lambda: False
     started: float = field(default_factory=time.perf_counter)
@@ -95,7 +96,7 @@ def generate(job: Job) -> Iterator[Event]:
         reason=reason,
         usage=Usage(len(job.prompt), job.completion, reused, job.drafted, job.accepted),
         timings=Timings(first - job.started, prompt_done - job.started, now - first),
-        context=ContextUse(len(job.fed), job.engine.info.max_context),
+        context=ContextUse(len(job.fed), job.engine.info.max_context, job.policy),
         seed=job.sampler.seed,
         stop=job.writer.stop,
     )
