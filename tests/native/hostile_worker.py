@@ -22,9 +22,9 @@ Metadata = dict[str, Entry]
 
 _NUMBERS = (0, 1, 2, 3, 4, 7, 8, 16, 31, 32, 33, 64, 127, 255, 369, 370, 512, 513, 4096, 65536, 2**31 - 1, 2**31, 2**32 - 1)
 _REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-5, 1e-45, 1e30, 3e38, -1e30, math.nan, math.inf, -math.inf)
-_TEXTS = ("", "llama", "gpt2", "gemma4", "bert", "t5", "rwkv", "qwen2", "qwen3", "gemma", "clip", "default", "llama-bpe", "whitespace")
-_TEXTS += ("yarn", "linear", "longrope", "none", "phi-3", "%s%n", "é\n", "a" * 300)
-_TOKENS = (b"", b"\0", b" ", b"  ", b"\n", b"a", b"\xff\xfe", b"\xf7\xbf\xbf\xbf", b"</s>", b"<|end|>")
+_TEXTS: tuple[str, ...] = ("", "llama", "gpt2", "gemma4", "bert", "t5", "rwkv", "qwen2", "qwen3", "gemma", "clip")
+_TEXTS += ("default", "llama-bpe", "whitespace", "yarn", "linear", "longrope", "none", "phi-3", "%s%n", "é\n", "a" * 300)
+_TOKENS: tuple[bytes, ...] = (b"", b"\0", b" ", b"  ", b"\n", b"a", b"\xff\xfe", b"\xf7\xbf\xbf\xbf", b"</s>", b"<|end|>")
 _TOKENS += (b"<|return|>", b"<0x0A>", b"[EMPTY_5]")
 _KEYS = (  # keys libllama reads that the base models lack
     "attention.sliding_window attention.sliding_window_pattern attention.causal attention.clamp_kqv attention.max_alibi_bias"
