@@ -22,7 +22,7 @@ from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
 from edge_rt.errors import ContextError, OptionError, SessionFileError, UnsupportedModel
-from edge_rt.native import abi, ggml
+from edge_rt.native import abi, ggml, logs
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Logits
@@ -65,6 +65,7 @@ class GgmlEngine:
     def __init__(self, file: ModelFile, options: EngineOptions) -> None:
         """Open a model. Raises AbiMismatch, UnsupportedModel, ModelFileError, OptionError, OutOfMemory."""
         abi.check()
+        logs.install()
         if reason := unsupported(file):
             raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
         self._file, self.notices = file, list[str]()
