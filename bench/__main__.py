@@ -1,0 +1,132 @@
+"""``python -m bench [NAMES] [--quick] [--json FILE]`` measures; ``python -m bench report`` writes docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bench.results import RESULTS, Result, Settings, load_all, save, to_json
+
+BENCHMARKS = {
+    "equality": ("equality", "run"),
+    "decode": ("decode", "short"),
+    "decode-4096": ("decode", "long"),
+    "prefill": ("prefill", "run"),
+    "opening": ("opening", "run"),
+    "cold": ("cold", "run"),
+    "limited": ("limited", "run"),
+    "start": ("start", "run"),
+    "speculation": ("speculation", "run"),
+    "contention": ("contention", "run"),
+}
+"""Name -> module and function. Each ends by itself within ten minutes."""
+_SECONDS, _QUICK_SECONDS = 400.0, 30.0
+"""After this long a benchmark begins no further round."""
+_LIMIT = 590
+"""After this many seconds a benchmark is ended, whatever it is doing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and return the exit status: 1 if a requirement was not met."""
+    options = _parser().parse_args(arguments)
+    if options.names == ["report"]:
+        return _report()
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown:
+        print(f"error: there is no benchmark {unknown[0]}; choose from {', '.join(BENCHMARKS)}, or report", file=sys.stderr)
+        return 2
+    stored: dict[str, Any] = {}
+    failed = False
+    for name in options.names or BENCHMARKS:
+        try:
+            with _at_most(_LIMIT):
+                found = _measure(name, options)
+        except (TimeoutError, RuntimeError, OSError) as error:  # one benchmark that cannot run must not cost the others
+            print(f"FAIL {name}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        stored[name] = found
+        failed |= any(result["ok"] is False for result in found["results"])
+        if not options.quick:
+            save(RESULTS / f"{name}.json", found)
+    if options.json:
+        save(options.json, stored)
+    if not options.names and not options.quick:
+        _report()
+    return int(failed)
+
+
+@contextlib.contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block after this long. Processes it started end with it."""
+
+    def give_up(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"ended after {seconds} s; is the machine busy?")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Compare edge-rt with llama-cpp-python on this machine.")
+    parser.add_argument("names", nargs="*", help=f"{', '.join(BENCHMARKS)} (default: all), or report")
+    parser.add_argument("--quick", action="store_true", help="prove that everything runs; the figures mean nothing and are not stored")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct Q4_1, instead of the one that edge-rt pull fetches")
+    parser.add_argument("--memory-group", type=Path, help="directory of a memory cgroup in which `limited` may make groups")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
+    return parser
+
+
+def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one benchmark and print what it found."""
+    from bench import machine
+    from bench.timing import wait_until_quiet
+    from edge_rt.config import available_cpus
+
+    module, function = BENCHMARKS[name]
+    run: Callable[[Settings], list[Result]] = getattr(importlib.import_module(f"bench.{module}"), function)
+    warning = None if options.quick else wait_until_quiet(options.wait)
+    print(f"--- {name}" + (f" ({warning})" if warning else ""), flush=True)
+    started = time.monotonic()
+    seconds = _QUICK_SECONDS if options.quick else _SECONDS
+    results = run(Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group))
+    if warning:
+        results = [replace(result, notes=[*result.notes, warning]) for result in results]
+    from bench.report import plain
+
+    print(plain(results))
+    print(f"    {time.monotonic() - started:.0f} s", flush=True)
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return to_json(name, results, machine.describe(), quick=options.quick, when=when)
+
+
+def _report() -> int:
+    from bench.report import DOC, render
+
+    try:
+        page = render(load_all(), list(BENCHMARKS))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    DOC.write_text(page, encoding="utf-8")
+    print(f"wrote {DOC}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

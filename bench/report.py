@@ -1,0 +1,121 @@
+"""Writes docs/performance.md from the stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.processes import PROGRAMS
+from bench.results import OURS, Result, from_json
+from bench.timing import spread
+
+DOC = Path(__file__).parent.parent / "docs" / "performance.md"
+
+HEAD = """# Performance
+
+Measured with `python -m bench` and written by `python -m bench report`; `make bench` does both.
+
+Every figure is a ratio to another program on the same machine, measured in the same run: the contenders take turns, every other
+round runs backwards, the ratio is the median over the rounds, and the spread is its inter-quartile range over the median. Where a
+ratio is a matter of memory or start-up, each sample is a fresh process. Absolute figures are medians and hold for this machine alone.
+
+The peer is llama-cpp-python, through its low-level bindings and so without its Python overhead: the *default* is libllama's own
+parameters with a thread for each CPU; the *best* is the fastest that a sweep finds at the start of the same run: flash attention on
+and off, repacked weights on and off, every number of threads, then mapped against read. edge-rt runs with its own defaults.
+
+`python -m bench decode cold` measures only those, `--quick` only proves that everything runs, and
+`--memory-group DIRECTORY` names a memory cgroup in which `limited` may make a group of its own for stock libllama and edge-rt alike.
+Each benchmark waits for a quiet machine, repeats while ratios spread more than 5 %, and ends within ten minutes.
+
+Models: SmolLM2-135M-Instruct in several types, made from one file; for memory and disk a random llama of 1.3 GB in Q4_0.
+"""
+EMPTY = "Nothing has been measured yet: run `make bench`.\n"
+TAIL = """## The programs
+
+Opening, cold starts and the memory limit are measured by these two programs, start-up by `edge-rt run -n 1 --temp 0 "…"` and the
+two scripts after them.
+"""
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits, in full."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def rows(results: Iterable[Result]) -> list[list[str]]:
+    """One row for each result and peer."""
+    lines = [["what", "against", "ratio", "spread", "edge-rt", "peer", "required", "met"]]
+    for result in results:
+        met = {None: "", True: "yes", False: "**no**"}[result.ok]
+        if not result.peers:
+            shown = result.shown or f"{number(spread(result.ours).median)} {result.unit}"
+            lines.append([result.name, "", "", "", shown, "", result.requirement, met])
+            continue
+        for i, (peer, ratio) in enumerate(result.ratios.items()):
+            ours, theirs = number(spread(result.ours).median), number(spread(result.peers[peer]).median)
+            first = [result.requirement, met] if i == 0 else ["", ""]
+            name = result.name if i == 0 else ""
+            lines.append([name, peer, number(ratio.median), f"{ratio.spread:.0%}", f"{ours} {result.unit}", theirs, *first])
+    return lines
+
+
+def render(stored: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
+    """The page. ``order`` lists the benchmarks. Raises ValueError for quick results and for results of several machines."""
+    measured = [name for name in order if name in stored]
+    if quick := [name for name in measured if stored[name]["quick"]]:
+        raise ValueError(f"the results of {', '.join(quick)} are from --quick and mean nothing; measure again without it")
+    machines = {tuple(stored[name]["machine"].items()) for name in measured}
+    if len(machines) > 1:
+        raise ValueError("the results are from several machines or versions; remove the old ones from bench/results and measure again")
+    results = {name: from_json(stored[name]) for name in measured}
+    parts = [HEAD, "## Results\n", table(rows(r for name in measured for r in results[name])) if measured else EMPTY]
+    if missing := [name for name in order if name not in stored]:
+        parts.append(f"Not measured: {', '.join(missing)}.\n" if measured else "")
+    if measured:
+        parts += ["## Notes\n", _notes(results), "## Machine\n", _machine(stored, measured)]
+    parts += [TAIL, *_programs()]
+    return "\n".join(part for part in parts if part)
+
+
+def _notes(results: Mapping[str, Sequence[Result]]) -> str:
+    lines = [f"- {result.name}: {note}" for found in results.values() for result in found for note in result.notes]
+    return "\n".join(lines) + "\n" if lines else "None.\n"
+
+
+def _machine(stored: Mapping[str, Mapping[str, Any]], measured: Sequence[str]) -> str:
+    days = sorted({str(stored[name]["when"])[:10] for name in measured})
+    facts = {**stored[measured[0]]["machine"], "measured": " to ".join(dict.fromkeys((days[0], days[-1])))}
+    return table([["", ""], *([key, value] for key, value in facts.items())])
+
+
+def _programs() -> list[str]:
+    names = ("ours.py", "peer.py", "answer_high_level.py", "answer_low_level.py")
+    return [f"`bench/programs/{name}`\n\n```python\n{(PROGRAMS / name).read_text(encoding='utf-8')}```\n" for name in names]
+
+
+def plain(results: Iterable[Result]) -> str:
+    """Results for a terminal."""
+    lines = []
+    for result in results:
+        met = {None: "    ", True: "ok  ", False: "FAIL"}[result.ok]
+        lines.append(f"{met} {result.name}" + (f" [{result.requirement}]" if result.requirement else ""))
+        if not result.ratios:
+            lines.append(f"       {result.shown or f'{number(spread(result.ours).median)} {result.unit}'}")
+        for peer, ratio in result.ratios.items():
+            ours, theirs = number(spread(result.ours).median), number(spread(result.peers[peer]).median)
+            certainty = f"spread {ratio.spread:.0%}, {len(result.ours)} rounds"
+            lines.append(f"       {number(ratio.median)} × {peer} ({certainty}): {OURS} {ours}, {theirs} {result.unit}")
+        lines += [f"       {note}" for note in result.notes]
+    return "\n".join(lines)
