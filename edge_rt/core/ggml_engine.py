@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.graph.step import GraphCache, Slot
+from edge_rt.core.graph.step import GraphCache, Slot, StepGraph
 from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
@@ -48,6 +49,17 @@ def unsupported(file: ModelFile) -> str | None:
         return "experts in separate tensors (an old Mixtral conversion)"
     strange = next((name for name in file.header.tensors if name.endswith(".scale") or "_shexp" in name or "lora" in name), None)
     return f"no graph for the tensor {strange}" if strange else None
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """What is needed to repeat the last step one cell on: ``next`` is the cell it would fill, below ``limit``."""
+
+    sequence: int
+    cache: KvCache
+    graph: StepGraph
+    next: int
+    limit: int
 
 
 class _Piece(NamedTuple):
@@ -84,6 +96,7 @@ class GgmlEngine:
         self._sequences: dict[int, KvCache] = {}
         self._next = 0
         self._exact: int | None = None
+        self._last: _Decoding | None = None
         self._closed = False
         self.info = EngineInfo(
             engine="ggml", architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
@@ -109,6 +122,7 @@ class GgmlEngine:
 
     def free_sequence(self, sequence: int) -> None:
         """Release a sequence and its memory."""
+        self._last = None
         cache = self._sequences.pop(sequence)
         self._graphs.forget(cache.view)
         cache.close()
@@ -126,6 +140,8 @@ class GgmlEngine:
 
     def step(self, parts: Sequence[Part]) -> list[Logits | None]:
         """Feed every part; see ``Engine.step``."""
+        if len(parts) == 1 and (logits := self._repeat(parts[0])) is not None:
+            return [logits]
         self._file.check_unchanged()
         self._check(parts)
         pending = self._plan(parts)
@@ -141,6 +157,25 @@ class GgmlEngine:
                     results[piece.part].append(rows if number == len(pending) - 1 else rows.copy())
                     row += len(piece.rows)
         return [None if not r else r[0] if len(r) == 1 else np.concatenate(r) for r in results]
+
+    def _repeat(self, part: Part) -> Logits | None:
+        """The step after the last: one more token of the one sequence that was decoding, through the same graph.
+
+        Nearly all steps are this one, and Python's share of a step is what it touches: its caches are cold after a whole model
+        passed through them. None if this is another kind of step.
+        """
+        last = self._last
+        if last is None or part.sequence != last.sequence or len(part.tokens) != 1 or part.logits == "none":
+            return None
+        cell = last.next
+        if cell != last.cache.length or cell >= last.limit or not 0 <= part.tokens[0] < self.info.n_vocab:
+            return None
+        self._file.check_unchanged()
+        last.graph.advance(part.tokens[0], cell)
+        self._choose_threads()
+        ggml.compute(self._backend, last.graph.segments[0].graph)
+        last.next = last.cache.length = cell + 1
+        return last.graph.logits
 
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse before anything has changed."""
@@ -188,6 +223,11 @@ class GgmlEngine:
         for piece in run:
             self._sequences[piece.sequence].length += len(piece.tokens)
         self._paging.experts_used(graph.experts)
+        self._last = None
+        if len(run) == 1 and shapes[0].tokens == shapes[0].rows == 1 and len(graph.segments) == 1 and not graph.experts:
+            cache = self._sequences[run[0].sequence]
+            limit = min(shapes[0].cells, cache.capacity, self.info.max_context)
+            self._last = _Decoding(run[0].sequence, cache, graph, cache.length, limit)
         return graph.logits
 
     def _choose_threads(self) -> None:
@@ -268,6 +308,7 @@ class GgmlEngine:
 
     def cool(self) -> None:
         """Give weights, graphs and the compute buffer back; vocabulary, header and caches stay."""
+        self._last = None
         self._graphs.close()
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
         self._paging.cool()
@@ -281,6 +322,7 @@ class GgmlEngine:
         if self._closed:
             return
         self._closed = True
+        self._last = None
         self._paging.close()
         self._graphs.close()
         for cache in self._sequences.values():

@@ -96,9 +96,6 @@ class StepGraph:
             for shape, slot in zip(self.shapes, inputs.slots, strict=True)
         ]
         self._element = np.arange(hyper.kv_width, dtype=np.int64)
-        # Decoding moves every slot on by one cell: then only five numbers change. Where that is, counts as set.
-        self._single = all(shape.tokens == 1 for shape in self.shapes)
-        self._at: list[int] | None = None
 
     def _allocate(self, arena: ggml.Handle) -> None:
         """Give every node an address in the shared compute buffer; the largest segment decides its size first."""
@@ -108,26 +105,16 @@ class StepGraph:
             if not c.gallocr_alloc_graph(arena.address, segment.graph):
                 raise OutOfMemory("no memory for the compute buffer; lower --ctx or close other programs")
 
+    def advance(self, token: int, cell: int) -> None:
+        """Set the inputs of a step of one token that goes into ``cell``, when the last step filled the cell before it."""
+        cells, elements, mask = self._slots[0]
+        self._tokens[0] = token
+        self._positions[0] = cells[0] = cell
+        elements += 1
+        mask[0, cell] = 0
+
     def set_inputs(self, slots: Sequence[Slot]) -> None:
         """Fill every input for the given slots, which must have this graph's shapes."""
-        if self._single:
-            starts = [slot.start for slot in slots]
-            moved_on = self._at is not None and starts == [start + 1 for start in self._at]
-            self._at = starts
-            if moved_on:
-                self._advance(slots)
-                return
-        self._set_all(slots)
-
-    def _advance(self, slots: Sequence[Slot]) -> None:
-        """One token a slot, each one cell after the last: the inputs differ from those of the last step only here."""
-        for i, (slot, (cells, elements, mask)) in enumerate(zip(slots, self._slots, strict=True)):
-            self._tokens[i] = slot.tokens[0]
-            self._positions[i] = cells[0] = slot.start
-            elements += 1
-            mask[0, slot.start] = 0
-
-    def _set_all(self, slots: Sequence[Slot]) -> None:
         import numpy as np
 
         first = row = 0
