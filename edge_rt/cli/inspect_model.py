@@ -79,6 +79,7 @@ def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
         "chat_template": "tokenizer.chat_template" in header,
         "types": _types(header.tensors.values()),
         "units": _units(model),
+        "packed": _packed(Path(model.path)),
     }
     if tensors:
         found["tensors"] = [
@@ -132,6 +133,23 @@ def _units(model: ModelFile) -> list[dict[str, Any]]:
     return found
 
 
+def _packed(path: Path) -> list[dict[str, Any]]:
+    """Packed weights in the cache that were made from a file of this name: where they exist, they are what is in memory."""
+    import glob
+    import mmap
+
+    from edge_rt.config import packed_dir
+    from edge_rt.native import memory
+
+    found = []
+    for packed in sorted(packed_dir().glob(f"{glob.escape(path.stem)}-*.pack")):
+        with packed.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            resident = memory.resident_bytes(*memory.page_span(memory.address_of(mapped), len(mapped)))
+            size_ = len(mapped)
+        found.append({"path": str(packed), "bytes": size_, "resident": None if resident is None else min(resident, size_)})
+    return found
+
+
 def _place(unit: str) -> tuple[int, int]:
     """Units in the order a forward pass touches them."""
     if unit.startswith("blk."):
@@ -166,6 +184,7 @@ def _text(found: dict[str, Any]) -> str:
         *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
         *((name, str(value)) for name, value in found["sizes"].items()),
         ("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})"),
+        *(("packed weights", f"{p['path']}  ({size(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
         ("chat template", "yes" if found["chat_template"] else "no; run with --raw"),
     ]
     text = table(rows) + "\n"
@@ -180,5 +199,9 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _unit_row(unit: dict[str, Any]) -> tuple[str, ...]:
-    share = "unknown" if unit["resident"] is None else f"{unit['resident'] / max(1, unit['bytes']):.0%}"
-    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), size(unit["bytes"]), share, " ".join(unit["types"]))
+    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), size(unit["bytes"]), _share(unit), " ".join(unit["types"]))
+
+
+def _share(entry: dict[str, Any]) -> str:
+    """The part of something that is in memory."""
+    return "unknown" if entry["resident"] is None else f"{entry['resident'] / max(1, entry['bytes']):.0%}"
