@@ -16,20 +16,18 @@ from typing import TYPE_CHECKING, Literal
 
 from edge_rt.core.context.prefix import PrefixCache
 from edge_rt.core.engine import Engine, EngineInfo, MemoryReport, Part
-from edge_rt.core.load.hyperparameter_check import check_hyperparameters
+from edge_rt.core.load.checked import check_metadata
 from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.vocabulary_check import check_vocabulary
 from edge_rt.errors import AbiMismatch, OptionError, SessionFileError, UnsupportedModel
-from edge_rt.hooks import EngineOptions
 from edge_rt.native.llama import Vocab
-from edge_rt.registry import Registry
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
     from edge_rt.core.assemble.pipeline import Pipeline
     from edge_rt.core.engine import Logits
     from edge_rt.guarded import PluginContextPolicy
-    from edge_rt.registry import EngineChoice
+    from edge_rt.hooks import EngineOptions
+    from edge_rt.registry import EngineChoice, Registry
     from edge_rt.session import Session
 
 Progress = Callable[[str, int, int], None]
@@ -63,10 +61,12 @@ def open(
     _check_options(context, threads, memory)
     file = ModelFile.open(path)
     try:
-        check_vocabulary(file.header)
-        check_hyperparameters(file.header)
+        check_metadata(file)
         vocabulary = _VocabularyLoad(file)
         try:
+            from edge_rt.hooks import EngineOptions
+            from edge_rt.registry import Registry
+
             plugins = registry or Registry.load()
             choice = plugins.choose_device(device)
             fitting = plugins.context_policy(policy)
@@ -78,8 +78,7 @@ def open(
             vocabulary.discard()
             raise
         try:
-            import edge_rt.session  # noqa: F401  # while the vocabulary still loads
-
+            _import_meanwhile(file)
             vocab = _vocabulary(vocabulary, opened)
         except BaseException:
             opened.close()
@@ -88,6 +87,15 @@ def open(
         file.close()
         raise
     return Model(file, opened, vocab, plugins, fitting, notices)
+
+
+def _import_meanwhile(file: ModelFile) -> None:
+    """What the first answer will need, while the vocabulary still loads on the other CPU."""
+    import edge_rt.session  # noqa: F401
+    from edge_rt.core.context import chat_template
+
+    if isinstance(template := file.header.get("tokenizer.chat_template"), str):
+        chat_template.prepare(template)
 
 
 def _check_options(context: int | None, threads: int | None, memory: int | None) -> None:

@@ -68,6 +68,8 @@ def _emit(text: str, level: int) -> None:
         _recent.append(text)
         for listener in _partial.listeners:
             listener.append(text)
+    if level < _ERROR and "logging" not in sys.modules:
+        return  # nobody can be listening, and loading logging costs start-up time
     logger().log(level, "%s", text)
 
 

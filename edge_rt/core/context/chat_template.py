@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -246,6 +247,12 @@ def _explain(error: Exception) -> NoReturn:
         raise ConstraintError(f"the model's chat template refuses these messages{where}: {error}") from None
     message = str(error) or type(error).__name__
     raise ConstraintError(f"the model's chat template fails{where}: {message}; use --raw, or a model with a sound template") from error
+
+
+def prepare(template: str) -> None:
+    """Compile a template ahead of its use; a bad one is an error only when it is used."""
+    with suppress(ConstraintError):
+        _compile(template)
 
 
 @lru_cache(maxsize=16)
