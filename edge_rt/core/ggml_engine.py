@@ -17,6 +17,7 @@ from edge_rt.core.graph.common import FLASH_FROM, SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.layout import transposed_decodes_faster
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot, StepGraph
 from edge_rt.core.load.pack_cache import open_packed
@@ -97,6 +98,7 @@ class GgmlEngine:
         self._next = 0
         self._exact: int | None = None
         self._last: _Decoding | None = None
+        self._transposed: bool | None = options.extra.get("ggml.transposed_values")
         self._closed = False
         self.info = EngineInfo(
             engine="ggml", architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
@@ -108,7 +110,7 @@ class GgmlEngine:
 
     def new_sequence(self) -> int:
         """Open an empty sequence; memory comes with its first tokens."""
-        return self._adopt(KvCache(self.hyper, self._key_type, padded(1)))
+        return self._adopt(self._cache(padded(1)))
 
     def fork_sequence(self, sequence: int, length: int) -> int:
         """Copy the first ``length`` cells into a sequence of its own."""
@@ -130,6 +132,12 @@ class GgmlEngine:
     def length(self, sequence: int) -> int:
         """Cells in use."""
         return self._sequences[sequence].length
+
+    def _cache(self, capacity: int) -> KvCache:
+        """An empty cache in the layout that decodes fastest here."""
+        if self._transposed is None:
+            self._transposed = transposed_decodes_faster(self.hyper, self._key_type, self._threads, self._backend)
+        return KvCache(self.hyper, self._key_type, capacity, transposed=self._transposed)
 
     def _adopt(self, cache: KvCache) -> int:
         self._next += 1
@@ -273,7 +281,7 @@ class GgmlEngine:
             raise SessionFileError("the saved session has another shape or key type than this model; start a new session")
         if length > self.info.max_context:
             raise SessionFileError(f"the saved session holds {length} tokens, the context {self.info.max_context}; raise --ctx")
-        cache = KvCache(self.hyper, self._key_type, next_capacity(0, length + 1, self.info.max_context))
+        cache = self._cache(next_capacity(0, length + 1, self.info.max_context))
         try:
             cache.load(view[_EXPORT.size :], length)
         except SessionFileError:

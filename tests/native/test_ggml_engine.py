@@ -13,6 +13,7 @@ from reference import Reference
 
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
+from edge_rt.core.graph import layout as chosen_layout
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.hooks import EngineOptions
@@ -72,26 +73,37 @@ def model(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> 
     return random_model(architecture, **measures)
 
 
-def test_prefill_is_libllamas_flash_attention_bit_for_bit(model: Path) -> None:
-    with opened(model) as engine, closing(Reference(model, flash=True)) as libllama:
+LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["by-cell", "transposed"])
+
+
+def layout(transposed: bool) -> dict[str, Any]:
+    return {"extra": {"ggml.transposed_values": transposed}}
+
+
+@LAYOUTS
+def test_prefill_is_libllamas_flash_attention_bit_for_bit(model: Path, transposed: bool) -> None:
+    with opened(model, **layout(transposed)) as engine, closing(Reference(model, flash=True)) as libllama:
         tokens, sequence = random_tokens(engine, 60), engine.new_sequence()
         for part in (tokens[:40], tokens[40:]):  # the second chunk attends over the first
             same_bits(feed(engine, sequence, part), libllama.feed(part))
 
 
-def test_decode_is_libllamas_plain_attention_bit_for_bit(model: Path) -> None:
-    with opened(model) as engine, closing(Reference(model, flash=False)) as libllama:
+@LAYOUTS
+def test_decode_is_libllamas_bit_for_bit(model: Path, transposed: bool) -> None:
+    """Its flash attention over values by cell, its plain attention over transposed ones."""
+    with opened(model, **layout(transposed)) as engine, closing(Reference(model, flash=not transposed)) as libllama:
         sequence = engine.new_sequence()
         for token in random_tokens(engine, 12):
             same_bits(feed(engine, sequence, [token]), libllama.feed([token]))
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_q8_0_keys_are_libllamas_bit_for_bit(random_model: Callable[..., Path], flash: bool) -> None:
+@LAYOUTS
+def test_q8_0_keys_are_libllamas_bit_for_bit(random_model: Callable[..., Path], transposed: bool) -> None:
     path = random_model("llama", head_dim=32)
-    with opened(path, key_type="q8_0") as engine, closing(Reference(path, flash=flash, key_type=8)) as libllama:
+    options = {"key_type": "q8_0", **layout(transposed)}
+    with opened(path, **options) as engine, closing(Reference(path, flash=not transposed, key_type=8)) as libllama:
         sequence, tokens = engine.new_sequence(), random_tokens(engine, 32)
-        for part in [tokens] if flash else [[t] for t in tokens[:8]]:
+        for part in [[t] for t in tokens[:8]] if transposed else [tokens[:20], *([t] for t in tokens[20:])]:
             same_bits(feed(engine, sequence, part), libllama.feed(part))
 
 
@@ -105,10 +117,12 @@ def test_unpacked_weights_give_the_plain_kernels_result(random_model: Callable[.
         assert np.abs(a - b).mean() / np.abs(a).mean() < 1e-3
 
 
-def test_growing_through_many_steps_changes_nothing(random_model: Callable[..., Path]) -> None:
+@LAYOUTS
+def test_growing_through_many_steps_changes_nothing(random_model: Callable[..., Path], transposed: bool) -> None:
     """600 cells: the cache moves to larger buffers on the way, prefill and decode by turns; libllama has all its cells at once."""
     path = random_model("llama", context=1024)
-    with opened(path, context=1024) as engine, closing(Reference(path, flash=True, context=1024)) as libllama:
+    options = {"context": 1024, **layout(transposed)}
+    with opened(path, **options) as engine, closing(Reference(path, flash=True, context=1024)) as libllama:
         tokens, sequence = random_tokens(engine, 600), engine.new_sequence()
         for start in range(0, 600, 50):
             same_bits(feed(engine, sequence, tokens[start : start + 50]), libllama.feed(tokens[start : start + 50]))
@@ -147,8 +161,9 @@ def test_a_refused_step_changes_nothing(random_model: Callable[..., Path]) -> No
         same_bits(feed(engine, sequence, tokens[20:32]), feed(engine, untouched, tokens[20:32]))
 
 
-def test_fork_truncate_and_export_give_the_same_bits(model: Path) -> None:
-    with opened(model) as engine:
+@LAYOUTS
+def test_fork_truncate_and_export_give_the_same_bits(model: Path, transposed: bool) -> None:
+    with opened(model, **layout(transposed)) as engine:
         tokens = random_tokens(engine, 40)
         source = engine.new_sequence()
         feed(engine, source, tokens[:30])
@@ -189,6 +204,43 @@ def test_exact_rows_holds_for_every_text_and_every_number_up_to_it(random_model:
             assert engine.export_sequence(one) == engine.export_sequence(many)
             engine.free_sequence(one)
             engine.free_sequence(many)
+
+
+def test_sessions_move_between_layouts(random_model: Callable[..., Path]) -> None:
+    path = random_model("llama")
+    with opened(path, **layout(False)) as by_cell, opened(path, **layout(True)) as transposed:
+        tokens, source = random_tokens(by_cell, 30), by_cell.new_sequence()
+        feed(by_cell, source, tokens)
+        data = by_cell.export_sequence(source)
+        moved = transposed.import_sequence(data)
+        assert transposed.export_sequence(moved) == data
+        a, b = feed(by_cell, source, tokens[:1]), feed(transposed, moved, tokens[:1])
+        assert np.abs(a - b).mean() / np.abs(a).mean() < 2e-3
+
+
+def test_the_layout_is_chosen_by_time_and_remembered(
+    random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path))
+    asked: list[bool] = []
+
+    def time_of(*_: Any, transposed: bool) -> float:
+        asked.append(transposed)
+        return 0.5 if transposed else 1.0
+
+    monkeypatch.setattr(chosen_layout, "_fastest", time_of)
+    for _ in range(2):
+        with opened(random_model("llama")) as engine:
+            sequence = engine.new_sequence()
+            feed(engine, sequence, [1, 2, 3])
+            assert engine._sequences[sequence].view.transposed
+    assert asked == [False, True]
+
+
+def test_both_layouts_can_be_timed_here(random_model: Callable[..., Path]) -> None:
+    with opened(random_model("llama")) as engine:
+        for transposed in (False, True):
+            assert 0 < chosen_layout._fastest(engine.hyper._replace(n_layer=1), 1, engine._backend, transposed=transposed) < 1
 
 
 def test_exact_rows_is_remembered_for_other_models_of_the_same_kinds(

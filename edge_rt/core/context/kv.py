@@ -1,7 +1,8 @@
 """One sequence's key-value cache: memory that follows what is kept.
 
-Keys lie by cell ([KV, capacity] per layer, F16 or Q8_0), values transposed ([capacity, KV], F16), so that decode attention is two
-plain matmuls. A transposed value row is ``capacity`` long, so memory follows use only if capacity does: it grows in steps by moving.
+Keys lie by cell ([KV, capacity] per layer, F16 or Q8_0), values by cell or transposed ([capacity, KV]), in F16: which of the two
+decodes faster depends on the CPU (graph/layout.py). A transposed row is ``capacity`` long, so that memory follows use only if
+capacity does: it grows in steps by moving.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def cell_bytes(hyper: Hyper, key_type: int) -> int:
 class KvCache:
     """Cells of one sequence. ``length`` cells are in use; a cache never shares memory with another."""
 
-    def __init__(self, hyper: Hyper, key_type: int, capacity: int) -> None:
+    def __init__(self, hyper: Hyper, key_type: int, capacity: int, *, transposed: bool = False) -> None:
         """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells cost no memory and read as zero."""
         self._hyper, self._key_type = hyper, key_type
         self.capacity, self.length = capacity, 0
@@ -57,13 +58,13 @@ class KvCache:
         for _ in range(hyper.n_layer):
             for tensors, type_, shape, size in (
                 (keys, key_type, (hyper.kv_width, capacity), key_size),
-                (values, ggml.TYPE_F16, (capacity, hyper.kv_width), value_size),
+                (values, ggml.TYPE_F16, (capacity, hyper.kv_width) if transposed else (hyper.kv_width, capacity), value_size),
             ):
                 tensor = ggml.new_tensor(self._ctx.address, type_, shape)
                 ggml.place(tensor, self._buffer.address, address)
                 tensors.append(tensor)
                 address += size
-        self.view = KvView(tuple(keys), tuple(values), capacity, key_type)
+        self.view = KvView(tuple(keys), tuple(values), capacity, key_type, transposed)
 
     def key_cells(self, layer: int) -> npt.NDArray[np.uint8]:
         """Keys of a layer as bytes [capacity, bytes of a cell]; a view."""
@@ -71,15 +72,19 @@ class KvCache:
         return ggml.view(self.view.keys[layer], "u1", (self.capacity, row))
 
     def value_cells(self, layer: int) -> npt.NDArray[np.uint16]:
-        """Values of a layer as half-precision bits [KV, capacity]; a view."""
-        return ggml.view(self.view.values[layer], "u2", (self._hyper.kv_width, self.capacity))
+        """Values of a layer as half-precision bits [capacity, KV], by cell in either layout; a view."""
+        if self.view.transposed:
+            by_element: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self._hyper.kv_width, self.capacity))
+            return by_element.T
+        by_cell: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self.capacity, self._hyper.kv_width))
+        return by_cell
 
     def copy(self, length: int, capacity: int) -> KvCache:
         """A new cache of ``capacity`` cells that starts with the first ``length`` of this one. Raises OutOfMemory."""
-        fresh = KvCache(self._hyper, self._key_type, capacity)
+        fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
         for layer in range(self._hyper.n_layer):
             fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
-            fresh.value_cells(layer)[:, :length] = self.value_cells(layer)[:, :length]
+            fresh.value_cells(layer)[:length] = self.value_cells(layer)[:length]
         fresh.length = length
         return fresh
 
@@ -88,11 +93,11 @@ class KvCache:
         self.length = min(self.length, length)
 
     def export(self) -> bytes:
-        """Cells in use as bytes: per layer the keys, then the values [KV, length]."""
+        """Cells in use as bytes: per layer the keys, then the values, by cell in either layout."""
         parts: list[Any] = []
         for layer in range(self._hyper.n_layer):
             parts.append(self.key_cells(layer)[: self.length].tobytes())
-            parts.append(self.value_cells(layer)[:, : self.length].tobytes())
+            parts.append(self.value_cells(layer)[: self.length].tobytes())
         return b"".join(parts)
 
     def load(self, data: memoryview, length: int) -> None:
@@ -103,7 +108,7 @@ class KvCache:
             raise SessionFileError("the saved session has the wrong size for this model; start a new session")
         position = 0
         for layer in range(self._hyper.n_layer):
-            keys, values = self.key_cells(layer)[:length], self.value_cells(layer)[:, :length]
+            keys, values = self.key_cells(layer)[:length], self.value_cells(layer)[:length]
             for target in (keys, values):
                 chunk = np.frombuffer(data[position : position + target.nbytes], dtype=target.dtype)
                 target[...] = chunk.reshape(target.shape)

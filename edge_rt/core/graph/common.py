@@ -15,7 +15,7 @@ from edge_rt.native import ggml
 
 c = ggml.c
 FLASH_FROM = 9
-"""Tokens of one sequence from which flash attention beats matmuls on a CPU (shared/design.md, attention table)."""
+"""Tokens of one sequence from which they go through attention together, as flash attention; fewer go one by one."""
 
 
 class Weights(Protocol):
@@ -31,12 +31,13 @@ class Weights(Protocol):
 
 
 class KvView(NamedTuple):
-    """One sequence's cache as tensors: per layer keys [KV, capacity] and values [capacity, KV] (transposed)."""
+    """One sequence's cache as tensors: per layer keys [KV, capacity] and values [KV, capacity] or, ``transposed``, [capacity, KV]."""
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
     capacity: int
     key_type: int
+    transposed: bool
 
 
 class SlotShape(NamedTuple):
@@ -47,17 +48,22 @@ class SlotShape(NamedTuple):
     rows: int
 
     @property
-    def flash(self) -> bool:
-        """Whether attention runs as flash attention (prefill) or as matmuls (decode)."""
+    def together(self) -> bool:
+        """Whether the tokens go through attention together (prefill) or one by one (decode)."""
         return self.tokens >= FLASH_FROM
 
 
 class SlotInputs(NamedTuple):
-    """Input tensors of one sequence: cell of each token [t], element of each value [t*KV], mask [N, t]."""
+    """Input tensors of one sequence: cell of each token [t], element of each transposed value [t*KV] (0: by cell), mask [N, t]."""
 
     cells: int
     elements: int
     mask: int
+
+
+def wants_flash(shape: SlotShape, cache: KvView) -> bool:
+    """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
+    return shape.together or not cache.transposed
 
 
 class Inputs(NamedTuple):
@@ -166,10 +172,14 @@ class Builder:
         k = c.reshape_2d(self.ctx, k, kv, self.n_tokens)
         for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
             k_rows = c.view_2d(self.ctx, k, kv, shape.tokens, 4 * kv, 4 * kv * first)
-            v_elements = c.view_2d(self.ctx, v, 1, kv * shape.tokens, 4, 4 * kv * first)
             self.expand(c.set_rows(self.ctx, cache.keys[layer], k_rows, slot.cells))
-            by_element = c.reshape_2d(self.ctx, cache.values[layer], 1, cache.capacity * kv)
-            self.expand(c.set_rows(self.ctx, by_element, v_elements, slot.elements))
+            if cache.transposed:
+                v_elements = c.view_2d(self.ctx, v, 1, kv * shape.tokens, 4, 4 * kv * first)
+                by_element = c.reshape_2d(self.ctx, cache.values[layer], 1, cache.capacity * kv)
+                self.expand(c.set_rows(self.ctx, by_element, v_elements, slot.elements))
+            else:
+                v_rows = c.view_2d(self.ctx, v, kv, shape.tokens, 4 * kv, 4 * kv * first)
+                self.expand(c.set_rows(self.ctx, cache.values[layer], v_rows, slot.cells))
             first += shape.tokens
 
     def attend(self, layer: int, q: int) -> int:
@@ -192,30 +202,40 @@ class Builder:
         return joined
 
     def _attend_one(self, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KvView) -> int:
-        """Flash attention over a transient copy of V for prefill, matmuls over the transposed V for decode."""
+        """Attention of one sequence's queries [D, H, t] over its cells; returns [H*D, t]."""
         h, ctx = self.hyper, self.ctx
-        cell, head = c.row_size(cache.key_type, h.kv_width), c.row_size(cache.key_type, h.head_dim)
-        k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, cell, head, 0)  # [D, N, G]
-        v = c.view_3d(ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv,
-                      2 * cache.capacity, 2 * cache.capacity * h.head_dim, 0)  # [N, D, G]  # fmt: skip
-        width = h.n_head * h.head_dim
-        if shape.flash:
-            q = c.permute(ctx, q, 0, 2, 1, 3)  # [D, t, H]
-            rows = c.cont(ctx, c.transpose(ctx, v))  # [D, N, G]
-            out = c.flash_attn_ext(ctx, q, k, rows, slot.mask, h.attention_scale, 0.0, 0.0)  # [D, H, t]
-            c.prec_set_acc(out, ggml.PRECISION_F32)
-            return int(c.reshape_2d(ctx, out, width, shape.tokens))
+        width, key_cell, key_head = h.n_head * h.head_dim, c.row_size(cache.key_type, h.kv_width), c.row_size(cache.key_type, h.head_dim)
+        k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, key_cell, key_head, 0)  # [D, N, G]
+        v = self._values(layer, shape, cache)
+        if shape.together:
+            rows = c.cont(ctx, c.transpose(ctx, v)) if cache.transposed else v  # [D, N, G]
+            return self._flash(q, k, rows, slot.mask, shape.tokens)
         # Token by token: a product over several queries may add up in another order, and drafts must not change a bit.
-        columns = []
+        columns, element = [], 4 if cache.transposed else 2
         for i in range(shape.tokens):
             own, mask = q, slot.mask
             if shape.tokens > 1:
                 own = c.view_3d(ctx, q, h.head_dim, h.n_head, 1, 4 * h.head_dim, 4 * width, 4 * width * i)
-                mask = c.view_2d(ctx, slot.mask, shape.cells, 1, 4 * shape.cells, 4 * shape.cells * i)
-            columns.append(self._attend_token(k, v, own, mask))
+                mask = c.view_2d(ctx, slot.mask, shape.cells, 1, element * shape.cells, element * shape.cells * i)
+            columns.append(self._matmuls(q=own, k=k, v=v, mask=mask) if cache.transposed else self._flash(own, k, v, mask, 1))
         return self._side_by_side(columns)
 
-    def _attend_token(self, k: int, v: int, q: int, mask: int) -> int:
+    def _values(self, layer: int, shape: SlotShape, cache: KvView) -> int:
+        """Cached values by head: [D, N, G], or [N, D, G] where they are transposed."""
+        h = self.hyper
+        if cache.transposed:
+            row = 2 * cache.capacity
+            return int(c.view_3d(self.ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv, row, row * h.head_dim, 0))
+        return int(c.view_3d(self.ctx, cache.values[layer], h.head_dim, shape.cells, h.n_head_kv, 2 * h.kv_width, 2 * h.head_dim, 0))
+
+    def _flash(self, q: int, k: int, v: int, mask: int, tokens: int) -> int:
+        """Flash attention of queries [D, H, tokens] over keys and values [D, N, G]; returns [H*D, tokens]."""
+        h, ctx = self.hyper, self.ctx
+        out = c.flash_attn_ext(ctx, c.permute(ctx, q, 0, 2, 1, 3), k, v, mask, h.attention_scale, 0.0, 0.0)  # [D, H, tokens]
+        c.prec_set_acc(out, ggml.PRECISION_F32)
+        return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, tokens))
+
+    def _matmuls(self, q: int, k: int, v: int, mask: int) -> int:
         """Attention of one query [D, H, 1] over keys [D, N, G] and transposed values [N, D, G]; returns [H*D, 1]."""
         h, ctx = self.hyper, self.ctx
         scores = c.mul_mat(ctx, k, c.permute(ctx, q, 0, 2, 1, 3))  # [N, 1, H]

@@ -6,15 +6,13 @@ kind of weight decides; and it is looked at in the product itself, because the r
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_rt import config
+from edge_rt.core.remember import Remembered
 from edge_rt.native import ggml
 
 if TYPE_CHECKING:
@@ -36,38 +34,18 @@ def distinct_kinds(tensors: Iterable[int]) -> list[int]:
 
 def exact_columns(matrices: Iterable[int], backend: ggml.Handle, most: int) -> int:
     """The largest n <= ``most`` such that every product with 2 to n columns equals those with one, bit for bit."""
-    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.cpu_features(), str(most)))
-    known = _remembered()
-    limit, fresh = most, False
+    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.cpu_features()))
+    known = Remembered(config.cache_dir() / "exact-columns.json", build)
+    limit = most
     for matrix in matrices:
         fields = ggml.fields(matrix)
-        kind = f"{build}|{fields.type}|{bool(fields.extra)}|{list(fields.ne)}"
-        if kind not in known:
-            known[kind], fresh = _exact_columns(matrix, backend, most), True
-        limit = min(limit, known[kind])
-    if fresh:
-        _remember(known)
+        kind = f"{fields.type} {bool(fields.extra)} {list(fields.ne)} {most}"
+        found = known.get(kind)
+        if found is None:  # a probe takes up to a second
+            found = _exact_columns(matrix, backend, most)
+            known.put(kind, found)
+        limit = min(limit, int(found))
     return limit
-
-
-def _remembered() -> dict[str, int]:
-    """Answers from earlier runs, on whatever model: a probe takes up to a second, a kind of weight never changes its answer."""
-    try:
-        known = json.loads((config.cache_dir() / "exact-columns.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    sound = isinstance(known, dict) and all(isinstance(n, int) and n >= 1 for n in known.values())
-    return known if sound else {}
-
-
-def _remember(known: dict[str, int]) -> None:
-    """Keep the answers for later runs; where nothing can be written, the next run probes again."""
-    path = config.cache_dir() / "exact-columns.json"
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, path)
 
 
 def _exact_columns(matrix: int, backend: ggml.Handle, most: int) -> int:

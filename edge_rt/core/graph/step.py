@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.graph import decoder
-from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
+from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights, wants_flash
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import OutOfMemory
 from edge_rt.native import ggml
@@ -41,11 +41,12 @@ class StepGraph:
         self.shapes = shapes
         n_tokens, n_rows = sum(s.tokens for s in shapes), sum(s.rows for s in shapes)
         self._input_ctx = ggml.context(5 + 3 * len(shapes))
-        inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, split)
+        self._flash = [wants_flash(shape, cache) for shape, cache in zip(shapes, caches, strict=True)]
+        inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, split)
         self._input_buffer = ggml.allocate_context(self._input_ctx)
         self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address))
         self._bind(inputs, hyper, n_tokens)
-        queries = sum(1 if shape.flash else shape.tokens for shape in shapes)
+        queries = sum(1 if shape.together else shape.tokens for shape in shapes)
         per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
         size = 64 + per_layer * (3 if split else hyper.n_layer)
         n_graphs = hyper.n_layer + 2 if split else 1
@@ -60,15 +61,17 @@ class StepGraph:
             self.logits = ggml.view(logits, "f4", (n_rows, hyper.n_vocab))
         self.experts = [ggml.view(e, "i4", (int(ggml.fields(e).ne[1]), hyper.n_expert_used)) for e in builder.experts]
 
-    def _declare_inputs(self, hyper: Hyper, n_tokens: int, n_rows: int, split: bool) -> tuple[Inputs, list[int]]:
+    def _declare_inputs(
+        self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool
+    ) -> tuple[Inputs, list[int]]:
         ctx = self._input_ctx.address
         slots = [
             SlotInputs(
                 cells=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens),
-                elements=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens * hyper.kv_width),
-                mask=c.new_tensor_2d(ctx, ggml.TYPE_F16 if shape.flash else ggml.TYPE_F32, shape.cells, shape.tokens),
+                elements=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens * hyper.kv_width) if cache.transposed else 0,
+                mask=c.new_tensor_2d(ctx, ggml.TYPE_F16 if flash else ggml.TYPE_F32, shape.cells, shape.tokens),
             )
-            for shape in self.shapes
+            for shape, cache, flash in zip(self.shapes, caches, self._flash, strict=True)
         ]
         inputs = Inputs(
             tokens=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_tokens),
@@ -90,10 +93,10 @@ class StepGraph:
         self._slots: list[tuple[Any, Any, Any]] = [
             (
                 ggml.view(slot.cells, "i8", (shape.tokens,)),
-                ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)),
-                ggml.view(slot.mask, "u2" if shape.flash else "f4", (shape.tokens, shape.cells)),
+                ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)) if slot.elements else None,
+                ggml.view(slot.mask, "u2" if flash else "f4", (shape.tokens, shape.cells)),
             )
-            for shape, slot in zip(self.shapes, inputs.slots, strict=True)
+            for shape, slot, flash in zip(self.shapes, inputs.slots, self._flash, strict=True)
         ]
         self._element = np.arange(hyper.kv_width, dtype=np.int64)
 
@@ -110,7 +113,8 @@ class StepGraph:
         cells, elements, mask = self._slots[0]
         self._tokens[0] = token
         self._positions[0] = cells[0] = cell
-        elements += 1
+        if elements is not None:
+            elements += 1
         mask[0, cell] = 0
 
     def set_inputs(self, slots: Sequence[Slot]) -> None:
@@ -118,14 +122,15 @@ class StepGraph:
         import numpy as np
 
         first = row = 0
-        for slot, shape, (cells, elements, mask) in zip(slots, self.shapes, self._slots, strict=True):
+        for slot, shape, flash, (cells, elements, mask) in zip(slots, self.shapes, self._flash, self._slots, strict=True):
             n, start = shape.tokens, slot.start
             self._tokens[first : first + n] = slot.tokens
             here = np.arange(start, start + n)
             self._positions[first : first + n] = here
             cells[:] = here
-            np.add(self._element * slot.cache.capacity, here[:, None], out=elements)
-            mask.fill(_HALF_MINUS_INFINITY if shape.flash else -np.inf)
+            if elements is not None:
+                np.add(self._element * slot.cache.capacity, here[:, None], out=elements)
+            mask.fill(_HALF_MINUS_INFINITY if flash else -np.inf)
             for i in range(n):
                 mask[i, : start + i + 1] = 0
             if self._rows is not None:

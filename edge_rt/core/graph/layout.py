@@ -1,0 +1,71 @@
+"""Which layout of cached values decodes faster here: by cell with flash attention, or transposed with matmuls?
+
+It depends on the CPU. On one AVX-512 server flash attention took seven times as long as matmuls for one query over 2,048 cells, on
+another it is the faster of the two. So both are timed once, for the heads of the model at hand, and the answer is remembered.
+"""
+
+from __future__ import annotations
+
+import time
+
+from edge_rt import config
+from edge_rt.core.context.kv import KvCache
+from edge_rt.core.graph.common import Builder, Inputs, SlotInputs, SlotShape
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.remember import Remembered
+from edge_rt.native import ggml
+
+c = ggml.c
+CELLS = 1024
+_ROUNDS = 12
+_WORTH = 0.9
+"""Transposed values must save a tenth: prefill pays for them, and rows leave memory more easily."""
+
+
+def transposed_decodes_faster(hyper: Hyper, key_type: int, threads: int, backend: ggml.Handle) -> bool:
+    """Time decode attention over CELLS cells in both layouts, or recall what an earlier run found."""
+    build = (c.version().decode(), c.commit().decode(), *ggml.cpu_features())
+    kind = f"{hyper.n_head} {hyper.n_head_kv} {hyper.head_dim} {key_type} {threads}"
+    known = Remembered(config.cache_dir() / "attention.json", "|".join(build))
+    ratio = known.get(kind)
+    if ratio is None:
+        single = hyper._replace(n_layer=1)
+        by_cell, transposed = (_fastest(single, key_type, backend, transposed=layout) for layout in (False, True))
+        ratio = transposed / by_cell
+        known.put(kind, ratio)
+    return ratio < _WORTH
+
+
+class _NoWeights:
+    """Attention alone needs none."""
+
+    def get(self, name: str) -> int | None:
+        """None."""
+        return None
+
+    def require(self, name: str) -> int:
+        """Never called."""
+        raise AssertionError(f"attention asked for the weight {name}")
+
+
+def _fastest(hyper: Hyper, key_type: int, backend: ggml.Handle, *, transposed: bool) -> float:
+    """Seconds of one layer's attention of one token: the least of several, which a busy neighbour disturbs least."""
+    cache = KvCache(hyper, key_type, CELLS, transposed=transposed)
+    with ggml.context(8) as inputs, ggml.context(64, (64,)) as work, ggml.allocator() as arena:
+        q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, hyper.n_head, 1))
+        mask = c.new_tensor_2d(inputs.address, ggml.TYPE_F32 if transposed else ggml.TYPE_F16, CELLS, 1)
+        with ggml.allocate_context(inputs):
+            ggml.view(q, "f4", (hyper.n_head * hyper.head_dim,))[:] = 0.5
+            ggml.view(mask, "u1", (CELLS * (4 if transposed else 2),))[:] = 0
+            shape, slot = SlotShape(1, CELLS, 0), SlotInputs(0, 0, mask)
+            builder = Builder(work.address, hyper, _NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], 64)
+            builder.begin("attention")
+            builder.expand(builder.attend(0, q))
+            c.gallocr_alloc_graph(arena.address, builder.segments[0].graph)
+            times = []
+            for _ in range(_ROUNDS):
+                start = time.perf_counter()
+                ggml.compute(backend, builder.segments[0].graph)
+                times.append(time.perf_counter() - start)
+    cache.close()
+    return min(times)
