@@ -74,8 +74,8 @@ class KvCache:
     def value_cells(self, layer: int) -> npt.NDArray[np.uint16]:
         """Values of a layer as half-precision bits [capacity, KV], by cell in either layout; a view."""
         if self.view.transposed:
-            by_element: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self._hyper.kv_width, self.capacity))
-            return by_element.T
+            by_element: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self._hyper.kv_width, self.capacity)).T
+            return by_element
         by_cell: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self.capacity, self._hyper.kv_width))
         return by_cell
 
