@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,37 @@ if TYPE_CHECKING:
 _SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__)
 
 
+class Stream(Iterator[Event]):
+    """The events of one request. The request ends with its last event, with ``close``, or when the stream is dropped."""
+
+    def __init__(self, events: Generator[Event, None, None], end: Callable[[], None]) -> None:
+        self._events, self._end = events, end
+        self._over = False
+
+    def __next__(self) -> Event:
+        try:
+            return next(self._events)
+        except BaseException:  # the last event was taken, or something went wrong
+            self._finish()
+            raise
+
+    def close(self) -> None:
+        """End the request, also if it never started. While another thread takes an event, that thread ends it."""
+        try:
+            self._events.close()
+        except ValueError:  # the generator is running
+            return
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._over:
+            self._over = True
+            self._end()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Session:
     """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
 
@@ -39,14 +72,15 @@ class Session:
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
         self._closed = False
+        self._stream: weakref.ref[Stream] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens in the session's cells."""
         return tuple(self._fed)
 
-    def generate(self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any) -> Iterator[Event]:
-        """Answer a prompt: events as they happen, the last one Done.
+    def generate(self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any) -> Stream:
+        """Answer a prompt: events as they happen, the last one Done. Leaving the loop early and closing the stream ends the request.
 
         A text is continued as it is; a list of messages goes through the model's chat template. The prompt is always the whole one:
         a chat passes all its messages each time, and only what is new is computed. Keywords replace fields of ``options`` and of its
@@ -64,7 +98,9 @@ class Session:
         except BaseException:
             self._busy.release()
             raise
-        return self._run(job, chosen)
+        stream = Stream(self._run(job, chosen), partial(self._end, job))
+        self._stream = weakref.ref(stream)  # weak: a stream nobody holds any more ends its request
+        return stream
 
     async def agenerate(
         self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any
@@ -78,7 +114,7 @@ class Session:
                 yield event
         finally:
             self.cancel()
-            await asyncio.shield(asyncio.to_thread(events.close))  # type: ignore[attr-defined]
+            await asyncio.shield(asyncio.to_thread(events.close))
 
     def cancel(self) -> None:
         """End the running request at the next step (from any thread): it finishes with reason ``cancelled``."""
@@ -106,6 +142,8 @@ class Session:
             return
         self._closed = True
         self.cancel()
+        if self._stream is not None and (stream := self._stream()) is not None:
+            stream.close()
         with self._busy:
             self._model.end_session(self, self._sequence, self._fed)
             self._sequence = None
@@ -162,16 +200,17 @@ class Session:
             self._fed[:] = prompt[:shared]
             return self._sequence
 
-    def _run(self, job: Job, options: GenerateOptions) -> Iterator[Event]:
-        try:
-            for message in self._model.new_notices():
-                yield Notice(message)
-            if options.speculate and job.drafter is None:
-                yield Notice("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
-            yield from loop.generate(job)
-        finally:
-            job.sampler.close()
-            self._busy.release()
+    def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:
+        for message in self._model.new_notices():
+            yield Notice(message)
+        if options.speculate and job.drafter is None:
+            yield Notice("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
+        yield from loop.generate(job)
+
+    def _end(self, job: Job) -> None:
+        """A request is over, however it ended."""
+        job.sampler.close()
+        self._busy.release()
 
 
 def _constraint(vocab: Vocab, options: GenerateOptions) -> Constraint | None:

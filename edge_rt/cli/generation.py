@@ -13,6 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from edge_rt.cli import interrupts
 from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
 from edge_rt.cli.output import ProgressBar, say, write, write_json
 from edge_rt.errors import ConstraintError, OptionError
@@ -57,6 +58,7 @@ def opened(options: ModelOptions) -> Iterator[Model]:
         gc.freeze()
         gc.enable()
     with model:
+        interrupts.raise_swallowed()
         if options.verbose:
             info = model.info
             say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}; opened in {time.perf_counter() - started:.3f} s]")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from edge_rt.cli import interrupts
 from edge_rt.errors import OptionError
 
 COMMANDS = {
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Until a command runs there is nothing to put in order: an interrupt during the imports ends the process at once.
         with QuietInterrupts():
             start = _command(words)
+        interrupts.remember()
         return start()
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -320,6 +320,37 @@ def test_logprobs_are_those_of_the_model(model: Model) -> None:
         assert [p for _, p in score.top] == sorted((p for _, p in score.top), reverse=True)
 
 
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_closing_a_session_ends_a_stream_that_somebody_still_holds(open_null: Callable[..., Model], taken: int) -> None:
+    with open_null("Hello, world!") as model:
+        session = model.session()
+        events = session.generate("Hi", **GREEDY)
+        for _ in range(taken):
+            next(events)
+        session.close()
+        assert list(events) == []
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_dropped_stream_frees_the_session(open_null: Callable[..., Model], taken: int) -> None:
+    with open_null("Hello").session() as session:
+        events = session.generate("Hi", **GREEDY)
+        for _ in range(taken):
+            next(events)
+        del events
+        assert run(session, "Hi")[0] == "Hello"
+
+
+def test_a_stream_that_failed_frees_the_session(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_null("Hello") as model, model.session() as session:
+        events = session.generate("Hi", **GREEDY)
+        with monkeypatch.context() as broken:
+            broken.setattr(model.engine, "step", None)
+            with pytest.raises(TypeError):
+                list(events)
+        assert run(session, "Hi")[0] == "Hello"
+
+
 def test_closing_the_model_closes_sessions(open_null: Callable[..., Model]) -> None:
     model = open_null("x")
     session = model.session()
