@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edge_rt.core.context.known_templates import CHATML, KNOWN
 from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.types import Message
 
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
     from edge_rt.native.llama import Vocab
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""For models without a template whose vocabulary has ``<|im_start|>``."""
 PLAIN = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -213,6 +209,9 @@ def render(
     Raises OptionError for messages that are none, ConstraintError naming the template's line.
     """
     _check_messages(messages)
+    known = KNOWN.get(template)
+    if known and not tools and not extra and all(isinstance(message.get("content"), str) for message in messages):
+        return known([(message["role"], message["content"]) for message in messages], add_generation_prompt)
     compiled = _compile(template)
     variables = {
         "messages": list(messages), "tools": tools, "documents": None, **(extra or {}), "bos_token": bos, "eos_token": eos,
@@ -251,8 +250,9 @@ def _explain(error: Exception) -> NoReturn:
 
 def prepare(template: str) -> None:
     """Compile a template ahead of its use; a bad one is an error only when it is used."""
-    with suppress(ConstraintError):
-        _compile(template)
+    if template not in KNOWN:
+        with suppress(ConstraintError):
+            _compile(template)
 
 
 @lru_cache(maxsize=16)
