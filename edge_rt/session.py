@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from edge_rt.native.llama import Vocab
     from edge_rt.runtime import Model
 
-_SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__)
+_SAMPLING_FIELDS = frozenset(SamplingParams._fields)
 
 
 class Stream(Iterator[Event]):
@@ -234,11 +233,11 @@ def _drafter(prompt: Sequence[int]) -> NgramDrafter:
 def _override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOptions:
     """Apply keywords to options and to their sampling parameters. Raises OptionError for an unknown one."""
     sampling = {k: overrides.pop(k) for k in list(overrides) if k in _SAMPLING_FIELDS}
-    unknown = sorted(set(overrides) - set(GenerateOptions.__dataclass_fields__))
+    unknown = sorted(set(overrides) - set(GenerateOptions._fields))
     if unknown:
         raise OptionError(f"generate has no option {unknown[0]!r}; see edge_rt.types.GenerateOptions")
-    chosen = replace(options, **overrides)
-    return replace(chosen, sampling=replace(chosen.sampling, **sampling)) if sampling else chosen
+    chosen = options._replace(**overrides)
+    return chosen._replace(sampling=chosen.sampling._replace(**sampling)) if sampling else chosen
 
 
 def _check(options: GenerateOptions) -> None:

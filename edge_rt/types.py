@@ -1,10 +1,13 @@
-"""Value objects that cross stage borders: what is asked for, and the events that come back."""
+"""Value objects that cross stage borders: what is asked for, and the events that come back.
+
+Named tuples: making a dataclass costs half a millisecond of every start. ``_replace`` gives a changed copy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": "system"|"user"|"assistant"|"tool", "content": str, ...}``."""
@@ -12,8 +15,7 @@ Message = Mapping[str, Any]
 FinishReason = Literal["end_of_generation", "stop_string", "max_tokens", "context_full", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(NamedTuple):
     """How the next token is chosen; names and defaults are llama.cpp's.
 
     ``temperature`` 0 means greedy. ``seed`` None draws a fresh one, which the final event reports.
@@ -33,11 +35,10 @@ class SamplingParams:
     dry_allowed_length: int = 2
     dry_penalty_last_n: int = -1
     seed: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateOptions:
+class GenerateOptions(NamedTuple):
     """One request.
 
     ``max_tokens`` None generates until the model stops or the context is full.
@@ -48,7 +49,7 @@ class GenerateOptions:
 
     max_tokens: int | None = None
     stop: Sequence[str] = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams = SamplingParams()
     grammar: str | None = None
     json_schema: Mapping[str, Any] | None = None
     logprobs: int = 0
@@ -57,8 +58,7 @@ class GenerateOptions:
     ignore_eos: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token, its log-probability (natural log) and its likeliest rivals, best first."""
 
     token: int
@@ -67,8 +67,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PromptProgress:
+class PromptProgress(NamedTuple):
     """Prefill went on: ``done`` of ``total`` prompt tokens are in the context, ``reused`` of them came from a shared prefix."""
 
     done: int
@@ -76,8 +75,7 @@ class PromptProgress:
     reused: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """Text that can no longer change. ``tokens`` are the ids decoded since the last Delta (their text may still be held back)."""
 
     text: str
@@ -85,15 +83,13 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(NamedTuple):
     """Something a person should know and no one asked for: a fallback, a degraded mode."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts. ``reused`` prompt tokens were not computed again; ``drafted``/``accepted`` count speculation."""
 
     prompt_tokens: int
@@ -103,8 +99,7 @@ class Usage:
     accepted_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(NamedTuple):
     """Seconds. ``first_token`` counts from the request to the first sampled token."""
 
     first_token: float
@@ -117,8 +112,7 @@ class Timings:
         return self.first_token + self.decode
 
 
-@dataclass(frozen=True, slots=True)
-class ContextUse:
+class ContextUse(NamedTuple):
     """Cells in use after the request, cells allowed, and what the policy did. Nothing is ever dropped silently."""
 
     used: int
@@ -130,8 +124,7 @@ class ContextUse:
     released_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """The last event of every generation."""
 
     reason: FinishReason

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -237,7 +236,7 @@ _NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: 
 
 def record(event: Event) -> dict[str, Any]:
     """An event as JSON: its fields and ``event``, its kind. Times are in seconds."""
-    found = {"event": _NAMES[type(event)], **asdict(event)}
+    found = {"event": _NAMES[type(event)], **_plain(event)}
     if isinstance(event, Delta):
         if event.logprobs:
             found["logprobs"] = [_logprob(entry) for entry in event.logprobs]
@@ -249,10 +248,15 @@ def record(event: Event) -> dict[str, Any]:
     return found
 
 
+def _plain(event: Any) -> dict[str, Any]:
+    """A named tuple and those inside it as dictionaries."""
+    return {name: _plain(value) if hasattr(value, "_asdict") else value for name, value in event._asdict().items()}
+
+
 def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     """JSON has no infinity: the log-probability of what is impossible is null."""
     top = [(token, logprob if isfinite(logprob) else None) for token, logprob in entry.top]
-    return {**asdict(entry), "logprob": entry.logprob if isfinite(entry.logprob) else None, "top": top}
+    return {**entry._asdict(), "logprob": entry.logprob if isfinite(entry.logprob) else None, "top": top}
 
 
 def decode_rate(done: Done) -> float | None:

@@ -90,7 +90,7 @@ def test_its_tests_fail_without_the_line_it_names(run: Run, commands: SimpleName
     module.write_text("".join(line for line in lines if 'self.held = "-"' not in line), encoding="utf-8")
     done = run(f"{commands.test} -p no:cacheprovider", cwd=broken)
     assert done.returncode == 1
-    assert "FAILED test_edge_rt_arrows.py::TestArrows::test_every_split_gives_the_same_text" in done.stdout
+    assert "FAILED test_edge_rt_arrows.py::TestArrows::test_character_by_character" in done.stdout
 
 
 def test_it_is_listed(run: Run, commands: SimpleNamespace) -> None:

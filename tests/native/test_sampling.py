@@ -2,7 +2,6 @@
 
 import ctypes
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,7 +104,7 @@ def llama_cpp_tokens(vocab, params, rows):
     ids=str,
 )  # fmt: skip
 def test_tokens_equal_llama_cpp(vocab, logits, change):
-    params = replace(SamplingParams(seed=42), **change)
+    params = SamplingParams(seed=42)._replace(**change)
     rows = np.concatenate([logits[:20]] * 3)  # repeats: penalties have something to do
     sampler = Sampler(vocab, params)
     assert draw(sampler, rows) == llama_cpp_tokens(vocab, params, rows)
@@ -124,21 +123,21 @@ def test_greedy_takes_the_likeliest_and_the_lowest_of_equals(vocab):
 def test_the_cuts_leave_what_they_say(vocab):
     row = few(vocab, {1: 4.0, 2: 3.0, 3: 2.0, 4: 1.0, 5: -5.0})
     p = np.exp([4.0, 3, 2, 1, -5]) / np.exp([4.0, 3, 2, 1, -5]).sum()
-    assert drawn(vocab, replace(OFF, top_k=2), row) == {1, 2}
-    assert drawn(vocab, replace(OFF, top_k=1), row) == {1}
-    assert drawn(vocab, replace(OFF, top_p=float(p[0] + p[1] - 0.01)), row) == {1, 2}
-    assert drawn(vocab, replace(OFF, top_p=0.0), row) == {1}
-    assert drawn(vocab, replace(OFF, min_p=float(np.exp(-2.5))), row) == {1, 2, 3}
-    assert drawn(vocab, replace(OFF, min_p=1.0), row) == {1}
+    assert drawn(vocab, OFF._replace(top_k=2), row) == {1, 2}
+    assert drawn(vocab, OFF._replace(top_k=1), row) == {1}
+    assert drawn(vocab, OFF._replace(top_p=float(p[0] + p[1] - 0.01)), row) == {1, 2}
+    assert drawn(vocab, OFF._replace(top_p=0.0), row) == {1}
+    assert drawn(vocab, OFF._replace(min_p=float(np.exp(-2.5))), row) == {1, 2, 3}
+    assert drawn(vocab, OFF._replace(min_p=1.0), row) == {1}
     assert drawn(vocab, OFF, row) == {1, 2, 3, 4}
-    assert len(drawn(vocab, replace(OFF, typical_p=0.2), row)) == 1
+    assert len(drawn(vocab, OFF._replace(typical_p=0.2), row)) == 1
 
 
 def test_temperature_flattens(vocab):
     row = few(vocab, {1: 3.0, 2: 0.0})
 
     def share(temperature):
-        sampler = Sampler(vocab, replace(OFF, temperature=temperature))
+        sampler = Sampler(vocab, OFF._replace(temperature=temperature))
         return sum(sampler.sample(row) == 1 for _ in range(2000)) / 2000
 
     for temperature in (0.5, 1.0, 4.0):
@@ -151,7 +150,7 @@ def test_penalties_and_bias_push_tokens_away(vocab):
         sampler = Sampler(vocab, SamplingParams(temperature=0, **change))
         sampler.accept(1)
         assert sampler.sample(row) == 2, change
-    assert drawn(vocab, replace(OFF, logit_bias={1: float("-inf")}), row) == {2}
+    assert drawn(vocab, OFF._replace(logit_bias={1: float("-inf")}), row) == {2}
 
 
 def test_penalties_look_back_only_so_far_and_into_the_prompt(vocab):
@@ -246,7 +245,7 @@ def test_closing_the_vocabulary_does_not_pull_it_from_under_a_sampler(smollm2, l
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(typical_p=0.5), replace(OFF, top_p=0.5)]
+    "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(typical_p=0.5), OFF._replace(top_p=0.5)]
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_logits_are_a_native_error(vocab, logits, params, value):
@@ -264,7 +263,7 @@ def test_broken_logits_are_a_native_error(vocab, logits, params, value):
     "change", [{}, {"typical_p": 0.9}, {"top_k": 0, "typical_p": 0.9}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"temperature": 1e-5}]
 )
 def test_extreme_but_sound_logits(vocab, change):
-    params = replace(SamplingParams(seed=1), **change)
+    params = SamplingParams(seed=1)._replace(**change)
     assert drawn(vocab, params, few(vocab, {77: 3.0}), 5) == {77}
     wide = np.linspace(-1e4, 1e4, vocab.n_tokens, dtype=np.float32)
     assert min(drawn(vocab, params, wide, 20)) > vocab.n_tokens - 100
@@ -272,7 +271,7 @@ def test_extreme_but_sound_logits(vocab, change):
 
 
 def test_all_tokens_banned(vocab):
-    sampler = Sampler(vocab, replace(OFF, logit_bias={1: float("-inf"), 2: float("-inf")}))
+    sampler = Sampler(vocab, OFF._replace(logit_bias={1: float("-inf"), 2: float("-inf")}))
     with pytest.raises(ConstraintError, match="banned"):
         sampler.sample(few(vocab, {1: 1.0, 2: 2.0}))
 
@@ -316,12 +315,12 @@ def test_all_tokens_banned(vocab):
 def test_parameters_out_of_range_are_named(vocab, change):
     ((name, _),) = change.items()
     with pytest.raises(OptionError, match=f"^{name}.*allowed"):
-        Sampler(vocab, replace(SamplingParams(), **change))
+        Sampler(vocab, SamplingParams()._replace(**change))
 
 
 def test_good_parameters_pass(vocab):
     for change in ({}, {"top_k": -1}, {"top_k": np.int64(5)}, {"temperature": np.float32(0.5)}, {"seed": np.int64(3)}, {"top_p": 1}):
-        check_params(replace(SamplingParams(), **change), vocab.n_tokens)
+        check_params(SamplingParams()._replace(**change), vocab.n_tokens)
 
 
 def test_tokens_out_of_range_are_not_accepted(vocab):

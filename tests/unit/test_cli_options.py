@@ -1,7 +1,6 @@
 """Reading the command line: without typer where it is plainly right, and then exactly as typer would."""
 
 import json
-from dataclasses import fields
 from importlib import import_module
 from typing import get_type_hints
 
@@ -109,8 +108,8 @@ def test_every_field_of_a_request_can_be_set(tmp_path):
     words += ["-n", "7", "--stop", "a", "--stop", "b", "-l", "4+1.5", "--grammar", f"@{grammar}", "--speculate", "6", "--post", "x, y"]
     request = generate_options(quick_parse(run.Options, [*words, "--ignore-eos"]), logprobs=2)
     default = GenerateOptions()
-    changed = {f.name for f in fields(SamplingParams) if getattr(request.sampling, f.name) != getattr(default.sampling, f.name)}
-    assert changed == {f.name for f in fields(SamplingParams)}
+    changed = {name for name in SamplingParams._fields if getattr(request.sampling, name) != getattr(default.sampling, name)}
+    assert changed == set(SamplingParams._fields)
     assert request.sampling.logit_bias == {4: 1.5}
     assert (request.max_tokens, request.stop, request.grammar, request.speculate) == (7, ("a", "b"), 'root ::= "ä"', 6)
     assert (request.logprobs, request.post, request.ignore_eos, request.json_schema) == (2, ("x", "y"), True, None)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -222,7 +221,7 @@ class Sampler:
         """A copy with the same state, random numbers included, which then goes its own way."""
         copy: Sampler = object.__new__(Sampler)
         copy.__dict__.update(self.__dict__)
-        copy.params = replace(self.params)
+        copy.params = self.params
         copy._constraint = self._constraint.clone() if self._constraint is not None else None
         copy._chain = self._chain.clone() if self._chain is not None else None
         copy._candidates = Candidates(self._n_vocab) if self._chain is not None else None
