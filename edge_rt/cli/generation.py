@@ -57,7 +57,7 @@ def opened(options: ModelOptions) -> Iterator[Model]:
         gc.freeze()
         gc.enable()
     with model:
-        interrupts.raise_swallowed()
+        interrupts.forget()
         if options.verbose:
             info = model.info
             say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}; opened in {time.perf_counter() - started:.3f} s]")

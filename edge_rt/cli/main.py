@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        return _status(error, words)
+        return INTERRUPTED if interrupts.pending() else _status(error, words)
 
 
 def _log(level: str) -> None:
