@@ -78,7 +78,7 @@ def open(
             vocabulary.discard()
             raise
         try:
-            _import_meanwhile(file)
+            _import_meanwhile(file, vocabulary)
             vocab = _vocabulary(vocabulary, opened)
         except BaseException:
             opened.close()
@@ -89,12 +89,12 @@ def open(
     return Model(file, opened, vocab, plugins, fitting, notices)
 
 
-def _import_meanwhile(file: ModelFile) -> None:
+def _import_meanwhile(file: ModelFile, vocabulary: _VocabularyLoad) -> None:
     """What the first answer will need, while the vocabulary still loads on the other CPU."""
     import edge_rt.session  # noqa: F401
     from edge_rt.core.context import chat_template
 
-    if isinstance(template := file.header.get("tokenizer.chat_template"), str):
+    if vocabulary.loading and isinstance(template := file.header.get("tokenizer.chat_template"), str):
         chat_template.prepare(template)
 
 
@@ -130,6 +130,11 @@ class _VocabularyLoad:
             raise self._error
         assert self._result is not None, "a finished load has a result or an error"
         return self._result
+
+    @property
+    def loading(self) -> bool:
+        """Whether it still goes on."""
+        return self._thread.is_alive()
 
     def discard(self) -> None:
         """The model will not be opened."""

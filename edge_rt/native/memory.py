@@ -14,7 +14,7 @@ from edge_rt.errors import NativeError, OutOfMemory
 PAGE = mmap.PAGESIZE
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
 _ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22}
-_FADV_DONTNEED = 4
+_FADV_WILLNEED, _FADV_DONTNEED = 3, 4
 _LOW_BIT = bytes(i & 1 for i in range(256))  # mincore defines only the lowest bit of each byte
 
 
@@ -82,6 +82,12 @@ def advise(address: int, size: int, advice: str) -> bool:
 def populate(address: int, size: int) -> bool:
     """Read pages in and enter them in the page table (MADV_POPULATE_READ, Linux 5.14); False where unknown."""
     return sys.platform == "linux" and advise(address, size, "populate_read")
+
+
+def read_ahead(fd: int, offset: int, size: int) -> None:
+    """Ask for a file range to be read into the page cache, without waiting."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, _FADV_WILLNEED)
 
 
 def resident_bytes(address: int, size: int) -> int | None:

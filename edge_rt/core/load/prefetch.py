@@ -14,6 +14,8 @@ from edge_rt.core.load.units import Span, Unit
 from edge_rt.native import memory
 
 CHUNK = 2 * 1024 * 1024
+_AHEAD = 4 * CHUNK
+"""Bytes asked of the disk at once, so that it never waits for us."""
 _RESERVE = 64 * 1024 * 1024
 """Free memory left to others when reading ahead."""
 
@@ -26,10 +28,14 @@ def read_span(span: Span, scratch: bytearray, stop: Callable[[], bool] = lambda:
             break
         size = min(CHUNK, span.size - start)
         page, page_size = memory.page_span(span.address + start, size)
-        if memory.resident_bytes(page, page_size) != page_size:
+        absent = page_size - (memory.resident_bytes(page, page_size) or 0)
+        if absent:
+            memory.read_ahead(span.fd, span.offset + start, min(_AHEAD, span.size - start))
+        # Populating waits for the pages and enters them in the page table, without the copy that reading into a buffer makes.
+        if not memory.populate(page, page_size) and absent:
             with memoryview(scratch)[:size] as target:
-                read += os.preadv(span.fd, [target], span.offset + start)
-        memory.populate(page, page_size)
+                os.preadv(span.fd, [target], span.offset + start)
+        read += absent
     return read
 
 
