@@ -226,7 +226,7 @@ def test_the_layout_is_chosen_by_time_and_remembered(
 
     def time_of(*_: Any, transposed: bool) -> float:
         asked.append(transposed)
-        return 0.3 if transposed else 1.0
+        return 0.2 if transposed else 1.0
 
     monkeypatch.setattr(chosen_layout, "_fastest", time_of)
     for _ in range(2):
