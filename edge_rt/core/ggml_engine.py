@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from edge_rt import config
-from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
+from edge_rt.core.context.kv import KvCache, next_capacity, padded
 from edge_rt.core.decode.governor import Governor
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
@@ -290,11 +290,6 @@ class GgmlEngine:
         return self._adopt(cache)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
-
-    @property
-    def cell_bytes(self) -> int:
-        """Bytes a token takes in the cache."""
-        return cell_bytes(self.hyper, self._key_type)
 
     def memory(self) -> MemoryReport:
         """Bytes held now."""

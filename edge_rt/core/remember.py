@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 
+def keep(path: Path, text: str) -> None:
+    """Write a small file of the cache beside its name, then rename it into place; where nothing can be written, nothing happens."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+
 class Remembered:
     """A small JSON file in the cache. What cannot be read is measured again; what cannot be written, each time."""
 
@@ -24,11 +33,7 @@ class Remembered:
     def put(self, name: str, value: float) -> None:
         """Keep a number for later runs."""
         self._values[name] = value
-        temporary = self._path.with_suffix(f".{os.getpid()}")
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"build": self._build, "values": self._values}))
-            os.replace(temporary, self._path)
+        keep(self._path, json.dumps({"build": self._build, "values": self._values}))
 
     def _read(self) -> dict[str, float]:
         try:

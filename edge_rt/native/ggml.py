@@ -22,7 +22,7 @@ P, I32, I64, SIZE, F32, BOOL, STR = C.c_void_p, C.c_int, C.c_int64, C.c_size_t, 
 TYPE_F32, TYPE_F16, TYPE_Q8_0, TYPE_I32, TYPE_I64 = 0, 1, 8, 26, 27
 ROPE_NORMAL, ROPE_NEOX = 0, 2
 PRECISION_F32 = 10
-STATUS_SUCCESS, STATUS_ABORTED, STATUS_ALLOC_FAILED = 0, 1, -2
+STATUS_SUCCESS, STATUS_ALLOC_FAILED = 0, -2
 MAX_DIMS, MAX_SOURCES, MAX_NAME = 4, 10, 64
 
 
@@ -54,14 +54,8 @@ c.declare("tensor_overhead", SIZE)
 c.declare("graph_overhead_custom", SIZE, SIZE, BOOL)
 # int64_t ggml_blck_size(enum ggml_type type);
 c.declare("blck_size", I64, I32)
-# size_t ggml_type_size(enum ggml_type type);
-c.declare("type_size", SIZE, I32)
 # size_t ggml_row_size(enum ggml_type type, int64_t ne);
 c.declare("row_size", SIZE, I32, I64)
-# size_t ggml_nbytes(const struct ggml_tensor * tensor);
-c.declare("nbytes", SIZE, P)
-# const char * ggml_type_name(enum ggml_type type);
-c.declare("type_name", STR, I32)
 
 # struct ggml_context * ggml_init(struct ggml_init_params params);
 c.declare("init", P, InitParams)
@@ -75,8 +69,6 @@ c.declare("new_tensor_2d", P, P, I32, I64, I64)
 c.declare("new_tensor", P, P, I32, I32, C.POINTER(I64))
 # struct ggml_tensor * ggml_set_name(struct ggml_tensor * tensor, const char * name);
 c.declare("set_name", P, P, STR)
-# void ggml_set_input(struct ggml_tensor * tensor);
-c.declare("set_input", None, P)
 # void ggml_set_output(struct ggml_tensor * tensor);
 c.declare("set_output", None, P)
 
@@ -140,8 +132,6 @@ c.declare("view_3d", P, P, P, I64, I64, I64, SIZE, SIZE, SIZE)
 c.declare("new_graph_custom", P, P, SIZE, BOOL)
 # void ggml_build_forward_expand(struct ggml_cgraph * cgraph, struct ggml_tensor * tensor);
 c.declare("build_forward_expand", None, P, P)
-# int ggml_graph_n_nodes(struct ggml_cgraph * cgraph);
-c.declare("graph_n_nodes", I32, P)
 # ggml_gallocr_t ggml_gallocr_new(ggml_backend_buffer_type_t buft);
 c.declare("gallocr_new", P, P)
 # void ggml_gallocr_free(ggml_gallocr_t galloc);
@@ -167,8 +157,6 @@ c.declare("backend_reg_dev_get", P, P, SIZE)
 c.declare("backend_buft_name", STR, P)
 # ggml_backend_buffer_t ggml_backend_buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size);
 c.declare("backend_buft_alloc_buffer", P, P, SIZE)
-# size_t ggml_backend_buft_get_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor * tensor);
-c.declare("backend_buft_get_alloc_size", SIZE, P, P)
 # ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_buffer_type_t buft);
 c.declare("backend_alloc_ctx_tensors_from_buft", P, P, P)
 # void * ggml_backend_buffer_get_base(ggml_backend_buffer_t buffer);

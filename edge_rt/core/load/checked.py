@@ -5,8 +5,6 @@ The mark is the file's key (size, time of change, checksums), so a file that cha
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 from edge_rt import __version__, config
 from edge_rt.core.load.hyperparameter_check import check_hyperparameters
 from edge_rt.core.load.vocabulary_check import check_vocabulary
+from edge_rt.core.remember import keep
 
 if TYPE_CHECKING:
     from edge_rt.core.load.model_file import ModelFile
@@ -27,7 +26,7 @@ def check_metadata(file: ModelFile) -> None:
         return
     check_vocabulary(file.header)
     check_hyperparameters(file.header)
-    _write(path, mark)
+    keep(path, mark)  # where nothing can be written, the file is checked again next time
 
 
 def _read(path: Path) -> str | None:
@@ -35,12 +34,3 @@ def _read(path: Path) -> str | None:
         return path.read_text()
     except (OSError, ValueError):
         return None
-
-
-def _write(path: Path, mark: str) -> None:
-    """Where nothing can be written, the file is checked again next time."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(mark)
-        os.replace(temporary, path)

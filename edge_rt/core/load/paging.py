@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.core.load.prefetch import Heat, Prefetcher
+from edge_rt.core.load.prefetch import Prefetcher
 from edge_rt.core.load.residency import ExpertResidency, Pager
 from edge_rt.native import memory
 
@@ -24,7 +24,6 @@ class Paging:
         """Raises OptionError if the budget cannot even hold the streaming window."""
         self._weights, self._progress = weights, progress
         self._hyper = hyper
-        self.heat = Heat()
         self._pager: Pager | None = None
         self._prefetcher: Prefetcher | None = None
         self._experts: ExpertResidency | None = None
@@ -42,11 +41,6 @@ class Paging:
     def streams(self) -> bool:
         """Whether units must be paged between graphs."""
         return self._pager is not None and self._pager.streams
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from disk by us (page faults not counted)."""
-        return (self._pager.read if self._pager else 0) + (self._prefetcher.read if self._prefetcher else 0)
 
     @property
     def pager(self) -> Pager | None:
@@ -69,8 +63,8 @@ class Paging:
                 self._pager.done(name)
 
     def experts_used(self, chosen: Sequence[Any]) -> None:
-        """Tell the heat which experts each layer used: arrays of ids [T, n_expert_used], one a layer."""
-        if not chosen:
+        """Tell the expert budget, if there is one, what each layer used: arrays of ids [T, n_expert_used], one a layer."""
+        if self._experts is None:
             return
         import numpy as np
 
@@ -80,12 +74,7 @@ class Paging:
             for expert in np.unique(ids)
             for kind in ("gate", "up", "down")
         ]
-        if self._experts:
-            self._experts.touched(names)
-        else:
-            self.heat.tick()
-            for name in names:
-                self.heat.touch(name)
+        self._experts.touched(names)
 
     def warm(self) -> None:
         """Read dense units in forward order, in the background."""
@@ -101,10 +90,6 @@ class Paging:
             for span in unit.spans:
                 address, size, offset = span.whole_pages
                 memory.release(address, size, span.fd, offset)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the read-ahead is done; False if the timeout (seconds) came first."""
-        return self._prefetcher.wait(timeout) if self._prefetcher else True
 
     def close(self) -> None:
         """Stop the threads."""
