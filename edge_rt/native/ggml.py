@@ -94,6 +94,8 @@ c.declare("mul_mat", P, P, P, P)
 c.declare("mul_mat_id", P, P, P, P, P)
 # struct ggml_tensor * ggml_concat(ctx, a, b, int dim);
 c.declare("concat", P, P, P, P, I32)
+# struct ggml_tensor * ggml_swiglu(ctx, a);
+c.declare("swiglu", P, P, P)
 # struct ggml_tensor * ggml_swiglu_split(ctx, a, b);
 c.declare("swiglu_split", P, P, P, P)
 # struct ggml_tensor * ggml_argsort_top_k(ctx, a, int k);

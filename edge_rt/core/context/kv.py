@@ -1,8 +1,9 @@
 """One sequence's key-value cache: memory that follows what is kept.
 
-Keys lie by cell ([KV, capacity] per layer, F16 or Q8_0), values by cell or transposed ([capacity, KV]), in F16: which of the two
-decodes faster depends on the CPU (graph/layout.py). A transposed row is ``capacity`` long, so that memory follows use only if
-capacity does: it grows in steps by moving.
+Each head's cells lie together, so that attention, which goes head by head, reads straight on (a seventh faster over 4,096 cells
+than with the heads of a cell together). Keys are [D, capacity, G] per layer, F16 or Q8_0; values the same or transposed
+([capacity, D, G]), in F16: which of the two decodes faster depends on the CPU (graph/layout.py). A head is ``capacity`` long, so that
+memory follows use only if capacity does: it grows in steps by moving.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class KvCache:
         keys: list[int] = []
         values: list[int] = []
         address = base
+        by_cell = (hyper.head_dim, capacity, hyper.n_head_kv)
         for _ in range(hyper.n_layer):
             for tensors, type_, shape, size in (
-                (keys, key_type, (hyper.kv_width, capacity), key_size),
-                (values, ggml.TYPE_F16, (capacity, hyper.kv_width) if transposed else (hyper.kv_width, capacity), value_size),
+                (keys, key_type, by_cell, key_size),
+                (values, ggml.TYPE_F16, (capacity, hyper.head_dim, hyper.n_head_kv) if transposed else by_cell, value_size),
             ):
                 tensor = ggml.new_tensor(self._ctx.address, type_, shape)
                 ggml.place(tensor, self._buffer.address, address)
@@ -67,22 +69,22 @@ class KvCache:
         self.view = KvView(tuple(keys), tuple(values), capacity, key_type, transposed)
 
     def key_cells(self, layer: int) -> npt.NDArray[np.uint8]:
-        """Keys of a layer as bytes [capacity, bytes of a cell]; a view."""
-        row = ggml.c.row_size(self._key_type, self._hyper.kv_width)
-        return ggml.view(self.view.keys[layer], "u1", (self.capacity, row))
+        """Keys of a layer as bytes [capacity, G, bytes of a head]; a view."""
+        heads, row = self._hyper.n_head_kv, ggml.c.row_size(self._key_type, self._hyper.head_dim)
+        by_cell: npt.NDArray[np.uint8] = ggml.view(self.view.keys[layer], "u1", (heads, self.capacity, row)).transpose(1, 0, 2)
+        return by_cell
 
     def value_cells(self, layer: int) -> npt.NDArray[np.uint16]:
-        """Values of a layer as half-precision bits [capacity, KV], by cell in either layout; a view."""
-        if self.view.transposed:
-            by_element: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self._hyper.kv_width, self.capacity)).T
-            return by_element
-        by_cell: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", (self.capacity, self._hyper.kv_width))
+        """Values of a layer as half-precision bits [capacity, G, D] in either layout; a view."""
+        heads, size = self._hyper.n_head_kv, self._hyper.head_dim
+        shape, axes = ((heads, size, self.capacity), (2, 0, 1)) if self.view.transposed else ((heads, self.capacity, size), (1, 0, 2))
+        by_cell: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", shape).transpose(axes)
         return by_cell
 
     def copy(self, length: int, capacity: int) -> KvCache:
         """A new cache of ``capacity`` cells that starts with the first ``length`` of this one. Raises OutOfMemory."""
         fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
-        for layer in range(self._hyper.n_layer):
+        for layer in range(self._hyper.n_layer if length else 0):
             fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
             fresh.value_cells(layer)[:length] = self.value_cells(layer)[:length]
         fresh.length = length

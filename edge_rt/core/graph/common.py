@@ -29,9 +29,13 @@ class Weights(Protocol):
         """The same, or ModelFileError."""
         ...
 
+    def joined(self, names: tuple[str, ...]) -> int | None:
+        """One tensor over the rows of several that lie side by side, None if they do not."""
+        ...
+
 
 class KvView(NamedTuple):
-    """One sequence's cache as tensors: per layer keys [KV, capacity] and values [KV, capacity] or, ``transposed``, [capacity, KV]."""
+    """One sequence's cache as tensors: per layer keys [D, capacity, G] and values the same or, ``transposed``, [capacity, D, G]."""
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
@@ -148,48 +152,61 @@ class Builder:
             )
         )  # fmt: skip
 
-    def qkv(self, x: int, prefix: str) -> tuple[int, int, int]:
-        """Queries [D, H, T], keys [D, G, T] and values [KV, T] before rotation, from separate or fused weights."""
-        h = self.hyper
-        width_q, width_kv, n = h.n_head * h.head_dim, h.kv_width, self.n_tokens
-        if self.weights.get(f"{prefix}.attn_qkv.weight"):
-            y = self.linear(x, f"{prefix}.attn_qkv")
-            if not self.weights.get(f"{prefix}.attn_qkv.bias") and self.weights.get(f"{prefix}.attn_q.bias"):
-                parts = [self.weights.require(f"{prefix}.attn_{p}.bias") for p in "qkv"]
-                y = c.add(self.ctx, y, c.concat(self.ctx, c.concat(self.ctx, parts[0], parts[1], 0), parts[2], 0))
-            row, head = 4 * (width_q + 2 * width_kv), 4 * h.head_dim
-            q = c.view_3d(self.ctx, y, h.head_dim, h.n_head, n, head, row, 0)
-            k = c.view_3d(self.ctx, y, h.head_dim, h.n_head_kv, n, head, row, 4 * width_q)
-            v = c.cont(self.ctx, c.view_2d(self.ctx, y, width_kv, n, row, 4 * (width_q + width_kv)))
-            return q, k, v
-        q = c.reshape_3d(self.ctx, self.linear(x, f"{prefix}.attn_q"), h.head_dim, h.n_head, n)
-        k = c.reshape_3d(self.ctx, self.linear(x, f"{prefix}.attn_k"), h.head_dim, h.n_head_kv, n)
-        return q, k, self.linear(x, f"{prefix}.attn_v")
+    def linears(self, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
+        """Several products of one x as one: [sum of widths, T]; None where the weights do not lie side by side."""
+        weight = self.weights.joined(tuple(f"{prefix}.{name}.weight" for name in names))
+        biases = tuple(f"{prefix}.{name}.bias" for name in names)
+        bias = self.weights.joined(biases)
+        if weight is None or (bias is None and any(self.weights.get(name) for name in biases)):
+            return None
+        y = c.mul_mat(self.ctx, weight, x)
+        return int(c.add(self.ctx, y, bias) if bias else y)
+
+    def heads(self, x: int, first: int, count: int) -> int:
+        """Heads [D, count, T] out of the rows of x [W, T], from head ``first`` on."""
+        size, row = 4 * self.hyper.head_dim, int(ggml.fields(x).nb[1])
+        return int(c.view_3d(self.ctx, x, self.hyper.head_dim, count, self.n_tokens, size, row, first * size))
+
+    def qkv(self, x: int, prefix: str) -> int | None:
+        """Queries, keys and values before rotation in one tensor [H*D + 2*KV, T], from fused weights or such that lie side by side."""
+        if not self.weights.get(f"{prefix}.attn_qkv.weight"):
+            return self.linears(x, prefix, ("attn_q", "attn_k", "attn_v"))
+        y = self.linear(x, f"{prefix}.attn_qkv")
+        if not self.weights.get(f"{prefix}.attn_qkv.bias") and self.weights.get(f"{prefix}.attn_q.bias"):
+            parts = [self.weights.require(f"{prefix}.attn_{p}.bias") for p in "qkv"]
+            y = c.add(self.ctx, y, c.concat(self.ctx, c.concat(self.ctx, parts[0], parts[1], 0), parts[2], 0))
+        return y
 
     def store(self, layer: int, k: int, v: int) -> None:
-        """Write keys [D, G, T] and values [KV, T] of every sequence into its own cache."""
+        """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""
         kv, first = self.hyper.kv_width, 0
-        k = c.reshape_2d(self.ctx, k, kv, self.n_tokens)
         for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
-            k_rows = c.view_2d(self.ctx, k, kv, shape.tokens, 4 * kv, 4 * kv * first)
-            self.expand(c.set_rows(self.ctx, cache.keys[layer], k_rows, slot.cells))
+            self.expand(c.set_rows(self.ctx, cache.keys[layer], self._by_head(k, first, shape.tokens), slot.cells))
             if cache.transposed:
-                v_elements = c.view_2d(self.ctx, v, 1, kv * shape.tokens, 4, 4 * kv * first)
+                token = int(ggml.fields(v).nb[2])
+                own = c.view_2d(self.ctx, v, kv, shape.tokens, token, token * first)
+                v_elements = c.reshape_2d(self.ctx, c.cont(self.ctx, own) if shape.tokens > 1 else own, 1, kv * shape.tokens)
                 by_element = c.reshape_2d(self.ctx, cache.values[layer], 1, cache.capacity * kv)
                 self.expand(c.set_rows(self.ctx, by_element, v_elements, slot.elements))
             else:
-                v_rows = c.view_2d(self.ctx, v, kv, shape.tokens, 4 * kv, 4 * kv * first)
-                self.expand(c.set_rows(self.ctx, cache.values[layer], v_rows, slot.cells))
+                self.expand(c.set_rows(self.ctx, cache.values[layer], self._by_head(v, first, shape.tokens), slot.cells))
             first += shape.tokens
+
+    def _by_head(self, x: int, first: int, tokens: int) -> int:
+        """Some tokens of keys or values [D, G, T], head by head: [D, tokens, G]."""
+        nb = ggml.fields(x).nb
+        return int(c.view_3d(self.ctx, x, self.hyper.head_dim, tokens, self.hyper.n_head_kv, nb[2], nb[1], nb[2] * first))
+
+    def _queries(self, q: int, first: int, tokens: int) -> int:
+        """Some tokens of queries [D, H, T]: [D, H, tokens]."""
+        nb = ggml.fields(q).nb
+        return int(c.view_3d(self.ctx, q, self.hyper.head_dim, self.hyper.n_head, tokens, nb[1], nb[2], nb[2] * first))
 
     def attend(self, layer: int, q: int) -> int:
         """Attention of queries [D, H, T], each sequence over its own cells; returns [H*D, T]."""
-        h, first, outputs = self.hyper, 0, []
-        width = h.n_head * h.head_dim
+        first, outputs = 0, []
         for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
-            own = q
-            if len(self.shapes) > 1:
-                own = c.view_3d(self.ctx, q, h.head_dim, h.n_head, shape.tokens, 4 * h.head_dim, 4 * width, 4 * width * first)
+            own = self._queries(q, first, shape.tokens) if len(self.shapes) > 1 else q
             outputs.append(self._attend_one(layer, own, shape, slot, cache))
             first += shape.tokens
         return self._side_by_side(outputs)
@@ -204,8 +221,8 @@ class Builder:
     def _attend_one(self, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KvView) -> int:
         """Attention of one sequence's queries [D, H, t] over its cells; returns [H*D, t]."""
         h, ctx = self.hyper, self.ctx
-        width, key_cell, key_head = h.n_head * h.head_dim, c.row_size(cache.key_type, h.kv_width), c.row_size(cache.key_type, h.head_dim)
-        k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, key_cell, key_head, 0)  # [D, N, G]
+        key = c.row_size(cache.key_type, h.head_dim)
+        k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, key, key * cache.capacity, 0)  # [D, N, G]
         v = self._values(layer, shape, cache)
         if shape.together:
             rows = c.cont(ctx, c.transpose(ctx, v)) if cache.transposed else v  # [D, N, G]
@@ -215,7 +232,7 @@ class Builder:
         for i in range(shape.tokens):
             own, mask = q, slot.mask
             if shape.tokens > 1:
-                own = c.view_3d(ctx, q, h.head_dim, h.n_head, 1, 4 * h.head_dim, 4 * width, 4 * width * i)
+                own = self._queries(q, i, 1)
                 mask = c.view_2d(ctx, slot.mask, shape.cells, 1, element * shape.cells, element * shape.cells * i)
             columns.append(self._matmuls(q=own, k=k, v=v, mask=mask) if cache.transposed else self._flash(own, k, v, mask, 1))
         return self._side_by_side(columns)
@@ -226,7 +243,8 @@ class Builder:
         if cache.transposed:
             row = 2 * cache.capacity
             return int(c.view_3d(self.ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv, row, row * h.head_dim, 0))
-        return int(c.view_3d(self.ctx, cache.values[layer], h.head_dim, shape.cells, h.n_head_kv, 2 * h.kv_width, 2 * h.head_dim, 0))
+        row = 2 * h.head_dim
+        return int(c.view_3d(self.ctx, cache.values[layer], h.head_dim, shape.cells, h.n_head_kv, row, row * cache.capacity, 0))
 
     def _flash(self, q: int, k: int, v: int, mask: int, tokens: int) -> int:
         """Flash attention of queries [D, H, tokens] over keys and values [D, N, G]; returns [H*D, tokens]."""
@@ -250,6 +268,9 @@ class Builder:
 
     def swiglu(self, x: int, prefix: str) -> int:
         """down(silu(gate x) * up x)."""
+        both = self.linears(x, prefix, ("ffn_gate", "ffn_up"))
+        if both is not None:
+            return self.linear(c.swiglu(self.ctx, both), f"{prefix}.ffn_down")
         up, gate = self.linear(x, f"{prefix}.ffn_up"), self.linear(x, f"{prefix}.ffn_gate")
         return self.linear(c.swiglu_split(self.ctx, gate, up), f"{prefix}.ffn_down")
 

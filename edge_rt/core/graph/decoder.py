@@ -38,12 +38,7 @@ def build(b: Builder, family: Family, *, logits: bool) -> int | None:
         prefix, last = f"blk.{layer}", layer == h.n_layer - 1
         x = b.border(x, prefix)
         normed = b.rms_norm(x, f"{prefix}.attn_norm.weight")
-        q, k, v = b.qkv(normed, prefix)
-        if family.qk_norm:
-            q = b.rms_norm(q, f"{prefix}.attn_q_norm.weight")
-            k = b.rms_norm(k, f"{prefix}.attn_k_norm.weight")
-        q, k = b.rope(q, family.rope_mode, factors), b.rope(k, family.rope_mode, factors)
-        b.expand(q)
+        q, k, v = rotated(b, normed, prefix, family, factors)
         b.store(layer, k, v)
         if last and not logits:
             return None
@@ -55,3 +50,24 @@ def build(b: Builder, family: Family, *, logits: bool) -> int | None:
         fed = experts(b, normed, prefix) if h.n_expert else b.swiglu(normed, prefix)
         x = c.add(b.ctx, fed, x)
     return b.head(b.border(x, "head"))
+
+
+def rotated(b: Builder, x: int, prefix: str, family: Family, factors: int | None) -> tuple[int, int, int]:
+    """Queries [D, H, T] and keys [D, G, T] by position, and values [D, G, T], of normalised hidden states x [E, T]."""
+    n_head, n_kv = b.hyper.n_head, b.hyper.n_head_kv
+    together = b.qkv(x, prefix)
+    if together is not None and not family.qk_norm:  # heads are rotated alike, whether of queries or of keys
+        both = b.rope(b.heads(together, 0, n_head + n_kv), family.rope_mode, factors)
+        b.expand(both)
+        flat = c.reshape_2d(b.ctx, both, b.hyper.head_dim * (n_head + n_kv), b.n_tokens)
+        return b.heads(flat, 0, n_head), b.heads(flat, n_head, n_kv), b.heads(together, n_head + n_kv, n_kv)
+    if together is not None:
+        q, k, v = b.heads(together, 0, n_head), b.heads(together, n_head, n_kv), b.heads(together, n_head + n_kv, n_kv)
+    else:
+        q, k, v = (b.heads(b.linear(x, f"{prefix}.attn_{part}"), 0, n) for part, n in (("q", n_head), ("k", n_kv), ("v", n_kv)))
+    if family.qk_norm:
+        q = b.rms_norm(q, f"{prefix}.attn_q_norm.weight")
+        k = b.rms_norm(k, f"{prefix}.attn_k_norm.weight")
+    q, k = b.rope(q, family.rope_mode, factors), b.rope(k, family.rope_mode, factors)
+    b.expand(q)
+    return q, k, v

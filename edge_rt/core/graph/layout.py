@@ -49,6 +49,10 @@ class _NoWeights:
         """Never called."""
         raise AssertionError(f"attention asked for the weight {name}")
 
+    def joined(self, names: tuple[str, ...]) -> int | None:
+        """None."""
+        return None
+
 
 def _fastest(hyper: Hyper, key_type: int, backend: ggml.Handle, *, transposed: bool) -> float:
     """Seconds of one layer's attention of one token: the least of several, which a busy neighbour disturbs least."""

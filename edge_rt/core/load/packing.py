@@ -22,10 +22,12 @@ from edge_rt.native import ggml, memory
 if TYPE_CHECKING:
     from edge_rt.core.load.header import Header, TensorInfo
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"EDGEPACK"
 SMALL = 256 * 1024
 """Unpackable tensors of a packed unit up to this size (norms, biases) are copied along, so that a unit is one sequential read."""
+JOINED = tuple(f"{part}.{kind}" for kind in ("weight", "bias") for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"))
+"""What shares its input stands side by side at the front of a block, so that graphs can take it as one matrix."""
 _PREFIX = struct.Struct("<8sII")
 _ALIGNMENT = 64
 
@@ -74,12 +76,18 @@ def plan(header: Header) -> Plan | None:
     position = 0
     for names in units.values():
         position = -(-position // memory.PAGE) * memory.PAGE
-        for name in names:
+        for name in sorted(names, key=_rank):
             info = sources[name]
             if name in kernels or (info.nbytes <= SMALL and name != "token_embd.weight"):
                 entries.append(Entry(name, info.type, info.shape, position, info.nbytes, name in kernels))
                 position = -(-(position + info.nbytes) // _ALIGNMENT) * _ALIGNMENT
     return Plan(tuple(entries), -(-position // memory.PAGE) * memory.PAGE)
+
+
+def _rank(name: str) -> int:
+    """Sorts JOINED to the front of a unit and leaves the rest as it is."""
+    part = name.split(".", 2)[-1]
+    return JOINED.index(part) if part in JOINED else len(JOINED)
 
 
 def _sources(header: Header) -> dict[str, TensorInfo]:
