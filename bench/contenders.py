@@ -54,12 +54,12 @@ class Ours:
     def feed(self, tokens: Sequence[int]) -> Any:
         (logits,) = self._engine.step([Part(self._sequence, tokens)])
         assert logits is not None, "a step with the last token's logits"
-        return logits[0]
+        return np.asarray(logits[0])
 
     def feed_all(self, tokens: Sequence[int]) -> Any:
         (logits,) = self._engine.step([Part(self._sequence, tokens, "all")])
         assert logits is not None, "a step with all logits"
-        return logits.copy()
+        return np.array(logits)
 
     def truncate(self, length: int) -> None:
         self._engine.truncate(self._sequence, length)

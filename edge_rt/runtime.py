@@ -23,8 +23,10 @@ from edge_rt.native.llama import Vocab
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edge_rt.core.assemble.pipeline import Pipeline
-    from edge_rt.core.engine import Logits
     from edge_rt.guarded import PluginContextPolicy
     from edge_rt.hooks import EngineOptions
     from edge_rt.registry import EngineChoice, Registry
@@ -225,7 +227,7 @@ class Model:
 
         return tokenize_messages(self.vocab, prompt)
 
-    def logits(self, tokens: Sequence[int]) -> Logits:
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""
         if not tokens:
             raise OptionError("logits of no tokens were asked for; give at least one")
@@ -238,7 +240,7 @@ class Model:
                 for start in range(0, len(tokens), LOGITS_CHUNK):
                     (part,) = self.engine.step([Part(sequence, tokens[start : start + LOGITS_CHUNK], "all")])
                     assert part is not None, "all rows were asked for"
-                    rows.append(part.copy())
+                    rows.append(np.array(part))
             finally:
                 self.engine.free_sequence(sequence)
         return np.concatenate(rows)

@@ -7,6 +7,8 @@ import json
 import sys
 import time
 
+import numpy as np
+
 import edge_rt
 import edge_rt.core.ggml_engine
 import edge_rt.session  # opening a model imports these: the other program, too, has its imports behind it when the clock starts
@@ -39,7 +41,7 @@ def feed(tokens: list[int]) -> int:
     """Append tokens and return the likeliest next one."""
     (logits,) = engine.step([Part(sequence, tokens)])
     assert logits is not None
-    return int(logits[0].argmax())
+    return int(np.asarray(logits[0]).argmax())
 
 
 token = feed(list(range(100, 100 + prompt_tokens)))

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Logits = npt.NDArray[np.float32]
-else:
-    Logits = object  # the real type needs NumPy, which is not imported here
+    Row = memoryview[float] | npt.NDArray[np.float32]
+    """Logits after one token: float32 [n_vocab]."""
 
 Wanted = Literal["none", "last", "all"]
 
@@ -26,6 +25,29 @@ class Part(NamedTuple):
     sequence: int
     tokens: Sequence[int]
     logits: Wanted = "last"
+
+
+class Logits(Protocol):
+    """Float32 [rows, n_vocab]. NumPy arrays are such; ``np.asarray`` makes one of any other, without a copy.
+
+    No more than this is asked, so that an engine need not import NumPy (40 ms) for the first token of a process.
+    """
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Row:
+        """One row, in place."""
+        ...
+
+    def copy(self) -> Logits:
+        """The same in memory of its own."""
+        ...
+
+    def __array__(self) -> npt.NDArray[np.float32]:
+        """All rows, in place where that is possible."""
+        ...
 
 
 class EngineInfo(NamedTuple):
@@ -83,7 +105,7 @@ class Engine(Protocol):
     def step(self, parts: Sequence[Part]) -> list[Logits | None]:
         """Feed every part and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
 
-        The arrays are valid until the next call. Raises ContextError if a sequence would outgrow ``max_context``
+        They are valid until the next call. Raises ContextError if a sequence would outgrow ``max_context``
         (then no sequence has changed), ModelChanged, OutOfMemory, NativeError.
         """
         ...

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-
 from edge_rt import config
 from edge_rt.core.context.kv import KvCache, next_capacity, padded
 from edge_rt.core.decode.governor import Governor
@@ -25,6 +23,7 @@ from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
 from edge_rt.errors import ContextError, OptionError, SessionFileError, UnsupportedModel
 from edge_rt.native import abi, ggml, logs
+from edge_rt.native.rows import Rows
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Logits
@@ -153,7 +152,7 @@ class GgmlEngine:
         self._file.check_unchanged()
         self._check(parts)
         pending = self._plan(parts)
-        results: list[list[Logits]] = [[] for _ in parts]
+        results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
             logits = self._run(run)
             if logits is None:
@@ -161,12 +160,12 @@ class GgmlEngine:
             row = 0
             for piece in run:
                 if piece.rows:
-                    rows = logits[row : row + len(piece.rows)]
+                    rows = logits.part(row, len(piece.rows))
                     results[piece.part].append(rows if number == len(pending) - 1 else rows.copy())
                     row += len(piece.rows)
-        return [None if not r else r[0] if len(r) == 1 else np.concatenate(r) for r in results]
+        return [None if not r else r[0] if len(r) == 1 else Rows.joined(r) for r in results]
 
-    def _repeat(self, part: Part) -> Logits | None:
+    def _repeat(self, part: Part) -> Rows | None:
         """The step after the last: one more token of the one sequence that was decoding, through the same graph.
 
         Nearly all steps are this one, and Python's share of a step is what it touches: its caches are cold after a whole model
@@ -215,8 +214,8 @@ class GgmlEngine:
                 start, room = start + take, room - take
         return [run for run in runs if run]
 
-    def _run(self, run: Sequence[_Piece]) -> Logits | None:
-        """Evaluate one graph; logits are a view valid until the next."""
+    def _run(self, run: Sequence[_Piece]) -> Rows | None:
+        """Evaluate one graph; logits are valid until the next."""
         shapes, slots = [], []
         for piece in run:
             cache = self._room(piece.sequence, len(piece.tokens))

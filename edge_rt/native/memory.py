@@ -18,6 +18,16 @@ _FADV_WILLNEED, _FADV_DONTNEED = 3, 4
 _LOW_BIT = bytes(i & 1 for i in range(256))  # mincore defines only the lowest bit of each byte
 
 
+class _Buffer(C.Structure):
+    """struct Py_buffer, of the stable ABI."""
+
+    _fields_ = (
+        ("buf", C.c_void_p), ("obj", C.c_void_p), ("len", C.c_ssize_t), ("itemsize", C.c_ssize_t), ("readonly", C.c_int),
+        ("ndim", C.c_int), ("format", C.c_char_p), ("shape", C.c_void_p), ("strides", C.c_void_p), ("suboffsets", C.c_void_p),
+        ("internal", C.c_void_p),
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def _libc() -> Any:
     libc = C.CDLL(None, use_errno=True)
@@ -119,7 +129,8 @@ def release(address: int, size: int, fd: int, offset: int) -> None:
 
 
 def address_of(buffer: Any) -> int:
-    """Address of a readable buffer's first byte (a read-only mmap included)."""
-    import numpy as np
-
-    return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
+    """Address of a readable buffer's first byte (a read-only mmap included, which ctypes' own ``from_buffer`` refuses)."""
+    view = _Buffer()
+    C.pythonapi.PyObject_GetBuffer(C.py_object(buffer), C.byref(view), 0)  # raises TypeError, BufferError
+    C.pythonapi.PyBuffer_Release(C.byref(view))
+    return int(view.buf or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from edge_rt.hooks import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edge_rt.hooks import ModelFile, Wanted
+    from edge_rt.hooks import Logits, ModelFile, Wanted
 
 _MISUSE = (EdgeError, LookupError, ValueError)  # what use after free or close may raise: anything but silence or a crash
 
@@ -72,10 +72,9 @@ class EngineConformance:
     def test_returns_the_rows_that_were_asked_for(self, engine: Engine) -> None:
         tokens = _tokens(engine, 9)
         with _sequences(engine, 3) as (a, b, c):
-            none, last, all_ = engine.step([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
+            none, *wanted = engine.step([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
             assert none is None
-            assert last is not None
-            assert all_ is not None
+            last, all_ = map(_rows, wanted)
             assert last.shape == (1, engine.info.n_vocab)
             assert all_.shape == (9, engine.info.n_vocab)
             assert last.dtype == all_.dtype == np.float32
@@ -304,11 +303,14 @@ def _sequences(engine: Engine, n: int) -> Iterator[list[int]]:
         engine.free_sequence(sequence)
 
 
-def _rows(result: Any) -> npt.NDArray[np.float32]:
+def _rows(result: Logits | None) -> npt.NDArray[np.float32]:
     """A part's logits, kept beyond the next step."""
     assert result is not None, "logits were asked for and did not come"
-    kept: npt.NDArray[np.float32] = result.copy()
-    return kept
+    whole = np.array(result)
+    for form in (result, result.copy()):
+        assert len(form) == len(whole)
+        assert all(np.array_equal(form[i], row, equal_nan=True) for i, row in enumerate(whole)), "a row alone differs"
+    return whole
 
 
 def _feed(engine: Engine, sequence: int, tokens: Sequence[int], size: int | None = None, want: Wanted = "all") -> npt.NDArray[np.float32]:

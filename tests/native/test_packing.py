@@ -45,7 +45,7 @@ def run(model: Path, progress: Any = None) -> tuple[Any, list[str]]:
     """Open, feed five tokens; logits and notices."""
     with ModelFile.open(model) as file, closing(GgmlEngine(file, EngineOptions(threads=1, context=64, progress=progress))) as engine:
         (logits,) = engine.step([Part(engine.new_sequence(), [1, 2, 3, 4, 5], "all")])
-        return logits.copy(), engine.notices
+        return np.array(logits), engine.notices
 
 
 def packing_steps(seen: list[tuple[str, int, int]]) -> int:

@@ -48,7 +48,7 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
 
 def logits(engine: GgmlEngine, tokens: list[int]) -> Any:
     (found,) = engine.step([Part(engine.new_sequence(), tokens, "all")])
-    return found.copy()
+    return np.array(found)
 
 
 def settle(condition: Callable[[], bool]) -> bool:

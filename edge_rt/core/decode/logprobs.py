@@ -10,16 +10,17 @@ import numpy as np
 from edge_rt.errors import NativeError, OptionError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from edge_rt.core.engine import Row
 
 
-def token_logprobs(logits: npt.NDArray[np.float32], token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+def token_logprobs(row: Row, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     """The natural log-probability of ``token`` and the ``n`` likeliest tokens with theirs, best first (ties: the lowest id).
 
-    ``logits`` is float32 [n_vocab]. Stable: the maximum is taken off in float32 (exact for nearby values), the exponentials are
+    ``row`` is float32 [n_vocab]. Stable: the maximum is taken off in float32 (exact for nearby values), the exponentials are
     summed in float64; the result is good to about 1e-6. A token with logit -inf has log-probability -inf.
     Raises OptionError for a token out of range or a negative ``n``, NativeError for logits with NaN or +inf.
     """
+    logits = np.asarray(row)
     if n < 0:
         raise OptionError(f"logprobs is {n}; allowed: 0 (off) or more")
     if not 0 <= token < logits.size:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edge_rt.core.assemble.writer import Writer
     from edge_rt.core.decode.sampling import Sampler
     from edge_rt.core.decode.speculation import NgramDrafter
-    from edge_rt.core.engine import Logits
+    from edge_rt.core.engine import Logits, Row
     from edge_rt.native.llama import Vocab
 
 
@@ -133,13 +133,13 @@ def _step(job: Job, tokens: Sequence[int], wanted: Wanted) -> Logits | None:
             if job.engine.length(job.sequence) != len(job.fed) or not job.relieve():
                 raise
             (logits,) = job.engine.step([part])
-        # The engine's arrays live until its next step, which another session may take as soon as the lock is free.
+        # The engine's logits live until its next step, which another session may take as soon as the lock is free.
         kept = None if logits is None else logits.copy()
     job.fed.extend(tokens)
     return kept
 
 
-def _emit(job: Job, token: int, logits: Logits) -> tuple[FinishReason | None, Delta | None]:
+def _emit(job: Job, token: int, logits: Row) -> tuple[FinishReason | None, Delta | None]:
     """Count a sampled token and turn it into text; the reason if it was the last."""
     if job.vocab.is_eog(token) and not job.ignore_eos:
         return "end_of_generation", None

@@ -19,20 +19,18 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from edge_rt.errors import ConstraintError, NativeError, OptionError
 from edge_rt.native import samplers
 from edge_rt.native.llama import c, check_llama_abi
-from edge_rt.native.samplers import Candidates, Chain
+from edge_rt.native.samplers import Candidates, Chain, likeliest
 from edge_rt.types import SamplingParams
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from edge_rt.core.decode.constraints import Constraint
+    from edge_rt.core.engine import Row
     from edge_rt.native.llama import Vocab
 
 GREEDY_BELOW = 1e-6
@@ -63,14 +61,14 @@ def check_params(params: SamplingParams, n_vocab: int) -> None:
     """Raise OptionError for the first parameter that is out of range, naming it, its value and what is allowed."""
     for name, (kind, low, high, allowed) in _RANGES.items():
         value: Any = getattr(params, name)
-        right = isinstance(value, (int, np.integer) if kind is int else (int, float, np.number)) and not isinstance(value, bool)
+        right = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
         if not right or not low <= value <= high:  # NaN compares false
             raise OptionError(f"{name} is {value!r}; allowed: {allowed}")
     seed = params.seed
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not -1 <= seed < 2**32):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not -1 <= seed < 2**32):
         raise OptionError(f"seed is {seed!r}; allowed: 0 to {2**32 - 2}, or none for a fresh one")
     for token, bias in params.logit_bias.items():
-        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < n_vocab:
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < n_vocab:
             raise OptionError(f"logit_bias names token {token!r}; allowed: 0 to {n_vocab - 1}")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not (abs(bias) <= MAX_BIAS or bias == -math.inf):
             raise OptionError(f"logit_bias of token {token} is {bias!r}; allowed: {-MAX_BIAS:.0f} to {MAX_BIAS:.0f}, or -inf to ban it")
@@ -112,6 +110,7 @@ class Sampler:
         self._argmax = self._greedy and not stages
         self._candidates = Candidates(self._n_vocab) if self._chain is not None else None
         self._sampled: int | None = None  # what the constraint is known to allow next
+        self._began = False
 
     def _history_stages(self, context: int, ban_eog: bool) -> tuple[list[int], bool]:
         """Samplers that change logits, and whether any of them looks back."""
@@ -152,7 +151,7 @@ class Sampler:
 
     # ---- one token ---------------------------------------------------------------------------------------------------
 
-    def sample(self, logits: npt.NDArray[np.float32]) -> int:
+    def sample(self, logits: Row) -> int:
         """Choose a token from float32 logits [n_vocab]. The state changes only by the random numbers drawn; call ``accept`` next.
 
         Raises NativeError if the logits hold NaN or +inf or nothing else than -inf, ConstraintError if the grammar allows none.
@@ -164,21 +163,22 @@ class Sampler:
         self._sampled = token
         return token
 
-    def _best(self, logits: npt.NDArray[np.float32]) -> int:
+    def _best(self, logits: Row) -> int:
         """The likeliest token (ties: the lowest id), after looking at what no sampler can cope with."""
         if logits.shape != (self._n_vocab,):
             raise NativeError(f"logits have shape {logits.shape}, this vocabulary has {self._n_vocab} tokens")
-        best = int(logits.argmax())  # NumPy stops at the first NaN
+        best = likeliest(logits, more=self._began)
+        self._began = True
         if not math.isfinite(logits[best]):
             raise NativeError(f"the logits hold {logits[best]} at token {best}; the model file or the computation is damaged")
         return best
 
-    def _choose(self, logits: npt.NDArray[np.float32]) -> int:
+    def _choose(self, logits: Row) -> int:
         candidates, chain = self._scratch()
         candidates.fill(logits)
         return self._apply(chain, candidates)
 
-    def _choose_allowed(self, logits: npt.NDArray[np.float32]) -> int:
+    def _choose_allowed(self, logits: Row) -> int:
         """The first choice was against the grammar: apply the grammar to all candidates and choose again (as llama.cpp does)."""
         candidates, chain = self._scratch()
         candidates.fill(logits)

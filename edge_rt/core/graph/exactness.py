@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edge_rt import config
 from edge_rt.core.remember import Remembered
 from edge_rt.native import ggml
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
 c = ggml.c
@@ -50,6 +49,8 @@ def exact_columns(matrices: Iterable[int], backend: ggml.Handle, most: int) -> i
 
 def _exact_columns(matrix: int, backend: ggml.Handle, most: int) -> int:
     """The same for one matrix, by trying."""
+    import numpy as np
+
     width = int(ggml.fields(matrix).ne[0])
     data = np.random.default_rng(0).standard_normal((most, width)).astype(np.float32)
     singles = [_product(matrix, column[None], backend)[0] for column in data]

@@ -103,10 +103,10 @@ def _rope(whole: _Reader, head_dim: int) -> Rope:
 
 def _yarn_attention_factor(scale: float, kind: str) -> float:
     """llama.cpp's float32 arithmetic (llama-context.cpp): YaRN's magnitude term, and the division that cancels ggml's own."""
-    import numpy as np
-
     if kind != "yarn":
         return 1.0
+    import numpy as np
+
     one, tenth = np.float32(1.0), np.float32(0.1)
     factor = one / np.float32(scale)
     magnitude = one if factor <= 1 else tenth * np.log(factor, dtype=np.float32) + one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,13 +12,13 @@ from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInpu
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import OutOfMemory
 from edge_rt.native import ggml
+from edge_rt.native.rows import Rows, elements
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from edge_rt.native.rows import Kind
 
 c = ggml.c
-_HALF_MINUS_INFINITY = 0xFC00
+_MINUS_INFINITY = {"H": b"\x00\xfc", "f": b"\x00\x00\x80\xff"}  # half and single precision, little-endian as GGUF is
 _NODES_PER_LAYER, _NODES_PER_QUERY, _NODES_PER_EXPERT = 64, 24, 3  # generous: libggml aborts when a context is full
 INPUT_BYTES = 48 * 1024 * 1024
 """Cached graphs are dropped, oldest first, beyond this many bytes of inputs."""
@@ -30,6 +31,18 @@ class Slot(NamedTuple):
     start: int
     tokens: Sequence[int]
     rows: Sequence[int]
+
+
+class _SlotMemory(NamedTuple):
+    """A slot's inputs: ``cells`` [t]; ``elements`` [t, KV], a NumPy array, where values are transposed; ``mask`` [t * N].
+
+    ``mask_rows`` is N times "may be seen" and then N times "may not": each row of a mask is a piece of it.
+    """
+
+    cells: memoryview[int]
+    elements: Any
+    mask: memoryview[Any]
+    mask_rows: memoryview[Any]
 
 
 class StepGraph:
@@ -56,10 +69,8 @@ class StepGraph:
         logits = decoder.build(builder, family, logits=n_rows > 0)
         self.segments: list[Segment] = builder.segments
         self._allocate(arena)
-        self.logits: npt.NDArray[np.float32] | None = None
-        if logits is not None:
-            self.logits = ggml.view(logits, "f4", (n_rows, hyper.n_vocab))
-        self.experts = [ggml.view(e, "i4", (int(ggml.fields(e).ne[1]), hyper.n_expert_used)) for e in builder.experts]
+        self.logits = None if logits is None else Rows.of(logits, n_rows, hyper.n_vocab)
+        self.experts = [elements(e, "i", int(ggml.fields(e).ne[1]) * hyper.n_expert_used) for e in builder.experts]
 
     def _declare_inputs(
         self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool
@@ -83,22 +94,22 @@ class StepGraph:
         return inputs, borders
 
     def _bind(self, inputs: Inputs, hyper: Hyper, n_tokens: int) -> None:
-        """NumPy views over the inputs, and what of them never changes."""
-        import numpy as np
-
-        self._tokens = ggml.view(inputs.tokens, "i4", (n_tokens,))
-        self._positions = ggml.view(inputs.positions, "i4", (n_tokens,))
-        n_rows = sum(s.rows for s in self.shapes)
-        self._rows = None if inputs.rows is None else ggml.view(inputs.rows, "i4", (n_rows,))
-        self._slots: list[tuple[Any, Any, Any]] = [
-            (
-                ggml.view(slot.cells, "i8", (shape.tokens,)),
-                ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)) if slot.elements else None,
-                ggml.view(slot.mask, "u2" if flash else "f4", (shape.tokens, shape.cells)),
+        """Views over the inputs, and what of them never changes."""
+        self._tokens = elements(inputs.tokens, "i", n_tokens)
+        self._positions = elements(inputs.positions, "i", n_tokens)
+        self._rows = None if inputs.rows is None else elements(inputs.rows, "i", sum(s.rows for s in self.shapes))
+        self._slots = []
+        for shape, slot, flash in zip(self.shapes, inputs.slots, self._flash, strict=True):
+            kind: Kind = "H" if flash else "f"
+            unseen = _MINUS_INFINITY[kind] * shape.cells
+            self._slots.append(
+                _SlotMemory(
+                    cells=elements(slot.cells, "q", shape.tokens),
+                    elements=ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)) if slot.elements else None,
+                    mask=elements(slot.mask, kind, shape.tokens * shape.cells),
+                    mask_rows=memoryview(bytes(len(unseen)) + unseen).cast(kind),
+                )
             )
-            for shape, slot, flash in zip(self.shapes, inputs.slots, self._flash, strict=True)
-        ]
-        self._element = np.arange(hyper.kv_width, dtype=np.int64)
 
     def _allocate(self, arena: ggml.Handle) -> None:
         """Give every node an address in the shared compute buffer; the largest segment decides its size first."""
@@ -110,31 +121,28 @@ class StepGraph:
 
     def advance(self, token: int, cell: int) -> None:
         """Set the inputs of a step of one token that goes into ``cell``, when the last step filled the cell before it."""
-        cells, elements, mask = self._slots[0]
+        cells, where, mask, _ = self._slots[0]
         self._tokens[0] = token
         self._positions[0] = cells[0] = cell
-        if elements is not None:
-            elements += 1
-        mask[0, cell] = 0
+        if where is not None:
+            where += 1
+        mask[cell] = 0
 
     def set_inputs(self, slots: Sequence[Slot]) -> None:
         """Fill every input for the given slots, which must have this graph's shapes."""
-        import numpy as np
-
         first = row = 0
-        for slot, shape, flash, (cells, elements, mask) in zip(slots, self.shapes, self._flash, self._slots, strict=True):
-            n, start = shape.tokens, slot.start
-            self._tokens[first : first + n] = slot.tokens
-            here = np.arange(start, start + n)
-            self._positions[first : first + n] = here
-            cells[:] = here
-            if elements is not None:
-                np.add(self._element * slot.cache.capacity, here[:, None], out=elements)
-            mask.fill(_HALF_MINUS_INFINITY if flash else -np.inf)
-            for i in range(n):
-                mask[i, : start + i + 1] = 0
+        for slot, shape, memory in zip(slots, self.shapes, self._slots, strict=True):
+            n, here = shape.tokens, range(slot.start, slot.start + shape.tokens)
+            self._tokens[first : first + n] = array("i", slot.tokens)
+            self._positions[first : first + n] = array("i", here)
+            memory.cells[:] = array("q", here)
+            if memory.elements is not None:
+                _fill_elements(memory.elements, here, slot.cache.capacity)
+            for i, cell in enumerate(here):
+                unseen = shape.cells - cell - 1
+                memory.mask[i * shape.cells : (i + 1) * shape.cells] = memory.mask_rows[unseen : unseen + shape.cells]
             if self._rows is not None:
-                self._rows[row : row + shape.rows] = [first + r for r in slot.rows]
+                self._rows[row : row + shape.rows] = array("i", [first + r for r in slot.rows])
             first += n
             row += shape.rows
 
@@ -143,6 +151,13 @@ class StepGraph:
         self._ctx.close()
         self._input_buffer.close()
         self._input_ctx.close()
+
+
+def _fill_elements(elements: Any, cells: range, capacity: int) -> None:
+    """Where each value of each token goes in transposed values [KV, capacity]. With NumPy: these are t * KV numbers a step."""
+    import numpy as np
+
+    np.add.outer(np.arange(cells.start, cells.stop), np.arange(elements.shape[1]) * capacity, out=elements)
 
 
 class GraphCache:
