@@ -16,6 +16,7 @@ from edge_rt.hooks import (
     Engine,
     EngineFactory,
     EngineOptions,
+    GraderFactory,
     Offer,
     PostProcessor,
     PostProcessorFactory,
@@ -23,7 +24,9 @@ from edge_rt.hooks import (
 )
 
 if TYPE_CHECKING:
-    from edge_rt.hooks import ModelFile
+    from pathlib import Path
+
+    from edge_rt.hooks import Grade, ModelFile, Segment
 
 _T = TypeVar("_T")
 
@@ -99,6 +102,32 @@ class PluginContextPolicy(NamedTuple):
         if len(kept) > allowed:
             raise PluginError(f"plugin {self.plugin}: context policy {self.name} kept {len(kept)} tokens where {allowed} are allowed")
         return kept
+
+
+class PluginGraderFactory(NamedTuple):
+    """A grader factory and the plugin it came from."""
+
+    plugin: str
+    factory: GraderFactory
+
+    @property
+    def name(self) -> str:
+        """The grader's name."""
+        return self.factory.name
+
+    def start(self, weights: Path | None = None) -> Callable[[Segment], Grade]:
+        """A grader with weights from a file, or its default ones. Raises OptionError, PluginError; so does the grader."""
+        from edge_rt.hooks import Grade
+
+        function = _call(self.plugin, f"making grader {self.name}", Callable, lambda: self.factory.make(weights))
+
+        def grade(segment: Segment) -> Grade:
+            made = _call(self.plugin, f"grader {self.name}", Grade, lambda: function(segment))
+            if not isinstance(made.score, (int, float)) or not 0 <= made.score <= 1:
+                raise PluginError(f"plugin {self.plugin}: grader {self.name} gave the score {made.score}; it must be from 0 to 1")
+            return made
+
+        return grade
 
 
 class PluginPostProcessorFactory(NamedTuple):

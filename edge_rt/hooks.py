@@ -41,9 +41,13 @@ from edge_rt.errors import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import typer
 
     from edge_rt.config import available_cpus
+    from edge_rt.core.context.grading import Contribution, Grade, content_grader
+    from edge_rt.core.context.segments import Segment
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
     from edge_rt.core.ggml_engine import unsupported as ggml_unsupported
     from edge_rt.core.load.model_file import ModelFile
@@ -62,8 +66,12 @@ Basis = Literal["measured", "simulated", "projected", "unknown"]
 
 # What plugins may use of the core but few need: imported when first asked for, because it costs start-up time.
 _LAZY = {
+    "Contribution": ("edge_rt.core.context.grading", "Contribution"),
+    "Grade": ("edge_rt.core.context.grading", "Grade"),
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
+    "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
+    "content_grader": ("edge_rt.core.context.grading", "content_grader"),
     "ggml_unsupported": ("edge_rt.core.ggml_engine", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
     "install_native_log": ("edge_rt.native.logs", "install"),
@@ -188,6 +196,18 @@ class ContextPolicy(Protocol):
         ...
 
 
+class GraderFactory(NamedTuple):
+    """Makes a grader: a function that says how much would be lost with a segment of a conversation.
+
+    ``make`` is given a file of weights, whose form is the grader's own affair, or None for the default ones;
+    it raises OptionError for a bad file. The same segment must always get the same grade.
+    """
+
+    name: str
+    make: Callable[[Path | None], Callable[[Segment], Grade]]
+    description: str = ""
+
+
 # ---- post-processing -------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +265,14 @@ class HookSpecs:
         """
 
     @hookspec
+    def edge_rt_graders(self) -> Iterable[GraderFactory]:  # type: ignore[empty-body]
+        """Context: graders, which say what segments of a conversation a full context can best do without.
+
+        Called once per registry, when a grader is first needed. ``GraderFactory.make`` is called for each use of a grader, the
+        function it returns once per segment. The built-in one is ``content``.
+        """
+
+    @hookspec
     def edge_rt_post_processors(self) -> Iterable[PostProcessorFactory]:  # type: ignore[empty-body]
         """Assemble: text transducers a request may name.
 
@@ -274,12 +302,15 @@ __all__ = [
     "Cancelled",
     "ContextError",
     "ContextPolicy",
+    "Contribution",
     "Device",
     "EdgeError",
     "Engine",
     "EngineFactory",
     "EngineInfo",
     "EngineOptions",
+    "Grade",
+    "GraderFactory",
     "HookSpecs",
     "Logits",
     "MemoryReport",
@@ -294,11 +325,13 @@ __all__ = [
     "PostProcessor",
     "PostProcessorFactory",
     "Refusal",
+    "Segment",
     "SessionFileError",
     "UnsupportedModel",
     "UserError",
     "Wanted",
     "available_cpus",
+    "content_grader",
     "ggml_unsupported",
     "hookimpl",
     "hookspec",

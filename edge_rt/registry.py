@@ -14,7 +14,7 @@ import pluggy
 
 from edge_rt import entry_points as installed
 from edge_rt.errors import PluginError, UnsupportedModel
-from edge_rt.guarded import PluginContextPolicy, PluginDevice, PluginEngineFactory, PluginPostProcessorFactory, failure
+from edge_rt.guarded import PluginContextPolicy, PluginDevice, PluginEngineFactory, PluginGraderFactory, PluginPostProcessorFactory, failure
 from edge_rt.hooks import (
     API_VERSION,
     ENTRY_POINT_GROUP,
@@ -22,6 +22,7 @@ from edge_rt.hooks import (
     Device,
     EngineFactory,
     EngineOptions,
+    GraderFactory,
     HookSpecs,
     Offer,
     PostProcessorFactory,
@@ -40,6 +41,7 @@ BUILT_INS = {
     "context_refuse": "edge_rt.plugins.context_refuse",
     "cpu": "edge_rt.plugins.cpu",
     "ggml": "edge_rt.plugins.ggml",
+    "grader_content": "edge_rt.plugins.grader_content",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
 }
 _OWN_DISTRIBUTION = "edge-rt"
@@ -133,6 +135,10 @@ class Registry:
         """Context policies by name."""
         return self._collect("edge_rt_context_policies", ContextPolicy, PluginContextPolicy)
 
+    def graders(self) -> Mapping[str, PluginGraderFactory]:
+        """Grader factories by name."""
+        return self._collect("edge_rt_graders", GraderFactory, PluginGraderFactory)
+
     def post_processors(self) -> Mapping[str, PluginPostProcessorFactory]:
         """Post-processor factories by name."""
         return self._collect("edge_rt_post_processors", PostProcessorFactory, PluginPostProcessorFactory)
@@ -140,6 +146,10 @@ class Registry:
     def context_policy(self, name: str) -> PluginContextPolicy:
         """A context policy by name. Raises PluginError."""
         return self._named("context policy", self.context_policies(), name)
+
+    def grader(self, name: str) -> PluginGraderFactory:
+        """A grader factory by name. Raises PluginError."""
+        return self._named("grader", self.graders(), name)
 
     def post_processor(self, name: str) -> PluginPostProcessorFactory:
         """A post-processor factory by name. Raises PluginError."""

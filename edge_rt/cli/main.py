@@ -25,6 +25,7 @@ COMMANDS = {
     "pull": "edge_rt.cli.pull",
     "models": "edge_rt.cli.models",
     "inspect": "edge_rt.cli.inspect_model",
+    "context": "edge_rt.cli.context",
     "plugins": "edge_rt.cli.plugins",
     "doctor": "edge_rt.cli.doctor",
     "bench": "edge_rt.cli.bench",

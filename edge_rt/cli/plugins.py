@@ -58,6 +58,7 @@ def facts(registry: Registry) -> dict[str, Any]:
         "device": registry.devices(),
         "engine": registry.engines(),
         "context policy": registry.context_policies(),
+        "grader": registry.graders(),
         "post-processor": registry.post_processors(),
     }
     plugins = [{**status._asdict(), "offers": list(_offers(status.name, kinds))} for status in registry.plugins]

@@ -22,10 +22,13 @@ from edge_rt.hooks import (
     Device,
     EngineFactory,
     EngineOptions,
+    Grade,
+    GraderFactory,
     HookSpecs,
     Offer,
     PostProcessor,
     PostProcessorFactory,
+    Segment,
     hookimpl,
 )
 from edge_rt.registry import BUILT_INS, Registry
@@ -85,6 +88,22 @@ def test_edge_rt_context_policies() -> None:
         return [Newest()]
 
     assert list(load(edge_rt_context_policies=edge_rt_context_policies).context_policy("newest").fit([1, 2, 3], 2)) == [2, 3]
+
+
+def test_edge_rt_graders() -> None:
+    made = []
+
+    def make(weights: Path | None) -> Callable[[Segment], Grade]:
+        made.append(weights)
+        return lambda segment: Grade(1 / (1 + len(segment.text)))
+
+    def edge_rt_graders() -> list[GraderFactory]:
+        return [GraderFactory("short", make, "the shorter the better")]
+
+    factory = load(edge_rt_graders=edge_rt_graders).grader("short")
+    assert made == []
+    assert factory.start(Path("w.ini"))(Segment(0, "user", "abc", 0, 3, "message")) == Grade(0.25)
+    assert made == [Path("w.ini")]
 
 
 def test_edge_rt_post_processors() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from edge_rt import entry_points, registry
 from edge_rt.errors import AbiMismatch, ContextError, OptionError, PluginError, UnsupportedModel
-from edge_rt.hooks import API_VERSION, EngineOptions, Offer, PostProcessorFactory, Refusal, hookimpl
+from edge_rt.hooks import API_VERSION, EngineOptions, Grade, GraderFactory, Offer, PostProcessorFactory, Refusal, Segment, hookimpl
 from edge_rt.registry import BUILT_INS, PluginStatus, Registry
 from edge_rt.testing.null_device import NullDevice, NullEngine, NullPlugin
 
@@ -99,6 +99,7 @@ def test_built_ins_work_and_are_registered_like_a_strangers() -> None:
     assert "cpu" in found.devices()
     assert "llama_cpp" in found.engines()
     assert "refuse" in found.context_policies()
+    assert "content" in found.graders()
 
 
 def test_the_table_of_built_ins_is_the_distributions_entry_points() -> None:
@@ -433,7 +434,7 @@ def test_opening_passes_typed_errors_and_names_the_plugin_in_others() -> None:
         found.engines()["wrong"].open(MODEL, OPTIONS)
 
 
-# ---- context policies, post-processors, commands, passes -------------------------------------------------------------
+# ---- context policies, graders, post-processors, commands, passes ------------------------------------------------------
 
 
 def test_the_built_in_policy_refuses_what_does_not_fit() -> None:
@@ -449,6 +450,32 @@ def test_a_policy_is_held_to_what_is_allowed() -> None:
         found.context_policy("all").fit([1, 2, 3, 4], 3)
     with pytest.raises(PluginError, match="no context policy named none, there is all"):
         found.context_policy("none")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_raise(OSError("no lexicon")), "plugin a: making grader odd raised OSError: no lexicon"),
+        (lambda weights: None, "plugin a: making grader odd returned NoneType"),
+        (lambda weights: _raise(KeyError("x")), "plugin a: grader odd raised KeyError: 'x'"),
+        (lambda weights: lambda segment: 0.5, "plugin a: grader odd returned float"),
+        (lambda weights: lambda segment: Grade(1.5), "plugin a: grader odd gave the score 1.5; it must be from 0 to 1"),
+        (lambda weights: lambda segment: Grade("high"), "plugin a: grader odd gave the score high; it must be from 0 to 1"),
+        (lambda weights: lambda segment: Grade(float("nan")), "plugin a: grader odd gave the score nan; it must be from 0 to 1"),
+    ],
+)
+def test_what_a_grader_does_wrong_names_its_plugin(make: Any, message: str) -> None:
+    found = load(a=plugin(edge_rt_graders=lambda: [GraderFactory("odd", make)]))
+    with pytest.raises(PluginError, match=message):
+        found.grader("odd").start()(Segment(0, "user", "hi", 0, 2, "message"))
+    with pytest.raises(PluginError, match="no grader named none, there is odd"):
+        found.grader("none")
+
+
+def test_a_graders_own_errors_go_through_unchanged() -> None:
+    found = load(a=plugin(edge_rt_graders=lambda: [GraderFactory("odd", _raise(OptionError("no such file")))]))
+    with pytest.raises(OptionError, match=r"^no such file$"):
+        found.grader("odd").start()
 
 
 def _processor(feed: Any = None, flush: Any = None) -> Any:

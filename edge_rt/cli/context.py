@@ -1,0 +1,123 @@
+"""`edge-rt context explain`: a conversation as the context window sees it. Needs no model and no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edge_rt.cli.generation import read_text
+from edge_rt.cli.options import JsonOption, argument, option
+from edge_rt.cli.output import write, write_json
+from edge_rt.errors import OptionError
+from edge_rt.types import Message
+
+if TYPE_CHECKING:
+    from edge_rt.core.context.protection import Protection
+    from edge_rt.core.context.segments import Segment
+    from edge_rt.hooks import Grade
+
+HELP = """Show a conversation's segments, their grades and what makes them.
+
+Grades say which segments a full context can best do without; protected ones must stay.
+FILE holds messages, as a JSON list or one a line, or a request {"messages": [...], "tools": [...]}, or else plain text.
+
+\b
+Examples:
+  edge-rt context explain talk.json
+  edge-rt context explain letter.txt --weights mine.ini
+  edge-rt context explain talk.json --json | jq -r 'select(.score < 0.1) | .text'
+"""
+
+_SHOWN = 100  # characters of a segment
+
+
+class Options(JsonOption):
+    """The command's options."""
+
+    action: str = argument(metavar="explain", help="What to do: explain.")
+    file: str = argument(metavar="FILE", help="The conversation; - for standard input.")
+    grader: str = option("content", "--grader NAME", "Grader, as `edge-rt plugins` names it.")
+    weights: str | None = option(None, "--weights FILE", "Weights for the grader instead of its own.")
+    json: bool = option(False, "--json", "Write one JSON object a segment.")
+
+
+class Explained(NamedTuple):
+    """A segment with its grade and why it is protected, if it is."""
+
+    segment: Segment
+    grade: Grade
+    protected: tuple[Protection, ...]
+
+
+def run(options: Options) -> int:
+    """Grade and print."""
+    if options.action != "explain":
+        raise OptionError(f"edge-rt context has no action {options.action!r}; write edge-rt context explain FILE")
+    from edge_rt.registry import Registry
+
+    messages, tools = parse(read_text(options.file, "the conversation"))
+    grade = Registry.load().grader(options.grader).start(None if options.weights is None else Path(options.weights))
+    for entry in explained(messages, tools, grade):
+        if options.json:
+            write_json(_record(entry))
+        else:
+            write(_text(entry))
+    return 0
+
+
+def explained(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], grade: Callable[[Segment], Grade]) -> Iterator[Explained]:
+    """Each segment of a conversation with its grade. Raises OptionError for messages that are none."""
+    from edge_rt.core.context.protection import protections
+    from edge_rt.core.context.segments import segments
+
+    found = segments(messages, tools)
+    return (Explained(segment, grade(segment), protected) for segment, protected in zip(found, protections(found), strict=True))
+
+
+def parse(text: str) -> tuple[list[Message], list[Mapping[str, Any]]]:
+    """Messages and tool schemas from JSON, JSON lines or plain text. Raises OptionError for a request without a list of messages."""
+    value = _json(text)
+    if value is None:
+        return [{"role": "user", "content": text}], []
+    if isinstance(value, list):
+        value = {"messages": value}
+    elif "role" in value:  # JSON lines, of which there is one
+        value = {"messages": [value]}
+    messages, tools = value.get("messages"), value.get("tools") or []
+    if not isinstance(messages, list) or not isinstance(tools, list):
+        raise OptionError('the conversation is JSON but no messages; give a list such as [{"role": "user", "content": "Hello"}]')
+    return messages, tools
+
+
+def _json(text: str) -> dict[str, Any] | list[Any] | None:
+    """The list or object that a text is, or the objects on its lines, or None: it is something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except (ValueError, RecursionError):
+            return None
+        if not all(isinstance(line, dict) for line in value):
+            return None
+    return value if value and isinstance(value, (dict, list)) else None
+
+
+def _record(entry: Explained) -> dict[str, Any]:
+    """What --json writes of a segment."""
+    grade = entry.grade
+    features = [{**part._asdict(), "value": round(part.value, 2), "points": round(part.points, 4)} for part in grade.contributions]
+    return {**entry.segment._asdict(), "score": round(grade.score, 4), "features": features, "protected": list(entry.protected)}
+
+
+def _text(entry: Explained) -> str:
+    """A segment in three lines: where and how much, its beginning, and why."""
+    segment, grade, protected = entry
+    where = "tool schema" if segment.kind == "schema" else f"message {segment.message}, {segment.role}"
+    head = f"{grade.score:.2f}  {where}, {segment.kind}, characters {segment.start} to {segment.end}"
+    head += f"; protected: {', '.join(protected)}" if protected else ""
+    beginning = repr(segment.text[:_SHOWN]) + (" ..." if len(segment.text) > _SHOWN else "")  # repr: a terminal obeys what it shows
+    why = ", ".join(f"{part.feature} {part.value:g} ({part.points:+.2f})" for part in grade.contributions)
+    return f"{head}\n      {beginning}\n      {why or 'nothing that the grader counts'}\n"
