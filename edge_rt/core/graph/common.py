@@ -163,19 +163,40 @@ class Builder:
         return int(c.add(self.ctx, y, bias) if bias else y)
 
     def heads(self, x: int, first: int, count: int) -> int:
-        """Heads [D, count, T] out of the rows of x [W, T], from head ``first`` on."""
-        size, row = 4 * self.hyper.head_dim, int(ggml.fields(x).nb[1])
+        """Heads [D, count, T] out of contiguous x [W, T] or [D, heads, T], from head ``first`` on."""
+        size, shape = 4 * self.hyper.head_dim, ggml.fields(x).ne
+        row = 4 * shape[0] * shape[1] * shape[2] // self.n_tokens
         return int(c.view_3d(self.ctx, x, self.hyper.head_dim, count, self.n_tokens, size, row, first * size))
 
-    def qkv(self, x: int, prefix: str) -> int | None:
-        """Queries, keys and values before rotation in one tensor [H*D + 2*KV, T], from fused weights or such that lie side by side."""
+    def qkv(self, x: int, prefix: str) -> tuple[int, int, int]:
+        """Queries [D, H, T], keys and values [D, G, T] before rotation, in as few products as the weights' places in memory allow."""
+        n_head, n_kv = self.hyper.n_head, self.hyper.n_head_kv
+        y = self._fused(x, prefix) or self.linears(x, prefix, ("attn_q", "attn_k", "attn_v"))
+        if y is not None:
+            return self.heads(y, 0, n_head), self.heads(y, n_head, n_kv), self.heads(y, n_head + n_kv, n_kv)
+        k = self.heads(self.linear(x, f"{prefix}.attn_k"), 0, n_kv)
+        y = self.linears(x, prefix, ("attn_q", "attn_v"))  # neighbours in most files: names are sorted, and attn_output comes before
+        if y is not None:
+            return self.heads(y, 0, n_head), k, self.heads(y, n_head, n_kv)
+        return self.heads(self.linear(x, f"{prefix}.attn_q"), 0, n_head), k, self.heads(self.linear(x, f"{prefix}.attn_v"), 0, n_kv)
+
+    def _fused(self, x: int, prefix: str) -> int | None:
+        """The product with weights that are one tensor in the file."""
         if not self.weights.get(f"{prefix}.attn_qkv.weight"):
-            return self.linears(x, prefix, ("attn_q", "attn_k", "attn_v"))
+            return None
         y = self.linear(x, f"{prefix}.attn_qkv")
         if not self.weights.get(f"{prefix}.attn_qkv.bias") and self.weights.get(f"{prefix}.attn_q.bias"):
             parts = [self.weights.require(f"{prefix}.attn_{p}.bias") for p in "qkv"]
             y = c.add(self.ctx, y, c.concat(self.ctx, c.concat(self.ctx, parts[0], parts[1], 0), parts[2], 0))
         return y
+
+    def beside(self, q: int, k: int) -> int | None:
+        """Queries and keys as one tensor [D, H+G, T], None if they are not parts of one in this order."""
+        a, b = ggml.fields(q), ggml.fields(k)
+        if not a.view_src or a.view_src != b.view_src or b.view_offs != a.view_offs + a.ne[1] * a.nb[1]:
+            return None
+        heads = self.hyper.n_head + self.hyper.n_head_kv
+        return int(c.view_3d(self.ctx, a.view_src, self.hyper.head_dim, heads, self.n_tokens, a.nb[1], a.nb[2], a.view_offs))
 
     def store(self, layer: int, k: int, v: int) -> None:
         """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""

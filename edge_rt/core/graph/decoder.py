@@ -54,20 +54,14 @@ def build(b: Builder, family: Family, *, logits: bool) -> int | None:
 
 def rotated(b: Builder, x: int, prefix: str, family: Family, factors: int | None) -> tuple[int, int, int]:
     """Queries [D, H, T] and keys [D, G, T] by position, and values [D, G, T], of normalised hidden states x [E, T]."""
-    n_head, n_kv = b.hyper.n_head, b.hyper.n_head_kv
-    together = b.qkv(x, prefix)
-    if together is not None and not family.qk_norm:  # heads are rotated alike, whether of queries or of keys
-        both = b.rope(b.heads(together, 0, n_head + n_kv), family.rope_mode, factors)
-        b.expand(both)
-        flat = c.reshape_2d(b.ctx, both, b.hyper.head_dim * (n_head + n_kv), b.n_tokens)
-        return b.heads(flat, 0, n_head), b.heads(flat, n_head, n_kv), b.heads(together, n_head + n_kv, n_kv)
-    if together is not None:
-        q, k, v = b.heads(together, 0, n_head), b.heads(together, n_head, n_kv), b.heads(together, n_head + n_kv, n_kv)
-    else:
-        q, k, v = (b.heads(b.linear(x, f"{prefix}.attn_{part}"), 0, n) for part, n in (("q", n_head), ("k", n_kv), ("v", n_kv)))
+    q, k, v = b.qkv(x, prefix)
     if family.qk_norm:
         q = b.rms_norm(q, f"{prefix}.attn_q_norm.weight")
         k = b.rms_norm(k, f"{prefix}.attn_k_norm.weight")
+    elif both := b.beside(q, k):  # heads are rotated alike, whether of queries or of keys
+        both = b.rope(both, family.rope_mode, factors)
+        b.expand(both)
+        return b.heads(both, 0, b.hyper.n_head), b.heads(both, b.hyper.n_head, b.hyper.n_head_kv), v
     q, k = b.rope(q, family.rope_mode, factors), b.rope(k, family.rope_mode, factors)
     b.expand(q)
     return q, k, v
