@@ -32,6 +32,7 @@ GOOD = [
     ("pull", ["--sha256", "00", "https://example.org/x.gguf"]),
     ("models", ["--json"]),
     ("inspect", ["x.gguf", "--tensors"]),
+    ("context", ["explain", "-", "--json", "--grader", "content"]),
     ("plugins", []),
     ("doctor", ["--json"]),
     ("bench", ["-p", "64", "-n", "8", "-r", "1", "-m", "x", "--json"]),
@@ -45,6 +46,7 @@ WRONG = [
     ("run", ["--raw=yes", "hi"]),
     ("pull", []),
     ("inspect", ["--json"]),
+    ("context", ["explain"]),
     ("chat", ["hello"]),
 ]
 
