@@ -8,9 +8,11 @@ import os
 import time
 from pathlib import Path
 
-from edge_rt.native import memory
+from edge_rt.core.load.ring import REQUEST, Source
+from edge_rt.native import ggml, memory
 
 _CHUNK = 2 << 20
+_READ = 4 * REQUEST
 
 
 def resident(path: Path) -> float:
@@ -45,23 +47,18 @@ def warm(*paths: Path) -> None:
 
 
 def bandwidth(path: Path, limit: int = 1 << 30) -> float:
-    """Bytes a second of sequential reads of 2 MB from disk: the better of through and around the page cache (O_DIRECT)."""
+    """Bytes a second of sequential reads from disk, as the pager makes them: around the page cache where the file system can."""
     drop(path)
-    rates = [_read_rate(path, 0, limit)]
-    drop(path)
-    with contextlib.suppress(OSError):  # a file system without direct reads: the other figure stands alone
-        rates.append(_read_rate(path, os.O_DIRECT, limit))
-    return max(rates)
-
-
-def _read_rate(path: Path, flags: int, limit: int) -> float:
-    descriptor = os.open(path, os.O_RDONLY | flags)
-    try:
-        with mmap.mmap(-1, _CHUNK) as scratch:  # page-aligned, as direct reads need it
-            size = min(limit, os.fstat(descriptor).st_size) // _CHUNK * _CHUNK
-            started, position = time.perf_counter(), 0
-            while position < size:
-                position += os.preadv(descriptor, [scratch], position)
-            return position / (time.perf_counter() - started)
-    finally:
-        os.close(descriptor)
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        source = stack.enter_context(contextlib.closing(Source(descriptor)))
+        scratch = memory.map_large(_READ)
+        stack.callback(memory.unmap, scratch, _READ)
+        memory.fill_zero(scratch, _READ)  # memory is not to be had for nothing; here it is had before the clock starts
+        target = ggml.memory_at(scratch, _READ)
+        size = min(limit, os.fstat(descriptor).st_size) // _READ * _READ
+        started = time.perf_counter()
+        for position in range(0, size, _READ):
+            source.read(target, position)
+        return size / (time.perf_counter() - started)

@@ -24,6 +24,15 @@ def private_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
+def disk_reads() -> int:
+    """Bytes this process has had read from disk (0 where the system does not say)."""
+    try:
+        with open("/proc/self/io") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+    except OSError:
+        return 0
+
+
 path, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 memory = int(sys.argv[4]) if len(sys.argv) > 4 else None
 
@@ -45,7 +54,7 @@ def feed(tokens: list[int]) -> int:
 
 
 token = feed(list(range(100, 100 + prompt_tokens)))
-first = time.perf_counter()
+first, read_first = time.perf_counter(), disk_reads()
 for _ in range(new_tokens):
     token = feed([token])
 end = time.perf_counter()
@@ -57,6 +66,7 @@ print(
             "open": opened - start,
             "first_token": opened - start + first - resumed,
             "decode": (end - first) / max(1, new_tokens),
+            "decode_read": disk_reads() - read_first,
             "private_open": private_open,
             "private_end": private_memory(),
             "streamed": pager.streamed_bytes if pager else 0,

@@ -260,7 +260,7 @@ class GgmlEngine:
         if self._exact is None:
             matrices = distinct_kinds(self.weights.matrices())
             # How experts group tokens depends on the data, so no probe could prove anything.
-            self._exact = 1 if self.hyper.n_expert else exact_columns(matrices, self._backend, FLASH_FROM - 1)
+            self._exact = 1 if self.hyper.n_expert else exact_columns(self._paging.held(matrices), self._backend, FLASH_FROM - 1)
         return self._exact
 
     # ---- saving ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,11 @@ from edge_rt.errors import NativeError, OutOfMemory
 
 PAGE = mmap.PAGESIZE
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
-_ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22}
+_ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22, "hugepage": 14}
 _FADV_WILLNEED, _FADV_DONTNEED = 3, 4
+_HUGE = 2 << 20
+"""The usual size of a huge page. Where it is another, pages are merely smaller."""
+_MAY_MOVE, _FIXED, _DONT_UNMAP = 1, 2, 4
 _LOW_BIT = bytes(i & 1 for i in range(256))  # mincore defines only the lowest bit of each byte
 
 
@@ -35,6 +38,9 @@ def _libc() -> Any:
     libc.mmap.restype, libc.mmap.argtypes = C.c_void_p, [C.c_void_p, C.c_size_t, C.c_int, C.c_int, C.c_int, C.c_int64]
     # int munmap(void * addr, size_t length);
     libc.munmap.restype, libc.munmap.argtypes = C.c_int, [C.c_void_p, C.c_size_t]
+    if sys.platform == "linux":
+        # void * mremap(void * old_address, size_t old_size, size_t new_size, int flags, ... /* void * new_address */);
+        libc.mremap.restype, libc.mremap.argtypes = C.c_void_p, [C.c_void_p, C.c_size_t, C.c_size_t, C.c_int, C.c_void_p]
     # int madvise(void * addr, size_t length, int advice);
     libc.madvise.restype, libc.madvise.argtypes = C.c_int, [C.c_void_p, C.c_size_t, C.c_int]
     # int mincore(void * addr, size_t length, unsigned char * vec);
@@ -79,9 +85,50 @@ def map_anonymous(size: int, address: int | None = None) -> int:
     return int(mapped)
 
 
+def map_large(size: int) -> int:
+    """``map_anonymous``, in huge pages from the first on where the system has them. Raises OutOfMemory."""
+    mapped = map_anonymous(size + _HUGE)
+    address = -(-mapped // _HUGE) * _HUGE
+    if address > mapped:
+        unmap(mapped, address - mapped)
+    unmap(address + size, mapped + _HUGE - address)  # not empty: the mapping was aligned to a page at least
+    if sys.platform == "linux":
+        advise(address, size, "hugepage")
+    return address
+
+
 def unmap(address: int, size: int) -> None:
     """Remove a mapping."""
     _libc().munmap(address, size)
+
+
+@lru_cache(maxsize=1)
+def can_move() -> bool:
+    """Whether ``move`` works here: Linux from 5.7 on."""
+    if sys.platform != "linux":
+        return False
+    address = map_anonymous(2 * PAGE)
+    try:
+        move(address, address + PAGE, PAGE)
+    except OSError:
+        return False
+    finally:
+        unmap(address, 2 * PAGE)
+    return True
+
+
+def move(address: int, target: int, size: int) -> None:
+    """Move the pages of private memory (of one mapping) over other mapped addresses, without a copy; what is left reads as zeros.
+
+    Raises OSError.
+    """
+    if _libc().mremap(address, size, size, _MAY_MOVE | _FIXED | _DONT_UNMAP, target) != target:
+        raise OSError(C.get_errno(), os.strerror(C.get_errno()))
+
+
+def fill_zero(address: int, size: int) -> None:
+    """Write zeros, which takes the memory."""
+    C.memset(address, 0, size)
 
 
 def advise(address: int, size: int, advice: str) -> bool:

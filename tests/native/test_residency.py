@@ -163,14 +163,12 @@ def test_experts_stay_within_their_budget(tmp_path: Path) -> None:
 # ---- without a model -------------------------------------------------------------------------------------------------
 
 
-def _unit(name: str, size: int) -> Unit:
-    return Unit(name, (Span(0x10000, size, -1, 0),))
-
-
 def test_shares_fit_the_budget_for_any_budget() -> None:
-    units = [_unit(f"u{i}", size * 4096) for i, size in enumerate((50, 80, 80, 20, 3))]
-    window = 2 * 80 * 4096
-    for budget in range(window, sum(u.size for u in units), 4096 * 7):
+    units = [Unit(f"u{i}", (Span((i + 1) << 20, size * 4096, -1, 0),)) for i, size in enumerate((50, 80, 80, 20, 3))]
+    least = (2 * 50 + 30 + 30) * 4096  # the two largest beside slots of the third's size
+    with pytest.raises(OptionError, match="at least 1M"):
+        divide(units, least - 1)
+    for budget in range(least, sum(u.size for u in units), 4096 * 7):
         shares = divide(units, budget)
         kept = sum(span.size for share in shares for span in share.kept)
         streamed = sorted(share.streamed_bytes for share in shares)

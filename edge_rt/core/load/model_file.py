@@ -98,7 +98,7 @@ class ModelFile:
         samples = 0
         for i in range(_SAMPLES if end > first else 0):
             at = first + (end - first) * i // _SAMPLES
-            samples = zlib.crc32(self.map[at : at + _SAMPLE_BYTES], samples)
+            samples = zlib.crc32(os.pread(self.fd, _SAMPLE_BYTES, at), samples)  # in ``map`` a pager may have put other pages
         return f"{end}-{self.identity.mtime_ns}-{self.header.crc32:08x}-{samples:08x}"
 
     def close(self) -> None:

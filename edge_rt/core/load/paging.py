@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.core.load.prefetch import Prefetcher
 from edge_rt.core.load.residency import ExpertResidency, Pager
-from edge_rt.native import memory
+from edge_rt.native import ggml, memory
 
 if TYPE_CHECKING:
     from edge_rt.core.load.weights import WeightStore
@@ -27,6 +27,9 @@ class Paging:
         self._pager: Pager | None = None
         self._prefetcher: Prefetcher | None = None
         self._experts: ExpertResidency | None = None
+        # A tied head's bytes are the embedding's rows too: what is held for one step's head is still there for the next step's rows.
+        tied = weights.get("output.weight") is None
+        self._needs = {"embedding": ("head", True), "head": ("head", False)} if tied else {}
         dense = sum(unit.size for unit in weights.units if not unit.sparse)
         if budget is not None and budget < weights.size:
             sparse_budget = max(0, budget - dense) if hyper.n_expert else 0
@@ -53,14 +56,24 @@ class Paging:
         if self._pager is None or not self._pager.streams:
             yield
             return
-        names = [name for name in self._pager.names if name == unit or (unit == "head" and name == "norm")]
-        for name in names:
-            self._pager.acquire(name)
+        name, last = self._needs.get(unit, (unit, True))
+        if name not in self._pager.names:
+            yield
+            return
+        self._pager.acquire(name)
         try:
             yield
         finally:
-            for name in names:
+            if last:
                 self._pager.done(name)
+
+    def held(self, tensors: Iterable[int]) -> Iterator[int]:
+        """The same tensors, each in memory until the next is asked for."""
+        for tensor in tensors:
+            address = ggml.fields(tensor).data
+            unit = next(u.name for u in self._weights.units if any(s.address <= address < s.address + s.size for s in u.spans))
+            with self.holding(unit):
+                yield tensor
 
     def experts_used(self, chosen: Sequence[Any]) -> None:
         """Tell the expert budget, if there is one, what each layer used: arrays of ids [T, n_expert_used], one a layer."""
@@ -78,7 +91,9 @@ class Paging:
 
     def warm(self) -> None:
         """Read dense units in forward order, in the background."""
-        if self._pager is None:
+        if self._pager:
+            self._pager.warm()
+        else:
             self._stop_prefetch()
             self._prefetcher = Prefetcher(self._weights.units, self._progress)
             self._prefetcher.start()
@@ -86,6 +101,8 @@ class Paging:
     def cool(self) -> None:
         """Give every page of the weights back."""
         self._stop_prefetch()
+        if self._pager:
+            self._pager.cool()
         for unit in self._weights.units:
             for span in unit.spans:
                 address, size, offset = span.whole_pages
