@@ -51,6 +51,11 @@ class Ours:
         self._engine = self.model.engine
         self._sequence = self._engine.new_sequence()
 
+    @property
+    def decode_flash(self) -> int:
+        """The setting of libllama whose kernels decoding uses here."""
+        return OFF if getattr(self._engine, "transposed_values", False) else ON
+
     def feed(self, tokens: Sequence[int]) -> Any:
         (logits,) = self._engine.step([Part(self._sequence, tokens)])
         assert logits is not None, "a step with the last token's logits"

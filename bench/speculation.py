@@ -22,8 +22,8 @@ _MESSAGES = [{"role": "user", "content": f"Repeat the following text word for wo
 
 
 def run(settings: Settings) -> list[Result]:
-    """Q4_0 and Q4_1, greedy."""
-    return [_run(settings, kind) for kind in ("Q4_0", "Q4_1")]
+    """Q4_0, Q8_0 and Q4_1, greedy."""
+    return [_run(settings, kind) for kind in ("Q4_0", "Q8_0", "Q4_1")]
 
 
 def _run(settings: Settings, kind: str) -> Result:

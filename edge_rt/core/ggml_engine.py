@@ -132,11 +132,16 @@ class GgmlEngine:
         """Cells in use."""
         return self._sequences[sequence].length
 
-    def _cache(self, capacity: int) -> KvCache:
-        """An empty cache in the layout that decodes fastest here."""
+    @property
+    def transposed_values(self) -> bool:
+        """Whether cached values are transposed and decoding uses matmuls, not flash attention: what is faster here, timed once."""
         if self._transposed is None:
             self._transposed = transposed_decodes_faster(self.hyper, self._key_type, self._threads, self._backend)
-        return KvCache(self.hyper, self._key_type, capacity, transposed=self._transposed)
+        return self._transposed
+
+    def _cache(self, capacity: int) -> KvCache:
+        """An empty cache in the layout that decodes fastest here."""
+        return KvCache(self.hyper, self._key_type, capacity, transposed=self.transposed_values)
 
     def _adopt(self, cache: KvCache) -> int:
         self._next += 1
