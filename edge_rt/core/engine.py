@@ -132,3 +132,46 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release everything; further calls are errors."""
         ...
+
+
+# ---- what only some engines can: asked for with isinstance -------------------------------------------------------------------
+
+
+@runtime_checkable
+class RemovesCells(Protocol):
+    """Sequences that can lose cells in the middle.
+
+    The cells that stay keep the positions they were fed at, so a gap is left there, and the next token goes on behind the last one.
+    """
+
+    def next_position(self, sequence: int) -> int:
+        """Position of the next token: ``length`` as long as no cell was removed."""
+        ...
+
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        """Forget cells [start, end) of each span (rising, apart, numbered as before the call); later cells move down.
+
+        Returns the bytes given back to the system. Raises ContextError where the model cannot.
+        """
+        ...
+
+    def renumber(self, sequence: int) -> None:
+        """Close the gaps: cell i gets position i, and cached keys are rotated to match. Raises ContextError where that is impossible."""
+        ...
+
+
+@runtime_checkable
+class MovesCells(Protocol):
+    """Sequences whose cells can leave and come back with the same logits as if they had never left."""
+
+    def export_cells(self, sequence: int, start: int, end: int) -> bytes:
+        """Cells [start, end) with their positions as bytes, for ``insert_cells`` of the same engine, model and version."""
+        ...
+
+    def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
+        """Put exported cells before cell ``at``; later cells move up. Returns how many.
+
+        Raises SessionFileError for damaged bytes, ContextError if their positions do not fit between the neighbours'
+        or the sequence would outgrow ``max_context``, OutOfMemory.
+        """
+        ...
