@@ -1,4 +1,9 @@
-"""Opening a model of more than a gigabyte whose pages are in memory, and the private memory it takes."""
+"""Opening a model of more than a gigabyte whose pages are in memory, and the private memory it takes.
+
+"Opening" ends when the engine takes tokens. libllama has read the vocabulary by then; edge-rt still reads it if an earlier opening found
+the file sound, as the first run here does, which does not count. So there is a second row, "until text can be tokenised", which ends
+when a text has been turned into tokens: with libllama that is the same moment. Private memory is taken then, vocabulary included.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +40,16 @@ def run(settings: Settings) -> list[Result]:
     opening = compare(
         "opening with warm pages", "s", samples, [Bound(DEFAULT, "at most", 0.05)], [size, *_parts(path), *seen[OURS][0]["notices"]]
     )
+    text = compare("opening with warm pages until text can be tokenised", "s", _column(seen, "text", 1.0), [])
     memory = [
         compare(f"private memory (RssAnon) {when}", "MB", _column(seen, key, 1e6), [Bound(DEFAULT, "at most", 0.15)])
         for when, key in (("after opening", "private_open"), (f"after {_NEW} tokens", "private_end"))
     ]
-    return [opening, *memory]
+    return [opening, text, *memory]
 
 
 def _remember(seen: list[dict[str, Any]], found: dict[str, Any]) -> float:
-    seen.append(found)
+    seen.append({"text": found["open"], **found})
     return float(found["open"])
 
 

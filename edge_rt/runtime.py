@@ -1,7 +1,7 @@
 """The composition root: everything is put together here and nowhere else. Runtime -> Model -> Session.
 
-Start-up is a race between the vocabulary, which libllama loads in C on a thread, and everything Python has to import (NumPy, the
-engine, sampling). So this module imports only what checking the file takes; the rest comes while the vocabulary loads.
+Start-up is a race between the vocabulary, which libllama loads in C on a thread, and everything Python has to import (the engine,
+sampling). So this module imports only what starting the vocabulary takes; the rest comes while it loads.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from edge_rt.core.context.prefix import PrefixCache
-from edge_rt.core.engine import Engine, EngineInfo, MemoryReport, Part
-from edge_rt.core.load.checked import check_metadata
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.errors import AbiMismatch, OptionError, SessionFileError, UnsupportedModel
-from edge_rt.native.llama import Vocab
-from edge_rt.types import Message
+from edge_rt.core.load import checked
+from edge_rt.core.load.model_file import ModelFile, OpenFile
+from edge_rt.errors import AbiMismatch, NativeError, OptionError, SessionFileError, UnsupportedModel
+from edge_rt.native.vocab_load import VocabLoad
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from edge_rt.core.assemble.pipeline import Pipeline
+    from edge_rt.core.engine import Engine, EngineInfo, MemoryReport
     from edge_rt.guarded import PluginContextPolicy
     from edge_rt.hooks import EngineOptions
+    from edge_rt.native.llama import Vocab
     from edge_rt.registry import EngineChoice, Registry
     from edge_rt.session import Session
+    from edge_rt.types import Message
 
 Progress = Callable[[str, int, int], None]
 LOGITS_CHUNK = 128
@@ -58,46 +58,45 @@ def open(
     ``pack``: make and use packed weights. ``policy``: what happens to a prompt that does not fit.
     ``progress`` is told (phase, done, total), on any thread.
 
+    A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
+    ``Model.vocab`` then waits for the rest of the vocabulary.
+
     Raises ModelFileError, UnsupportedModel, OptionError, PluginError, OutOfMemory, NativeError.
     """
     _check_options(context, threads, memory)
-    file = ModelFile.open(path)
-    try:
-        check_metadata(file)
-        vocabulary = _VocabularyLoad(file)
-        try:
-            from edge_rt.hooks import EngineOptions
-            from edge_rt.registry import Registry
+    with ExitStack() as undo:
+        source = OpenFile.open(path)
+        undo.callback(os.close, source.fd)
+        mark = checked.mark(source.fd)
+        sound = checked.known(mark)
+        vocabulary = _Vocabulary()
+        undo.callback(vocabulary.close)
+        if sound:  # before our header parser, which takes milliseconds too
+            vocabulary.start(source.native_path)
+        file = ModelFile.read(source)
+        undo.callback(file.map.close)
+        if not sound:
+            checked.check_metadata(file)
+            vocabulary.start(source.native_path)
+        from edge_rt.hooks import EngineOptions
+        from edge_rt.registry import Registry
 
-            plugins = registry or Registry.load()
-            choice = plugins.choose_device(device)
-            fitting = plugins.context_policy(policy)
-            options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
-            notices: list[str] = []
-            engines = plugins.choose_engine(file, options, engine, choice.offer)
-            opened = _open_engine(engines, file, options, notices, strict=engine is not None)
-        except BaseException:
-            vocabulary.discard()
-            raise
-        try:
-            _import_meanwhile(file, vocabulary)
-            vocab = _vocabulary(vocabulary, opened)
-        except BaseException:
-            opened.close()
-            raise
-    except BaseException:
-        file.close()
-        raise
-    return Model(file, opened, vocab, plugins, fitting, notices)
-
-
-def _import_meanwhile(file: ModelFile, vocabulary: _VocabularyLoad) -> None:
-    """What the first answer will need, while the vocabulary still loads on the other CPU."""
-    import edge_rt.session  # noqa: F401
-    from edge_rt.core.context import chat_template
-
-    if vocabulary.loading and isinstance(template := file.header.get("tokenizer.chat_template"), str):
-        chat_template.prepare(template)
+        plugins = registry or Registry.load()
+        choice = plugins.choose_device(device)
+        fitting = plugins.context_policy(policy)
+        options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
+        notices: list[str] = []
+        engines = plugins.choose_engine(file, options, engine, choice.offer)
+        opened = _open_engine(engines, file, options, notices, strict=engine is not None)
+        undo.callback(opened.close)
+        vocabulary.engine = opened
+        if not sound:
+            vocabulary.get()
+            if vocabulary.loaded:
+                checked.remember(mark)
+        model = Model(file, opened, vocabulary, plugins, fitting, notices)
+        undo.pop_all()
+    return model
 
 
 def _check_options(context: int | None, threads: int | None, memory: int | None) -> None:
@@ -109,40 +108,61 @@ def _check_options(context: int | None, threads: int | None, memory: int | None)
         raise OptionError(f"a memory limit of {memory} bytes is too small; give e.g. 500M")
 
 
-class _VocabularyLoad:
-    """Loads the vocabulary beside everything else: in C, without the GIL, it takes longer than the rest of opening a model."""
+class _Vocabulary:
+    """The vocabulary of the model file, loaded beside everything else; or the engine's own."""
 
-    def __init__(self, file: ModelFile) -> None:
-        self._path = file.native_path
-        self._result: Vocab | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="edge-rt-vocabulary")
-        self._thread.start()
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self._load: VocabLoad | None = None
+        self._error: NativeError | None = None
+        self._found: Vocab | None = None
 
-    def _run(self) -> None:
+    def start(self, path: str) -> None:
+        """Begin to load it. What goes wrong is told whoever asks for it: an engine may bring another."""
         try:
-            self._result = Vocab.load(self._path)
-        except BaseException as error:  # handed to whoever asks for the result
+            self._load = VocabLoad(path)
+        except NativeError as error:
             self._error = error
-
-    def result(self) -> Vocab:
-        """Wait for it. Raises what loading raised."""
-        self._thread.join()
-        if self._error:
-            raise self._error
-        assert self._result is not None, "a finished load has a result or an error"
-        return self._result
 
     @property
     def loading(self) -> bool:
-        """Whether it still goes on."""
-        return self._thread.is_alive()
+        """Whether ``get`` would wait."""
+        return self._found is None and self._load is not None and self._load.loading
 
-    def discard(self) -> None:
-        """The model will not be opened."""
-        self._thread.join()
-        if self._result:
-            self._result.close()
+    @property
+    def loaded(self) -> bool:
+        """Whether libllama has loaded it from the file."""
+        return self._load is not None and self._found is not None and self._found is self._load.vocab
+
+    def get(self) -> Vocab:
+        """Wait for it. Raises what loading raised, NativeError after ``close``."""
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+    def _find(self) -> Vocab:
+        own = getattr(self.engine, "vocab", None)
+        if own is not None:  # an engine without libllama brings its own (the null engine does)
+            return own  # type: ignore[no-any-return]
+        try:
+            if self._load is not None:
+                return self._load.result()
+            assert self._error is not None, "a load that did not start says why"
+            raise self._error
+        except AbiMismatch:  # our bindings refused the library: the engine's own bindings have opened the model
+            pointer = getattr(self.engine, "llama_model", None)
+            if pointer is None:
+                raise
+            from edge_rt.native.llama import Vocab
+
+            return Vocab.adopt(pointer, self.engine)
+
+    def close(self) -> None:
+        """Let go of it, at any moment; no thread is left behind."""
+        if self._load is not None:
+            self._load.close()
+        if self._found is not None:
+            self._found.close()
 
 
 def _open_engine(choice: EngineChoice, file: ModelFile, options: EngineOptions, notices: list[str], *, strict: bool) -> Engine:
@@ -160,23 +180,7 @@ def _open_engine(choice: EngineChoice, file: ModelFile, options: EngineOptions, 
     raise AssertionError("choose_engine returns at least one candidate")
 
 
-def _vocabulary(loading: _VocabularyLoad, engine: Engine) -> Vocab:
-    """The loaded vocabulary, or the engine's own where our bindings refused the library."""
-    own = getattr(engine, "vocab", None)
-    if own is not None:  # an engine without libllama brings its own (the null engine does)
-        loading.discard()
-        return own  # type: ignore[no-any-return]
-    try:
-        return loading.result()
-    except AbiMismatch:
-        pointer = getattr(engine, "llama_model", None)
-        if pointer is None:
-            raise
-        return Vocab.adopt(pointer, engine)
-
-
-@dataclass(frozen=True, slots=True)
-class UnitFacts:
+class UnitFacts(NamedTuple):
     """What `inspect` shows of a unit. ``resident`` is None where the system cannot say."""
 
     name: str
@@ -190,10 +194,19 @@ class Model:
     """An open model; a context manager. Several sessions may run on several threads: steps take turns."""
 
     def __init__(
-        self, file: ModelFile, engine: Engine, vocab: Vocab, registry: Registry, policy: PluginContextPolicy, notices: list[str]
+        self,
+        file: ModelFile,
+        engine: Engine,
+        vocabulary: _Vocabulary,
+        registry: Registry,
+        policy: PluginContextPolicy,
+        notices: list[str],
     ) -> None:
         """Use ``open``."""
-        self.file, self.engine, self.vocab, self.registry, self.policy = file, engine, vocab, registry, policy
+        from edge_rt.core.context.prefix import PrefixCache
+
+        self.file, self.engine, self.registry, self.policy = file, engine, registry, policy
+        self._vocabulary = vocabulary
         self.lock = threading.Lock()
         self.notices = [*notices, *getattr(engine, "notices", ())]
         self.prefixes = PrefixCache(engine, budget=self.info.max_context)
@@ -209,6 +222,11 @@ class Model:
         """Static facts."""
         return self.engine.info
 
+    @property
+    def vocab(self) -> Vocab:
+        """The vocabulary; the first use may wait until it is loaded. Raises what loading it raises (see ``open``)."""
+        return self._vocabulary.get()
+
     # ---- text and tokens ---------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
@@ -223,15 +241,19 @@ class Model:
         """Tokens of a raw text, or of messages through the model's chat template. Raises ConstraintError, OptionError."""
         if isinstance(prompt, str):
             return self.vocab.tokenize(prompt) if prompt else []
-        from edge_rt.core.context.chat_template import tokenize_messages
+        from edge_rt.core.context import chat_template
 
-        return tokenize_messages(self.vocab, prompt)
+        if self._vocabulary.loading and isinstance(template := self.file.header.get("tokenizer.chat_template"), str):
+            chat_template.prepare(template)  # meanwhile
+        return chat_template.tokenize_messages(self.vocab, prompt)
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""
         if not tokens:
             raise OptionError("logits of no tokens were asked for; give at least one")
         import numpy as np
+
+        from edge_rt.core.engine import Part
 
         rows = []
         with self.lock:
@@ -326,7 +348,7 @@ class Model:
             session.close()
         with self.lock:
             self.engine.close()
-        self.vocab.close()
+        self._vocabulary.close()
         self.file.close()
 
     def __enter__(self) -> Model:

@@ -11,7 +11,9 @@ import numpy as np
 
 import edge_rt
 import edge_rt.core.ggml_engine
-import edge_rt.session  # opening a model imports these: the other program, too, has its imports behind it when the clock starts
+import edge_rt.core.load.header
+import edge_rt.registry
+import edge_rt.runtime  # opening a model imports these: the other program, too, has its imports behind it when the clock starts
 from edge_rt.hooks import Part
 from edge_rt.native import llama
 
@@ -39,6 +41,8 @@ memory = int(sys.argv[4]) if len(sys.argv) > 4 else None
 start = time.perf_counter()
 model = edge_rt.open(path, memory=memory)
 opened = time.perf_counter()
+model.tokenize("text")  # waits for the vocabulary, which loads beside the rest
+ready = time.perf_counter()
 private_open = private_memory()
 
 resumed = time.perf_counter()
@@ -64,7 +68,8 @@ print(
     json.dumps(
         {
             "open": opened - start,
-            "first_token": opened - start + first - resumed,
+            "text": ready - start,
+            "first_token": ready - start + first - resumed,
             "decode": (end - first) / max(1, new_tokens),
             "decode_read": disk_reads() - read_first,
             "private_open": private_open,

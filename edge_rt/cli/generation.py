@@ -52,6 +52,7 @@ def opened(options: ModelOptions) -> Iterator[Model]:
             key_type=options.key_type,  # type: ignore[arg-type]  # one of the choices that check() allows
             progress=progress,
         )
+        import edge_rt.session  # what the answer needs, while the vocabulary still loads
     finally:
         progress.finish()
         gc.freeze()

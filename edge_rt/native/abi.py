@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes as C
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from edge_rt.errors import AbiMismatch, NativeError
 from edge_rt.native import ggml, libs
@@ -15,8 +15,7 @@ KNOWN_VERSIONS = ("0.25.3",)
 _OBJECT_SIZE = 32  # sizeof(struct ggml_object), part of ggml_tensor_overhead()
 
 
-@dataclass(frozen=True, slots=True)
-class AbiReport:
+class AbiReport(NamedTuple):
     """What was found. ``problem`` is None when the graph engine may run."""
 
     library: str

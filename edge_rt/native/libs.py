@@ -24,6 +24,7 @@ _NAMES = {
 }
 
 
+@lru_cache(maxsize=1)
 def library_dir() -> Path:
     """Directory of the native libraries: ``$LLAMA_CPP_LIB_PATH``, else the one inside llama-cpp-python (which is not imported).
 
@@ -35,6 +36,15 @@ def library_dir() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise NativeError("llama-cpp-python is not installed; run `pip install llama-cpp-python==0.3.36`")
     return Path(next(iter(spec.submodule_search_locations))) / "lib"
+
+
+def identity() -> str:
+    """Tells one installed libllama from another without loading it: size and time of change; empty where there is none."""
+    try:
+        found = [os.stat(library_dir() / name) for name in _NAMES.get(sys.platform, _NAMES["linux"])]
+    except (NativeError, OSError):  # whoever needs it will say so
+        return ""
+    return " ".join(f"{one.st_size}-{one.st_mtime_ns}" for one in found)
 
 
 @lru_cache(maxsize=1)

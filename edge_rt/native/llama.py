@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 
-from edge_rt.errors import AbiMismatch, ModelFileError, NativeError, OptionError
+from edge_rt.errors import AbiMismatch, NativeError, OptionError
 from edge_rt.native import ggml, logs
 from edge_rt.native.abi import KNOWN_VERSIONS
 from edge_rt.native.libs import Bindings
@@ -191,26 +191,10 @@ class Vocab:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Vocab:
-        """Open the vocabulary of a GGUF file (85 ms for 49,152 tokens, GIL released; any thread).
+        """Open the vocabulary of a GGUF file and wait for it; see ``VocabLoad``, and for what it raises."""
+        from edge_rt.native.vocab_load import VocabLoad
 
-        Weights are not read. Raises ModelFileError with libllama's own reason, AbiMismatch, NativeError.
-        A thread that runs this must not be a daemon thread: the interpreter could end in the middle of it.
-        """
-        initialise()
-        name = os.fspath(path)
-        if "\0" in name:
-            raise ModelFileError("the model's path contains a NUL character; give the path of a GGUF file")
-        params = c.model_default_params()
-        params.vocab_only, params.load_mode, params.n_gpu_layers = True, LOAD_MODE_NONE, 0
-        with logs.muted():
-            model = c.model_load_from_file(os.fsencode(name), params)
-        if not model:
-            with logs.collect_errors() as errors:  # once more, aloud, for the reason
-                model = c.model_load_from_file(os.fsencode(name), params)
-            if not model:
-                reason = errors[0].split(": ", 1)[-1] if errors else "it gave no reason"
-                raise ModelFileError(f"libllama cannot read the vocabulary of {name} ({reason}); check that it is a complete GGUF file")
-        return cls(ggml.Handle(model, c.model_free, "a vocabulary"), model)
+        return VocabLoad(path).result()
 
     @classmethod
     def adopt(cls, model_pointer: int, owner: object) -> Vocab:

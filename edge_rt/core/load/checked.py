@@ -1,36 +1,54 @@
-"""Remembers which files passed the checks of their metadata, so that opening one again does not walk its vocabulary.
+"""Remembers which files are sound, so that opening one again neither walks its metadata nor waits for its vocabulary.
 
-The mark is the file's key (size, time of change, checksums), so a file that changed is checked again.
+A file is sound once its metadata passed our checks and libllama has loaded its vocabulary. The mark names this very state of the file
+(device, inode, size, times of change: also that of its inode, which programs cannot set), this version and the installed libllama:
+when one of them changes, the file is checked again. It is known before a byte of the file is read.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_rt import __version__, config
-from edge_rt.core.load.hyperparameter_check import check_hyperparameters
-from edge_rt.core.load.vocabulary_check import check_vocabulary
-from edge_rt.core.remember import keep
+from edge_rt.native import libs
 
 if TYPE_CHECKING:
     from edge_rt.core.load.model_file import ModelFile
 
 
+def mark(fd: int) -> str:
+    """What is remembered of an open file if it turns out to be sound."""
+    found = os.fstat(fd)
+    state = f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    return f"{__version__} {state} {libs.identity()}"
+
+
+def known(mark: str) -> bool:
+    """Whether a file in this state was found sound."""
+    try:
+        return _path(mark).read_text() == mark
+    except (OSError, ValueError):
+        return False
+
+
+def remember(mark: str) -> None:
+    """The file was sound. Where nothing can be written, it is checked again next time."""
+    from edge_rt.core.remember import keep
+
+    keep(_path(mark), mark)
+
+
 def check_metadata(file: ModelFile) -> None:
-    """Check all that native code relies on, once for each file. Raises ModelFileError or UnsupportedModel."""
-    mark = f"{__version__} {file.key()}"
-    path = config.cache_dir() / "checked" / f"{zlib.crc32(mark.encode()):08x}"
-    if _read(path) == mark:
-        return
+    """Check all that native code relies on. Raises ModelFileError or UnsupportedModel."""
+    from edge_rt.core.load.hyperparameter_check import check_hyperparameters
+    from edge_rt.core.load.vocabulary_check import check_vocabulary
+
     check_vocabulary(file.header)
     check_hyperparameters(file.header)
-    keep(path, mark)  # where nothing can be written, the file is checked again next time
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except (OSError, ValueError):
-        return None
+def _path(mark: str) -> Path:
+    return config.cache_dir() / "checked" / f"{zlib.crc32(mark.encode()):08x}"

@@ -10,10 +10,12 @@ import sys
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.core.load.header import Header, read_header
 from edge_rt.errors import ModelChanged, ModelFileError
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.header import Header
 
 _SAMPLES = 8
 _SAMPLE_BYTES = 4096
@@ -42,6 +44,30 @@ class Identity(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+class OpenFile(NamedTuple):
+    """A regular file, opened for reading and not read yet; a ``ModelFile`` takes the descriptor over."""
+
+    path: Path
+    fd: int
+    identity: Identity
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> OpenFile:
+        """Open a file. Raises ModelFileError."""
+        where = Path(path)
+        fd = _open(where)
+        try:
+            return cls(where, fd, _identify(fd, where))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def native_path(self) -> str:
+        """A path by which native code opens this very file, even if another has taken its name."""
+        return f"/proc/self/fd/{self.fd}" if sys.platform == "linux" else str(self.path)
+
+
 class ModelFile:
     """An open GGUF file; a context manager.
 
@@ -49,45 +75,47 @@ class ModelFile:
     Replacing the file by rename does not disturb what is open; rewriting or truncating it in place is found by ``check_unchanged``.
     """
 
-    def __init__(self, path: Path, fd: int, mapping: mmap.mmap, header: Header, identity: Identity) -> None:
-        self.path = path
-        self.fd = fd
+    def __init__(self, source: OpenFile, mapping: mmap.mmap, header: Header) -> None:
+        self.path, self.fd, self.identity = source
+        self.native_path = source.native_path
         self.map = mapping
         self.header = header
-        self.identity = identity
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ModelFile:
         """Open, map and check a file. Raises ModelFileError, or UnsupportedModel for a sound file of another version or kind."""
-        where = Path(path)
-        fd = _open(where)
-        mapping = None
+        source = OpenFile.open(path)
         try:
-            identity = _identify(fd, where)
+            return cls.read(source)
+        except BaseException:
+            os.close(source.fd)
+            raise
+
+    @classmethod
+    def read(cls, source: OpenFile) -> ModelFile:
+        """Map and check an open file, whose descriptor stays the caller's if that fails. Raises what ``open`` raises."""
+        from edge_rt.core.load.header import read_header  # not needed before the vocabulary is on its way
+
+        where, mapping = source.path, None
+        try:
             # mmap without MAP_POPULATE: nothing is read yet. The header is read through it, page by page.
-            mapping = mmap.mmap(fd, identity.size, access=mmap.ACCESS_READ)
-            header = read_header(mapping, identity.size)
+            mapping = mmap.mmap(source.fd, source.identity.size, access=mmap.ACCESS_READ)
+            header = read_header(mapping, source.identity.size)
             _refuse_shard(header)
         except BaseException as error:
             if mapping is not None:
                 mapping.close()
-            os.close(fd)
             if isinstance(error, ModelFileError):
                 raise type(error)(f"{where}: {error}") from None
             if isinstance(error, OSError | ValueError | OverflowError):  # no mmap on this file system; cut just now; too big to address
                 raise ModelFileError(f"{where} cannot be mapped into memory: {error}; copy it to a local disk") from error
             raise
-        return cls(where, fd, mapping, header, identity)
+        return cls(source, mapping, header)
 
     def check_unchanged(self) -> None:
         """Raise ModelChanged if the open file was truncated or written to since ``open``. Costs one fstat (about a microsecond)."""
         if Identity.of(os.fstat(self.fd)) != self.identity:
             raise ModelChanged(f"{self.path} was changed while it was open; open the model again")
-
-    @property
-    def native_path(self) -> str:
-        """A path by which native code opens this very file, even if another has taken its name."""
-        return f"/proc/self/fd/{self.fd}" if sys.platform == "linux" else str(self.path)
 
     def key(self) -> str:
         """Identifies the content for caches: size, time of change, CRC-32 of the header and of a few samples of the tensor data.
@@ -134,11 +162,11 @@ def _identify(fd: int, path: Path) -> Identity:
     if stat.S_ISDIR(status.st_mode):
         models = sorted(entry.name for entry in path.glob("*.gguf"))[:3]
         hint = f"give one of its files, e.g. {path / models[0]}" if models else "give the path of a .gguf file"
-        raise ModelFileError(f"this is a directory; {hint}")
+        raise ModelFileError(f"{path}: this is a directory; {hint}")
     if not stat.S_ISREG(status.st_mode):
-        raise ModelFileError("this is a device, pipe or socket; give the path of a .gguf file")
+        raise ModelFileError(f"{path}: this is a device, pipe or socket; give the path of a .gguf file")
     if status.st_size == 0:
-        raise ModelFileError("the file is empty; download it again")
+        raise ModelFileError(f"{path}: the file is empty; download it again")
     return Identity.of(status)
 
 
