@@ -94,13 +94,10 @@ class Ring:
 
     def fill(self, spans: Sequence[Span], slot: int) -> int:
         """Lend a slot to what was overlaid, and read it from its file; returns bytes read. Raises OSError."""
-        self._take_back(slot)
         if self._moves and slot not in self._taken:  # while it is at home: there huge pages fit
             memory.fill_zero(self._homes[slot], self._size)
             self._taken.add(slot)
-        self._lent[slot] = tuple(spans)
-        for home, address, size in self._pieces(slot):
-            memory.move(home, address, size)
+        self._lend(slot, spans)
         for span in spans:
             self._sources[span.fd].read(ggml.memory_at(span.address, span.size), span.offset)
         return sum(span.size for span in spans)
@@ -108,7 +105,7 @@ class Ring:
     def clear(self) -> None:
         """Give the memory back until slots are filled again."""
         for slot in range(len(self._lent)):
-            self._take_back(slot)
+            self._lend(slot, ())
         for home in self._homes:
             memory.map_anonymous(self._size, home)
             memory.advise(home, self._size, "hugepage")
@@ -123,22 +120,27 @@ class Ring:
         for source in self._sources.values():
             source.close()
 
-    def _take_back(self, slot: int) -> None:
-        if self._moves:
-            for home, address, size in self._pieces(slot):
-                memory.move(address, home, size)
-        else:
-            for span in self._lent[slot]:
-                memory.map_anonymous(span.size, span.address)
-        self._lent[slot] = ()
-
-    def _pieces(self, slot: int) -> Iterator[tuple[int, int, int]]:
-        """(address at home, address where it is lent to, size) of the runs that move as a whole."""
+    def _lend(self, slot: int, spans: Sequence[Span]) -> None:
+        """Move a slot's pages from where they are to ``spans``, and what is too much of them home."""
+        old, self._lent[slot] = self._lent[slot], tuple(spans)
         if not self._moves:
+            for span in old:
+                memory.map_anonymous(span.size, span.address)
             return
+        home = self._homes[slot]
+        before = {position: (address, size) for position, address, size in self._pieces(slot, old)}
+        for position, address, size in self._pieces(slot, spans):
+            source, _ = before.pop(position, (home + position, size))
+            if source != address:
+                memory.move(source, address, size)
+        for position, (address, size) in before.items():
+            memory.move(address, home + position, size)
+
+    def _pieces(self, slot: int, spans: Sequence[Span]) -> Iterator[tuple[int, int, int]]:
+        """(position in the slot, address, size) of the runs that move as a whole."""
         start = 0
-        for span in self._lent[slot]:
+        for span in spans:
             end = start + span.size
             for a, b in pairwise(sorted({start, end} | {cut for cut in self._cuts[slot] if start < cut < end})):
-                yield self._homes[slot] + a, span.address + a - start, b - a
+                yield a, span.address + a - start, b - a
             start = end
