@@ -6,7 +6,7 @@
         for event in session.generate([{"role": "user", "content": "Hello"}], max_tokens=64):
             ...
 
-Importing this package loads no native library and no NumPy; opening a model does.
+Importing this package loads no native library and no NumPy; opening a model loads the first, its second token NumPy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # The runtime (NumPy, native code) is loaded when first asked for, so that `import edge_rt` stays light.
+    # The runtime (native code) is loaded when first asked for, so that `import edge_rt` stays light.
     if name == "open":
         from edge_rt.runtime import open as runtime_open
 
