@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import pluggy
 
-from edge_rt.core.engine import Engine, EngineInfo, Logits, MemoryReport, Part, Wanted
+from edge_rt.core.engine import Engine, EngineInfo, Logits, MemoryReport, MovesCells, Part, RemovesCells, Wanted
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from edge_rt.config import available_cpus
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
+    from edge_rt.core.context.positions import Positions, Run
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
     from edge_rt.core.ggml_engine import unsupported as ggml_unsupported
@@ -69,6 +70,8 @@ _LAZY = {
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
+    "Positions": ("edge_rt.core.context.positions", "Positions"),
+    "Run": ("edge_rt.core.context.positions", "Run"),
     "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
@@ -317,14 +320,18 @@ __all__ = [
     "ModelChanged",
     "ModelFile",
     "ModelFileError",
+    "MovesCells",
     "NativeError",
     "Offer",
     "OptionError",
     "OutOfMemory",
     "Part",
+    "Positions",
     "PostProcessor",
     "PostProcessorFactory",
     "Refusal",
+    "RemovesCells",
+    "Run",
     "Segment",
     "SessionFileError",
     "UnsupportedModel",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edge_rt import config
 from edge_rt.core.context.kv import KvCache, next_capacity, padded
+from edge_rt.core.context.kv_bytes import read_cells, write_cells
 from edge_rt.core.decode.governor import Governor
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
@@ -16,6 +16,7 @@ from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.layout import transposed_decodes_faster
+from edge_rt.core.graph.rotate import rotate_keys
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot, StepGraph
 from edge_rt.core.load.pack_cache import open_packed
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 _KEY_TYPES = {"f16": ggml.TYPE_F16, "q8_0": ggml.TYPE_Q8_0}
-_EXPORT = struct.Struct("<4sIIII")  # magic, cells, layers, KV width, key type
 
 
 def unsupported(file: ModelFile) -> str | None:
@@ -53,13 +53,17 @@ def unsupported(file: ModelFile) -> str | None:
 
 @dataclass(slots=True)
 class _Decoding:
-    """What is needed to repeat the last step one cell on: ``next`` is the cell it would fill, below ``limit``."""
+    """What is needed to repeat the last step one cell on: ``next`` is the cell it would fill, below ``limit``.
+
+    ``ahead``: by how much positions are ahead of cells.
+    """
 
     sequence: int
     cache: KvCache
     graph: StepGraph
     next: int
     limit: int
+    ahead: int
 
 
 class _Piece(NamedTuple):
@@ -183,10 +187,11 @@ class GgmlEngine:
         if cell != last.cache.length or cell >= last.limit or not 0 <= part.tokens[0] < self.info.n_vocab:
             return None
         self._file.check_unchanged()
-        last.graph.advance(part.tokens[0], cell)
+        last.graph.advance(part.tokens[0], cell, cell + last.ahead)
         self._choose_threads()
         ggml.compute(self._backend, last.graph.segments[0].graph)
-        last.next = last.cache.length = cell + 1
+        last.cache.positions.append(1)
+        last.next = cell + 1
         return last.graph.logits
 
     def _check(self, parts: Sequence[Part]) -> None:
@@ -196,11 +201,14 @@ class GgmlEngine:
             if part.sequence in seen:
                 raise OptionError("a step names the same sequence twice; join its tokens into one part")
             seen.add(part.sequence)
-            needed = self._sequences[part.sequence].length + len(part.tokens)
-            if needed > self.info.max_context:
-                raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
+            self._check_fits(self._sequences[part.sequence].length + len(part.tokens))
             if min(part.tokens, default=0) < 0 or max(part.tokens, default=0) >= self.info.n_vocab:
                 raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
+
+    def _check_fits(self, needed: int) -> None:
+        """Raise ContextError if a sequence would outgrow the context."""
+        if needed > self.info.max_context:
+            raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
 
     def _plan(self, parts: Sequence[Part]) -> list[list[_Piece]]:
         """Divide parts into graph runs of at most CHUNK tokens, in order."""
@@ -225,7 +233,7 @@ class GgmlEngine:
         for piece in run:
             cache = self._room(piece.sequence, len(piece.tokens))
             shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows)))
-            slots.append(Slot(cache.view, cache.length, piece.tokens, piece.rows))
+            slots.append(Slot(cache.view, cache.length, cache.positions.next, piece.tokens, piece.rows))
         graph = self._graphs.get(shapes, [slot.cache for slot in slots])
         graph.set_inputs(slots)
         self._choose_threads()
@@ -233,13 +241,13 @@ class GgmlEngine:
             with self._paging.holding(segment.unit):
                 ggml.compute(self._backend, segment.graph)
         for piece in run:
-            self._sequences[piece.sequence].length += len(piece.tokens)
+            self._sequences[piece.sequence].positions.append(len(piece.tokens))
         self._paging.experts_used(graph.experts)
         self._last = None
         if len(run) == 1 and shapes[0].tokens == shapes[0].rows == 1 and len(graph.segments) == 1 and not graph.experts:
             cache = self._sequences[run[0].sequence]
             limit = min(shapes[0].cells, cache.capacity, self.info.max_context)
-            self._last = _Decoding(run[0].sequence, cache, graph, cache.length, limit)
+            self._last = _Decoding(run[0].sequence, cache, graph, cache.length, limit, cache.positions.next - cache.length)
         return graph.logits
 
     def _choose_threads(self) -> None:
@@ -268,27 +276,53 @@ class GgmlEngine:
             self._exact = 1 if self.hyper.n_expert else exact_columns(self._paging.held(matrices), self._backend, FLASH_FROM - 1)
         return self._exact
 
-    # ---- saving ------------------------------------------------------------------------------------------------------
+    # ---- cells that leave and come back --------------------------------------------------------------------------------
+
+    def next_position(self, sequence: int) -> int:
+        """Position of the next token."""
+        return self._sequences[sequence].positions.next
+
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        """Forget cells in the middle; bytes given back. Raises ValueError for spans that do not rise within the sequence."""
+        self._last = None
+        return self._sequences[sequence].remove(spans)
+
+    def renumber(self, sequence: int) -> None:
+        """Close gaps between positions: keys are rotated back by as much as their tokens move."""
+        self._last = None
+        cache = self._sequences[sequence]
+        runs = list(cache.positions)
+        moves = [(run.cell, run.cell + run.n, -shift) for run, shift in zip(runs, cache.positions.renumbered(), strict=True)]
+        family = FAMILIES[self.hyper.architecture]
+        factors = self.weights.get("rope_freqs.weight") if family.rope_factors else None
+        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, moves, self._backend)
+
+    def export_cells(self, sequence: int, start: int, end: int) -> bytes:
+        """Cells [start, end) as bytes."""
+        return write_cells(self._sequences[sequence], self.hyper, self._key_type, start, end)
+
+    def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
+        """Put exported cells before cell ``at``; see ``MovesCells``."""
+        positions, cells = read_cells(data, self.hyper, self._key_type)
+        self._check_fits(self._sequences[sequence].length + positions.length)
+        self._last = None
+        self._room(sequence, positions.length).insert(at, positions, cells)
+        return positions.length
 
     def export_sequence(self, sequence: int) -> bytes:
-        """Cells as bytes, with their sizes in front."""
-        cache = self._sequences[sequence]
-        return _EXPORT.pack(b"EKV1", cache.length, self.hyper.n_layer, self.hyper.kv_width, self._key_type) + cache.export()
+        """All cells as bytes."""
+        return self.export_cells(sequence, 0, self.length(sequence))
 
     def import_sequence(self, data: bytes | memoryview) -> int:
         """Open a sequence from exported bytes. Raises SessionFileError."""
-        view = memoryview(data)
-        if len(view) < _EXPORT.size:
-            raise SessionFileError("the saved session is cut short; start a new session")
-        magic, length, layers, width, key_type = _EXPORT.unpack(view[: _EXPORT.size])
-        if magic != b"EKV1" or (layers, width, key_type) != (self.hyper.n_layer, self.hyper.kv_width, self._key_type):
-            raise SessionFileError("the saved session has another shape or key type than this model; start a new session")
-        if length > self.info.max_context:
-            raise SessionFileError(f"the saved session holds {length} tokens, the context {self.info.max_context}; raise --ctx")
-        cache = self._cache(next_capacity(0, length + 1, self.info.max_context))
+        positions, cells = read_cells(data, self.hyper, self._key_type)
+        if positions.length > self.info.max_context:
+            raise SessionFileError(f"the saved session holds {positions.length} tokens, the context {self.info.max_context}; raise --ctx")
+        cache = self._cache(next_capacity(0, positions.length + 1, self.info.max_context))
         try:
-            cache.load(view[_EXPORT.size :], length)
-        except SessionFileError:
+            cache.positions.next = positions.next
+            cache.insert(0, positions, cells)
+        except BaseException:
             cache.close()
             raise
         return self._adopt(cache)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -22,20 +21,20 @@ from edge_rt.hooks import (
     Refusal,
     SessionFileError,
 )
+from edge_rt.testing.cells_conformance import CellsConformance
+from edge_rt.testing.feeding import feed, feed_new, kept_rows, sequences, tokens_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edge_rt.hooks import Logits, ModelFile, Wanted
+    from edge_rt.hooks import ModelFile
 
 _MISUSE = (EdgeError, LookupError, ValueError)  # what use after free or close may raise: anything but silence or a crash
 
 
-class EngineConformance:
+class EngineConformance(CellsConformance):
     """Subclass with fixtures ``engine_factory`` and ``model``."""
 
-    tolerance: ClassVar[float] = 1e-3
-    """Largest mean |difference| / mean |logits| between two ways to feed the same tokens; 0 asks for equal bits."""
     options: ClassVar[EngineOptions] = EngineOptions(context=640, threads=1)
     """What the engine is opened with; ``context`` must be at least 64, and 40 more than its ``chunk`` for all tests to run."""
 
@@ -70,11 +69,11 @@ class EngineConformance:
         assert min(info.n_vocab, info.n_layer, info.n_embd, info.chunk) > 0
 
     def test_returns_the_rows_that_were_asked_for(self, engine: Engine) -> None:
-        tokens = _tokens(engine, 9)
-        with _sequences(engine, 3) as (a, b, c):
+        tokens = tokens_of(engine, 9)
+        with sequences(engine, 3) as (a, b, c):
             none, *wanted = engine.step([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
             assert none is None
-            last, all_ = map(_rows, wanted)
+            last, all_ = map(kept_rows, wanted)
             assert last.shape == (1, engine.info.n_vocab)
             assert all_.shape == (9, engine.info.n_vocab)
             assert last.dtype == all_.dtype == np.float32
@@ -84,137 +83,137 @@ class EngineConformance:
         assert engine.step([]) == []
 
     def test_logits_depend_on_every_token_before(self, engine: Engine) -> None:
-        tokens = _tokens(engine, 12)
-        whole = _feed_new(engine, tokens)
+        tokens = tokens_of(engine, 12)
+        whole = feed_new(engine, tokens)
         for changed in (0, 6, 10):
             other = [*tokens]
             other[changed] = (other[changed] + 1) % engine.info.n_vocab
-            assert not np.array_equal(whole[-1], _feed_new(engine, other)[-1]), f"token {changed} makes no difference"
+            assert not np.array_equal(whole[-1], feed_new(engine, other)[-1]), f"token {changed} makes no difference"
 
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
     def test_any_division_gives_the_same_logits(self, engine: Engine, size: int) -> None:
-        tokens = _tokens(engine, 40)
-        self._assert_close(_feed_new(engine, tokens, size), _feed_new(engine, tokens))
+        tokens = tokens_of(engine, 40)
+        self._assert_close(feed_new(engine, tokens, size), feed_new(engine, tokens))
 
     def test_a_part_longer_than_a_chunk(self, engine: Engine) -> None:
         chunk = engine.info.chunk
         if chunk + 40 > engine.info.max_context:
             pytest.skip(f"a chunk of {chunk} tokens and 40 more do not fit the context; raise options.context")
-        tokens = _tokens(engine, chunk + 40)
-        self._assert_close(_feed_new(engine, tokens), _feed_new(engine, tokens, chunk))
+        tokens = tokens_of(engine, chunk + 40)
+        self._assert_close(feed_new(engine, tokens), feed_new(engine, tokens, chunk))
 
     def test_several_sequences_in_one_step_equal_one_by_one(self, engine: Engine) -> None:
-        texts = [_tokens(engine, n, seed=n) for n in (17, 5, 11)]
-        alone = [_feed_new(engine, text) for text in texts]
-        with _sequences(engine, 3) as sequences:
+        texts = [tokens_of(engine, n, seed=n) for n in (17, 5, 11)]
+        alone = [feed_new(engine, text) for text in texts]
+        with sequences(engine, 3) as opened:
             rows: list[list[npt.NDArray[np.float32]]] = [[], [], []]
             for start in range(0, 17, 4):  # shorter ones drop out on the way, as finished requests do
                 live = [i for i in range(3) if start < len(texts[i])]
-                results = engine.step([Part(sequences[i], texts[i][start : start + 4], "all") for i in live])
+                results = engine.step([Part(opened[i], texts[i][start : start + 4], "all") for i in live])
                 for i, result in zip(live, results, strict=True):
-                    rows[i].append(_rows(result))
+                    rows[i].append(kept_rows(result))
             for got, expected in zip(rows, alone, strict=True):
                 self._assert_close(np.concatenate(got), expected)
 
     def test_a_fork_and_its_source_do_not_touch_each_other(self, engine: Engine) -> None:
-        tokens, left, right = _tokens(engine, 24), _tokens(engine, 8, seed=2), _tokens(engine, 8, seed=3)
+        tokens, left, right = tokens_of(engine, 24), tokens_of(engine, 8, seed=2), tokens_of(engine, 8, seed=3)
         if not self._can_go_back(engine):
             return
         source = engine.new_sequence()
-        _feed(engine, source, tokens)
+        feed(engine, source, tokens)
         fork = engine.fork_sequence(source, 16)
         assert (engine.length(source), engine.length(fork)) == (24, 16)
-        got_left, got_right = _feed(engine, fork, left), _feed(engine, source, right)
+        got_left, got_right = feed(engine, fork, left), feed(engine, source, right)
         engine.free_sequence(source)
-        after = _feed(engine, fork, right)
+        after = feed(engine, fork, right)
         engine.free_sequence(fork)
-        self._assert_close(got_left, _feed_new(engine, tokens[:16] + left)[16:])
-        self._assert_close(got_right, _feed_new(engine, tokens + right)[24:])
-        self._assert_close(after, _feed_new(engine, tokens[:16] + left + right)[24:])
+        self._assert_close(got_left, feed_new(engine, tokens[:16] + left)[16:])
+        self._assert_close(got_right, feed_new(engine, tokens + right)[24:])
+        self._assert_close(after, feed_new(engine, tokens[:16] + left + right)[24:])
 
     def test_a_fork_of_everything_and_of_nothing(self, engine: Engine) -> None:
-        tokens, more = _tokens(engine, 10), _tokens(engine, 4, seed=2)
-        with _sequences(engine, 1) as (source,):
-            _feed(engine, source, tokens)
+        tokens, more = tokens_of(engine, 10), tokens_of(engine, 4, seed=2)
+        with sequences(engine, 1) as (source,):
+            feed(engine, source, tokens)
             whole, empty = engine.fork_sequence(source, 10), engine.fork_sequence(source, 0)
-            self._assert_close(_feed(engine, whole, more), _feed_new(engine, tokens + more)[10:])
-            self._assert_close(_feed(engine, empty, more), _feed_new(engine, more))
+            self._assert_close(feed(engine, whole, more), feed_new(engine, tokens + more)[10:])
+            self._assert_close(feed(engine, empty, more), feed_new(engine, more))
             engine.free_sequence(whole)
             engine.free_sequence(empty)
 
     def test_truncated_cells_are_forgotten(self, engine: Engine) -> None:
-        tokens, more = _tokens(engine, 24), _tokens(engine, 8, seed=2)
+        tokens, more = tokens_of(engine, 24), tokens_of(engine, 8, seed=2)
         if not self._can_go_back(engine):
             return
-        with _sequences(engine, 1) as (sequence,):
-            _feed(engine, sequence, tokens)
+        with sequences(engine, 1) as (sequence,):
+            feed(engine, sequence, tokens)
             engine.truncate(sequence, 10)
             assert engine.length(sequence) == 10
-            self._assert_close(_feed(engine, sequence, more), _feed_new(engine, tokens[:10] + more)[10:])
+            self._assert_close(feed(engine, sequence, more), feed_new(engine, tokens[:10] + more)[10:])
             engine.truncate(sequence, 0)
-            self._assert_close(_feed(engine, sequence, tokens), _feed_new(engine, tokens))
+            self._assert_close(feed(engine, sequence, tokens), feed_new(engine, tokens))
 
     def _can_go_back(self, engine: Engine) -> bool:
         """Can the engine cut a sequence? One that cannot must say so, for forks and truncation alike, and change nothing."""
-        tokens, more = _tokens(engine, 6), _tokens(engine, 2, seed=2)
-        with _sequences(engine, 1) as (sequence,):
-            _feed(engine, sequence, tokens)
+        tokens, more = tokens_of(engine, 6), tokens_of(engine, 2, seed=2)
+        with sequences(engine, 1) as (sequence,):
+            feed(engine, sequence, tokens)
             try:
                 engine.truncate(sequence, 3)
             except ContextError:
                 with pytest.raises(ContextError):
                     engine.fork_sequence(sequence, 3)
                 assert engine.length(sequence) == 6
-                self._assert_close(_feed(engine, sequence, more), _feed_new(engine, tokens + more)[6:])
+                self._assert_close(feed(engine, sequence, more), feed_new(engine, tokens + more)[6:])
                 return False
             return True
 
     def test_an_imported_sequence_goes_on_like_the_exported_one(self, engine: Engine) -> None:
-        tokens, more = _tokens(engine, 20), _tokens(engine, 4, seed=2)
-        with _sequences(engine, 1) as (sequence,):
-            _feed(engine, sequence, tokens)
+        tokens, more = tokens_of(engine, 20), tokens_of(engine, 4, seed=2)
+        with sequences(engine, 1) as (sequence,):
+            feed(engine, sequence, tokens)
             data = engine.export_sequence(sequence)
-            expected = _feed(engine, sequence, more)
+            expected = feed(engine, sequence, more)
         for exported in (data, memoryview(data)):
             copy = engine.import_sequence(exported)
             assert engine.length(copy) == 20
-            self._assert_close(_feed(engine, copy, more), expected)
+            self._assert_close(feed(engine, copy, more), expected)
             engine.free_sequence(copy)
-        with _sequences(engine, 1) as (empty,):
+        with sequences(engine, 1) as (empty,):
             copy = engine.import_sequence(engine.export_sequence(empty))
             assert engine.length(copy) == 0
             engine.free_sequence(copy)
 
     def test_what_is_no_saved_sequence_is_refused(self, engine: Engine) -> None:
-        tokens = _tokens(engine, 20)
-        with _sequences(engine, 1) as (sequence,):
-            _feed(engine, sequence, tokens)
+        tokens = tokens_of(engine, 20)
+        with sequences(engine, 1) as (sequence,):
+            feed(engine, sequence, tokens)
             data = engine.export_sequence(sequence)
         cuts = {0, 1, 8, 16, 40, len(data) // 2, len(data) - 1}
         for bad in [*(data[:cut] for cut in sorted(cuts)), b"\xff" * len(data), bytes(len(data)), data + b"\0", data[1:]]:
             with pytest.raises(SessionFileError):
                 engine.import_sequence(bad)
-        self._assert_close(_feed_new(engine, tokens), _feed_new(engine, tokens))
+        self._assert_close(feed_new(engine, tokens), feed_new(engine, tokens))
 
     def test_a_step_beyond_the_context_changes_nothing(self, engine: Engine) -> None:
         context = engine.info.max_context
-        tokens, more = _tokens(engine, context - 4), _tokens(engine, 5, seed=2)
-        with _sequences(engine, 2) as (full, other):
-            _feed(engine, full, tokens)
+        tokens, more = tokens_of(engine, context - 4), tokens_of(engine, 5, seed=2)
+        with sequences(engine, 2) as (full, other):
+            feed(engine, full, tokens)
             with pytest.raises(ContextError):
                 engine.step([Part(other, more), Part(full, more)])
             assert (engine.length(full), engine.length(other)) == (context - 4, 0)
             with pytest.raises(ContextError):
                 engine.step([Part(other, [*tokens, *more])])
             assert engine.length(other) == 0
-            got = _feed(engine, full, more[:4])
+            got = feed(engine, full, more[:4])
             assert engine.length(full) == context
             with pytest.raises(ContextError):
                 engine.step([Part(full, more[:1])])
-        self._assert_close(got, _feed_new(engine, tokens + more[:4], context - 4)[-4:])
+        self._assert_close(got, feed_new(engine, tokens + more[:4], context - 4)[-4:])
 
     def test_tokens_outside_the_vocabulary_are_refused(self, engine: Engine) -> None:
-        with _sequences(engine, 1) as (sequence,):
+        with sequences(engine, 1) as (sequence,):
             for bad in (-1, engine.info.n_vocab, 1 << 40):
                 with pytest.raises(OptionError):
                     engine.step([Part(sequence, [1, bad])])
@@ -225,22 +224,22 @@ class EngineConformance:
         rows = min(engine.exact_rows(), 16)
         assert rows >= 1
         for seed in range(self.exact_texts if rows > 1 else 0):
-            before, tokens, after = (_tokens(engine, n, seed=3 * seed + i) for i, n in enumerate((8, rows, 1)))
-            with _sequences(engine, 1) as (single,):
-                _feed(engine, single, before)
-                one_by_one = _feed(engine, single, tokens, 1)
-                next_ = _feed(engine, single, after)
+            before, tokens, after = (tokens_of(engine, n, seed=3 * seed + i) for i, n in enumerate((8, rows, 1)))
+            with sequences(engine, 1) as (single,):
+                feed(engine, single, before)
+                one_by_one = feed(engine, single, tokens, 1)
+                next_ = feed(engine, single, after)
             for n in sorted({2, (rows + 2) // 2, rows}):
-                with _sequences(engine, 1) as (joint,):
-                    _feed(engine, joint, before)
-                    together = _feed(engine, joint, tokens[:n])
-                    _feed(engine, joint, tokens[n:], 1)
+                with sequences(engine, 1) as (joint,):
+                    feed(engine, joint, before)
+                    together = feed(engine, joint, tokens[:n])
+                    feed(engine, joint, tokens[n:], 1)
                     same = np.array_equal(together.view(np.uint32), one_by_one[:n].view(np.uint32))
                     assert same, f"text {seed}: {n} rows at once differ from one by one, exact_rows() is {rows} or more"
-                    assert np.array_equal(_feed(engine, joint, after), next_), f"text {seed}: after {n} rows at once the cache differs"
+                    assert np.array_equal(feed(engine, joint, after), next_), f"text {seed}: after {n} rows at once the cache differs"
 
     def test_a_freed_sequence_is_gone_and_its_memory_back(self, engine: Engine) -> None:
-        tokens = _tokens(engine, 30)
+        tokens = tokens_of(engine, 30)
         gone = engine.new_sequence()
         engine.free_sequence(gone)
         for use in (lambda: engine.step([Part(gone, [1])]), lambda: engine.length(gone), lambda: engine.free_sequence(gone)):
@@ -248,7 +247,7 @@ class EngineConformance:
                 use()
         before = engine.memory().cache
         for _ in range(40):
-            _feed_new(engine, tokens)
+            feed_new(engine, tokens)
         assert engine.memory().cache == before
 
     def test_opens_sequences_until_it_says_no(self, engine: Engine) -> None:
@@ -261,11 +260,11 @@ class EngineConformance:
         assert len(set(opened)) == len(opened)
         for sequence in opened:
             engine.free_sequence(sequence)
-        _feed_new(engine, _tokens(engine, 4))
+        feed_new(engine, tokens_of(engine, 4))
 
     def test_the_memory_report_adds_up(self, engine: Engine) -> None:
-        with _sequences(engine, 1) as (sequence,):
-            _feed(engine, sequence, _tokens(engine, 30))
+        with sequences(engine, 1) as (sequence,):
+            feed(engine, sequence, tokens_of(engine, 30))
             report = engine.memory()
         counts = [count for count in report if count is not None]
         assert all(isinstance(count, int) and count >= 0 for count in counts)
@@ -275,54 +274,8 @@ class EngineConformance:
     def test_closing_twice_is_harmless_and_use_after_it_an_error(self, engine_factory: EngineFactory, model: ModelFile) -> None:
         engine = engine_factory.open(model, self.options)
         sequence = engine.new_sequence()
-        _feed(engine, sequence, _tokens(engine, 4))
+        feed(engine, sequence, tokens_of(engine, 4))
         engine.close()
         engine.close()
         with pytest.raises(_MISUSE):
             engine.step([Part(sequence, [1])])
-
-    def _assert_close(self, got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
-        assert got.shape == expected.shape
-        if self.tolerance == 0:
-            assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), "logits are not equal to the bit"
-        error = float(np.abs(got - expected).mean() / np.abs(expected).mean())
-        assert error <= self.tolerance, f"logits differ by {error:.2g}, more than {self.tolerance:g}"
-
-
-def _tokens(engine: Engine, n: int, seed: int = 1) -> list[int]:
-    """n random tokens."""
-    return [int(token) for token in np.random.default_rng(seed).integers(0, engine.info.n_vocab, n)]
-
-
-@contextlib.contextmanager
-def _sequences(engine: Engine, n: int) -> Iterator[list[int]]:
-    """n new sequences, freed at the end."""
-    opened = [engine.new_sequence() for _ in range(n)]
-    yield opened
-    for sequence in opened:
-        engine.free_sequence(sequence)
-
-
-def _rows(result: Logits | None) -> npt.NDArray[np.float32]:
-    """A part's logits, kept beyond the next step."""
-    assert result is not None, "logits were asked for and did not come"
-    whole = np.array(result)
-    for form in (result, result.copy()):
-        assert len(form) == len(whole)
-        assert all(np.array_equal(form[i], row, equal_nan=True) for i, row in enumerate(whole)), "a row alone differs"
-    return whole
-
-
-def _feed(engine: Engine, sequence: int, tokens: Sequence[int], size: int | None = None, want: Wanted = "all") -> npt.NDArray[np.float32]:
-    """Feed tokens, ``size`` at a time, and return the logits of all: float32 [n, n_vocab]."""
-    rows = [np.empty((0, engine.info.n_vocab), np.float32)]
-    for start in range(0, len(tokens), size or len(tokens) or 1):
-        (result,) = engine.step([Part(sequence, tokens[start : start + (size or len(tokens))], want)])
-        rows.append(_rows(result))
-    return np.concatenate(rows)
-
-
-def _feed_new(engine: Engine, tokens: Sequence[int], size: int | None = None) -> npt.NDArray[np.float32]:
-    """``_feed`` with a sequence of its own."""
-    with _sequences(engine, 1) as (sequence,):
-        return _feed(engine, sequence, tokens, size)

@@ -32,7 +32,9 @@ from edge_rt.hooks import (
     Offer,
     OptionError,
     Part,
+    Positions,
     Refusal,
+    Run,
     SessionFileError,
     hookimpl,
 )
@@ -136,6 +138,7 @@ class _Sequence:
 
     tokens: list[int]
     states: list[int]
+    positions: Positions
 
 
 class NullEngine:
@@ -159,17 +162,18 @@ class NullEngine:
 
     def new_sequence(self) -> int:
         """Open an empty sequence."""
-        return self._add(_Sequence([], []))
+        return self._add(_Sequence([], [], Positions()))
 
     def fork_sequence(self, sequence: int, length: int) -> int:
         """Open a sequence that starts with the first ``length`` cells of another."""
         source = self._cut(sequence, length)
-        return self._add(_Sequence(source.tokens[:length], source.states[:length]))
+        return self._add(_Sequence(source.tokens[:length], source.states[:length], source.positions.copy(length)))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the cells from ``length`` on."""
         kept = self._cut(sequence, length)
         del kept.tokens[length:], kept.states[length:]
+        kept.positions.truncate(length)
 
     def free_sequence(self, sequence: int) -> None:
         """Forget a sequence."""
@@ -204,6 +208,7 @@ class NullEngine:
             sequence.tokens.append(int(token))
             sequence.states.append(_mix(before ^ (int(token) + 1)))
         end = len(sequence.tokens)
+        sequence.positions.append(end - first)
         wanted = {"none": range(0), "last": range(max(first, end - 1), end), "all": range(first, end)}[part.logits]
         return np.stack([self._logits(sequence, at) for at in wanted]) if wanted else None
 
@@ -229,14 +234,54 @@ class NullEngine:
         """As many as fit: the states are integers, computed one by one."""
         return self.info.max_context
 
+    def next_position(self, sequence: int) -> int:
+        """Position of the next token."""
+        return self._get(sequence).positions.next
+
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        """Forget cells in the middle; ten bytes each are given back. The states after them stay: they have seen what left."""
+        held = self._get(sequence)
+        held.positions.remove(spans)
+        for start, end in reversed(spans):
+            del held.tokens[start:end], held.states[start:end]
+        return 10 * sum(end - start for start, end in spans)
+
+    def renumber(self, sequence: int) -> None:
+        """Close the gaps."""
+        self._get(sequence).positions.renumbered()
+
+    def export_cells(self, sequence: int, start: int, end: int) -> bytes:
+        """Tokens, states and positions, under a header."""
+        held = self._get(sequence)
+        runs = held.positions.part(start, end)
+        numbers = [*(number for run in runs for number in run), held.positions.of(end)]
+        body = struct.pack(f"<{end - start}H{end - start}Q", *held.tokens[start:end], *held.states[start:end])
+        body += struct.pack(f"<{len(numbers)}I", *numbers)
+        return _HEADER.pack(_MAGIC, end - start, hashlib.blake2b(body, digest_size=16).digest(), self._identity) + body
+
+    def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
+        """Put exported cells before cell ``at``; see ``MovesCells``."""
+        held, cells = self._get(sequence), self._read(data)
+        if len(held.tokens) + len(cells.tokens) > self.info.max_context:
+            raise ContextError(f"{len(cells.tokens)} more cells do not fit the context of {self.info.max_context}")
+        held.positions.insert(at, list(cells.positions))
+        held.tokens[at:at], held.states[at:at] = cells.tokens, cells.states
+        return len(cells.tokens)
+
     def export_sequence(self, sequence: int) -> bytes:
-        """The tokens, under a header."""
-        tokens = self._get(sequence).tokens
-        body = struct.pack(f"<{len(tokens)}H", *tokens)
-        return _HEADER.pack(_MAGIC, len(tokens), hashlib.blake2b(body, digest_size=16).digest(), self._identity) + body
+        """All cells."""
+        return self.export_cells(sequence, 0, self.length(sequence))
 
     def import_sequence(self, data: bytes | memoryview) -> int:
         """Open a sequence from exported bytes. Raises SessionFileError."""
+        cells = self._read(data)
+        if len(cells.tokens) > self.info.max_context:
+            held, context = len(cells.tokens), self.info.max_context
+            raise SessionFileError(f"the saved sequence has {held} tokens, more than the context of {context}; raise --ctx")
+        return self._add(cells)
+
+    def _read(self, data: bytes | memoryview) -> _Sequence:
+        """Exported cells. Raises SessionFileError."""
         data = bytes(data)
         if len(data) < _HEADER.size or data[:8] != _MAGIC:
             raise SessionFileError("this is not a sequence saved by the null engine; save the session again")
@@ -244,14 +289,13 @@ class NullEngine:
         body = data[_HEADER.size :]
         if identity != self._identity:
             raise SessionFileError("the saved sequence belongs to another model; save the session again")
-        if len(body) != 2 * cells or hashlib.blake2b(body, digest_size=16).digest() != digest:
+        if len(body) < 10 * cells + 4 or hashlib.blake2b(body, digest_size=16).digest() != digest:
             raise SessionFileError("the saved sequence is damaged; save the session again")
-        if cells > self.info.max_context:
-            raise SessionFileError(f"the saved sequence has {cells} tokens, more than the context of {self.info.max_context}; raise --ctx")
-        sequence = self.new_sequence()
-        if cells:
-            self._feed(Part(sequence, struct.unpack(f"<{cells}H", body), "none"))
-        return sequence
+        numbers = struct.unpack_from(f"<{(len(body) - 10 * cells) // 4}I", body, 10 * cells)
+        positions = Positions([Run(*numbers[i : i + 3]) for i in range(0, len(numbers) - 1, 3)])
+        positions.next = numbers[-1]
+        tokens, states = struct.unpack_from(f"<{cells}H", body), struct.unpack_from(f"<{cells}Q", body, 2 * cells)
+        return _Sequence(list(tokens), list(states), positions)
 
     def memory(self) -> MemoryReport:
         """Ten bytes a cell: two of token, eight of state."""

@@ -41,6 +41,14 @@ class Reference:
         self._at += len(tokens)
         return np.ctypeslib.as_array(llama.llama_get_logits(self._context), shape=(len(tokens), self._n_vocab)).copy()
 
+    def remove(self, start: int, end: int, *, close_gap: bool = False) -> None:
+        """Forget positions [start, end); with ``close_gap`` later ones move down, their keys rotated."""
+        memory = llama.llama_get_memory(self._context)
+        assert llama.llama_memory_seq_rm(memory, 0, start, end)
+        if close_gap:
+            llama.llama_memory_seq_add(memory, 0, end, -1, start - end)
+            self._at -= end - start
+
     def close(self) -> None:
         llama.llama_free(self._context)
         llama.llama_model_free(self._model)

@@ -32,6 +32,18 @@ class TestLlama(_Ggml):
     pass
 
 
+class TestYarn(_Ggml):
+    @pytest.fixture
+    def model(self, random_model: Callable[..., Path]) -> Iterator[ModelFile]:
+        scaling = {"type": "yarn", "factor": 4.0, "original_context": 128}
+        with ModelFile.open(random_model("llama", rope_scaling=scaling)) as model:
+            yield model
+
+
+class TestTransposedValues(_Ggml):
+    options = EngineOptions(context=640, threads=1, extra={"ggml.transposed_values": True})
+
+
 class TestQwen2(_Ggml):
     architecture = "qwen2"
 

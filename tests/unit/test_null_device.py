@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.hooks import EngineOptions, OptionError, Part, SessionFileError
+from edge_rt.hooks import EdgeError, EngineOptions, OptionError, Part, SessionFileError
 from edge_rt.native.llama import Vocab
 from edge_rt.testing.conformance import DeviceConformance, EngineConformance
 from edge_rt.testing.null_device import BOS, EOS, EOT, NullDevice, NullEngine, NullEngineFactory, NullVocab
@@ -138,6 +138,28 @@ class _RevivesAfterClose(NullEngine):
         """Keeps on working."""
 
 
+class _ClosesGaps(NullEngine):
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        given = super().remove_cells(sequence, spans)
+        self.renumber(sequence)
+        return given
+
+
+class _RemovesWrongCells(NullEngine):
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        for start, end in spans:  # cells have moved down by the second span
+            super().remove_cells(sequence, [(start, end)] if end <= self.length(sequence) else [])
+        return 0
+
+
+class _ReturnsWithoutState(NullEngine):
+    def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
+        inserted = super().insert_cells(sequence, at, data)
+        if at + inserted < self.length(sequence):
+            self._sequences[sequence].states[-1] = 0
+        return inserted
+
+
 FAULTS = {
     _ForgetsFirstToken: "test_logits_depend_on_every_token_before",
     _ChunkBorderSlips: "test_a_part_longer_than_a_chunk",
@@ -151,6 +173,9 @@ FAULTS = {
     _LastIsFirst: "test_returns_the_rows_that_were_asked_for",
     _Leaks: "test_a_freed_sequence_is_gone_and_its_memory_back",
     _WrapsTokens: "test_tokens_outside_the_vocabulary_are_refused",
+    _ClosesGaps: "test_removed_cells_leave_a_gap",
+    _RemovesWrongCells: "test_spans_that_are_none_are_refused",
+    _ReturnsWithoutState: "test_cells_that_come_back_were_never_away",
     _RevivesAfterClose: "test_closing_twice_is_harmless_and_use_after_it_an_error",
 }
 
@@ -163,10 +188,16 @@ def _failures(fault: type[NullEngine], model: Any) -> list[str]:
         if not name.startswith("test_"):
             continue
         suite = TestNullEngine()
-        available = {"engine": fault(context=suite.options.context or 0), "engine_factory": factory, "model": model, "size": 7}
+        available = {
+            "engine": fault(context=suite.options.context or 0),
+            "engine_factory": factory,
+            "model": model,
+            "size": 7,
+            "spans": [(5, 7), (6, 8)],
+        }
         try:
             test(suite, **{key: available[key] for key in inspect.signature(test).parameters if key != "self"})
-        except (AssertionError, pytest.fail.Exception):
+        except (AssertionError, EdgeError, pytest.fail.Exception):
             failed.append(name)
     return failed
 

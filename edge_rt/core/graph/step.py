@@ -25,10 +25,11 @@ INPUT_BYTES = 48 * 1024 * 1024
 
 
 class Slot(NamedTuple):
-    """One sequence's part of a step: its cache, first free cell, tokens, and the rows of them that get logits."""
+    """One sequence's part of a step: its cache, first free cell, position there, tokens, and the rows of them that get logits."""
 
     cache: KvView
     start: int
+    position: int
     tokens: Sequence[int]
     rows: Sequence[int]
 
@@ -119,11 +120,10 @@ class StepGraph:
             if not c.gallocr_alloc_graph(arena.address, segment.graph):
                 raise OutOfMemory("no memory for the compute buffer; lower --ctx or close other programs")
 
-    def advance(self, token: int, cell: int) -> None:
+    def advance(self, token: int, cell: int, position: int) -> None:
         """Set the inputs of a step of one token that goes into ``cell``, when the last step filled the cell before it."""
         cells, where, mask, _ = self._slots[0]
-        self._tokens[0] = token
-        self._positions[0] = cells[0] = cell
+        self._tokens[0], self._positions[0], cells[0] = token, position, cell
         if where is not None:
             where += 1
         mask[cell] = 0
@@ -134,7 +134,7 @@ class StepGraph:
         for slot, shape, memory in zip(slots, self.shapes, self._slots, strict=True):
             n, here = shape.tokens, range(slot.start, slot.start + shape.tokens)
             self._tokens[first : first + n] = array("i", slot.tokens)
-            self._positions[first : first + n] = array("i", here)
+            self._positions[first : first + n] = array("i", range(slot.position, slot.position + n))
             memory.cells[:] = array("q", here)
             if memory.elements is not None:
                 _fill_elements(memory.elements, here, slot.cache.capacity)

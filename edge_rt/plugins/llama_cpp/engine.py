@@ -20,6 +20,8 @@ from edge_rt.hooks import (
     OptionError,
     OutOfMemory,
     Part,
+    Positions,
+    Run,
     SessionFileError,
     recent_native_errors,
 )
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
 CHUNK = 512
 """Tokens a call of llama_decode takes: its default physical batch."""
 
-# magic, layout version, cells, bytes of payload, digest of cells and payload, digest of what it belongs to
+# magic, layout version, cells, bytes of payload (runs of positions, then libllama's state), digests of it and of what it belongs to
 _HEADER = struct.Struct("<8sIIQ16s16s")
+_RUNS, _RUN = struct.Struct("<II"), struct.Struct("<III")  # number of runs, next position; a run
 _MAGIC = b"ERTLLAMA"
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 class LlamaCppEngine:
@@ -69,7 +72,7 @@ class LlamaCppEngine:
         self._window = lib.llama_model_n_swa(pointer)
         self._free_slots = list(range(lib.llama_n_seq_max(context) - 1, -1, -1))
         self._slots: dict[int, int] = {}  # sequence -> libllama's number for it
-        self._lengths: dict[int, int] = {}
+        self._positions: dict[int, Positions] = {}
         self._next = 0  # numbers are never handed out twice: use of a freed sequence is an error, not someone else's text
 
     # ---- sequences ---------------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class LlamaCppEngine:
             raise OutOfMemory(f"all {len(self._slots)} sequences of the llama_cpp engine are in use; close a session")
         sequence, self._next = self._next, self._next + 1
         self._slots[sequence] = self._free_slots.pop()
-        self._lengths[sequence] = 0
+        self._positions[sequence] = Positions()
         return sequence
 
     def fork_sequence(self, sequence: int, length: int) -> int:
@@ -90,30 +93,65 @@ class LlamaCppEngine:
         self._check_cut(sequence, length)
         new = self.new_sequence()
         if length:
-            self._lib.llama_memory_seq_cp(self._cells, source, self._slots[new], 0, length)
-            self._lengths[new] = length
+            copied = self._positions[sequence].copy(length)
+            self._lib.llama_memory_seq_cp(self._cells, source, self._slots[new], 0, copied.next)
+            self._positions[new] = copied
         return new
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the cells from ``length`` on. Raises ContextError where the model cannot."""
         slot = self._slot(sequence)
         self._check_cut(sequence, length)
-        if length < self._lengths[sequence]:
-            if not self._lib.llama_memory_seq_rm(self._cells, slot, length, -1):
+        if length < self.length(sequence):
+            if not self._lib.llama_memory_seq_rm(self._cells, slot, self._positions[sequence].of(length), -1):
                 raise ContextError(f"{self.info.architecture} models cannot go back to token {length}; start the session anew")
-            self._lengths[sequence] = length
+            self._positions[sequence].truncate(length)
 
     def free_sequence(self, sequence: int) -> None:
         """Release a sequence's cells for others; the cache itself stays as it is."""
         slot = self._slot(sequence)
         self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)
-        del self._slots[sequence], self._lengths[sequence]
+        del self._slots[sequence], self._positions[sequence]
         self._free_slots.append(slot)
 
     def length(self, sequence: int) -> int:
         """Cells in use."""
         self._slot(sequence)
-        return self._lengths[sequence]
+        return self._positions[sequence].length
+
+    def next_position(self, sequence: int) -> int:
+        """Position of the next token."""
+        self._slot(sequence)
+        return self._positions[sequence].next
+
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        """Forget cells in the middle; 0: the cache keeps its size. Raises ContextError where the model cannot, ValueError."""
+        slot, positions = self._slot(sequence), self._positions[sequence]
+        if self._indivisible:
+            raise ContextError(f"{self.info.architecture} models cannot forget tokens in the middle; start the session anew")
+        left = positions.copy()
+        left.remove(spans)
+        for start, end in spans:
+            for run in positions.part(start, end):
+                self._lib.llama_memory_seq_rm(self._cells, slot, run.position, run.position + run.n)
+        self._positions[sequence] = left
+        return 0
+
+    def renumber(self, sequence: int) -> None:
+        """Close gaps between positions: libllama rotates keys at the next step. Raises ContextError where it cannot.
+
+        It says it can for quantised keys too, but then the next step is a segmentation fault, and under YaRN it scales keys twice
+        (llama-cpp-python 0.3.36).
+        """
+        slot, positions = self._slot(sequence), self._positions[sequence]
+        header = self._model.header
+        yarn = header.get(f"{header.architecture}.rope.scaling.type") == "yarn"
+        if positions.gaps and (self._key_type != "f16" or yarn or not self._lib.llama_memory_can_shift(self._cells)):
+            raise ContextError(f"{self.info.architecture} models cannot move tokens to other positions; start the session anew")
+        runs = list(positions)
+        for run, shift in zip(runs, positions.renumbered(), strict=True):
+            if shift:
+                self._lib.llama_memory_seq_add(self._cells, slot, run.position, run.position + run.n, -shift)
 
     def _slot(self, sequence: int) -> int:
         self._check_open()
@@ -127,13 +165,13 @@ class LlamaCppEngine:
 
     def _check_cut(self, sequence: int, length: int) -> None:
         """Raise ValueError, or ContextError if the model does not keep what a sequence cut to ``length`` needs."""
-        held = self._lengths[sequence]
+        held = self.length(sequence)
         if not 0 <= length <= held:
             raise ValueError(f"sequence {sequence} has {held} cells, not {length}")
         if length in (0, held):
             return
         oldest = self._lib.llama_memory_seq_pos_min(self._cells, self._slots[sequence])
-        if self._indivisible or (self._window and oldest > max(0, length - self._window)):
+        if self._indivisible or (self._window and oldest > max(0, self._positions[sequence].of(length) - self._window)):
             raise ContextError(f"{self.info.architecture} models cannot go back to token {length} of {held}; start the session anew")
 
     # ---- steps -------------------------------------------------------------------------------------------------------
@@ -152,7 +190,7 @@ class LlamaCppEngine:
             return [None] * len(parts)
         tokens = np.concatenate(arrays)
         pairs = list(zip(parts, arrays, strict=True))
-        positions = np.concatenate([self._lengths[part.sequence] + np.arange(len(array), dtype=np.int32) for part, array in pairs])
+        positions = np.concatenate([self._positions[part.sequence].next + np.arange(len(array), dtype=np.int32) for part, array in pairs])
         slots = np.repeat([self._slots[part.sequence] for part in parts], [len(array) for array in arrays]).astype(np.int32)
         wanted = np.concatenate([_wanted(part, len(array)) for part, array in pairs])
         logits = np.empty((int(wanted.sum()), self.info.n_vocab), dtype=np.float32)
@@ -172,7 +210,7 @@ class LlamaCppEngine:
         results: list[Logits | None] = []
         row = 0
         for part, array in pairs:
-            self._lengths[part.sequence] += len(array)
+            self._positions[part.sequence].append(len(array))
             rows = {"none": 0, "last": min(1, len(array)), "all": len(array)}[part.logits]
             results.append(logits[row : row + rows] if rows else None)
             row += rows
@@ -184,7 +222,7 @@ class LlamaCppEngine:
         tokens = np.asarray(part.tokens, dtype=np.int64)
         if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.info.n_vocab):
             raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
-        total = self._lengths[part.sequence] + len(tokens)
+        total = self.length(part.sequence) + len(tokens)
         if total > self.info.max_context:
             raise ContextError(f"{total} tokens do not fit the context of {self.info.max_context}; shorten the prompt or raise --ctx")
         return tokens.astype(np.int32)
@@ -193,7 +231,7 @@ class LlamaCppEngine:
         """Run the batch and copy its logits to ``logits`` [rows, n_vocab]. Raises OutOfMemory, NativeError."""
         code = self._lib.llama_decode(self._context, self._batch.native)
         if code == 1:
-            held, capacity = sum(self._lengths.values()), self.info.max_context
+            held, capacity = sum(p.length for p in self._positions.values()), self.info.max_context
             raise OutOfMemory(f"the sequences' {held} tokens fill the shared cache of {capacity}; close a session or raise --ctx")
         if code:
             why = (recent_native_errors() or ("no reason given",))[-1]
@@ -207,10 +245,10 @@ class LlamaCppEngine:
         """After a failed step: take back what earlier chunks of it have added. True if some sequence had to be emptied instead."""
         lost = False
         for sequence in sequences:
-            slot, length = self._slots[sequence], self._lengths[sequence]
-            if not self._lib.llama_memory_seq_rm(self._cells, slot, length, -1):
+            slot = self._slots[sequence]
+            if not self._lib.llama_memory_seq_rm(self._cells, slot, self._positions[sequence].next, -1):
                 self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)  # an indivisible state has moved on
-                self._lengths[sequence], lost = 0, True
+                self._positions[sequence], lost = Positions(), True
         return lost
 
     def exact_rows(self) -> int:
@@ -221,14 +259,15 @@ class LlamaCppEngine:
 
     def export_sequence(self, sequence: int) -> bytes:
         """The cells of a sequence as bytes, under a header that says which model and library they belong to."""
-        slot, length = self._slot(sequence), self._lengths[sequence]
-        payload = b""
+        slot, length, positions = self._slot(sequence), self.length(sequence), self._positions[sequence]
+        runs = list(positions)
+        payload = _RUNS.pack(len(runs), positions.next) + b"".join(_RUN.pack(*run) for run in runs)
         if length:
             buffer = np.empty(self._lib.llama_state_seq_get_size(self._context, slot), dtype=np.uint8)
             written = self._lib.llama_state_seq_get_data(self._context, np.ctypeslib.as_ctypes(buffer), len(buffer), slot)
             if written != len(buffer):
                 raise NativeError(f"libllama wrote {written} of {len(buffer)} bytes of a sequence's state")
-            payload = buffer.tobytes()
+            payload += buffer.tobytes()
         return _HEADER.pack(_MAGIC, _LAYOUT, length, len(payload), _digest(payload, length), self._identity()) + payload
 
     def import_sequence(self, data: bytes | memoryview) -> int:
@@ -249,14 +288,17 @@ class LlamaCppEngine:
             raise SessionFileError("the saved sequence is damaged; save the session again")
         if length > self.info.max_context:
             raise SessionFileError(f"the saved sequence has {length} tokens, more than the context of {self.info.max_context}; raise --ctx")
+        n_runs, following = _RUNS.unpack_from(payload)  # the digest vouches for what follows
+        positions = Positions([Run(*_RUN.unpack_from(payload, _RUNS.size + _RUN.size * i)) for i in range(n_runs)])
+        positions.next = following
         sequence = self.new_sequence()
         if length:
             slot = self._slots[sequence]
-            state = np.ctypeslib.as_ctypes(np.frombuffer(payload, dtype=np.uint8).copy())
-            if self._lib.llama_state_seq_set_data(self._context, state, size, slot) != size:
+            state = np.ctypeslib.as_ctypes(np.frombuffer(payload[_RUNS.size + _RUN.size * n_runs :], dtype=np.uint8).copy())
+            if self._lib.llama_state_seq_set_data(self._context, state, len(state), slot) != len(state):
                 self.free_sequence(sequence)
                 raise OutOfMemory(f"the shared cache of {self.info.max_context} cells has no room for {length} more; close a session")
-            self._lengths[sequence] = length
+        self._positions[sequence] = positions
         return sequence
 
     def _identity(self) -> bytes:
