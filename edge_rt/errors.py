@@ -6,6 +6,7 @@
     │   │   ├── UnsupportedModel   a sound file that no installed engine can run
     │   │   └── ModelChanged       the file was replaced or truncated while open
     │   ├── ContextError         the request does not fit the context
+    │   │   └── ContextOverflow      what must stay in it is too large, by how much it says
     │   ├── OptionError          an option's value is out of range, or options contradict
     │   ├── ConstraintError      a grammar, JSON schema or chat template that does not compile
     │   ├── SessionFileError     a saved session that is damaged or from another model
@@ -45,6 +46,14 @@ class ModelChanged(ModelFileError):
 
 class ContextError(UserError):
     """The request does not fit the context."""
+
+
+class ContextOverflow(ContextError):
+    """What must be in the context has ``needed`` tokens, and there is room for ``available``."""
+
+    def __init__(self, message: str, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed, self.available = needed, available
 
 
 class OptionError(UserError):

@@ -26,7 +26,7 @@ from edge_rt.hooks import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edge_rt.hooks import Grade, ModelFile, Segment
+    from edge_rt.hooks import Candidate, Grade, ModelFile, Segment
 
 _T = TypeVar("_T")
 
@@ -96,11 +96,17 @@ class PluginContextPolicy(NamedTuple):
         """The policy's name."""
         return self.policy.name
 
-    def fit(self, tokens: Sequence[int], allowed: int) -> Sequence[int]:
-        """The tokens to use, at most ``allowed``. Raises ContextError to refuse, PluginError."""
-        kept = _call(self.plugin, f"context policy {self.name}", (Sequence,), lambda: self.policy.fit(tokens, allowed))
-        if len(kept) > allowed:
-            raise PluginError(f"plugin {self.plugin}: context policy {self.name} kept {len(kept)} tokens where {allowed} are allowed")
+    def keep(self, candidates: Sequence[Candidate], budget: int) -> list[int]:
+        """The candidates that stay, rising. Raises ContextOverflow if that cannot be, PluginError if the policy breaks its rules."""
+        what = f"context policy {self.name}"
+        kept = list(_call(self.plugin, what, (Sequence,), lambda: self.policy.keep(candidates, budget)))
+        if kept != sorted({i for i in kept if isinstance(i, int) and 0 <= i < len(candidates)}):
+            raise PluginError(f"plugin {self.plugin}: {what} kept {kept}, which are no rising indices of {len(candidates)} candidates")
+        total = sum(candidates[i].tokens for i in kept)
+        if total > budget:
+            raise PluginError(f"plugin {self.plugin}: {what} kept {total} tokens where {budget} are allowed")
+        for i in {i for i, candidate in enumerate(candidates) if candidate.protections} - set(kept):
+            raise PluginError(f"plugin {self.plugin}: {what} dropped candidate {i}, which is protected ({candidates[i].protections[0]})")
         return kept
 
 

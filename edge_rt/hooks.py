@@ -29,6 +29,7 @@ from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
     ContextError,
+    ContextOverflow,
     EdgeError,
     ModelChanged,
     ModelFileError,
@@ -46,7 +47,9 @@ if TYPE_CHECKING:
     import typer
 
     from edge_rt.config import available_cpus
+    from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
+    from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
     from edge_rt.core.context.positions import Positions, Run
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
@@ -67,6 +70,7 @@ Basis = Literal["measured", "simulated", "projected", "unknown"]
 
 # What plugins may use of the core but few need: imported when first asked for, because it costs start-up time.
 _LAZY = {
+    "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
@@ -77,6 +81,9 @@ _LAZY = {
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
     "ggml_unsupported": ("edge_rt.core.ggml_engine", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
+    "keep_graded": ("edge_rt.core.context.policies", "keep_graded"),
+    "keep_slide": ("edge_rt.core.context.policies", "keep_slide"),
+    "keep_strict": ("edge_rt.core.context.policies", "keep_strict"),
     "install_native_log": ("edge_rt.native.logs", "install"),
     "recent_native_errors": ("edge_rt.native.logs", "recent_errors"),
 }
@@ -185,18 +192,18 @@ class EngineFactory(Protocol):
 # ---- context ---------------------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class ContextPolicy(Protocol):
-    """Decides what happens to a prompt that does not fit."""
+class ContextPolicy(NamedTuple):
+    """Chooses what stays in the context when not everything fits.
 
-    @property
-    def name(self) -> str:
-        """Short and unique, e.g. ``refuse``."""
-        ...
+    ``keep`` gets the candidates, oldest first, and a budget of tokens, and returns the indices of those that stay, rising. They must
+    fit the budget, and all that are protected must be among them; ContextOverflow says that this cannot be. The same candidates and
+    budget must always give the same answer. It is called only if they do not fit, before a prompt is fed or in the middle of an
+    answer, where ContextOverflow ends the answer.
+    """
 
-    def fit(self, tokens: Sequence[int], allowed: int) -> Sequence[int]:
-        """Return the tokens to use, at most ``allowed`` (> 0); raise ContextError to refuse. Called only if they do not fit."""
-        ...
+    name: str
+    keep: Callable[[Sequence[Candidate], int], Sequence[int]]
+    description: str = ""
 
 
 class GraderFactory(NamedTuple):
@@ -262,9 +269,9 @@ class HookSpecs:
 
     @hookspec
     def edge_rt_context_policies(self) -> Iterable[ContextPolicy]:  # type: ignore[empty-body]
-        """Context: policies for prompts that do not fit.
+        """Context: policies, which choose what leaves a context that gets short.
 
-        Called once per registry, when a policy is first needed. The built-in one is ``refuse``.
+        Called once per registry, when a policy is first needed. The built-in ones are ``strict``, ``slide`` and ``graded``.
         """
 
     @hookspec
@@ -303,7 +310,9 @@ __all__ = [
     "AbiMismatch",
     "Basis",
     "Cancelled",
+    "Candidate",
     "ContextError",
+    "ContextOverflow",
     "ContextPolicy",
     "Contribution",
     "Device",
@@ -343,6 +352,9 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "install_native_log",
+    "keep_graded",
+    "keep_slide",
+    "keep_strict",
     "open_ggml_engine",
     "recent_native_errors",
 ]

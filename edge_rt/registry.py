@@ -38,7 +38,7 @@ State = Literal["ok", "failed", "refused", "disabled"]
 
 # The entry points of this distribution, for a source tree that is not installed or whose metadata is old. A test holds them equal.
 BUILT_INS = {
-    "context_refuse": "edge_rt.plugins.context_refuse",
+    "context_policies": "edge_rt.plugins.context_policies",
     "cpu": "edge_rt.plugins.cpu",
     "ggml": "edge_rt.plugins.ggml",
     "grader_content": "edge_rt.plugins.grader_content",

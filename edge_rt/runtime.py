@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from edge_rt.core.assemble.pipeline import Pipeline
     from edge_rt.core.engine import Engine, EngineInfo, MemoryReport
     from edge_rt.guarded import PluginContextPolicy
-    from edge_rt.hooks import EngineOptions
+    from edge_rt.hooks import EngineOptions, Grade, Segment
     from edge_rt.native.llama import Vocab
     from edge_rt.registry import EngineChoice, Registry
     from edge_rt.session import Session
     from edge_rt.types import Message
 
 Progress = Callable[[str, int, int], None]
+GRADER = "content"
+"""The grader of conversations."""
 LOGITS_CHUNK = 128
 """Tokens per step when logits of every token are wanted: 128 x 49,152 float32 are 25 MB."""
 
@@ -47,7 +49,7 @@ def open(
     memory: int | None = None,
     pack: bool = True,
     key_type: Literal["f16", "q8_0"] = "f16",
-    policy: str = "refuse",
+    policy: str = "graded",
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Model:
@@ -55,7 +57,7 @@ def open(
 
     ``engine``, ``device``: by name, else the best that can. ``context``: cells per sequence, else what the model was trained with.
     ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
-    ``pack``: make and use packed weights. ``policy``: what happens to a prompt that does not fit.
+    ``pack``: make and use packed weights. ``policy``: what leaves the context when it gets short (docs/context.md).
     ``progress`` is told (phase, done, total), on any thread.
 
     A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
@@ -210,6 +212,7 @@ class Model:
         self.lock = threading.Lock()
         self.notices = [*notices, *getattr(engine, "notices", ())]
         self.prefixes = PrefixCache(engine, budget=self.info.max_context)
+        self._grade: Callable[[Segment], Grade] | None = None
         self._told = 0
         self._sessions: set[Session] = set()
         self._closed = False
@@ -269,11 +272,11 @@ class Model:
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
-    def session(self) -> Session:
-        """Open a session."""
+    def session(self, *, context: int | None = None) -> Session:
+        """Open a session. ``context``: cells it may use, else as many as the model was opened with. Raises OptionError."""
         from edge_rt.session import Session
 
-        session = Session(self)
+        session = Session(self, context=context)
         self._sessions.add(session)
         return session
 
@@ -287,19 +290,25 @@ class Model:
         if saved.cells:
             with self.lock:
                 sequence = self.engine.import_sequence(saved.cells)
-                if self.engine.length(sequence) != len(saved.tokens):
+                if self.engine.length(sequence) != saved.history.cells:
                     self.engine.free_sequence(sequence)
                     raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
-        session = Session(self, sequence, saved.tokens)
+        session = Session(self, sequence, saved.history)
         self._sessions.add(session)
         return session
 
     def end_session(self, session: Session, sequence: int | None, tokens: list[int]) -> None:
-        """Called by ``Session.close``: keep its cells for prompts with the same beginning."""
+        """Called by ``Session.close``: keep its cells, of which the first hold ``tokens``, for prompts with the same beginning."""
         self._sessions.discard(session)
         if sequence is not None and not self._closed:
             with self.lock:
-                self.prefixes.give(sequence, list(tokens))
+                self.prefixes.give(sequence, tokens)
+
+    def grader(self) -> Callable[[Segment], Grade]:
+        """The grader of what may leave the context, made when it is first needed. Raises PluginError."""
+        if self._grade is None:
+            self._grade = self.registry.grader(GRADER).start()
+        return self._grade
 
     def pipeline(self, names: Sequence[str]) -> Pipeline:
         """Fresh post-processors for one stream. Raises PluginError for an unknown name."""

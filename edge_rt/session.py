@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from edge_rt.core.assemble.detokenise import Detokeniser
 from edge_rt.core.assemble.stopping import StopMatcher
 from edge_rt.core.assemble.writer import Writer
+from edge_rt.core.context.allowance import affordable
+from edge_rt.core.context.history import History
 from edge_rt.core.context.prefix import common_prefix
+from edge_rt.core.context.window import Window
 from edge_rt.core.decode import loop
 from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
@@ -21,6 +24,7 @@ from edge_rt.errors import OptionError
 from edge_rt.types import Event, GenerateOptions, Message, Notice, SamplingParams
 
 if TYPE_CHECKING:
+    from edge_rt.core.context.transcript import Piece
     from edge_rt.core.decode.constraints import Constraint
     from edge_rt.core.decode.speculation import NgramDrafter
     from edge_rt.native.llama import Vocab
@@ -63,11 +67,16 @@ class Stream(Iterator[Event]):
 class Session:
     """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
 
-    def __init__(self, model: Model, sequence: int | None = None, tokens: list[int] | None = None) -> None:
+    def __init__(
+        self, model: Model, sequence: int | None = None, history: History | None = None, *, context: int | None = None
+    ) -> None:  # fmt: skip
         """Use ``Model.session`` or ``Model.restore``."""
         self._model = model
         self._sequence = sequence
-        self._fed = tokens if tokens is not None else []
+        self._history = history if history is not None else History()
+        self._context = context
+        _check_context(context, model.info.max_context)
+        self._memory_told = False
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
         self._closed = False
@@ -76,7 +85,12 @@ class Session:
     @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens in the session's cells."""
-        return tuple(self._fed)
+        return tuple(self._history.resident())
+
+    @property
+    def history(self) -> History:
+        """All that was said, whether it is still in cells or was evicted. Not for changing."""
+        return self._history
 
     def generate(self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any) -> Stream:
         """Answer a prompt: events as they happen, the last one Done. Leaving the loop early and closing the stream ends the request.
@@ -85,7 +99,9 @@ class Session:
         a chat passes all its messages each time, and only what is new is computed. Keywords replace fields of ``options`` and of its
         ``sampling`` (``max_tokens=64, temperature=0``).
 
-        Raises OptionError, ConstraintError, ContextError (the prompt does not fit), ModelChanged, PluginError.
+        When the context gets short, the model's policy chooses what leaves it, and the last event says so.
+
+        Raises OptionError, ConstraintError, ContextOverflow (what must stay does not fit), ModelChanged, PluginError.
         """
         chosen = _override(options or GenerateOptions(), overrides)
         if self._closed:
@@ -93,7 +109,7 @@ class Session:
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering another request; wait for it, cancel it, or open another session")
         try:
-            job = self._prepare(self._model.prompt_tokens(prompt), chosen)
+            job = self._prepare(prompt, chosen)
         except BaseException:
             self._busy.release()
             raise
@@ -131,7 +147,7 @@ class Session:
                 with self._model.lock:
                     cells = self._model.engine.export_sequence(self._sequence)
             info = self._model.info
-            session_file.save(Path(path), session_file.SavedSession(info.engine, self._model.file.key(), list(self._fed), cells))
+            session_file.save(Path(path), session_file.SavedSession(info.engine, self._model.file.key(), self._history, cells))
         finally:
             self._busy.release()
 
@@ -144,7 +160,7 @@ class Session:
         if self._stream is not None and (stream := self._stream()) is not None:
             stream.close()
         with self._busy:
-            self._model.end_session(self, self._sequence, self._fed)
+            self._model.end_session(self, self._sequence, self._history.whole())
             self._sequence = None
 
     def __enter__(self) -> Session:
@@ -155,60 +171,82 @@ class Session:
 
     # ---- one request -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, prompt: list[int], options: GenerateOptions) -> Job:
-        """Check the request, then find the cells it can start from."""
+    def _prepare(self, prompt: str | Sequence[Message], options: GenerateOptions) -> Job:
+        """Check the request, then find the cells it can start from and make the prompt fit."""
         model = self._model
-        if not prompt:
+        tokens = model.prompt_tokens(prompt)
+        if not tokens:
             raise OptionError("the prompt is empty; give some text")
-        allowed = model.info.max_context
-        prompt = list(model.policy.fit(prompt, allowed - 1))  # one cell is for the answer
-        _check(options)
+        _check(options, model.info.max_context)
         constraint = _constraint(model.vocab, options)
+        allowed = self._asked(options)
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
-        writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
-        sequence = self._start(prompt)
-        with model.lock:
-            exact = model.engine.exact_rows() if options.speculate else 1
+        try:
+            writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
+            window = self._window(tokens, allowed, options.max_tokens, lambda: _pieces(model.vocab, prompt, tokens))
+            window.fit()
+            with model.lock:
+                exact = model.engine.exact_rows() if options.speculate else 1
+        except BaseException:
+            sampler.close()
+            raise
         speculate = min(options.speculate, exact - 1)
-        drafter = _drafter(prompt) if speculate else None
-        for token in prompt:
+        drafter = _drafter(tokens) if speculate else None
+        for token in tokens:
             sampler.accept(token, prompt=True)
         self._cancelled.clear()
         return Job(
-            engine=model.engine, lock=model.lock, vocab=model.vocab, sequence=sequence, fed=self._fed, prompt=prompt, sampler=sampler,
-            writer=writer, max_tokens=options.max_tokens or allowed, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
-            ignore_eos=options.ignore_eos, policy=model.policy.name, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
+            engine=model.engine, lock=model.lock, vocab=model.vocab, window=window, sampler=sampler, writer=writer,
+            max_tokens=options.max_tokens, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
+            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
         )  # fmt: skip
 
-    def _start(self, prompt: list[int]) -> int:
-        """The sequence to continue: our own, or one that shares more of the prompt. At least one token is left to feed."""
+    def _window(self, tokens: list[int], allowed: int, answer: int | None, pieces: Callable[[], list[Piece]]) -> Window:
+        """The sequence to continue, our own or one that shares more of the prompt, cut to what it shares; one token is left to feed."""
         model = self._model
         with model.lock:
-            own = common_prefix(self._fed, prompt)
-            other = model.prefixes.take(prompt) if own < len(prompt) // 2 else None
+            self._history.truncate(self._history.fed)
+            own = common_prefix(self._history.tokens, tokens)
+            other = model.prefixes.take(tokens) if own < len(tokens) // 2 else None
             if other and other[1] > own:
                 if self._sequence is not None:
-                    model.prefixes.give(self._sequence, list(self._fed))
+                    model.prefixes.give(self._sequence, self._history.whole())
                 self._sequence, own = other
+                self._history = History(tokens[:own])
             elif other:
-                model.prefixes.give(other[0], list(prompt[: other[1]]))
+                model.prefixes.give(other[0], tokens[: other[1]])
             if self._sequence is None:
                 self._sequence = model.engine.new_sequence()
-            shared = min(own, len(prompt) - 1)
-            model.engine.truncate(self._sequence, shared)
-            self._fed[:] = prompt[:shared]
-            return self._sequence
+            free = affordable(model.engine, self._history.cells)
+            window = Window(
+                engine=model.engine, lock=model.lock, sequence=self._sequence, history=self._history,
+                allowed=allowed if free is None else max(1, min(allowed, free)), policy=model.policy.name, keep=model.policy.keep,
+                answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
+            )  # fmt: skip
+        window.start(tokens, own)
+        return window
 
     def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:
-        for message in self._model.new_notices():
-            yield Notice(message)
+        messages = self._model.new_notices()
+        asked, allowed = self._asked(options), job.window.allowed
+        if allowed < asked and not self._memory_told:
+            self._memory_told = True
+            messages.append(f"free memory allows a context of {allowed:,} tokens and not {asked:,}; close something to have more")
+        if left := job.window.notice():
+            messages.append(left)
         if options.speculate and job.drafter is None:
-            yield Notice("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
+            messages.append("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
+        yield from map(Notice, messages)
         yield from loop.generate(job)
+
+    def _asked(self, options: GenerateOptions) -> int:
+        """Cells that the request, the session or the model asks for."""
+        return options.context or self._context or self._model.info.max_context
 
     def _end(self, job: Job) -> None:
         """A request is over, however it ended."""
         job.sampler.close()
+        self._history.truncate(self._history.fed)
         self._busy.release()
 
 
@@ -240,8 +278,22 @@ def _override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOp
     return chosen._replace(sampling=chosen.sampling._replace(**sampling)) if sampling else chosen
 
 
-def _check(options: GenerateOptions) -> None:
+def _pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int]) -> list[Piece]:
+    """The prompt's segments; most requests fit, and do not pay for the import."""
+    from edge_rt.core.context.transcript import pieces
+
+    return pieces(vocab, prompt, tokens)
+
+
+def _check_context(context: int | None, most: int) -> None:
+    """Raise OptionError for a context that the model cannot give."""
+    if context is not None and not 1 <= context <= most:
+        raise OptionError(f"a context of {context} tokens is out of range; give 1 to {most}, or open the model with a larger one")
+
+
+def _check(options: GenerateOptions, max_context: int) -> None:
     """Raise OptionError for values out of range (sampling parameters are checked by the sampler)."""
+    _check_context(options.context, max_context)
     if options.max_tokens is not None and options.max_tokens < 1:
         raise OptionError(f"max_tokens is {options.max_tokens}; give at least 1, or leave it out")
     if not 0 <= options.logprobs <= 100:

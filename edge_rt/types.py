@@ -41,7 +41,8 @@ class SamplingParams(NamedTuple):
 class GenerateOptions(NamedTuple):
     """One request.
 
-    ``max_tokens`` None generates until the model stops or the context is full.
+    ``max_tokens`` None generates until the model stops or the context is full: the answer is never longer than the context.
+    ``context``: cells this request may use (None: what the session or the model allows).
     ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
     ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
     ``post`` names post-processors, applied in this order.
@@ -56,6 +57,7 @@ class GenerateOptions(NamedTuple):
     speculate: int = 0
     post: Sequence[str] = ()
     ignore_eos: bool = False
+    context: int | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -68,7 +70,7 @@ class TokenLogprob(NamedTuple):
 
 
 class PromptProgress(NamedTuple):
-    """Prefill went on: ``done`` of ``total`` prompt tokens are in the context, ``reused`` of them came from a shared prefix."""
+    """Prefill went on: ``done`` of the ``total`` prompt tokens that the context will hold are in it, ``reused`` of them were already."""
 
     done: int
     total: int
@@ -90,13 +92,17 @@ class Notice(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Token counts. ``reused`` prompt tokens were not computed again; ``drafted``/``accepted`` count speculation."""
+    """Token counts. Of the prompt's, ``reused`` were in the context already and ``computed`` were fed; the rest had left it.
+
+    ``drafted``/``accepted`` count speculation.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    computed_tokens: int = 0
 
 
 class Timings(NamedTuple):
@@ -113,12 +119,18 @@ class Timings(NamedTuple):
 
 
 class ContextUse(NamedTuple):
-    """Cells in use after the request, cells allowed, and what the policy did. Nothing is ever dropped silently."""
+    """Cells in use after the request, cells allowed, and what the policy did. Nothing is ever dropped silently.
+
+    ``evicted_segments`` with ``evicted_tokens`` left the context during this request, or never got into it. ``absent_tokens``: of all
+    that was said so far, what is not in the context now, whenever it left. ``released_bytes`` of the cache went back to the system.
+    """
 
     used: int
     allowed: int
-    policy: str = "refuse"
+    policy: str = "graded"
     evicted_segments: int = 0
+    evicted_tokens: int = 0
+    absent_tokens: int = 0
     recalled_segments: int = 0
     pruned_cells: int = 0
     released_bytes: int = 0

@@ -66,7 +66,8 @@ class Chat:
         if self.verbose:
             say(facts(done))
         elif terminal(sys.stderr):
-            say(f"[context {done.context.used} of {done.context.allowed}]")
+            left = f", {done.context.absent_tokens} tokens left it" if done.context.absent_tokens else ""
+            say(f"[context {done.context.used} of {done.context.allowed}{left}]")
 
     def clear(self, argument: str) -> bool:
         """Forget what was said."""
@@ -105,7 +106,7 @@ def run(options: Options) -> int:
     """Talk until the user leaves."""
     request = generate_options(options)
     first, messages = _beginning(options)
-    with opened(options) as model, model.session() as session:
+    with opened(options, options.policy) as model, model.session() as session:
         chat = Chat(session, request, first, messages, options.verbose)
         if terminal(sys.stdin):
             say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")

@@ -29,8 +29,8 @@ Show = Callable[[Iterable[Event]], tuple[str, Done]]
 
 
 @contextmanager
-def opened(options: ModelOptions) -> Iterator[Model]:
-    """Open the model the options name, with a progress bar."""
+def opened(options: ModelOptions, policy: str = "graded") -> Iterator[Model]:
+    """Open the model the options name, with a progress bar. ``policy``: the context policy."""
     from edge_rt.catalog import resolve
 
     path = resolve(options.model)
@@ -50,6 +50,7 @@ def opened(options: ModelOptions) -> Iterator[Model]:
             memory=memory,
             pack=not options.no_pack,
             key_type=options.key_type,  # type: ignore[arg-type]  # one of the choices that check() allows
+            policy=policy,
             progress=progress,
         )
         import edge_rt.session  # what the answer needs, while the vocabulary still loads
@@ -269,12 +270,13 @@ def decode_rate(done: Done) -> float | None:
 def facts(done: Done) -> str:
     """One line about an answer: tokens, rates, context."""
     use, times, context = done.usage, done.timings, done.context
-    computed = use.prompt_tokens - use.reused_tokens
     parts = [f"context {context.used} of {context.allowed}", f"prompt {use.prompt_tokens} tokens"]
+    if context.absent_tokens:
+        parts[0] += f", {context.absent_tokens} tokens left it"
     if use.reused_tokens:
         parts[-1] += f", {use.reused_tokens} of them reused"
-    if computed > 0 and times.prompt > 0:
-        parts[-1] += f" ({computed / times.prompt:.0f}/s)"
+    if use.computed_tokens and times.prompt > 0:
+        parts[-1] += f" ({use.computed_tokens / times.prompt:.0f}/s)"
     rate = decode_rate(done)
     parts.append(f"answer {use.completion_tokens} tokens" + (f" ({rate:.1f}/s)" if rate else ""))
     if use.drafted_tokens:
@@ -284,12 +286,11 @@ def facts(done: Done) -> str:
 
 
 def _say_context(done: Done) -> None:
-    """What the context policy did is never silent."""
+    """What the context policy did is never silent. (What was evicted, a Notice has said.)"""
     use = done.context
     if done.reason == "context_full":
         say(f"note: the answer ends because the context of {use.allowed} tokens is full; --ctx N allows more, where the model does")
     for count, what in (
-        (use.evicted_segments, "segments of the history were left out"),
         (use.recalled_segments, "segments of the history were brought back"),
         (use.pruned_cells, "cells of the cache were pruned"),
     ):

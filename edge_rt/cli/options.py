@@ -136,6 +136,7 @@ class GenerationOptions(CommandOptions):
     grammar: str | None = option(None, "--grammar GBNF", "Grammar the answer must follow, or @FILE.")
     grammar_file: str | None = option(None, "--grammar-file FILE", "Read the grammar from a file.")
     json_schema: str | None = option(None, "-j --json-schema JSON", "JSON schema the answer must follow, or @FILE.")
+    policy: str = option("graded", "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
     speculate: int = option(0, "--speculate N", "Draft up to N tokens a step by look-up; never changes the result. 0: off.", low=0, high=64)
     post: str | None = option(None, "--post A,B", "Post-processors for the answer, in this order; see `edge-rt plugins`.")
     ignore_eos: bool = option(False, "--ignore-eos", "Go on when the model would stop.")

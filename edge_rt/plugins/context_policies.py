@@ -1,27 +1,32 @@
-"""The context policy ``refuse``: a prompt that does not fit is an error that says by how much, never a silent cut."""
+"""The context policies ``strict``, ``slide`` and ``graded`` (edge_rt/core/context/policies.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from edge_rt.hooks import ContextError, ContextPolicy, hookimpl
+from edge_rt import hooks
+from edge_rt.hooks import ContextPolicy, hookimpl
 
 EDGE_RT_API = 1
 
+POLICIES = {
+    "strict": "nothing leaves: what does not fit is an error",
+    "slide": "the oldest segments leave first",
+    "graded": "the segments that say least leave first",
+}
 
-class Refuse:
-    """Refuses every prompt that does not fit."""
 
-    name = "refuse"
+def _keep(name: str) -> Callable[[Sequence[hooks.Candidate], int], list[int]]:
+    """A policy's function, imported when it is first needed: most prompts fit."""
 
-    def fit(self, tokens: Sequence[int], allowed: int) -> Sequence[int]:
-        """Return ``tokens`` if they fit. Raises ContextError."""
-        if len(tokens) > allowed:
-            raise ContextError(f"the prompt has {len(tokens)} tokens and the context leaves room for {allowed}; shorten it or raise --ctx")
-        return tokens
+    def keep(candidates: Sequence[hooks.Candidate], budget: int) -> list[int]:
+        chosen: list[int] = getattr(hooks, f"keep_{name}")(candidates, budget)
+        return chosen
+
+    return keep
 
 
 @hookimpl
-def edge_rt_context_policies() -> list[ContextPolicy]:
-    """One policy, ``refuse``."""
-    return [Refuse()]
+def edge_rt_context_policies() -> Iterable[ContextPolicy]:
+    """Three policies."""
+    return [ContextPolicy(name, _keep(name), description) for name, description in POLICIES.items()]

@@ -338,7 +338,7 @@ def test_a_conversation_over_a_pipe(tmp_path):
 def test_a_question_that_does_not_fit_does_not_end_the_conversation():
     done = edge_rt("chat", *GREEDY, "--ctx", "64", input="word " * 200 + "\nHello.\n")
     assert done.returncode == 0
-    assert "error: the prompt has" in done.stderr
+    assert "error: what must stay in the context has 230 tokens (current question 209, system prompt 21)" in done.stderr
     assert done.stdout.strip()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.errors import ContextError, OptionError, SessionFileError, UserError
+from edge_rt.errors import ContextOverflow, OptionError, SessionFileError, UserError
 from edge_rt.registry import Registry
 from edge_rt.runtime import Model
 from edge_rt.testing.null_device import NullPlugin
@@ -92,16 +92,27 @@ def test_max_tokens_is_exact(model: Model, limit: int) -> None:
 
 
 def test_the_context_fills_up_and_says_so(model: Model) -> None:
+    model.policy = model.registry.context_policy("strict")
     with model.session() as session:
         _, done = run(session, "Once upon", ignore_eos=True)
         assert done.reason == "context_full"
         assert done.context.used == done.context.allowed == 256
+        assert (done.context.policy, done.context.absent_tokens) == ("strict", 0)
 
 
-def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(model: Model) -> None:
+def test_an_answer_without_a_limit_is_as_long_as_the_context_at_most(model: Model) -> None:
     with model.session() as session:
-        with pytest.raises(ContextError, match=r"\d+ tokens.*255"):
+        _, done = run(session, "Once upon", ignore_eos=True)
+        assert (done.reason, done.usage.completion_tokens) == ("context_full", 256)
+        assert done.context.used + done.context.absent_tokens == len(session.history.tokens)
+
+
+def test_strict_refuses_a_prompt_that_does_not_fit_with_both_numbers(model: Model) -> None:
+    model.policy = model.registry.context_policy("strict")
+    with model.session() as session:
+        with pytest.raises(ContextOverflow, match=r"\d+ tokens.*255") as caught:
             session.generate("x" * 3000)
+        assert (caught.value.needed, caught.value.available) == (len(model.prompt_tokens("x" * 3000)), 255)
         assert run(session, "Once", max_tokens=2, ignore_eos=True)[1].usage.completion_tokens == 2  # and nothing is broken
 
 

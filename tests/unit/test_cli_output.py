@@ -16,7 +16,7 @@ from edge_rt.types import ContextUse, Delta, Done, Notice, PromptProgress, Timin
 def done(**changes):
     parts = {
         "reason": "max_tokens",
-        "usage": Usage(prompt_tokens=10, completion_tokens=5, reused_tokens=4, drafted_tokens=3, accepted_tokens=2),
+        "usage": Usage(prompt_tokens=10, completion_tokens=5, reused_tokens=4, drafted_tokens=3, accepted_tokens=2, computed_tokens=6),
         "timings": Timings(first_token=0.5, prompt=0.25, decode=2.0),
         "context": ContextUse(used=15, allowed=64),
         "seed": 9,
@@ -64,10 +64,11 @@ def test_events_as_json_lines(capsys):
         {"event": "delta", "text": "l", "tokens": [6]},
         {"event": "notice", "message": "so"},
         {"event": "done", "reason": "max_tokens", "seed": 9, "stop": "END",
-         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "reused_tokens": 4, "drafted_tokens": 3, "accepted_tokens": 2},
+         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "reused_tokens": 4, "drafted_tokens": 3, "accepted_tokens": 2,
+                   "computed_tokens": 6},
          "timings": {"first_token": 0.5, "prompt": 0.25, "decode": 2.0, "total": 2.5, "tokens_per_second": 2.0},
-         "context": {"used": 15, "allowed": 64, "policy": "refuse", "evicted_segments": 0, "recalled_segments": 0, "pruned_cells": 0,
-                     "released_bytes": 0}},
+         "context": {"used": 15, "allowed": 64, "policy": "graded", "evicted_segments": 0, "evicted_tokens": 0, "absent_tokens": 0,
+                     "recalled_segments": 0, "pruned_cells": 0, "released_bytes": 0}},
     ]  # fmt: skip
 
 
@@ -83,12 +84,16 @@ def test_facts_are_one_line():
     )
 
 
+def test_facts_say_what_left_the_context():
+    found = facts(done(context=ContextUse(15, 64, evicted_segments=1, evicted_tokens=7, absent_tokens=30)))
+    assert found.startswith("[context 15 of 64, 30 tokens left it; prompt 10 tokens")
+
+
 def test_what_the_context_policy_did_is_said(capsys):
-    show_text([done(reason="context_full", context=ContextUse(64, 64, "grade", evicted_segments=2, pruned_cells=30))])
+    show_text([done(reason="context_full", context=ContextUse(64, 64, "graded", evicted_segments=2, pruned_cells=30))])
     assert capsys.readouterr().err.splitlines() == [
         "note: the answer ends because the context of 64 tokens is full; --ctx N allows more, where the model does",
-        "note: 2 segments of the history were left out (grade)",
-        "note: 30 cells of the cache were pruned (grade)",
+        "note: 30 cells of the cache were pruned (graded)",
     ]
 
 

@@ -7,7 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from edge_rt import hooks
 from edge_rt.errors import AbiMismatch
 from edge_rt.hooks import (
     API_VERSION,
+    Candidate,
     ContextPolicy,
     Device,
     EngineFactory,
@@ -78,16 +79,15 @@ def test_edge_rt_engines() -> None:
 
 
 def test_edge_rt_context_policies() -> None:
-    class Newest:
-        name = "newest"
-
-        def fit(self, tokens: Any, allowed: int) -> Any:
-            return tokens[-allowed:]
+    def keep(candidates: Sequence[Candidate], budget: int) -> list[int]:
+        return [i for i, candidate in enumerate(candidates) if candidate.protections]
 
     def edge_rt_context_policies() -> list[ContextPolicy]:
-        return [Newest()]
+        return [ContextPolicy("least", keep)]
 
-    assert list(load(edge_rt_context_policies=edge_rt_context_policies).context_policy("newest").fit([1, 2, 3], 2)) == [2, 3]
+    segment = Segment(0, "user", "abc", 0, 3, "message")
+    found = [Candidate(segment, ((0, 3),), 0, 0.5), Candidate(segment, ((3, 4), (6, 9)), 2, 0.5, ("newest part",))]
+    assert load(edge_rt_context_policies=edge_rt_context_policies).context_policy("least").keep(found, 5) == [1]
 
 
 def test_edge_rt_graders() -> None:

@@ -13,8 +13,20 @@ from typing import Any
 import pytest
 
 from edge_rt import entry_points, registry
-from edge_rt.errors import AbiMismatch, ContextError, OptionError, PluginError, UnsupportedModel
-from edge_rt.hooks import API_VERSION, EngineOptions, Grade, GraderFactory, Offer, PostProcessorFactory, Refusal, Segment, hookimpl
+from edge_rt.errors import AbiMismatch, ContextOverflow, OptionError, PluginError, UnsupportedModel
+from edge_rt.hooks import (
+    API_VERSION,
+    Candidate,
+    ContextPolicy,
+    EngineOptions,
+    Grade,
+    GraderFactory,
+    Offer,
+    PostProcessorFactory,
+    Refusal,
+    Segment,
+    hookimpl,
+)
 from edge_rt.registry import BUILT_INS, PluginStatus, Registry
 from edge_rt.testing.null_device import NullDevice, NullEngine, NullPlugin
 
@@ -98,7 +110,7 @@ def test_built_ins_work_and_are_registered_like_a_strangers() -> None:
     assert [(s.name, s.reason) for s in found.plugins if s.state != "ok"] == []
     assert "cpu" in found.devices()
     assert "llama_cpp" in found.engines()
-    assert "refuse" in found.context_policies()
+    assert list(found.context_policies()) == ["strict", "slide", "graded"]
     assert "content" in found.graders()
 
 
@@ -437,19 +449,41 @@ def test_opening_passes_typed_errors_and_names_the_plugin_in_others() -> None:
 # ---- context policies, graders, post-processors, commands, passes ------------------------------------------------------
 
 
-def test_the_built_in_policy_refuses_what_does_not_fit() -> None:
-    policy = Registry.load(entry_points=False).context_policy("refuse")
-    assert list(policy.fit([1, 2, 3], 3)) == [1, 2, 3]
-    with pytest.raises(ContextError, match="4 tokens and the context leaves room for 3"):
-        policy.fit([1, 2, 3, 4], 3)
+CANDIDATES = [
+    Candidate(Segment(i, "user", "abc", 0, 3, "message"), ((3 * i, 3 * i + 3),), 0, 0.5, why)
+    for i, why in enumerate(((), (), ("newest part",)))
+]
 
 
-def test_a_policy_is_held_to_what_is_allowed() -> None:
-    found = load(a=plugin(edge_rt_context_policies=lambda: [SimpleNamespace(name="all", fit=lambda tokens, allowed: tokens)]))
-    with pytest.raises(PluginError, match="plugin a: context policy all kept 4 tokens where 3 are allowed"):
-        found.context_policy("all").fit([1, 2, 3, 4], 3)
-    with pytest.raises(PluginError, match="no context policy named none, there is all"):
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([0, 1, 2], "kept 9 tokens where 6 are allowed"),
+        ([0, 1], "dropped candidate 2, which is protected .newest part."),
+        ([2, 0], "no rising indices of 3 candidates"),
+        ([2, 2], "no rising indices of 3 candidates"),
+        ([2, 3], "no rising indices of 3 candidates"),
+        (["a", 2], "no rising indices of 3 candidates"),
+        (None, "returned NoneType"),
+    ],
+    ids=repr,
+)
+def test_a_policy_is_held_to_its_rules(kept: Any, message: str) -> None:
+    found = load(a=plugin(edge_rt_context_policies=lambda: [ContextPolicy("odd", lambda candidates, budget: kept)]))
+    with pytest.raises(PluginError, match=f"plugin a: context policy odd.*{message}"):
+        found.context_policy("odd").keep(CANDIDATES, 6)
+    with pytest.raises(PluginError, match="no context policy named none, there is odd"):
         found.context_policy("none")
+
+
+def test_a_policy_may_refuse() -> None:
+    def keep(candidates: Any, budget: int) -> Any:
+        raise ContextOverflow("too much", 9, budget)
+
+    found = load(a=plugin(edge_rt_context_policies=lambda: [ContextPolicy("odd", keep)]))
+    with pytest.raises(ContextOverflow, match=r"^too much$") as caught:
+        found.context_policy("odd").keep(CANDIDATES, 6)
+    assert (caught.value.needed, caught.value.available) == (9, 6)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,11 @@ def tokenize_messages(
     return tokens
 
 
+def render_messages(vocab: Vocab, messages: Sequence[Message]) -> str:
+    """The text of ``tokenize_messages``: what its tokens spell."""
+    return render(find_template(vocab), messages, bos=_text(vocab, vocab.bos), eos=_text(vocab, vocab.eos))
+
+
 def find_template(vocab: Vocab, *, tools: bool = False) -> str:
     """The model's template (its variant ``tool_use`` for tools), else ChatML or a plain format."""
     found = (vocab.chat_template("tool_use") if tools else None) or vocab.chat_template()

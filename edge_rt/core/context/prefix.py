@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from edge_rt.core.engine import Engine
+from edge_rt.core.engine import Engine, RemovesCells
+from edge_rt.errors import ContextError
 
 WORTH = 16
 """Tokens a shared beginning must have to be worth keeping or copying."""
@@ -26,6 +28,23 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i in range(n) if a[i] != b[i])
 
 
+def cut(engine: Engine, sequence: int, cells: int, *, gaps: bool = False) -> int:
+    """Forget the cells from ``cells`` on; returns how many are left: none where the model cannot go back to there.
+
+    ``gaps``: there are some before. Otherwise none may be left at the end either: the next token gets the position of the first cell
+    that was forgotten, so if cells were removed just before that one, the last that is left goes too.
+    """
+    try:
+        engine.truncate(sequence, cells)
+        if not gaps and cells and isinstance(engine, RemovesCells) and engine.next_position(sequence) != cells:
+            cells -= 1
+            engine.truncate(sequence, cells)
+    except ContextError:
+        cells = 0
+        engine.truncate(sequence, cells)
+    return cells
+
+
 class PrefixCache:
     """Holds sequences of ended sessions within a budget of cells, least recently used out first."""
 
@@ -35,11 +54,12 @@ class PrefixCache:
         self._kept: list[Kept] = []
 
     def give(self, sequence: int, tokens: list[int]) -> None:
-        """Take over a sequence whose session ended; it is freed if it is not worth keeping."""
-        if not WORTH <= len(tokens) <= self._budget:
+        """Take over a sequence whose session ended and that begins with ``tokens``; it is freed if that is not worth keeping."""
+        left = cut(self._engine, sequence, len(tokens)) if WORTH <= len(tokens) <= self._budget else 0
+        if left < WORTH:
             self._engine.free_sequence(sequence)
             return
-        self._kept.append(Kept(sequence, tokens))
+        self._kept.append(Kept(sequence, tokens[:left]))
         while sum(len(kept.tokens) for kept in self._kept) > self._budget:
             self._engine.free_sequence(self._kept.pop(0).sequence)
 
@@ -57,9 +77,10 @@ class PrefixCache:
         self._kept.remove(best)
         if len(best.tokens) - shared > shared:
             self._kept.append(best)
-            return self._engine.fork_sequence(best.sequence, shared), shared
-        self._engine.truncate(best.sequence, shared)
-        return best.sequence, shared
+            with suppress(ContextError):  # of models that cannot go back
+                return self._engine.fork_sequence(best.sequence, shared), shared
+            return None
+        return best.sequence, cut(self._engine, best.sequence, shared)
 
     def clear(self) -> bool:
         """Free everything kept; whether there was anything."""

@@ -1,4 +1,4 @@
-"""Saved sessions: tokens and cells in one file, checked against engine, model and version before a byte of it is used.
+"""Saved sessions: what was said and the cells in one file, checked against engine, model and version before a byte of it is used.
 
 Layout: magic, length of the header, SHA-256 of all that follows, msgpack header, cells.
 """
@@ -12,19 +12,20 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_rt.core.context.history import Evicted, History
 from edge_rt.errors import SessionFileError, UserError
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX = struct.Struct("<8sI32s")
 _MAGIC = b"EDGESESS"
 
 
 class SavedSession(NamedTuple):
-    """What a file holds: ``cells`` are the engine's own export."""
+    """What a file holds: ``cells`` are the engine's own export, those of the tokens that were not evicted."""
 
     engine: str
     model: str
-    tokens: list[int]
+    history: History
     cells: bytes
 
 
@@ -37,7 +38,8 @@ def save(path: Path, session: SavedSession) -> None:
             "format": FORMAT,
             "engine": session.engine,
             "model": session.model,
-            "tokens": session.tokens,
+            "tokens": session.history.tokens,
+            "evicted": session.history.evicted,
         }
     )
     digest = hashlib.sha256(header + session.cells).digest()
@@ -72,12 +74,13 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
         raise SessionFileError(f"the session {path} is damaged or cut short; start a new session")
     try:
         header = msgpack.unpackb(data[_PREFIX.size : _PREFIX.size + length])
-        found = SavedSession(str(header["engine"]), str(header["model"]), [int(t) for t in header["tokens"]], data[_PREFIX.size + length :])
-        format_ = header["format"]
+        if header["format"] != FORMAT:
+            raise SessionFileError(f"the session {path} has format {header['format']}, this version reads {FORMAT}; start a new session")
+        evicted = [Evicted(int(start), int(end), str(text), float(score)) for start, end, text, score in header["evicted"]]
+        history = History([int(token) for token in header["tokens"]], evicted)
+        found = SavedSession(str(header["engine"]), str(header["model"]), history, data[_PREFIX.size + length :])
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         raise SessionFileError(f"the header of the session {path} is damaged; start a new session") from error
-    if format_ != FORMAT:
-        raise SessionFileError(f"the session {path} has format {format_}, this version reads {FORMAT}; start a new session")
     if found.engine != engine:
         raise SessionFileError(f"the session {path} was saved by the engine {found.engine}, not {engine}; open the model with it")
     if found.model != model:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from edge_rt.core.engine import Engine, Part, Wanted
 from edge_rt.errors import Cancelled, OutOfMemory
-from edge_rt.types import ContextUse, Delta, Done, Event, FinishReason, Notice, PromptProgress, Timings, TokenLogprob, Usage
+from edge_rt.types import Delta, Done, Event, FinishReason, Notice, PromptProgress, Timings, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from edge_rt.core.assemble.writer import Writer
+    from edge_rt.core.context.history import History
+    from edge_rt.core.context.window import Window
     from edge_rt.core.decode.sampling import Sampler
     from edge_rt.core.decode.speculation import NgramDrafter
     from edge_rt.core.engine import Logits, Row
@@ -29,25 +31,23 @@ if TYPE_CHECKING:
 class Job:
     """One request, ready to run.
 
-    ``fed`` are the tokens in the sequence's cells and is kept true throughout, whatever ends the job; it starts as the reused
-    beginning of ``prompt`` (always shorter than it). ``lock`` is held for each step and no longer. ``cancelled`` is asked between steps.
+    ``window`` was made to fit; its history says what is in the sequence's cells and is kept true throughout, whatever ends the job.
+    It starts with the whole prompt, of which at least one token is still to be fed. ``max_tokens`` None: as many as the window has
+    cells. ``lock`` is held for each step and no longer. ``cancelled`` is asked between steps.
     ``relieve`` is asked for memory when a step finds none, and says whether it could free any.
     """
 
     engine: Engine
     lock: AbstractContextManager[object]
     vocab: Vocab
-    sequence: int
-    fed: list[int]
-    prompt: Sequence[int]
+    window: Window
     sampler: Sampler
     writer: Writer
-    max_tokens: int
+    max_tokens: int | None
     drafter: NgramDrafter | None = None
     speculate: int = 0
     logprobs: int = 0
     ignore_eos: bool = False
-    policy: str = "refuse"
     cancelled: Callable[[], bool] = lambda: False
     relieve: Callable[[], bool] = lambda: False
     started: float = field(default_factory=time.perf_counter)
@@ -55,10 +55,16 @@ class Job:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def history(self) -> History:
+        """What was said, and what of it is in the cells."""
+        return self.window.history
+
 
 def generate(job: Job) -> Iterator[Event]:
-    """Run a job. The last event is always Done. Raises what the engine, the sampler and post-processors raise."""
-    reused, first = len(job.fed), 0.0
+    """Run a job. The last event is always Done. Raises what the engine, the sampler, the policy and post-processors raise."""
+    history, reused, first = job.history, job.history.cells, 0.0
+    computed = history.cell(len(history.tokens)) - reused
     reason: FinishReason | None = None
     prompt_done = job.started
     try:
@@ -66,7 +72,7 @@ def generate(job: Job) -> Iterator[Event]:
         prompt_done = time.perf_counter()
         drafts: list[int] = []
         while reason is None:
-            base = len(job.fed) - len(drafts)  # cells whose tokens are certain
+            certain = len(history.tokens) - len(drafts)
             for i in range(len(rows)):
                 token = job.sampler.sample(rows[i])
                 job.sampler.accept(token)
@@ -76,27 +82,29 @@ def generate(job: Job) -> Iterator[Event]:
                     yield delta
                 if reason is not None or i == len(drafts) or token != drafts[i]:
                     break
-                base += 1
+                certain += 1
                 job.accepted += 1
-            _keep(job, base)
-            if reason is None and len(job.fed) >= job.engine.info.max_context:
+            _keep(job, certain)
+            if reason is None and history.cells >= job.window.allowed and not job.window.make_room():
                 reason = "context_full"
             if reason is None:
                 drafts = _draft(job, token)
                 rows = _rows(job, [token, *drafts])
     except Cancelled:
         reason = "cancelled"
+    history.truncate(history.fed)
     if rest := job.writer.finish():
         yield Delta(rest)
-    for message in job.writer.notices:
-        yield Notice(message)
+    for message in (*job.writer.notices, job.window.notice()):
+        if message:
+            yield Notice(message)
     now = time.perf_counter()
     first = first or now
     yield Done(
         reason=reason,
-        usage=Usage(len(job.prompt), job.completion, reused, job.drafted, job.accepted),
+        usage=Usage(job.window.prompt, job.completion, reused, job.drafted, job.accepted, computed),
         timings=Timings(first - job.started, prompt_done - job.started, now - first),
-        context=ContextUse(len(job.fed), job.engine.info.max_context, job.policy),
+        context=job.window.use(),
         seed=job.sampler.seed,
         stop=job.writer.stop,
     )
@@ -104,39 +112,49 @@ def generate(job: Job) -> Iterator[Event]:
 
 def _prefill(job: Job) -> Generator[Event, None, Logits]:
     """Feed the prompt chunk by chunk; returns the logits of its last token."""
-    total, reused, chunk = len(job.prompt), len(job.fed), job.engine.info.chunk
+    total, reused = job.history.cell(len(job.history.tokens)), job.history.cells
     while True:
-        rest = job.prompt[len(job.fed) : len(job.fed) + chunk]
-        last = len(job.fed) + len(rest) == total
-        logits = _step(job, rest, "last" if last else "none")
-        yield PromptProgress(len(job.fed), total, reused)
+        logits = _chunk(job, "last")
+        yield PromptProgress(job.history.cells, total, reused)
         if logits is not None:
             return logits
 
 
+def _chunk(job: Job, wanted: Wanted) -> Logits | None:
+    """Feed the next tokens of the history that are not in cells; logits as wanted if they are the last."""
+    history, chunk = job.history, job.engine.info.chunk
+    job.window.settle(min(chunk, history.cell(len(history.tokens)) - history.cells))  # it may want more to be fed than before
+    tokens, end = history.pending(chunk)
+    logits = _step(job, tokens, wanted if end == len(history.tokens) else "none")
+    history.advance(end)
+    return logits
+
+
 def _rows(job: Job, tokens: Sequence[int]) -> Logits:
-    """One step with logits of every token."""
+    """One step with logits of every token, after what eviction made the engine forget has been fed again."""
+    job.window.settle(len(tokens))
+    while job.history.fed < len(job.history.tokens):
+        _chunk(job, "none")
     rows = _step(job, tokens, "all")
+    job.history.append(tokens)
     assert rows is not None, "logits of all tokens were asked for"
     return rows
 
 
 def _step(job: Job, tokens: Sequence[int], wanted: Wanted) -> Logits | None:
-    """One engine step; ``job.fed`` follows it."""
+    """One engine step; the history is to follow it."""
     if job.cancelled():
         raise Cancelled("the request was cancelled")
     with job.lock:
-        part = Part(job.sequence, tokens, wanted)
+        part = Part(job.window.sequence, tokens, wanted)
         try:
             (logits,) = job.engine.step([part])
         except OutOfMemory:
-            if job.engine.length(job.sequence) != len(job.fed) or not job.relieve():
+            if job.engine.length(job.window.sequence) != job.history.cells or not job.relieve():
                 raise
             (logits,) = job.engine.step([part])
         # The engine's logits live until its next step, which another session may take as soon as the lock is free.
-        kept = None if logits is None else logits.copy()
-    job.fed.extend(tokens)
-    return kept
+        return None if logits is None else logits.copy()
 
 
 def _emit(job: Job, token: int, logits: Row) -> tuple[FinishReason | None, Delta | None]:
@@ -156,25 +174,25 @@ def _emit(job: Job, token: int, logits: Row) -> tuple[FinishReason | None, Delta
     delta = Delta(text, (token,), scores)
     if job.writer.stop is not None:
         return "stop_string", delta
-    if job.completion >= job.max_tokens:
+    if job.max_tokens is not None and job.completion >= job.max_tokens:
         return "max_tokens", delta
+    if job.completion >= job.window.allowed and job.max_tokens is None:
+        return "context_full", delta
     return None, delta
 
 
-def _keep(job: Job, cells: int) -> None:
-    """Forget cells of drafts that were not accepted."""
-    if cells < len(job.fed):
-        with job.lock:
-            job.engine.truncate(job.sequence, cells)
-        del job.fed[cells:]
+def _keep(job: Job, certain: int) -> None:
+    """Forget drafts that were not accepted: all tokens but the first ``certain``."""
+    if certain < len(job.history.tokens):
+        job.window.forget(certain)
 
 
 def _draft(job: Job, token: int) -> list[int]:
     """Tokens likely to follow, within what the context, the request and the engine's exactness allow."""
     if job.drafter is None:
         return []
-    room = job.engine.info.max_context - len(job.fed) - 1
-    most = min(job.speculate, room, job.max_tokens - job.completion - 1)
+    room = job.window.room() - 1
+    most = min(job.speculate, room, (job.max_tokens or job.window.allowed) - job.completion - 1)
     drafts = job.drafter.draft(most) if most > 0 else []
     job.drafted += len(drafts)
     return drafts

@@ -1,0 +1,110 @@
+"""What was said in a session, and what of it is in the cells: the rest was evicted, and is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Evicted(NamedTuple):
+    """Tokens [start, end) of the history that left the context, with the text and the score of the segment they are (a part) of."""
+
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+class History:
+    """Tokens in order, of which the first ``fed`` were dealt with: each is in a cell, in order, or was evicted.
+
+    The others are still to be fed, where they were not evicted before they ever were.
+    """
+
+    def __init__(self, tokens: Sequence[int] = (), evicted: Sequence[Evicted] = ()) -> None:
+        """``evicted``: rising, apart, within ``tokens``; all other tokens are in cells. Raises ValueError."""
+        bounds = [at for gone in evicted for at in (gone.start, gone.end)]
+        if bounds != sorted(bounds) or any(not 0 <= gone.start < gone.end <= len(tokens) for gone in evicted):
+            raise ValueError(f"evicted spans do not rise within {len(tokens)} tokens")
+        self.tokens, self.evicted, self.fed = list(tokens), list(evicted), len(tokens)
+        self._absent = 0  # of the tokens dealt with
+        self._count()
+
+    @property
+    def cells(self) -> int:
+        """Cells in use."""
+        return self.fed - self._absent
+
+    def cell(self, at: int) -> int:
+        """Cells that the tokens before token ``at`` take, once they are fed."""
+        return at - sum(min(gone.end, at) - gone.start for gone in self.evicted if gone.start < at)
+
+    def resident(self) -> list[int]:
+        """The tokens in the cells, in order."""
+        found, start = [], 0
+        for gone in self.evicted:
+            found += self.tokens[start : min(gone.start, self.fed)]
+            start = gone.end
+        return found + self.tokens[start : self.fed]
+
+    def whole(self) -> list[int]:
+        """The tokens up to the first that was evicted: their cells know of no other history."""
+        return self.tokens[: min([self.fed, *(gone.start for gone in self.evicted)])]
+
+    def boundary(self, at: int) -> int:
+        """The last token up to ``at`` that is not within an evicted span."""
+        return next((gone.start for gone in self.evicted if gone.start < at < gone.end), at)
+
+    def pending(self, most: int) -> tuple[list[int], int]:
+        """At most ``most`` tokens to feed next, and what ``fed`` becomes when they are."""
+        found: list[int] = []
+        at = self.fed
+        for gone in [*self.evicted, Evicted(len(self.tokens), len(self.tokens), "", 0)]:
+            if gone.end < at:
+                continue
+            part = self.tokens[at : min(gone.start, at + most - len(found))]
+            found += part
+            if at + len(part) < gone.start:
+                return found, at + len(part)
+            at = max(at, gone.end)
+        return found, at
+
+    def advance(self, to: int) -> None:
+        """What ``pending`` gave was fed."""
+        self.fed = to
+        self._count()
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """More tokens were said and fed; all before them were."""
+        self.tokens.extend(tokens)
+        self.fed += len(tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        del self.tokens[length:]
+        self.evicted = [gone._replace(end=min(gone.end, length)) for gone in self.evicted if gone.start < length]
+        self.rewind(length)
+
+    def rewind(self, at: int) -> None:
+        """The cells from token ``at`` on were forgotten: feed it again, and what follows."""
+        self.fed = min(self.fed, at)
+        self._count()
+
+    def cell_spans(self, evicted: Sequence[Evicted]) -> list[tuple[int, int]]:
+        """The cells of tokens that are about to be evicted: spans, rising, apart. Tokens not fed yet have none."""
+        spans: list[tuple[int, int]] = []
+        for gone in sorted(evicted):
+            start, end = self.cell(min(gone.start, self.fed)), self.cell(min(gone.end, self.fed))
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end)
+            elif start < end:
+                spans.append((start, end))
+        return spans
+
+    def evict(self, evicted: Sequence[Evicted]) -> None:
+        """These tokens are in no cell any more, and will not be fed."""
+        self.evicted = sorted([*self.evicted, *evicted])
+        self._count()
+
+    def _count(self) -> None:
+        self._absent = self.fed - self.cell(self.fed)

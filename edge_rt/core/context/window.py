@@ -1,0 +1,216 @@
+"""The window of one request: what of its prompt is in the cells, and what leaves them when they get short.
+
+Which segments leave, a policy decides (policies.py); here it is done. Cells are taken out of the middle of the sequence where the
+engine can; elsewhere the sequence is cut where the first of them was, and the decode loop feeds again what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edge_rt.core.context.prefix import cut
+from edge_rt.core.engine import Engine, RemovesCells
+from edge_rt.errors import ContextError, ContextOverflow
+from edge_rt.types import ContextUse
+
+if TYPE_CHECKING:
+    from edge_rt.core.context.candidates import Candidate
+    from edge_rt.core.context.grading import Grade
+    from edge_rt.core.context.history import History
+    from edge_rt.core.context.segments import Segment
+    from edge_rt.core.context.transcript import Piece
+
+SHARE = 8
+"""An eighth of the cells becomes free at once, so that not every token makes something leave."""
+_SHOWN, _EXAMPLES = 40, 3  # characters of a segment, and segments, that a notice quotes
+
+
+@dataclass(slots=True)
+class Window:
+    """Cells of one sequence, at most ``allowed`` of them.
+
+    ``history`` holds the whole prompt, then also the answer. ``answer``: tokens that this request may want for it (None: unknown).
+    ``keep`` is the function of the policy called ``policy``. ``pieces``, ``grader`` and ``text`` (of tokens) are asked only when something has to leave: most requests fit.
+    ``lock`` is held for each call of the engine and no longer.
+    """
+
+    engine: Engine
+    lock: AbstractContextManager[object]
+    sequence: int
+    history: History
+    allowed: int
+    policy: str
+    keep: Callable[[Sequence[Candidate], int], Sequence[int]]
+    answer: int | None
+    pieces: Callable[[], list[Piece]]
+    grader: Callable[[], Callable[[Segment], Grade]]
+    text: Callable[[Sequence[int]], str]
+    prompt: int = 0
+    segments: int = 0
+    tokens: int = 0
+    released: int = 0
+    _left: list[Candidate] = field(default_factory=list)  # since the last notice
+    _pieces: list[Piece] | None = None
+    _remover: RemovesCells | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._remover = self.engine if isinstance(self.engine, RemovesCells) else None  # asking takes a while
+
+    def start(self, tokens: Sequence[int], shared: int) -> None:
+        """The prompt is ``tokens``, of which the history knows the first ``shared``: forget the rest; one at least is left to feed."""
+        shared = self.history.boundary(min(shared, len(tokens) - 1))
+        self.forget(shared)
+        self.history.tokens += tokens[shared:]
+        self.prompt = len(tokens)
+
+    def forget(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        with self.lock:
+            self._cut(length)
+        self.history.truncate(length)
+
+    def fit(self) -> None:
+        """Make the prompt fit, with room for the answer: at most a quarter of the context. Raises ContextOverflow, PluginError."""
+        least = 1 if self.answer is None else max(1, min(self.answer, self.allowed // 4))
+        self._bring_back(self.allowed - least)
+        if self.history.cell(self.prompt) > self.allowed - least:
+            self._leave(self.allowed - (max(1, self.allowed // SHARE) if self.answer is None else least))
+
+    def make_room(self) -> bool:
+        """The cells are full in the middle of an answer: let something leave. False if nothing can. Raises PluginError."""
+        try:
+            self._leave(self.allowed - max(1, self.allowed // SHARE))
+        except ContextOverflow:
+            return False
+        return True
+
+    def room(self) -> int:
+        """Tokens that may follow before anything has to leave or to move."""
+        return min(self.allowed - self.history.cells, self._positions())
+
+    def settle(self, tokens: int) -> None:
+        """See to it that ``tokens`` more get positions the model was trained for, or that were asked for: gaps close.
+
+        Where keys cannot be rotated, the tokens after the first gap are to be fed again.
+        """
+        if self._positions() >= tokens:
+            return
+        assert self._remover is not None, "others have no gaps"
+        with self.lock:
+            try:
+                self._remover.renumber(self.sequence)
+            except ContextError:
+                self._cut(self.history.evicted[0].start)
+
+    def use(self) -> ContextUse:
+        """What became of the context."""
+        history = self.history
+        absent = len(history.tokens) - history.cells
+        return ContextUse(
+            history.cells, self.allowed, self.policy, self.segments, self.tokens, absent, released_bytes=self.released
+        )  # fmt: skip
+
+    def notice(self) -> str | None:
+        """What left since the last call, in words."""
+        left, self._left = self._left, []
+        if not left:
+            return None
+        quoted = [repr(" ".join(one.segment.text.split())[:_SHOWN]) for one in left[:_EXAMPLES]]
+        more = ", ..." if len(left) > _EXAMPLES else ""
+        parts = "1 segment" if len(left) == 1 else f"{len(left)} segments"
+        tokens = sum(one.tokens for one in left)
+        return f"{parts} ({tokens:,} tokens) left the context of {self.allowed:,} ({self.policy}): {', '.join(quoted)}{more}"
+
+    # ---- how it is done ----------------------------------------------------------------------------------------------
+
+    def _positions(self) -> int:
+        """Positions left up to the last one for which the model was trained, or that was asked for; gaps use them up."""
+        info = self.engine.info
+        last = max(info.train_context, info.max_context)
+        if not self.history.evicted or self._remover is None:
+            return last - self.history.cells
+        with self.lock:
+            return last - self._remover.next_position(self.sequence)
+
+    def _leave(self, wanted: int) -> None:
+        """Let the policy choose what stays, within ``wanted`` cells, or if that is too little with one free. Raises ContextOverflow."""
+        found = self._candidates()
+        try:
+            kept = self.keep(found, wanted)
+        except ContextOverflow:
+            if sum(candidate.tokens for candidate in found) < self.allowed:
+                return  # it fits, if barely
+            kept = self.keep(found, self.allowed - 1)
+        staying = frozenset(kept)
+        self._evict([candidate for i, candidate in enumerate(found) if i not in staying])
+
+    def _candidates(self) -> list[Candidate]:
+        from edge_rt.core.context.candidates import answer_pieces, candidates
+
+        history = self.history
+        pieces = self._prompt_pieces()
+        pieces = pieces + answer_pieces(pieces, len(history.tokens), lambda start, end: self.text(history.tokens[start:end]))
+        return candidates(
+            pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self.grader(), answer=self.prompt
+        )  # fmt: skip
+
+    def _prompt_pieces(self) -> list[Piece]:
+        if self._pieces is None:
+            self._pieces = self.pieces()
+        return self._pieces
+
+    def _evict(self, gone: Sequence[Candidate]) -> None:
+        """These leave, or are never fed."""
+        from edge_rt.core.context.history import Evicted
+
+        history = self.history
+        evicted = [Evicted(start, end, one.segment.text, one.score) for one in gone for start, end in one.spans]
+        if cells := history.cell_spans(evicted):
+            with self.lock:
+                if not self._remove(cells):
+                    self._cut(min(evicted).start)
+        history.evict(evicted)
+        self.segments += len(gone)
+        self.tokens += sum(one.tokens for one in gone)
+        self._left += gone
+
+    def _remove(self, cells: Sequence[tuple[int, int]]) -> bool:
+        """Take cells out of the middle, if the engine and the model can."""
+        if self._remover is None:
+            return False
+        try:
+            self.released += self._remover.remove_cells(self.sequence, cells)
+        except ContextError:
+            return False
+        return True
+
+    def _cut(self, at: int) -> None:
+        """Forget the cells from token ``at`` on, or more where the engine needs that: they are fed again."""
+        history = self.history
+        at = min(at, history.fed)
+        cells, gaps = history.cell(at), any(gone.start < at for gone in history.evicted)
+        left = cut(self.engine, self.sequence, cells, gaps=gaps)
+        history.rewind(at - (cells - left) if left else 0)
+
+    def _bring_back(self, room: int) -> None:
+        """What left earlier is fed again, with all that follows it, if the whole prompt fits, or if it is protected now.
+
+        That is so when a conversation goes back to an earlier point, or a request is allowed more cells than those before.
+        """
+        history = self.history
+        if not history.evicted:
+            return
+        from edge_rt.core.context.candidates import parts
+
+        needed = [gone.start for gone in history.evicted[:1] if len(history.tokens) <= room]
+        if not needed:
+            protected = [part for part in parts(self._prompt_pieces(), self.allowed) if part.protections]
+            needed = [gone.start for gone in history.evicted for part in protected if gone.start < part.end and part.start < gone.end]
+        if needed:
+            back = min(needed)
+            with self.lock:
+                self._cut(back)
+            history.evicted = [gone for gone in history.evicted if gone.end <= back]

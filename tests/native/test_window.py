@@ -1,0 +1,355 @@
+"""The window over the null engine: whatever is said, whatever is allowed, the books balance and nothing leaves unreported."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import edge_rt
+from edge_rt.core.context.history import History
+from edge_rt.core.engine import Part
+from edge_rt.errors import ContextError, ContextOverflow, OptionError
+from edge_rt.registry import Registry
+from edge_rt.runtime import Model
+from edge_rt.testing.null_device import NullPlugin
+from edge_rt.types import Delta, Done, Event, Notice
+
+GREEDY = {"temperature": 0.0}
+POLICIES = ("strict", "slide", "graded")
+
+
+@pytest.fixture
+def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
+    """``open_null(reply=None, **options)``: a model on the null engine."""
+    opened: list[Model] = []
+
+    def make(reply: str | None = None, **options: Any) -> Model:
+        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply)})
+        opened.append(edge_rt.open(random_model(), engine="null", device="null", registry=registry, **options))
+        return opened[-1]
+
+    yield make
+    for model in opened:
+        model.close()
+
+
+def say(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def done_of(events: list[Event]) -> Done:
+    assert isinstance(events[-1], Done)
+    return events[-1]
+
+
+def cells_of(model: Model, session: Any) -> list[int]:
+    """The tokens in the engine's cells."""
+    return list(model.engine._sequences[session._sequence].tokens)  # type: ignore[attr-defined]
+
+
+def talk(turns: int, size: int = 60) -> list[dict[str, str]]:
+    """A system message and turns of which no two are equal; the last is a question."""
+    messages = [say("system", "Be brief.")]
+    for i in range(turns):
+        messages += [say("user", f"question {i} " + "q" * size), say("assistant", f"answer {i} " + "a" * size)]
+    return messages[:-1]
+
+
+# ---- any sequence of requests ----------------------------------------------------------------------------------------
+
+TEXT = st.text("ab 1.\n", min_size=1, max_size=80) | st.integers(1, 900).map(lambda n: "word " * (n // 5) + "x")
+TURN = st.fixed_dictionaries(
+    {
+        "text": TEXT,
+        "role": st.sampled_from(["user"] * 5 + ["tool", "system"]),
+        "back": st.sampled_from([0] * 6 + [1, 2, 5]),  # messages taken back first
+        "raw": st.sampled_from([False] * 5 + [True]),
+        "policy": st.sampled_from(POLICIES),
+        "context": st.none() | st.integers(1, 256),
+        "max_tokens": st.none() | st.integers(1, 300),
+        "stop_after": st.none() | st.integers(0, 40),  # events, then cancel
+        "close": st.booleans(),  # or close the stream
+        "speculate": st.sampled_from([0, 0, 4]),
+        "ignore_eos": st.booleans(),
+    }
+)
+
+
+@pytest.mark.parametrize("ability", ["removes", "cannot remove", "cannot renumber", "cannot go back"])
+def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, ability: str) -> None:
+    model = open_null(context=256)
+    engine = model.engine
+    truncate, length = engine.truncate, engine.length
+    if ability != "removes":
+
+        def refuse(*args: Any) -> Any:
+            raise ContextError("not with this model")
+
+        def only_whole(sequence: int, to: int) -> None:
+            if 0 < to < length(sequence):
+                raise ContextError("this model cannot go back")
+            truncate(sequence, to)
+
+        monkeypatch.setattr(engine, "renumber" if ability == "cannot renumber" else "remove_cells", refuse)
+        if ability == "cannot go back":
+            monkeypatch.setattr(engine, "truncate", only_whole)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(TURN, min_size=1, max_size=7))
+    def check(turns: list[dict[str, Any]]) -> None:
+        with model.session() as session:
+            messages: list[dict[str, str]] = []
+            for turn in turns:
+                del messages[max(0, len(messages) - turn["back"]) :]
+                messages.append(say(turn["role"], turn["text"]))
+                request(model, session, messages, turn)
+        assert len(engine._sequences) == len(model.prefixes._kept)  # type: ignore[attr-defined]
+        for kept in model.prefixes._kept:
+            assert engine._sequences[kept.sequence].tokens == list(kept.tokens)  # type: ignore[attr-defined]
+
+    check()
+
+
+def request(model: Model, session: Any, messages: list[dict[str, str]], turn: dict[str, Any]) -> None:
+    """One request, and all that must hold after it."""
+    model.policy = model.registry.context_policy(turn["policy"])
+    prompt: Any = messages[-1]["content"] if turn["raw"] else messages
+    options = {name: turn[name] for name in ("context", "max_tokens", "speculate", "ignore_eos")}
+    before = session.history.tokens[: session.history.fed], len(session.history.evicted)
+    absent_before = sum(gone.end - gone.start for gone in session.history.evicted)
+    try:
+        stream = session.generate(prompt, **GREEDY, **options)
+    except ContextOverflow as error:
+        overflow = error
+    else:
+        overflow = None
+    if overflow is not None:
+        assert overflow.needed > overflow.available
+        assert cells_of(model, session) == list(session.tokens)
+        return
+    events: list[Event] = []
+    for event in itertools.islice(stream, 4000):
+        events.append(event)
+        if turn["stop_after"] == len(events):
+            if turn["close"]:
+                stream.close()
+                break
+            session.cancel()
+    history: History = session.history
+    assert cells_of(model, session) == history.resident()
+    assert history.fed == len(history.tokens) == history.cells + sum(gone.end - gone.start for gone in history.evicted)
+    allowed = turn["context"] or 256
+    assert history.cells <= allowed
+    if turn["close"] and turn["stop_after"] is not None and turn["stop_after"] <= len(events) and not isinstance(events[-1], Done):
+        return
+    done = done_of(events)
+    use, usage = done.context, done.usage
+    assert (use.used, use.allowed, use.policy) == (history.cells, allowed, turn["policy"])
+    assert use.absent_tokens == len(history.tokens) - history.cells
+    said = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+    whole = [*model.prompt_tokens(prompt), *said]
+    assert history.tokens == whole[: len(history.tokens)]
+    if done.reason != "cancelled":
+        assert len(history.tokens) >= len(whole) - 1  # the last token may never be fed
+        tail = max(1, min(10, allowed // 10, usage.prompt_tokens))
+        assert not use.absent_tokens or all(gone.end <= len(history.tokens) - tail + 1 for gone in history.evicted)
+    assert usage.reused_tokens + usage.computed_tokens <= min(usage.prompt_tokens, allowed)
+    if turn["policy"] == "strict":
+        assert use.evicted_segments == use.evicted_tokens == 0
+    assert bool(use.evicted_segments) == bool(use.evicted_tokens)
+    assert any("left the context" in e.message for e in events if isinstance(e, Notice)) == bool(use.evicted_segments)
+    if history.tokens[: len(before[0])] == before[0] and done.reason != "cancelled":  # a request that only goes on: each token is told once
+        assert use.absent_tokens <= absent_before + use.evicted_tokens
+    if turn["max_tokens"]:
+        assert usage.completion_tokens <= turn["max_tokens"]
+    assert usage.completion_tokens <= (turn["max_tokens"] or allowed)
+    if not turn["raw"] and done.reason != "cancelled":
+        check_protected(model, history, messages)
+    if done.reason != "cancelled":
+        messages.append(say("assistant", "".join(e.text for e in events if isinstance(e, Delta)) or "-"))
+
+
+def check_protected(model: Model, history: History, messages: list[dict[str, str]]) -> None:
+    """System messages, the current question and the sinks are in the cells, each whole."""
+    away = {at for gone in history.evicted for at in range(gone.start, gone.end)}
+    question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    at = 1  # the begin-of-text token
+    for i, message in enumerate(messages):
+        size = len(message["content"].encode()) + 1  # the template closes each with one token
+        if message["role"] == "system" or i == question:
+            assert not away & set(range(at, at + size))
+        at += size
+    assert not away & set(range(4))
+
+
+# ---- single things ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["slide", "graded"])
+def test_a_chat_goes_on_far_beyond_the_window(open_null: Callable[..., Model], policy: str) -> None:
+    model = open_null("Yes, of course.", context=256, policy=policy)
+    messages = [say("system", "Be brief.")]
+    told = 0
+    with model.session() as session:
+        for i in range(60):
+            messages.append(say("user", f"Question number {i}: is the pump P-{i} in order?"))
+            events = list(session.generate(messages, **GREEDY))
+            done = done_of(events)
+            assert done.reason == "end_of_generation"
+            told += done.context.evicted_tokens
+            assert done.context.absent_tokens == told
+            messages.append(say("assistant", "".join(e.text for e in events if isinstance(e, Delta))))
+        assert len(session.history.tokens) > 10 * 256
+        assert done.usage.reused_tokens > 100
+        assert done.usage.computed_tokens < 70
+
+
+def test_what_leaves_is_not_computed_and_a_notice_quotes_it(open_null: Callable[..., Model]) -> None:
+    model = open_null("ok", context=256)
+    messages = [
+        say("user", "Pump P-104 failed on 3 May in Leeds, said Ms. Keller."), say("assistant", "Thank you, have a nice day! " * 4),
+        say("user", "Pump P-105 failed on 4 May in Leeds, said Ms. Keller."), say("assistant", "Thank you."), say("user", "Why?"),
+    ]  # fmt: skip
+    with model.session(context=200) as session:
+        events = list(session.generate(messages, **GREEDY))
+    done = done_of(events)
+    assert (done.context.evicted_segments, done.context.evicted_tokens) == (1, 113)
+    assert done.usage.computed_tokens + 113 == done.usage.prompt_tokens
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert notices == ["1 segment (113 tokens) left the context of 200 (graded): 'Thank you, have a nice day! Thank you, h'"]
+
+
+def test_the_request_overrides_the_session_and_the_session_the_model(open_null: Callable[..., Model]) -> None:
+    model = open_null("ok", context=256)
+    for session_context, request_context, expected in ((None, None, 256), (100, None, 100), (100, 120, 120), (None, 90, 90)):
+        with model.session(context=session_context) as session:
+            done = done_of(list(session.generate("Hi", context=request_context, **GREEDY)))
+            assert done.context.allowed == expected
+    for bad in (0, 257):
+        with pytest.raises(OptionError, match=f"a context of {bad} tokens is out of range; give 1 to 256"):
+            model.session(context=bad)
+        with model.session() as session, pytest.raises(OptionError, match="out of range"):
+            session.generate("Hi", context=bad)
+
+
+def test_short_memory_allows_fewer_cells_and_says_so_once(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_null("ok", context=256)
+    monkeypatch.setattr("edge_rt.session.affordable", lambda engine, cells: 60)
+    with model.session() as session:
+        events = list(session.generate("x" * 50, **GREEDY))
+        assert done_of(events).context.allowed == 60
+        assert [e.message for e in events if isinstance(e, Notice)] == [
+            "free memory allows a context of 60 tokens and not 256; close something to have more"
+        ]
+        assert not any(isinstance(e, Notice) for e in session.generate("x" * 50, **GREEDY))
+
+
+def test_kept_cells_are_those_the_engine_would_have(open_null: Callable[..., Model]) -> None:
+    """After an eviction the next token comes from the very cells that a sequence has from which the engine removed the same ones."""
+    model = open_null(context=256)
+    messages = talk(2)
+    with model.session() as session:
+        list(session.generate(messages, max_tokens=1, **GREEDY))
+        first = model.prompt_tokens(messages)
+        longer = [*messages, say("assistant", "a" * 30), say("user", "b" * 60)]
+        events = list(session.generate(longer, max_tokens=1, logprobs=1, **GREEDY))
+        left = list(session.history.evicted)
+        assert left
+        second = model.prompt_tokens(longer)
+    engine = model.engine
+    sequence = engine.new_sequence()
+    engine.step([Part(sequence, first, "none")])
+    engine.remove_cells(sequence, [(gone.start, gone.end) for gone in left if gone.end <= len(first)])  # type: ignore[attr-defined]
+    rest = [second[i] for i in range(len(first), len(second)) if not any(gone.start <= i < gone.end for gone in left)]
+    assert any(gone.end <= len(first) for gone in left)
+    (logits,) = engine.step([Part(sequence, rest, "last")])
+    assert logits is not None
+    (token,) = next(e.tokens for e in events if isinstance(e, Delta) and e.tokens)
+    assert token == int(max(range(len(logits[0])), key=lambda i: logits[0][i]))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, {"temperature": 1.3, "seed": 5}])
+def test_speculation_changes_nothing_beyond_the_window(open_null: Callable[..., Model], sampling: dict[str, Any]) -> None:
+    model = open_null("abcdefgh " * 100 if "seed" not in sampling else None, context=128)
+    found = []
+    for speculate in (0, 5):
+        with model.session() as session:
+            events = list(
+                session.generate("the cat sat on the mat. " * 3, max_tokens=400, ignore_eos=True, speculate=speculate, **sampling)
+            )
+        done = done_of(events)
+        found.append(([t for e in events if isinstance(e, Delta) for t in e.tokens], done.context))
+        model.prefixes.clear()
+    assert done.usage.drafted_tokens > 0
+    assert len(found[0][0]) == 400
+    assert found[0][1].evicted_tokens > 300
+    assert found[0] == found[1]
+
+
+def test_strict_ends_an_answer_where_the_others_make_room(open_null: Callable[..., Model]) -> None:
+    for policy in POLICIES:
+        with open_null("the seals were worn out, and nobody looked", context=256, policy=policy).session() as session:
+            done = done_of(list(session.generate(talk(2), **GREEDY)))
+            expected = ("context_full", False) if policy == "strict" else ("end_of_generation", True)
+            assert (done.reason, bool(done.context.evicted_segments)) == expected
+
+
+def test_a_session_with_gaps_is_saved_and_goes_on_exactly(open_null: Callable[..., Model], tmp_path: Path) -> None:
+    model, path = open_null(context=256), tmp_path / "s.session"
+    messages = talk(4)
+    longer = [*messages, say("assistant", "well"), say("user", "and?")]
+    with model.session() as session:
+        list(session.generate(messages, max_tokens=5, **GREEDY))
+        assert session.history.evicted
+        session.save(path)
+        expected = [e for e in session.generate(longer, max_tokens=9, ignore_eos=True, **GREEDY) if isinstance(e, Delta)]
+        after = session.history
+    model.prefixes.clear()
+    with model.restore(path) as restored:
+        events = list(restored.generate(longer, max_tokens=9, ignore_eos=True, **GREEDY))
+        assert [e for e in events if isinstance(e, Delta)] == expected
+        assert (restored.history.tokens, restored.history.evicted) == (after.tokens, after.evicted)
+        assert done_of(events).usage.reused_tokens > 50
+
+
+def test_a_conversation_that_goes_back_to_what_left_gets_it_again(open_null: Callable[..., Model]) -> None:
+    model = open_null("ok", context=256)
+    messages = talk(5)
+    with model.session() as session:
+        list(session.generate(messages, **GREEDY))
+        assert session.history.evicted
+        back = messages[:4]  # the second question is the current one again
+        done = done_of(list(session.generate(back, **GREEDY)))
+        assert done.context.absent_tokens == 0
+        assert cells_of(model, session)[: len(model.prompt_tokens(back))] == model.prompt_tokens(back)
+
+
+def test_positions_never_pass_what_the_model_was_trained_for(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_null(context=128)
+    highest, step = 0, model.engine.step
+
+    def watched(parts: Any) -> Any:
+        nonlocal highest
+        found = step(parts)
+        highest = max(highest, *(model.engine.next_position(part.sequence) for part in parts))  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(model.engine, "step", watched)
+    with model.session() as session:
+        done = done_of(list(session.generate("Once upon a time", max_tokens=1000, ignore_eos=True, **GREEDY)))
+    assert done.usage.completion_tokens == 1000
+    assert 100 < highest <= 128
+
+
+def test_a_question_that_is_too_long_is_named_with_both_numbers(open_null: Callable[..., Model]) -> None:
+    with open_null("ok", context=128).session() as session:
+        with pytest.raises(ContextOverflow, match=r"current question 20\d.*room for 127; shorten it or raise --ctx") as caught:
+            session.generate([say("system", "Be brief."), say("user", "q" * 200)])
+        assert (caught.value.needed, caught.value.available) == (212, 127)
+        assert done_of(list(session.generate([say("user", "short")], **GREEDY))).reason == "end_of_generation"
