@@ -342,6 +342,31 @@ def test_a_question_that_does_not_fit_does_not_end_the_conversation():
     assert done.stdout.strip()
 
 
+def test_a_conversation_goes_on_beyond_the_window():
+    questions = "\n".join(f"Tell me fact number {i} about rivers and the sea." for i in range(8))
+    done = edge_rt("chat", *GREEDY, "--ctx", "128", input=questions)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    assert re.search(r"note: \d segments? \([\d,]+ tokens\) left the context of 128 \(graded\): 'Tell me fact number 0", done.stderr)
+
+
+def test_run_says_what_left_the_context(tmp_path):
+    letter = tmp_path / "letter.txt"
+    letter.write_text("\n\n".join(f"Paragraph {i} says nothing much about anything at all, as letters do. " * 3 for i in range(12)))
+    done = edge_rt("run", *GREEDY, "--json", "--raw", "--ctx", "256", "-f", str(letter))
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    use = events[-1]["context"]
+    assert use["used"] <= use["allowed"] == 256
+    assert use["evicted_segments"] > 1
+    assert use["absent_tokens"] >= use["evicted_tokens"] > 100
+    assert any("left the context" in event.get("message", "") for event in events)
+    strict = edge_rt("run", *GREEDY, "--json", "--raw", "--ctx", "256", "--policy", "strict", "-f", str(letter))
+    assert strict.returncode == 1
+    assert json.loads(strict.stdout.splitlines()[-1])["error"] == "ContextOverflow"
+    assert edge_rt("run", "--policy", "none", "Hi").returncode == 1
+
+
 class Terminal:
     """The program on a terminal of its own."""
 

@@ -27,6 +27,9 @@ RAW = "text"
 WORTH_FINDING = 16
 """Characters a message must have to be looked for by its text alone: a shorter one may stand anywhere."""
 
+NEAR = 32
+"""Bytes that may be missing between one token and the next."""
+
 _STANDS_FOR = 0x100000  # private characters, other than those that chat_template.py uses
 _MANY = 0xFFFD
 
@@ -196,23 +199,26 @@ def _segment(message: int, role: str, text: str, kind: Kind) -> Segment:
 def token_starts(vocab: Vocab, tokens: Sequence[int], text: str) -> list[int]:
     """The byte of the text (in UTF-8) at which each token begins, rising.
 
-    Tokens the tokenizer adds (a begin-of-text token, a space that stands for the beginning of a word) take no room. Where the tokens
-    do not spell the text, because the vocabulary normalises it, places are estimated by how long the tokens' own texts are.
+    Tokens the tokenizer adds (a begin-of-text token, a space that stands for the beginning of a word) take no room, bytes that the
+    vocabulary cannot spell have no token. Where the tokens hardly spell the text at all, because the vocabulary normalises it, places
+    are estimated by how long the tokens' own texts are.
     """
     data = text.encode("utf-8", "surrogatepass")
     spelled = [vocab.piece(token, special=True) for token in tokens]
-    starts, at = [], 0
+    starts, at, lost = [], 0, 0
     for token, piece in zip(tokens, spelled, strict=True):
+        if not data.startswith(piece, at):
+            if piece.startswith(b" ") and data.startswith(piece[1:], at):
+                piece = piece[1:]
+            elif (later := data.find(piece, at, at + NEAR)) >= 0 and not vocab.is_control(token):
+                at = later
+            else:
+                lost += not vocab.is_control(token)
+                piece = b""
         starts.append(at)
-        if data.startswith(piece, at):
-            at += len(piece)
-        elif piece.startswith(b" ") and data.startswith(piece[1:], at):
-            at += len(piece) - 1
-        elif not vocab.is_control(token):
-            break
-    else:
-        if at == len(data):
-            return starts
+        at += len(piece)
+    if 8 * lost <= len(tokens) and len(data) - at <= NEAR:
+        return starts
     total, at, starts = sum(map(len, spelled)) or 1, 0, []
     for piece in spelled:
         starts.append(at * len(data) // total)

@@ -32,9 +32,10 @@ _SHOWN, _EXAMPLES = 40, 3  # characters of a segment, and segments, that a notic
 class Window:
     """Cells of one sequence, at most ``allowed`` of them.
 
-    ``history`` holds the whole prompt, then also the answer. ``answer``: tokens that this request may want for it (None: unknown).
-    ``keep`` is the function of the policy called ``policy``. ``pieces``, ``grader`` and ``text`` (of tokens) are asked only when something has to leave: most requests fit.
-    ``lock`` is held for each call of the engine and no longer.
+    ``history`` holds the whole prompt (its first ``prompt`` tokens), then also the answer. ``answer``: tokens that this request may
+    want for it (None: unknown). ``keep`` is the function of the policy called ``policy``. ``pieces``, ``grader`` and ``text`` (of
+    tokens) are asked only when something has to leave: most requests fit. ``lock`` is held for each call of the engine and no longer.
+    ``segments``, ``tokens`` and ``released`` count what left during this request: segments, their tokens, bytes given back.
     """
 
     engine: Engine

@@ -106,6 +106,7 @@ class LlamaCppEngine:
             if not self._lib.llama_memory_seq_rm(self._cells, slot, self._positions[sequence].of(length), -1):
                 raise ContextError(f"{self.info.architecture} models cannot go back to token {length}; start the session anew")
             self._positions[sequence].truncate(length)
+            self._follow(sequence)
 
     def free_sequence(self, sequence: int) -> None:
         """Release a sequence's cells for others; the cache itself stays as it is."""
@@ -135,7 +136,13 @@ class LlamaCppEngine:
             for run in positions.part(start, end):
                 self._lib.llama_memory_seq_rm(self._cells, slot, run.position, run.position + run.n)
         self._positions[sequence] = left
+        self._follow(sequence)
         return 0
+
+    def _follow(self, sequence: int) -> None:
+        """No gap at the end: libllama takes the next token only right behind the last one that is left."""
+        positions = self._positions[sequence]
+        positions.next = positions.of(positions.length - 1) + 1 if positions.length else 0
 
     def renumber(self, sequence: int) -> None:
         """Close gaps between positions: libllama rotates keys at the next step. Raises ContextError where it cannot.
