@@ -27,8 +27,13 @@ BENCHMARKS = {
     "start": ("start", "run"),
     "speculation": ("speculation", "run"),
     "contention": ("contention", "run"),
+    "context-retrieval": ("context.retrieval", "run"),
+    "context-conversations": ("context.conversing", "run"),
+    "context-perplexity": ("context.perplexity", "run"),
 }
 """Name -> module and function. Each ends by itself within ten minutes."""
+UNTIMED = ("context-retrieval", "context-conversations", "context-perplexity")
+"""Those whose figures are scores, which a busy machine does not change."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
 _LIMIT = 590
@@ -88,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct Q4_1, instead of the one that edge-rt pull fetches")
     parser.add_argument("--memory-group", type=Path, help="directory of a memory cgroup in which `limited` may make groups")
+    parser.add_argument("--items", type=int, help="texts or conversations that a benchmark of context handling uses")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
     return parser
 
@@ -100,11 +106,11 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     module, function = BENCHMARKS[name]
     run: Callable[[Settings], list[Result]] = getattr(importlib.import_module(f"bench.{module}"), function)
-    warning = None if options.quick else wait_until_quiet(options.wait)
+    warning = None if options.quick or name in UNTIMED else wait_until_quiet(options.wait)
     print(f"--- {name}" + (f" ({warning})" if warning else ""), flush=True)
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
-    results = run(Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group))
+    results = run(Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items))
     if warning:
         results = [replace(result, notes=[*result.notes, warning]) for result in results]
     from bench.report import plain

@@ -28,6 +28,9 @@ and off, repacked weights on and off, every number of threads, then mapped again
 `--memory-group DIRECTORY` names a memory cgroup in which `limited` may make a group of its own for stock libllama and edge-rt alike.
 Each benchmark waits for a quiet machine, repeats while ratios spread more than 5 %, and ends within ten minutes.
 
+Only context handling is scored and not timed: each score stands with its 95 % interval (bootstrap over texts), every policy may keep
+the same number of tokens and has the same ones protected, and `blind` is what the model guesses without the text.
+
 Models: SmolLM2-135M-Instruct in several types, made from one file; for memory and disk a random llama of 1.3 GB in Q4_0.
 """
 EMPTY = "Nothing has been measured yet: run `make bench`.\n"
@@ -59,7 +62,7 @@ def rows(results: Iterable[Result]) -> list[list[str]]:
     lines = [["what", "against", "ratio", "spread", "edge-rt", "peer", "required", "met"]]
     for result in results:
         met = {None: "", True: "yes", False: "**no**"}[result.ok]
-        if not result.peers:
+        if not result.ratios:
             shown = result.shown or f"{number(spread(result.ours).median)} {result.unit}"
             lines.append([result.name, "", "", "", shown, "", result.requirement, met])
             continue

@@ -21,7 +21,8 @@ class Settings:
 
     ``quick`` proves that everything runs, with figures that mean nothing. ``threads``: CPUs to use. ``deadline``: when no further
     round begins (``time.monotonic``). ``model``: SmolLM2-135M-Instruct Q4_1, None fetches it. ``memory_group``: directory of a memory
-    cgroup in which groups may be made.
+    cgroup in which groups may be made. ``items``: how many texts or conversations a benchmark of context handling uses, None: its own
+    number.
     """
 
     quick: bool
@@ -29,6 +30,7 @@ class Settings:
     deadline: float
     model: Path | None = None
     memory_group: Path | None = None
+    items: int | None = None
 
     def pick(self, full: T, quick: T) -> T:
         """One of two values."""
