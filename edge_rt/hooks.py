@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import pluggy
 
-from edge_rt.core.engine import Engine, EngineInfo, Logits, MemoryReport, MovesCells, Part, RemovesCells, Wanted
+from edge_rt.core.engine import Engine, EngineInfo, Logits, MemoryReport, MovesCells, Part, Pruned, PrunesCells, RemovesCells, Wanted
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -338,6 +338,8 @@ __all__ = [
     "Positions",
     "PostProcessor",
     "PostProcessorFactory",
+    "Pruned",
+    "PrunesCells",
     "Refusal",
     "RemovesCells",
     "Run",

@@ -175,3 +175,44 @@ class MovesCells(Protocol):
         or the sequence would outgrow ``max_context``, OutOfMemory.
         """
         ...
+
+
+class Pruned(NamedTuple):
+    """What pruning did: ``cells`` left every head of every layer, ``released_bytes`` are free."""
+
+    cells: int
+    released_bytes: int
+
+
+@runtime_checkable
+class PrunesCells(Protocol):
+    """Sequences whose layers and heads can each forget the cells they need least.
+
+    What is left stands closer together, at the positions it was fed at. The leading cells are then "mixed": the same cell holds another
+    token in every head. They go or stay together: to truncate or fork in their middle, to remove or to export some of them, or to insert
+    cells among them raises ContextError and changes nothing; truncating to 0, whole exports and pruning again always work.
+    """
+
+    def watch(self, sequence: int, window: int) -> None:
+        """Keep the last ``window`` queries of every layer from now on, which pruning goes by; 0 stops. Forks are not watched.
+
+        Raises OptionError, OutOfMemory.
+        """
+        ...
+
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        """Keep ``keep`` cells of each head, the first and last ones among them, and chosen by ``method`` of core/context/pruning.py.
+
+        Nothing changes if there are no more. Raises OptionError for an unknown method or ends longer than ``keep``, ContextError
+        if the method asks for queries and none were kept, OutOfMemory.
+        """
+        ...
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes one cell takes over all layers, for budgets in bytes."""
+        ...
+
+    def mixed_cells(self, sequence: int) -> int:
+        """How many leading cells are mixed: 0 as long as nothing was pruned."""
+        ...

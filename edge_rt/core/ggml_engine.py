@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from edge_rt import config
-from edge_rt.core.context.kv import KvCache, next_capacity, padded
+from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
 from edge_rt.core.context.kv_bytes import read_cells, write_cells
 from edge_rt.core.decode.governor import Governor
-from edge_rt.core.engine import EngineInfo, MemoryReport, Part
+from edge_rt.core.engine import EngineInfo, MemoryReport, Part, Pruned
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.layout import transposed_decodes_faster
+from edge_rt.core.graph.pieces import Piece, in_pieces
 from edge_rt.core.graph.rotate import rotate_keys
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot, StepGraph
@@ -64,15 +65,6 @@ class _Decoding:
     next: int
     limit: int
     ahead: int
-
-
-class _Piece(NamedTuple):
-    """Tokens of one part that go into one graph run; ``rows`` of them get logits."""
-
-    part: int
-    sequence: int
-    tokens: Sequence[int]
-    rows: Sequence[int]
 
 
 class GgmlEngine:
@@ -160,7 +152,7 @@ class GgmlEngine:
             return [logits]
         self._file.check_unchanged()
         self._check(parts)
-        pending = self._plan(parts)
+        pending = in_pieces(parts, CHUNK)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
             logits = self._run(run)
@@ -210,30 +202,14 @@ class GgmlEngine:
         if needed > self.info.max_context:
             raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
 
-    def _plan(self, parts: Sequence[Part]) -> list[list[_Piece]]:
-        """Divide parts into graph runs of at most CHUNK tokens, in order."""
-        runs: list[list[_Piece]] = [[]]
-        room = CHUNK
-        for index, part in enumerate(parts):
-            n, start = len(part.tokens), 0
-            while start < n:
-                if room == 0:
-                    runs.append([])
-                    room = CHUNK
-                take = min(room, n - start)
-                wanted = {"none": range(0), "last": range(n - 1, n), "all": range(n)}[part.logits]
-                rows = [r - start for r in wanted if start <= r < start + take]
-                runs[-1].append(_Piece(index, part.sequence, part.tokens[start : start + take], rows))
-                start, room = start + take, room - take
-        return [run for run in runs if run]
-
-    def _run(self, run: Sequence[_Piece]) -> Rows | None:
+    def _run(self, run: Sequence[Piece]) -> Rows | None:
         """Evaluate one graph; logits are valid until the next."""
         shapes, slots = [], []
         for piece in run:
             cache = self._room(piece.sequence, len(piece.tokens))
             shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows)))
-            slots.append(Slot(cache.view, cache.length, cache.positions.next, piece.tokens, piece.rows))
+            column = cache.ring.column(cache.length) if cache.ring else 0
+            slots.append(Slot(cache.view, cache.length, cache.positions.next, piece.tokens, piece.rows, column))
         graph = self._graphs.get(shapes, [slot.cache for slot in slots])
         graph.set_inputs(slots)
         self._choose_threads()
@@ -262,11 +238,16 @@ class GgmlEngine:
         needed = cache.length + tokens
         if needed <= cache.capacity:
             return cache
-        larger = cache.copy(cache.length, next_capacity(cache.capacity, needed, self.info.max_context))
-        self._graphs.forget(cache.view)
-        cache.close()
-        self._sequences[sequence] = larger
+        larger = cache.moved(next_capacity(cache.capacity, needed, self.info.max_context))
+        self._replace(sequence, larger)
         return larger
+
+    def _replace(self, sequence: int, cache: KvCache) -> None:
+        """Cells have moved to another cache: the old one goes, and with it the graphs over it."""
+        self._last = None
+        old, self._sequences[sequence] = self._sequences[sequence], cache
+        self._graphs.forget(old.view)
+        old.close()
 
     def exact_rows(self) -> int:
         """Probed once, weight by weight (graph/exactness.py); attention runs token by token up to flash attention's threshold."""
@@ -291,11 +272,9 @@ class GgmlEngine:
         """Close gaps between positions: keys are rotated back by as much as their tokens move."""
         self._last = None
         cache = self._sequences[sequence]
-        runs = list(cache.positions)
-        moves = [(run.cell, run.cell + run.n, -shift) for run, shift in zip(runs, cache.positions.renumbered(), strict=True)]
         family = FAMILIES[self.hyper.architecture]
         factors = self.weights.get("rope_freqs.weight") if family.rope_factors else None
-        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, moves, self._backend)
+        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, cache.renumber(), self._backend)
 
     def export_cells(self, sequence: int, start: int, end: int) -> bytes:
         """Cells [start, end) as bytes."""
@@ -303,7 +282,9 @@ class GgmlEngine:
 
     def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
         """Put exported cells before cell ``at``; see ``MovesCells``."""
-        positions, cells = read_cells(data, self.hyper, self._key_type)
+        positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
+        if mixed is not None:
+            raise ContextError("cells that were pruned head by head cannot be put between others; restore the session they are of")
         self._check_fits(self._sequences[sequence].length + positions.length)
         self._last = None
         self._room(sequence, positions.length).insert(at, positions, cells)
@@ -315,17 +296,53 @@ class GgmlEngine:
 
     def import_sequence(self, data: bytes | memoryview) -> int:
         """Open a sequence from exported bytes. Raises SessionFileError."""
-        positions, cells = read_cells(data, self.hyper, self._key_type)
+        positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
         if positions.length > self.info.max_context:
             raise SessionFileError(f"the saved session holds {positions.length} tokens, the context {self.info.max_context}; raise --ctx")
         cache = self._cache(next_capacity(0, positions.length + 1, self.info.max_context))
         try:
             cache.positions.next = positions.next
             cache.insert(0, positions, cells)
+            cache.mixed = mixed
         except BaseException:
             cache.close()
             raise
         return self._adopt(cache)
+
+    # ---- pruning -----------------------------------------------------------------------------------------------------
+
+    def watch(self, sequence: int, window: int) -> None:
+        """Keep the last ``window`` queries of every layer from now on; 0 stops. Raises OptionError, OutOfMemory."""
+        if not 0 <= window <= self.info.max_context:
+            raise OptionError(f"{window} queries cannot be kept; choose 0 to {self.info.max_context}")
+        self._last = None
+        cache = self._sequences[sequence]
+        self._graphs.forget(cache.view)
+        cache.watch(window)
+
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        """Keep ``keep`` cells of each head; see ``PrunesCells``. They move to a cache of that size."""
+        from edge_rt.core.context.pruning import check, choose
+        from edge_rt.core.graph.scores import cached_layers
+
+        check(keep, first, last, method)
+        cache = self._sequences[sequence]
+        length, held = cache.length, cache.nbytes
+        if keep >= length:
+            return Pruned(0, 0)
+        kept = choose(cached_layers(cache, self.hyper, self._backend), keep, first, last, method)
+        pruned = cache.prune(kept, next_capacity(0, keep + 1, self.info.max_context))
+        self._replace(sequence, pruned)
+        return Pruned(length - keep, held - pruned.nbytes)
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes one cell takes over all layers."""
+        return cell_bytes(self.hyper, self._key_type)
+
+    def mixed_cells(self, sequence: int) -> int:
+        """How many leading cells hold another token in every head."""
+        return self._sequences[sequence].n_mixed
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from edge_rt.hooks import (
     Refusal,
     SessionFileError,
 )
-from edge_rt.testing.cells_conformance import CellsConformance
 from edge_rt.testing.feeding import feed, feed_new, kept_rows, sequences, tokens_of
+from edge_rt.testing.pruning_conformance import PruningConformance
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MISUSE = (EdgeError, LookupError, ValueError)  # what use after free or close may raise: anything but silence or a crash
 
 
-class EngineConformance(CellsConformance):
+class EngineConformance(PruningConformance):
     """Subclass with fixtures ``engine_factory`` and ``model``."""
 
     options: ClassVar[EngineOptions] = EngineOptions(context=640, threads=1)

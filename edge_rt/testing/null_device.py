@@ -33,11 +33,13 @@ from edge_rt.hooks import (
     OptionError,
     Part,
     Positions,
+    Pruned,
     Refusal,
     Run,
     SessionFileError,
     hookimpl,
 )
+from edge_rt.testing.null_vocab import DEFAULT_CONTEXT, EOS, N_VOCAB, NullVocab
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,91 +47,8 @@ if TYPE_CHECKING:
 
     from edge_rt.hooks import ModelFile
 
-BOS, EOS, EOT, PAD = 256, 257, 258, 259
-_SPECIAL = {BOS: b"<|begin|>", EOS: b"<|end|>", EOT: b"<|turn|>", PAD: b"<|pad|>"}
-N_VOCAB = 260
-DEFAULT_CONTEXT = 4096
-
 _HEADER = struct.Struct("<8sI16s16s")  # magic, cells, digest of the tokens, identity of the model
 _MAGIC = b"ERTNULL1"
-
-
-class NullVocab:
-    """Bytes are tokens 0 to 255; four control tokens follow. It answers all that ``edge_rt.native.llama.Vocab`` does."""
-
-    n_tokens = N_VOCAB
-    kind = "bytes"
-    train_context = DEFAULT_CONTEXT
-    bos: int | None = BOS
-    eos: int | None = EOS
-    eot: int | None = EOT
-    nl: int | None = ord("\n")
-    add_bos = True
-    keep_alive: object = None
-
-    @property
-    def pointer(self) -> int:
-        """Raises NativeError: there is no libllama vocabulary, so no grammar or DRY sampling."""
-        raise NativeError("the null vocabulary is not one of libllama's; use a model file for grammars")
-
-    def tokenize(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
-        """UTF-8 bytes; with ``special``, ``<|end|>`` and its like are one token. ``bos`` None adds the begin-of-text token."""
-        tokens: list[int] = []
-        data = text.encode()
-        i = 0
-        while i < len(data):
-            found = next((token for token, name in _SPECIAL.items() if special and data.startswith(name, i)), None)
-            tokens.append(data[i] if found is None else found)
-            i += 1 if found is None else len(_SPECIAL[found])
-        add = bos or (bos is None and tokens[:1] != [BOS])
-        return [BOS, *tokens] if add else tokens
-
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """The byte, or for a control token its name if ``special``, else nothing. Raises OptionError outside the vocabulary."""
-        if token in _SPECIAL:
-            return _SPECIAL[token] if special else b""
-        return bytes((self._check(token),))
-
-    def detokenize(self, tokens: Iterable[int], special: bool = False) -> bytes:
-        """The bytes of tokens, joined."""
-        return b"".join(self.piece(token, special) for token in tokens)
-
-    def is_eog(self, token: int) -> bool:
-        """End of text or of turn."""
-        return self._check(token) in (EOS, EOT)
-
-    def is_control(self, token: int) -> bool:
-        """One of the four after the bytes."""
-        return self._check(token) in _SPECIAL
-
-    def eog_tokens(self) -> tuple[int, ...]:
-        """End of text and of turn."""
-        return (EOS, EOT)
-
-    def control_texts(self) -> tuple[str, ...]:
-        """Names of the control tokens, longest first."""
-        return tuple(sorted((name.decode() for name in _SPECIAL.values()), key=lambda name: (-len(name), name)))
-
-    def suppressed_tokens(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def metadata(self, key: str) -> str | None:
-        """None: there is no file."""
-        return None
-
-    def chat_template(self, name: str | None = None) -> str | None:
-        """Each message's content, closed by the end-of-turn token."""
-        return "{% for message in messages %}{{ message['content'] }}<|turn|>{% endfor %}" if name is None else None
-
-    def close(self) -> None:
-        """Does nothing."""
-
-    @staticmethod
-    def _check(token: int) -> int:
-        if not 0 <= token < N_VOCAB:
-            raise OptionError(f"token {token} is out of range; this model has tokens 0 to {N_VOCAB - 1}")
-        return token
 
 
 @dataclass(slots=True)
@@ -139,6 +58,7 @@ class _Sequence:
     tokens: list[int]
     states: list[int]
     positions: Positions
+    window: int = 0
 
 
 class NullEngine:
@@ -297,10 +217,40 @@ class NullEngine:
         tokens, states = struct.unpack_from(f"<{cells}H", body), struct.unpack_from(f"<{cells}Q", body, 2 * cells)
         return _Sequence(list(tokens), list(states), positions)
 
+    def watch(self, sequence: int, window: int) -> None:
+        """Remember that pruning may ask for queries. Raises OptionError."""
+        if window < 0:
+            raise OptionError(f"{window} queries cannot be kept; choose 0 or more")
+        self._get(sequence).window = window
+
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        """Keep the protected ends and of the rest those with the least states: by chance, and the same cells in the only head."""
+        held = self._get(sequence)
+        length = len(held.tokens)
+        if method != "defensive":
+            raise OptionError(f"there is no such way to prune as {method!r}; choose defensive")
+        if keep < 1 or min(first, last) < 0 or first + last > keep:
+            raise OptionError(f"{keep} cells cannot be kept with {first} and {last} of them protected; keep more")
+        if keep >= length:
+            return Pruned(0, 0)
+        if not held.window:
+            raise ContextError("no query was kept to prune by; watch the sequence")
+        middle = sorted(range(first, length - last), key=lambda cell: held.states[cell])
+        gone = sorted(middle[keep - first - last :])
+        return Pruned(len(gone), self.remove_cells(sequence, [(cell, cell + 1) for cell in gone]))
+
+    cell_bytes = 10
+    """Two of token, eight of state."""
+
+    def mixed_cells(self, sequence: int) -> int:
+        """None: there is one head."""
+        self._get(sequence)
+        return 0
+
     def memory(self) -> MemoryReport:
-        """Ten bytes a cell: two of token, eight of state."""
+        """The cells."""
         self._check_open()
-        return MemoryReport(0, 0, sum(10 * len(sequence.tokens) for sequence in self._sequences.values()), 0)
+        return MemoryReport(0, 0, sum(self.cell_bytes * len(sequence.tokens) for sequence in self._sequences.values()), 0)
 
     def close(self) -> None:
         """Forget everything; further calls but this one raise NativeError."""

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.hooks import EdgeError, EngineOptions, OptionError, Part, SessionFileError
+from edge_rt.hooks import EdgeError, EngineOptions, OptionError, Part, Pruned, SessionFileError
 from edge_rt.native.llama import Vocab
 from edge_rt.testing.conformance import DeviceConformance, EngineConformance
-from edge_rt.testing.null_device import BOS, EOS, EOT, NullDevice, NullEngine, NullEngineFactory, NullVocab
+from edge_rt.testing.null_device import NullDevice, NullEngine, NullEngineFactory
+from edge_rt.testing.null_vocab import BOS, EOS, EOT, NullVocab
 
 
 def _model(folder: Path, name: str = "tiny.null", content: bytes = b"weights") -> Any:
@@ -160,7 +161,43 @@ class _ReturnsWithoutState(NullEngine):
         return inserted
 
 
+class _PrunesAlways(NullEngine):
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        return super().prune(sequence, max(1, min(keep, self.length(sequence) - 1)), first=first, last=last, method=method)
+
+
+class _PruningForgetsPositions(NullEngine):
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        pruned = super().prune(sequence, keep, first=first, last=last, method=method)
+        self.renumber(sequence)
+        return pruned
+
+
+class _PruningReachesOthers(NullEngine):
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        pruned = super().prune(sequence, keep, first=first, last=last, method=method)
+        for other in self._sequences.values():
+            other.states[-1:] = [state ^ pruned.cells for state in other.states[-1:]]
+        return pruned
+
+
+class _WatchingDisturbs(NullEngine):
+    def _feed(self, part: Part) -> Any:
+        logits = super()._feed(part)
+        return logits if logits is None else logits + np.float32(self._sequences[part.sequence].window)
+
+
+class _KnowsAllMethods(NullEngine):
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+        return super().prune(sequence, keep, first=first, last=last)
+
+
 FAULTS = {
+    _PrunesAlways: "test_nothing_is_pruned_where_all_fits",
+    _PruningForgetsPositions: "test_what_is_left_goes_on",
+    _PruningReachesOthers: "test_pruning_does_not_touch_what_was_shared",
+    _WatchingDisturbs: "test_watching_changes_no_bit",
+    _KnowsAllMethods: "test_nonsense_is_refused",
     _ForgetsFirstToken: "test_logits_depend_on_every_token_before",
     _ChunkBorderSlips: "test_a_part_longer_than_a_chunk",
     _BatchMixesSequences: "test_several_sequences_in_one_step_equal_one_by_one",
@@ -197,7 +234,7 @@ def _failures(fault: type[NullEngine], model: Any) -> list[str]:
         }
         try:
             test(suite, **{key: available[key] for key in inspect.signature(test).parameters if key != "self"})
-        except (AssertionError, EdgeError, pytest.fail.Exception):
+        except (AssertionError, EdgeError, LookupError, pytest.fail.Exception):
             failed.append(name)
     return failed
 

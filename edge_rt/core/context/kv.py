@@ -4,6 +4,9 @@ Each head's cells lie together, so that attention, which goes head by head, read
 than with the heads of a cell together). Keys are [D, capacity, G] per layer, F16 or Q8_0; values the same or transposed
 ([capacity, D, G]), in F16: which of the two decodes faster depends on the CPU (graph/layout.py). A head is ``capacity`` long, so that
 memory follows use only if capacity does: it grows in steps by moving. Cells given up at the end of a head are given back to the system.
+
+Keys are rotated before they come here, so a cell carries no position, and a pruned cache may hold other tokens in every layer and head.
+Its leading cells then are "mixed": ``mixed`` holds the positions of their tokens, and they go or stay together.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from edge_rt.core.context.positions import Positions
 from edge_rt.core.graph.common import KvView
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.errors import SessionFileError
+from edge_rt.errors import ContextError, SessionFileError
 from edge_rt.native import ggml, memory
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edge_rt.core.graph.ring import QueryRing
 
 STEP = 256
 """Cells: attention runs over multiples of this (as in llama.cpp), and capacities are multiples of it."""
@@ -42,12 +47,18 @@ def cell_bytes(hyper: Hyper, key_type: int) -> int:
 
 
 class KvCache:
-    """Cells of one sequence; ``positions`` says which are in use and where their tokens stand. A cache shares memory with no other."""
+    """Cells of one sequence; ``positions`` says which are in use and where their tokens stand. A cache shares memory with no other.
+
+    ``mixed`` int32 [L, G, mixed cells]: the positions, rising, of the tokens in the leading cells that are not the same in all heads.
+    ``positions`` counts these cells as the last ones before the position of the newest of them.
+    """
 
     def __init__(self, hyper: Hyper, key_type: int, capacity: int, *, transposed: bool = False) -> None:
         """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells cost no memory and read as zero."""
         self._hyper, self._key_type = hyper, key_type
         self.capacity, self.positions = capacity, Positions()
+        self.mixed: npt.NDArray[np.int32] | None = None
+        self.ring: QueryRing | None = None
         self._touched = 0  # cells that hold memory
         key_row = ggml.c.row_size(key_type, hyper.kv_width)
         key_size, value_size = capacity * key_row, capacity * 2 * hyper.kv_width
@@ -90,29 +101,88 @@ class KvCache:
         return self.positions.length
 
     @property
+    def n_mixed(self) -> int:
+        """Leading cells that hold other tokens in every head."""
+        return 0 if self.mixed is None else int(self.mixed.shape[2])
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the cells that hold memory, to within a page for each head."""
+        """Bytes of the cells that hold memory, to within a page for each head, and of what is noted beside them."""
         self._touched = max(self._touched, self.length)
-        return self._touched * cell_bytes(self._hyper, self._key_type)
+        beside = (0 if self.mixed is None else self.mixed.nbytes) + (0 if self.ring is None else self.ring.nbytes)
+        return self._touched * cell_bytes(self._hyper, self._key_type) + beside
+
+    def watch(self, window: int) -> None:
+        """Keep the last ``window`` queries from now on; 0 stops. Graphs over this cache must be dropped. Raises OutOfMemory."""
+        from edge_rt.core.graph.ring import QueryRing
+
+        ring = QueryRing(self._hyper, window, self.length) if window else None
+        if self.ring:
+            self.ring.close()
+        self._follow(ring)
+
+    def _follow(self, ring: QueryRing | None) -> None:
+        self.ring = ring
+        self.view = self.view._replace(queries=ring.tensors if ring else (), window=ring.window if ring else 0)
+
+    def moved(self, capacity: int) -> KvCache:
+        """All of this one in a new cache of ``capacity`` cells, its ring included; close this one. Raises OutOfMemory."""
+        fresh = self.copy(self.length, capacity)
+        self._hand_ring(fresh)
+        return fresh
+
+    def _hand_ring(self, fresh: KvCache) -> None:
+        fresh._follow(self.ring)
+        self.ring = None
 
     def copy(self, length: int, capacity: int) -> KvCache:
-        """A new cache of ``capacity`` cells that starts with the first ``length`` of this one. Raises OutOfMemory."""
+        """A new cache, not watched, of ``capacity`` cells that starts with the first ``length`` of this one.
+
+        Raises OutOfMemory, ContextError in the middle of mixed cells.
+        """
+        self._check_apart(length)
         fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
         for layer in range(self._hyper.n_layer if length else 0):
             fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
             fresh.value_cells(layer)[:length] = self.value_cells(layer)[:length]
-        fresh.positions = self.positions.copy(length)
+        fresh.positions, fresh.mixed = self.positions.copy(length), self.mixed
+        if not length:
+            fresh._forget_mixed()
         return fresh
 
+    def _check_apart(self, cell: int) -> None:
+        """Raise ContextError for a cell in the middle of the mixed ones: what comes before it differs from head to head."""
+        if 0 < cell < self.n_mixed:
+            raise ContextError(
+                f"the first {self.n_mixed} cells were pruned head by head, so they go or stay together; start again from the first token"
+            )
+
     def truncate(self, length: int) -> None:
-        """Forget the cells from ``length`` on. They are masked until overwritten."""
+        """Forget the cells from ``length`` on. They are masked until overwritten. Raises ContextError in the middle of mixed cells."""
+        self._check_apart(length)
         self._touched = max(self._touched, self.length)
+        if self.ring:
+            self.ring.truncate(self.length, min(length, self.length))
         self.positions.truncate(length)
+        if not length:
+            self._forget_mixed()
+
+    def _forget_mixed(self) -> None:
+        """The next token stands where the first one of any head stood."""
+        if self.mixed is not None:
+            self.positions.next, self.mixed = int(self.mixed.min()), None
 
     def remove(self, spans: Sequence[tuple[int, int]]) -> int:
-        """Forget cells [start, end) of each span (rising, apart); later ones move down. Returns the bytes given back to the system."""
+        """Forget cells [start, end) of each span (rising, apart); later ones move down. Returns the bytes given back to the system.
+
+        Raises ContextError for mixed cells, ValueError for spans that are none.
+        """
+        if self.n_mixed and any(start < self.n_mixed for start, _ in spans):
+            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head and cannot leave one by one; prune again")
         before = self.length
         self.positions.remove(spans)
+        if self.ring and spans:
+            self.ring.move(before, spans[-1][1], self.length - before)
         for cells in self._all_cells() if self.length < before else ():
             to = spans[0][0]
             for (_, start), (end, _) in zip(spans, [*spans[1:], (before, before)], strict=True):
@@ -139,6 +209,72 @@ class KvCache:
                     given += size
         return given
 
+    def each_position(self) -> npt.NDArray[np.int32]:
+        """Where the token of every cell stands, head by head [L, G, length]."""
+        import numpy as np
+
+        each = np.tile(self.positions.each(), (self._hyper.n_layer, self._hyper.n_head_kv, 1))
+        if self.mixed is not None:
+            each[:, :, : self.n_mixed] = self.mixed
+        return each
+
+    def prune(self, kept: npt.NDArray[np.intp], capacity: int) -> KvCache:
+        """A new cache, watched as this one was, of the cells ``kept`` [L, G, n] (rising). Raises OutOfMemory.
+
+        This one gives its memory back layer by layer as they move, so that the two are never held together, and must be closed.
+        """
+        import numpy as np
+
+        fresh, n, before = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed), kept.shape[2], self.length
+        for layer in range(self._hyper.n_layer):
+            for cells, target in (
+                (self.key_cells(layer), fresh.key_cells(layer)),
+                (self.value_cells(layer), fresh.value_cells(layer)),
+            ):
+                for head, chosen in enumerate(kept[layer]):
+                    target[:n, head] = cells[chosen, head]
+            for tensor in (self.view.keys[layer], self.view.values[layer]):
+                memory.advise(*memory.inner_page_span(ggml.data_address(tensor), ggml.fields(tensor).nb[3]), "dontneed")
+        each = np.take_along_axis(self.each_position(), kept, axis=2)
+        # Whether the tokens differ is seen in their positions, except where gaps between those of mixed cells were closed.
+        differ = (each != each[0, 0]).any(axis=(0, 1)) | (kept < self.n_mixed).any(axis=(0, 1))
+        fresh._note(each, int(differ.nonzero()[0].max(initial=-1)) + 1, self.positions.next)
+        self._hand_ring(fresh)
+        if fresh.ring:
+            whole = (kept == np.arange(before - n, before)).all(axis=(0, 1))  # kept by every head, with all that follow
+            fresh.ring.move(before, before - int(whole[::-1].cumprod().sum()), n - before)
+        return fresh
+
+    def renumber(self) -> list[tuple[int, int, npt.NDArray[np.int32]]]:
+        """Close the gaps between positions: cell i gets position i. Returns cells [start, end) and by how much their keys are to turn,
+        [L, G, end - start] or something that broadcasts to it.
+        """
+        import numpy as np
+
+        moves = []
+        if self.mixed is not None:
+            ranks = np.arange(self.n_mixed, dtype=np.int32)
+            moves.append((0, self.n_mixed, ranks - self.mixed))
+            self.mixed = np.tile(ranks, (*self.mixed.shape[:2], 1))
+        for run in self.positions:
+            start = max(run.cell, self.n_mixed)
+            if start < run.cell + run.n:
+                moves.append((start, run.cell + run.n, np.array([run.cell - run.position], np.int32)))
+        self.positions.renumbered()
+        if self.ring:  # its queries were rotated for where the keys were
+            self.ring.move(self.length, self.length, 0)
+        return moves
+
+    def _note(self, each: npt.NDArray[np.int32], n_mixed: int, following: int) -> None:
+        """Note where the tokens of all cells [L, G, n] stand, of which the first are mixed, and the token to come."""
+        import numpy as np
+
+        line = each[0, 0].copy()
+        if n_mixed:
+            self.mixed = each[:, :, :n_mixed].copy()
+            line[:n_mixed] = np.arange(n_mixed) + self.mixed[:, :, -1].max() + 1 - n_mixed
+        self.positions = Positions.of_each(line, following)
+
     def insert(self, at: int, positions: Positions, data: memoryview) -> None:
         """Put exported cells, which the capacity must have room for, before cell ``at``. Raises SessionFileError, ContextError."""
         import numpy as np
@@ -146,7 +282,11 @@ class KvCache:
         n, end = positions.length, self.length
         if len(data) != n * cell_bytes(self._hyper, self._key_type):
             raise SessionFileError("the saved cells have the wrong size for this model; start a new session")
+        if at < self.n_mixed:
+            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head; cells come back only behind them")
         self.positions.insert(at, list(positions))
+        if self.ring:
+            self.ring.move(end, at, n)
         start = 0
         for cells in self._all_cells():
             cells[at + n : end + n] = cells[at:end]
@@ -167,6 +307,8 @@ class KvCache:
 
     def close(self) -> None:
         """Give the memory back. Graphs over this cache must not run any more."""
+        if self.ring:
+            self.ring.close()
         self._buffer.close()
         self._ctx.close()
         self._release()

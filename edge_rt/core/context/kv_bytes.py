@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.context.kv import KvCache, cell_bytes
 from edge_rt.core.context.positions import Positions, Run
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.errors import SessionFileError
+from edge_rt.errors import ContextError, SessionFileError
 
-_HEADER = struct.Struct("<4sIIIIII")  # magic, layers, KV width, key type, cells, runs, next position
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_HEADER = struct.Struct("<4sIIIIIII")  # magic, layers, KV width, key type, cells, runs, next position, mixed cells
 _RUN = struct.Struct("<III")
-_MAGIC = b"EKV2"
+_MAGIC = b"EKV3"
 
 
 class Cells(NamedTuple):
-    """Exported cells: where their tokens stand, and the keys and values (see ``KvCache.export``)."""
+    """Exported cells: where their tokens stand (``mixed``: head by head, see ``KvCache``), and the keys and values."""
 
     positions: Positions
+    mixed: npt.NDArray[np.int32] | None
     data: memoryview
 
 
 def write_cells(cache: KvCache, hyper: Hyper, key_type: int, start: int, end: int) -> bytes:
-    """Cells [start, end) of a cache."""
+    """Cells [start, end) of a cache. Raises ContextError for some of the mixed cells: only with all others they make sense."""
+    n_mixed, whole = cache.n_mixed, (start, end) == (0, cache.length)
+    if start < n_mixed and not whole:
+        raise ContextError(f"the first {n_mixed} cells were pruned head by head and can be saved only with all others; save the session")
     runs = cache.positions.part(start, end)
-    head = _HEADER.pack(_MAGIC, hyper.n_layer, hyper.kv_width, key_type, end - start, len(runs), cache.positions.of(end))
-    return head + b"".join(_RUN.pack(*run) for run in runs) + cache.export(start, end)
+    mixed = b"" if cache.mixed is None or not whole else cache.mixed.tobytes()
+    counts = (end - start, len(runs), cache.positions.of(end), n_mixed if whole else 0)
+    head = _HEADER.pack(_MAGIC, hyper.n_layer, hyper.kv_width, key_type, *counts)
+    return head + b"".join(_RUN.pack(*run) for run in runs) + mixed + cache.export(start, end)
 
 
 def read_cells(data: bytes | memoryview, hyper: Hyper, key_type: int) -> Cells:
@@ -34,11 +44,12 @@ def read_cells(data: bytes | memoryview, hyper: Hyper, key_type: int) -> Cells:
     view = memoryview(data).cast("B")
     if len(view) < _HEADER.size:
         raise SessionFileError("the saved cells are cut short; start a new session")
-    magic, layers, width, kind, n, n_runs, following = _HEADER.unpack(view[: _HEADER.size])
+    magic, layers, width, kind, n, n_runs, following, n_mixed = _HEADER.unpack(view[: _HEADER.size])
     if magic != _MAGIC or (layers, width, kind) != (hyper.n_layer, hyper.kv_width, key_type):
         raise SessionFileError("the saved cells have another format, shape or key type than this model; start a new session")
-    body = _HEADER.size + _RUN.size * n_runs
-    if len(view) != body + n * cell_bytes(hyper, key_type):
+    noted = _HEADER.size + _RUN.size * n_runs
+    body = noted + 4 * hyper.n_layer * hyper.n_head_kv * n_mixed
+    if len(view) != body + n * cell_bytes(hyper, key_type) or n_mixed > n:
         raise SessionFileError("the saved cells are cut short or too long; start a new session")
     runs = [Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)]
     cell, position = 0, 0
@@ -50,4 +61,14 @@ def read_cells(data: bytes | memoryview, hyper: Hyper, key_type: int) -> Cells:
         raise SessionFileError("the saved cells do not add up; start a new session")
     positions = Positions(runs)
     positions.next = following
-    return Cells(positions, view[body:])
+    return Cells(positions, _mixed(view[noted:body], hyper, n_mixed, positions) if n_mixed else None, view[body:])
+
+
+def _mixed(data: memoryview, hyper: Hyper, n: int, positions: Positions) -> npt.NDArray[np.int32]:
+    """Positions of the mixed cells [L, G, n]. Raises SessionFileError unless they rise up to where ``positions`` ends them."""
+    import numpy as np
+
+    mixed: npt.NDArray[np.int32] = np.frombuffer(data, np.int32).reshape(hyper.n_layer, hyper.n_head_kv, n).copy()
+    if mixed.min() < 0 or (np.diff(mixed) <= 0).any() or mixed.max() != positions.of(n - 1):
+        raise SessionFileError("the saved cells do not follow each other; start a new session")
+    return mixed

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.errors import ContextError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Run(NamedTuple):
@@ -24,6 +28,23 @@ class Positions:
         """``runs`` must follow each other without a hole in the cells."""
         self._runs = list(runs)
         self.next = self._end()
+
+    @classmethod
+    def of_each(cls, each: npt.NDArray[np.int32], following: int) -> Positions:
+        """From the rising positions of all cells [length] and of the token to come."""
+        import numpy as np
+
+        starts = np.flatnonzero(np.diff(each, prepend=-2) != 1).tolist()
+        positions = cls([Run(a, int(each[a]), b - a) for a, b in zip(starts, [*starts, len(each)][1:], strict=True)])
+        positions.next = following
+        return positions
+
+    def each(self) -> npt.NDArray[np.int32]:
+        """Position of every cell [length]."""
+        import numpy as np
+
+        runs = [np.arange(run.position, run.position + run.n, dtype=np.int32) for run in self._runs]
+        return np.concatenate([np.empty(0, np.int32), *runs])
 
     @property
     def length(self) -> int:

@@ -35,13 +35,18 @@ class Weights(Protocol):
 
 
 class KvView(NamedTuple):
-    """One sequence's cache as tensors: per layer keys [D, capacity, G] and values the same or, ``transposed``, [capacity, D, G]."""
+    """One sequence's cache as tensors: per layer keys [D, capacity, G] and values the same or, ``transposed``, [capacity, D, G].
+
+    ``queries``: per layer the ring [D*H, window] that keeps its last queries; none where nobody watches.
+    """
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
     capacity: int
     key_type: int
     transposed: bool
+    queries: tuple[int, ...] = ()
+    window: int = 0
 
 
 class SlotShape(NamedTuple):
@@ -58,11 +63,15 @@ class SlotShape(NamedTuple):
 
 
 class SlotInputs(NamedTuple):
-    """Input tensors of one sequence: cell of each token [t], element of each transposed value [t*KV] (0: by cell), mask [N, t]."""
+    """Input tensors of one sequence: cell of each token [t], element of each transposed value [t*KV] (0: by cell), mask [N, t].
+
+    ``columns``: where the last queries go in the ring [min(t, window)] (0: nobody watches).
+    """
 
     cells: int
     elements: int
     mask: int
+    columns: int = 0
 
 
 def wants_flash(shape: SlotShape, cache: KvView) -> bool:
@@ -212,6 +221,16 @@ class Builder:
             else:
                 self.expand(c.set_rows(self.ctx, cache.values[layer], self._by_head(v, first, shape.tokens), slot.cells))
             first += shape.tokens
+
+    def keep_queries(self, layer: int, q: int) -> None:
+        """Write the last of the rotated queries [D, H, T] of every watched sequence into its ring."""
+        width, row, first = self.hyper.n_head * self.hyper.head_dim, int(ggml.fields(q).nb[2]), 0
+        for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
+            first += shape.tokens
+            if cache.window:
+                n = min(shape.tokens, cache.window)
+                last = c.view_2d(self.ctx, q, width, n, row, row * (first - n))
+                self.expand(c.set_rows(self.ctx, cache.queries[layer], last, slot.columns))
 
     def _by_head(self, x: int, first: int, tokens: int) -> int:
         """Some tokens of keys or values [D, G, T], head by head: [D, tokens, G]."""

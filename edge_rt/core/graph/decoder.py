@@ -40,6 +40,7 @@ def build(b: Builder, family: Family, *, logits: bool) -> int | None:
         normed = b.rms_norm(x, f"{prefix}.attn_norm.weight")
         q, k, v = rotated(b, normed, prefix, family, factors)
         b.store(layer, k, v)
+        b.keep_queries(layer, q)
         if last and not logits:
             return None
         attended = b.linear(b.attend(layer, q), f"{prefix}.attn_output")

@@ -7,35 +7,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from edge_rt.core.graph.common import KvView
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.native import ggml
-from edge_rt.native.rows import elements
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Move = tuple[int, int, npt.NDArray[np.int32]]
 
 c = ggml.c
 
 
-def rotate_keys(
-    cache: KvView, hyper: Hyper, mode: int, factors: int | None, moves: Sequence[tuple[int, int, int]], backend: ggml.Handle
-) -> None:
-    """Rotate the keys of cells [start, end) by ``shift`` positions, for each (start, end, shift), in every layer and head."""
-    moves = [(start, end, shift) for start, end, shift in moves if shift and start < end]
+def rotate_keys(cache: KvView, hyper: Hyper, mode: int, factors: int | None, moves: Sequence[Move], backend: ggml.Handle) -> None:
+    """Rotate the keys of cells [start, end) by ``shifts`` positions, for each (start, end, shifts), in every layer and head."""
+    import numpy as np
+
+    moves = [move for move in moves if move[0] < move[1] and move[2].any()]
     if not moves:
         return
-    nodes = 8 * len(moves) * hyper.n_head_kv
-    with ggml.context(len(moves)) as inputs, ggml.allocator() as arena:
-        shifts = [c.new_tensor_1d(inputs.address, ggml.TYPE_I32, end - start) for start, end, _ in moves]
+    heads = hyper.n_head_kv
+    nodes = 8 * len(moves) * heads
+    each = [np.broadcast_to(shifts, (hyper.n_layer, heads, end - start)) for start, end, shifts in moves]
+    with ggml.context(len(moves) * heads) as inputs, ggml.allocator() as arena:
+        tensors = [[c.new_tensor_1d(inputs.address, ggml.TYPE_I32, end - start) for _ in range(heads)] for start, end, _ in moves]
         with ggml.allocate_context(inputs):
-            for tensor, (start, end, shift) in zip(shifts, moves, strict=True):
-                memory = elements(tensor, "i", end - start)
-                for i in range(end - start):
-                    memory[i] = shift
             for layer in range(hyper.n_layer):
                 with ggml.context(nodes, (nodes,)) as work:
                     graph = c.new_graph_custom(work.address, nodes, False)
-                    for tensor, (start, end, _) in zip(shifts, moves, strict=True):
-                        for head in range(hyper.n_head_kv):
+                    for by_head, shifts, (start, end, _) in zip(tensors, each, moves, strict=True):
+                        for head, tensor in enumerate(by_head):
+                            ggml.view(tensor, "i4", (end - start,))[:] = shifts[layer, head]
                             c.build_forward_expand(graph, _rotated(work, cache, hyper, mode, factors, layer, head, start, end, tensor))
                     c.gallocr_alloc_graph(arena.address, graph)
                     ggml.compute(backend, graph)

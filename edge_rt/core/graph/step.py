@@ -25,25 +25,32 @@ INPUT_BYTES = 48 * 1024 * 1024
 
 
 class Slot(NamedTuple):
-    """One sequence's part of a step: its cache, first free cell, position there, tokens, and the rows of them that get logits."""
+    """One sequence's part of a step: its cache, first free cell, position there, tokens, and the rows of them that get logits.
+
+    ``column``: where in the ring the first free cell's query goes, if it is watched.
+    """
 
     cache: KvView
     start: int
     position: int
     tokens: Sequence[int]
     rows: Sequence[int]
+    column: int = 0
 
 
 class _SlotMemory(NamedTuple):
     """A slot's inputs: ``cells`` [t]; ``elements`` [t, KV], a NumPy array, where values are transposed; ``mask`` [t * N].
 
     ``mask_rows`` is N times "may be seen" and then N times "may not": each row of a mask is a piece of it.
+    ``columns`` [min(t, window)] only where the sequence is watched.
     """
 
     cells: memoryview[int]
     elements: Any
     mask: memoryview[Any]
     mask_rows: memoryview[Any]
+    columns: memoryview[int] | None
+    window: int
 
 
 class StepGraph:
@@ -54,12 +61,12 @@ class StepGraph:
     ) -> None:
         self.shapes = shapes
         n_tokens, n_rows = sum(s.tokens for s in shapes), sum(s.rows for s in shapes)
-        self._input_ctx = ggml.context(5 + 3 * len(shapes))
+        self._input_ctx = ggml.context(5 + 4 * len(shapes))
         self._flash = [wants_flash(shape, cache) for shape, cache in zip(shapes, caches, strict=True)]
         inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, split)
         self._input_buffer = ggml.allocate_context(self._input_ctx)
         self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address))
-        self._bind(inputs, hyper, n_tokens)
+        self._bind(inputs, hyper, n_tokens, caches)
         queries = sum(1 if shape.together else shape.tokens for shape in shapes)
         per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
         size = 64 + per_layer * (3 if split else hyper.n_layer)
@@ -73,15 +80,14 @@ class StepGraph:
         self.logits = None if logits is None else Rows.of(logits, n_rows, hyper.n_vocab)
         self.experts = [elements(e, "i", int(ggml.fields(e).ne[1]) * hyper.n_expert_used) for e in builder.experts]
 
-    def _declare_inputs(
-        self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool
-    ) -> tuple[Inputs, list[int]]:
+    def _declare_inputs(self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool) -> tuple[Inputs, list[int]]:
         ctx = self._input_ctx.address
         slots = [
             SlotInputs(
                 cells=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens),
                 elements=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens * hyper.kv_width) if cache.transposed else 0,
                 mask=c.new_tensor_2d(ctx, ggml.TYPE_F16 if flash else ggml.TYPE_F32, shape.cells, shape.tokens),
+                columns=c.new_tensor_1d(ctx, ggml.TYPE_I64, min(shape.tokens, cache.window)) if cache.window else 0,
             )
             for shape, cache, flash in zip(self.shapes, caches, self._flash, strict=True)
         ]
@@ -94,13 +100,13 @@ class StepGraph:
         borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, hyper.n_embd, n_tokens) for _ in range(2 if split else 0)]
         return inputs, borders
 
-    def _bind(self, inputs: Inputs, hyper: Hyper, n_tokens: int) -> None:
+    def _bind(self, inputs: Inputs, hyper: Hyper, n_tokens: int, caches: Sequence[KvView]) -> None:
         """Views over the inputs, and what of them never changes."""
         self._tokens = elements(inputs.tokens, "i", n_tokens)
         self._positions = elements(inputs.positions, "i", n_tokens)
         self._rows = None if inputs.rows is None else elements(inputs.rows, "i", sum(s.rows for s in self.shapes))
         self._slots = []
-        for shape, slot, flash in zip(self.shapes, inputs.slots, self._flash, strict=True):
+        for shape, slot, flash, cache in zip(self.shapes, inputs.slots, self._flash, caches, strict=True):
             kind: Kind = "H" if flash else "f"
             unseen = _MINUS_INFINITY[kind] * shape.cells
             self._slots.append(
@@ -109,6 +115,8 @@ class StepGraph:
                     elements=ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)) if slot.elements else None,
                     mask=elements(slot.mask, kind, shape.tokens * shape.cells),
                     mask_rows=memoryview(bytes(len(unseen)) + unseen).cast(kind),
+                    columns=elements(slot.columns, "q", min(shape.tokens, cache.window)) if slot.columns else None,
+                    window=cache.window,
                 )
             )
 
@@ -122,11 +130,13 @@ class StepGraph:
 
     def advance(self, token: int, cell: int, position: int) -> None:
         """Set the inputs of a step of one token that goes into ``cell``, when the last step filled the cell before it."""
-        cells, where, mask, _ = self._slots[0]
+        cells, where, mask, _, columns, window = self._slots[0]
         self._tokens[0], self._positions[0], cells[0] = token, position, cell
         if where is not None:
             where += 1
         mask[cell] = 0
+        if columns is not None:
+            columns[0] = (columns[0] + 1) % window
 
     def set_inputs(self, slots: Sequence[Slot]) -> None:
         """Fill every input for the given slots, which must have this graph's shapes."""
@@ -138,6 +148,9 @@ class StepGraph:
             memory.cells[:] = array("q", here)
             if memory.elements is not None:
                 _fill_elements(memory.elements, here, slot.cache.capacity)
+            if memory.columns is not None:
+                last = range(slot.column + n - len(memory.columns), slot.column + n)
+                memory.columns[:] = array("q", [column % memory.window for column in last])
             for i, cell in enumerate(here):
                 unseen = shape.cells - cell - 1
                 memory.mask[i * shape.cells : (i + 1) * shape.cells] = memory.mask_rows[unseen : unseen + shape.cells]

@@ -1,0 +1,155 @@
+"""Which cells pruning keeps, on layers made up for the purpose."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_rt.core.context.pruning import METHODS, SINKS, Budget, Plan, check, choose, plan
+from edge_rt.errors import OptionError
+
+
+class FakeLayer(NamedTuple):
+    """A layer that answers from arrays."""
+
+    weights: Any  # [G, queries, N]
+    norms: Any  # [G, N]
+    directions: Any = None  # [G, N, D]
+    number: int = 0
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.norms.shape[0])
+
+    @property
+    def n_cells(self) -> int:
+        return int(self.norms.shape[1])
+
+    def attention(self) -> Any:
+        return self.weights
+
+    def value_norms(self) -> Any:
+        return self.norms
+
+    def keys(self) -> Any:
+        return self.directions
+
+
+def layer(heads: int, queries: int, cells: int, seed: int = 0) -> FakeLayer:
+    """A layer with random attention, values and keys."""
+    rng = np.random.default_rng(seed)
+    weights = rng.dirichlet(np.full(cells, 0.1), (heads, queries)).astype(np.float32)
+    shapes = ((heads, cells), (heads, cells, 8))
+    return FakeLayer(weights, *(np.abs(rng.standard_normal(shape)).astype(np.float32) + 0.1 for shape in shapes), number=seed)
+
+
+@given(st.data(), st.sampled_from(sorted(METHODS)))
+def test_every_head_keeps_as_many_and_its_ends(data: st.DataObject, method: str) -> None:
+    cells = data.draw(st.integers(2, 60))
+    keep = data.draw(st.integers(1, cells - 1))
+    first = data.draw(st.integers(0, keep))
+    last = data.draw(st.integers(0, keep - first))
+    check(keep, first, last, method)
+    kept = choose([layer(3, 4, cells, seed) for seed in range(2)], keep, first, last, method)
+    assert kept.shape == (2, 3, keep)
+    assert (np.diff(kept) > 0).all()
+    assert kept.min() >= 0
+    assert kept.max() < cells
+    assert (kept[:, :, :first] == np.arange(first)).all()
+    assert (kept[:, :, keep - last :] == np.arange(cells - last, cells)).all()
+
+
+def looked_at(cells: int, *spans: tuple[int, int, int, float]) -> FakeLayer:
+    """One head: each query spreads its attention evenly but for ``weight`` on (query, start, end)."""
+    weights = np.full((1, 8, cells), 1 / cells, np.float32)
+    for query, start, end, weight in spans:
+        weights[0, query, start:end] = weight
+    return FakeLayer(weights, np.ones((1, cells), np.float32))
+
+
+def test_defensive_keeps_what_a_single_query_needs_and_snapkv_averages_it_away() -> None:
+    """Cells 20 to 22 matter to one query in eight, cells 40 to 59 a little to all."""
+    one = looked_at(100, (3, 20, 23, 0.3), *((query, 40, 60, 0.05) for query in range(8)))
+    assert set(range(20, 23)) <= set(choose([one], 12, 1, 1, "defensive")[0, 0].tolist())
+    assert not set(range(20, 23)) & set(choose([one], 12, 1, 1, "snapkv")[0, 0].tolist())
+
+
+def test_what_is_worthless_to_read_is_not_kept() -> None:
+    one = looked_at(100, (0, 20, 30, 0.2), (1, 60, 70, 0.1))
+    one.norms[0, 20:30] = 1e-3
+    assert set(range(62, 68)) <= set(choose([one], 10, 1, 1, "defensive")[0, 0].tolist())
+
+
+def test_neighbours_come_along_except_for_h2o() -> None:
+    one = looked_at(100, *((query, 50, 51, 0.5) for query in range(8)))
+    for method in ("defensive", "snapkv"):
+        assert choose([one], 9, 1, 1, method)[0, 0].tolist() == [0, 47, 48, 49, 50, 51, 52, 53, 99]
+    two = looked_at(100, *((query, cell, cell + 1, 0.3) for query in range(8) for cell in (30, 50)))
+    assert choose([two], 4, 1, 1, "h2o")[0, 0].tolist() == [0, 30, 50, 99]
+
+
+def test_keydiff_keeps_keys_unlike_the_others() -> None:
+    directions = np.zeros((1, 40, 4), np.float32)
+    directions[0, :, 0] = 1 + np.arange(40)  # length does not matter
+    directions[0, [11, 23], 0], directions[0, [11, 23], 1] = 0, 5
+    one = FakeLayer(None, np.ones((1, 40), np.float32), directions)
+    assert choose([one], 4, 1, 1, "keydiff")[0, 0].tolist() == [0, 11, 23, 39]
+
+
+def test_window_keeps_the_newest_and_random_the_same_each_time() -> None:
+    one = [layer(2, 1, 30, seed) for seed in range(2)]
+    assert choose(one, 5, 2, 0, "window").tolist() == [[[0, 1, 27, 28, 29]] * 2] * 2
+    chosen = choose(one, 5, 1, 1, "random")
+    assert np.array_equal(chosen, choose(one, 5, 1, 1, "random"))
+    assert not np.array_equal(chosen[0], chosen[1])
+    assert not np.array_equal(chosen[0, 0], chosen[0, 1])
+
+
+def test_scores_that_are_no_numbers_do_not_win() -> None:
+    one = looked_at(40, (0, 10, 20, 0.1))
+    one.norms[0, 25:30] = np.nan
+    assert not set(range(25, 30)) & set(choose([one], 10, 1, 1, "defensive")[0, 0].tolist())
+
+
+@pytest.mark.parametrize(("keep", "first", "last"), [(0, 0, 0), (4, 3, 2), (4, -1, 2), (4, 1, -2)])
+def test_ends_must_fit(keep: int, first: int, last: int) -> None:
+    with pytest.raises(OptionError, match="keep more"):
+        check(keep, first, last, "defensive")
+    with pytest.raises(OptionError, match="defensive, snapkv"):
+        check(4, 1, 1, "best")
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Budget(100, "cells"), Plan(100, 10, 10)),
+        (Budget(0.1, "fraction"), Plan(100, 10, 10)),
+        (Budget(25_999, "bytes"), Plan(25, 4, 2)),
+        (Budget(3, "cells"), Plan(3, 3, 0)),
+        (Budget(0.0001, "fraction"), Plan(1, 1, 0)),
+        (Budget(1000, "cells"), None),
+        (Budget(1, "fraction"), None),
+        (Budget(1_000_000, "bytes"), None),
+    ],
+)
+def test_budgets(budget: Budget, expected: Plan | None) -> None:
+    assert plan(budget, 1000, 1000) == expected
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 200))
+def test_a_plan_can_be_carried_out_and_protects_the_question(cells: int, length: int, newest: int) -> None:
+    found = plan(Budget(cells, "cells"), length, 1, newest)
+    if found is None:
+        assert cells >= length
+        return
+    check(*found, "defensive")
+    assert found.keep == cells < length
+    assert found.first >= min(SINKS, cells)
+    assert found.last >= min(newest, cells - found.first)
