@@ -16,7 +16,7 @@ from bench.context.runner import Item, Score, by_method, in_rounds, table, versu
 from bench.context.score import any_found
 from bench.results import Result, Settings
 
-WINDOW, TIMES = 512, 5
+WINDOW, TIMES = 256, 5
 _LIMIT = 12  # tokens of an answer
 _OURS, _RIVALS = "graded", ("newest", "random")
 

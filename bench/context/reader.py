@@ -12,9 +12,7 @@ from edge_rt.core.engine import Part
 from edge_rt.runtime import Model
 
 KEPT = 2
-"""Contexts whose cells are kept. Most methods share the whole context; others have one of their own a task."""
-
-
+"""Contexts whose cells are kept: the whole one, which several methods may start from, and the last that a method made of it."""
 _ENDS = (".", "。", "\n")
 
 
@@ -23,8 +21,6 @@ class Reader:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.fed = 0
-        """Tokens that went through the model: what a run costs."""
         self._cells: dict[tuple[int, ...], int] = {}  # tokens -> sequence, the one used last at the end
 
     def tokens(self, text: str) -> list[int]:
@@ -65,7 +61,6 @@ class Reader:
         chunk = self.model.info.chunk
         for start in range(0, len(tokens), chunk):
             self.model.engine.step([Part(sequence, tokens[start : start + chunk], "none")])
-        self.fed += len(tokens)
 
     def answer(self, sequence: int, question: Sequence[int], limit: int) -> str:
         """Feed a question's tokens to a sequence and return the greedy answer: its first sentence, ``limit`` tokens at most."""
@@ -75,7 +70,6 @@ class Reader:
         while True:
             (logits,) = self.model.engine.step([Part(sequence, tokens)])
             assert logits is not None, "logits of the last token were asked for"
-            self.fed += len(tokens)
             token = int(np.argmax(np.asarray(logits[0])))
             if self.model.vocab.is_eog(token):
                 return text
@@ -89,7 +83,6 @@ class Reader:
         """Minus the natural logarithm of each token's probability, but the first one's, after a sequence."""
         (logits,) = self.model.engine.step([Part(sequence, tokens, "all")])
         assert logits is not None, "logits of all tokens were asked for"
-        self.fed += len(tokens)
         rows = np.asarray(logits, dtype=np.float64)[:-1]
         rows = rows - rows.max(axis=1, keepdims=True)
         chosen = rows[np.arange(len(rows)), np.asarray(tokens[1:])]

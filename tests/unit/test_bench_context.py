@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Hashable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_tasks_of_one_text_follow_each_other_and_kinds_can_be_chosen() -> None:
     found = list(tasks(1, 900, words))
     assert {task.kind for task in found} == set(KINDS)
     contexts = [task.context for task in found]
-    assert sum(a != b for a, b in zip(contexts, contexts[1:], strict=False)) == len(set(contexts)) - 1
+    assert sum(a != b for a, b in pairwise(contexts)) == len(set(contexts)) - 1
     assert {task.kind for task in tasks(1, 900, words, ("words",))} == {"words"}
 
 
@@ -92,7 +93,7 @@ def test_single_facts_stand_at_all_depths() -> None:
     depths = sorted(task.depth for seed in range(10) for task in tasks(seed, 900, words, ("single",)))
     assert depths[0] < 0.15
     assert depths[-1] > 0.8
-    assert all(b - a < 0.3 for a, b in zip(depths, depths[1:], strict=False))
+    assert all(b - a < 0.3 for a, b in pairwise(depths))
 
 
 def test_a_variable_is_known_before_it_is_used() -> None:
