@@ -129,6 +129,10 @@ c.declare("reshape_3d", P, P, P, I64, I64, I64)
 c.declare("view_2d", P, P, P, I64, I64, SIZE, SIZE)
 # struct ggml_tensor * ggml_view_3d(ctx, a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, size_t offset);
 c.declare("view_3d", P, P, P, I64, I64, I64, SIZE, SIZE, SIZE)
+# ... ggml_view_4d(ctx, a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, size_t nb1, size_t nb2, size_t nb3, size_t offset);
+c.declare("view_4d", P, P, P, I64, I64, I64, I64, SIZE, SIZE, SIZE, SIZE)
+# struct ggml_tensor * ggml_repeat_4d(ctx, a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3);
+c.declare("repeat_4d", P, P, P, I64, I64, I64, I64)
 
 # struct ggml_cgraph * ggml_new_graph_custom(ctx, size_t size, bool grads);
 c.declare("new_graph_custom", P, P, SIZE, BOOL)

@@ -110,6 +110,7 @@ class Builder:
     borders: Sequence[int] = ()
     segments: list[Segment] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
+    _masks: dict[int, int] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -119,6 +120,7 @@ class Builder:
     def begin(self, unit: str) -> None:
         """Start the first graph, or in split mode one more."""
         if self.split or not self.segments:
+            self._masks.clear()  # what one graph computed does not outlive it
             self.segments.append(Segment(c.new_graph_custom(self.ctx, self.graph_size, False), unit))
 
     def border(self, x: int, unit: str) -> int:
@@ -267,14 +269,13 @@ class Builder:
         if shape.together:
             rows = c.cont(ctx, c.transpose(ctx, v)) if cache.transposed else v  # [D, N, G]
             return self._flash(q, k, rows, slot.mask, shape.tokens)
-        # Token by token: a product over several queries may add up in another order, and drafts must not change a bit.
-        columns, element = [], 4 if cache.transposed else 2
+        # Each token as if alone: a product over several queries may add up in another order, and drafts must not change a bit.
+        if not cache.transposed:
+            return self._flash(q, k, v, slot.mask, 1) if shape.tokens == 1 else self._flash_each(q, k, v, slot.mask, shape)
+        columns, row = [], 4 * shape.cells
         for i in range(shape.tokens):
-            own, mask = q, slot.mask
-            if shape.tokens > 1:
-                own = self._queries(q, i, 1)
-                mask = c.view_2d(ctx, slot.mask, shape.cells, 1, element * shape.cells, element * shape.cells * i)
-            columns.append(self._matmuls(q=own, k=k, v=v, mask=mask) if cache.transposed else self._flash(own, k, v, mask, 1))
+            mask = c.view_2d(ctx, slot.mask, shape.cells, 1, row, row * i)
+            columns.append(self._matmuls(q=self._queries(q, i, 1), k=k, v=v, mask=mask))
         return self._side_by_side(columns)
 
     def _values(self, layer: int, shape: SlotShape, cache: KvView) -> int:
@@ -292,6 +293,29 @@ class Builder:
         out = c.flash_attn_ext(ctx, c.permute(ctx, q, 0, 2, 1, 3), k, v, mask, h.attention_scale, 0.0, 0.0)  # [D, H, tokens]
         c.prec_set_acc(out, ggml.PRECISION_F32)
         return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, tokens))
+
+    def _flash_each(self, q: int, k: int, v: int, mask: int, shape: SlotShape) -> int:
+        """The same for several tokens, each exactly as if alone: the tokens of a group's heads count as so many heads of one token."""
+        h, ctx, n = self.hyper, self.ctx, shape.tokens
+        group, nb = h.n_head // h.n_head_kv, ggml.fields(q).nb
+        size = 4 * h.head_dim
+        by_token = c.view_4d(ctx, q, h.head_dim, group, h.n_head_kv, n, size, size * group, nb[2], 0)
+        by_group = c.cont(ctx, c.permute(ctx, by_token, 0, 1, 3, 2))  # [D, group, tokens, G]
+        heads = c.reshape_3d(ctx, by_group, h.head_dim, 1, h.n_head * n)
+        out = c.flash_attn_ext(ctx, heads, k, v, self._mask_each(mask, group, shape), h.attention_scale, 0.0, 0.0)
+        c.prec_set_acc(out, ggml.PRECISION_F32)
+        by_group = c.view_4d(ctx, out, h.head_dim, group, n, h.n_head_kv, size, size * group, size * group * n, 0)
+        by_token = c.cont(ctx, c.permute(ctx, by_group, 0, 1, 3, 2))
+        return int(c.reshape_2d(ctx, by_token, h.n_head * h.head_dim, n))
+
+    def _mask_each(self, mask: int, group: int, shape: SlotShape) -> int:
+        """A mask [N, t] as [N, 1, t * group], each row as often as a group has heads; made once for all layers."""
+        found = self._masks.get(mask)
+        if found is None:
+            rows = c.reshape_3d(self.ctx, mask, shape.cells, 1, shape.tokens)
+            repeated = c.repeat_4d(self.ctx, rows, shape.cells, group, shape.tokens, 1)
+            found = self._masks[mask] = int(c.reshape_3d(self.ctx, repeated, shape.cells, 1, group * shape.tokens))
+        return found
 
     def _matmuls(self, q: int, k: int, v: int, mask: int) -> int:
         """Attention of one query [D, H, 1] over keys [D, N, G] and transposed values [N, D, G]; returns [H*D, 1]."""
