@@ -218,10 +218,11 @@ class Session:
             if self._sequence is None:
                 self._sequence = model.engine.new_sequence()
             free = affordable(model.engine, self._history.cells)
+            if free is not None:
+                allowed = max(1, min(allowed, free))
             window = Window(
-                engine=model.engine, lock=model.lock, sequence=self._sequence, history=self._history,
-                allowed=allowed if free is None else max(1, min(allowed, free)), policy=model.policy.name, keep=model.policy.keep,
-                answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
+                model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
+                keep=model.policy.keep, answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
             )  # fmt: skip
         window.start(tokens, own)
         return window

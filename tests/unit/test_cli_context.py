@@ -104,7 +104,8 @@ def test_it_loads_neither_numpy_nor_llama_cpp(tmp_path):
 
 
 def test_the_page_shows_what_the_command_prints(explain):
-    conversation, transcript = re.findall(r"^```(?:json)?\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[:2]
+    page = PAGE.read_text(encoding="utf-8").partition("With `talk.json`")[2]
+    conversation, transcript = re.findall(r"^```(?:json)?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[:2]
     command, _, shown = transcript.partition("\n")
     assert command == "$ edge-rt context explain talk.json"
     assert explain(conversation)[1] == shown

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge_rt.core.context.prefix import cut
@@ -28,37 +27,40 @@ SHARE = 8
 _SHOWN, _EXAMPLES = 40, 3  # characters of a segment, and segments, that a notice quotes
 
 
-@dataclass(slots=True)
 class Window:
-    """Cells of one sequence, at most ``allowed`` of them.
+    """Cells of one sequence. (No dataclass: making one costs a millisecond of every start.)
 
-    ``history`` holds the whole prompt (its first ``prompt`` tokens), then also the answer. ``answer``: tokens that this request may
-    want for it (None: unknown). ``keep`` is the function of the policy called ``policy``. ``pieces``, ``grader`` and ``text`` (of
-    tokens) are asked only when something has to leave: most requests fit. ``lock`` is held for each call of the engine and no longer.
     ``segments``, ``tokens`` and ``released`` count what left during this request: segments, their tokens, bytes given back.
     """
 
-    engine: Engine
-    lock: AbstractContextManager[object]
-    sequence: int
-    history: History
-    allowed: int
-    policy: str
-    keep: Callable[[Sequence[Candidate], int], Sequence[int]]
-    answer: int | None
-    pieces: Callable[[], list[Piece]]
-    grader: Callable[[], Callable[[Segment], Grade]]
-    text: Callable[[Sequence[int]], str]
-    prompt: int = 0
-    segments: int = 0
-    tokens: int = 0
-    released: int = 0
-    _left: list[Candidate] = field(default_factory=list)  # since the last notice
-    _pieces: list[Piece] | None = None
-    _remover: RemovesCells | None = field(init=False)
+    def __init__(
+        self,
+        engine: Engine,
+        lock: AbstractContextManager[object],
+        sequence: int,
+        history: History,
+        *,
+        allowed: int,
+        policy: str,
+        keep: Callable[[Sequence[Candidate], int], Sequence[int]],
+        answer: int | None,
+        pieces: Callable[[], list[Piece]],
+        grader: Callable[[], Callable[[Segment], Grade]],
+        text: Callable[[Sequence[int]], str],
+    ) -> None:
+        """``lock`` is held for each call of the engine and no longer. ``history`` is what is known of the sequence's cells.
 
-    def __post_init__(self) -> None:
-        self._remover = self.engine if isinstance(self.engine, RemovesCells) else None  # asking takes a while
+        ``allowed``: cells. ``answer``: tokens the request may want for its answer (None: unknown). ``keep`` is the function of the
+        policy called ``policy``. ``pieces`` of the prompt, ``grader`` and ``text`` (of tokens) are asked only when something has to
+        leave: most requests fit.
+        """
+        self.engine, self.lock, self.sequence, self.history = engine, lock, sequence, history
+        self.allowed, self.policy, self.answer = allowed, policy, answer
+        self._keep, self._ask_pieces, self._grader, self._text = keep, pieces, grader, text
+        self.prompt = self.segments = self.tokens = self.released = 0
+        self._left: list[Candidate] = []  # since the last notice
+        self._pieces: list[Piece] | None = None
+        self._remover = engine if isinstance(engine, RemovesCells) else None  # asking takes a while
 
     def start(self, tokens: Sequence[int], shared: int) -> None:
         """The prompt is ``tokens``, of which the history knows the first ``shared``: forget the rest; one at least is left to feed."""
@@ -140,11 +142,11 @@ class Window:
         """Let the policy choose what stays, within ``wanted`` cells, or if that is too little with one free. Raises ContextOverflow."""
         found = self._candidates()
         try:
-            kept = self.keep(found, wanted)
+            kept = self._keep(found, wanted)
         except ContextOverflow:
             if sum(candidate.tokens for candidate in found) < self.allowed:
                 return  # it fits, if barely
-            kept = self.keep(found, self.allowed - 1)
+            kept = self._keep(found, self.allowed - 1)
         staying = frozenset(kept)
         self._evict([candidate for i, candidate in enumerate(found) if i not in staying])
 
@@ -153,14 +155,14 @@ class Window:
 
         history = self.history
         pieces = self._prompt_pieces()
-        pieces = pieces + answer_pieces(pieces, len(history.tokens), lambda start, end: self.text(history.tokens[start:end]))
+        pieces = pieces + answer_pieces(pieces, len(history.tokens), lambda start, end: self._text(history.tokens[start:end]))
         return candidates(
-            pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self.grader(), answer=self.prompt
+            pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self._grader(), answer=self.prompt
         )  # fmt: skip
 
     def _prompt_pieces(self) -> list[Piece]:
         if self._pieces is None:
-            self._pieces = self.pieces()
+            self._pieces = self._ask_pieces()
         return self._pieces
 
     def _evict(self, gone: Sequence[Candidate]) -> None:
