@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.context.methods import LOSSES, METHODS, UNBOUNDED
+from bench.context import retrieval
+from bench.context.methods import LOSSES, METHODS, RANKS, UNBOUNDED
 from bench.context.prompt import Prompt, kept
 from bench.context.reader import KEPT, Reader
 from bench.context.runner import Item, evaluate
@@ -108,3 +109,14 @@ def test_what_a_method_keeps_is_what_the_model_reads(name: str, engine: _Engine,
 
 def test_a_budget_that_holds_everything_changes_nothing() -> None:
     assert kept(_PROMPT, 13, lambda prompt: [0.0] * len(prompt.parts)) == _PROMPT.context
+
+
+def test_the_survey_finds_every_answer_in_the_whole_text_and_fewer_in_a_tenth(engine: _Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters are tokens here."""
+    model = SimpleNamespace(engine=engine, tokenize=lambda text, bos: [ord(c) for c in text], detokenize=lambda ids: "".join(map(chr, ids)))
+    monkeypatch.setattr(retrieval, "BUDGETS", (1.0, 0.1))
+    found = list(retrieval.survey(Reader(model), 1000, 8000))  # type: ignore[arg-type]
+    assert {score.value for score in found if score.budget == 1.0} == {1.0}
+    assert 0.0 <= sum(score.value for score in found if score.budget == 0.1) < len(found) / 4
+    assert {score.method for score in found} == set(RANKS)
+    assert engine.fed == []
