@@ -12,10 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edge_rt
+from edge_rt.core.context import allowance
 from edge_rt.core.context.history import History
+from edge_rt.core.context.kv import cell_bytes
 from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.engine import Part, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError
+from edge_rt.native import ggml
 from edge_rt.registry import Registry
 from edge_rt.runtime import Model
 from edge_rt.testing.null_device import NullPlugin
@@ -112,8 +115,13 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
                 messages.append(say(turn["role"], turn["text"]))
                 request(model, session, messages, turn)
         assert len(engine._sequences) == len(model.prefixes._kept)  # type: ignore[attr-defined]
-        for kept in model.prefixes._kept:
-            assert engine._sequences[kept.sequence].tokens == list(kept.tokens)  # type: ignore[attr-defined]
+        for kept in model.prefixes._kept:  # as if nothing had ever left: the states say what a token has seen
+            held, fresh = engine._sequences[kept.sequence], engine.new_sequence()  # type: ignore[attr-defined]
+            engine.step([Part(fresh, kept.tokens, "none")])
+            assert (held.tokens, held.states) == (kept.tokens, engine._sequences[fresh].states)  # type: ignore[attr-defined]
+            assert list(held.positions) == list(engine._sequences[fresh].positions)  # type: ignore[attr-defined]
+            assert held.positions.next == len(kept.tokens)
+            engine.free_sequence(fresh)
 
     check()
 
@@ -268,6 +276,18 @@ def open_model(
     yield make
     for model in opened:
         model.close()
+
+
+def test_what_memory_affords_is_counted_in_cells(random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with edge_rt.open(random_model("llama", seed=3), engine="ggml", context=256) as model:
+        hyper = model.engine.hyper  # type: ignore[attr-defined]
+        monkeypatch.setattr(allowance, "available_memory", lambda: 100 * cell_bytes(hyper, ggml.TYPE_F16))
+        assert allowance.affordable(model.engine, 20) == 20 + 75
+        with model.session() as session:
+            done = done_of(list(session.generate("Once upon a time", max_tokens=200, ignore_eos=True, **GREEDY)))
+            assert (done.context.allowed, done.usage.completion_tokens) == (75, 200)
+        monkeypatch.setattr(allowance, "available_memory", lambda: None)
+        assert allowance.affordable(model.engine, 20) is None
 
 
 def test_kept_cells_give_the_logits_that_the_engine_would(open_model: Callable[..., Model]) -> None:

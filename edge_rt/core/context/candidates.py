@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.context.protection import NEWEST, Protection, protections
@@ -104,11 +105,11 @@ def _size(piece: Piece) -> int:
 
 
 def _without(part: Part, evicted: Sequence[Evicted]) -> Iterator[tuple[int, int]]:
-    """What is left of a part."""
+    """What is left of a part; ``evicted`` rises."""
     start = part.start
-    for gone in evicted:
-        if gone.end <= start or gone.start >= part.end:
-            continue
+    for gone in islice(evicted, bisect_right(evicted, start, key=lambda gone: gone.end), None):
+        if gone.start >= part.end:
+            break
         if start < gone.start:
             yield start, gone.start
         start = gone.end
