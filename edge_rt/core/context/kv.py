@@ -232,7 +232,7 @@ class KvCache:
                 (self.value_cells(layer), fresh.value_cells(layer)),
             ):
                 for head, chosen in enumerate(kept[layer]):
-                    target[:n, head] = cells[chosen, head]
+                    np.take(cells[:, head], chosen, axis=0, out=target[:n, head], mode="clip")  # "clip" writes without a copy between
             for tensor in (self.view.keys[layer], self.view.values[layer]):
                 memory.advise(*memory.inner_page_span(ggml.data_address(tensor), ggml.fields(tensor).nb[3]), "dontneed")
         each = np.take_along_axis(self.each_position(), kept, axis=2)

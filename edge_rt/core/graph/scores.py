@@ -6,6 +6,7 @@ On ggml's kernels and threads: the same products through NumPy's BLAS would star
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from edge_rt.core.context.kv import KvCache
@@ -21,54 +22,46 @@ c = ggml.c
 
 
 class CachedLayer:
-    """One layer of a cache, N cells of G heads. Every array is valid until the next is asked for."""
+    """One layer of a cache, N cells of G heads. Every array is valid until the next is asked for, of this layer or another."""
 
-    def __init__(self, cache: KvCache, hyper: Hyper, number: int, backend: ggml.Handle, arena: ggml.Handle) -> None:
+    def __init__(self, cache: KvCache, hyper: Hyper, number: int, shared: _Shared) -> None:
         self.number, self.n_heads, self.n_cells = number, hyper.n_head_kv, cache.length
-        self._cache, self._hyper, self._backend, self._arena = cache, hyper, backend, arena
+        self._cache, self._hyper, self._shared = cache, hyper, shared
 
     def attention(self) -> npt.NDArray[np.float32]:
         """softmax(q k * scale) of the last queries, each over the cells it may see: [G, queries of the head's group, N].
 
         Raises ContextError if the sequence was not watched when its last tokens were fed.
         """
-        import numpy as np
-
-        h, ring, n = self._hyper, self._cache.ring, self.n_cells
-        held = ring.held(n) if ring else 0
-        if ring is None or held <= 0:
+        h, ring, n, shared = self._hyper, self._cache.ring, self.n_cells, self._shared
+        if not shared.held or ring is None:
             raise ContextError("no query was kept to prune by; watch the sequence before its last tokens are fed")
         group = h.n_head // h.n_head_kv
-        asked = ring.queries(self.number, n).reshape(held, h.n_head_kv, group, h.head_dim).transpose(1, 2, 0, 3)
-        with ggml.context(2) as inputs:
-            q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (h.head_dim, group * held, h.n_head_kv))
-            mask = c.new_tensor_2d(inputs.address, ggml.TYPE_F32, n, group * held)
-            with ggml.allocate_context(inputs):
-                ggml.view(q, "f4", asked.shape)[:] = asked
-                seen = ggml.view(mask, "f4", (group, held, n))
-                seen[:] = np.where(np.arange(n) < np.arange(n - held + 1, n + 1)[:, None], 0.0, -np.inf)
+        asked = ring.queries(self.number, n).reshape(shared.held, h.n_head_kv, group, h.head_dim).transpose(1, 2, 0, 3)
+        ggml.view(shared.queries, "f4", asked.shape)[:] = asked
 
-                def attention(ctx: int) -> int:
-                    scores = c.mul_mat(ctx, self._keys(ctx), q)  # [N, group * held, G]
-                    return int(c.soft_max_ext(ctx, scores, mask, h.attention_scale, 0.0))
+        def attention(ctx: int) -> int:
+            scores = c.mul_mat(ctx, self._keys(ctx), shared.queries)  # [N, group * held, G]
+            return int(c.soft_max_ext(ctx, scores, shared.mask, h.attention_scale, 0.0))
 
-                return self._computed(attention, (h.n_head_kv, group * held, n))
+        return shared.computed(attention, (h.n_head_kv, group * shared.held, n))
 
     def value_norms(self) -> npt.NDArray[np.float32]:
         """Euclidean lengths of the values: [G, N]."""
         import numpy as np
 
-        def squares(ctx: int) -> int:
-            values = self._float(ctx, self._values(ctx))
-            return int(c.sum_rows(ctx, c.mul(ctx, values, values)))
-
-        norms: npt.NDArray[np.float32] = np.sqrt(self._computed(squares, (self.n_heads, self.n_cells)))
+        values = self._floats(self._values)
+        norms: npt.NDArray[np.float32] = np.sqrt(np.einsum("gnd,gnd->gn", values, values))
         return norms
 
     def keys(self) -> npt.NDArray[np.float32]:
         """The keys, rotated: [G, N, D]."""
+        return self._floats(self._keys)
+
+    def _floats(self, cells: Callable[[int], int]) -> npt.NDArray[np.float32]:
+        """Keys or values in single precision: as rows, because that is the conversion ggml does fastest (NumPy takes ten times as long)."""
         shape = (self.n_heads, self.n_cells, self._hyper.head_dim)
-        return self._computed(lambda ctx: self._float(ctx, self._keys(ctx)), shape)
+        return self._shared.computed(lambda ctx: int(c.get_rows(ctx, cells(ctx), self._shared.rows)), shape)
 
     def _keys(self, ctx: int) -> int:
         """[D, N, G]."""
@@ -84,12 +77,30 @@ class CachedLayer:
             return int(c.cont(ctx, c.transpose(ctx, c.view_3d(ctx, values, n, size, self.n_heads, nb[1], nb[2], 0))))
         return int(c.view_3d(ctx, values, size, n, self.n_heads, nb[1], nb[2], 0))
 
-    def _float(self, ctx: int, x: int) -> int:
-        """x [D, N, G] in single precision."""
-        shape = (self._hyper.head_dim, self.n_cells, self.n_heads)
-        return int(c.cpy(ctx, x, ggml.new_tensor(ctx, ggml.TYPE_F32, shape)))
 
-    def _computed(self, build: Callable[[int], int], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+class _Shared:
+    """What the layers of one pass share: inputs and the memory that results are in.
+
+    ``queries`` [D, group * held, G] are set layer by layer; ``mask`` [N, group * held]: which cells each may see; ``rows`` [N, G]: all.
+    """
+
+    def __init__(self, cache: KvCache, hyper: Hyper, backend: ggml.Handle) -> None:
+        import numpy as np
+
+        n, heads, group = cache.length, hyper.n_head_kv, hyper.n_head // hyper.n_head_kv
+        self.held = max(0, cache.ring.held(n)) if cache.ring else 0
+        self._backend, self._arena, self._ctx = backend, ggml.allocator(), ggml.context(3)
+        ctx, asked = self._ctx.address, max(1, group * self.held)
+        self.queries = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, asked, heads))
+        self.mask = c.new_tensor_2d(ctx, ggml.TYPE_F32, n, asked)
+        self.rows = c.new_tensor_2d(ctx, ggml.TYPE_I32, n, heads)
+        self._buffer = ggml.allocate_context(self._ctx)
+        ggml.view(self.rows, "i4", (heads, n))[:] = np.arange(n)
+        newest = np.arange(n - self.held, n)[:, None]
+        ggml.view(self.mask, "f4", (asked, n))[: group * self.held] = np.tile(np.where(np.arange(n) <= newest, 0.0, -np.inf), (group, 1))
+
+    def computed(self, build: Callable[[int], int], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """The result of a graph, built in the context that is given; NumPy's order of dimensions."""
         with ggml.context(16, (16,)) as work:
             result = build(work.address)
             c.set_output(result)
@@ -99,9 +110,15 @@ class CachedLayer:
             ggml.compute(self._backend, graph)
             return ggml.view(result, "f4", shape)
 
+    def close(self) -> None:
+        """Free the memory."""
+        self._arena.close()
+        self._buffer.close()
+        self._ctx.close()
+
 
 def cached_layers(cache: KvCache, hyper: Hyper, backend: ggml.Handle) -> Iterator[CachedLayer]:
     """The layers of a cache, one after the other."""
-    with ggml.allocator() as arena:
+    with closing(_Shared(cache, hyper, backend)) as shared:
         for number in range(hyper.n_layer):
-            yield CachedLayer(cache, hyper, number, backend, arena)
+            yield CachedLayer(cache, hyper, number, shared)
