@@ -287,12 +287,13 @@ class Model:
 
         saved = session_file.load(Path(path), engine=self.info.engine, model=self.file.key())
         sequence = None
-        if saved.cells:
-            with self.lock:
+        with self.lock:
+            if saved.cells:
                 sequence = self.engine.import_sequence(saved.cells)
-                if self.engine.length(sequence) != saved.history.cells:
+            if (0 if sequence is None else self.engine.length(sequence)) != saved.history.cells:
+                if sequence is not None:
                     self.engine.free_sequence(sequence)
-                    raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
+                raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
         session = Session(self, sequence, saved.history)
         self._sessions.add(session)
         return session

@@ -162,6 +162,8 @@ class Session:
         with self._busy:
             self._model.end_session(self, self._sequence, self._history.whole())
             self._sequence = None
+            if self._recall:
+                self._recall.forget()
 
     def __enter__(self) -> Session:
         return self
@@ -189,6 +191,7 @@ class Session:
                 exact = model.engine.exact_rows() if options.speculate else 1
         except BaseException:
             sampler.close()
+            self._history.truncate(self._history.fed)
             raise
         speculate = min(options.speculate, exact - 1)
         drafter = _drafter(tokens) if speculate else None
@@ -205,7 +208,6 @@ class Session:
         """The sequence to continue, our own or one that shares more of the prompt, cut to what it shares; one token is left to feed."""
         model = self._model
         with model.lock:
-            self._history.truncate(self._history.fed)
             own = common_prefix(self._history.tokens, tokens)
             other = model.prefixes.take(tokens) if own < len(tokens) // 2 else None
             if other and other[1] > own:
@@ -223,9 +225,18 @@ class Session:
             window = Window(
                 model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
                 keep=model.policy.keep, answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
+                recall=self._remember if model.policy.recalls else None,
             )  # fmt: skip
         window.start(tokens, own)
         return window
+
+    def _remember(self) -> Recall:
+        """What this session remembers of what left its context."""
+        if self._recall is None:
+            from edge_rt.core.context.recall import Recall
+
+            self._recall = Recall(self._model.engine)
+        return self._recall
 
     def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:
         messages = self._model.new_notices()

@@ -408,9 +408,13 @@ def test_positions_never_pass_what_the_model_was_trained_for(open_null: Callable
     assert 100 < highest <= 128
 
 
-def test_a_question_that_is_too_long_is_named_with_both_numbers(open_null: Callable[..., Model]) -> None:
-    with open_null("ok", context=128).session() as session:
+def test_a_question_that_is_too_long_is_named_with_both_numbers(open_null: Callable[..., Model], tmp_path: Path) -> None:
+    model = open_null("ok", context=128)
+    with model.session() as session:
+        list(session.generate([say("system", "Be brief."), say("user", "short")], **GREEDY))
         with pytest.raises(ContextOverflow, match=r"current question 20\d.*room for 127; shorten it or raise --ctx") as caught:
             session.generate([say("system", "Be brief."), say("user", "q" * 200)])
         assert (caught.value.needed, caught.value.available) == (212, 127)
+        session.save(tmp_path / "s.session")  # nothing is broken
+        assert model.restore(tmp_path / "s.session").history.tokens == session.history.tokens
         assert done_of(list(session.generate([say("user", "short")], **GREEDY))).reason == "end_of_generation"
