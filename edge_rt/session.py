@@ -162,8 +162,6 @@ class Session:
         with self._busy:
             self._model.end_session(self, self._sequence, self._history.whole())
             self._sequence = None
-            if self._recall:
-                self._recall.forget()
 
     def __enter__(self) -> Session:
         return self
@@ -225,18 +223,9 @@ class Session:
             window = Window(
                 model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
                 keep=model.policy.keep, answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
-                recall=self._remember if model.policy.recalls else None,
             )  # fmt: skip
         window.start(tokens, own)
         return window
-
-    def _remember(self) -> Recall:
-        """What this session remembers of what left its context."""
-        if self._recall is None:
-            from edge_rt.core.context.recall import Recall
-
-            self._recall = Recall(self._model.engine)
-        return self._recall
 
     def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:
         messages = self._model.new_notices()
