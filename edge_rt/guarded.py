@@ -96,6 +96,11 @@ class PluginContextPolicy(NamedTuple):
         """The policy's name."""
         return self.policy.name
 
+    @property
+    def recalls(self) -> bool:
+        """Whether what left comes back when a question is close to it."""
+        return self.policy.recalls
+
     def keep(self, candidates: Sequence[Candidate], budget: int) -> list[int]:
         """The candidates that stay, rising. Raises ContextOverflow if that cannot be, PluginError if the policy breaks its rules."""
         what = f"context policy {self.name}"

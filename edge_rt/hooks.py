@@ -24,7 +24,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import pluggy
 
-from edge_rt.core.engine import Engine, EngineInfo, Logits, MemoryReport, MovesCells, Part, Pruned, PrunesCells, RemovesCells, Wanted
+from edge_rt.core.engine import (
+    EmbedsTokens,
+    Engine,
+    EngineInfo,
+    Logits,
+    MemoryReport,
+    MovesCells,
+    Part,
+    Pruned,
+    PrunesCells,
+    RemovesCells,
+    Wanted,
+)
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -199,11 +211,14 @@ class ContextPolicy(NamedTuple):
     fit the budget, and all that are protected must be among them; ContextOverflow says that this cannot be. The same candidates and
     budget must always give the same answer. It is called only if they do not fit, before a prompt is fed or in the middle of an
     answer, where ContextOverflow ends the answer.
+
+    ``recalls``: what left comes back when a question is close to it, and what a question is close to counts as that much better.
     """
 
     name: str
     keep: Callable[[Sequence[Candidate], int], Sequence[int]]
     description: str = ""
+    recalls: bool = False
 
 
 class GraderFactory(NamedTuple):
@@ -317,6 +332,7 @@ __all__ = [
     "Contribution",
     "Device",
     "EdgeError",
+    "EmbedsTokens",
     "Engine",
     "EngineFactory",
     "EngineInfo",

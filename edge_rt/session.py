@@ -24,6 +24,7 @@ from edge_rt.errors import OptionError
 from edge_rt.types import Event, GenerateOptions, Message, Notice, SamplingParams
 
 if TYPE_CHECKING:
+    from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.transcript import Piece
     from edge_rt.core.decode.constraints import Constraint
     from edge_rt.core.decode.speculation import NgramDrafter
@@ -77,6 +78,7 @@ class Session:
         self._context = context
         _check_context(context, model.info.max_context)
         self._memory_told = False
+        self._recall: Recall | None = None
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
         self._closed = False
@@ -162,6 +164,8 @@ class Session:
         with self._busy:
             self._model.end_session(self, self._sequence, self._history.whole())
             self._sequence = None
+            if self._recall:
+                self._recall.forget()
 
     def __enter__(self) -> Session:
         return self
@@ -223,9 +227,18 @@ class Session:
             window = Window(
                 model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
                 keep=model.policy.keep, answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
+                recall=self._remember if model.policy.recalls else None,
             )  # fmt: skip
         window.start(tokens, own)
         return window
+
+    def _remember(self) -> Recall:
+        """What this session remembers of what left its context."""
+        if self._recall is None:
+            from edge_rt.core.context.recall import Recall
+
+            self._recall = Recall(self._model.engine)
+        return self._recall
 
     def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:
         messages = self._model.new_notices()

@@ -122,7 +122,8 @@ class ContextUse(NamedTuple):
     """Cells in use after the request, cells allowed, and what the policy did. Nothing is ever dropped silently.
 
     ``evicted_segments`` with ``evicted_tokens`` left the context during this request, or never got into it. ``absent_tokens``: of all
-    that was said so far, what is not in the context now, whenever it left. ``released_bytes`` of the cache went back to the system.
+    that was said so far, what is not in the context now, whenever it left. ``recalled_segments`` with ``recalled_tokens`` came back to it.
+    ``released_bytes`` of the cache went back to the system.
     """
 
     used: int
@@ -132,6 +133,7 @@ class ContextUse(NamedTuple):
     evicted_tokens: int = 0
     absent_tokens: int = 0
     recalled_segments: int = 0
+    recalled_tokens: int = 0
     pruned_cells: int = 0
     released_bytes: int = 0
 

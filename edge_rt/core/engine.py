@@ -162,7 +162,7 @@ class RemovesCells(Protocol):
 
 @runtime_checkable
 class MovesCells(Protocol):
-    """Sequences whose cells can leave and come back with the same logits as if they had never left."""
+    """Sequences whose cells can leave and come back: to the same positions with the same logits as if they had never left."""
 
     def export_cells(self, sequence: int, start: int, end: int) -> bytes:
         """Cells [start, end) with their positions as bytes, for ``insert_cells`` of the same engine, model and version."""
@@ -171,8 +171,8 @@ class MovesCells(Protocol):
     def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
         """Put exported cells before cell ``at``; later cells move up. Returns how many.
 
-        Raises SessionFileError for damaged bytes, ContextError if their positions do not fit between the neighbours'
-        or the sequence would outgrow ``max_context``, OutOfMemory.
+        Where their positions do not fit between the neighbours' (the gap was closed), they are moved there, and later positions move up.
+        Raises SessionFileError for damaged bytes, ContextError if the sequence would outgrow ``max_context``, OutOfMemory.
         """
         ...
 
@@ -215,4 +215,13 @@ class PrunesCells(Protocol):
 
     def mixed_cells(self, sequence: int) -> int:
         """How many leading cells are mixed: 0 as long as nothing was pruned."""
+        ...
+
+
+@runtime_checkable
+class EmbedsTokens(Protocol):
+    """Models that show what they take a token for before they read it in its context."""
+
+    def token_embeddings(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Rows of the token embedding: float32 [len(tokens), n_embd]. Raises OptionError for a token out of range."""
         ...

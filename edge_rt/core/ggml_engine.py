@@ -13,6 +13,7 @@ from edge_rt.core.decode.governor import Governor
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part, Pruned
 from edge_rt.core.graph.common import FLASH_FROM, SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
+from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.layout import transposed_decodes_faster
@@ -28,7 +29,11 @@ from edge_rt.native import abi, ggml, logs
 from edge_rt.native.rows import Rows
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edge_rt.core.engine import Logits
+    from edge_rt.core.graph.rotate import Move
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.residency import Pager
     from edge_rt.core.load.units import Unit
@@ -194,8 +199,12 @@ class GgmlEngine:
                 raise OptionError("a step names the same sequence twice; join its tokens into one part")
             seen.add(part.sequence)
             self._check_fits(self._sequences[part.sequence].length + len(part.tokens))
-            if min(part.tokens, default=0) < 0 or max(part.tokens, default=0) >= self.info.n_vocab:
-                raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
+            self._check_tokens(part.tokens)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise OptionError for tokens no vocabulary of this size has."""
+        if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.info.n_vocab:
+            raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
 
     def _check_fits(self, needed: int) -> None:
         """Raise ContextError if a sequence would outgrow the context."""
@@ -272,9 +281,12 @@ class GgmlEngine:
         """Close gaps between positions: keys are rotated back by as much as their tokens move."""
         self._last = None
         cache = self._sequences[sequence]
+        self._rotate(cache, cache.renumber())
+
+    def _rotate(self, cache: KvCache, moves: Sequence[Move]) -> None:
         family = FAMILIES[self.hyper.architecture]
         factors = self.weights.get("rope_freqs.weight") if family.rope_factors else None
-        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, cache.renumber(), self._backend)
+        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, moves, self._backend)
 
     def export_cells(self, sequence: int, start: int, end: int) -> bytes:
         """Cells [start, end) as bytes."""
@@ -287,7 +299,8 @@ class GgmlEngine:
             raise ContextError("cells that were pruned head by head cannot be put between others; restore the session they are of")
         self._check_fits(self._sequences[sequence].length + positions.length)
         self._last = None
-        self._room(sequence, positions.length).insert(at, positions, cells)
+        cache = self._room(sequence, positions.length)
+        self._rotate(cache, cache.insert(at, positions, cells))
         return positions.length
 
     def export_sequence(self, sequence: int) -> bytes:
@@ -343,6 +356,11 @@ class GgmlEngine:
     def mixed_cells(self, sequence: int) -> int:
         """How many leading cells hold another token in every head."""
         return self._sequences[sequence].n_mixed
+
+    def token_embeddings(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Rows of the token embedding: float32 [len(tokens), n_embd]."""
+        self._check_tokens(tokens)
+        return token_embeddings(self.weights.require("token_embd.weight"), tokens, self._backend)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 

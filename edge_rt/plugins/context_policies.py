@@ -12,7 +12,7 @@ EDGE_RT_API = 1
 POLICIES = {
     "strict": "nothing leaves: what does not fit is an error",
     "slide": "the oldest segments leave first",
-    "graded": "the segments that say least leave first",
+    "graded": "the segments that say least leave first, and come back when a question is close to them",
 }
 
 
@@ -29,4 +29,4 @@ def _keep(name: str) -> Callable[[Sequence[hooks.Candidate], int], list[int]]:
 @hookimpl
 def edge_rt_context_policies() -> Iterable[ContextPolicy]:
     """Three policies."""
-    return [ContextPolicy(name, _keep(name), description) for name, description in POLICIES.items()]
+    return [ContextPolicy(name, _keep(name), description, recalls=name == "graded") for name, description in POLICIES.items()]

@@ -17,7 +17,6 @@ from edge_rt.core.context.positions import Positions, Run
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.load.model_file import ModelFile
-from edge_rt.errors import ContextError
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml, memory
 
@@ -132,12 +131,19 @@ def test_positions_are_those_of_a_list(data: st.DataObject) -> None:
         assert [cell for run in positions for cell in range(run.cell, run.cell + run.n)] == list(range(len(plain)))
 
 
-def test_cells_do_not_go_where_others_stand() -> None:
+def test_cells_go_between_their_neighbours() -> None:
     positions = Positions([Run(0, 0, 10)])
-    with pytest.raises(ContextError):
-        positions.insert(5, [Run(0, 5, 1)])
     positions.remove([(3, 6)])
-    with pytest.raises(ContextError):
-        positions.insert(3, [Run(0, 3, 4)])
-    positions.insert(3, [Run(0, 4, 1)])
+    assert positions.insert(3, [Run(0, 4, 1)]) == []
     assert list(positions) == [Run(0, 0, 3), Run(3, 4, 1), Run(4, 6, 4)]
+
+
+def test_positions_move_where_there_is_no_gap() -> None:
+    positions = Positions([Run(0, 0, 10)])
+    positions.remove([(3, 6)])
+    positions.renumbered()  # 0 to 6
+    assert positions.insert(3, [Run(0, 3, 2), Run(2, 9, 1)]) == [(3, 5, 0), (5, 6, -4), (6, 10, 3)]
+    assert list(positions) == [Run(0, 0, 10)]
+    assert positions.next == 10
+    assert positions.insert(10, [Run(0, 2, 2)]) == [(10, 12, 8), (12, 12, 2)]
+    assert positions.next == 12

@@ -205,19 +205,20 @@ def check_protected(model: Model, history: History, messages: list[dict[str, str
 def test_a_chat_goes_on_far_beyond_the_window(open_null: Callable[..., Model], policy: str) -> None:
     model = open_null("Yes, of course.", context=256, policy=policy)
     messages = [say("system", "Be brief.")]
-    told = 0
+    told = reused = computed = 0
     with model.session() as session:
         for i in range(60):
             messages.append(say("user", f"Question number {i}: is the pump P-{i} in order?"))
             events = list(session.generate(messages, **GREEDY))
             done = done_of(events)
             assert done.reason == "end_of_generation"
-            told += done.context.evicted_tokens
+            told += done.context.evicted_tokens - done.context.recalled_tokens
             assert done.context.absent_tokens == told
+            reused, computed = reused + done.usage.reused_tokens, computed + done.usage.computed_tokens
             messages.append(say("assistant", "".join(e.text for e in events if isinstance(e, Delta))))
         assert len(session.history.tokens) > 10 * 256
-        assert done.usage.reused_tokens > 100
-        assert done.usage.computed_tokens < 70
+        assert reused > 60 * 100
+        assert computed < 60 * 70
 
 
 def test_what_leaves_is_not_computed_and_a_notice_quotes_it(open_null: Callable[..., Model]) -> None:

@@ -106,5 +106,10 @@ class History:
         self.evicted = sorted([*self.evicted, *evicted])
         self._count()
 
+    def restore(self, gone: Evicted) -> None:
+        """An evicted span is back in its cells, or will be fed in its turn."""
+        self.evicted.remove(gone)
+        self._count()
+
     def _count(self) -> None:
         self._absent = self.fed - self.cell(self.fed)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.core.graph.ring import QueryRing
+    from edge_rt.core.graph.rotate import Move
 
 STEP = 256
 """Cells: attention runs over multiples of this (as in llama.cpp), and capacities are multiples of it."""
@@ -275,8 +276,11 @@ class KvCache:
             line[:n_mixed] = np.arange(n_mixed) + self.mixed[:, :, -1].max() + 1 - n_mixed
         self.positions = Positions.of_each(line, following)
 
-    def insert(self, at: int, positions: Positions, data: memoryview) -> None:
-        """Put exported cells, which the capacity must have room for, before cell ``at``. Raises SessionFileError, ContextError."""
+    def insert(self, at: int, positions: Positions, data: memoryview) -> list[Move]:
+        """Put exported cells, which the capacity must have room for, before cell ``at``. Raises SessionFileError, ContextError.
+
+        Returns how keys are to be rotated where positions had to move.
+        """
         import numpy as np
 
         n, end = positions.length, self.length
@@ -284,7 +288,7 @@ class KvCache:
             raise SessionFileError("the saved cells have the wrong size for this model; start a new session")
         if at < self.n_mixed:
             raise ContextError(f"the first {self.n_mixed} cells were pruned head by head; cells come back only behind them")
-        self.positions.insert(at, list(positions))
+        moved = self.positions.insert(at, list(positions))
         if self.ring:
             self.ring.move(end, at, n)
         start = 0
@@ -294,6 +298,7 @@ class KvCache:
             chunk = np.frombuffer(data[start : start + target.nbytes], dtype=target.dtype)
             target[...] = chunk.reshape(target.shape)
             start += target.nbytes
+        return [(first, last, np.array([shift], dtype=np.int32)) for first, last, shift in moved]
 
     def export(self, start: int, end: int) -> bytes:
         """Cells [start, end) as bytes: per layer the keys, then the values, by cell in either layout."""

@@ -6,8 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.errors import ContextError
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -102,15 +100,23 @@ class Positions:
             start = b
         self._set(kept)
 
-    def insert(self, at: int, runs: Sequence[Run]) -> None:
-        """Put cells before cell ``at``. Raises ContextError unless their positions lie between the neighbours'."""
-        low = self.of(at - 1) if at else -1
-        high = self.of(at)
-        for run in runs:
-            if not low < run.position or run.position + run.n > high:
-                raise ContextError(f"cells at positions {run.position} to {run.position + run.n - 1} do not fit between {low} and {high}")
-            low = run.position + run.n - 1
-        self._set([*self._between(0, at), *runs, *self._between(at, self.length)])
+    def insert(self, at: int, runs: Sequence[Run]) -> list[tuple[int, int, int]]:
+        """Put cells before cell ``at``. If their positions do not lie between the neighbours', they are moved there, side by side,
+        and later ones move up as far as that needs. Returns what moved: cells [start, end), as they are numbered now, by how much.
+        """
+        low, high, n = self.of(at - 1) if at else -1, self.of(at), sum(run.n for run in runs)
+        later = self._between(at, self.length)
+        ends = [low, *(position for run in runs for position in (run.position, run.position + run.n - 1)), high]
+        if ends == sorted(ends) and ends[0] < ends[1] and ends[-2] < ends[-1]:
+            self._set([*self._between(0, at), *runs, *later])
+            return []
+        first = low + 1
+        up = max(0, first + n - high)
+        moved = [(at + run.cell, at + run.cell + run.n, first + run.cell - run.position) for run in runs]
+        moved.append((at + n, self.length + n, up))
+        self._set([*self._between(0, at), Run(0, first, n), *(run._replace(position=run.position + up) for run in later)])
+        self.next += up
+        return moved
 
     def part(self, start: int, end: int) -> list[Run]:
         """Runs of cells [start, end), cells counted from ``start``."""

@@ -18,7 +18,8 @@ from edge_rt.types import ContextUse
 if TYPE_CHECKING:
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.grading import Grade
-    from edge_rt.core.context.history import History
+    from edge_rt.core.context.history import Evicted, History
+    from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.context.transcript import Piece
 
@@ -30,7 +31,8 @@ _SHOWN, _EXAMPLES = 40, 3  # characters of a segment, and segments, that a notic
 class Window:
     """Cells of one sequence. (No dataclass: making one costs a millisecond of every start.)
 
-    ``segments``, ``tokens`` and ``released`` count what left during this request: segments, their tokens, bytes given back.
+    ``segments``, ``tokens`` and ``released`` count what left during this request: segments, their tokens, bytes given back;
+    ``recalled`` counts segments that came back.
     """
 
     def __init__(
@@ -47,18 +49,23 @@ class Window:
         pieces: Callable[[], list[Piece]],
         grader: Callable[[], Callable[[Segment], Grade]],
         text: Callable[[Sequence[int]], str],
+        recall: Callable[[], Recall] | None = None,
     ) -> None:
         """``lock`` is held for each call of the engine and no longer. ``history`` is what is known of the sequence's cells.
 
         ``allowed``: cells. ``answer``: tokens the request may want for its answer (None: unknown). ``keep`` is the function of the
         policy called ``policy``. ``pieces`` of the prompt, ``grader`` and ``text`` (of tokens) are asked only when something has to
-        leave: most requests fit.
+        leave: most requests fit. ``recall`` remembers what leaves and
+        knows what a question is about; None: what left stays away.
         """
         self.engine, self.lock, self.sequence, self.history = engine, lock, sequence, history
         self.allowed, self.policy, self.answer = allowed, policy, answer
         self._keep, self._ask_pieces, self._grader, self._text = keep, pieces, grader, text
-        self.prompt = self.segments = self.tokens = self.released = 0
+        self.prompt = self.segments = self.tokens = self.released = self.recalled = self.recalled_tokens = 0
         self._left: list[Candidate] = []  # since the last notice
+        self._returned: list[Evicted] = []
+        self._recall = recall
+        self._question: int | None = None
         self._pieces: list[Piece] | None = None
         self._remover = engine if isinstance(engine, RemovesCells) else None  # asking takes a while
 
@@ -79,8 +86,19 @@ class Window:
         """Make the prompt fit, with room for the answer: at most a quarter of the context. Raises ContextOverflow, PluginError."""
         least = 1 if self.answer is None else max(1, min(self.answer, self.allowed // 4))
         self._bring_back(self.allowed - least)
-        if self.history.cell(self.prompt) > self.allowed - least:
-            self._leave(self.allowed - (max(1, self.allowed // SHARE) if self.answer is None else least))
+        asked_for = self._asked_for()
+        more = sum(gone.end - gone.start for gone in asked_for)
+        if self.history.cell(self.prompt) + more > self.allowed - least:
+            wanted = self.allowed - (max(1, self.allowed // SHARE) if self.answer is None else least)
+            try:
+                self._leave(wanted - more)
+            except ContextOverflow:
+                if not asked_for:
+                    raise
+                asked_for = []  # what must stay leaves no room for it
+                if self.history.cell(self.prompt) > self.allowed - least:
+                    self._leave(wanted)
+        self._return(asked_for)
 
     def make_room(self) -> bool:
         """The cells are full in the middle of an answer: let something leave. False if nothing can. Raises PluginError."""
@@ -113,19 +131,22 @@ class Window:
         history = self.history
         absent = len(history.tokens) - history.cells
         return ContextUse(
-            history.cells, self.allowed, self.policy, self.segments, self.tokens, absent, released_bytes=self.released
+            history.cells, self.allowed, self.policy, self.segments, self.tokens, absent, self.recalled, self.recalled_tokens,
+            released_bytes=self.released,
         )  # fmt: skip
 
     def notice(self) -> str | None:
-        """What left since the last call, in words."""
+        """What left and what came back since the last call, in words."""
         left, self._left = self._left, []
-        if not left:
-            return None
-        quoted = [repr(" ".join(one.segment.text.split())[:_SHOWN]) for one in left[:_EXAMPLES]]
-        more = ", ..." if len(left) > _EXAMPLES else ""
-        parts = "1 segment" if len(left) == 1 else f"{len(left)} segments"
-        tokens = sum(one.tokens for one in left)
-        return f"{parts} ({tokens:,} tokens) left the context of {self.allowed:,} ({self.policy}): {', '.join(quoted)}{more}"
+        returned, self._returned = self._returned, []
+        said = []
+        if left:
+            what = _quoted([one.segment.text for one in left], sum(one.tokens for one in left))
+            said.append(f"{what[0]} left the context of {self.allowed:,} ({self.policy}): {what[1]}")
+        if returned:
+            what = _quoted([gone.text for gone in returned], sum(gone.end - gone.start for gone in returned))
+            said.append(f"{what[0]} came back for the question: {what[1]}")
+        return "; ".join(said) or None
 
     # ---- how it is done ----------------------------------------------------------------------------------------------
 
@@ -156,9 +177,67 @@ class Window:
         history = self.history
         pieces = self._prompt_pieces()
         pieces = pieces + answer_pieces(pieces, len(history.tokens), lambda start, end: self._text(history.tokens[start:end]))
-        return candidates(
+        found = candidates(
             pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self._grader(), answer=self.prompt
         )  # fmt: skip
+        if self._recall is None or len(history.tokens) > self.prompt or all(map(self._of_question, pieces)):
+            return found
+        from edge_rt.core.context.recall import RELEVANT
+
+        # What the question is about must not leave just when it is asked.
+        near = self._relevances([[t for start, end in one.spans for t in history.tokens[start:end]] for one in found])
+        return [one._replace(score=max(one.score, r)) if r >= RELEVANT else one for one, r in zip(found, near, strict=True)]
+
+    def _relevances(self, segments: Sequence[Sequence[int]]) -> list[float]:
+        """How close each is to the current question."""
+        assert self._recall is not None, "asked only where something is remembered"
+        question = [t for piece in self._prompt_pieces() if self._of_question(piece) for t in self.history.tokens[piece.start : piece.end]]
+        with self.lock:
+            return self._recall().relevances(question, segments)
+
+    def _of_question(self, piece: Piece) -> bool:
+        """Whether a piece belongs to the user's last message."""
+        if self._question is None:
+            self._question = max((one.segment.message for one in self._prompt_pieces() if one.segment.role == "user"), default=-1)
+        return piece.segment.message == self._question
+
+    def _asked_for(self) -> list[Evicted]:
+        """What left earlier and is closer to the question than anything that stayed: the closest first, within a quarter of the context."""
+        if self._recall is None or not self.history.evicted:
+            return []
+        from edge_rt.core.context.recall import RELEVANT
+        from edge_rt.core.context.recall import SHARE as RECALL_SHARE
+
+        evicted, tokens = self.history.evicted, self.history.tokens
+        pieces = [piece for piece in self._prompt_pieces() if not self._of_question(piece)]
+        stayed = [p for p in pieces if not any(gone.start < p.end and p.start < gone.end for gone in evicted)]
+        spans = [(one.start, one.end) for one in evicted] + [(piece.start, piece.end) for piece in stayed]
+        near = self._relevances([tokens[start:end] for start, end in spans])
+        least = max([RELEVANT, *near[len(evicted) :]])
+        room, chosen = self.allowed // RECALL_SHARE, []
+        for relevance, gone in sorted(zip(near, evicted, strict=False), reverse=True):
+            if relevance > least and gone.end - gone.start <= room:
+                room -= gone.end - gone.start
+                chosen.append(gone)
+        return chosen
+
+    def _return(self, gone: Sequence[Evicted]) -> None:
+        """These come back: with the cells they left with, or by being fed again with all that follows."""
+        if not gone or self._recall is None:
+            return
+        history, recall = self.history, self._recall()
+        again: list[Evicted] = []
+        with self.lock:
+            for one in sorted(gone):
+                if one.start >= history.fed or not recall.bring_back(self.sequence, history, one):
+                    again.append(one)
+            if again and again[0].start < history.fed:
+                self._cut(again[0].start)
+            for one in again:
+                history.restore(one)
+        self._returned += gone
+        self.recalled += len(gone)
+        self.recalled_tokens += sum(one.end - one.start for one in gone)
 
     def _prompt_pieces(self) -> list[Piece]:
         if self._pieces is None:
@@ -173,6 +252,8 @@ class Window:
         evicted = [Evicted(start, end, one.segment.text, one.score) for one in gone for start, end in one.spans]
         if cells := history.cell_spans(evicted):
             with self.lock:
+                if self._recall:
+                    self._recall().keep(self.sequence, history, evicted)
                 if not self._remove(cells):
                     self._cut(min(evicted).start)
         history.evict(evicted)
@@ -217,3 +298,11 @@ class Window:
             with self.lock:
                 self._cut(back)
             history.evicted = [gone for gone in history.evicted if gone.end <= back]
+
+
+def _quoted(texts: Sequence[str], tokens: int) -> tuple[str, str]:
+    """How many segments, and how the first of them begin."""
+    quoted = [repr(" ".join(text.split())[:_SHOWN]) for text in texts[:_EXAMPLES]]
+    more = ", ..." if len(texts) > _EXAMPLES else ""
+    parts = "1 segment" if len(texts) == 1 else f"{len(texts)} segments"
+    return f"{parts} ({tokens:,} tokens)", ", ".join(quoted) + more
