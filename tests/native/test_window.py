@@ -348,7 +348,7 @@ def test_speculation_changes_nothing_beyond_the_window(open_null: Callable[..., 
         done = done_of(events)
         found.append(([t for e in events if isinstance(e, Delta) for t in e.tokens], done.context))
         model.prefixes.clear()
-    assert done.usage.drafted_tokens > 0
+    assert done.usage.drafted_tokens > 0 or "seed" in sampling, "random text seldom repeats itself"
     assert len(found[0][0]) == 400
     assert found[0][1].evicted_tokens > 300
     assert found[0] == found[1]
