@@ -27,12 +27,15 @@ BENCHMARKS = {
     "start": ("start", "run"),
     "speculation": ("speculation", "run"),
     "contention": ("contention", "run"),
+    "pruning": ("pruning", "run"),
     "context-retrieval": ("context.retrieval", "run"),
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
+    "pruning-retrieval": ("context.pruned", "retrieval"),
+    "pruning-perplexity": ("context.pruned", "perplexity"),
 }
 """Name -> module and function. Each ends by itself within ten minutes."""
-UNTIMED = ("context-retrieval", "context-conversations", "context-perplexity")
+UNTIMED = ("context-retrieval", "context-conversations", "context-perplexity", "pruning-retrieval", "pruning-perplexity")
 """Those whose figures are scores, which a busy machine does not change."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
