@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from edge_rt.core.context.positions import Positions, Run
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
-    from edge_rt.core.ggml_engine import unsupported as ggml_unsupported
+    from edge_rt.core.graph.support import unsupported as ggml_unsupported
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
@@ -91,7 +91,7 @@ _LAZY = {
     "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
-    "ggml_unsupported": ("edge_rt.core.ggml_engine", "unsupported"),
+    "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
     "keep_graded": ("edge_rt.core.context.policies", "keep_graded"),
     "keep_slide": ("edge_rt.core.context.policies", "keep_slide"),

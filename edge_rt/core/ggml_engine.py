@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edge_rt import config
 from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
@@ -21,6 +21,7 @@ from edge_rt.core.graph.pieces import Piece, in_pieces
 from edge_rt.core.graph.rotate import rotate_keys
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot, StepGraph
+from edge_rt.core.graph.support import key_type, unsupported
 from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
@@ -40,21 +41,6 @@ if TYPE_CHECKING:
     from edge_rt.hooks import EngineOptions
 
 CHUNK = 512
-_KEY_TYPES = {"f16": ggml.TYPE_F16, "q8_0": ggml.TYPE_Q8_0}
-
-
-def unsupported(file: ModelFile) -> str | None:
-    """Why this engine has no graph for a model, None if it has one. Reads the header only."""
-    if file.header.architecture not in FAMILIES:
-        return f"no graph for architecture {file.header.architecture!r}"
-    try:
-        hyper = read_hyper(file.header)
-    except UnsupportedModel as error:
-        return str(error)
-    if hyper.n_expert and "blk.0.ffn_gate_exps.weight" not in file.header.tensors:
-        return "experts in separate tensors (an old Mixtral conversion)"
-    strange = next((name for name in file.header.tensors if name.endswith(".scale") or "_shexp" in name or "lora" in name), None)
-    return f"no graph for the tensor {strange}" if strange else None
 
 
 @dataclass(slots=True)
@@ -84,7 +70,7 @@ class GgmlEngine:
         self._file, self.notices = file, list[str]()
         self.hyper: Hyper = read_hyper(file.header)
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
-        self._key_type = _key_type(options.key_type, self.hyper)
+        self._key_type = key_type(options.key_type, self.hyper)
         packed, notice = open_packed(file, options.progress) if options.pack else (None, None)
         if notice:
             self.notices.append(notice)
@@ -406,12 +392,3 @@ class GgmlEngine:
         self._sequences.clear()
         self._backend.close()
         self.weights.close()
-
-
-def _key_type(name: Literal["f16", "q8_0"], hyper: Hyper) -> int:
-    """Element type of cached keys. Raises OptionError where heads do not divide into its blocks."""
-    if name not in _KEY_TYPES:
-        raise OptionError(f"--key-type {name} is unknown; choose f16 or q8_0")
-    if hyper.head_dim % ggml.c.blck_size(_KEY_TYPES[name]):
-        raise OptionError(f"heads of {hyper.head_dim} do not divide into {name} blocks; use --key-type f16")
-    return _KEY_TYPES[name]
