@@ -98,8 +98,9 @@ class Session:
         """Answer a prompt: events as they happen, the last one Done. Leaving the loop early and closing the stream ends the request.
 
         A text is continued as it is; a list of messages goes through the model's chat template. The prompt is always the whole one:
-        a chat passes all its messages each time, and only what is new is computed. Keywords replace fields of ``options`` and of its
-        ``sampling`` (``max_tokens=64, temperature=0``).
+        a chat passes all its messages each time, and only what is new is computed. If the last message is the assistant's, its text is
+        the beginning of the answer, which goes on from there; the events hold what follows. Keywords replace fields of ``options`` and
+        of its ``sampling`` (``max_tokens=64, temperature=0``).
 
         When the context gets short, the model's policy chooses what leaves it, and the last event says so.
 

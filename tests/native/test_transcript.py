@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_rt.core.context import chat_template
 from edge_rt.core.context.segments import SHORT
-from edge_rt.core.context.transcript import Piece, pieces, token_starts
+from edge_rt.core.context.transcript import Piece, answer_start, pieces, token_starts
 from edge_rt.native.llama import Vocab
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -109,6 +109,16 @@ def test_what_a_turn_is_made_of_goes_with_it(vocab: Vocab) -> None:
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant",
     ]
     assert [piece.segment.kind for piece in found] == ["system", "message", "message", "message"]
+
+
+def test_the_beginning_of_an_answer_is_a_piece_of_its_own(vocab: Vocab) -> None:
+    messages = [{"role": "user", "content": "Which pump?"}, {"role": "assistant", "content": "The pump is"}]
+    tokens, found = checked(vocab, messages)
+    assert (found[-1].segment.role, found[-2].segment.text) == ("assistant", "Which pump?")
+    text = vocab.detokenize(tokens[answer_start(found) :], special=True).decode().replace("> ", ">")
+    assert text.strip() == "<|im_start|>assistant\nThe pump is"
+    tokens, found = checked(vocab, messages[:1])
+    assert answer_start(found) == len(tokens)
 
 
 def test_a_system_message_of_the_templates_own_is_one(smollm2: Path) -> None:

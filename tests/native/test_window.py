@@ -236,6 +236,22 @@ def test_what_leaves_is_not_computed_and_a_notice_quotes_it(open_null: Callable[
     assert notices == ["1 segment (113 tokens) left the context of 200 (graded): 'Thank you, have a nice day! Thank you, h'"]
 
 
+def test_the_beginning_of_the_answer_stays_and_does_not_pass_for_what_is_asked_for(open_null: Callable[..., Model]) -> None:
+    """It is the closest of all to the question, and yet no reason to leave away what that is about."""
+    model = open_null("ok", context=1024)
+    asked, fact = "Which pump failed in Leeds on the third of May?", "The pump that failed in Leeds on the third of May is P-104."
+    messages = [say("user", fact), *talk(12)]
+    with model.session(context=300) as session:
+        for end in range(1, len(messages) + 1, 2):
+            list(session.generate(messages[:end], max_tokens=1, **GREEDY))
+        opening = f"{asked} You ask which pump that was. It was"
+        done = done_of(list(session.generate([*messages, say("assistant", "a"), say("user", asked), say("assistant", opening)], **GREEDY)))
+        held = model.detokenize(session.tokens)
+    assert held.count(opening) == 1
+    assert fact in held
+    assert done.context.recalled_segments >= 1
+
+
 def test_the_request_overrides_the_session_and_the_session_the_model(open_null: Callable[..., Model]) -> None:
     model = open_null("ok", context=256)
     for session_context, request_context, expected in ((None, None, 256), (100, None, 100), (100, 120, 120), (None, 90, 90)):

@@ -115,6 +115,26 @@ def test_mistral():
         run(MISTRAL, [CHAT[1], CHAT[1]])
 
 
+@pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, MISTRAL, QWEN, CHATML, PLAIN])
+def test_a_last_message_of_the_assistant_begins_the_answer(template):
+    opening = {"role": "assistant", "content": " The pump is "}
+    assert run(template, [*CHAT, opening]) == run(template, CHAT) + " The pump is "
+    assert run(template, CHAT[:3]) == run(template, CHAT[:2]) + " Hello. "
+    closed = run(template, [*CHAT, opening], add_generation_prompt=False)
+    assert not closed.endswith("The pump is "), "it is a message like others where nothing is to be answered"
+
+
+def test_what_cannot_be_gone_on_from_is_no_beginning():
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert run(QWEN, [CHAT[1], call]).endswith("</tool_call><|im_end|>\n<|im_start|>assistant\n")
+    assert run(CHATML, [CHAT[2]]).endswith("<|im_end|>\n<|im_start|>assistant\n"), "there is nothing that it would answer"
+
+
+def test_the_beginning_of_an_answer_poses_as_no_control_token():
+    found = segments(CHATML, [CHAT[1], {"role": "assistant", "content": "So <|im_end|>"}])
+    assert found[-1] == Segment("<|im_end|>", False)
+
+
 def test_qwen_with_tools_and_thinking():
     tool = {"type": "function", "function": {"name": "weather", "description": "天气 & <more>"}}
     call = {"function": {"name": "f", "arguments": {"a": 1}}}

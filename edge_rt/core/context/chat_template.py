@@ -211,21 +211,33 @@ def render(
 ) -> str:
     """Run a chat template as transformers does: ``bos_token``, ``eos_token``, ``raise_exception``, ``strftime_now``, ``tojson``.
 
+    With ``add_generation_prompt``, a last message of the assistant begins the answer: its text follows the generation prompt as it is.
+
     Raises OptionError for messages that are none, ConstraintError naming the template's line.
     """
     _check_messages(messages)
+    opening = ""
+    if add_generation_prompt and begins_answer(messages):
+        messages, opening = messages[:-1], messages[-1]["content"]
     known = KNOWN.get(template)
     if known and not tools and not extra and all(isinstance(message.get("content"), str) for message in messages):
-        return known([(message["role"], message["content"]) for message in messages], add_generation_prompt)
+        return known([(message["role"], message["content"]) for message in messages], add_generation_prompt) + opening
     compiled = _compile(template)
     variables = {
         "messages": list(messages), "tools": tools, "documents": None, **(extra or {}), "bos_token": bos, "eos_token": eos,
         "add_generation_prompt": add_generation_prompt,
     }  # fmt: skip
     try:
-        return compiled.environment.run(compiled, variables)  # type: ignore[attr-defined,no-any-return]  # our own class
+        text: str = compiled.environment.run(compiled, variables)  # type: ignore[attr-defined]  # our own class
+        return text + opening
     except Exception as error:  # a template can make anything go wrong
         _explain(error)
+
+
+def begins_answer(messages: Sequence[Message]) -> bool:
+    """Is the last message the beginning of the answer to those before it? So it is if it is a text of the assistant, without calls."""
+    last = messages[-1]
+    return len(messages) > 1 and last["role"] == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

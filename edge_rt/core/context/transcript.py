@@ -6,6 +6,8 @@ is that text with the messages put back (some templates trim them). Where this d
 or looks into them, long messages are looked for in order. A message that is not found is a piece as it stands, undivided; if none is
 found, the prompt is one piece, which is protected.
 
+A last message of the assistant begins the answer: it is a piece of the prompt and yet none of the history (``answer_start``).
+
 Template text (role markers, control tokens) belongs to the message it opens or closes. A turn that the template itself puts in front,
 such as a default system prompt or tool schemas, is a system message.
 """
@@ -68,6 +70,14 @@ def pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int])
         if start < end:
             found.append(Piece(start, end, segment))
     return found
+
+
+def answer_start(pieces: Sequence[Piece]) -> int:
+    """The token of a prompt at which the answer begins: where a last message of the assistant does, else after the prompt."""
+    last = pieces[-1]
+    if last.segment.role != "assistant" or last.segment.message < max(piece.segment.message for piece in pieces):
+        return last.end
+    return next(piece.start for piece in pieces if piece.segment.message == last.segment.message)
 
 
 def _conversation(vocab: Vocab, messages: Sequence[Message]) -> tuple[str, list[tuple[int, Segment]]]:

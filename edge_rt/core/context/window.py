@@ -173,12 +173,14 @@ class Window:
 
     def _candidates(self) -> list[Candidate]:
         from edge_rt.core.context.candidates import answer_pieces, candidates
+        from edge_rt.core.context.transcript import answer_start
 
         history = self.history
         pieces = self._prompt_pieces()
+        answer = answer_start(pieces)
         pieces = pieces + answer_pieces(pieces, len(history.tokens), lambda start, end: self._text(history.tokens[start:end]))
         found = candidates(
-            pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self._grader(), answer=self.prompt
+            pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self._grader(), answer=answer
         )  # fmt: skip
         if self._recall is None or len(history.tokens) > self.prompt or all(map(self._of_question, pieces)):
             return found
@@ -207,9 +209,11 @@ class Window:
             return []
         from edge_rt.core.context.recall import RELEVANT
         from edge_rt.core.context.recall import SHARE as RECALL_SHARE
+        from edge_rt.core.context.transcript import answer_start
 
         evicted, tokens = self.history.evicted, self.history.tokens
-        pieces = [piece for piece in self._prompt_pieces() if not self._of_question(piece)]
+        answer = answer_start(self._prompt_pieces())  # its beginning repeats the question, and tells nothing of it
+        pieces = [piece for piece in self._prompt_pieces() if piece.start < answer and not self._of_question(piece)]
         stayed = [p for p in pieces if not any(gone.start < p.end and p.start < gone.end for gone in evicted)]
         spans = [(one.start, one.end) for one in evicted] + [(piece.start, piece.end) for piece in stayed]
         near = self._relevances([tokens[start:end] for start, end in spans])
