@@ -48,7 +48,8 @@ def run(settings: Settings) -> list[Result]:
         reader = stack.enter_context(Reader(policies[RECALLING]))
         scores = in_rounds((_round(reader, policies, seed, held) for seed in seeds), settings.deadline)
     groups = by_method(scores, 1 / TIMES)
-    by_tongue = [table(f"conversations, {t}", by_method((s for s in scores if s.kind == t), 1 / TIMES), _OURS) for t in TONGUES]
+    asked = [t for t in TONGUES if any(score.kind == t for score in scores)]
+    by_tongue = [table(f"conversations, {t}", by_method((s for s in scores if s.kind == t), 1 / TIMES), _OURS) for t in asked]
     compared = [versus(f"conversations, grading against {rival}", groups, _OURS, rival) for rival in _RIVALS]
     compared += [versus(f"conversations, recall against {rival}", groups, RECALLING, rival) for rival in ("slide (session)", "full")]
     return [*by_tongue, table("conversations, all", groups, _OURS), *compared, *(_became(name, held) for name in POLICIES)]
