@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edge_rt.core.graph.once import computed
 from edge_rt.native import ggml
 from edge_rt.native.rows import elements
 
@@ -19,14 +20,9 @@ c = ggml.c
 def token_embeddings(embedding: int, tokens: Sequence[int], backend: ggml.Handle) -> npt.NDArray[np.float32]:
     """Float32 [len(tokens), E] of the tensor [E, V]; only the pages of these rows are read."""
     width, n = int(ggml.fields(embedding).ne[0]), len(tokens)
-    with ggml.context(1) as inputs, ggml.context(4, (4,)) as work, ggml.allocator() as arena:
+    with ggml.context(1) as inputs, ggml.allocator() as arena:
         ids = c.new_tensor_1d(inputs.address, ggml.TYPE_I32, n)
         with ggml.allocate_context(inputs):
             elements(ids, "i", n)[:] = array("i", tokens)
-            rows = c.get_rows(work.address, embedding, ids)
-            c.set_output(rows)
-            graph = c.new_graph_custom(work.address, 4, False)
-            c.build_forward_expand(graph, rows)
-            c.gallocr_alloc_graph(arena.address, graph)
-            ggml.compute(backend, graph)
-            return ggml.view(rows, "f4", (n, width)).copy()  # type: ignore[no-any-return]
+            rows: npt.NDArray[np.float32] = computed(lambda ctx: int(c.get_rows(ctx, embedding, ids)), (n, width), backend, arena).copy()
+            return rows

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from edge_rt import config
+from edge_rt.core.graph.once import computed
 from edge_rt.core.remember import Remembered
 from edge_rt.native import ggml
 
@@ -64,16 +65,10 @@ def _exact_columns(matrix: int, backend: ggml.Handle, most: int) -> int:
 def _product(matrix: int, columns: npt.NDArray[np.float32], backend: ggml.Handle) -> npt.NDArray[np.float32]:
     """float32 [n, rows] from float32 [n, width]."""
     n, width = columns.shape
-    with ggml.context(2) as inputs, ggml.context(8, (16,)) as work, ggml.allocator() as arena:
+    with ggml.context(2) as inputs, ggml.allocator() as arena:
         x = c.new_tensor_2d(inputs.address, ggml.TYPE_F32, width, n)
         with ggml.allocate_context(inputs):
             ggml.view(x, "f4", (n, width))[:] = columns
-            y = c.mul_mat(work.address, matrix, x)
-            c.set_output(y)
-            graph = c.new_graph_custom(work.address, 16, False)
-            c.build_forward_expand(graph, y)
-            c.gallocr_alloc_graph(arena.address, graph)
-            ggml.compute(backend, graph)
-            product = ggml.view(y, "f4", (n, int(ggml.fields(matrix).ne[1])))
-            copied: npt.NDArray[np.float32] = product.copy()
-            return copied
+            shape = (n, int(ggml.fields(matrix).ne[1]))
+            product: npt.NDArray[np.float32] = computed(lambda ctx: int(c.mul_mat(ctx, matrix, x)), shape, backend, arena).copy()
+            return product

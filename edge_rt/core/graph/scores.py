@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt.core.context.kv import KvCache
 from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.graph.once import computed
 from edge_rt.errors import ContextError
 from edge_rt.native import ggml
 
@@ -101,14 +102,7 @@ class _Shared:
 
     def computed(self, build: Callable[[int], int], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """The result of a graph, built in the context that is given; NumPy's order of dimensions."""
-        with ggml.context(16, (16,)) as work:
-            result = build(work.address)
-            c.set_output(result)
-            graph = c.new_graph_custom(work.address, 16, False)
-            c.build_forward_expand(graph, result)
-            c.gallocr_alloc_graph(self._arena.address, graph)
-            ggml.compute(self._backend, graph)
-            return ggml.view(result, "f4", shape)
+        return computed(build, shape, self._backend, self._arena)
 
     def close(self) -> None:
         """Free the memory."""
