@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.core.context.history import overlapping
 from edge_rt.core.context.protection import NEWEST, Protection, protections
 from edge_rt.core.context.segments import Segment
 from edge_rt.core.context.transcript import Piece
@@ -107,9 +107,7 @@ def _size(piece: Piece) -> int:
 def _without(part: Part, evicted: Sequence[Evicted]) -> Iterator[tuple[int, int]]:
     """What is left of a part; ``evicted`` rises."""
     start = part.start
-    for gone in islice(evicted, bisect_right(evicted, start, key=lambda gone: gone.end), None):
-        if gone.start >= part.end:
-            break
+    for gone in overlapping(evicted, part.start, part.end):
         if start < gone.start:
             yield start, gone.start
         start = gone.end

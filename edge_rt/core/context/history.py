@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 
@@ -13,6 +15,14 @@ class Evicted(NamedTuple):
     end: int
     text: str
     score: float
+
+
+def overlapping(evicted: Sequence[Evicted], start: int, end: int) -> Iterator[Evicted]:
+    """Those of rising spans that share tokens with [start, end): looked up, for there may be thousands."""
+    for gone in islice(evicted, bisect_right(evicted, start, key=lambda gone: gone.end), None):
+        if gone.start >= end:
+            return
+        yield gone
 
 
 class History:

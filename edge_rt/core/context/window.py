@@ -207,6 +207,7 @@ class Window:
         """What left earlier and is closer to the question than anything that stayed: the closest first, within a quarter of the context."""
         if self._recall is None or not self.history.evicted:
             return []
+        from edge_rt.core.context.history import overlapping
         from edge_rt.core.context.recall import RELEVANT
         from edge_rt.core.context.recall import SHARE as RECALL_SHARE
         from edge_rt.core.context.transcript import answer_start
@@ -214,7 +215,7 @@ class Window:
         evicted, tokens = self.history.evicted, self.history.tokens
         answer = answer_start(self._prompt_pieces())  # its beginning repeats the question, and tells nothing of it
         pieces = [piece for piece in self._prompt_pieces() if piece.start < answer and not self._of_question(piece)]
-        stayed = [p for p in pieces if not any(gone.start < p.end and p.start < gone.end for gone in evicted)]
+        stayed = [piece for piece in pieces if next(overlapping(evicted, piece.start, piece.end), None) is None]
         spans = [(one.start, one.end) for one in evicted] + [(piece.start, piece.end) for piece in stayed]
         near = self._relevances([tokens[start:end] for start, end in spans])
         least = max([RELEVANT, *near[len(evicted) :]])
@@ -292,11 +293,12 @@ class Window:
         if not history.evicted:
             return
         from edge_rt.core.context.candidates import parts
+        from edge_rt.core.context.history import overlapping
 
         needed = [gone.start for gone in history.evicted[:1] if len(history.tokens) <= room]
         if not needed:
             protected = [part for part in parts(self._prompt_pieces(), self.allowed) if part.protections]
-            needed = [gone.start for gone in history.evicted for part in protected if gone.start < part.end and part.start < gone.end]
+            needed = [gone.start for part in protected for gone in overlapping(history.evicted, part.start, part.end)]
         if needed:
             back = min(needed)
             with self.lock:
