@@ -92,3 +92,22 @@ def null_model(random_model: Callable[..., Path]) -> Iterator[Any]:
     registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply="Hello, world!")})
     with edge_rt.open(random_model(), engine="null", device="null", registry=registry) as model:
         yield model
+
+
+@pytest.fixture
+def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Any]]:
+    """``open_null(reply=None, **options)``: a model on the null engine."""
+    import edge_rt
+    from edge_rt.registry import Registry
+    from edge_rt.testing.null_device import NullPlugin
+
+    opened: list[Any] = []
+
+    def make(reply: str | None = None, **options: Any) -> Any:
+        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply)})
+        opened.append(edge_rt.open(random_model(), engine="null", device="null", registry=registry, **options))
+        return opened[-1]
+
+    yield make
+    for model in opened:
+        model.close()

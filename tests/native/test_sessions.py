@@ -13,27 +13,10 @@ import pytest
 
 import edge_rt
 from edge_rt.errors import ContextOverflow, OptionError, SessionFileError, UserError
-from edge_rt.registry import Registry
 from edge_rt.runtime import Model
-from edge_rt.testing.null_device import NullPlugin
 from edge_rt.types import Delta, Done, PromptProgress
 
 GREEDY = {"temperature": 0.0}
-
-
-@pytest.fixture
-def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
-    """``open_null(reply=None, **options)``: a model on the null engine."""
-    opened: list[Model] = []
-
-    def make(reply: str | None = None, **options: Any) -> Model:
-        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply)})
-        opened.append(edge_rt.open(random_model(), engine="null", device="null", registry=registry, **options))
-        return opened[-1]
-
-    yield make
-    for model in opened:
-        model.close()
 
 
 @pytest.fixture(params=["null", "ggml", "llama_cpp"])

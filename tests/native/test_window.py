@@ -19,28 +19,11 @@ from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.engine import Part, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError
 from edge_rt.native import ggml
-from edge_rt.registry import Registry
 from edge_rt.runtime import Model
-from edge_rt.testing.null_device import NullPlugin
 from edge_rt.types import Delta, Done, Event, Notice
 
 GREEDY = {"temperature": 0.0}
 POLICIES = ("strict", "slide", "graded")
-
-
-@pytest.fixture
-def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Model]]:
-    """``open_null(reply=None, **options)``: a model on the null engine."""
-    opened: list[Model] = []
-
-    def make(reply: str | None = None, **options: Any) -> Model:
-        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply)})
-        opened.append(edge_rt.open(random_model(), engine="null", device="null", registry=registry, **options))
-        return opened[-1]
-
-    yield make
-    for model in opened:
-        model.close()
 
 
 def say(role: str, text: str) -> dict[str, str]:
