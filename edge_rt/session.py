@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -21,7 +22,7 @@ from edge_rt.core.decode import loop
 from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
 from edge_rt.errors import OptionError
-from edge_rt.types import Event, GenerateOptions, Message, Notice, SamplingParams
+from edge_rt.types import Event, GenerateOptions, Message, Notice, Pruning, SamplingParams
 
 if TYPE_CHECKING:
     from edge_rt.core.context.recall import Recall
@@ -188,7 +189,7 @@ class Session:
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
         try:
             writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
-            window = self._window(tokens, allowed, options.max_tokens, lambda: _pieces(model.vocab, prompt, tokens))
+            window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens))
             window.fit()
             with model.lock:
                 exact = model.engine.exact_rows() if options.speculate else 1
@@ -207,11 +208,11 @@ class Session:
             ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
         )  # fmt: skip
 
-    def _window(self, tokens: list[int], allowed: int, answer: int | None, pieces: Callable[[], list[Piece]]) -> Window:
+    def _window(self, tokens: list[int], allowed: int, options: GenerateOptions, pieces: Callable[[], list[Piece]]) -> Window:
         """The sequence to continue, our own or one that shares more of the prompt, cut to what it shares; one token is left to feed."""
         model = self._model
         with model.lock:
-            own = common_prefix(self._history.tokens, tokens)
+            own = self._history.boundary(common_prefix(self._history.tokens, tokens))
             other = model.prefixes.take(tokens) if own < len(tokens) // 2 else None
             if other and other[1] > own:
                 if self._sequence is not None:
@@ -227,8 +228,8 @@ class Session:
                 allowed = max(1, min(allowed, free))
             window = Window(
                 model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
-                keep=model.policy.keep, answer=answer, pieces=pieces, grader=model.grader, text=model.detokenize,
-                recall=self._remember if model.policy.recalls else None,
+                keep=model.policy.keep, answer=options.max_tokens, pieces=pieces, grader=model.grader, text=model.detokenize,
+                recall=self._remember if model.policy.recalls else None, pruning=options.prune,
             )  # fmt: skip
         window.start(tokens, own)
         return window
@@ -306,9 +307,20 @@ def _check_context(context: int | None, most: int) -> None:
         raise OptionError(f"a context of {context} tokens is out of range; give 1 to {most}, or open the model with a larger one")
 
 
+def _check_pruning(pruning: Pruning) -> None:
+    """Raise OptionError for a budget or an interval that is none."""
+    if not 0 < pruning.budget < math.inf or (pruning.unit == "share" and pruning.budget > 1):
+        most = "up to 1" if pruning.unit == "share" else "more than 0"
+        raise OptionError(f"a pruning budget of {pruning.budget} {pruning.unit} is out of range; give {most}")
+    if pruning.every < 0:
+        raise OptionError(f"pruning every {pruning.every} tokens makes no sense; give at least 1, or 0 for never")
+
+
 def _check(options: GenerateOptions, max_context: int) -> None:
     """Raise OptionError for values out of range (sampling parameters are checked by the sampler)."""
     _check_context(options.context, max_context)
+    if options.prune is not None:
+        _check_pruning(options.prune)
     if options.max_tokens is not None and options.max_tokens < 1:
         raise OptionError(f"max_tokens is {options.max_tokens}; give at least 1, or leave it out")
     if not 0 <= options.logprobs <= 100:

@@ -38,11 +38,25 @@ class SamplingParams(NamedTuple):
     logit_bias: Mapping[int, float] = MappingProxyType({})
 
 
+class Pruning(NamedTuple):
+    """How far a request's cells are pruned head by head, and when (docs/context.md).
+
+    ``budget``: what a pass leaves, in cells, in bytes, or as a ``share`` of the tokens that would be in the context otherwise.
+    A pass comes when an eighth more cells than that are in use, when the prompt was read (``question``), and after ``every`` tokens
+    of the answer (0: not then).
+    """
+
+    budget: float
+    unit: Literal["cells", "bytes", "share"] = "cells"
+    question: bool = True
+    every: int = 0
+
+
 class GenerateOptions(NamedTuple):
     """One request.
 
     ``max_tokens`` None generates until the model stops or the context is full: the answer is never longer than the context.
-    ``context``: cells this request may use (None: what the session or the model allows).
+    ``context``: cells this request may use (None: what the session or the model allows). ``prune``: prune them (None: never).
     ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
     ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
     ``post`` names post-processors, applied in this order.
@@ -58,6 +72,7 @@ class GenerateOptions(NamedTuple):
     post: Sequence[str] = ()
     ignore_eos: bool = False
     context: int | None = None
+    prune: Pruning | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -123,6 +138,9 @@ class ContextUse(NamedTuple):
 
     ``evicted_segments`` with ``evicted_tokens`` left the context during this request, or never got into it. ``absent_tokens``: of all
     that was said so far, what is not in the context now, whenever it left. ``recalled_segments`` with ``recalled_tokens`` came back to it.
+    ``pruned_cells`` left every head of the cache during this request; their tokens are not absent, for each may be left in some heads.
+    ``missing_cells``: how many fewer cells than tokens there are after this and earlier passes. ``used``, ``absent_tokens`` and
+    ``missing_cells`` add up to all that was said.
     ``released_bytes`` of the cache went back to the system.
     """
 
@@ -135,6 +153,7 @@ class ContextUse(NamedTuple):
     recalled_segments: int = 0
     recalled_tokens: int = 0
     pruned_cells: int = 0
+    missing_cells: int = 0
     released_bytes: int = 0
 
 

@@ -160,7 +160,9 @@ class NullEngine:
 
     def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
         """Forget cells in the middle; ten bytes each are given back. The states after them stay: they have seen what left."""
-        held = self._get(sequence)
+        return self._remove(self._get(sequence), spans)
+
+    def _remove(self, held: _Sequence, spans: Sequence[tuple[int, int]]) -> int:
         held.positions.remove(spans)
         for start, end in reversed(spans):
             del held.tokens[start:end], held.states[start:end]
@@ -237,7 +239,7 @@ class NullEngine:
             raise ContextError("no query was kept to prune by; watch the sequence")
         middle = sorted(range(first, length - last), key=lambda cell: held.states[cell])
         gone = sorted(middle[keep - first - last :])
-        return Pruned(len(gone), self.remove_cells(sequence, [(cell, cell + 1) for cell in gone]))
+        return Pruned(len(gone), self._remove(held, [(cell, cell + 1) for cell in gone]))
 
     cell_bytes = 10
     """Two of token, eight of state."""

@@ -15,12 +15,13 @@ import edge_rt
 from edge_rt.core.context import allowance
 from edge_rt.core.context.history import History
 from edge_rt.core.context.kv import cell_bytes
+from edge_rt.core.context.pruning import budget_cells
 from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.engine import Part, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError
 from edge_rt.native import ggml
 from edge_rt.runtime import Model
-from edge_rt.types import Delta, Done, Event, Notice
+from edge_rt.types import Delta, Done, Event, Notice, Pruning
 
 GREEDY = {"temperature": 0.0}
 POLICIES = ("strict", "slide", "graded")
@@ -51,6 +52,9 @@ def talk(turns: int, size: int = 60) -> list[dict[str, str]]:
 # ---- any sequence of requests ----------------------------------------------------------------------------------------
 
 TEXT = st.text("ab 1.\n", min_size=1, max_size=80) | st.integers(1, 900).map(lambda n: "word " * (n // 5) + "x")
+PRUNE = st.builds(
+    Pruning, st.integers(1, 200), st.sampled_from(["cells", "bytes"]), st.booleans(), st.sampled_from([0, 0, 7, 30])
+) | st.builds(Pruning, st.floats(0.05, 1), st.just("share"), st.booleans(), st.just(9))  # fmt: skip
 TURN = st.fixed_dictionaries(
     {
         "text": TEXT,
@@ -64,16 +68,19 @@ TURN = st.fixed_dictionaries(
         "close": st.booleans(),  # or close the stream
         "speculate": st.sampled_from([0, 0, 4]),
         "ignore_eos": st.booleans(),
+        "prune": st.none() | PRUNE,
     }
 )
 
 
-@pytest.mark.parametrize("ability", ["removes", "cannot remove", "cannot renumber", "cannot go back"])
+@pytest.mark.parametrize("ability", ["removes", "cannot remove", "cannot renumber", "cannot go back", "cannot prune"])
 def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, ability: str) -> None:
     model = open_null(context=256)
     engine = model.engine
     truncate, length = engine.truncate, engine.length
-    if ability != "removes":
+    if ability == "cannot prune":
+        monkeypatch.setattr(engine, "prune", None)  # so that it is no PrunesCells
+    if ability not in ("removes", "cannot prune"):
 
         def refuse(*args: Any) -> Any:
             raise ContextError("not with this model")
@@ -96,6 +103,8 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
             for turn in turns:
                 del messages[max(0, len(messages) - turn["back"]) :]
                 messages.append(say(turn["role"], turn["text"]))
+                if ability == "cannot go back":
+                    turn = {**turn, "prune": None}
                 request(model, session, messages, turn)
         assert len(engine._sequences) == len(model.prefixes._kept)  # type: ignore[attr-defined]
         for kept in model.prefixes._kept:  # as if nothing had ever left: the states say what a token has seen
@@ -113,30 +122,29 @@ def request(model: Model, session: Any, messages: list[dict[str, str]], turn: di
     """One request, and all that must hold after it."""
     model.policy = model.registry.context_policy(turn["policy"])
     prompt: Any = messages[-1]["content"] if turn["raw"] else messages
-    options = {name: turn[name] for name in ("context", "max_tokens", "speculate", "ignore_eos")}
+    options = {name: turn[name] for name in ("context", "max_tokens", "speculate", "ignore_eos", "prune")}
     before = session.history.tokens[: session.history.fed], len(session.history.evicted)
+    condensed = session.history.condensed.tokens
     absent_before = sum(gone.end - gone.start for gone in session.history.evicted)
+    events: list[Event] = []
     try:
         stream = session.generate(prompt, **GREEDY, **options)
-    except ContextOverflow as error:
-        overflow = error
-    else:
-        overflow = None
-    if overflow is not None:
-        assert overflow.needed > overflow.available
-        assert cells_of(model, session) == list(session.tokens)
+        for event in itertools.islice(stream, 4000):
+            events.append(event)
+            if turn["stop_after"] == len(events):
+                if turn["close"]:
+                    stream.close()
+                    break
+                session.cancel()
+    except ContextOverflow as overflow:
+        _check_overflow(overflow)
+        assert turn["prune"] or not events  # what is pruned may turn out not to fit while it is read: positions are used up
+        check_cells(model, session)
         return
-    events: list[Event] = []
-    for event in itertools.islice(stream, 4000):
-        events.append(event)
-        if turn["stop_after"] == len(events):
-            if turn["close"]:
-                stream.close()
-                break
-            session.cancel()
     history: History = session.history
-    assert cells_of(model, session) == history.resident()
-    assert history.fed == len(history.tokens) == history.cells + sum(gone.end - gone.start for gone in history.evicted)
+    check_cells(model, session)
+    away = sum(gone.end - gone.start for gone in history.evicted)
+    assert history.fed == len(history.tokens) == history.cells + history.condensed.missing + away
     allowed = turn["context"] or 256
     assert history.cells <= allowed
     if turn["close"] and turn["stop_after"] is not None and turn["stop_after"] <= len(events) and not isinstance(events[-1], Done):
@@ -144,28 +152,51 @@ def request(model: Model, session: Any, messages: list[dict[str, str]], turn: di
     done = done_of(events)
     use, usage = done.context, done.usage
     assert (use.used, use.allowed, use.policy) == (history.cells, allowed, turn["policy"])
-    assert use.absent_tokens == len(history.tokens) - history.cells
+    assert use.absent_tokens + use.missing_cells == len(history.tokens) - history.cells
+    assert any("cells were pruned" in e.message for e in events if isinstance(e, Notice)) == bool(use.pruned_cells)
+    if not turn["prune"]:
+        assert not use.pruned_cells
+    elif done.reason != "cancelled" and not any("pruning ended" in e.message for e in events if isinstance(e, Notice)):
+        keep = budget_cells(turn["prune"], history.kept(len(history.tokens)), 10)
+        assert history.cells <= keep + keep // 8 + 1
+        sinks = min(4, keep)
+        assert history.resident()[:sinks] == history.tokens[:sinks]
     said = [token for event in events if isinstance(event, Delta) for token in event.tokens]
     whole = [*model.prompt_tokens(prompt), *said]
     assert history.tokens == whole[: len(history.tokens)]
     if done.reason != "cancelled":
         assert len(history.tokens) >= len(whole) - 1  # the last token may never be fed
         tail = max(1, min(10, allowed // 10, usage.prompt_tokens))
-        assert not use.absent_tokens or all(gone.end <= len(history.tokens) - tail + 1 for gone in history.evicted)
-    assert usage.reused_tokens + usage.computed_tokens <= min(usage.prompt_tokens, allowed)
+        assert turn["prune"] or not use.absent_tokens or all(gone.end <= len(history.tokens) - tail + 1 for gone in history.evicted)
+    assert usage.reused_tokens + usage.computed_tokens <= usage.prompt_tokens
+    assert condensed or turn["prune"] or usage.reused_tokens + usage.computed_tokens <= allowed
     if turn["policy"] == "strict":
         assert use.evicted_segments == use.evicted_tokens == 0
     assert bool(use.evicted_segments) == bool(use.evicted_tokens)
     assert any("left the context" in e.message for e in events if isinstance(e, Notice)) == bool(use.evicted_segments)
     if history.tokens[: len(before[0])] == before[0] and done.reason != "cancelled":  # a request that only goes on: each token is told once
-        assert use.absent_tokens <= absent_before + use.evicted_tokens
+        assert use.absent_tokens <= absent_before + use.evicted_tokens + use.pruned_cells
     if turn["max_tokens"]:
         assert usage.completion_tokens <= turn["max_tokens"]
     assert usage.completion_tokens <= (turn["max_tokens"] or allowed)
-    if not turn["raw"] and done.reason != "cancelled":
+    if not turn["raw"] and not turn["prune"] and done.reason != "cancelled":
         check_protected(model, history, messages)
     if done.reason != "cancelled":
         messages.append(say("assistant", "".join(e.text for e in events if isinstance(e, Delta)) or "-"))
+
+
+def _check_overflow(overflow: ContextOverflow) -> None:
+    assert overflow.needed > overflow.available
+
+
+def check_cells(model: Model, session: Any) -> None:
+    """The engine holds what the history says: the condensed tokens in fewer cells, all others one by one."""
+    history, held = session.history, cells_of(model, session)
+    assert len(held) == history.cells
+    start, resident = history.cell(history.condensed.tokens), history.resident()
+    assert held[start:] == resident[history.kept(history.condensed.tokens) :]
+    rest = iter(resident)
+    assert all(token in rest for token in held), "they come in order"
 
 
 def check_protected(model: Model, history: History, messages: list[dict[str, str]]) -> None:

@@ -68,7 +68,7 @@ def test_events_as_json_lines(capsys):
                    "computed_tokens": 6},
          "timings": {"first_token": 0.5, "prompt": 0.25, "decode": 2.0, "total": 2.5, "tokens_per_second": 2.0},
          "context": {"used": 15, "allowed": 64, "policy": "graded", "evicted_segments": 0, "evicted_tokens": 0, "absent_tokens": 0,
-                     "recalled_segments": 0, "recalled_tokens": 0, "pruned_cells": 0, "released_bytes": 0}},
+                     "recalled_segments": 0, "recalled_tokens": 0, "pruned_cells": 0, "missing_cells": 0, "released_bytes": 0}},
     ]  # fmt: skip
 
 
@@ -89,11 +89,10 @@ def test_facts_say_what_left_the_context():
     assert found.startswith("[context 15 of 64, 30 tokens left it; prompt 10 tokens")
 
 
-def test_what_the_context_policy_did_is_said(capsys):
-    show_text([done(reason="context_full", context=ContextUse(64, 64, "graded", evicted_segments=2, pruned_cells=30))])
+def test_why_an_answer_ended_early_is_said(capsys):
+    show_text([done(reason="context_full", context=ContextUse(64, 64, "graded", evicted_segments=2))])
     assert capsys.readouterr().err.splitlines() == [
         "note: the answer ends because the context of 64 tokens is full; --ctx N allows more, where the model does",
-        "note: 30 cells of the cache were pruned (graded)",
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.history import Evicted, History
+from edge_rt.core.context.history import Condensed, Evicted, History
 
 
 def gone(start: int, end: int) -> Evicted:
@@ -80,3 +80,37 @@ def test_what_is_not_fed_yet_has_no_cells() -> None:
 def test_spans_that_cannot_be_are_refused(bad: list[Evicted]) -> None:
     with pytest.raises(ValueError, match="do not rise"):
         History([1, 2, 3, 4], bad)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.data())
+def test_condensed_tokens_go_or_stay_together(away: list[bool], data: st.DataObject) -> None:
+    history = History(range(len(away)), [gone(*span) for span in spans(away)])
+    resident = history.resident()
+    missing = 0
+    for _ in range(data.draw(st.integers(1, 3))):
+        before = history.cells
+        last = data.draw(st.integers(0, before))
+        pruned = data.draw(st.integers(0, before - last))
+        history.condense(pruned, last)
+        missing += pruned
+        assert (history.cells, history.condensed.missing) == (before - pruned, missing)
+        assert history.resident() == resident
+        apart = history.kept(len(away)) - history.kept(history.condensed.tokens)
+        assert apart <= last or not pruned
+        assert history.cell(history.condensed.tokens) == history.cells - apart or not history.condensed.tokens
+    restored = History(history.tokens, history.evicted, history.condensed)
+    assert restored.cells == history.cells
+    at = data.draw(st.integers(0, len(away)))
+    bound = history.boundary(at)
+    assert bound == 0 or bound >= history.condensed.tokens
+    if history.condensed.tokens:
+        assert history.whole() == []
+    history.truncate(bound)
+    assert history.condensed == (Condensed() if bound < restored.condensed.tokens else restored.condensed)
+    assert 0 <= history.cells <= len(history.tokens) == bound
+
+
+@pytest.mark.parametrize("condensed", [Condensed(5, 0), Condensed(3, 4), Condensed(3, -1)])
+def test_condensed_tokens_must_be_there(condensed: Condensed) -> None:
+    with pytest.raises(ValueError, match="cannot be missing"):
+        History(range(4), condensed=condensed)

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.pruning import METHODS, NEIGHBOURS, SINKS, Budget, Plan, check, choose, plan
+from edge_rt.core.context.pruner import choose_tokens
+from edge_rt.core.context.pruning import METHODS, NEIGHBOURS, SINKS, Plan, budget_cells, check, choose, plan
+from edge_rt.core.context.recall import same_tokens
 from edge_rt.errors import OptionError
+from edge_rt.types import Pruning
 
 
 class FakeLayer(NamedTuple):
@@ -128,29 +131,44 @@ def test_ends_must_fit(keep: int, first: int, last: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"),
+    ("pruning", "expected"),
     [
-        (Budget(100, "cells"), Plan(100, 10, 10)),
-        (Budget(0.1, "fraction"), Plan(100, 10, 10)),
-        (Budget(25_999, "bytes"), Plan(25, 4, 2)),
-        (Budget(3, "cells"), Plan(3, 3, 0)),
-        (Budget(0.0001, "fraction"), Plan(1, 1, 0)),
-        (Budget(1000, "cells"), None),
-        (Budget(1, "fraction"), None),
-        (Budget(1_000_000, "bytes"), None),
+        (Pruning(100), 100),
+        (Pruning(0.1, "share"), 100),
+        (Pruning(25_999, "bytes"), 25),
+        (Pruning(0.0001, "share"), 1),
+        (Pruning(5, "bytes"), 1),
     ],
 )
-def test_budgets(budget: Budget, expected: Plan | None) -> None:
-    assert plan(budget, 1000, 1000) == expected
+def test_budgets(pruning: Pruning, expected: int) -> None:
+    assert budget_cells(pruning, 1000, 1000) == expected
 
 
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 200))
-def test_a_plan_can_be_carried_out_and_protects_the_question(cells: int, length: int, newest: int) -> None:
-    found = plan(Budget(cells, "cells"), length, 1, newest)
-    if found is None:
-        assert cells >= length
-        return
-    check(*found, "defensive")
-    assert found.keep == cells < length
-    assert found.first >= min(SINKS, cells)
-    assert found.last >= min(newest, cells - found.first)
+def test_a_budget_in_bytes_needs_to_know_how_large_a_cell_is() -> None:
+    with pytest.raises(OptionError, match="in cells or as a share"):
+        budget_cells(Pruning(1 << 20, "bytes"), 1000, None)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2000), st.integers(0, 2000))
+def test_a_plan_can_be_carried_out_and_protects_both_ends(keep: int, head: int, since: int) -> None:
+    found = plan(keep, head, since)
+    check(found.keep, found.first, found.last, "defensive")
+    assert found.keep == keep
+    assert found.first >= min(keep, SINKS)
+    if head <= keep // 4:
+        assert found.first >= head
+    if keep // 2 > SINKS:
+        assert found.last >= min(keep // 2, max(since, keep // 10))
+
+
+# ---- tokens as wholes ------------------------------------------------------------------------------------------------
+
+
+def test_tokens_near_those_of_the_question_stay_and_both_ends() -> None:
+    tokens = [*range(100, 400), 7, 8, 9, *range(400, 700)]
+    kept = choose_tokens(tokens, [8, 150], Plan(100, 4, 10), same_tokens)
+    assert len(kept) == 100
+    assert kept == sorted(set(kept))
+    assert set(range(4)) | set(range(593, 603)) <= set(kept)
+    assert set(range(301 - NEIGHBOURS, 301 + NEIGHBOURS + 1)) <= set(kept), "the neighbourhood of the 8"
+    assert set(range(50 - NEIGHBOURS, 50 + NEIGHBOURS + 1)) <= set(kept), "the neighbourhood of the 150"

@@ -25,18 +25,33 @@ def overlapping(evicted: Sequence[Evicted], start: int, end: int) -> Iterator[Ev
         yield gone
 
 
+class Condensed(NamedTuple):
+    """The first ``tokens`` tokens of a history share their cells since these were pruned: ``missing`` cells fewer than tokens.
+
+    Which of them a cell holds differs from head to head, so they go or stay together.
+    """
+
+    tokens: int = 0
+    missing: int = 0
+
+
+_NOT_CONDENSED = Condensed()
+
+
 class History:
-    """Tokens in order, of which the first ``fed`` were dealt with: each is in a cell, in order, or was evicted.
+    """Tokens in order, of which the first ``fed`` were dealt with: each is in a cell, in order, or was evicted, or is ``condensed``.
 
     The others are still to be fed, where they were not evicted before they ever were.
     """
 
-    def __init__(self, tokens: Sequence[int] = (), evicted: Sequence[Evicted] = ()) -> None:
+    def __init__(self, tokens: Sequence[int] = (), evicted: Sequence[Evicted] = (), condensed: Condensed = _NOT_CONDENSED) -> None:
         """``evicted``: rising, apart, within ``tokens``; all other tokens are in cells. Raises ValueError."""
         bounds = [at for gone in evicted for at in (gone.start, gone.end)]
         if bounds != sorted(bounds) or any(not 0 <= gone.start < gone.end <= len(tokens) for gone in evicted):
             raise ValueError(f"evicted spans do not rise within {len(tokens)} tokens")
-        self.tokens, self.evicted, self.fed = list(tokens), list(evicted), len(tokens)
+        self.tokens, self.evicted, self.fed, self.condensed = list(tokens), list(evicted), len(tokens), condensed
+        if condensed.tokens > len(tokens) or not 0 <= condensed.missing <= self.kept(condensed.tokens):
+            raise ValueError(f"{condensed.missing} cells cannot be missing for {condensed.tokens} of {len(tokens)} tokens")
         self._absent = 0  # of the tokens dealt with
         self._count()
 
@@ -45,24 +60,55 @@ class History:
         """Cells in use."""
         return self.fed - self._absent
 
-    def cell(self, at: int) -> int:
-        """Cells that the tokens before token ``at`` take, once they are fed."""
+    def kept(self, at: int) -> int:
+        """How many of the tokens before token ``at`` were not evicted."""
         return at - sum(min(gone.end, at) - gone.start for gone in self.evicted if gone.start < at)
 
+    def cell(self, at: int) -> int:
+        """Cells that the tokens before token ``at`` take, once they are fed. It is none of the condensed but the first."""
+        return self.kept(at) - (self.condensed.missing if at else 0)
+
+    def condense(self, gone: int, last: int) -> None:
+        """Every head of the cache lost ``gone`` cells, none of them the ``last``."""
+        if not gone:
+            return
+        apart = min(last, self.cells - self.cell(self.condensed.tokens))
+        self.condensed = Condensed(self._newest(apart), self.condensed.missing + gone)
+        self._count()
+
+    def _newest(self, n: int) -> int:
+        """Where the last ``n`` of the tokens begin that were fed and not evicted."""
+        at = self.fed
+        for gone in reversed(self.evicted[: bisect_right(self.evicted, at, key=lambda gone: gone.end)]):
+            if at - gone.end >= n:
+                break
+            n -= at - gone.end
+            at = gone.start
+        return at - n
+
     def resident(self) -> list[int]:
-        """The tokens in the cells, in order."""
-        found, start = [], 0
+        """The tokens in the cells, in order; of those that are condensed, each is in some heads' cells or in none."""
+        return [self.tokens[place] for place in self.places()]
+
+    def places(self) -> list[int]:
+        """Where in the history ``resident`` tokens are."""
+        found: list[int] = []
+        start = 0
         for gone in self.evicted:
-            found += self.tokens[start : min(gone.start, self.fed)]
+            found += range(start, min(gone.start, self.fed))
             start = gone.end
-        return found + self.tokens[start : self.fed]
+        return [*found, *range(start, self.fed)]
 
     def whole(self) -> list[int]:
-        """The tokens up to the first that was evicted: their cells know of no other history."""
+        """The tokens up to the first that was evicted, none if some are condensed: their cells know of no other history."""
+        if self.condensed.tokens:
+            return []
         return self.tokens[: min([self.fed, *(gone.start for gone in self.evicted)])]
 
     def boundary(self, at: int) -> int:
-        """The last token up to ``at`` that is not within an evicted span."""
+        """The last token up to ``at`` that is not within an evicted span or among the condensed."""
+        if at < self.condensed.tokens:
+            return 0
         return next((gone.start for gone in self.evicted if gone.start < at < gone.end), at)
 
     def pending(self, most: int) -> tuple[list[int], int]:
@@ -96,7 +142,9 @@ class History:
         self.rewind(length)
 
     def rewind(self, at: int) -> None:
-        """The cells from token ``at`` on were forgotten: feed it again, and what follows."""
+        """The cells from token ``at`` on were forgotten: feed it again, and what follows. Of condensed tokens, all cells were."""
+        if at < self.condensed.tokens:
+            at, self.condensed = 0, _NOT_CONDENSED
         self.fed = min(self.fed, at)
         self._count()
 

@@ -14,13 +14,15 @@ are what it is compared with:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edge_rt.types import Pruning
 
     Scores = npt.NDArray[np.float32]
     """One score for every cell of every head: [G, N]."""
@@ -135,16 +137,12 @@ METHODS: dict[str, Callable[[Layer], Scores]] = {
 # ---- budgets ---------------------------------------------------------------------------------------------------------
 
 
-class Budget(NamedTuple):
-    """What a cache may hold: so many cells, so many bytes, or a fraction of the cells there are."""
-
-    amount: float
-    unit: Literal["cells", "bytes", "fraction"]
-
-    def cells(self, length: int, cell_bytes: int) -> int:
-        """In cells, at least one."""
-        size = {"cells": 1.0, "bytes": 1 / cell_bytes, "fraction": float(length)}[self.unit]
-        return max(1, int(self.amount * size))
+def budget_cells(pruning: Pruning, tokens: int, cell_bytes: int | None) -> int:
+    """What a pass leaves, in cells, at least one. ``tokens`` would be in the context if nothing was pruned. Raises OptionError."""
+    if pruning.unit == "bytes" and cell_bytes is None:
+        raise OptionError("this engine does not say how large a cell is; give the pruning budget in cells or as a share")
+    size = {"cells": 1.0, "bytes": 1 / (cell_bytes or 1), "share": float(tokens)}[pruning.unit]
+    return max(1, int(pruning.budget * size))
 
 
 class Plan(NamedTuple):
@@ -155,13 +153,11 @@ class Plan(NamedTuple):
     last: int
 
 
-def plan(budget: Budget, length: int, cell_bytes: int, newest: int = 0) -> Plan | None:
-    """How to prune ``length`` cells to a budget, None if they fit it. The ``newest`` cells (the question) are protected if possible.
+def plan(keep: int, head: int = 0, since: int = 0) -> Plan:
+    """How to prune to ``keep`` cells. ``head``: cells of the system prompt; ``since``: cells since the question began.
 
-    A tenth of what is kept is protected at each end, and the first cells always: much attention rests there whatever is asked.
+    A tenth is protected at the end, and the question with what was answered so far as long as that takes no more than half. At the
+    beginning the system prompt is, up to a quarter, and the first cells always: much attention rests there whatever is asked.
     """
-    keep = budget.cells(length, cell_bytes)
-    if keep >= length:
-        return None
-    first = min(keep, max(SINKS, keep // 10))
-    return Plan(keep, first, min(keep - first, max(newest, keep // 10)))
+    first = min(keep, max(SINKS, head if head <= keep // 4 else 0))
+    return Plan(keep, first, min(keep - first, max(keep // 10, min(since + keep // 10, keep // 2))))

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.core.context.history import Evicted, History
+from edge_rt.core.context.history import Condensed, Evicted, History
 from edge_rt.errors import SessionFileError, UserError
 
-FORMAT = 2
+FORMAT = 3
 _PREFIX = struct.Struct("<8sI32s")
 _MAGIC = b"EDGESESS"
 
@@ -40,6 +40,7 @@ def save(path: Path, session: SavedSession) -> None:
             "model": session.model,
             "tokens": session.history.tokens,
             "evicted": session.history.evicted,
+            "condensed": session.history.condensed,
         }
     )
     digest = hashlib.sha256(header + session.cells).digest()
@@ -77,7 +78,8 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
         if header["format"] != FORMAT:
             raise SessionFileError(f"the session {path} has format {header['format']}, this version reads {FORMAT}; start a new session")
         evicted = [Evicted(int(start), int(end), str(text), float(score)) for start, end, text, score in header["evicted"]]
-        history = History([int(token) for token in header["tokens"]], evicted)
+        tokens, missing = header["condensed"]
+        history = History([int(token) for token in header["tokens"]], evicted, Condensed(int(tokens), int(missing)))
         found = SavedSession(str(header["engine"]), str(header["model"]), history, data[_PREFIX.size + length :])
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         raise SessionFileError(f"the header of the session {path} is damaged; start a new session") from error

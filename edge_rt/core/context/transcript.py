@@ -80,6 +80,11 @@ def answer_start(pieces: Sequence[Piece]) -> int:
     return next(piece.start for piece in pieces if piece.segment.message == last.segment.message)
 
 
+def question(pieces: Sequence[Piece]) -> int:
+    """The number of the user's last message, -1 if there is none."""
+    return max((piece.segment.message for piece in pieces if piece.segment.role == "user"), default=-1)
+
+
 def _conversation(vocab: Vocab, messages: Sequence[Message]) -> tuple[str, list[tuple[int, Segment]]]:
     """The prompt's text, and its segments with the character where each begins; the first begins at 0."""
     from edge_rt.core.context.chat_template import render_messages

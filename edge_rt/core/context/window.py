@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.grading import Grade
     from edge_rt.core.context.history import Evicted, History
+    from edge_rt.core.context.pruner import Pruner
     from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.context.transcript import Piece
+    from edge_rt.types import Pruning
 
 SHARE = 8
 """An eighth of the cells becomes free at once, so that not every token makes something leave."""
@@ -50,13 +52,14 @@ class Window:
         grader: Callable[[], Callable[[Segment], Grade]],
         text: Callable[[Sequence[int]], str],
         recall: Callable[[], Recall] | None = None,
+        pruning: Pruning | None = None,
     ) -> None:
         """``lock`` is held for each call of the engine and no longer. ``history`` is what is known of the sequence's cells.
 
         ``allowed``: cells. ``answer``: tokens the request may want for its answer (None: unknown). ``keep`` is the function of the
         policy called ``policy``. ``pieces`` of the prompt, ``grader`` and ``text`` (of tokens) are asked only when something has to
-        leave: most requests fit. ``recall`` remembers what leaves and
-        knows what a question is about; None: what left stays away.
+        leave: most requests fit. ``recall`` remembers what leaves and knows what a question is about; None: what left stays away.
+        ``pruning``: cells are pruned, and so no segment has to leave. Raises OptionError for a budget that cannot be counted.
         """
         self.engine, self.lock, self.sequence, self.history = engine, lock, sequence, history
         self.allowed, self.policy, self.answer = allowed, policy, answer
@@ -65,9 +68,11 @@ class Window:
         self._left: list[Candidate] = []  # since the last notice
         self._returned: list[Evicted] = []
         self._recall = recall
+        self._ended = False  # pruning did, and nobody was told yet
         self._question: int | None = None
         self._pieces: list[Piece] | None = None
         self._remover = engine if isinstance(engine, RemovesCells) else None  # asking takes a while
+        self._pruner = self._passes = self._start_pruning(pruning) if pruning else None
 
     def start(self, tokens: Sequence[int], shared: int) -> None:
         """The prompt is ``tokens``, of which the history knows the first ``shared``: forget the rest; one at least is left to feed."""
@@ -85,8 +90,14 @@ class Window:
     def fit(self) -> None:
         """Make the prompt fit, with room for the answer: at most a quarter of the context. Raises ContextOverflow, PluginError."""
         least = 1 if self.answer is None else max(1, min(self.answer, self.allowed // 4))
-        self._bring_back(self.allowed - least)
+        self._bring_back(min(self.allowed - least, self._held))
         asked_for = self._asked_for()
+        if self._pruner:
+            self._return(asked_for)
+            start = self._pruner.start()
+            with self.lock:
+                self._cut(start)
+            return
         more = sum(gone.end - gone.start for gone in asked_for)
         if self.history.cell(self.prompt) + more > self.allowed - least:
             wanted = self.allowed - (max(1, self.allowed // SHARE) if self.answer is None else least)
@@ -102,6 +113,9 @@ class Window:
 
     def make_room(self) -> bool:
         """The cells are full in the middle of an answer: let something leave. False if nothing can. Raises PluginError."""
+        if self._pruner:
+            self._pruner.prune(None)
+            return self.history.cells < self.allowed
         try:
             self._leave(self.allowed - max(1, self.allowed // SHARE))
         except ContextOverflow:
@@ -112,10 +126,14 @@ class Window:
         """Tokens that may follow before anything has to leave or to move."""
         return min(self.allowed - self.history.cells, self._positions())
 
+    def ready(self, coming: int, answered: int | None = None) -> int:
+        """Prune if it is time, and say how many of ``coming`` tokens there is room for; ``answered``: tokens of the answer, if it began."""
+        return self._pruner.ready(coming, answered) if self._pruner else coming
+
     def settle(self, tokens: int) -> None:
         """See to it that ``tokens`` more get positions the model was trained for, or that were asked for: gaps close.
 
-        Where keys cannot be rotated, the tokens after the first gap are to be fed again.
+        Where keys cannot be rotated, the tokens after the first gap are to be fed again. Raises ContextOverflow where that is too many.
         """
         if self._positions() >= tokens:
             return
@@ -124,15 +142,23 @@ class Window:
             try:
                 self._remover.renumber(self.sequence)
             except ContextError:
-                self._cut(self.history.evicted[0].start)
+                if not self.history.condensed.tokens:
+                    self._cut(self.history.evicted[0].start)
+                    return
+        if self._positions() < tokens:  # pruned cells leave none, so segments have to leave instead
+            if self._pruner:
+                self._pruner = None
+                self._ended = True
+            self._leave(self.allowed - max(1, self.allowed // SHARE))
 
     def use(self) -> ContextUse:
         """What became of the context."""
         history = self.history
-        absent = len(history.tokens) - history.cells
+        absent = len(history.tokens) - history.kept(len(history.tokens))
         return ContextUse(
             history.cells, self.allowed, self.policy, self.segments, self.tokens, absent, self.recalled, self.recalled_tokens,
-            released_bytes=self.released,
+            self._passes.cells if self._passes else 0, history.condensed.missing,
+            self.released + (self._passes.released if self._passes else 0),
         )  # fmt: skip
 
     def notice(self) -> str | None:
@@ -146,16 +172,35 @@ class Window:
         if returned:
             what = _quoted([gone.text for gone in returned], sum(gone.end - gone.start for gone in returned))
             said.append(f"{what[0]} came back for the question: {what[1]}")
+        if self._passes and (pruned := self._passes.notice()):
+            said.append(pruned)
+        if self._ended:
+            self._ended = False
+            said.append("pruning ended: no positions are left, and this model's keys cannot be moved to others")
         return "; ".join(said) or None
 
     # ---- how it is done ----------------------------------------------------------------------------------------------
+
+    def _start_pruning(self, pruning: Pruning) -> Pruner:
+        from edge_rt.core.context.pruner import Pruner
+
+        return Pruner(
+            pruning, self.engine, self.lock, self.sequence, self.history, allowed=self.allowed, pieces=self._prompt_pieces,
+            evict=self._take_out_tokens,
+        )  # fmt: skip
+
+    @property
+    def _held(self) -> int:
+        """Cells for what was said before: all that are allowed, or those that pruning leaves."""
+        return self._pruner.keep if self._pruner else self.allowed
 
     def _positions(self) -> int:
         """Positions left up to the last one for which the model was trained, or that was asked for; gaps use them up."""
         info = self.engine.info
         last = max(info.train_context, info.max_context)
-        if not self.history.evicted or self._remover is None:
-            return last - self.history.cells
+        gaps = self.history.evicted or self.history.condensed.missing
+        if not gaps or self._remover is None:
+            return last - self.history.kept(self.history.fed)
         with self.lock:
             return last - self._remover.next_position(self.sequence)
 
@@ -200,7 +245,9 @@ class Window:
     def _of_question(self, piece: Piece) -> bool:
         """Whether a piece belongs to the user's last message."""
         if self._question is None:
-            self._question = max((one.segment.message for one in self._prompt_pieces() if one.segment.role == "user"), default=-1)
+            from edge_rt.core.context.transcript import question
+
+            self._question = question(self._prompt_pieces())
         return piece.segment.message == self._question
 
     def _asked_for(self) -> list[Evicted]:
@@ -234,7 +281,8 @@ class Window:
         again: list[Evicted] = []
         with self.lock:
             for one in sorted(gone):
-                if one.start >= history.fed or not recall.bring_back(self.sequence, history, one):
+                apart = history.condensed.tokens <= one.start < history.fed
+                if not apart or not recall.bring_back(self.sequence, history, one):
                     again.append(one)
             if again and again[0].start < history.fed:
                 self._cut(again[0].start)
@@ -253,18 +301,31 @@ class Window:
         """These leave, or are never fed."""
         from edge_rt.core.context.history import Evicted
 
-        history = self.history
-        evicted = [Evicted(start, end, one.segment.text, one.score) for one in gone for start, end in one.spans]
-        if cells := history.cell_spans(evicted):
+        if gone and self.history.condensed.tokens:  # no segment has cells of its own there
             with self.lock:
-                if self._recall:
-                    self._recall().keep(self.sequence, history, evicted)
-                if not self._remove(cells):
-                    self._cut(min(evicted).start)
-        history.evict(evicted)
+                self._cut(0)
+        evicted = [Evicted(start, end, one.segment.text, one.score) for one in gone for start, end in one.spans]
+        if self._recall and any(one.start < self.history.fed for one in evicted):
+            with self.lock:
+                self._recall().keep(self.sequence, self.history, evicted)
+        self._take_out(evicted)
         self.segments += len(gone)
         self.tokens += sum(one.tokens for one in gone)
         self._left += gone
+
+    def _take_out(self, evicted: Sequence[Evicted]) -> None:
+        history = self.history
+        if cells := history.cell_spans(evicted):
+            with self.lock:
+                if not self._remove(cells):
+                    self._cut(min(evicted).start)
+        history.evict(evicted)
+
+    def _take_out_tokens(self, spans: Sequence[tuple[int, int]]) -> None:
+        """These tokens leave, whatever segments they are of."""
+        from edge_rt.core.context.history import Evicted
+
+        self._take_out([Evicted(start, end, self._text(self.history.tokens[start:end]), 0.0) for start, end in spans])
 
     def _remove(self, cells: Sequence[tuple[int, int]]) -> bool:
         """Take cells out of the middle, if the engine and the model can."""
@@ -279,8 +340,8 @@ class Window:
     def _cut(self, at: int) -> None:
         """Forget the cells from token ``at`` on, or more where the engine needs that: they are fed again."""
         history = self.history
-        at = min(at, history.fed)
-        cells, gaps = history.cell(at), any(gone.start < at for gone in history.evicted)
+        at = min(at, history.fed) if at >= history.condensed.tokens else 0
+        cells, gaps = history.cell(at), bool(at and history.condensed.tokens) or any(gone.start < at for gone in history.evicted)
         left = cut(self.engine, self.sequence, cells, gaps=gaps)
         history.rewind(at - (cells - left) if left else 0)
 
@@ -297,7 +358,7 @@ class Window:
 
         needed = [gone.start for gone in history.evicted[:1] if len(history.tokens) <= room]
         if not needed:
-            protected = [part for part in parts(self._prompt_pieces(), self.allowed) if part.protections]
+            protected = [part for part in parts(self._prompt_pieces(), min(self.allowed, self._held)) if part.protections]
             needed = [gone.start for part in protected for gone in overlapping(history.evicted, part.start, part.end)]
         if needed:
             back = min(needed)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge_rt.core.engine import Engine, Part, Wanted
-from edge_rt.errors import Cancelled, OutOfMemory
+from edge_rt.errors import Cancelled, ContextOverflow, OutOfMemory
 from edge_rt.types import Delta, Done, Event, FinishReason, Notice, PromptProgress, Timings, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Job:
 
 def generate(job: Job) -> Iterator[Event]:
     """Run a job. The last event is always Done. Raises what the engine, the sampler, the policy and post-processors raise."""
-    history, reused, first = job.history, job.history.cells, 0.0
-    computed = history.cell(len(history.tokens)) - reused
+    history, reused, first = job.history, job.history.kept(job.history.fed), 0.0
+    computed = history.kept(len(history.tokens)) - reused
     reason: FinishReason | None = None
     prompt_done = job.started
     try:
@@ -89,7 +89,11 @@ def generate(job: Job) -> Iterator[Event]:
                 reason = "context_full"
             if reason is None:
                 drafts = _draft(job, token)
-                rows = _rows(job, [token, *drafts])
+                try:
+                    rows = _rows(job, [token, *drafts])
+                except ContextOverflow:  # no position is left, and nothing can leave
+                    reason = "context_full"
+        job.window.ready(0, job.completion)  # nor does a short answer leave more cells than pruning allows
     except Cancelled:
         reason = "cancelled"
     history.truncate(history.fed)
@@ -112,19 +116,20 @@ def generate(job: Job) -> Iterator[Event]:
 
 def _prefill(job: Job) -> Generator[Event, None, Logits]:
     """Feed the prompt chunk by chunk; returns the logits of its last token."""
-    total, reused = job.history.cell(len(job.history.tokens)), job.history.cells
+    total, reused = job.history.kept(len(job.history.tokens)), job.history.kept(job.history.fed)
     while True:
         logits = _chunk(job, "last")
-        yield PromptProgress(job.history.cells, total, reused)
+        yield PromptProgress(job.history.kept(job.history.fed), total, reused)
         if logits is not None:
             return logits
 
 
 def _chunk(job: Job, wanted: Wanted) -> Logits | None:
     """Feed the next tokens of the history that are not in cells; logits as wanted if they are the last."""
-    history, chunk = job.history, job.engine.info.chunk
-    job.window.settle(min(chunk, history.cell(len(history.tokens)) - history.cells))  # it may want more to be fed than before
-    tokens, end = history.pending(chunk)
+    history = job.history
+    coming = job.window.ready(min(job.engine.info.chunk, history.kept(len(history.tokens)) - history.kept(history.fed)))
+    job.window.settle(coming)  # it may want more to be fed than before
+    tokens, end = history.pending(coming)
     logits = _step(job, tokens, wanted if end == len(history.tokens) else "none")
     history.advance(end)
     return logits
@@ -132,6 +137,7 @@ def _chunk(job: Job, wanted: Wanted) -> Logits | None:
 
 def _rows(job: Job, tokens: Sequence[int]) -> Logits:
     """One step with logits of every token, after what eviction made the engine forget has been fed again."""
+    job.window.ready(len(tokens), job.completion)
     job.window.settle(len(tokens))
     while job.history.fed < len(job.history.tokens):
         _chunk(job, "none")
