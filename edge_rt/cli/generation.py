@@ -16,7 +16,7 @@ from edge_rt.cli import interrupts
 from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
 from edge_rt.cli.output import ProgressBar, say, write, write_json
 from edge_rt.errors import ConstraintError, OptionError
-from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, SamplingParams, TokenLogprob
+from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, Pruning, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from edge_rt.runtime import Model
@@ -94,6 +94,7 @@ def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateO
         speculate=options.speculate,
         post=tuple(_not_empty(name.strip(), "--post") for name in options.post.split(",")) if options.post is not None else (),
         ignore_eos=options.ignore_eos,
+        prune=_pruning(options),
     )
 
 
@@ -133,6 +134,22 @@ def _bias(text: str) -> tuple[int, float]:
         return int(text[:sign]), float(text[sign:])
     except ValueError:
         raise OptionError(f"--logit-bias takes a token id and a signed number, as 42+1.5, and not {text!r}") from None
+
+
+def _pruning(options: GenerationOptions) -> Pruning | None:
+    """``1024`` cells, ``64M`` bytes or ``25%`` of the tokens."""
+    text = options.prune
+    if text is None:
+        if options.prune_every:
+            raise OptionError("--prune-every says when to prune and --prune how far; give both")
+        return None
+    every = options.prune_every
+    try:
+        if text.endswith("%"):
+            return Pruning(float(text[:-1]) / 100, "share", every=every)
+        return Pruning(int(text), every=every) if text.isdigit() else Pruning(parse_size(text, "--prune"), "bytes", every=every)
+    except ValueError:
+        raise OptionError(f"--prune takes cells as 1024, a size as 64M or a share as 25%, and not {text!r}") from None
 
 
 def _or_file(text: str, what: str) -> str:
@@ -286,13 +303,7 @@ def facts(done: Done) -> str:
 
 
 def _say_context(done: Done) -> None:
-    """What the context policy did is never silent. (What was evicted, a Notice has said.)"""
-    use = done.context
+    """Why an answer ended early is never silent. (What left the context and what came back, a Notice has said.)"""
     if done.reason == "context_full":
-        say(f"note: the answer ends because the context of {use.allowed} tokens is full; --ctx N allows more, where the model does")
-    for count, what in (
-        (use.recalled_segments, "segments of the history were brought back"),
-        (use.pruned_cells, "cells of the cache were pruned"),
-    ):
-        if count:
-            say(f"note: {count} {what} ({use.policy})")
+        allowed = done.context.allowed
+        say(f"note: the answer ends because the context of {allowed} tokens is full; --ctx N allows more, where the model does")

@@ -137,6 +137,10 @@ class GenerationOptions(CommandOptions):
     grammar_file: str | None = option(None, "--grammar-file FILE", "Read the grammar from a file.")
     json_schema: str | None = option(None, "-j --json-schema JSON", "JSON schema the answer must follow, or @FILE.")
     policy: str = option("graded", "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
+    prune: str | None = option(
+        None, "--prune BUDGET", "Prune the cache head by head to so many cells, to a size as 64M, or to a share as 25%."
+    )
+    prune_every: int = option(0, "--prune-every N", "With --prune: also after every N tokens of the answer. 0: not then.", low=0)
     speculate: int = option(0, "--speculate N", "Draft up to N tokens a step by look-up; never changes the result. 0: off.", low=0, high=64)
     post: str | None = option(None, "--post A,B", "Post-processors for the answer, in this order; see `edge-rt plugins`.")
     ignore_eos: bool = option(False, "--ignore-eos", "Go on when the model would stop.")
