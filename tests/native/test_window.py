@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import edge_rt
@@ -73,6 +73,18 @@ TURN = st.fixed_dictionaries(
 )
 
 
+CALM = {
+    "role": "user", "back": 0, "raw": False, "context": None, "max_tokens": None, "stop_after": None, "close": False, "speculate": 0,
+    "ignore_eos": False, "prune": None,
+}  # fmt: skip
+COMES_BACK_TO_A_FULL_CONTEXT = [
+    {**CALM, "text": "1", "policy": "strict"},
+    {**CALM, "text": "1", "policy": "strict"},
+    {**CALM, "text": "word " * 50 + "x", "back": 5, "raw": True, "policy": "slide", "ignore_eos": True},
+    {**CALM, "text": "word " * 46 + "x", "policy": "graded"},
+]
+
+
 @pytest.mark.parametrize("ability", ["removes", "cannot remove", "cannot renumber", "cannot go back", "cannot prune"])
 def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, ability: str) -> None:
     model = open_null(context=256)
@@ -97,6 +109,7 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(TURN, min_size=1, max_size=7))
+    @example(COMES_BACK_TO_A_FULL_CONTEXT)
     def check(turns: list[dict[str, Any]]) -> None:
         with model.session() as session:
             messages: list[dict[str, str]] = []

@@ -102,7 +102,7 @@ class Window:
         if self.history.cell(self.prompt) + more > self.allowed - least:
             wanted = self.allowed - (max(1, self.allowed // SHARE) if self.answer is None else least)
             try:
-                self._leave(wanted - more)
+                self._leave(wanted - more, more)
             except ContextOverflow:
                 if not asked_for:
                     raise
@@ -204,15 +204,18 @@ class Window:
         with self.lock:
             return last - self._remover.next_position(self.sequence)
 
-    def _leave(self, wanted: int) -> None:
-        """Let the policy choose what stays, within ``wanted`` cells, or if that is too little with one free. Raises ContextOverflow."""
+    def _leave(self, wanted: int, returning: int = 0) -> None:
+        """Let the policy choose what stays, within ``wanted`` cells, or if that is too little with one free. Raises ContextOverflow.
+
+        ``returning``: cells that will be filled by what comes back.
+        """
         found = self._candidates()
         try:
             kept = self._keep(found, wanted)
         except ContextOverflow:
-            if sum(candidate.tokens for candidate in found) < self.allowed:
+            if sum(candidate.tokens for candidate in found) < self.allowed - returning:
                 return  # it fits, if barely
-            kept = self._keep(found, self.allowed - 1)
+            kept = self._keep(found, self.allowed - returning - 1)
         staying = frozenset(kept)
         self._evict([candidate for i, candidate in enumerate(found) if i not in staying])
 
