@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from edge_rt.core.load import checked
 from edge_rt.core.load.model_file import ModelFile, OpenFile
@@ -240,15 +240,23 @@ class Model:
         """Tokens to text; bytes that are no UTF-8 become U+FFFD."""
         return self.vocab.detokenize(tokens).decode(errors="replace")
 
-    def prompt_tokens(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Tokens of a raw text, or of messages through the model's chat template. Raises ConstraintError, OptionError."""
+    def prompt_tokens(self, prompt: str | Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Tokens of a raw text, or of messages and tool schemas through the model's chat template. Raises ConstraintError, OptionError."""
         if isinstance(prompt, str):
+            if tools:
+                raise OptionError("tools go through the chat template and a raw text does not; give messages, or write them into the text")
             return self.vocab.tokenize(prompt) if prompt else []
         from edge_rt.core.context import chat_template
 
         if self._vocabulary.loading and isinstance(template := self.file.header.get("tokenizer.chat_template"), str):
             chat_template.prepare(template)  # meanwhile
-        return chat_template.tokenize_messages(self.vocab, prompt)
+        given = chat_template.placed(self.vocab, prompt, tools)
+        if given.written:
+            from edge_rt.core.context.tools import NO_PLACE
+
+            if NO_PLACE not in self.notices:
+                self.notices.append(NO_PLACE)
+        return chat_template.tokenize_placed(self.vocab, given)
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -180,7 +180,7 @@ class Session:
     def _prepare(self, prompt: str | Sequence[Message], options: GenerateOptions) -> Job:
         """Check the request, then find the cells it can start from and make the prompt fit."""
         model = self._model
-        tokens = model.prompt_tokens(prompt)
+        tokens = model.prompt_tokens(prompt, options.tools)
         if not tokens:
             raise OptionError("the prompt is empty; give some text")
         _check(options, model.info.max_context)
@@ -189,7 +189,7 @@ class Session:
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
         try:
             writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
-            window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens))
+            window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools))
             window.fit()
             with model.lock:
                 exact = model.engine.exact_rows() if options.speculate else 1
@@ -294,11 +294,11 @@ def _override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOp
     return chosen._replace(sampling=chosen.sampling._replace(**sampling)) if sampling else chosen
 
 
-def _pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int]) -> list[Piece]:
+def _pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
     """The prompt's segments; most requests fit, and do not pay for the import."""
     from edge_rt.core.context.transcript import pieces
 
-    return pieces(vocab, prompt, tokens)
+    return pieces(vocab, prompt, tokens, tools)
 
 
 def _check_context(context: int | None, most: int) -> None:

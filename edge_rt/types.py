@@ -60,6 +60,8 @@ class GenerateOptions(NamedTuple):
     ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
     ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
     ``post`` names post-processors, applied in this order.
+    ``tools``: schemas of functions the model may call, as ``{"type": "function", "function": {"name", "description", "parameters"}}``;
+    they go to the model's chat template. A call is text of the answer.
     """
 
     max_tokens: int | None = None
@@ -73,6 +75,7 @@ class GenerateOptions(NamedTuple):
     ignore_eos: bool = False
     context: int | None = None
     prune: Pruning | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class TokenLogprob(NamedTuple):

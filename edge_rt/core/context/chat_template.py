@@ -4,8 +4,8 @@ A prompt is tokenised with control tokens switched on, or the template's own wou
 document holds the name of a control token, a private character takes its place while the template runs; afterwards the prompt is cut
 there, and the name is tokenised as plain text. The end of a text that could be the beginning of such a name is treated likewise, so
 that none can be put together from two texts. What does not look like a name is not touched: the tokens are those of the whole prompt.
-Not guarded: roles (checked to be plain words, templates build control tokens from them) and tokens a vocabulary calls user-defined,
-which are recognised in plain text too.
+Not guarded: roles and keys that are plain words (templates build control tokens from roles and look keys up) and tokens a vocabulary
+calls user-defined, which are recognised in plain text too.
 
 Templates come with model files and are not trusted: they run in Jinja's sandbox, with bounded ranges, repetitions, steps and output.
 """
@@ -15,9 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from edge_rt.core.context.known_templates import CHATML, KNOWN
 from edge_rt.errors import ConstraintError, OptionError
@@ -42,12 +41,20 @@ _HARMLESS = re.compile(r"[\w\s.,?!'\"():;/-]*")
 _PRIVATE = range(0xF0000, 0xFFFFE)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A part of a prompt. ``special``: names of control tokens in it are control tokens."""
 
     text: str
     special: bool
+
+
+class Placed(NamedTuple):
+    """What a template is given. ``written``: tool schemas for which it has no place, as they stand in one of the messages."""
+
+    template: str
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    written: str = ""
 
 
 def tokenize_messages(
@@ -55,16 +62,39 @@ def tokenize_messages(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The prompt for some messages, ready for the model. ``tools`` and ``extra`` go to the template.
+    """The prompt for some messages, ready for the model. ``extra`` goes to the template.
 
-    Raises OptionError for messages that are none, ConstraintError where the template fails or refuses them.
+    Raises what ``placed`` raises, ConstraintError where the template fails or refuses the messages.
     """
+    return tokenize_placed(vocab, placed(vocab, messages, tools), add_generation_prompt=add_generation_prompt, extra=extra)
+
+
+def placed(vocab: Vocab, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Placed:
+    """Messages and tools in the form in which the model's template leaves out least (tools.py).
+
+    Raises OptionError for messages and tools that are none, and for tools for which there is no place at all.
+    """
+    _check_messages(messages)
+    template = find_template(vocab, tools=bool(tools))
+    if not tools and not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return Placed(template, messages)
+    from edge_rt.core.context.tools import place
+
+    bos, eos = _text(vocab, vocab.bos), _text(vocab, vocab.eos)
+    native = "tools" in re.sub(r"{#.*?#}", "", template, flags=re.DOTALL)
+    return Placed(template, *place(messages, tools, lambda m, t: render(template, m, bos=bos, eos=eos, tools=t), native=native))
+
+
+def tokenize_placed(
+    vocab: Vocab, given: Placed, *, add_generation_prompt: bool = True, extra: Mapping[str, Any] | None = None
+) -> list[int]:  # fmt: skip
+    """``tokenize_messages`` of what ``placed`` gave."""
     segments = render_segments(
-        find_template(vocab, tools=bool(tools)), messages, control=vocab.control_texts, bos=_text(vocab, vocab.bos),
-        eos=_text(vocab, vocab.eos), add_generation_prompt=add_generation_prompt, tools=tools, extra=extra,
+        given.template, given.messages, control=vocab.control_texts, bos=_text(vocab, vocab.bos), eos=_text(vocab, vocab.eos),
+        add_generation_prompt=add_generation_prompt, tools=given.tools, extra=extra,
     )  # fmt: skip
     tokens: list[int] = []
     for i, segment in enumerate(segments):
@@ -73,9 +103,9 @@ def tokenize_messages(
     return tokens
 
 
-def render_messages(vocab: Vocab, messages: Sequence[Message]) -> str:
-    """The text of ``tokenize_messages``: what its tokens spell."""
-    return render(find_template(vocab), messages, bos=_text(vocab, vocab.bos), eos=_text(vocab, vocab.eos))
+def render_messages(vocab: Vocab, given: Placed) -> str:
+    """The text of ``tokenize_placed``: what its tokens spell."""
+    return render(given.template, given.messages, bos=_text(vocab, vocab.bos), eos=_text(vocab, vocab.eos), tools=given.tools)
 
 
 def find_template(vocab: Vocab, *, tools: bool = False) -> str:
@@ -109,6 +139,7 @@ def render_segments(
     def run(messages: Any, tools: Any, extra: Any) -> str:
         return render(template, messages, bos=bos, eos=eos, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra)
 
+    _check_messages(messages)
     guard = _Guard(control, [template, bos, eos])
     guarded = guard.replace([list(messages), tools, extra])
     prompt = run(*guarded)
@@ -143,7 +174,7 @@ class _Guard:
         self.originals: dict[str, str] = {}
 
     def replace(self, value: Any) -> Any:
-        """The same structure with every text guarded; keys and roles stay."""
+        """The same structure with every text guarded; roles stay."""
         texts: list[str] = []
         _collect(value, texts)
         if all(_HARMLESS.fullmatch(text) for text in texts):
@@ -162,10 +193,17 @@ class _Guard:
         if isinstance(value, str):
             return self._text(value)
         if isinstance(value, Mapping):
-            return {key: item if key == "role" else self._walk(item) for key, item in value.items()}
+            return {self._key(key): item if _is_role(key, item) else self._walk(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._walk(item) for item in value]
         return value
+
+    def _key(self, key: Any) -> Any:
+        """A template looks up words; other keys, such as a tool's parameters may have, can hold whole names."""
+        assert self._names is not None, "replace sets it"
+        if not isinstance(key, str) or _ROLE.fullmatch(key):
+            return key
+        return self._names.sub(lambda found: self._character(found.group()), key)
 
     def _text(self, text: str) -> str:
         assert self._names is not None, "replace sets it"
@@ -184,12 +222,19 @@ class _Guard:
         return self._chosen[text]
 
 
+def _is_role(key: Any, item: Any) -> bool:
+    """Templates build control tokens from roles and compare them, so they stay as they are; no word is a control token's name."""
+    return key == "role" and isinstance(item, str) and _ROLE.fullmatch(item) is not None
+
+
 def _collect(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
         texts.append(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if key != "role":
+            if isinstance(key, str):
+                texts.append(key)
+            if not _is_role(key, item):
                 _collect(item, texts)
     elif isinstance(value, (list, tuple)):
         for item in value:

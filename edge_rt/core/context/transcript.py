@@ -9,19 +9,24 @@ found, the prompt is one piece, which is protected.
 A last message of the assistant begins the answer: it is a piece of the prompt and yet none of the history (``answer_start``).
 
 Template text (role markers, control tokens) belongs to the message it opens or closes. A turn that the template itself puts in front,
-such as a default system prompt or tool schemas, is a system message.
+such as a default system prompt, is a system message.
+
+What is there because of tools is cut out of all that, as a piece of its own (schema_spans.py).
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.context.segments import Kind, Segment, segments
+from edge_rt.errors import ConstraintError
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
+    from edge_rt.core.context.chat_template import Placed
     from edge_rt.native.llama import Vocab
 
 RAW = "text"
@@ -57,15 +62,17 @@ class Found(NamedTuple):
         return self.start + len(self.text)
 
 
-def pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int]) -> list[Piece]:
+def pieces(
+    vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Piece]:  # fmt: skip
     """The pieces of a prompt whose tokens are ``tokens``: at least one token each, together all of them, in order."""
     if isinstance(prompt, str):
         text, parts = prompt, [(segment.start, segment) for segment in segments([{"role": RAW, "content": prompt}])]
     else:
-        text, parts = _conversation(vocab, prompt)
+        text, parts = _conversation(vocab, prompt, tools)
     starts = token_starts(vocab, tokens, text)
     found: list[Piece] = []
-    bounds = _token_bounds(text, starts, [at for at, _ in parts[1:]], len(tokens))
+    bounds = _token_bounds(text, starts, [(at, segment.kind == "schema") for at, segment in parts[1:]], len(tokens))
     for (_, segment), start, end in zip(parts, [0, *bounds], [*bounds, len(tokens)], strict=True):
         if start < end:
             found.append(Piece(start, end, segment))
@@ -85,40 +92,72 @@ def question(pieces: Sequence[Piece]) -> int:
     return max((piece.segment.message for piece in pieces if piece.segment.role == "user"), default=-1)
 
 
-def _conversation(vocab: Vocab, messages: Sequence[Message]) -> tuple[str, list[tuple[int, Segment]]]:
+def _conversation(vocab: Vocab, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, Segment]]]:
     """The prompt's text, and its segments with the character where each begins; the first begins at 0."""
-    from edge_rt.core.context.chat_template import render_messages
+    from edge_rt.core.context.chat_template import placed, render_messages
 
-    text = render_messages(vocab, messages)
-    found = _by_template(text, messages, lambda changed: render_messages(vocab, changed)) or list(_by_text(text, messages))
-    if not found:
-        return text, [(0, _segment(-1, "system", text, "system"))]
+    def attempt(given: Placed) -> str | None:
+        try:
+            return render_messages(vocab, given)
+        except ConstraintError:  # the template looks into what is not there now
+            return None
+
     ends = [name for token in vocab.eog_tokens() if (name := vocab.piece(token, special=True).decode("utf-8", "replace"))]
     turn_end = re.compile("(?:" + "|".join(map(re.escape, ends)) + r")\s*") if ends else None
-    return text, list(_parts(text, messages, found, turn_end))
+    given = placed(vocab, messages, tools)
+    text, messages = render_messages(vocab, given), given.messages
+    found = _by_template(text, messages, lambda changed: attempt(given._replace(messages=changed)))
+    parts = list(_parts(text, messages, found, turn_end)) if found else []
+    if not given.tools and not given.written:
+        parts = parts or list(_parts(text, messages, list(_by_text(text, messages)), turn_end))
+        return text, parts or [(0, _segment(-1, "system", text, "system"))]
+    from edge_rt.core.context import schema_spans
+
+    spans = schema_spans.find(text, given, found, [at for at, _ in parts], attempt)
+    if spans is not None and found is None:
+        found = list(_by_text(schema_spans.blanked(text, spans), messages))
+        parts = list(_parts(text, messages, found, turn_end))
+    if spans is None or not found:
+        return text, [(0, _segment(-1, "system", text, "system"))]
+    return text, schema_spans.cut_out(text, parts, spans, found)
 
 
 # ---- where messages stand --------------------------------------------------------------------------------------------
 
 
-def _by_template(text: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> list[Found] | None:
+def marks(messages: Sequence[Message]) -> list[str]:
+    """A private character for each message, equal ones for equal messages (templates compare them); none for one without text."""
+    first: dict[tuple[str, str], str] = {}
+    found = []
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        found.append(first.setdefault((message["role"], content), chr(_STANDS_FOR + i)) if isinstance(content, str) and content else "")
+    return found
+
+
+def frame(messages: Sequence[Message], render: Callable[[Sequence[Message]], str | None]) -> list[str]:
+    """The template's own text around messages, and between two of its parts the mark of a message; empty: it fails."""
+    marked = [{**message, "content": mark} if mark else message for message, mark in zip(messages, marks(messages), strict=True)]
+    text = render(marked)
+    return [] if text is None else re.split(f"([{chr(_STANDS_FOR)}-{chr(_STANDS_FOR + _MANY)}])", text)
+
+
+def _by_template(text: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str | None]) -> list[Found] | None:
     """Where messages stand, by the template's own text around them; None if that does not explain the prompt."""
-    contents = [message.get("content") for message in messages]
     if len(messages) > _MANY or re.search(f"[{chr(_STANDS_FOR)}-{chr(_STANDS_FOR + _MANY)}]", text):
         return None
-    marked = [
-        {**message, "content": chr(_STANDS_FOR + i)} if isinstance(content, str) and content else message
-        for i, (message, content) in enumerate(zip(messages, contents, strict=True))
-    ]
-    frame = re.split(f"([{chr(_STANDS_FOR)}-{chr(_STANDS_FOR + _MANY)}])", render(marked))
+    numbers: dict[str, list[int]] = {}
+    for i, mark in enumerate(marks(messages)):
+        numbers.setdefault(mark, []).append(i)
+    parts = frame(messages, render)
     found, at = [], 0
-    for i, part in enumerate(frame):
+    for i, part in enumerate(parts):
         if i % 2:
-            number = ord(part) - _STANDS_FOR
-            content = contents[number]
-            assert isinstance(content, str), "only texts are marked"
-            variants = (content, content.strip(), content.rstrip(), content.lstrip())
-            after = frame[i + 1]
+            same = numbers[part]
+            number = same.pop(0) if len(same) > 1 else same[0]
+            content = messages[number]["content"]
+            variants = (content, content.strip(), content.rstrip(), content.lstrip(), _escaped(content))
+            after = parts[i + 1]
             fitting = next((v for v in variants if text.startswith(v + after, at)), None)
             if fitting is None:
                 return None
@@ -129,6 +168,11 @@ def _by_template(text: str, messages: Sequence[Message], render: Callable[[Seque
         else:
             return None
     return found if at == len(text) else None
+
+
+def _escaped(content: str) -> str:
+    """A text as it stands in JSON: so some templates show what a tool gave."""
+    return json.dumps(content, ensure_ascii=False)[1:-1]
 
 
 def _by_text(text: str, messages: Sequence[Message]) -> Iterator[Found]:
@@ -190,9 +234,11 @@ def _borders(between: str, turn_end: re.Pattern[str] | None, *, first: bool) -> 
 
 def _divided(parts: Sequence[Segment], here: Found, message: Message, begin: int) -> Iterator[tuple[int, Segment]]:
     """A message's segments: the first has the template's text that opens it."""
-    lead = message["content"].find(here.text)  # what the template trimmed
+    content = message["content"]
+    lead = content.find(here.text)  # what the template trimmed; -1: it escaped
     for i, segment in enumerate(parts):
-        yield (begin if i == 0 else min(here.end, max(here.start, here.start + segment.start - lead))), segment
+        offset = segment.start - lead if lead >= 0 else len(_escaped(content[: segment.start]))
+        yield (begin if i == 0 else min(here.end, max(here.start, here.start + offset))), segment
 
 
 def _undivided(messages: Sequence[Message], numbers: Sequence[int], text: str) -> Segment:
@@ -241,14 +287,20 @@ def token_starts(vocab: Vocab, tokens: Sequence[int], text: str) -> list[int]:
     return starts
 
 
-def _token_bounds(text: str, starts: Sequence[int], bounds: Sequence[int], n: int) -> list[int]:
-    """The first token that begins at or after each of some rising characters of the text: one that straddles goes before."""
+def _token_bounds(text: str, starts: Sequence[int], bounds: Sequence[tuple[int, bool]], n: int) -> list[int]:
+    """The first token that begins at or after each of some rising characters of the text: one that straddles goes before.
+
+    Where the flag beside the character is true, one that straddles goes after.
+    """
     found, token, char, byte = [], 0, 0, 0
-    for bound in bounds:
+    for bound, after in bounds:
         bound = max(bound, char)
         byte += len(text[char:bound].encode("utf-8", "surrogatepass"))
         char = bound
         while token < n and starts[token] < byte:
             token += 1
-        found.append(token)
+        straddles = after and token > 0 and (token == n or starts[token] > byte)
+        found.append(token - 1 if straddles else token)
+    for i in reversed(range(len(found) - 1)):
+        found[i] = min(found[i], found[i + 1])
     return found

@@ -265,6 +265,7 @@ class Window:
         evicted, tokens = self.history.evicted, self.history.tokens
         answer = answer_start(self._prompt_pieces())  # its beginning repeats the question, and tells nothing of it
         pieces = [piece for piece in self._prompt_pieces() if piece.start < answer and not self._of_question(piece)]
+        pieces = [piece for piece in pieces if piece.segment.kind != "schema"]  # it is close to many questions, and answers none
         stayed = [piece for piece in pieces if next(overlapping(evicted, piece.start, piece.end), None) is None]
         spans = [(one.start, one.end) for one in evicted] + [(piece.start, piece.end) for piece in stayed]
         near = self._relevances([tokens[start:end] for start, end in spans])
