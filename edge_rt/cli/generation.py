@@ -95,6 +95,7 @@ def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateO
         post=tuple(_not_empty(name.strip(), "--post") for name in options.post.split(",")) if options.post is not None else (),
         ignore_eos=options.ignore_eos,
         prune=_pruning(options),
+        tools=_tools(options.tools) if options.tools is not None else (),
     )
 
 
@@ -178,6 +179,18 @@ def _schema(options: GenerationOptions) -> Mapping[str, Any] | None:
     if not isinstance(schema, dict):
         raise ConstraintError("--json-schema is not a JSON object; a schema that allows everything is {}")
     return schema
+
+
+def _tools(name: str) -> Sequence[Mapping[str, Any]]:
+    """The tool schemas in a file. Raises OptionError."""
+    import json
+
+    from edge_rt.core.context.tools import checked
+
+    try:
+        return checked(json.loads(read_text(name, "the tools")))
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"the tools in {name} are not JSON: {error}") from error
 
 
 # ---- to the terminal -------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ Examples:
   edge-rt run -m model.gguf -n 64 --temp 0 --raw "The capital of France is"
   git diff | edge-rt run --system "Summarise the change in one sentence."
   edge-rt run -f letter.txt --json-schema '{"type":"object","properties":{"sender":{"type":"string"}}}'
+  edge-rt run --tools tools.json "How is the weather in Leeds?"
   edge-rt run --json "Hello" | jq -r 'select(.event == "delta") | .text'
 """
 
@@ -42,6 +43,8 @@ def run(options: Options) -> int:
     """Answer and return the exit status."""
     if options.logprobs and not options.json:
         raise OptionError("--logprobs shows nothing without --json; add it")
+    if options.raw and options.tools is not None:
+        raise OptionError("--tools needs the chat template and --raw leaves it out; write the schemas into the prompt")
     request = generate_options(options, options.logprobs)
     prompt = _prompt(options)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import edge_rt as api
 from edge_rt import __version__, catalog
 from edge_rt.config import models_dir, packed_dir
 
@@ -200,6 +201,9 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_answer_comes(random_mode
         (["run", "--post", "magic", "hi"], "magic"),
         (["run", b"caf\xe9"], "not UTF-8"),
         (["chat", "--load", __file__], "no conversation"),
+        (["run", "--tools", __file__, "hi"], "are not JSON"),
+        (["run", "--tools", "/nowhere.json", "hi"], "cannot read the tools from /nowhere.json"),
+        (["run", "--tools", "-", "--raw", "hi"], "--tools needs the chat template"),
         (["pull", "nothing-like-this"], "no model nothing-like-this"),
         (["pull", "ftp://example.org/x.gguf"], "cannot be fetched"),
         (["pull", "smollm2", "--sha256", "0" * 64], "--sha256"),
@@ -365,6 +369,29 @@ def test_run_says_what_left_the_context(tmp_path):
     assert strict.returncode == 1
     assert json.loads(strict.stdout.splitlines()[-1])["error"] == "ContextOverflow"
     assert edge_rt("run", "--policy", "none", "Hi").returncode == 1
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {"properties": {"city": {"type": "string"}}}},
+}
+
+
+def test_tools_are_in_the_prompt_and_stay(tmp_path):
+    file, saved = tmp_path / "tools.json", tmp_path / "s.session"
+    file.write_text(json.dumps([WEATHER]))
+    done = edge_rt("run", *GREEDY, "--json", "--tools", str(file), "--session", str(saved), "How is the weather in Leeds?")
+    assert done.returncode == 0, done.stderr
+    assert [event["message"] for event in events(done.stdout) if event["event"] == "notice"] == [
+        "the model's chat template has no place for tools: they are written into the messages, but it may not know how to call them"
+    ]
+    with api.open(catalog.fetch(catalog.DEFAULT)) as model, model.restore(saved) as session:
+        assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in model.detokenize(session.tokens)
+    questions = "\n".join(f"Tell me fact number {i} about rivers and the sea." for i in range(6))
+    talk = edge_rt("chat", *GREEDY, "--ctx", "220", "--tools", str(file), "-v", input=questions)
+    assert talk.returncode == 0, talk.stderr
+    assert "left the context of 220 (graded): 'Tell me fact number 0" in talk.stderr
+    assert talk.stderr.count("no place for tools") == 1
 
 
 class Terminal:

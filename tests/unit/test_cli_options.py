@@ -28,6 +28,7 @@ GOOD = [
     ("run", ["--grammar", 'root ::= "a"', "--json-schema", "{}", "--key-type", "q8_0", "--memory", "1.5G", "--no-pack"]),
     ("run", ["--seed", " 7 ", "--session", "s.bin", "--logprobs", "3", "--post", "a,b", "--speculate", "8", "--ignore-eos", "-f", "p.txt"]),
     ("chat", ["--system", "Be brief", "--load", "talk.json"]),
+    ("chat", ["--tools", "tools.json"]),
     ("pull", ["smollm2"]),
     ("pull", ["--sha256", "00", "https://example.org/x.gguf"]),
     ("models", ["--json"]),
@@ -124,6 +125,9 @@ def test_a_schema_from_text_and_from_a_file(tmp_path):
     for text in (json.dumps(schema), f"@{path}"):
         assert generate_options(quick_parse(run.Options, ["--json-schema", text])).json_schema == schema
     assert generate_options(quick_parse(run.Options, ["--grammar-file", str(path)])).grammar == json.dumps(schema)
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    path.write_text(json.dumps(tools))
+    assert generate_options(quick_parse(run.Options, ["--tools", str(path)])).tools == tools
 
 
 @pytest.mark.parametrize(
