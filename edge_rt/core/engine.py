@@ -75,7 +75,11 @@ class MemoryReport(NamedTuple):
 
 @runtime_checkable
 class Engine(Protocol):
-    """The protocol. Calls come from one thread at a time (the runtime holds the lock)."""
+    """The protocol. Calls come from one thread at a time (the runtime holds the lock).
+
+    What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
+    PrunesCells, EmbedsTokens. An engine has all methods of one, or does without what it is for.
+    """
 
     @property
     def info(self) -> EngineInfo:

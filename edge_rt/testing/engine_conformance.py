@@ -12,6 +12,7 @@ import pytest
 from edge_rt.hooks import (
     ContextError,
     EdgeError,
+    EmbedsTokens,
     Engine,
     EngineFactory,
     EngineOptions,
@@ -270,6 +271,22 @@ class EngineConformance(PruningConformance):
         assert all(isinstance(count, int) and count >= 0 for count in counts)
         assert report.cache > 0
         assert report.weights_resident is None or report.weights_resident <= report.weights_mapped + (1 << 16)
+
+    def test_token_embeddings_are_rows_that_stay_the_same(self, engine: Engine) -> None:
+        if not isinstance(engine, EmbedsTokens):
+            pytest.skip("this engine does not show what it takes a token for")
+        last = engine.info.n_vocab - 1
+        rows = np.array(engine.token_embeddings([0, last, 0]))
+        assert rows.shape == (3, engine.info.n_embd)
+        assert rows.dtype == np.float32
+        assert np.isfinite(rows).all()
+        assert np.array_equal(rows[0], rows[2])
+        assert not np.array_equal(rows[0], rows[1])
+        feed_new(engine, tokens_of(engine, 8))
+        assert np.array_equal(engine.token_embeddings([last]), rows[1:2]), "embeddings of tokens depend on nothing but the token"
+        for token in (-1, last + 1):
+            with pytest.raises(OptionError):
+                engine.token_embeddings([token])
 
     def test_closing_twice_is_harmless_and_use_after_it_an_error(self, engine_factory: EngineFactory, model: ModelFile) -> None:
         engine = engine_factory.open(model, self.options)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -191,6 +191,35 @@ def test_every_type_a_hook_uses_is_explained(page: str) -> None:
     types = [value for value in map(hooks.__dict__.get, hooks.__all__) if isinstance(value, type) and value.__module__ == hooks.__name__]
     assert Device in types
     assert [kind.__name__ for kind in types if kind is not HookSpecs and f"\n### {kind.__name__}\n" not in page] == []
+
+
+@pytest.mark.parametrize("kind", [hooks.Engine, hooks.RemovesCells, hooks.MovesCells, hooks.PrunesCells, hooks.EmbedsTokens, hooks.Logits])
+def test_every_method_an_engine_may_have_is_explained(kind: type, page: str) -> None:
+    section = page.partition(f"\n### {kind.__name__}\n")[2].partition("\n#")[0]
+    methods = {name: value for name, value in vars(kind).items() if getattr(value, "__module__", "") == kind.__module__ and callable(value)}
+    assert methods
+    for name, method in methods.items():
+        (signature,) = re.findall(rf"^- `{name}\((.*)\) -> ", section, re.MULTILINE)
+        for parameter in list(inspect.signature(method).parameters.values())[1:]:
+            assert f"{parameter.name}: {parameter.annotation}" in signature
+        assert (inspect.getdoc(method) or "").splitlines()[0].replace("``", "`") in section
+
+
+def test_a_new_protocol_of_engines_gets_a_section_by_itself(generator: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_rt.core import engine
+
+    class Dreams(Protocol):
+        """Sequences that go on by themselves."""
+
+        def dream(self, sequence: int) -> int:
+            """How many tokens came of it."""
+            ...
+
+    Dreams.__module__ = Dreams.dream.__module__ = engine.__name__
+    monkeypatch.setattr(engine, "Dreams", Dreams, raising=False)
+    again = runpy.run_path(str(ROOT / "tools" / "generate_hooks_doc.py"))["document"]()
+    assert "### Dreams" not in generator["document"]()
+    assert "\n### Dreams\n\nSequences that go on by themselves.\n\n- `dream(sequence: int) -> int`\n" in again
 
 
 def test_check_tells_an_old_page(tmp_path: Path) -> None:
