@@ -140,7 +140,10 @@ class Session:
         self._cancelled.set()
 
     def save(self, path: str | Path) -> None:
-        """Write tokens and cells to a file. Raises UserError if the disk says no, OptionError while a request runs."""
+        """Write tokens and cells to a file. Raises UserError if the disk says no, OptionError while a request runs.
+
+        Cells of what left the context are not saved: if it is recalled after a restore, it is computed again.
+        """
         from edge_rt.core.context import session_file
 
         if not self._busy.acquire(blocking=False):

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import edge_rt
-from edge_rt.core.context import allowance
+from edge_rt.core.context import allowance, session_file
 from edge_rt.core.context.history import History
 from edge_rt.core.context.kv import cell_bytes
 from edge_rt.core.context.pruning import budget_cells
 from edge_rt.core.decode.logprobs import token_logprobs
-from edge_rt.core.engine import Part, RemovesCells
+from edge_rt.core.engine import MovesCells, Part, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError
 from edge_rt.native import ggml
 from edge_rt.runtime import Model
@@ -421,6 +421,55 @@ def test_a_session_with_gaps_is_saved_and_goes_on_exactly(open_null: Callable[..
         assert [e for e in events if isinstance(e, Delta)] == expected
         assert (restored.history.tokens, restored.history.evicted) == (after.tokens, after.evicted)
         assert done_of(events).usage.reused_tokens > 50
+
+
+def test_a_restored_session_recalls_what_it_was_saved_without(open_model: Callable[..., Model], tmp_path: Path) -> None:
+    """A file has no cells of what left: they are computed again, as the engine would with the cells the file has before them."""
+    model, path = open_model(context=1024), tmp_path / "s.session"
+    fact, asked = "The pump that failed in Leeds on the third of May is P-104.", "Which pump failed in Leeds on the third of May?"
+    messages = [say("system", "Be brief."), say("user", "q" * 40), say("assistant", "a" * 40), say("user", fact), *talk(9)[2:]]
+    longer = [*messages, say("assistant", "a"), say("user", asked)]
+
+    def ask(session: Any) -> tuple[list[int], Done, Any]:
+        events = list(session.generate(longer, max_tokens=1, context=400, logprobs=3, **GREEDY))
+        (score,) = next(event.logprobs for event in events if isinstance(event, Delta) and event.tokens)
+        return session.history.resident()[: -done_of(events).usage.completion_tokens or None], done_of(events), score
+
+    with model.session(context=400) as session:
+        for end in range(2, len(messages) + 1, 2):
+            list(session.generate(messages[:end], max_tokens=1, **GREEDY))
+        assert fact not in model.detokenize(session.tokens)
+        session.save(path)
+        before = list(session.history.evicted)
+        held, live, _ = ask(session)
+    model.prefixes.clear()
+    with model.restore(path) as restored:
+        again, done, score = ask(restored)
+        after = restored.history
+        assert model.engine.length(restored._sequence) == done.context.used == after.cells
+    assert fact in model.detokenize(again)
+    assert again == held
+    assert done.context == live.context
+    assert done.context.recalled_segments == 1
+    (back,) = (gone for gone in before if fact in gone.text)
+    first = model.prompt_tokens(longer)
+    followed = [first[i] for i in range(back.start, len(first)) if not any(gone.start <= i < gone.end for gone in after.evicted)]
+    assert done.usage.computed_tokens == len(followed)
+    if isinstance(model.engine, MovesCells):
+        assert live.usage.computed_tokens < len(followed) - 100
+    saved = session_file.load(path, engine=model.info.engine, model=model.file.key())
+    sequence = model.engine.import_sequence(saved.cells)
+    left = [gone for gone in after.evicted if gone not in before and gone.start < len(saved.history.tokens)]
+    model.engine.remove_cells(sequence, saved.history.cell_spans(left))  # type: ignore[attr-defined]
+    saved.history.evict(left)
+    model.engine.truncate(sequence, saved.history.cell(back.start))
+    for at in range(0, len(followed), model.info.chunk):
+        (logits,) = model.engine.step([Part(sequence, followed[at : at + model.info.chunk])])
+    assert logits is not None
+    logprob, top = token_logprobs(logits[0], score.token, 3)
+    tolerance = 1e-5 if model.info.engine == "llama_cpp" else 0.0  # libllama's cells lie elsewhere
+    assert [token for token, _ in score.top] == [token for token, _ in top]
+    assert score.logprob == pytest.approx(logprob, abs=tolerance)
 
 
 def test_a_conversation_that_goes_back_to_what_left_gets_it_again(open_null: Callable[..., Model]) -> None:
