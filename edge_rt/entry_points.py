@@ -11,8 +11,10 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+_OWN_DISTRIBUTION = "edge-rt"
 
 
 class EntryPoint(NamedTuple):
@@ -40,6 +42,16 @@ def find(group: str, path: Sequence[str] | None = None) -> list[EntryPoint]:
     path = sys.path if path is None else path
     found = _from_metadata(group, path) if _needs_metadata(path) else _from_directories(group, path)
     return sorted(found, key=lambda point: (point.distribution, point.name))
+
+
+def with_built_ins(group: str, built_ins: Mapping[str, str], *, others: bool) -> list[EntryPoint]:
+    """This distribution's entry points first (``built_ins``, name to module, where it is not installed), then, if wanted, the others'."""
+    from edge_rt import __version__
+
+    found = find(group) if others else []
+    own = {name: EntryPoint(name, module, _OWN_DISTRIBUTION, __version__) for name, module in built_ins.items()}
+    own |= {point.name: point for point in found if point.distribution == _OWN_DISTRIBUTION}
+    return [*own.values(), *(point for point in found if point.distribution != _OWN_DISTRIBUTION)]
 
 
 def _needs_metadata(path: Iterable[str]) -> bool:

@@ -13,6 +13,7 @@ from edge_rt.errors import EdgeError, PluginError
 from edge_rt.hooks import (
     ContextPolicy,
     Device,
+    Embedder,
     Engine,
     EngineFactory,
     EngineOptions,
@@ -25,6 +26,9 @@ from edge_rt.hooks import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from edge_rt.hooks import Candidate, Grade, ModelFile, Segment
 
@@ -139,6 +143,52 @@ class PluginGraderFactory(NamedTuple):
             return made
 
         return grade
+
+
+class PluginEmbedder(NamedTuple):
+    """An embedder and the plugin it came from."""
+
+    plugin: str
+    embedder: Embedder
+
+    @property
+    def name(self) -> str:
+        """The embedder's name."""
+        return self.embedder.name
+
+    @property
+    def description(self) -> str:
+        """One line for listings."""
+        return self.embedder.description
+
+    @property
+    def relevant(self) -> float:
+        """The cosine from which a segment counts as close to a question. Raises PluginError."""
+        relevant = self.embedder.relevant
+        if not isinstance(relevant, (int, float)) or not 0 < relevant < 1:
+            raise PluginError(f"plugin {self.plugin}: embedder {self.name} has {relevant} for relevant; it must be between 0 and 1")
+        return relevant
+
+    def start(self) -> Callable[[Sequence[str]], npt.NDArray[np.float32]]:
+        """A function that makes vectors of length 1, all of one width: float32 [len(texts), E]. It raises PluginError."""
+        what, width = f"embedder {self.name}", 0
+
+        def embed(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+            nonlocal width
+            import numpy as np
+
+            # Lengths of large float32 values overflow; what is no array of numbers is the plugin's fault too.
+            made = _call(self.plugin, what, np.ndarray, lambda: np.asarray(self.embedder.embed(texts), dtype=np.float64))
+            if made.ndim != 2 or len(made) != len(texts) or made.shape[1] != (width or made.shape[1]) or not made.size:
+                expected = f"[{len(texts)}, {width or 'E'}]"
+                raise PluginError(f"plugin {self.plugin}: {what} returned an array {list(made.shape)} where {expected} is expected")
+            if not np.isfinite(made).all():
+                raise PluginError(f"plugin {self.plugin}: {what} returned vectors that are not finite")
+            width = made.shape[1]
+            lengths = np.linalg.norm(made, axis=1, keepdims=True)
+            return (made / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+        return embed
 
 
 class PluginPostProcessorFactory(NamedTuple):

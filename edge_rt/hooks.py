@@ -11,8 +11,7 @@ The rules of every hook:
   Choices are made by score. pluggy's ``tryfirst`` and ``trylast`` have no effect, and hook wrappers are refused.
 - An exception in a hook is reported with the plugin's name and drops only that plugin's contribution to that hook,
   unless the user asked for the plugin by name.
-- Exceptions of the objects a hook returned carry the plugin's name too, except those of ``edge_rt.errors``, which a plugin raises
-  to speak to the user and which go through unchanged.
+- What the objects of a hook raise gets the plugin's name too, except errors of ``edge_rt.errors``: they speak to the user.
 """
 
 from __future__ import annotations
@@ -56,6 +55,8 @@ from edge_rt.errors import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+    import numpy.typing as npt
     import typer
 
     from edge_rt.config import available_cpus
@@ -102,12 +103,10 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module, attribute = _LAZY[name]
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value  # the next look-up is an ordinary one
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)  # the next look-up is an ordinary one
     return value
 
 
@@ -233,6 +232,20 @@ class GraderFactory(NamedTuple):
     description: str = ""
 
 
+class Embedder(NamedTuple):
+    """Makes vectors of texts, by which recall tells what a question is about, instead of by the model's token embeddings.
+
+    ``embed`` gets one text or more, long or blank ones too, and returns a vector for each, float32 [len(texts), E]: always the same for
+    the same text, of any length, as directions alone count. Several threads may call it at once; it loads what it needs when first called.
+    ``relevant``: the cosine, between 0 and 1, from which a segment of a conversation counts as close to a question.
+    """
+
+    name: str
+    embed: Callable[[Sequence[str]], npt.NDArray[np.float32]]
+    relevant: float
+    description: str = ""
+
+
 # ---- post-processing -------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +311,14 @@ class HookSpecs:
         """
 
     @hookspec
+    def edge_rt_embedders(self) -> Iterable[Embedder]:  # type: ignore[empty-body]
+        """Context: embedders, by which what left the context is recalled when a question is about it.
+
+        Called once per registry, when a model is opened with an embedder. ``Embedder.embed`` is called when a conversation no longer
+        fits, once for each segment and question. There is no built-in one.
+        """
+
+    @hookspec
     def edge_rt_post_processors(self) -> Iterable[PostProcessorFactory]:  # type: ignore[empty-body]
         """Assemble: text transducers a request may name.
 
@@ -332,6 +353,7 @@ __all__ = [
     "Contribution",
     "Device",
     "EdgeError",
+    "Embedder",
     "EmbedsTokens",
     "Engine",
     "EngineFactory",

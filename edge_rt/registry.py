@@ -14,12 +14,21 @@ import pluggy
 
 from edge_rt import entry_points as installed
 from edge_rt.errors import PluginError, UnsupportedModel
-from edge_rt.guarded import PluginContextPolicy, PluginDevice, PluginEngineFactory, PluginGraderFactory, PluginPostProcessorFactory, failure
+from edge_rt.guarded import (
+    PluginContextPolicy,
+    PluginDevice,
+    PluginEmbedder,
+    PluginEngineFactory,
+    PluginGraderFactory,
+    PluginPostProcessorFactory,
+    failure,
+)
 from edge_rt.hooks import (
     API_VERSION,
     ENTRY_POINT_GROUP,
     ContextPolicy,
     Device,
+    Embedder,
     EngineFactory,
     EngineOptions,
     GraderFactory,
@@ -44,7 +53,6 @@ BUILT_INS = {
     "grader_content": "edge_rt.plugins.grader_content",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
 }
-_OWN_DISTRIBUTION = "edge-rt"
 
 _T = TypeVar("_T")
 
@@ -109,7 +117,7 @@ class Registry:
         """
         registry = cls(required)
         off = frozenset(disabled)
-        for point in _points(entry_points):
+        for point in installed.with_built_ins(ENTRY_POINT_GROUP, BUILT_INS, others=entry_points):
             registry._add(point.name, point.distribution, point.version, point.load, disabled=point.name in off)
         for name, plugin in (plugins or {}).items():
             registry._add(name, "", "", lambda plugin=plugin: plugin, disabled=name in off)
@@ -139,6 +147,10 @@ class Registry:
         """Grader factories by name."""
         return self._collect("edge_rt_graders", GraderFactory, PluginGraderFactory)
 
+    def embedders(self) -> Mapping[str, PluginEmbedder]:
+        """Embedders by name."""
+        return self._collect("edge_rt_embedders", Embedder, PluginEmbedder)
+
     def post_processors(self) -> Mapping[str, PluginPostProcessorFactory]:
         """Post-processor factories by name."""
         return self._collect("edge_rt_post_processors", PostProcessorFactory, PluginPostProcessorFactory)
@@ -150,6 +162,10 @@ class Registry:
     def grader(self, name: str) -> PluginGraderFactory:
         """A grader factory by name. Raises PluginError."""
         return self._named("grader", self.graders(), name)
+
+    def embedder(self, name: str) -> PluginEmbedder:
+        """An embedder by name. Raises PluginError."""
+        return self._named("embedder", self.embedders(), name)
 
     def post_processor(self, name: str) -> PluginPostProcessorFactory:
         """A post-processor factory by name. Raises PluginError."""
@@ -226,8 +242,7 @@ class Registry:
         if not candidates:
             reasons = "; ".join(f"{engine}: {_sentence(refusal)}" for engine, refusal in refusals.items())
             raise UnsupportedModel(f"no engine can run this model ({reasons or 'none is installed'})")
-        candidates.sort(key=lambda candidate: -candidate[1])
-        return EngineChoice(tuple(candidates), refusals)
+        return EngineChoice(tuple(sorted(candidates, key=lambda candidate: -candidate[1])), refusals)
 
     def _supports(self, factory: PluginEngineFactory, model: ModelFile, options: EngineOptions) -> float | Refusal:
         try:
@@ -336,16 +351,6 @@ class Registry:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _points(others: bool) -> list[installed.EntryPoint]:
-    """Entry points to load: this distribution's first, then, if wanted, the others' by distribution and name."""
-    from edge_rt import __version__
-
-    found = installed.find(ENTRY_POINT_GROUP) if others else []
-    own = {name: installed.EntryPoint(name, module, _OWN_DISTRIBUTION, __version__) for name, module in BUILT_INS.items()}
-    own |= {point.name: point for point in found if point.distribution == _OWN_DISTRIBUTION}
-    return [*own.values(), *(point for point in found if point.distribution != _OWN_DISTRIBUTION)]
 
 
 def _import(load: Any) -> object:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.core.assemble.pipeline import Pipeline
+    from edge_rt.core.context.recall import Recall
     from edge_rt.core.engine import Engine, EngineInfo, MemoryReport
-    from edge_rt.guarded import PluginContextPolicy
+    from edge_rt.guarded import PluginContextPolicy, PluginEmbedder
     from edge_rt.hooks import EngineOptions, Grade, Segment
     from edge_rt.native.llama import Vocab
     from edge_rt.registry import EngineChoice, Registry
@@ -50,6 +51,7 @@ def open(
     pack: bool = True,
     key_type: Literal["f16", "q8_0"] = "f16",
     policy: str = "graded",
+    embedder: str | None = None,
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Model:
@@ -58,6 +60,7 @@ def open(
     ``engine``, ``device``: by name, else the best that can. ``context``: cells per sequence, else what the model was trained with.
     ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
     ``pack``: make and use packed weights. ``policy``: what leaves the context when it gets short (docs/context.md).
+    ``embedder``: by name, what tells which segments a question is about, else the model's own token embeddings.
     ``progress`` is told (phase, done, total), on any thread.
 
     A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
@@ -86,6 +89,9 @@ def open(
         plugins = registry or Registry.load()
         choice = plugins.choose_device(device)
         fitting = plugins.context_policy(policy)
+        chosen = None if embedder is None else plugins.embedder(embedder)
+        if chosen is not None and not fitting.recalls:
+            raise OptionError(f"the policy {policy} recalls nothing, so an embedder has no use; choose graded, or leave the embedder out")
         options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
         notices: list[str] = []
         engines = plugins.choose_engine(file, options, engine, choice.offer)
@@ -96,7 +102,7 @@ def open(
             vocabulary.get()
             if vocabulary.loaded:
                 checked.remember(mark)
-        model = Model(file, opened, vocabulary, plugins, fitting, notices)
+        model = Model(file, opened, vocabulary, plugins, fitting, chosen, notices)
         undo.pop_all()
     return model
 
@@ -202,12 +208,14 @@ class Model:
         vocabulary: _Vocabulary,
         registry: Registry,
         policy: PluginContextPolicy,
+        embedder: PluginEmbedder | None,
         notices: list[str],
     ) -> None:
         """Use ``open``."""
         from edge_rt.core.context.prefix import PrefixCache
 
         self.file, self.engine, self.registry, self.policy = file, engine, registry, policy
+        self._embedder = None if embedder is None else (embedder.start(), embedder.relevant)
         self._vocabulary = vocabulary
         self.lock = threading.Lock()
         self.notices = [*notices, *getattr(engine, "notices", ())]
@@ -318,6 +326,12 @@ class Model:
         if self._grade is None:
             self._grade = self.registry.grader(GRADER).start()
         return self._grade
+
+    def recall(self) -> Recall:
+        """What a session is to remember of what leaves its context."""
+        from edge_rt.core.context.recall import Recall, Summaries
+
+        return Recall(self.engine, self.lock, Summaries(*self._embedder) if self._embedder else None)
 
     def pipeline(self, names: Sequence[str]) -> Pipeline:
         """Fresh post-processors for one stream. Raises PluginError for an unknown name."""

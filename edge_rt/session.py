@@ -240,9 +240,7 @@ class Session:
     def _remember(self) -> Recall:
         """What this session remembers of what left its context."""
         if self._recall is None:
-            from edge_rt.core.context.recall import Recall
-
-            self._recall = Recall(self._model.engine)
+            self._recall = self._model.recall()
         return self._recall
 
     def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:

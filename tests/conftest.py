@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -96,15 +97,15 @@ def null_model(random_model: Callable[..., Path]) -> Iterator[Any]:
 
 @pytest.fixture
 def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Any]]:
-    """``open_null(reply=None, **options)``: a model on the null engine."""
+    """``open_null(reply=None, plugins={}, **options)``: a model on the null engine."""
     import edge_rt
     from edge_rt.registry import Registry
     from edge_rt.testing.null_device import NullPlugin
 
     opened: list[Any] = []
 
-    def make(reply: str | None = None, **options: Any) -> Any:
-        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply)})
+    def make(reply: str | None = None, plugins: Mapping[str, object] = MappingProxyType({}), **options: Any) -> Any:
+        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply), **plugins})
         opened.append(edge_rt.open(random_model(), engine="null", device="null", registry=registry, **options))
         return opened[-1]
 

@@ -39,6 +39,7 @@ VOCABULARY: dict[str, tuple[type, ...]] = {
     ),
     "edge_rt_context_policies": (hooks.ContextPolicy, hooks.Candidate),
     "edge_rt_graders": (hooks.GraderFactory, hooks.Segment, hooks.Grade, hooks.Contribution),
+    "edge_rt_embedders": (hooks.Embedder,),
     "edge_rt_post_processors": (hooks.PostProcessorFactory, hooks.PostProcessor),
 }
 

@@ -106,7 +106,7 @@ def run(options: Options) -> int:
     """Talk until the user leaves."""
     request = generate_options(options)
     first, messages = _beginning(options)
-    with opened(options, options.policy) as model, model.session() as session:
+    with opened(options, options.policy, options.embedder) as model, model.session() as session:
         chat = Chat(session, request, first, messages, options.verbose)
         if terminal(sys.stdin):
             say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")

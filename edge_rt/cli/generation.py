@@ -29,8 +29,8 @@ Show = Callable[[Iterable[Event]], tuple[str, Done]]
 
 
 @contextmanager
-def opened(options: ModelOptions, policy: str = "graded") -> Iterator[Model]:
-    """Open the model the options name, with a progress bar. ``policy``: the context policy."""
+def opened(options: ModelOptions, policy: str = "graded", embedder: str | None = None) -> Iterator[Model]:
+    """Open the model the options name, with a progress bar. ``policy``: the context policy. ``embedder``: what recalls, by name."""
     from edge_rt.catalog import resolve
 
     path = resolve(options.model)
@@ -51,6 +51,7 @@ def opened(options: ModelOptions, policy: str = "graded") -> Iterator[Model]:
             pack=not options.no_pack,
             key_type=options.key_type,  # type: ignore[arg-type]  # one of the choices that check() allows
             policy=policy,
+            embedder=embedder,
             progress=progress,
         )
         import edge_rt.session  # what the answer needs, while the vocabulary still loads

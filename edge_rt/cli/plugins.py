@@ -21,6 +21,12 @@ Examples:
   edge-rt plugins --json
 """
 
+_BY_NAME = {
+    "embedders": ("embedder", "Embedders for --embedder"),
+    "post_processors": ("post-processor", "Post-processors for --post"),
+}
+"""Key in the JSON output -> kind, title: what a request or a model is given by name, and that no plugin of ours offers."""
+
 
 class Options(JsonOption):
     """The command's options."""
@@ -40,8 +46,9 @@ def run(options: Options) -> int:
         source = f"{plugin['distribution']} {plugin['version']}".strip()
         rows.append((plugin["name"], source, plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])))
     write(table(rows))
-    if found["post_processors"]:
-        write("\nPost-processors for --post:\n" + table([(p["name"], p["description"]) for p in found["post_processors"]], "  "))
+    for key, (_, title) in _BY_NAME.items():
+        if found[key]:
+            write(f"\n{title}:\n" + table([(one["name"], one["description"]) for one in found[key]], "  "))
     return 0
 
 
@@ -59,11 +66,15 @@ def facts(registry: Registry) -> dict[str, Any]:
         "engine": registry.engines(),
         "context policy": registry.context_policies(),
         "grader": registry.graders(),
+        "embedder": registry.embedders(),
         "post-processor": registry.post_processors(),
     }
     plugins = [{**status._asdict(), "offers": list(_offers(status.name, kinds))} for status in registry.plugins]
-    processors = [{"name": name, "description": factory.description} for name, factory in kinds["post-processor"].items()]
-    return {"plugins": plugins, "post_processors": processors}
+    return {"plugins": plugins, **{key: _described(kinds[kind]) for key, (kind, _) in _BY_NAME.items()}}
+
+
+def _described(items: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"name": name, "description": item.description} for name, item in items.items()]
 
 
 def _offers(plugin: str, kinds: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:

@@ -369,6 +369,8 @@ def test_run_says_what_left_the_context(tmp_path):
     assert strict.returncode == 1
     assert json.loads(strict.stdout.splitlines()[-1])["error"] == "ContextOverflow"
     assert edge_rt("run", "--policy", "none", "Hi").returncode == 1
+    unknown = edge_rt("run", "--embedder", "none", "Hi")
+    assert (unknown.returncode, unknown.stderr) == (1, "error: no embedder named none, there is none\n")
 
 
 WEATHER = {

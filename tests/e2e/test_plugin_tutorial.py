@@ -10,13 +10,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+import edge_rt
 from edge_rt import catalog
+from edge_rt.cli.plugins import facts
 from edge_rt.config import models_dir
+from edge_rt.registry import Registry
+from edge_rt.testing.conformance import EmbedderConformance
+from edge_rt.types import Done
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 _FILE = re.compile(r"^`(edge-rt-arrows/[^`]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -112,6 +117,36 @@ def test_the_registry_has_it(run: Run) -> None:
         "p = r.post_processor('arrows'); s = p.start(); print(p.plugin, p.description, s.feed('a -') + s.feed('> b') + s.flush(), sep='|')"
     )
     assert run(f'python -c "{code}"').stdout == "arrows|writes -> as an arrow|a → b\n"
+
+
+def test_the_embedder_on_the_page_finds_a_fact_far_back(page: str, smollm2: Path) -> None:
+    (code,) = re.findall(r"^```python\n(import zlib.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    plugin = ModuleType("word_parts")
+    exec(code, vars(plugin))
+    registry = Registry.load(entry_points=False, plugins={"mine": plugin})
+    talk = [
+        {"role": role, "content": f"{i}: {text}"}
+        for i in range(12)
+        for role, text in (("user", "What a nice day it is, I think I will go for a walk."), ("assistant", "That sounds lovely, enjoy it."))
+    ]
+    fact = [{"role": "user", "content": "The front door has the code 48213."}, {"role": "assistant", "content": "I will remember that."}]
+    with edge_rt.open(smollm2, context=256, embedder="word-parts", registry=registry) as model, model.session() as session:
+        for messages in (fact[:1], [*fact, *talk[:-1]]):
+            *_, done = session.generate(messages, max_tokens=1, temperature=0)
+        assert "48213" not in model.detokenize(session.tokens)
+        question = {"role": "user", "content": "Which code do the doors at the front have?"}
+        *_, done = session.generate([*fact, *talk, question], max_tokens=1, temperature=0)
+        assert isinstance(done, Done)
+        assert done.context.recalled_segments == 1
+        assert "48213" in model.detokenize(session.tokens)
+    assert facts(registry)["embedders"] == [{"name": "word-parts", "description": "parts of words in common"}]
+    assert facts(registry)["plugins"][-1]["offers"] == ["embedder word-parts"]
+
+    class TestWordParts(EmbedderConformance):
+        examples = {"Which code do the doors at the front have?": (fact[0]["content"], talk[0]["content"])}  # noqa: RUF012
+
+    for name in (name for name in dir(TestWordParts) if name.startswith("test_")):
+        getattr(TestWordParts(), name)(registry.embedder("word-parts").embedder)
 
 
 def test_the_other_python_on_the_page_runs(page: str) -> None:

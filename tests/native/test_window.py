@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,8 @@ from edge_rt.core.context.kv import cell_bytes
 from edge_rt.core.context.pruning import budget_cells
 from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.engine import MovesCells, Part, RemovesCells
-from edge_rt.errors import ContextError, ContextOverflow, OptionError
+from edge_rt.errors import ContextError, ContextOverflow, OptionError, PluginError
+from edge_rt.hooks import Embedder, hookimpl
 from edge_rt.native import ggml
 from edge_rt.runtime import Model
 from edge_rt.types import Delta, Done, Event, Notice, Pruning
@@ -470,6 +473,85 @@ def test_a_restored_session_recalls_what_it_was_saved_without(open_model: Callab
     tolerance = 1e-5 if model.info.engine == "llama_cpp" else 0.0  # libllama's cells lie elsewhere
     assert [token for token, _ in score.top] == [token for token, _ in top]
     assert score.logprob == pytest.approx(logprob, abs=tolerance)
+
+
+TOPICS = {"automobile": 0, "car": 0, "engine": 0, "walk": 1, "lake": 1, "cake": 2, "kitchen": 2}
+
+
+class TopicPlugin:
+    """An embedder that knows what words are about, which the engine under it does not."""
+
+    EDGE_RT_API = 1
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.broken = False
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        self.seen += texts
+        if self.broken:
+            raise OSError("out of order")
+        vectors = np.full((len(texts), 3), 0.01, np.float32)
+        for vector, text in zip(vectors, texts, strict=True):
+            for word in re.findall("[a-z]+", text.lower()):
+                if word in TOPICS:
+                    vector[TOPICS[word]] += 1
+        return vectors
+
+    @hookimpl
+    def edge_rt_embedders(self) -> list[Embedder]:
+        return [Embedder("topics", self.embed, 0.8)]
+
+
+def small_talk(turns: int) -> list[dict[str, str]]:
+    messages = [say("system", "Be brief."), say("user", "The car is behind the bakery."), say("assistant", "I see.")]
+    for i in range(turns):
+        messages += [say("user", f"{i}: We walk by the lake. " * 2), say("assistant", f"{i}: The cake is in the kitchen. " * 2)]
+    return messages
+
+
+def test_an_embedder_recalls_what_has_no_word_in_common(open_null: Callable[..., Model]) -> None:
+    found = []
+    for embedder in ("topics", None):
+        plugin = TopicPlugin()
+        model = open_null("ok", plugins={"topics": plugin}, context=1024, policy="graded", embedder=embedder)
+        messages = small_talk(8)
+        with model.session(context=300) as session:
+            for end in range(2, len(messages) + 1, 2):
+                list(session.generate(messages[:end], max_tokens=1, **GREEDY))
+            assert "bakery" not in model.detokenize(session.tokens)
+            done = done_of(list(session.generate([*messages, say("user", "Where did I leave my automobile?")], max_tokens=1, **GREEDY)))
+            found.append(("bakery" in model.detokenize(session.tokens), done.context.recalled_segments))
+        assert len(plugin.seen) == len(set(plugin.seen)), "each text once"
+        texts = {message["content"] for message in messages} | {"Where did I leave my automobile?"}
+        assert set(plugin.seen) == (texts if embedder else set()), "as they were said, without the template"
+    assert found == [(True, 1), (False, 0)]
+
+
+def test_an_embedder_that_fails_is_named_and_leaves_the_session_usable(open_null: Callable[..., Model]) -> None:
+    plugin = TopicPlugin()
+    model = open_null("ok", plugins={"mine": plugin}, context=1024, embedder="topics")
+    messages = small_talk(8)
+    with model.session(context=300) as session:
+        for end in range(2, len(messages) + 1, 2):
+            list(session.generate(messages[:end], max_tokens=1, **GREEDY))
+        asked = [*messages, say("user", "Where did I leave my automobile?")]
+        plugin.broken = True
+        before = list(session.history.evicted)
+        with pytest.raises(PluginError, match="plugin mine: embedder topics raised OSError: out of order"):
+            session.generate(asked, max_tokens=1, **GREEDY)
+        assert cells_of(model, session) == list(session.tokens)
+        assert session.history.evicted == before
+        plugin.broken = False
+        assert done_of(list(session.generate(asked, max_tokens=1, **GREEDY))).context.recalled_segments == 1
+
+
+def test_an_embedder_is_found_or_refused_when_the_model_is_opened(open_null: Callable[..., Model]) -> None:
+    plugins = {"topics": TopicPlugin()}
+    with pytest.raises(PluginError, match="no embedder named none, there is topics"):
+        open_null(plugins=plugins, embedder="none")
+    with pytest.raises(OptionError, match="the policy slide recalls nothing, so an embedder has no use; choose graded, or leave"):
+        open_null(plugins=plugins, embedder="topics", policy="slide")
 
 
 def test_a_conversation_that_goes_back_to_what_left_gets_it_again(open_null: Callable[..., Model]) -> None:

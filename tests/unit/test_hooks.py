@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 
 from edge_rt import hooks
@@ -21,6 +22,7 @@ from edge_rt.hooks import (
     Candidate,
     ContextPolicy,
     Device,
+    Embedder,
     EngineFactory,
     EngineOptions,
     Grade,
@@ -104,6 +106,25 @@ def test_edge_rt_graders() -> None:
     assert made == []
     assert factory.start(Path("w.ini"))(Segment(0, "user", "abc", 0, 3, "message")) == Grade(0.25)
     assert made == [Path("w.ini")]
+
+
+def test_edge_rt_embedders() -> None:
+    seen: list[Sequence[str]] = []
+
+    def embed(texts: Sequence[str]) -> Any:
+        seen.append(texts)
+        return np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+
+    def edge_rt_embedders() -> list[Embedder]:
+        return [Embedder("tiny", embed, 0.4, "two numbers")]
+
+    embedder = load(edge_rt_embedders=edge_rt_embedders).embedder("tiny")
+    function = embedder.start()
+    assert seen == []
+    found = function(["a", ""])
+    assert (embedder.relevant, embedder.description, seen) == (0.4, "two numbers", [["a", ""]])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
 
 
 def test_edge_rt_post_processors() -> None:

@@ -6,7 +6,10 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from hypothesis import strategies as st
 
 from edge_rt import config
 from edge_rt.core.context.cell_store import CellStore
-from edge_rt.core.context.recall import embedded, relevances, same_tokens
+from edge_rt.core.context.recall import RELEVANT, Passage, Recall, Summaries, embedded, relevances, same_tokens
+from edge_rt.testing.null_device import NullEngine
 
 # ---- relevance -------------------------------------------------------------------------------------------------------
 
@@ -45,6 +49,70 @@ def test_relevance_is_a_share(segments: list[list[int]], question: list[int]) ->
         assert len(found) == len(segments)
         assert all(-1 - 1e-5 <= one <= 1 + 1e-5 for one in found)
     assert relevances([1, 2], [[1, 2, 3]], same_tokens) == pytest.approx([1])
+
+
+# ---- summary vectors -------------------------------------------------------------------------------------------------
+
+
+def by_letter(asked: list[str]) -> Callable[[Sequence[str]], Any]:
+    """An embedder that looks at the first letter; ``asked`` gets the texts."""
+
+    def embed(texts: Sequence[str]) -> Any:
+        asked.extend(texts)
+        return np.eye(26, dtype=np.float32)[[ord(text[0]) - ord("a") for text in texts]]
+
+    return embed
+
+
+def test_a_segment_is_summarised_once() -> None:
+    asked: list[str] = []
+    summaries = Summaries(by_letter(asked), 0.5)
+    assert summaries.relevances("apple?", ["apples", "pears", "apples"]) == pytest.approx([1, 0, 1], abs=0.5)
+    assert asked == ["apple?", "apples", "pears"]
+    summaries.relevances("pear?", ["pears", "plums"])
+    assert asked[3:] == ["pear?", "plums"]
+
+
+def test_what_was_not_needed_for_longest_is_forgotten() -> None:
+    asked: list[str] = []
+    summaries = Summaries(by_letter(asked), 0.5, limit=4)
+    summaries.relevances("a", ["b", "c", "d"])
+    summaries.relevances("a", ["b"])
+    summaries.relevances("e", ["f"])
+    del asked[:]
+    assert len(summaries.relevances("a", ["b", "c", "d"])) == 3
+    assert asked == ["c", "d"]
+    del asked[:]
+    everything = [chr(ord("a") + i) for i in range(26)]
+    assert np.argmax(summaries.relevances("q", everything)) == 16, "more at once than are remembered"
+
+
+def test_a_cosine_counts_from_what_the_embedder_calls_relevant() -> None:
+    def embed(texts: Sequence[str]) -> Any:
+        angles = np.array([np.arccos(float(text)) for text in texts], np.float32)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    cosines = ["-1", "0.2", "0.3", "0.4", "1"]
+    for relevant in (0.3, 0.9):
+        found = Summaries(embed, relevant).relevances("1", cosines)
+        assert found == sorted(found)
+        assert [found[0], found[-1]] == pytest.approx([-1, 1], abs=1e-5)
+        assert [one > RELEVANT + 1e-5 for one in found] == [float(c) > relevant for c in cosines]
+    assert Summaries(embed, 0.3).relevances("1", cosines)[2] == pytest.approx(RELEVANT)
+
+
+def test_an_embedder_does_not_hold_up_other_sessions() -> None:
+    lock = threading.Lock()
+
+    def embed(texts: Sequence[str]) -> Any:
+        assert not lock.locked()
+        return np.ones((len(texts), 2), np.float32)
+
+    engine = NullEngine()
+    recall = Recall(engine, lock, Summaries(embed, 0.5))
+    assert recall.relevances(Passage([1], "a"), [Passage([2], "b")]) == pytest.approx([1])
+    assert Recall(engine, lock).relevances(Passage([1], "a"), [Passage([2], "b"), Passage([1], "c")])[1] == pytest.approx(1)
+    assert recall.relevances(Passage([], ""), [Passage([2], "b")]) == [0.0], "a text without a question"
 
 
 # ---- cells on disk ---------------------------------------------------------------------------------------------------

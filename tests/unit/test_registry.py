@@ -18,6 +18,7 @@ from edge_rt.hooks import (
     API_VERSION,
     Candidate,
     ContextPolicy,
+    Embedder,
     EngineOptions,
     Grade,
     GraderFactory,
@@ -510,6 +511,50 @@ def test_a_graders_own_errors_go_through_unchanged() -> None:
     found = load(a=plugin(edge_rt_graders=lambda: [GraderFactory("odd", _raise(OptionError("no such file")))]))
     with pytest.raises(OptionError, match=r"^no such file$"):
         found.grader("odd").start()
+
+
+def _embedder(made: Any, relevant: Any = 0.5) -> SimpleNamespace:
+    embed = made if callable(made) else lambda texts: made
+    return plugin(edge_rt_embedders=lambda: [Embedder("odd", embed, relevant)])
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (_raise(OSError("no model")), "plugin a: embedder odd raised OSError: no model"),
+        (None, r"plugin a: embedder odd returned an array \[\] where \[2, E\] is expected"),
+        ([[1.0, 2.0]], r"plugin a: embedder odd returned an array \[1, 2\] where \[2, E\]"),
+        ([1.0, 2.0], r"plugin a: embedder odd returned an array \[2\] where"),
+        ([[], []], r"plugin a: embedder odd returned an array \[2, 0\] where"),
+        ([[1.0], [1.0, 2.0]], "plugin a: embedder odd raised ValueError: .*inhomogeneous"),
+        ([["a"], ["b"]], "plugin a: embedder odd raised ValueError: could not convert"),
+        ([[1.0], [float("nan")]], "plugin a: embedder odd returned vectors that are not finite"),
+        ([[1.0], [float("inf")]], "plugin a: embedder odd returned vectors that are not finite"),
+    ],
+)
+def test_what_an_embedder_does_wrong_names_its_plugin(made: Any, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        load(a=_embedder(made)).embedder("odd").start()(["x", "y"])
+
+
+def test_an_embedders_vectors_have_one_width() -> None:
+    embed = load(a=_embedder(lambda texts: [[1.0] * len(text) for text in texts])).embedder("odd").start()
+    assert embed(["ab", "cd"]).shape == (2, 2)
+    with pytest.raises(PluginError, match=r"plugin a: embedder odd returned an array \[1, 3\] where \[1, 2\] is expected"):
+        embed(["abc"])
+
+
+@pytest.mark.parametrize("relevant", [0, 1, -0.5, float("nan"), "high", None])
+def test_what_an_embedder_calls_close_is_a_cosine(relevant: Any) -> None:
+    with pytest.raises(PluginError, match=f"plugin a: embedder odd has {relevant} for relevant; it must be between 0 and 1"):
+        _ = load(a=_embedder([[1.0]], relevant)).embedder("odd").relevant
+
+
+def test_an_embedders_own_errors_go_through_unchanged() -> None:
+    with pytest.raises(OptionError, match=r"^set EMBEDDING_MODEL$"):
+        load(a=_embedder(_raise(OptionError("set EMBEDDING_MODEL")))).embedder("odd").start()(["x"])
+    with pytest.raises(PluginError, match="no embedder named none, there is odd"):
+        load(a=_embedder([])).embedder("none")
 
 
 def _processor(feed: Any = None, flush: Any = None) -> Any:

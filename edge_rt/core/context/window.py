@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge_rt.core.context.grading import Grade
     from edge_rt.core.context.history import Evicted, History
     from edge_rt.core.context.pruner import Pruner
-    from edge_rt.core.context.recall import Recall
+    from edge_rt.core.context.recall import Passage, Recall
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.context.transcript import Piece
     from edge_rt.types import Pruning
@@ -232,18 +232,22 @@ class Window:
         )  # fmt: skip
         if self._recall is None or len(history.tokens) > self.prompt or all(map(self._of_question, pieces)):
             return found
-        from edge_rt.core.context.recall import RELEVANT
+        from edge_rt.core.context.recall import RELEVANT, Passage
 
         # What the question is about must not leave just when it is asked.
-        near = self._relevances([[t for start, end in one.spans for t in history.tokens[start:end]] for one in found])
+        near = self._relevances(
+            [Passage([t for start, end in one.spans for t in history.tokens[start:end]], one.segment.text) for one in found]
+        )
         return [one._replace(score=max(one.score, r)) if r >= RELEVANT else one for one, r in zip(found, near, strict=True)]
 
-    def _relevances(self, segments: Sequence[Sequence[int]]) -> list[float]:
+    def _relevances(self, segments: Sequence[Passage]) -> list[float]:
         """How close each is to the current question."""
+        from edge_rt.core.context.recall import Passage
+
         assert self._recall is not None, "asked only where something is remembered"
-        question = [t for piece in self._prompt_pieces() if self._of_question(piece) for t in self.history.tokens[piece.start : piece.end]]
-        with self.lock:
-            return self._recall().relevances(question, segments)
+        asked = [piece for piece in self._prompt_pieces() if self._of_question(piece)]
+        question = [t for piece in asked for t in self.history.tokens[piece.start : piece.end]]
+        return self._recall().relevances(Passage(question, "".join(piece.segment.text for piece in asked)), segments)
 
     def _of_question(self, piece: Piece) -> bool:
         """Whether a piece belongs to the user's last message."""
@@ -258,7 +262,7 @@ class Window:
         if self._recall is None or not self.history.evicted:
             return []
         from edge_rt.core.context.history import overlapping
-        from edge_rt.core.context.recall import RELEVANT
+        from edge_rt.core.context.recall import RELEVANT, Passage
         from edge_rt.core.context.recall import SHARE as RECALL_SHARE
         from edge_rt.core.context.transcript import answer_start
 
@@ -267,8 +271,8 @@ class Window:
         pieces = [piece for piece in self._prompt_pieces() if piece.start < answer and not self._of_question(piece)]
         pieces = [piece for piece in pieces if piece.segment.kind != "schema"]  # it is close to many questions, and answers none
         stayed = [piece for piece in pieces if next(overlapping(evicted, piece.start, piece.end), None) is None]
-        spans = [(one.start, one.end) for one in evicted] + [(piece.start, piece.end) for piece in stayed]
-        near = self._relevances([tokens[start:end] for start, end in spans])
+        spans = [(one.start, one.end, one.text) for one in evicted] + [(piece.start, piece.end, piece.segment.text) for piece in stayed]
+        near = self._relevances([Passage(tokens[start:end], text) for start, end, text in spans])
         least = max([RELEVANT, *near[len(evicted) :]])
         room, chosen = self.allowed // RECALL_SHARE, []
         for relevance, gone in sorted(zip(near, evicted, strict=False), reverse=True):
