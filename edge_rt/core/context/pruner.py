@@ -64,8 +64,7 @@ class Pruner:
     @property
     def keep(self) -> int:
         """Cells that a pass leaves, fewer than are allowed."""
-        history = self._history
-        wanted = budget_cells(self._pruning, history.kept(len(history.tokens)), self._cell_bytes)
+        wanted = budget_cells(self._pruning, len(self._history.tokens), self._cell_bytes)
         return max(1, min(wanted, self._allowed - max(1, self._allowed // SLACK)))
 
     def start(self) -> int:

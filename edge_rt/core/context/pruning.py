@@ -138,7 +138,7 @@ METHODS: dict[str, Callable[[Layer], Scores]] = {
 
 
 def budget_cells(pruning: Pruning, tokens: int, cell_bytes: int | None) -> int:
-    """What a pass leaves, in cells, at least one. ``tokens`` would be in the context if nothing was pruned. Raises OptionError."""
+    """What a pass leaves, in cells, at least one. ``tokens`` were said so far. Raises OptionError."""
     if pruning.unit == "bytes" and cell_bytes is None:
         raise OptionError("this engine does not say how large a cell is; give the pruning budget in cells or as a share")
     size = {"cells": 1.0, "bytes": 1 / (cell_bytes or 1), "share": float(tokens)}[pruning.unit]

@@ -119,7 +119,7 @@ def _prefill(job: Job) -> Generator[Event, None, Logits]:
     total, reused = job.history.kept(len(job.history.tokens)), job.history.kept(job.history.fed)
     while True:
         logits = _chunk(job, "last")
-        yield PromptProgress(job.history.kept(job.history.fed), total, reused)
+        yield PromptProgress(total - _coming(job.history), total, reused)
         if logits is not None:
             return logits
 
@@ -127,12 +127,17 @@ def _prefill(job: Job) -> Generator[Event, None, Logits]:
 def _chunk(job: Job, wanted: Wanted) -> Logits | None:
     """Feed the next tokens of the history that are not in cells; logits as wanted if they are the last."""
     history = job.history
-    coming = job.window.ready(min(job.engine.info.chunk, history.kept(len(history.tokens)) - history.kept(history.fed)))
+    coming = job.window.ready(min(job.engine.info.chunk, _coming(history)))
     job.window.settle(coming)  # it may want more to be fed than before
     tokens, end = history.pending(coming)
     logits = _step(job, tokens, wanted if end == len(history.tokens) else "none")
     history.advance(end)
     return logits
+
+
+def _coming(history: History) -> int:
+    """Tokens that are still to be fed."""
+    return history.kept(len(history.tokens)) - history.kept(history.fed)
 
 
 def _rows(job: Job, tokens: Sequence[int]) -> Logits:
