@@ -583,6 +583,24 @@ def test_positions_never_pass_what_the_model_was_trained_for(open_null: Callable
     assert 100 < highest <= 128
 
 
+def test_gaps_close_when_something_comes_back(open_null: Callable[..., Model]) -> None:
+    model = open_null(context=4096)
+    engine, fact = model.engine, say("user", "zebras vex quick fjords")
+    assert isinstance(engine, RemovesCells)
+    graded_higher = (f"On {i} May 2024 Mr. {name * 8} paid {i}00 EUR to Acme Ltd." for i, name in enumerate("ABCDEFGHI", 1))
+    messages = [say("system", "Be brief."), fact, *(say("assistant" if i % 2 else "user", text) for i, text in enumerate(graded_higher, 1))]
+    with model.session(context=400) as session:
+        for end in range(2, len(messages) + 1, 2):
+            list(session.generate(messages[:end], max_tokens=1, **GREEDY))
+        assert fact["content"] not in model.detokenize(session.tokens)
+        assert engine.next_position(session._sequence) > engine.length(session._sequence), "while nothing comes back, nothing moves"
+        question = [*messages, say("user", "zebras vex quick what?")]
+        use = done_of(list(session.generate(question, max_tokens=4, **GREEDY))).context
+        assert fact["content"] in model.detokenize(session.tokens)
+        assert use.recalled_segments == 1
+        assert engine.next_position(session._sequence) == engine.length(session._sequence)
+
+
 def test_a_question_that_is_too_long_is_named_with_both_numbers(open_null: Callable[..., Model], tmp_path: Path) -> None:
     model = open_null("ok", context=128)
     with model.session() as session:

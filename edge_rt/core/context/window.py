@@ -137,14 +137,10 @@ class Window:
         """
         if self._positions() >= tokens:
             return
-        assert self._remover is not None, "others have no gaps"
         with self.lock:
-            try:
-                self._remover.renumber(self.sequence)
-            except ContextError:
-                if not self.history.condensed.tokens:
-                    self._cut(self.history.evicted[0].start)
-                    return
+            if not self._close_gaps() and not self.history.condensed.tokens:
+                self._cut(self.history.evicted[0].start)
+                return
         if self._positions() < tokens:  # pruned cells leave none, so segments have to leave instead
             if self._pruner:
                 self._pruner = None
@@ -203,6 +199,16 @@ class Window:
             return last - self.history.kept(self.history.fed)
         with self.lock:
             return last - self._remover.next_position(self.sequence)
+
+    def _close_gaps(self) -> bool:
+        """Number the cells one after the other, where keys can be rotated. The lock is held."""
+        if self._remover is None:
+            return True  # others have no gaps
+        try:
+            self._remover.renumber(self.sequence)
+        except ContextError:
+            return False
+        return True
 
     def _leave(self, wanted: int, returning: int = 0) -> None:
         """Let the policy choose what stays, within ``wanted`` cells, or if that is too little with one free. Raises ContextOverflow.
@@ -282,7 +288,11 @@ class Window:
         return chosen
 
     def _return(self, gone: Sequence[Evicted]) -> None:
-        """These come back: with the cells they left with, or by being fed again with all that follows."""
+        """These come back: with the cells they left with, or by being fed again with all that follows.
+
+        Then gaps close, as positions are counted within the cache by StreamingLLM (Xiao and others, 2023): a small model looks for what
+        it is asked near by, and often misses it behind a gap of hundreds of positions, though it finds it in a whole cache.
+        """
         if not gone or self._recall is None:
             return
         history, recall = self.history, self._recall()
@@ -296,6 +306,7 @@ class Window:
                 self._cut(again[0].start)
             for one in again:
                 history.restore(one)
+            self._close_gaps()
         self._returned += gone
         self.recalled += len(gone)
         self.recalled_tokens += sum(one.end - one.start for one in gone)
