@@ -10,8 +10,8 @@ from edge_rt.runtime import Model
 from edge_rt.session import Session
 from edge_rt.types import Delta, Done, GenerateOptions, Message, SamplingParams
 
-RECALLING = "graded with recall (session)"
-POLICIES: Mapping[str, str] = {RECALLING: "graded", "slide (session)": "slide"}
+RECALLING, SLIDING = "graded with recall (session)", "slide (session)"
+POLICIES: Mapping[str, str] = {RECALLING: "graded", SLIDING: "slide"}
 """Methods by name: the policies their models are opened with."""
 _GREEDY = SamplingParams(temperature=0)
 _ENDS = (".", "。", "\n")  # of an answer, as for the methods that read tokens
