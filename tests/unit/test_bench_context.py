@@ -8,17 +8,22 @@ from collections.abc import Hashable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.context.conversations import TONGUES, conversation, conversations
+from bench.context.conversing import REQUIRED, results
 from bench.context.everyday import reply, talk
 from bench.context.facts import FACTS
 from bench.context.methods import by_chance, by_grade, by_place
 from bench.context.prompt import SINKS, Prompt, kept
 from bench.context.runner import Score, by_method, in_rounds, table, verdict, versus
 from bench.context.score import any_found, difference, holds, interval, share_found
+from bench.context.sessions import RECALLING, SLIDING
 from bench.context.tasks import KINDS, REPORTING, TUNING, tasks
 from bench.context.text import paragraphs, prose, sentences
+from bench.context.tuning import FIXED, WIDEST, Text, search, share_kept
+from edge_rt.core.context.features import Features
 from edge_rt.core.context.segments import segments
 
 _HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -166,6 +171,36 @@ def test_languages_are_what_they_are_called() -> None:
     assert not any(chinese["en"])
     assert all(chinese["zh"])
     assert 0.3 < sum(chinese["mixed"]) / len(chinese["mixed"]) < 0.7
+
+
+@pytest.mark.parametrize(("right", "met"), [(18, True), (17, False)])
+def test_the_requirement_is_judged_by_what_sessions_answer(right: int, met: bool) -> None:
+    def scores(method: str, share: float, right: int) -> list[Score]:
+        return [Score(method, share, "en", 1280, seed, float(seed < right), "") for seed in range(20)]
+
+    held = [*scores("full", 1.0, 20), *scores(RECALLING, 0.2, right), *scores(SLIDING, 0.2, 0)]
+    found = results(held, [one for method in ("newest", "random", "graded") for one in scores(method, 0.2, 5)])
+    judged = [one for one in found if one.requirement]
+    assert [(one.name, one.ok) for one in judged] == [("conversations, all", met), ("conversations, en", met)]
+    assert all(f"{REQUIRED:g}" in one.requirement and f"{right / 20:.2f}" in one.shown for one in judged)
+
+
+# ---- tuning ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_finds_what_tells_answers_from_the_rest_within_its_bounds() -> None:
+    telling, misleading, fixed = (Features._fields.index(name) for name in ("places", "quotes", *FIXED))
+    points = np.zeros((40, len(Features._fields)))
+    points[::8, telling] = 0.5  # paragraphs with an answer
+    points[1::8, misleading] = 0.6
+    points[:, fixed] = np.linspace(0, 0.1, 40)
+    text = Text(points, np.full(40, 10), tuple((i,) for i in range(0, 40, 8)))
+    start = np.ones(len(Features._fields))
+    found = search([text], start)
+    assert share_kept([text], start) < share_kept([text], found)
+    assert found[fixed] == 1.0
+    assert (found / start <= WIDEST).all()
+    assert (found / start >= 1 / WIDEST).all()
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------------------
