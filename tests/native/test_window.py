@@ -583,21 +583,24 @@ def test_positions_never_pass_what_the_model_was_trained_for(open_null: Callable
     assert 100 < highest <= 128
 
 
-def test_gaps_close_when_something_comes_back(open_null: Callable[..., Model]) -> None:
+@pytest.mark.parametrize(
+    ("text", "comes_back"), [("zebras vex quick fjords", 1), ("On 3 June 2023 Ms. Zebra met Mr. Fjord in Quux, Texas.", 0)]
+)
+def test_gaps_close_for_a_question_about_what_came_back_or_stayed(open_null: Callable[..., Model], text: str, comes_back: int) -> None:
     model = open_null(context=4096)
-    engine, fact = model.engine, say("user", "zebras vex quick fjords")
+    engine = model.engine
     assert isinstance(engine, RemovesCells)
-    graded_higher = (f"On {i} May 2024 Mr. {name * 8} paid {i}00 EUR to Acme Ltd." for i, name in enumerate("ABCDEFGHI", 1))
-    messages = [say("system", "Be brief."), fact, *(say("assistant" if i % 2 else "user", text) for i, text in enumerate(graded_higher, 1))]
+    others = (f"On {i} May 2024 Mr. {name * 8} paid {i}00 EUR to Acme Ltd." for i, name in enumerate("ABCDEFGHI", 1))
+    messages = [say("system", "Be brief.")]
+    messages += [say("user" if i % 2 else "assistant", said) for i, said in enumerate([text, *others], 1)]
     with model.session(context=400) as session:
         for end in range(2, len(messages) + 1, 2):
             list(session.generate(messages[:end], max_tokens=1, **GREEDY))
-        assert fact["content"] not in model.detokenize(session.tokens)
-        assert engine.next_position(session._sequence) > engine.length(session._sequence), "while nothing comes back, nothing moves"
-        question = [*messages, say("user", "zebras vex quick what?")]
-        use = done_of(list(session.generate(question, max_tokens=4, **GREEDY))).context
-        assert fact["content"] in model.detokenize(session.tokens)
-        assert use.recalled_segments == 1
+        assert (text in model.detokenize(session.tokens)) == (not comes_back)
+        assert engine.next_position(session._sequence) > engine.length(session._sequence), "while nothing is asked, nothing moves"
+        use = done_of(list(session.generate([*messages, say("user", text[:-3])], max_tokens=4, **GREEDY))).context
+        assert text in model.detokenize(session.tokens)
+        assert use.recalled_segments == comes_back
         assert engine.next_position(session._sequence) == engine.length(session._sequence)
 
 

@@ -70,6 +70,7 @@ class Window:
         self._recall = recall
         self._ended = False  # pruning did, and nobody was told yet
         self._question: int | None = None
+        self._sought = False  # the question is about something that stayed
         self._pieces: list[Piece] | None = None
         self._remover = engine if isinstance(engine, RemovesCells) else None  # asking takes a while
         self._pruner = self._passes = self._start_pruning(pruning) if pruning else None
@@ -280,6 +281,7 @@ class Window:
         spans = [(one.start, one.end, one.text) for one in evicted] + [(piece.start, piece.end, piece.segment.text) for piece in stayed]
         near = self._relevances([Passage(tokens[start:end], text) for start, end, text in spans])
         least = max([RELEVANT, *near[len(evicted) :]])
+        self._sought = least > RELEVANT
         room, chosen = self.allowed // RECALL_SHARE, []
         for relevance, gone in sorted(zip(near, evicted, strict=False), reverse=True):
             if relevance > least and gone.end - gone.start <= room:
@@ -290,10 +292,10 @@ class Window:
     def _return(self, gone: Sequence[Evicted]) -> None:
         """These come back: with the cells they left with, or by being fed again with all that follows.
 
-        Then gaps close, as positions are counted within the cache by StreamingLLM (Xiao and others, 2023): a small model looks for what
-        it is asked near by, and often misses it behind a gap of hundreds of positions, though it finds it in a whole cache.
+        Then gaps close if what the question is about is in the cells: positions are counted within the cache, as by StreamingLLM (Xiao
+        and others, 2023). A small model finds a fact in a whole cache, and often overlooks it behind a gap of hundreds of positions.
         """
-        if not gone or self._recall is None:
+        if not (gone or self._sought) or self._recall is None:
             return
         history, recall = self.history, self._recall()
         again: list[Evicted] = []
