@@ -41,7 +41,8 @@ class SamplingParams(NamedTuple):
 class Pruning(NamedTuple):
     """How far a request's cells are pruned head by head, and when (docs/context.md).
 
-    ``budget``: what a pass leaves, in cells, in bytes, or as a ``share`` of all tokens that were said, up to 1.
+    ``budget``: what a pass leaves, in cells, in bytes, or as a ``share`` of all tokens that were said (up to 1, and 64 cells at
+    least).
     A pass comes when an eighth more cells than that are in use, when the prompt was read (``question``), and after ``every`` tokens
     of the answer (0: not then).
     """

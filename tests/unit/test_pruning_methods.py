@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rt.core.context.pruner import choose_tokens
-from edge_rt.core.context.pruning import METHODS, NEIGHBOURS, SINKS, Plan, budget_cells, check, choose, plan
+from edge_rt.core.context.pruning import LEAST, METHODS, NEIGHBOURS, SINKS, Plan, budget_cells, check, choose, plan
 from edge_rt.core.context.recall import same_tokens
 from edge_rt.errors import OptionError
 from edge_rt.types import Pruning
@@ -136,7 +136,7 @@ def test_ends_must_fit(keep: int, first: int, last: int) -> None:
         (Pruning(100), 100),
         (Pruning(0.1, "share"), 100),
         (Pruning(25_999, "bytes"), 25),
-        (Pruning(0.0001, "share"), 1),
+        (Pruning(0.0001, "share"), LEAST),
         (Pruning(5, "bytes"), 1),
     ],
 )

@@ -37,6 +37,8 @@ WINDOW = 8
 """Queries to watch: the question's last tokens. In the same test 16 were no better (100 % and 101 %); a pass took half as long again."""
 SINKS = 4
 """First cells that always stay."""
+LEAST = 64
+"""Cells that a share is never less than: a short prompt is worth having whole."""
 
 
 class Layer(Protocol):
@@ -138,11 +140,11 @@ METHODS: dict[str, Callable[[Layer], Scores]] = {
 
 
 def budget_cells(pruning: Pruning, tokens: int, cell_bytes: int | None) -> int:
-    """What a pass leaves, in cells, at least one. ``tokens`` were said so far. Raises OptionError."""
+    """What a pass leaves, in cells, at least one, and LEAST of a share. ``tokens`` were said so far. Raises OptionError."""
     if pruning.unit == "bytes" and cell_bytes is None:
         raise OptionError("this engine does not say how large a cell is; give the pruning budget in cells or as a share")
     size = {"cells": 1.0, "bytes": 1 / (cell_bytes or 1), "share": float(tokens)}[pruning.unit]
-    return max(1, int(pruning.budget * size))
+    return max(LEAST if pruning.unit == "share" else 1, int(pruning.budget * size))
 
 
 class Plan(NamedTuple):
