@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import edge_rt
 from bench import models
 from bench.contenders import random_prompt
 from bench.results import OURS, Bound, Result, Settings, compare
 from bench.timing import interleave
-from edge_rt.core.context.pruning import WINDOW, plan
+from edge_rt.core.context.pruning import ASKED, WATCHED, plan
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.native import ggml, memory
@@ -25,29 +26,31 @@ def run(settings: Settings) -> list[Result]:
     cells, keep, steps = settings.pick((4096, 1024, 24), (512, 128, 4))
     with _engine(settings, cells + steps + 1) as engine:
         whole = engine.new_sequence()
-        engine.step([Part(whole, random_prompt(cells - WINDOW), "none")])
+        engine.step([Part(whole, random_prompt(cells - WATCHED), "none")])
         rounds, most = settings.pick((9, 27), (2, 2))
         pruned = _watched(engine, whole, cells)
-        engine.step([Part(whole, [5] * WINDOW, "none")])
+        engine.step([Part(whole, [5] * WATCHED, "none")])
         before = _resident(engine, pruned)
-        _prune(engine, pruned, keep)
+        _prune(engine, pruned, keep, 0)
         memory_result = _memory(cells, keep, before, _resident(engine, pruned))
 
         def step() -> float:
             return _seconds(engine, whole, steps) / steps
 
-        def one_pass() -> float:
+        def one_pass(question: int) -> float:
             fork = _watched(engine, whole, cells)
-            took = _prune(engine, fork, keep)
+            took = _prune(engine, fork, keep, question)
             engine.free_sequence(fork)
             return took
 
         speeds = {OURS: lambda: steps / _seconds(engine, pruned, steps), _ALL: lambda: 1 / step()}
         samples = interleave(speeds, rounds=rounds, most=most, deadline=settings.deadline)
         decode = compare(f"decode, {cells} cells pruned to {keep}", "tokens/s", samples, (Bound(_ALL, "at least", 1.8),))
-        samples = interleave({OURS: one_pass, _STEP: step}, rounds=rounds, most=most, deadline=settings.deadline)
-        cost = compare(f"a pass from {cells} cells to {keep}", "s", samples, (Bound(_STEP, "at most", 8.0),))
-    return [decode, memory_result, cost]
+        costs = []
+        for kind, question in (("for a question", ASKED.queries), ("without a question", 0)):
+            samples = interleave({OURS: partial(one_pass, question), _STEP: step}, rounds=rounds, most=most, deadline=settings.deadline)
+            costs.append(compare(f"a pass from {cells} cells to {keep} {kind}", "s", samples, (Bound(_STEP, "at most", 8.0),)))
+    return [decode, memory_result, *costs]
 
 
 @contextmanager
@@ -59,18 +62,18 @@ def _engine(settings: Settings, context: int) -> Iterator[GgmlEngine]:
 
 
 def _watched(engine: GgmlEngine, source: int, cells: int) -> int:
-    """A copy of a sequence whose last WINDOW tokens were watched."""
-    fork = engine.fork_sequence(source, cells - WINDOW)
-    engine.watch(fork, WINDOW)
-    engine.step([Part(fork, [5] * WINDOW, "none")])
+    """A copy of a sequence whose last WATCHED tokens were watched."""
+    fork = engine.fork_sequence(source, cells - WATCHED)
+    engine.watch(fork, WATCHED)
+    engine.step([Part(fork, [5] * WATCHED, "none")])
     return fork
 
 
-def _prune(engine: GgmlEngine, sequence: int, keep: int) -> float:
+def _prune(engine: GgmlEngine, sequence: int, keep: int, question: int) -> float:
     """Seconds of a pass."""
-    chosen = plan(keep, since=WINDOW)
+    chosen = plan(keep, asked=question > 0, since=question)
     started = time.perf_counter()
-    engine.prune(sequence, chosen.keep, first=chosen.first, last=chosen.last)
+    engine.prune(sequence, **chosen._asdict())
     return time.perf_counter() - started
 
 

@@ -1,7 +1,8 @@
 """What is left of retrieval and of perplexity when the cache itself is pruned, by edge-rt's method and by those it is measured against.
 
-All methods keep as many cells, the same first and last ones of them. Retrieval is query-aware: the question is fed before the pass and
-stays besides the budget. Perplexity is not: what follows is unknown, and the last tokens of the context take the question's place.
+All methods keep as many cells, the same first and last ones of them, and ask with the same queries. Retrieval is query-aware: the question
+is fed before the pass and stays besides the budget. Perplexity is not: what follows is unknown, and the last tokens of the context take
+the question's place. Each is pruned as edge-rt prunes then: ``ASKED`` and ``UNASKED`` of core/context/pruning.py.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import edge_rt
 from bench import models
 from bench.context.methods import Method, full, full_losses
 from bench.context.perplexity import BEFORE, SHARE, texts
-from bench.context.prompt import NEWEST, SINKS, Prompt, of_task
+from bench.context.prompt import Prompt, of_task
 from bench.context.reader import Reader
 from bench.context.retrieval import BUDGETS, CONTEXT, MODEL
 from bench.context.runner import Item, Score, by_method, evaluate, in_rounds, table, versus
 from bench.context.score import Groups, difference, share_found
 from bench.context.tasks import KINDS, REPORTING, tasks
 from bench.results import Result, Settings
-from edge_rt.core.context.pruning import METHODS, WINDOW
+from edge_rt.core.context.pruning import ASKED, METHODS, SINKS, UNASKED, WATCHED, Way
 from edge_rt.core.engine import Part, PrunesCells
 
 LENGTHS = (1000, 2000, 4000)
@@ -31,19 +32,19 @@ LEAST = {0.2: 0.95, 0.1: 0.80}
 """Share of the whole cache's score that must be left, by budget."""
 MOST_ABOVE = 0.01
 """By how much perplexity may rise when half is kept."""
-OURS = "defensive"
 
 
 @contextmanager
-def _pruned(reader: Reader, method: str, context: Sequence[int], question: Sequence[int], budget: int) -> Iterator[int]:
-    """A sequence that holds ``budget`` cells of a context, and the question that they were chosen for."""
-    with reader.after(context) as sequence:
+def _pruned(reader: Reader, method: str, way: Way, context: Sequence[int], question: Sequence[int], budget: int) -> Iterator[int]:
+    """A sequence that holds ``budget`` cells of a context, and the question that they were chosen for, if any."""
+    older = len(context) - WATCHED
+    with reader.after(context[:older]) as sequence:
         engine = reader.model.engine
         assert isinstance(engine, PrunesCells), "edge-rt's own engine is"
-        engine.watch(sequence, WINDOW)
-        engine.step([Part(sequence, question, "none")])
-        last = len(question) + int(NEWEST * budget)
-        engine.prune(sequence, budget + len(question), first=SINKS, last=last, method=method)
+        engine.watch(sequence, WATCHED)
+        engine.step([Part(sequence, [*context[older:], *question], "none")])
+        keep, last = budget + len(question), int(way.newest * budget) + len(question)
+        engine.prune(sequence, keep, first=SINKS, last=last, method=method, queries=way.queries)
         yield sequence
 
 
@@ -52,7 +53,7 @@ def _pruned(reader: Reader, method: str, context: Sequence[int], question: Seque
 
 def answered(method: str, reader: Reader, prompt: Prompt, budget: int) -> str:
     """The answer from a cache pruned for the question."""
-    with _pruned(reader, method, prompt.context, prompt.question[:-1], budget) as sequence:
+    with _pruned(reader, method, ASKED, prompt.context, prompt.question[:-1], budget) as sequence:
         return reader.answer(sequence, prompt.question[-1:], prompt.limit)
 
 
@@ -77,18 +78,18 @@ def _round(reader: Reader, methods: Mapping[str, Method], seed: int, length: int
 def _tables(scores: Sequence[Score], budget: float) -> Iterator[Result]:
     kept = f"{budget:.0%} of the cells kept"
     for kind in KINDS:
-        yield table(f"{kind}, {kept}", by_method((score for score in scores if score.kind == kind), budget), OURS)
+        yield table(f"{kind}, {kept}", by_method((score for score in scores if score.kind == kind), budget), ASKED.method)
     groups = by_method(scores, budget)
-    yield table(f"all retrieval, {kept}", groups, OURS)
+    yield table(f"all retrieval, {kept}", groups, ASKED.method)
     for rival in METHODS:
-        if rival != OURS:
-            yield versus(f"{OURS} pruning, {kept}", groups, OURS, rival)
+        if rival != ASKED.method:
+            yield versus(f"{ASKED.method} pruning, {kept}", groups, ASKED.method, rival)
     yield _left(groups, budget)
 
 
 def _left(groups: Mapping[str, Groups], budget: float) -> Result:
     """Our share of the whole cache's score."""
-    ours, whole = ([value for values in groups[name].values() for value in values] for name in (OURS, "full"))
+    ours, whole = ([value for values in groups[name].values() for value in values] for name in (ASKED.method, "full"))
     share = sum(ours) / sum(whole) if sum(whole) else 0.0
     return Result(
         name=f"what pruning to {budget:.0%} leaves of the score",
@@ -107,8 +108,7 @@ def _left(groups: Mapping[str, Groups], budget: float) -> Result:
 
 def losses(method: str, reader: Reader, prompt: Prompt, budget: int) -> list[float]:
     """Minus the log probabilities of what follows a context whose cache was pruned."""
-    older, newest = prompt.context[:-WINDOW], prompt.context[-WINDOW:]
-    with _pruned(reader, method, older, newest, budget - WINDOW) as sequence:
+    with _pruned(reader, method, UNASKED, prompt.context, [], budget) as sequence:
         return reader.losses(sequence, prompt.question)
 
 
@@ -131,11 +131,11 @@ def _above(name: str, found: Mapping[str, Groups]) -> Result:
     mean, low, high, items, _ = difference(found[name], found["full"])
     return Result(
         name=f"perplexity, {name}, {SHARE:.0%} of the cells kept",
-        requirement=f"≤ {MOST_ABOVE:+.0%}" if name == OURS else "",
+        requirement=f"≤ {MOST_ABOVE:+.0%}" if name == UNASKED.method else "",
         unit="perplexity",
         ours=ours,
         peers={"full": whole},
-        ok=math.expm1(mean) <= MOST_ABOVE if name == OURS else None,
+        ok=math.expm1(mean) <= MOST_ABOVE if name == UNASKED.method else None,
         shown=f"{math.expm1(mean):+.1%} [{math.expm1(low):+.1%}, {math.expm1(high):+.1%}] above the whole cache's",
         notes=[f"{items} tokens of {len(whole)} texts"],
     )

@@ -200,15 +200,18 @@ class PrunesCells(Protocol):
     def watch(self, sequence: int, window: int) -> None:
         """Keep the last ``window`` queries of every layer from now on, which pruning goes by; 0 stops. Forks are not watched.
 
+        Asked again with the same number, nothing changes.
+
         Raises OptionError, OutOfMemory.
         """
         ...
 
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
         """Keep ``keep`` cells of each head, the first and last ones among them, and chosen by ``method`` of core/context/pruning.py.
 
-        Nothing changes if there are no more. Raises OptionError for an unknown method or ends longer than ``keep``, ContextError
-        if the method asks for queries and none were kept, OutOfMemory.
+        ``queries``: ask with so many of those kept, the last ones; None: with all. Nothing changes if there are no more cells.
+        Raises OptionError for an unknown method, ends longer than ``keep`` or less than one query, ContextError if the method asks for
+        queries and none were kept, OutOfMemory.
         """
         ...
 

@@ -314,22 +314,24 @@ class GgmlEngine:
         """Keep the last ``window`` queries of every layer from now on; 0 stops. Raises OptionError, OutOfMemory."""
         if not 0 <= window <= self.info.max_context:
             raise OptionError(f"{window} queries cannot be kept; choose 0 to {self.info.max_context}")
-        self._last = None
         cache = self._sequences[sequence]
+        if window and cache.ring and cache.ring.window == window:
+            return
+        self._last = None
         self._graphs.forget(cache.view)
         cache.watch(window)
 
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
         """Keep ``keep`` cells of each head; see ``PrunesCells``. They move to a cache of that size."""
         from edge_rt.core.context.pruning import check, choose
         from edge_rt.core.graph.scores import cached_layers
 
-        check(keep, first, last, method)
+        check(keep, first, last, method, queries)
         cache = self._sequences[sequence]
         length, held = cache.length, cache.nbytes
         if keep >= length:
             return Pruned(0, 0)
-        kept = choose(cached_layers(cache, self.hyper, self._backend), keep, first, last, method)
+        kept = choose(cached_layers(cache, self.hyper, self._backend, queries), keep, first, last, method)
         pruned = cache.prune(kept, next_capacity(0, keep + 1, self.info.max_context))
         self._replace(sequence, pruned)
         return Pruned(length - keep, held - pruned.nbytes)

@@ -225,14 +225,16 @@ class NullEngine:
             raise OptionError(f"{window} queries cannot be kept; choose 0 or more")
         self._get(sequence).window = window
 
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
         """Keep the protected ends and of the rest those with the least states: by chance, and the same cells in the only head."""
         held = self._get(sequence)
         length = len(held.tokens)
-        if method != "defensive":
-            raise OptionError(f"there is no such way to prune as {method!r}; choose defensive")
+        if method not in ("defensive", "obcache"):
+            raise OptionError(f"there is no such way to prune as {method!r}; choose from defensive, obcache")
         if keep < 1 or min(first, last) < 0 or first + last > keep:
             raise OptionError(f"{keep} cells cannot be kept with {first} and {last} of them protected; keep more")
+        if queries is not None and queries < 1:
+            raise OptionError(f"pruning cannot ask with {queries} queries; ask with one or more")
         if keep >= length:
             return Pruned(0, 0)
         if not held.window:

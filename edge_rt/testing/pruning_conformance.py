@@ -135,6 +135,8 @@ class PruningConformance(CellsConformance):
                     able.prune(sequence, keep, first=first, last=last)
             with pytest.raises(OptionError, match="no such way"):
                 able.prune(sequence, 10, first=1, last=1, method="no such way")
+            with pytest.raises(OptionError, match="queries"):
+                able.prune(sequence, 10, first=1, last=1, queries=0)
             with pytest.raises(OptionError):
                 able.watch(sequence, -1)
             with pytest.raises(ContextError):

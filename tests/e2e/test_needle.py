@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core.context.pruning import WINDOW, plan
+from edge_rt.core.context.pruning import ASKED, plan
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.runtime import Model
@@ -49,9 +49,9 @@ def test_a_fact_is_found_in_a_fifth_of_the_cells(model: Model, depth: float, key
     answers = {}
     for method in ("defensive", "window"):
         fork = engine.fork_sequence(sequence, len(context))
-        engine.watch(fork, WINDOW)
+        engine.watch(fork, ASKED.queries)
         engine.step([Part(fork, question[:-1], "none")])
-        chosen = plan(len(context) // 5, since=len(question))
+        chosen = plan(len(context) // 5, asked=True, since=len(question))
         engine.prune(fork, chosen.keep, first=chosen.first, last=chosen.last, method=method)
         tokens = question[-1:]
         found: list[int] = []

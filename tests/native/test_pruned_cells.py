@@ -102,6 +102,17 @@ def test_the_ring_holds_the_last_queries(random_model: Callable[..., Path], wind
             np.testing.assert_allclose(mine, all_[60 - window :], atol=2e-2 * np.abs(all_).max())
 
 
+def test_a_pass_may_ask_with_fewer_queries_than_were_kept(random_model: Callable[..., Path]) -> None:
+    """With the last 8 of 60 all is as if no more had been watched, and otherwise not."""
+    with opened(random_model("llama")) as engine:
+        tokens = random_tokens(engine, 60)
+        few, many, all_ = watched(engine, tokens, 8), watched(engine, tokens, 60), watched(engine, tokens, 60)
+        engine.prune(few, 30, first=2, last=3, queries=60)  # there are no more than 8
+        engine.prune(many, 30, first=2, last=3, queries=8)
+        engine.prune(all_, 30, first=2, last=3)
+        assert engine.export_sequence(few) == engine.export_sequence(many) != engine.export_sequence(all_)
+
+
 def test_queries_of_tokens_that_went_are_forgotten(random_model: Callable[..., Path]) -> None:
     with opened(random_model("llama")) as engine:
         tokens = random_tokens(engine, 60)

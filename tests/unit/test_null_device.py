@@ -162,20 +162,20 @@ class _ReturnsWithoutState(NullEngine):
 
 
 class _PrunesAlways(NullEngine):
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
-        return super().prune(sequence, max(1, min(keep, self.length(sequence) - 1)), first=first, last=last, method=method)
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
+        return super().prune(sequence, max(1, min(keep, self.length(sequence) - 1)), first=first, last=last, method=method, queries=queries)
 
 
 class _PruningForgetsPositions(NullEngine):
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
-        pruned = super().prune(sequence, keep, first=first, last=last, method=method)
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
+        pruned = super().prune(sequence, keep, first=first, last=last, method=method, queries=queries)
         self.renumber(sequence)
         return pruned
 
 
 class _PruningReachesOthers(NullEngine):
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
-        pruned = super().prune(sequence, keep, first=first, last=last, method=method)
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
+        pruned = super().prune(sequence, keep, first=first, last=last, method=method, queries=queries)
         for other in self._sequences.values():
             other.states[-1:] = [state ^ pruned.cells for state in other.states[-1:]]
         return pruned
@@ -188,7 +188,7 @@ class _WatchingDisturbs(NullEngine):
 
 
 class _KnowsAllMethods(NullEngine):
-    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive") -> Pruned:
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
         return super().prune(sequence, keep, first=first, last=last)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rt.core.context.pruner import choose_tokens
-from edge_rt.core.context.pruning import LEAST, METHODS, NEIGHBOURS, SINKS, Plan, budget_cells, check, choose, plan
+from edge_rt.core.context.pruning import ASKED, LEAST, METHODS, NEIGHBOURS, SINKS, UNASKED, Plan, Way, budget_cells, check, choose, plan
 from edge_rt.core.context.recall import same_tokens
 from edge_rt.errors import OptionError
 from edge_rt.types import Pruning
@@ -81,16 +81,28 @@ def test_defensive_keeps_what_a_single_query_needs_and_snapkv_averages_it_away()
     assert not set(range(20, 23)) & set(choose([one], 13, 1, 1, "snapkv")[0, 0].tolist())
 
 
-def test_what_is_worthless_to_read_is_not_kept() -> None:
+def test_obcache_lies_between_the_mean_and_the_highest() -> None:
+    """Seven cells matter: much to one query in eight, or half as much to all; the mean and the highest agree, the squares tell."""
+    few, all_ = (0, 20, 27, 0.09), [(query, 60, 67, 0.045) for query in range(8)]
+    one = looked_at(100, few, *all_)
+    assert set(range(22, 25)) <= set(choose([one], 9, 1, 1, "defensive")[0, 0].tolist())
+    assert set(range(62, 65)) <= set(choose([one], 9, 1, 1, "obcache")[0, 0].tolist())
+    much = looked_at(100, (0, 20, 27, 0.14), *((query, 60, 67, 0.03) for query in range(8)))
+    assert set(range(22, 25)) <= set(choose([much], 9, 1, 1, "obcache")[0, 0].tolist())
+    assert set(range(62, 65)) <= set(choose([much], 9, 1, 1, "snapkv")[0, 0].tolist())
+
+
+@pytest.mark.parametrize("method", ["defensive", "obcache"])
+def test_what_is_worthless_to_read_is_not_kept(method: str) -> None:
     one = looked_at(100, (0, 20, 30, 0.1), (1, 60, 70, 0.1))
     one.norms[0, 20:30] = 1e-3
-    assert set(range(62, 68)) <= set(choose([one], 10, 1, 1, "defensive")[0, 0].tolist())
+    assert set(range(62, 68)) <= set(choose([one], 10, 1, 1, method)[0, 0].tolist())
 
 
 def test_neighbours_come_along_except_for_h2o() -> None:
     one = looked_at(100, *((query, 50, 51, 0.5) for query in range(8)))
     side = NEIGHBOURS // 2
-    for method in ("defensive", "snapkv"):
+    for method in ("defensive", "obcache", "snapkv"):
         assert choose([one], NEIGHBOURS + 2, 1, 1, method)[0, 0].tolist() == [0, *range(50 - side, 51 + side), 99]
     two = looked_at(100, *((query, cell, cell + 1, 0.3) for query in range(8) for cell in (30, 50)))
     assert choose([two], 4, 1, 1, "h2o")[0, 0].tolist() == [0, 30, 50, 99]
@@ -123,8 +135,10 @@ def test_scores_that_are_no_numbers_do_not_win() -> None:
 def test_ends_must_fit(keep: int, first: int, last: int) -> None:
     with pytest.raises(OptionError, match="keep more"):
         check(keep, first, last, "defensive")
-    with pytest.raises(OptionError, match="defensive, snapkv"):
+    with pytest.raises(OptionError, match="defensive, obcache"):
         check(4, 1, 1, "best")
+    with pytest.raises(OptionError, match="one or more"):
+        check(4, 1, 1, "defensive", 0)
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -149,10 +163,16 @@ def test_a_budget_in_bytes_needs_to_know_how_large_a_cell_is() -> None:
         budget_cells(Pruning(1 << 20, "bytes"), 1000, None)
 
 
+@pytest.mark.parametrize(("asked", "since", "way"), [(False, 0, UNASKED), (True, 0, ASKED), (True, 30, ASKED)])
+def test_each_kind_of_pass_is_made_in_its_way(asked: bool, since: int, way: Way) -> None:
+    found = plan(100, asked=asked, since=since)
+    assert found == Plan(100, SINKS, since + int(100 * way.newest), way.method, way.queries)
+
+
 @given(st.integers(1, 3000), st.integers(0, 2000), st.integers(0, 2000))
 def test_a_plan_can_be_carried_out_and_protects_both_ends(keep: int, head: int, since: int) -> None:
-    found = plan(keep, head, since)
-    check(found.keep, found.first, found.last, "defensive")
+    found = plan(keep, head=head, since=since)
+    check(*found)
     assert found.keep == keep
     assert found.first >= min(keep, SINKS)
     if head <= keep // 4:
@@ -166,7 +186,7 @@ def test_a_plan_can_be_carried_out_and_protects_both_ends(keep: int, head: int, 
 
 def test_tokens_near_those_of_the_question_stay_and_both_ends() -> None:
     tokens = [*range(100, 400), 7, 8, 9, *range(400, 700)]
-    kept = choose_tokens(tokens, [8, 150], Plan(100, 4, 10), same_tokens)
+    kept = choose_tokens(tokens, [8, 150], Plan(100, 4, 10, *ASKED[:2]), same_tokens)
     assert len(kept) == 100
     assert kept == sorted(set(kept))
     assert set(range(4)) | set(range(593, 603)) <= set(kept)

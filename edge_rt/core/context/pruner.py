@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from edge_rt.core.context.pruning import NEIGHBOURS, WINDOW, Plan, budget_cells, plan
+from edge_rt.core.context.pruning import NEIGHBOURS, WATCHED, Plan, budget_cells, plan
 from edge_rt.core.engine import EmbedsTokens, Engine, PrunesCells, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 SLACK = 8
 """A pass comes when an eighth more cells than the budget are in use, so that not every token makes one."""
 _LEAST = 2  # cells to be allowed: one that is kept, one for the next token
-ASKED = 32
-"""Tokens of a question, its last ones, that pruning asks with."""
+LONGEST = 32
+"""Tokens of a question, its last ones, that are fed for a pass before their turn."""
+TEMPLATE = 8
+"""Queries that a pass asks with besides those of a question from a chat template: that ends the turn and begins the answer."""
 
 
 class Pruner:
@@ -79,7 +81,7 @@ class Pruner:
             asked = max(self._question(), history.condensed.tokens)
         if self._heads is not None:
             with self._lock:
-                self._heads.watch(self._sequence, min(ASKED, max(WINDOW, len(history.tokens) - asked)))
+                self._heads.watch(self._sequence, WATCHED)
         return asked
 
     def ready(self, coming: int, answered: int | None) -> int:
@@ -105,14 +107,16 @@ class Pruner:
         """One pass. Raises OutOfMemory; then nothing has changed."""
         history, start, before = self._history, self._question(), self._history.cells
         since = max(0, history.kept(history.fed) - history.kept(start))
-        chosen = plan(self.keep, history.kept(_head(self._pieces())), since)
-        end = self._pieces()[-1].end
+        end, head = self._pieces()[-1].end, history.kept(_head(self._pieces()))
+        chosen = plan(self.keep, head=head, asked=history.fed <= end, since=since)
+        if history.fed <= end and self._message() >= 0:
+            chosen = chosen._replace(queries=chosen.queries + TEMPLATE)
         if self._heads is not None:
             with self._lock:
-                self.released += self._prune_heads(chosen, history.tokens[max(start, history.fed) : end][-ASKED:])
+                self.released += self._prune_heads(chosen, history.tokens[max(start, history.fed) : end][-LONGEST:])
             history.condense(before - self._engine.length(self._sequence), chosen.last)
         else:
-            self._evict(self._unwanted(chosen, history.tokens[start:end][-ASKED:]))
+            self._evict(self._unwanted(chosen, history.tokens[start:end][-LONGEST:]))
         self.cells += before - history.cells
         self._asked, self._answered = True, answered or 0
 
@@ -123,12 +127,15 @@ class Pruner:
 
     def _question(self) -> int:
         """The token where the question begins: with the user's last message, or, if that is long or there is none, near the end."""
+        pieces, asked = self._pieces(), self._message()
+        near = max(0, pieces[-1].end - LONGEST)
+        return max(near, next((piece.start for piece in pieces if piece.segment.message == asked >= 0), near))
+
+    def _message(self) -> int:
+        """The number of the user's last message, -1 if there is none."""
         from edge_rt.core.context.transcript import question
 
-        pieces = self._pieces()
-        asked = question(pieces)
-        near = max(0, pieces[-1].end - ASKED)
-        return max(near, next((piece.start for piece in pieces if piece.segment.message == asked >= 0), near))
+        return question(self._pieces())
 
     def _prune_heads(self, chosen: Plan, question: Sequence[int]) -> int:
         """Returns bytes given back. What of the ``question`` was not fed yet is, for the time of the pass: the cache is pruned for it."""
@@ -141,7 +148,9 @@ class Pruner:
         if n:
             engine.step([Part(sequence, question, "none")])
         try:
-            pruned = self._heads.prune(sequence, chosen.keep + n, first=chosen.first, last=chosen.last + n)
+            pruned = self._heads.prune(
+                sequence, chosen.keep + n, first=chosen.first, last=chosen.last + n, method=chosen.method, queries=chosen.queries
+            )  # fmt: skip
         except BaseException:
             if n:
                 engine.truncate(sequence, before)

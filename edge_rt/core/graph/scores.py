@@ -38,7 +38,8 @@ class CachedLayer:
         if not shared.held or ring is None:
             raise ContextError("no query was kept to prune by; watch the sequence before its last tokens are fed")
         group = h.n_head // h.n_head_kv
-        asked = ring.queries(self.number, n).reshape(shared.held, h.n_head_kv, group, h.head_dim).transpose(1, 2, 0, 3)
+        last = ring.queries(self.number, n)[-shared.held :]
+        asked = last.reshape(shared.held, h.n_head_kv, group, h.head_dim).transpose(1, 2, 0, 3)
         ggml.view(shared.queries, "f4", asked.shape)[:] = asked
 
         def attention(ctx: int) -> int:
@@ -85,11 +86,12 @@ class _Shared:
     ``queries`` [D, group * held, G] are set layer by layer; ``mask`` [N, group * held]: which cells each may see; ``rows`` [N, G]: all.
     """
 
-    def __init__(self, cache: KvCache, hyper: Hyper, backend: ggml.Handle) -> None:
+    def __init__(self, cache: KvCache, hyper: Hyper, backend: ggml.Handle, queries: int | None) -> None:
         import numpy as np
 
         n, heads, group = cache.length, hyper.n_head_kv, hyper.n_head // hyper.n_head_kv
-        self.held = max(0, cache.ring.held(n)) if cache.ring else 0
+        held = max(0, cache.ring.held(n)) if cache.ring else 0
+        self.held = held if queries is None else min(held, queries)
         self._backend, self._arena, self._ctx = backend, ggml.allocator(), ggml.context(3)
         ctx, asked = self._ctx.address, max(1, group * self.held)
         self.queries = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, asked, heads))
@@ -111,8 +113,8 @@ class _Shared:
         self._ctx.close()
 
 
-def cached_layers(cache: KvCache, hyper: Hyper, backend: ggml.Handle) -> Iterator[CachedLayer]:
-    """The layers of a cache, one after the other."""
-    with closing(_Shared(cache, hyper, backend)) as shared:
+def cached_layers(cache: KvCache, hyper: Hyper, backend: ggml.Handle, queries: int | None = None) -> Iterator[CachedLayer]:
+    """The layers of a cache, one after the other. They ask with the last ``queries`` that were kept, None: with all."""
+    with closing(_Shared(cache, hyper, backend, queries)) as shared:
         for number in range(hyper.n_layer):
             yield CachedLayer(cache, hyper, number, shared)
