@@ -150,7 +150,7 @@ def _pruning(options: GenerationOptions) -> Pruning | None:
         if text.endswith("%"):
             return Pruning(float(text[:-1]) / 100, "share", every=every)
         return Pruning(int(text), every=every) if text.isdigit() else Pruning(parse_size(text, "--prune"), "bytes", every=every)
-    except ValueError:
+    except (ValueError, OptionError):
         raise OptionError(f"--prune takes cells as 1024, a size as 64M or a share as 25%, and not {text!r}") from None
 
 

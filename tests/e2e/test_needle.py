@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +68,41 @@ def test_a_fact_is_found_in_a_fifth_of_the_cells(model: Model, depth: float, key
     engine.free_sequence(sequence)
     assert key in answers["defensive"], answers
     assert key not in answers["window"], "the fact was among the newest cells, so this proves nothing"
+
+
+def test_a_prompt_longer_than_the_context_through_the_program(smollm2: Path, tmp_path: Path) -> None:
+    """Read chunk by chunk, each pruned for the question at the end: the fact is in the first of them."""
+    text = story(5, 110)
+    text.insert(8, _FACT.format("59317"))
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("".join(text) + _QUESTION)
+    command = [sys.executable, "-m", "edge_rt.cli.main", "run", "-m", str(smollm2), "--raw", "--json", "--temp", "0", "-n", "8"]
+    command += ["-c", "1024", "--prune", "400", "-f", str(prompt)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=240, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    use, usage = events[-1]["context"], events[-1]["usage"]
+    assert usage["prompt_tokens"] == usage["computed_tokens"] > 1300
+    assert "59317" in "".join(event["text"] for event in events if event["event"] == "delta")
+    assert use["used"] <= 450
+    assert use["pruned_cells"] == use["missing_cells"] > 800
+    assert use["released_bytes"] > 0
+    assert use["evicted_tokens"] == use["absent_tokens"] == 0
+    assert any("cells were pruned" in event["message"] for event in events if event["event"] == "notice")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prune", "lots"], "--prune takes cells as 1024, a size as 64M or a share as 25%, and not 'lots'"),
+        (["--prune", "x%"], "--prune takes cells as 1024"),
+        (["--prune", "150%"], "a pruning budget of 1.5 share is out of range; give up to 1"),
+        (["--prune", "0"], "a pruning budget of 0 cells is out of range"),
+        (["--prune-every", "9"], "--prune-every says when to prune and --prune how far; give both"),
+    ],
+)
+def test_budgets_that_are_none(smollm2: Path, words: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "edge_rt.cli.main", "run", "-m", str(smollm2), *words, "Hi"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=240, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert message in done.stderr
