@@ -32,10 +32,13 @@ BENCHMARKS = {
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
     "pruning-retrieval": ("context.pruned", "retrieval"),
+    "pruning-unasked": ("context.unasked", "run"),
     "pruning-perplexity": ("context.pruned", "perplexity"),
 }
 """Name -> module and function. Each ends by itself within ten minutes."""
-UNTIMED = ("context-retrieval", "context-conversations", "context-perplexity", "pruning-retrieval", "pruning-perplexity")
+UNTIMED = (
+    "context-retrieval", "context-conversations", "context-perplexity", "pruning-retrieval", "pruning-unasked", "pruning-perplexity",
+)  # fmt: skip
 """Those whose figures are scores, which a busy machine does not change."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""

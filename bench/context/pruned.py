@@ -35,7 +35,7 @@ MOST_ABOVE = 0.01
 
 
 @contextmanager
-def _pruned(reader: Reader, method: str, way: Way, context: Sequence[int], question: Sequence[int], budget: int) -> Iterator[int]:
+def pruned(reader: Reader, method: str, way: Way, context: Sequence[int], question: Sequence[int], budget: int) -> Iterator[int]:
     """A sequence that holds ``budget`` cells of a context, and the question that they were chosen for, if any."""
     older = len(context) - WATCHED
     with reader.after(context[:older]) as sequence:
@@ -53,7 +53,7 @@ def _pruned(reader: Reader, method: str, way: Way, context: Sequence[int], quest
 
 def answered(method: str, reader: Reader, prompt: Prompt, budget: int) -> str:
     """The answer from a cache pruned for the question."""
-    with _pruned(reader, method, ASKED, prompt.context, prompt.question[:-1], budget) as sequence:
+    with pruned(reader, method, ASKED, prompt.context, prompt.question[:-1], budget) as sequence:
         return reader.answer(sequence, prompt.question[-1:], prompt.limit)
 
 
@@ -108,7 +108,7 @@ def _left(groups: Mapping[str, Groups], budget: float) -> Result:
 
 def losses(method: str, reader: Reader, prompt: Prompt, budget: int) -> list[float]:
     """Minus the log probabilities of what follows a context whose cache was pruned."""
-    with _pruned(reader, method, UNASKED, prompt.context, [], budget) as sequence:
+    with pruned(reader, method, UNASKED, prompt.context, [], budget) as sequence:
         return reader.losses(sequence, prompt.question)
 
 
