@@ -304,6 +304,8 @@ def facts(done: Done) -> str:
     parts = [f"context {context.used} of {context.allowed}", f"prompt {use.prompt_tokens} tokens"]
     if context.absent_tokens:
         parts[0] += f", {context.absent_tokens} tokens left it"
+    if context.missing_cells:
+        parts[0] += f", {context.missing_cells} cells pruned"
     if use.reused_tokens:
         parts[-1] += f", {use.reused_tokens} of them reused"
     if use.computed_tokens and times.prompt > 0:

@@ -315,7 +315,7 @@ class GgmlEngine:
         if not 0 <= window <= self.info.max_context:
             raise OptionError(f"{window} queries cannot be kept; choose 0 to {self.info.max_context}")
         cache = self._sequences[sequence]
-        if window and cache.ring and cache.ring.window == window:
+        if window == (cache.ring.window if cache.ring else 0):
             return
         self._last = None
         self._graphs.forget(cache.view)

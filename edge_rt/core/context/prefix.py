@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from edge_rt.core.engine import Engine, RemovesCells
+from edge_rt.core.engine import Engine, PrunesCells, RemovesCells
 from edge_rt.errors import ContextError
 
 WORTH = 16
@@ -55,6 +55,8 @@ class PrefixCache:
 
     def give(self, sequence: int, tokens: list[int]) -> None:
         """Take over a sequence whose session ended and that begins with ``tokens``; it is freed if that is not worth keeping."""
+        if isinstance(self._engine, PrunesCells):
+            self._engine.watch(sequence, 0)
         left = cut(self._engine, sequence, len(tokens)) if WORTH <= len(tokens) <= self._budget else 0
         if left < WORTH:
             self._engine.free_sequence(sequence)
