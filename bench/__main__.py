@@ -36,9 +36,11 @@ BENCHMARKS = {
     "pruning-perplexity": ("context.pruned", "perplexity"),
 }
 """Name -> module and function. Each ends by itself within ten minutes."""
-UNTIMED = (
-    "context-retrieval", "context-conversations", "context-perplexity", "pruning-retrieval", "pruning-unasked", "pruning-perplexity",
+QUALITY = (
+    "context-conversations", "context-retrieval", "context-perplexity", "pruning-retrieval", "pruning-unasked", "pruning-perplexity",
+    "pruning",
 )  # fmt: skip
+"""Those of context handling; all but the last give scores, which a busy machine does not change."""
 """Those whose figures are scores, which a busy machine does not change."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
@@ -112,7 +114,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     module, function = BENCHMARKS[name]
     run: Callable[[Settings], list[Result]] = getattr(importlib.import_module(f"bench.{module}"), function)
-    warning = None if options.quick or name in UNTIMED else wait_until_quiet(options.wait)
+    warning = None if options.quick or name in QUALITY[:-1] else wait_until_quiet(options.wait)
     print(f"--- {name}" + (f" ({warning})" if warning else ""), flush=True)
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
@@ -128,15 +130,20 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report() -> int:
-    from bench.report import DOC, render
+    """Write the pages of which something was measured."""
+    from bench.report import DOCS, pages, render
 
-    try:
-        page = render(load_all(), list(BENCHMARKS))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    DOC.write_text(page, encoding="utf-8")
-    print(f"wrote {DOC}")
+    stored = load_all()
+    for page in pages(QUALITY, [name for name in BENCHMARKS if name not in QUALITY]):
+        if not any(name in stored for name in page.benchmarks):
+            continue
+        try:
+            text = render(stored, page)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        (DOCS / page.file).write_text(text, encoding="utf-8")
+        print(f"wrote docs/{page.file}")
     return 0
 
 

@@ -1,18 +1,18 @@
-"""Writes docs/performance.md from the stored results."""
+"""Writes docs/performance.md and docs/quality.md from the stored results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.processes import PROGRAMS
 from bench.results import OURS, Result, from_json
 from bench.timing import spread
 
-DOC = Path(__file__).parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
-HEAD = """# Performance
+SPEED_HEAD = """# Performance
 
 Measured with `python -m bench` and written by `python -m bench report`; `make bench` does both.
 
@@ -28,12 +28,20 @@ and off, repacked weights on and off, every number of threads, then mapped again
 `--memory-group DIRECTORY` names a memory cgroup in which `limited` may make a group of its own for stock libllama and edge-rt alike.
 Each benchmark waits for a quiet machine, repeats while ratios spread more than 5 %, and ends within ten minutes.
 
-Only context handling is scored and not timed: each score stands with its 95 % interval (bootstrap over texts), every policy may keep
-the same number of tokens and has the same ones protected, and `blind` is what the model guesses without the text.
+What is left of answers when the context is short has [a page of its own](quality.md).
 
 Models: SmolLM2-135M-Instruct in several types, made from one file; for memory and disk a random llama of 1.3 GB in Q4_0.
 """
-WHY_NOT = """## What the published run does not meet, and why
+QUALITY_HEAD = """# What is left when the context is short
+
+Measured with `python -m bench` and written by `python -m bench report`. What it is about is in [context](context.md).
+
+Each score stands with its 95 % interval (bootstrap over texts). Every method may keep the same number of tokens or cells and has the
+same ones protected; `full` has all of the text, `blind` none. Tasks are retrieval in the style of RULER from real prose (one and
+several needles, variables, common words), scripted conversations, and perplexity on prose. The model is SmolLM2-135M-Instruct, which
+is small: what it answers with its whole cache bounds everything here.
+"""
+SPEED_WHY_NOT = """## What the published run does not meet, and why
 
 - *Three times the default at 4,000 cells*: the requirement dates from a CPU on which ggml's flash attention took seven times as long as
   matmuls for one query. Where it does not, libllama's default is no longer slow. (Both layouts are timed once for each machine, and the
@@ -43,12 +51,27 @@ WHY_NOT = """## What the published run does not meet, and why
 - *Speculation*: one step of two tokens costs 2.2 steps of one in Q8_0 and 1.9 in Q4_0, one of eight 4.1 and 3.6: these kernels are bound
   by computing. The ratio also falls as plain decoding gets faster.
 """
+QUALITY_WHY_NOT = """## What the published run does not meet, and why
+
+- *A pass without a question* asks with 64 queries, because with 8 perplexity rises by 3 %. It comes in the middle of a long answer, once
+  for every eighth of the budget, and delays no first token.
+"""
 EMPTY = "Nothing has been measured yet: run `make bench`.\n"
 TAIL = """## The programs
 
 Opening, cold starts and the memory limit are measured by these two programs, start-up by `edge-rt run -n 1 --temp 0 "…"` and the
 two scripts after them.
 """
+
+
+class Page(NamedTuple):
+    """A page of results: of which ``benchmarks``, and what stands around them."""
+
+    file: str
+    benchmarks: Sequence[str]
+    head: str
+    why_not: str
+    tail: str
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
@@ -84,8 +107,17 @@ def rows(results: Iterable[Result]) -> list[list[str]]:
     return lines
 
 
-def render(stored: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
-    """The page. ``order`` lists the benchmarks. Raises ValueError for quick results and for results of several machines."""
+def pages(quality: Sequence[str], speed: Sequence[str]) -> list[Page]:
+    """Both pages, each with its benchmarks."""
+    return [
+        Page("performance.md", speed, SPEED_HEAD, SPEED_WHY_NOT, "\n".join([TAIL, *_programs()])),
+        Page("quality.md", quality, QUALITY_HEAD, QUALITY_WHY_NOT, ""),
+    ]
+
+
+def render(stored: Mapping[str, Mapping[str, Any]], page: Page) -> str:
+    """A page. Raises ValueError for quick results and for results of several machines."""
+    order = page.benchmarks
     measured = [name for name in order if name in stored]
     if quick := [name for name in measured if stored[name]["quick"]]:
         raise ValueError(f"the results of {', '.join(quick)} are from --quick and mean nothing; measure again without it")
@@ -93,12 +125,12 @@ def render(stored: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str
     if len(machines) > 1:
         raise ValueError("the results are from several machines or versions; remove the old ones from bench/results and measure again")
     results = {name: from_json(stored[name]) for name in measured}
-    parts = [HEAD, "## Results\n", table(rows(r for name in measured for r in results[name])) if measured else EMPTY]
+    parts = [page.head, "## Results\n", table(rows(r for name in measured for r in results[name])) if measured else EMPTY]
     if missing := [name for name in order if name not in stored]:
         parts.append(f"Not measured: {', '.join(missing)}.\n" if measured else "")
     if measured:
         parts += ["## Notes\n", _notes(results), "## Machine\n", _machine(stored, measured)]
-    parts += [WHY_NOT, TAIL, *_programs()]
+    parts += [page.why_not, page.tail]
     return "\n".join(part for part in parts if part)
 
 

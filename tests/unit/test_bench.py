@@ -126,8 +126,20 @@ def test_results_come_back_from_json_as_they_were(tmp_path: Path) -> None:
     assert from_json(found["x"]) == [one]
 
 
+def speed(*benchmarks: str) -> report.Page:
+    return report.pages([], benchmarks)[0]
+
+
+def test_each_page_has_its_own_results() -> None:
+    results = {"decode": stored(), "pruning": stored("pruning")}
+    found = {page.file: report.render(results, page) for page in report.pages(["pruning"], ["decode"])}
+    assert "decode at 50 cells" in found["performance.md"]
+    assert found["quality.md"].startswith("# What is left")
+    assert "create_chat_completion" not in found["quality.md"]
+
+
 def test_the_page_shows_every_result_and_what_is_missing() -> None:
-    page = report.render({"decode": stored()}, ["decode", "prefill"])
+    page = report.render({"decode": stored()}, speed("decode", "prefill"))
     assert "| decode at 50 cells | default | 3.00 | 0% | 30.0 tokens/s | 10.0 | ≥ 3 × default | yes |" in page
     assert "Not measured: prefill." in page
     assert "- decode at 50 cells: why" in page
@@ -136,7 +148,7 @@ def test_the_page_shows_every_result_and_what_is_missing() -> None:
 
 
 def test_the_page_shows_the_programs_as_they_are() -> None:
-    page = report.render({}, ["decode"])
+    page = report.render({}, speed("decode"))
     assert "Nothing has been measured yet" in page
     assert "create_chat_completion" in page
     assert "llama_model_load_from_file" in page
@@ -158,10 +170,10 @@ def test_only_the_first_row_of_several_peers_names_the_result() -> None:
 
 def test_quick_figures_and_mixed_machines_are_not_published() -> None:
     with pytest.raises(ValueError, match="--quick"):
-        report.render({"decode": stored(quick=True)}, ["decode"])
+        report.render({"decode": stored(quick=True)}, speed("decode"))
     other = stored("prefill", machine={**MACHINE, "CPUs used": "4"})
     with pytest.raises(ValueError, match="several machines"):
-        report.render({"decode": stored(), "prefill": other}, ["decode", "prefill"])
+        report.render({"decode": stored(), "prefill": other}, speed("decode", "prefill"))
 
 
 @pytest.mark.parametrize(
