@@ -24,8 +24,10 @@ from bench.context.runner import Item, Score, by_method, evaluate, in_rounds, ta
 from bench.context.score import Groups, difference, share_found
 from bench.context.tasks import KINDS, REPORTING, tasks
 from bench.results import Result, Settings
-from edge_rt.core.context.pruning import ASKED, METHODS, SINKS, UNASKED, WATCHED, Way
-from edge_rt.core.engine import Part, PrunesCells
+from edge_rt.core.context.pruner import choose_tokens, spans
+from edge_rt.core.context.pruning import ASKED, METHODS, SINKS, UNASKED, WATCHED, Plan, Way
+from edge_rt.core.context.recall import same_tokens
+from edge_rt.core.engine import Part, PrunesCells, RemovesCells
 
 LENGTHS = (1000, 2000, 4000)
 LEAST = {0.2: 0.95, 0.1: 0.80}
@@ -57,9 +59,22 @@ def answered(method: str, reader: Reader, prompt: Prompt, budget: int) -> str:
         return reader.answer(sequence, prompt.question[-1:], prompt.limit)
 
 
+def _by_tokens(reader: Reader, prompt: Prompt, budget: int) -> str:
+    """The answer after tokens left as wholes: what a session does on an engine that does not show its attention."""
+    question, n = prompt.question[:-1], len(prompt.context)
+    tokens = [*prompt.context, *question]
+    last = int(ASKED.newest * budget) + len(question)
+    kept = choose_tokens(tokens, question, Plan(budget + len(question), SINKS, last, *ASKED[:2]), same_tokens)
+    with reader.after(prompt.context) as sequence:
+        engine = reader.model.engine
+        assert isinstance(engine, RemovesCells), "edge-rt's own engine is"
+        engine.remove_cells(sequence, list(spans(sorted({*range(n)}.difference(kept)))))
+        return reader.answer(sequence, prompt.question, prompt.limit)
+
+
 def retrieval(settings: Settings) -> list[Result]:
     """``settings.items`` seeds for each length, or as many as there is time for."""
-    methods: dict[str, Method] = {"full": full, **{name: partial(answered, name) for name in METHODS}}
+    methods: dict[str, Method] = {"full": full, **{name: partial(answered, name) for name in METHODS}, "tokens": _by_tokens}
     lengths, seeds = settings.pick(LENGTHS, LENGTHS[:1]), REPORTING[: settings.items or settings.pick(100, 1)]
     with edge_rt.open(models.smollm2(settings, MODEL), context=CONTEXT) as model, Reader(model) as reader:
         rounds = (_round(reader, methods, seed, length) for seed in seeds for length in lengths)
@@ -81,7 +96,7 @@ def _tables(scores: Sequence[Score], budget: float) -> Iterator[Result]:
         yield table(f"{kind}, {kept}", by_method((score for score in scores if score.kind == kind), budget), ASKED.method)
     groups = by_method(scores, budget)
     yield table(f"all retrieval, {kept}", groups, ASKED.method)
-    for rival in METHODS:
+    for rival in (*METHODS, "tokens"):
         if rival != ASKED.method:
             yield versus(f"{ASKED.method} pruning, {kept}", groups, ASKED.method, rival)
     yield _left(groups, budget)

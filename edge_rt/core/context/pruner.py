@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -169,7 +169,7 @@ class Pruner:
         with self._lock:
             similarity = embedded(engine.token_embeddings) if isinstance(engine, EmbedsTokens) else same_tokens
             kept = {places[i] for i in choose_tokens(tokens, question, chosen, similarity)}
-        return list(_spans(place for place in places if place not in kept))
+        return list(spans(place for place in places if place not in kept))
 
 
 def _loses_tokens(engine: Engine, sequence: int) -> bool:
@@ -188,8 +188,8 @@ def _head(pieces: Sequence[Piece]) -> int:
     return next((piece.start for piece in pieces if piece.segment.kind not in ("system", "schema")), 0)
 
 
-def _spans(numbers: Iterator[int]) -> Iterator[tuple[int, int]]:
-    """Runs of rising numbers."""
+def spans(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Runs [start, end) of rising numbers."""
     start = end = -1
     for number in numbers:
         if number != end and start < end:
