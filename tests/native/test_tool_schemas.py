@@ -109,7 +109,8 @@ def test_schemas_are_protected_pieces_of_their_own(vocab: Vocab, name: str, monk
         for schema in shown(name):
             assert any(schema in run for run in runs)
         assert answer_start(found) == found[-1].end
-        if "</think>" not in str(messages):  # else messages may not be found, and more is protected
+        blank = not all(exchange["asked"].strip() for exchange in exchanges)
+        if not blank and "</think>" not in str(messages):  # else messages may not be found, and more is protected
             assert len(found) > 1
             assert sum(map(len, runs)) < sum(map(len, shown(name))) + 600 * (1 + (name == "mistral"))
 
