@@ -229,10 +229,13 @@ class Answer(NamedTuple):
 
 def answer(session: Session, prompt: str | Sequence[Message], request: GenerateOptions, show: Show) -> Answer:
     """Answer a prompt and show the events; Ctrl-C ends the answer early."""
-    events = session.generate(prompt, request)
-    # The request ends here whatever happens: a generator that a traceback keeps alive would hold the session.
-    with closing(cast("Generator[Event]", events)), cancelling(session.cancel) as interrupts:
-        text, done = show(events)
+    with cancelling(session.cancel) as interrupts:  # preparing imports much, and an exception in the midst of that breaks it
+        events = session.generate(prompt, request)
+        if interrupts:
+            session.cancel()
+        # The request ends here whatever happens: a generator that a traceback keeps alive would hold the session.
+        with closing(cast("Generator[Event]", events)):
+            text, done = show(events)
     return Answer(text, done, bool(interrupts))
 
 
