@@ -17,12 +17,12 @@ import edge_rt
 from bench import models
 from bench.context.methods import Method, full, full_losses
 from bench.context.perplexity import BEFORE, SHARE, texts
-from bench.context.prompt import Prompt, of_task
+from bench.context.prompt import Prompt
 from bench.context.reader import Reader
-from bench.context.retrieval import BUDGETS, CONTEXT, MODEL
-from bench.context.runner import Item, Score, by_method, evaluate, in_rounds, table, versus
-from bench.context.score import Groups, difference, share_found
-from bench.context.tasks import KINDS, REPORTING, tasks
+from bench.context.retrieval import BUDGETS, CONTEXT, MODEL, asked
+from bench.context.runner import Score, by_method, in_rounds, table, versus
+from bench.context.score import Groups, difference
+from bench.context.tasks import KINDS, REPORTING
 from bench.results import Result, Settings
 from edge_rt.core.context.pruner import choose_tokens, spans
 from edge_rt.core.context.pruning import ASKED, METHODS, SINKS, UNASKED, WATCHED, Plan, Way
@@ -77,17 +77,9 @@ def retrieval(settings: Settings) -> list[Result]:
     methods: dict[str, Method] = {"full": full, **{name: partial(answered, name) for name in METHODS}, "tokens": _by_tokens}
     lengths, seeds = settings.pick(LENGTHS, LENGTHS[:1]), REPORTING[: settings.items or settings.pick(100, 1)]
     with edge_rt.open(models.smollm2(settings, MODEL), context=CONTEXT) as model, Reader(model) as reader:
-        rounds = (_round(reader, methods, seed, length) for seed in seeds for length in lengths)
+        rounds = (asked(reader, methods, seed, length, BUDGETS) for seed in seeds for length in lengths)
         scores = in_rounds(rounds, settings.deadline)
     return [result for budget in BUDGETS for result in _tables(scores, budget)]
-
-
-def _round(reader: Reader, methods: Mapping[str, Method], seed: int, length: int) -> Iterator[Score]:
-    items = (
-        Item(task.kind, length, of_task(reader, task), partial(share_found, wanted=task.answers))
-        for task in tasks(seed, length, reader.count)
-    )
-    return evaluate(reader, items, methods, BUDGETS)
 
 
 def _tables(scores: Sequence[Score], budget: float) -> Iterator[Result]:

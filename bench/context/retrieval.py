@@ -9,13 +9,13 @@ answers are still to be read in what they keep. No model can answer more than th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
 import edge_rt
 from bench import models
-from bench.context.methods import METHODS, RANKS
+from bench.context.methods import METHODS, RANKS, Method
 from bench.context.prompt import kept, of_task
 from bench.context.reader import Reader
 from bench.context.runner import Item, Score, by_method, evaluate, in_rounds, table, versus
@@ -38,17 +38,18 @@ def run(settings: Settings) -> list[Result]:
     lengths, seeds = settings.pick(LENGTHS, LENGTHS[:1]), REPORTING[: settings.items or settings.pick(100, 1)]
     with edge_rt.open(models.smollm2(settings, MODEL), context=CONTEXT) as model, Reader(model) as reader:
         surveyed = [s for seed in REPORTING[: settings.pick(SURVEYED, 2)] for length in lengths for s in survey(reader, seed, length)]
-        rounds = (_round(reader, seed, length) for seed in seeds for length in lengths)
+        rounds = (asked(reader, METHODS, seed, length, BUDGETS) for seed in seeds for length in lengths)
         scores = in_rounds(rounds, settings.deadline)
     return results(scores) + survey_results(surveyed)
 
 
-def _round(reader: Reader, seed: int, length: int) -> Iterator[Score]:
+def asked(reader: Reader, methods: Mapping[str, Method], seed: int, length: int, budgets: Sequence[float]) -> Iterator[Score]:
+    """The scores of all methods for one seed and length."""
     items = (
         Item(task.kind, length, of_task(reader, task), partial(share_found, wanted=task.answers))
         for task in tasks(seed, length, reader.count)
     )
-    return evaluate(reader, items, METHODS, BUDGETS)
+    return evaluate(reader, items, methods, budgets)
 
 
 def survey(reader: Reader, seed: int, length: int) -> Iterator[Score]:

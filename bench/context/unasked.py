@@ -6,19 +6,17 @@ that are close to the question come back, as in a session (core/context/recall.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import partial
 
 import edge_rt
 from bench import models
 from bench.context.methods import Method, by_grade, full, ranked
-from bench.context.prompt import Prompt, kept, of_task
+from bench.context.prompt import Prompt, kept
 from bench.context.pruned import pruned
 from bench.context.reader import Reader
-from bench.context.retrieval import CONTEXT, MODEL
-from bench.context.runner import Item, Score, by_method, evaluate, in_rounds, table, versus
-from bench.context.score import share_found
-from bench.context.tasks import KINDS, REPORTING, tasks
+from bench.context.retrieval import CONTEXT, MODEL, asked
+from bench.context.runner import by_method, in_rounds, table, versus
+from bench.context.tasks import KINDS, REPORTING
 from bench.results import Result, Settings
 from edge_rt.core.context.pruning import METHODS, UNASKED
 from edge_rt.core.context.recall import RELEVANT, SHARE, embedded, relevances
@@ -35,7 +33,7 @@ def run(settings: Settings) -> list[Result]:
     methods |= {GRADED: partial(ranked, by_grade), RECALLING: _recalled}
     lengths, seeds = settings.pick(LENGTHS, LENGTHS[:1]), REPORTING[: settings.items or settings.pick(100, 1)]
     with edge_rt.open(models.smollm2(settings, MODEL), context=CONTEXT) as model, Reader(model) as reader:
-        rounds = (_round(reader, methods, seed, length) for seed in seeds for length in lengths)
+        rounds = (asked(reader, methods, seed, length, (BUDGET,)) for seed in seeds for length in lengths)
         groups = by_method(scores := in_rounds(rounds, settings.deadline), BUDGET)
     kinds = [kind for kind in KINDS if any(score.kind == kind for score in scores)]
     by_kind = [
@@ -44,14 +42,6 @@ def run(settings: Settings) -> list[Result]:
     ]
     compared = [versus(f"recall against {rival}, {BUDGET:.0%} kept", groups, RECALLING, rival) for rival in (GRADED, UNASKED.method)]
     return [*by_kind, table(f"all retrieval, not asked yet, {BUDGET:.0%} kept", groups, UNASKED.method), *compared]
-
-
-def _round(reader: Reader, methods: Mapping[str, Method], seed: int, length: int) -> Iterator[Score]:
-    items = (
-        Item(task.kind, length, of_task(reader, task), partial(share_found, wanted=task.answers))
-        for task in tasks(seed, length, reader.count)
-    )
-    return evaluate(reader, items, methods, (BUDGET,))
 
 
 def _answered(method: str, reader: Reader, prompt: Prompt, budget: int) -> str:

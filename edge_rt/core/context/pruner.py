@@ -6,7 +6,6 @@ the question: they are evicted, and the history knows which.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -207,13 +206,14 @@ def choose_tokens(tokens: Sequence[int], question: Sequence[int], chosen: Plan, 
     """
     import numpy as np
 
+    from edge_rt.core.context.recall import rarities
+
     n, distinct = len(tokens), sorted(set(tokens))
     place = {token: i for i, token in enumerate(distinct)}
-    seen = Counter(tokens)
-    rarity = np.array([math.log(1 + n / (0.5 + seen[token])) for token in question], dtype=np.float32)
     near = np.asarray(similarity(question, distinct))[:, [place[token] for token in tokens]]
     around = np.pad(near, ((0, 0), (NEIGHBOURS, NEIGHBOURS)), mode="edge")
-    scores = rarity @ np.lib.stride_tricks.sliding_window_view(around, 2 * NEIGHBOURS + 1, axis=1).max(axis=2)
+    best = np.lib.stride_tricks.sliding_window_view(around, 2 * NEIGHBOURS + 1, axis=1).max(axis=2)
+    scores = rarities(question, Counter(tokens), n) @ best
     scores[: chosen.first] = scores[n - chosen.last :] = np.inf
     kept: list[int] = np.sort(np.argsort(-scores, kind="stable")[: chosen.keep]).tolist()
     return kept

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,13 @@ def embedded(vectors: Callable[[Sequence[int]], Any]) -> Similarity:
     return similarity
 
 
+def rarities(question: Sequence[int], seen: Mapping[int, int], n: int) -> Any:
+    """How much each token of a question counts, float32 [len(question)], where ``seen`` of ``n`` have it."""
+    import numpy as np
+
+    return np.array([math.log(1 + n / (0.5 + seen[token])) for token in question], dtype=np.float32)
+
+
 def relevances(question: Sequence[int], segments: Sequence[Sequence[int]], similarity: Similarity) -> list[float]:
     """How close each segment is to the question, up to 1.
 
@@ -71,11 +78,10 @@ def relevances(question: Sequence[int], segments: Sequence[Sequence[int]], simil
     """
     if not question or not segments:
         return [0.0] * len(segments)
-    import numpy as np
 
     seen = Counter(token for text in segments for token in set(text))
     n = len(segments)
-    weights = np.array([math.log(1 + n / (0.5 + seen[token])) for token in question], dtype=np.float32)
+    weights = rarities(question, seen, n)
     distinct = sorted({token for text in segments for token in text})
     place = {token: i for i, token in enumerate(distinct)}
     near = similarity(question, distinct)
