@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-_OWN_DISTRIBUTION = "edge-rt"
+OWN_DISTRIBUTION = "edge-rt"
 
 
 class EntryPoint(NamedTuple):
@@ -49,9 +49,9 @@ def with_built_ins(group: str, built_ins: Mapping[str, str], *, others: bool) ->
     from edge_rt import __version__
 
     found = find(group) if others else []
-    own = {name: EntryPoint(name, module, _OWN_DISTRIBUTION, __version__) for name, module in built_ins.items()}
-    own |= {point.name: point for point in found if point.distribution == _OWN_DISTRIBUTION}
-    return [*own.values(), *(point for point in found if point.distribution != _OWN_DISTRIBUTION)]
+    own = {name: EntryPoint(name, module, OWN_DISTRIBUTION, __version__) for name, module in built_ins.items()}
+    own |= {point.name: point for point in found if point.distribution == OWN_DISTRIBUTION}
+    return [*own.values(), *(point for point in found if point.distribution != OWN_DISTRIBUTION)]
 
 
 def _needs_metadata(path: Iterable[str]) -> bool:

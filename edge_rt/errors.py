@@ -10,6 +10,7 @@
     │   ├── OptionError          an option's value is out of range, or options contradict
     │   ├── ConstraintError      a grammar, JSON schema or chat template that does not compile
     │   ├── SessionFileError     a saved session that is damaged or from another model
+    │   ├── RuleError            rules of a post-processor that cannot be, with the file and the line
     │   ├── PluginError          a plugin asked for by name failed or does not exist
     │   └── DownloadError        the network, or a checksum, said no
     ├── NativeError              libggml or libllama refused or failed
@@ -66,6 +67,18 @@ class ConstraintError(UserError):
 
 class SessionFileError(UserError):
     """A saved session is damaged, or belongs to another model or version."""
+
+
+class RuleError(UserError):
+    """A rule of a post-processor cannot be. ``reason`` is why; where it is, as far as that is known, begins the message.
+
+    ``place``: keys and indices from the top of the file. ``line`` counts from 1.
+    """
+
+    def __init__(self, reason: str, *, place: tuple[str | int, ...] = (), file: str | None = None, line: int | None = None) -> None:
+        where = ", ".join(filter(None, (file, f"line {line}" if line is not None else "")))
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.reason, self.place, self.file, self.line = reason, place, file, line
 
 
 class PluginError(UserError):

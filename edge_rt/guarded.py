@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.hooks import Candidate, Grade, ModelFile, Segment
+    from edge_rt.hooks import Candidate, Grade, ModelFile, Rules, Segment
 
 _T = TypeVar("_T")
 
@@ -209,29 +209,11 @@ class PluginPostProcessorFactory(NamedTuple):
 
     @property
     def fails_closed(self) -> bool:
-        """Must the stream stop if the post-processor raises?"""
+        """Must the stream stop if the post-processor fails?"""
         return self.factory.fails_closed
 
-    def start(self) -> PluginPostProcessor:
-        """A post-processor for one stream. Raises PluginError."""
-        made = _call(self.plugin, f"making post-processor {self.name}", (PostProcessor,), self.factory.make)
-        return PluginPostProcessor(self.plugin, self.name, self.fails_closed, made)
-
-
-class PluginPostProcessor:
-    """A post-processor whose exceptions name its plugin; costs one more Python call a piece of text."""
-
-    __slots__ = ("_feed", "_flush", "fails_closed", "name", "plugin")
-
-    def __init__(self, plugin: str, name: str, fails_closed: bool, processor: PostProcessor) -> None:
-        self.plugin, self.name, self.fails_closed = plugin, name, fails_closed
-        self._feed = processor.feed
-        self._flush = processor.flush
-
-    def feed(self, text: str) -> str:
-        """Take more text and return what can no longer change. Raises PluginError."""
-        return _call(self.plugin, f"post-processor {self.name}: feed", str, lambda: self._feed(text))
-
-    def flush(self) -> str:
-        """The stream ended: return the rest. Raises PluginError."""
-        return _call(self.plugin, f"post-processor {self.name}: flush", str, self._flush)
+    def compile(self, rules: Rules) -> Callable[[], PostProcessor]:
+        """What makes a post-processor for one stream by these rules. Raises RuleError, PluginError; so does the function."""
+        what = f"post-processor {self.name}"
+        make = _call(self.plugin, f"compiling the rules of {what}", Callable, lambda: self.factory.compile(rules))
+        return lambda: _call(self.plugin, f"making {what}", PostProcessor, make)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import pluggy
 
+from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 from edge_rt.core.engine import (
     EmbedsTokens,
     Engine,
@@ -47,6 +48,7 @@ from edge_rt.errors import (
     NativeError,
     OptionError,
     OutOfMemory,
+    RuleError,
     SessionFileError,
     UnsupportedModel,
     UserError,
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
     import typer
 
     from edge_rt.config import available_cpus
+    from edge_rt.core.assemble.code_spans import CodeSpans
+    from edge_rt.core.assemble.rules import Rules
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
     from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
@@ -84,10 +88,12 @@ Basis = Literal["measured", "simulated", "projected", "unknown"]
 # What plugins may use of the core but few need: imported when first asked for, because it costs start-up time.
 _LAZY = {
     "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
+    "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
     "Positions": ("edge_rt.core.context.positions", "Positions"),
+    "Rules": ("edge_rt.core.assemble.rules", "Rules"),
     "Run": ("edge_rt.core.context.positions", "Run"),
     "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
@@ -246,36 +252,6 @@ class Embedder(NamedTuple):
     description: str = ""
 
 
-# ---- post-processing -------------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class PostProcessor(Protocol):
-    """An incremental text transducer, one instance a stream.
-
-    Contract: for every way of splitting a text into pieces, the joined results of ``feed`` and the final ``flush`` are equal;
-    what was returned is never taken back; what is held back is bounded; cost is linear in the text. Instances share no state.
-    Held to by ``edge_rt.testing.conformance.PostProcessorConformance``.
-    """
-
-    def feed(self, text: str) -> str:
-        """Take more text and return what can no longer change."""
-        ...
-
-    def flush(self) -> str:
-        """The stream ended (for whatever reason): return the rest. Nothing is fed after it, and a second call returns ``""``."""
-        ...
-
-
-class PostProcessorFactory(NamedTuple):
-    """Makes a post-processor for one stream. ``fails_closed``: if it raises, the stream stops rather than going on without it."""
-
-    name: str
-    make: Callable[[], PostProcessor]
-    description: str = ""
-    fails_closed: bool = False
-
-
 class HookSpecs:
     """Every hook, by stage. All are optional."""
 
@@ -322,7 +298,9 @@ class HookSpecs:
     def edge_rt_post_processors(self) -> Iterable[PostProcessorFactory]:  # type: ignore[empty-body]
         """Assemble: text transducers a request may name.
 
-        Called once per registry, when a post-processor is first needed. ``PostProcessorFactory.make`` is called once per stream.
+        Called once per registry, when a post-processor is first needed. ``PostProcessorFactory.compile`` is called for every version of
+        the rules, what it returns for every stream. The built-in ones are ``punctuation``, ``terminology``, ``redaction`` and
+        ``language_tags``.
         """
 
     @hookspec
@@ -347,10 +325,12 @@ __all__ = [
     "Basis",
     "Cancelled",
     "Candidate",
+    "CodeSpans",
     "ContextError",
     "ContextOverflow",
     "ContextPolicy",
     "Contribution",
+    "CountsWork",
     "Device",
     "EdgeError",
     "Embedder",
@@ -361,6 +341,8 @@ __all__ = [
     "EngineOptions",
     "Grade",
     "GraderFactory",
+    "HandlesCut",
+    "HoldsText",
     "HookSpecs",
     "Logits",
     "MemoryReport",
@@ -380,6 +362,8 @@ __all__ = [
     "PrunesCells",
     "Refusal",
     "RemovesCells",
+    "RuleError",
+    "Rules",
     "Run",
     "Segment",
     "SessionFileError",

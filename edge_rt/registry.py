@@ -8,7 +8,7 @@ keeps the objects it got, so nothing here is touched in the token loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pluggy
 
@@ -24,7 +24,6 @@ from edge_rt.guarded import (
     failure,
 )
 from edge_rt.hooks import (
-    API_VERSION,
     ENTRY_POINT_GROUP,
     ContextPolicy,
     Device,
@@ -37,13 +36,12 @@ from edge_rt.hooks import (
     PostProcessorFactory,
     Refusal,
 )
+from edge_rt.plugin_check import Rejected, State, checked, imported, sentence, unknown, unmarked
 
 if TYPE_CHECKING:
     import typer
 
     from edge_rt.hooks import ModelFile
-
-State = Literal["ok", "failed", "refused", "disabled"]
 
 # The entry points of this distribution, for a source tree that is not installed or whose metadata is old. A test holds them equal.
 BUILT_INS = {
@@ -80,14 +78,6 @@ class EngineChoice(NamedTuple):
 
     candidates: tuple[tuple[PluginEngineFactory, float], ...]
     refusals: Mapping[str, Refusal]
-
-
-class _Rejected(Exception):
-    """A plugin that is not registered, and why."""
-
-    def __init__(self, state: State, reason: str) -> None:
-        super().__init__(reason)
-        self.state = state
 
 
 class Registry:
@@ -171,6 +161,10 @@ class Registry:
         """A post-processor factory by name. Raises PluginError."""
         return self._named("post-processor", self.post_processors(), name)
 
+    def built_in(self, plugin: str) -> bool:
+        """Whether a plugin comes with edge-rt."""
+        return self._status[plugin].distribution == installed.OWN_DISTRIBUTION
+
     def add_cli_commands(self, app: typer.Typer) -> None:
         """Let every plugin add commands to ``app``; one that raises adds none."""
         for plugin, function in self._implementations("edge_rt_cli_commands"):
@@ -209,12 +203,12 @@ class Registry:
         if name is not None:
             offer = self.probe(name)
             if isinstance(offer, Refusal):
-                raise PluginError(f"device {name} cannot be used: {_sentence(offer)}")
+                raise PluginError(f"device {name} cannot be used: {sentence(offer)}")
             return DeviceChoice(self.devices()[name], offer)
         answers = {name: self.probe(name) for name in self.devices()}
         offers = {name: answer for name, answer in answers.items() if isinstance(answer, Offer) and answer.score > 0}
         if not offers:
-            reasons = "; ".join(f"{name}: {_sentence(answer)}" for name, answer in answers.items() if isinstance(answer, Refusal))
+            reasons = "; ".join(f"{name}: {sentence(answer)}" for name, answer in answers.items() if isinstance(answer, Refusal))
             raise PluginError(f"no device can be used ({reasons or 'none is installed'}); see `edge-rt doctor`")
         best = max(offers, key=lambda name: offers[name].score)  # of equals the first
         return DeviceChoice(self.devices()[best], offers[best])
@@ -240,7 +234,7 @@ class Registry:
             else:
                 refusals[factory.name] = Refusal("it is used only when asked for by name")
         if not candidates:
-            reasons = "; ".join(f"{engine}: {_sentence(refusal)}" for engine, refusal in refusals.items())
+            reasons = "; ".join(f"{engine}: {sentence(refusal)}" for engine, refusal in refusals.items())
             raise UnsupportedModel(f"no engine can run this model ({reasons or 'none is installed'})")
         return EngineChoice(tuple(sorted(candidates, key=lambda candidate: -candidate[1])), refusals)
 
@@ -264,23 +258,23 @@ class Registry:
             self._note(PluginStatus(name, distribution, version, "disabled", "it was disabled"), None)
             return
         try:
-            plugin = _import(load)
+            plugin = imported(load)
             hooks = self._register(name, plugin)
-        except _Rejected as rejected:
+        except Rejected as rejected:
             self._note(PluginStatus(name, distribution, version, rejected.state, str(rejected)), rejected.__cause__)
         else:
             self._note(PluginStatus(name, distribution, version, "ok", "", hooks), None)
 
     def _register(self, name: str, plugin: object) -> tuple[str, ...]:
-        """Register a checked plugin and return its hooks. Raises _Rejected, then nothing of it is registered."""
+        """Register a checked plugin and return its hooks. Raises Rejected, then nothing of it is registered."""
         try:
             self._manager.register(plugin, name)
         except (pluggy.PluginValidationError, ValueError) as error:
             if self._manager.has_plugin(name):  # older versions of pluggy register what they then find fault with
                 self._manager.unregister(name=name)
-            raise _Rejected("failed", " ".join(str(error).split())) from error
+            raise Rejected("failed", " ".join(str(error).split())) from error
         callers = self._manager.get_hookcallers(plugin) or []
-        problem = _unmarked(plugin) or next(filter(None, map(_unknown, callers)), None)
+        problem = unmarked(plugin) or next(filter(None, map(unknown, callers)), None)
         if not problem and any(i.plugin is plugin and (i.wrapper or i.hookwrapper) for c in callers for i in c.get_hookimpls()):
             problem = "hook wrappers are not supported"
         if not problem and not callers:
@@ -290,7 +284,7 @@ class Registry:
             for caller in callers:  # a misspelt hook would be found again in the next plugin
                 if not caller.has_spec() and not caller.get_hookimpls():
                     delattr(self._manager.hook, caller.name)
-            raise _Rejected("failed", problem)
+            raise Rejected("failed", problem)
         return tuple(sorted(caller.name for caller in callers))
 
     def _note(self, status: PluginStatus, cause: BaseException | None) -> None:
@@ -326,8 +320,8 @@ class Registry:
         owners: dict[str, str] = {}
         for plugin, function in self._implementations(hook):
             try:
-                items = list(_checked(function(), kind))
-            except _Rejected as rejected:
+                items = list(checked(function(), kind))
+            except Rejected as rejected:
                 self._fail(plugin, f"{hook} {rejected}", None)
                 continue
             except Exception as error:
@@ -348,53 +342,3 @@ class Registry:
             return offers[name]
         broken = [f"plugin {status.name} {status.state}: {status.reason}" for status in self.plugins if status.state != "ok"]
         raise PluginError("; ".join([f"no {kind} named {name}, there is {', '.join(offers) or 'none'}", *broken]))
-
-
-# ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _import(load: Any) -> object:
-    """The plugin's object, if it can be imported and was written for this plugin API. Raises _Rejected."""
-    try:
-        plugin: object = load()
-    except (Exception, SystemExit) as error:
-        raise _Rejected("failed", f"cannot be imported: {type(error).__name__}: {error}") from error
-    if isinstance(plugin, type):
-        raise _Rejected("failed", f"its entry point names the class {plugin.__name__}; it must name a module or an object")
-    version = getattr(plugin, "EDGE_RT_API", None)
-    if not isinstance(version, int):
-        raise _Rejected("refused", f"it does not declare the plugin API it was written for; add `EDGE_RT_API = {API_VERSION}` to it")
-    if version != API_VERSION:
-        mend = "upgrade edge-rt" if version > API_VERSION else "upgrade the plugin"
-        raise _Rejected("refused", f"it was written for plugin API {version}, this edge-rt has {API_VERSION}; {mend}")
-    return plugin
-
-
-def _unknown(caller: Any) -> str | None:
-    """What is wrong with a hook that has no specification: pluggy would keep it and never call it."""
-    if caller.has_spec() or all(impl.optionalhook for impl in caller.get_hookimpls()):
-        return None
-    from difflib import get_close_matches
-
-    near = get_close_matches(caller.name, vars(HookSpecs), 1)
-    return f"there is no hook {caller.name}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _unmarked(plugin: object) -> str | None:
-    """A function named like a hook that ``hookimpl`` was forgotten on, which pluggy ignores."""
-    for name in dir(plugin):
-        if name.startswith("edge_rt_") and name in vars(HookSpecs) and not hasattr(getattr(plugin, name), "edge_rt_impl"):
-            return f"{name} is not marked with @hookimpl"
-    return None
-
-
-def _checked(result: Any, kind: Any) -> Iterator[Any]:
-    """The items of a hook's result. Raises _Rejected for one that is not what the hook is for."""
-    for item in () if result is None else result:
-        if not isinstance(item, kind) or not isinstance(item.name, str):
-            raise _Rejected("failed", f"returned {item!r}, which is no {kind.__name__}")
-        yield item
-
-
-def _sentence(refusal: Refusal) -> str:
-    return f"{refusal.reason}; {refusal.remedy}" if refusal.remedy else refusal.reason

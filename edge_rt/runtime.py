@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edge_rt.hooks import EngineOptions, Grade, Segment
     from edge_rt.native.llama import Vocab
     from edge_rt.registry import EngineChoice, Registry
+    from edge_rt.rules import Rulebook, Ruleset
     from edge_rt.session import Session
     from edge_rt.types import Message
 
@@ -221,6 +222,7 @@ class Model:
         self.notices = [*notices, *getattr(engine, "notices", ())]
         self.prefixes = PrefixCache(engine, budget=self.info.max_context)
         self._grade: Callable[[Segment], Grade] | None = None
+        self._plain_rules: Ruleset | None = None
         self._told = 0
         self._sessions: set[Session] = set()
         self._closed = False
@@ -333,12 +335,19 @@ class Model:
 
         return Recall(self.engine, self.lock, Summaries(*self._embedder) if self._embedder else None)
 
-    def pipeline(self, names: Sequence[str]) -> Pipeline:
-        """Fresh post-processors for one stream. Raises PluginError for an unknown name."""
-        from edge_rt.core.assemble.pipeline import Pipeline, Stage
+    def pipeline(self, names: Sequence[str], rules: Rulebook | Mapping[str, Any] | None = None) -> Pipeline:
+        """Fresh post-processors for one stream: those named, else those of the rules, in order. Raises PluginError, RuleError."""
+        if not names and rules is None:
+            from edge_rt.core.assemble.pipeline import Pipeline
 
-        started = [self.registry.post_processor(name).start() for name in names]
-        return Pipeline([Stage(processor.name, processor, processor.fails_closed) for processor in started])
+            return Pipeline([])
+        from edge_rt.rules import Ruleset
+
+        if rules is None:
+            self._plain_rules = current = self._plain_rules or Ruleset({}, self.registry)
+        else:
+            current = Ruleset(rules, self.registry) if isinstance(rules, Mapping) else rules.current
+        return current.pipeline(names)
 
     def new_notices(self) -> list[str]:
         """Notices nobody has been told yet."""

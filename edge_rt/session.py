@@ -191,7 +191,9 @@ class Session:
         allowed = self._asked(options)
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
         try:
-            writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post))
+            writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post, options.rules))
+            if options.logprobs and writer.pipeline.conceals:
+                raise OptionError("log-probabilities tell the text that post-processing is to conceal; ask for one of them")
             window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools))
             window.fit()
             with model.lock:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from edge_rt.rules import Rulebook
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": "system"|"user"|"assistant"|"tool", "content": str, ...}``."""
@@ -60,7 +63,8 @@ class GenerateOptions(NamedTuple):
     ``context``: cells this request may use (None: what the session or the model allows). ``prune``: prune them (None: never).
     ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
     ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
-    ``post`` names post-processors, applied in this order.
+    ``post`` names post-processors, applied in this order; none: those of the ``rules``, if there are any. ``rules``: their rules, as the
+    tables of a rule file, or an ``edge_rt.rules.RuleFile``, of which the request keeps the version that is current when it starts.
     ``tools``: schemas of functions the model may call, as ``{"type": "function", "function": {"name", "description", "parameters"}}``;
     they go to the model's chat template. A call is text of the answer.
     """
@@ -73,6 +77,7 @@ class GenerateOptions(NamedTuple):
     logprobs: int = 0
     speculate: int = 0
     post: Sequence[str] = ()
+    rules: Rulebook | Mapping[str, Any] | None = None
     ignore_eos: bool = False
     context: int | None = None
     prune: Pruning | None = None
@@ -97,7 +102,9 @@ class PromptProgress(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """Text that can no longer change. ``tokens`` are the ids decoded since the last Delta (their text may still be held back)."""
+    """Text that can no longer change. ``tokens`` are the ids decoded since the last Delta (their text may still be held back); none where
+    a post-processor conceals what the model wrote, as redaction does.
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
@@ -161,8 +168,21 @@ class ContextUse(NamedTuple):
     released_bytes: int = 0
 
 
+class PostUse(NamedTuple):
+    """What a post-processor did in one stream.
+
+    ``counts``: how often it did what, by its own kinds; never any text. ``most_held``: the most characters of its input that it held back
+    at once, None if that is not known. ``left_out``: it failed, and the text went on without it.
+    """
+
+    name: str
+    counts: Mapping[str, int] = MappingProxyType({})
+    most_held: int | None = 0
+    left_out: bool = False
+
+
 class Done(NamedTuple):
-    """The last event of every generation."""
+    """The last event of every generation. ``rules``: the version of the rules that ``post`` followed, all through."""
 
     reason: FinishReason
     usage: Usage
@@ -170,6 +190,8 @@ class Done(NamedTuple):
     context: ContextUse
     seed: int
     stop: str | None = None
+    post: tuple[PostUse, ...] = ()
+    rules: str = ""
 
 
 Event = PromptProgress | Delta | Notice | Done

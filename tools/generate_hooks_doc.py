@@ -40,7 +40,15 @@ VOCABULARY: dict[str, tuple[type, ...]] = {
     "edge_rt_context_policies": (hooks.ContextPolicy, hooks.Candidate),
     "edge_rt_graders": (hooks.GraderFactory, hooks.Segment, hooks.Grade, hooks.Contribution),
     "edge_rt_embedders": (hooks.Embedder,),
-    "edge_rt_post_processors": (hooks.PostProcessorFactory, hooks.PostProcessor),
+    "edge_rt_post_processors": (
+        hooks.PostProcessorFactory,
+        hooks.PostProcessor,
+        hooks.HoldsText,
+        hooks.HandlesCut,
+        hooks.CountsWork,
+        hooks.Rules,
+        hooks.CodeSpans,
+    ),
 }
 
 

@@ -31,6 +31,7 @@ from edge_rt.hooks import (
     Offer,
     PostProcessor,
     PostProcessorFactory,
+    Rules,
     Segment,
     hookimpl,
 )
@@ -137,17 +138,22 @@ def test_edge_rt_post_processors() -> None:
         def flush(self) -> str:
             return ""
 
-    def make() -> PostProcessor:
-        made.append(1)
-        return Shout()
+    def compile_rules(rules: Rules) -> Callable[[], PostProcessor]:
+        mark = rules.text("mark", "!")
+
+        def make() -> PostProcessor:
+            made.append(mark)
+            return Shout()
+
+        return make
 
     def edge_rt_post_processors() -> list[PostProcessorFactory]:
-        return [PostProcessorFactory("shout", make, "LOUD")]
+        return [PostProcessorFactory("shout", compile_rules, "LOUD")]
 
-    factory = load(edge_rt_post_processors=edge_rt_post_processors).post_processor("shout")
+    make = load(edge_rt_post_processors=edge_rt_post_processors).post_processor("shout").compile(Rules({"mark": "?"}))
     assert made == []
-    assert [factory.start().feed("hi") for _ in range(2)] == ["HI", "HI"]
-    assert made == [1, 1], "one instance a stream"
+    assert [make().feed("hi") for _ in range(2)] == ["HI", "HI"]
+    assert made == ["?", "?"], "one instance a stream"
 
 
 def test_edge_rt_cli_commands() -> None:

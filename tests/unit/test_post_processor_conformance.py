@@ -32,7 +32,7 @@ class TestArrows(PostProcessorConformance):
 
     @pytest.fixture
     def factory(self) -> PostProcessorFactory:
-        return PostProcessorFactory("arrows", Arrows)
+        return PostProcessorFactory("arrows", lambda rules: Arrows)
 
 
 class SplitsWrongly(Arrows):
@@ -101,7 +101,7 @@ FAULTS = {
 
 def _passes(test: str, make: Callable[[], PostProcessor]) -> bool:
     try:
-        getattr(TestArrows(), test)(factory=PostProcessorFactory("faulty", make))
+        getattr(TestArrows(), test)(make=make)
     except AssertionError:
         return False
     return True

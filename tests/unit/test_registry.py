@@ -25,6 +25,8 @@ from edge_rt.hooks import (
     Offer,
     PostProcessorFactory,
     Refusal,
+    RuleError,
+    Rules,
     Segment,
     hookimpl,
 )
@@ -562,16 +564,17 @@ def _processor(feed: Any = None, flush: Any = None) -> Any:
 
 
 def post(make: Any, **more: Any) -> SimpleNamespace:
-    return plugin(edge_rt_post_processors=lambda: [PostProcessorFactory("shout", make, **more)])
+    return plugin(edge_rt_post_processors=lambda: [PostProcessorFactory("shout", lambda rules: make, **more)])
 
 
 def test_a_post_processor_is_made_once_a_stream() -> None:
     found = load(a=post(_processor, description="LOUD", fails_closed=True))
     factory = found.post_processor("shout")
     assert (factory.plugin, factory.name, factory.description, factory.fails_closed) == ("a", "shout", "LOUD", True)
-    one, other = factory.start(), factory.start()
+    make = factory.compile(Rules())
+    one, other = make(), make()
     assert one is not other
-    assert (one.feed("hi"), one.flush(), one.fails_closed, one.name) == ("HI", "!", True, "shout")
+    assert (one.feed("hi"), one.flush()) == ("HI", "!")
 
 
 @pytest.mark.parametrize(
@@ -579,21 +582,22 @@ def test_a_post_processor_is_made_once_a_stream() -> None:
     [
         (_raise(OSError("no dictionary")), "plugin a: making post-processor shout raised OSError: no dictionary"),
         (lambda: None, "plugin a: making post-processor shout returned NoneType"),
-        (lambda: _processor(feed=_raise(KeyError("x"))), "plugin a: post-processor shout: feed raised KeyError: 'x'"),
-        (lambda: _processor(feed=lambda text: None), "plugin a: post-processor shout: feed returned NoneType"),
-        (lambda: _processor(flush=_raise(KeyError("x"))), "plugin a: post-processor shout: flush raised KeyError"),
+        (None, "plugin a: compiling the rules of post-processor shout returned NoneType"),
     ],
 )
-def test_what_a_post_processor_raises_names_its_plugin(make: Any, message: str) -> None:
+def test_what_making_a_post_processor_raises_names_its_plugin(make: Any, message: str) -> None:
     factory = load(a=post(make)).post_processor("shout")
     with pytest.raises(PluginError, match=message):
-        [(stream.feed("x"), stream.flush()) for stream in [factory.start()]]
+        factory.compile(Rules())()
 
 
-def test_a_post_processors_own_errors_go_through_unchanged() -> None:
-    stream = load(a=post(lambda: _processor(feed=_raise(OptionError("no such language"))))).post_processor("shout").start()
-    with pytest.raises(OptionError, match=r"^no such language$"):
-        stream.feed("x")
+def test_errors_in_rules_go_through_unchanged() -> None:
+    def refuse(rules: Rules) -> Any:
+        raise rules.error("no such language", "language")
+
+    found = load(a=plugin(edge_rt_post_processors=lambda: [PostProcessorFactory("shout", refuse)]))
+    with pytest.raises(RuleError, match=r"^no such language$"):
+        found.post_processor("shout").compile(Rules())
 
 
 def test_commands_of_a_plugin_that_fails_half_way_are_taken_back() -> None:

@@ -1,18 +1,21 @@
-"""Chains post-processors: each takes the text of the one before, and at the end of the stream they are flushed in order.
+"""Chains post-processors: each takes the text of the one before, and at the end of the stream they are ended in order.
 
-A post-processor that raises, or returns something that is no text, is out. If it fails closed the stream stops: PluginError, and
-nothing more comes out. Otherwise the text it had taken and not given back goes on without it, as far as that is known, and a
-notice says so. It is known while the processor has given back its input unchanged so far: one that has rewritten anything may
-have held back what only it knows.
+A post-processor that raises, stalls, or returns something that is no text, is out. If it fails closed the stream stops: PluginError,
+and nothing more comes out; nor does the message tell what was raised, which may quote the text. Otherwise the text it had taken and
+not given back goes on without it, as far as that is known, and a notice says so. It is known of one that tells what it holds, and of
+any other while it has given back its input unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
+from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText
 from edge_rt.errors import PluginError
+from edge_rt.types import PostUse
 
 MAX_PENDING = 4096  # characters; who holds back more is not just waiting
 
@@ -25,87 +28,143 @@ class Transducer(Protocol):
         ...
 
     def flush(self) -> str:
-        """The stream ended: return the rest."""
+        """The text is complete: return the rest."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """A post-processor of one stream. ``fails_closed``: better no text than unprocessed text."""
+    """A post-processor of one stream. ``fails_closed``: better no text than text it has not seen. ``plugin``: to blame."""
 
     name: str
     processor: Transducer
     fails_closed: bool = False
+    plugin: str = ""
+
+
+class _Running:
+    """A stage at work: what it was fed and has not given back (``pending``, None: not known), and the most that was."""
+
+    __slots__ = ("feed", "left_out", "most_held", "pending", "stage", "tells")
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.feed = stage, stage.processor.feed
+        self.tells = stage.processor if isinstance(stage.processor, HoldsText) else None
+        self.pending: str | None = ""
+        self.most_held = 0
+        self.left_out = False
+
+    def note(self, text: str, result: str) -> None:
+        """It took a text and gave a result."""
+        if self.tells is not None:
+            pending: str | None = self.tells.held
+        elif self.pending is None:
+            return
+        else:
+            whole = self.pending + text
+            pending = whole[len(result) :] if whole.startswith(result) else None
+        if pending is not None and len(pending) > self.most_held:
+            self.most_held = len(pending)
+        self.pending = pending if pending is not None and len(pending) <= MAX_PENDING else None
+
+    def use(self) -> PostUse:
+        """What it did."""
+        processor = self.stage.processor
+        counts = dict(processor.counts) if isinstance(processor, CountsWork) else {}
+        return PostUse(self.stage.name, MappingProxyType(counts), self.most_held if self.pending is not None else None, self.left_out)
 
 
 class Pipeline:
-    """One stream. ``notices`` collects what a person should know: processors that were left out."""
+    """One stream. ``notices`` collects what a person should know: processors that were left out. ``rules``: the version they follow."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self._stages = list(stages)
-        self._pending: dict[Stage, str | None] = dict.fromkeys(stages, "")  # taken and not given back; None: not known
+    def __init__(self, stages: Sequence[Stage], rules: str = "") -> None:
+        self._all = [_Running(stage) for stage in stages]
+        self._running = list(self._all)
         self._ended = False
+        self.rules = rules
         self.notices: list[str] = []
+
+    @property
+    def conceals(self) -> bool:
+        """Whether what the model wrote must not be known but through the pipeline: not from token ids either."""
+        return any(one.stage.fails_closed for one in self._all)
 
     @property
     def held(self) -> tuple[tuple[str, int | None], ...]:
         """For each processor still in: its name and the characters it holds back (None: not known)."""
-        pending = ((stage.name, self._pending[stage]) for stage in self._stages)
-        return tuple((name, None if text is None else len(text)) for name, text in pending)
+        return tuple((one.stage.name, None if one.pending is None else len(one.pending)) for one in self._running)
+
+    def use(self) -> tuple[PostUse, ...]:
+        """What each processor did."""
+        return tuple(one.use() for one in self._all)
 
     def feed(self, text: str) -> str:
         """Take more text and return what came through. Raises PluginError if a processor that fails closed failed."""
         if self._ended:
             return ""
-        for stage in tuple(self._stages):
+        for one in tuple(self._running):
             if not text:
                 break
-            text = self._feed(stage, text)
+            text = self._feed(one, text)
         return text
 
     def flush(self) -> str:
-        """The stream ended: everything still inside. A second call returns nothing. Raises PluginError as ``feed`` does."""
-        if self._ended:
-            return ""
+        """The text is complete: everything still inside. A second call returns nothing. Raises PluginError as ``feed`` does."""
+        return self._finish(None)
+
+    def cut(self, following: str) -> str:
+        """The text was cut off (see ``HandlesCut``): everything of it that may be said. Raises PluginError as ``feed`` does."""
+        return self._finish(following)
+
+    def _finish(self, following: str | None) -> str:
         text = ""
-        for stage in tuple(self._stages):
-            text = self._feed(stage, text) if text else ""
-            if stage in self._stages:
-                text += self._flush(stage)
+        for one in () if self._ended else tuple(self._running):
+            text = self._feed(one, text) if text else ""
+            if not one.left_out:
+                text += self._end(one, following)
         self._ended = True
         return text
 
-    def _feed(self, stage: Stage, text: str) -> str:
-        before = self._pending[stage]
-        result, failure = _attempt(lambda: stage.processor.feed(text))
-        if failure is not None:
-            return self._leave_out(stage, failure, before, text)
-        if before is not None:
-            rest = (before + text)[len(result) :] if (before + text).startswith(result) else None
-            self._pending[stage] = rest if rest is not None and len(rest) <= MAX_PENDING else None
+    def _feed(self, one: _Running, text: str) -> str:
+        try:
+            result = one.feed(text)
+            if not isinstance(result, str):
+                raise TypeError(f"it returned {type(result).__name__}, not text")
+            one.note(text, result)
+        except Exception as error:  # whatever a plugin raises is its failure, not ours
+            return self._leave_out(one, error, text)
         return result
 
-    def _flush(self, stage: Stage) -> str:
-        result, failure = _attempt(stage.processor.flush)
-        return result if failure is None else self._leave_out(stage, failure, self._pending[stage], "")
+    def _end(self, one: _Running, following: str | None) -> str:
+        processor = one.stage.processor
+        try:
+            result = processor.cut(following) if following is not None and isinstance(processor, HandlesCut) else processor.flush()
+            if not isinstance(result, str):
+                raise TypeError(f"it returned {type(result).__name__}, not text")
+        except Exception as error:
+            return self._leave_out(one, error, "")
+        return result
 
-    def _leave_out(self, stage: Stage, failure: str, before: str | None, text: str) -> str:
+    def _leave_out(self, one: _Running, error: Exception, text: str) -> str:
         """A processor failed: stop the stream, or go on without it. Returns the text it should have processed."""
+        stage, pending = one.stage, one.pending
+        by = f"post-processor {stage.name}" + (f" of plugin {stage.plugin}" if stage.plugin not in ("", stage.name) else "")
         if stage.fails_closed:
             self._ended = True
-            raise PluginError(f"post-processor {stage.name} failed and the stream must not go on without it: {failure}")
-        self._stages.remove(stage)
-        lost = "; text it held back may be missing" if before is None else ""
-        self.notices.append(f"post-processor {stage.name} failed and was left out from there on: {failure}{lost}")
-        return (before or "") + text
+            # Nor is the exception chained: a log that shows it would show the text.
+            raise PluginError(f"{by} failed and the stream must not go on without it: {type(error).__name__}{_where(error)}") from None
+        self._running.remove(one)
+        one.left_out = True
+        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        lost = "; text it held back may be missing" if pending is None else ""
+        self.notices.append(f"{by} failed and was left out from there on: {reason}{lost}")
+        return (pending or "") + text
 
 
-def _attempt(call: Callable[[], str]) -> tuple[str, str | None]:
-    """The result of a plugin's method, or why there is none: whatever it raises is its failure, not ours."""
-    try:
-        result = call()
-    except Exception as error:
-        return "", str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-    if not isinstance(result, str):
-        return "", f"it returned {type(result).__name__}, not text"
-    return result, None
+def _where(error: Exception) -> str:
+    """The line of code that raised, which says nothing of the text."""
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        found = f" at line {trace.tb_lineno} of {trace.tb_frame.f_code.co_filename.rpartition('/')[2]}"
+        trace = trace.tb_next
+    return found

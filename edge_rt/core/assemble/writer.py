@@ -15,19 +15,25 @@ class Writer:
         self.stop: str | None = None
 
     @property
-    def notices(self) -> list[str]:
-        """What a person should know of the post-processors."""
-        return self._pipeline.notices
+    def pipeline(self) -> Pipeline:
+        """The post-processors, for what they say of themselves."""
+        return self._pipeline
 
     def feed(self, token: int) -> str:
         """Text that became final with this token. Raises PluginError if a post-processor that fails closed failed."""
         text, self.stop = self._stops.feed(self._detokeniser.feed(token))
         return self._pipeline.feed(text) if text else ""
 
-    def finish(self) -> str:
-        """The stream ended: everything still held back. After a stop string there is nothing more of the model's text."""
+    def finish(self, *, whole: bool) -> str:
+        """The stream ended: everything still held back. ``whole``: the model had no more to say. Raises PluginError as ``feed`` does.
+
+        After a stop string there is nothing more of the model's text, and what comes next of it is known: the stop string.
+        """
         rest = ""
         if self.stop is None:
             rest, self.stop = self._stops.feed(self._detokeniser.flush())
             rest += self._stops.flush() if self.stop is None else ""
-        return self._pipeline.feed(rest) + self._pipeline.flush()
+        text = self._pipeline.feed(rest)
+        if self.stop is None and whole:
+            return text + self._pipeline.flush()
+        return text + self._pipeline.cut(self.stop or "")

@@ -97,9 +97,10 @@ def generate(job: Job) -> Iterator[Event]:
     except Cancelled:
         reason = "cancelled"
     history.truncate(history.fed)
-    if rest := job.writer.finish():
+    if rest := job.writer.finish(whole=reason == "end_of_generation"):
         yield Delta(rest)
-    for message in (*job.writer.notices, job.window.notice()):
+    pipeline = job.writer.pipeline
+    for message in (*pipeline.notices, job.window.notice()):
         if message:
             yield Notice(message)
     now = time.perf_counter()
@@ -111,6 +112,8 @@ def generate(job: Job) -> Iterator[Event]:
         context=job.window.use(),
         seed=job.sampler.seed,
         stop=job.writer.stop,
+        post=pipeline.use(),
+        rules=pipeline.rules,
     )
 
 
@@ -182,7 +185,7 @@ def _emit(job: Job, token: int, logits: Row) -> tuple[FinishReason | None, Delta
 
         own, top = token_logprobs(logits, token, job.logprobs)
         scores = (TokenLogprob(token, job.vocab.piece(token).decode(errors="replace"), own, top),)
-    delta = Delta(text, (token,), scores)
+    delta = Delta(text, () if job.writer.pipeline.conceals else (token,), scores)
     if job.writer.stop is not None:
         return "stop_string", delta
     if job.max_tokens is not None and job.completion >= job.max_tokens:

@@ -1,0 +1,75 @@
+"""A post-processor on a thread of its own, so that one that stalls holds up nobody for long.
+
+Python cannot end a thread: the stalled one is left behind, and ends when what it waits for does. Nor can anything be done while C code
+keeps the interpreter's lock, as a regular expression that goes back and forth does.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+
+from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor
+
+PATIENCE = 2.0
+"""Seconds that one call may take."""
+
+
+class Stalled(Exception):
+    """A post-processor did not come back in time."""
+
+
+class Aside:
+    """Passes calls on to a post-processor's own thread and waits for the result. Raises Stalled, and what the processor raises."""
+
+    def __init__(self, processor: PostProcessor, patience: float = PATIENCE) -> None:
+        self._processor, self._patience = processor, patience
+        self._calls: queue.SimpleQueue[Callable[[], str] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if isinstance(processor, HoldsText):
+            self.held = ""
+        self.counts: Mapping[str, int] = {}
+
+    def feed(self, text: str) -> str:
+        """Take more text and return what can no longer change."""
+        return self._ask(lambda: self._processor.feed(text))
+
+    def flush(self) -> str:
+        """The text is complete: return the rest."""
+        return self._ask(self._processor.flush)
+
+    def cut(self, following: str) -> str:
+        """The text ends in the middle: return the rest."""
+        processor = self._processor
+        return self._ask((lambda: processor.cut(following)) if isinstance(processor, HandlesCut) else processor.flush)
+
+    def _ask(self, call: Callable[[], str]) -> str:
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._calls, self._results), name="edge-rt post-processor", daemon=True)
+            self._thread.start()
+        self._calls.put(call)
+        try:
+            result = self._results.get(timeout=self._patience)
+        except queue.Empty:
+            raise Stalled(f"it did not come back within {self._patience:g} seconds") from None
+        if isinstance(result, Exception):
+            raise result
+        if isinstance(self._processor, HoldsText):
+            self.held = self._processor.held
+        if isinstance(self._processor, CountsWork):
+            self.counts = self._processor.counts
+        return result
+
+    def __del__(self) -> None:
+        self._calls.put(None)
+
+
+def _work(calls: queue.SimpleQueue[Callable[[], str] | None], results: queue.SimpleQueue[str | Exception]) -> None:
+    """Make calls until there is None. (Not a method: a thread that holds its owner would keep it from being dropped.)"""
+    while (call := calls.get()) is not None:
+        try:
+            results.put(call())
+        except Exception as error:
+            results.put(error)

@@ -1,0 +1,261 @@
+"""Rules of post-processors: compiled from a TOML file, and exchanged while streams run when the file changes.
+
+A stream is given the ruleset that is current when it starts and keeps it to its end. A file that changed is read and compiled on the
+watching thread; only when that succeeded does it become current, by one assignment. A file that is wrong changes nothing but ``error``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from edge_rt.core.assemble.pipeline import Pipeline, Stage
+from edge_rt.core.assemble.rules import Rules
+from edge_rt.errors import EdgeError, RuleError
+
+if TYPE_CHECKING:
+    import logging
+
+    from edge_rt.core.assemble.post_processor import PostProcessor
+    from edge_rt.registry import Registry
+
+INTERVAL = 0.25
+"""Seconds between two looks at the files. A file is read when it was the same twice: half of one that is being written may be valid."""
+
+
+class _Compiled(NamedTuple):
+    """How to make a stage of a name."""
+
+    make: Callable[[], PostProcessor]
+    fails_closed: bool
+    plugin: str
+
+
+class Ruleset:
+    """One version of the rules, compiled. Nothing of it changes, so streams on any thread may share it.
+
+    ``version`` stands for what the rules say, files that they name included: equal rules have equal versions. "" if there are none.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], registry: Registry, *, folder: Path | None = None, files: dict[Path, str] | None = None
+    ) -> None:  # fmt: skip
+        """``values``: the tables of a rule file; names of files in them are relative to ``folder``. What these hold is put into ``files``,
+        also if the rules are wrong. Raises RuleError, PluginError.
+        """
+        self._registry = registry
+        self._compiled: dict[str, _Compiled] = {}
+        self._lock = threading.Lock()
+        self._files = {} if files is None else files
+        self.order = self._order(values)
+        """Post-processors of a request that names none."""
+        for name, table in values.items():
+            if name != "pipeline":
+                self._compiled[name] = self._compile(name, table, folder)
+        said = repr((values, list(self._files.values())))
+        self.version = hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()[:8] if values else ""
+
+    def _order(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the post-processors in the order of the pipeline: as ``pipeline`` says, else as their tables follow each other."""
+        top = Rules(values)
+        known = list(self._registry.post_processors())
+        for name, table in values.items():
+            if name != "pipeline" and (not isinstance(table, Mapping) or name not in known):
+                raise top.error(f"there is no post-processor {name}; there is {', '.join(known) or 'none'}", name)
+        order = top.choices("pipeline", known, [name for name in values if name != "pipeline"])
+        if twice := next((name for i, name in enumerate(order) if name in order[:i]), None):
+            raise top.error(f"pipeline names {twice} twice; name it once", "pipeline")
+        return order
+
+    def _compile(self, name: str, table: Mapping[str, Any], folder: Path | None) -> _Compiled:
+        factory = self._registry.post_processor(name)
+        rules = Rules(table, (name,), folder)
+        on_failure = rules.choice("on_failure", ("drop", "stop"), "stop" if factory.fails_closed else "drop")
+        if factory.fails_closed and on_failure == "drop":
+            raise rules.error(f"{name} must not be left out of a stream; leave on_failure away, or say stop", "on_failure")
+        try:
+            make = factory.compile(rules)
+            rules.finish()
+        finally:
+            self._files |= rules.files()
+        return _Compiled(make, on_failure == "stop", factory.plugin)
+
+    @property
+    def current(self) -> Ruleset:
+        """These, always."""
+        return self
+
+    def pipeline(self, names: Sequence[str] = ()) -> Pipeline:
+        """Fresh post-processors for one stream, those named or all, in order. Raises PluginError for an unknown name."""
+        return Pipeline([self._stage(name) for name in names or self.order], self.version)
+
+    def _stage(self, name: str) -> Stage:
+        with self._lock:  # one that has no table is compiled when it is first asked for
+            if name not in self._compiled:
+                self._compiled[name] = self._compile(name, {}, None)
+        compiled = self._compiled[name]
+        processor = compiled.make()
+        if not self._registry.built_in(compiled.plugin):
+            from edge_rt.core.assemble.aside import Aside
+
+            processor = Aside(processor)
+        return Stage(name, processor, compiled.fails_closed, compiled.plugin)
+
+
+class _Seen(NamedTuple):
+    """What a file was like."""
+
+    path: Path
+    inode: int
+    size: int
+    modified: int
+
+
+def _look(paths: Iterable[Path]) -> tuple[_Seen, ...]:
+    """The state of files; one that is not there has none."""
+    seen = []
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            seen.append(_Seen(path, 0, -1, 0))
+        else:
+            seen.append(_Seen(path, found.st_ino, found.st_size, found.st_mtime_ns))
+    return tuple(seen)
+
+
+def change(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The tables with some values replaced, each written as ``redaction.action="hash"``. Raises RuleError."""
+    from edge_rt.core.assemble.toml_place import parse
+
+    changed: dict[str, Any] = dict(values)
+    for text in overrides:
+        try:
+            table: dict[str, Any] = parse(text)
+        except RuleError as error:
+            raise RuleError(f'the rule {text!r} is not as redaction.action="hash" ({error.reason}); a text needs its quotes') from error
+        changed = _merged(changed, table)
+    return changed
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(old[key], new[key]) for key in new if isinstance(old.get(key), Mapping) and isinstance(new[key], Mapping)}
+    return {**old, **new, **both}
+
+
+class Rulebook(Protocol):
+    """What knows which rules a new stream is to follow."""
+
+    @property
+    def current(self) -> Ruleset:
+        """The rules now."""
+        ...
+
+
+class RuleFile:
+    """A file of rules that may change while streams run; a context manager.
+
+    ``current`` is the newest version that could be compiled, ``error`` why a newer one could not be, else None. ``told`` is called with
+    each new error, and with None when it is mended or the rules were exchanged, on the watching thread.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        registry: Registry,
+        *,
+        overrides: Sequence[str] = (),
+        watch: bool = True,
+        told: Callable[[RuleError | None], None] = lambda error: None,
+    ) -> None:
+        """``overrides``: see ``change``. Raises RuleError, PluginError: the first version must be right."""
+        self.path, self._registry, self._overrides, self._told = Path(path), registry, tuple(overrides), told
+        self.error: RuleError | None = None
+        self.exchanged = 0
+        """How often the rules were exchanged."""
+        self._files: list[Path] = [self.path]
+        before = _look(self._files)
+        self.current = self._read()
+        self._seen = before + _look(self._files[1:])
+        self._unsettled: tuple[_Seen, ...] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="edge-rt rules", daemon=True) if watch else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def check(self) -> bool:
+        """Look once, as the watching thread does all the time; whether ``current`` was exchanged. Not for two threads at once."""
+        seen = _look(self._files)
+        if seen == self._seen:
+            self._unsettled = None
+            return False
+        if seen != self._unsettled:
+            self._unsettled = seen
+            return False
+        self._unsettled, self._seen = None, seen
+        return self.reload()
+
+    def reload(self) -> bool:
+        """Read the file now; whether that succeeded. If not, ``error`` says why and everything stays."""
+        before = self.current.version
+        try:
+            self.current, self.error = self._read(), None
+        except EdgeError as error:
+            self.error = error if isinstance(error, RuleError) else RuleError(str(error), file=str(self.path))
+            _log().warning("the rules stay as they were: %s", self.error)
+        else:
+            self.exchanged += self.current.version != before
+            _log().info("%s is in force, version %s", self.path, self.current.version)
+        self._told(self.error)
+        return self.error is None
+
+    def _read(self) -> Ruleset:
+        """Compile the file as it is now. Raises RuleError with file and line."""
+        from edge_rt.core.assemble import toml_place
+
+        files: dict[Path, str] = {}
+        try:
+            text = self._text()
+            try:
+                return Ruleset(change(toml_place.parse(text), self._overrides), self._registry, folder=self.path.parent, files=files)
+            except RuleError as error:
+                if any(toml_place.has(toml_place.parse(override), error.place) for override in self._overrides if error.place):
+                    raise RuleError(error.reason, place=error.place) from error  # it is not the file that is wrong
+                line = error.line if error.line is not None else toml_place.line_of(text, error.place)
+                raise RuleError(error.reason, place=error.place, file=str(self.path), line=line) from error
+        finally:
+            self._files = [self.path, *files]
+
+    def _text(self) -> str:
+        """Raises RuleError."""
+        try:
+            return self.path.read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise RuleError(f"cannot be read: {(error.strerror or str(error)).lower()}; check the name", file=str(self.path)) from error
+        except UnicodeDecodeError as error:
+            raise RuleError(f"it is not UTF-8 (byte {error.start}); save it as UTF-8", file=str(self.path)) from error
+
+    def _watch(self) -> None:
+        while not self._closed.wait(INTERVAL):
+            self.check()
+
+    def close(self) -> None:
+        """Stop watching. The current rules stay usable."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> RuleFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _log() -> logging.Logger:
+    import logging  # only now: it costs start-up time
+
+    return logging.getLogger("edge_rt.rules")
