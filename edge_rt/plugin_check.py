@@ -1,11 +1,16 @@
-"""What a plugin must be to be registered, and how to say what is wrong with one that is not."""
+"""What a plugin must be to be registered, and how to say what is wrong with one that is not; how its code is imported anew."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from edge_rt.hooks import API_VERSION, HookSpecs, Refusal
+
+if TYPE_CHECKING:
+    from edge_rt.entry_points import EntryPoint
 
 State = Literal["ok", "failed", "refused", "disabled"]
 
@@ -64,3 +69,49 @@ def checked(result: Any, kind: Any) -> Iterator[Any]:
 def sentence(refusal: Refusal) -> str:
     """A refusal in one sentence."""
     return f"{refusal.reason}; {refusal.remedy}" if refusal.remedy else refusal.reason
+
+
+@contextmanager
+def fresh_modules(point: EntryPoint) -> Iterator[Callable[[], None]]:
+    """While it lasts a plugin's modules are imported anew; unless the function it yields was called, the old ones then come back.
+
+    They are the module of the entry point and those in it, and of other distributions all of its package.
+    """
+    import importlib
+
+    module = point.value.partition(":")[0].strip()
+    root = module if module.startswith("edge_rt.") else module.partition(".")[0]
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    old = _take(root)
+    for one in old.values():
+        _forget_compiled(one)
+    importlib.invalidate_caches()
+    try:
+        yield keep
+    finally:
+        if not kept:
+            _take(root)
+            sys.modules.update(old)
+
+
+def _take(root: str) -> dict[str, Any]:
+    """A package's modules, which from now on are not imported."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name == root or name.startswith(f"{root}.")}
+
+
+def _forget_compiled(module: Any) -> None:
+    """Remove a module's compiled file: it is taken for current if the source has its size and was written in the same second."""
+    import os
+
+    cached = getattr(module, "__cached__", None)
+    if cached is None:
+        return
+    try:
+        os.unlink(cached)
+    except OSError:
+        return  # there is none, or it is not ours to remove: then the source's time decides

@@ -36,7 +36,7 @@ from edge_rt.hooks import (
     PostProcessorFactory,
     Refusal,
 )
-from edge_rt.plugin_check import Rejected, State, checked, imported, sentence, unknown, unmarked
+from edge_rt.plugin_check import Rejected, State, checked, fresh_modules, imported, sentence, unknown, unmarked
 
 if TYPE_CHECKING:
     import typer
@@ -90,6 +90,9 @@ class Registry:
         self._status: dict[str, PluginStatus] = {}
         self._collected: dict[str, dict[str, Any]] = {}
         self._probed: dict[str, Offer | Refusal] = {}
+        self._points: dict[str, installed.EntryPoint] = {}
+        self.generation = 0
+        """How often code was reloaded: what was made of an earlier generation's is to be made again."""
 
     @classmethod
     def load(
@@ -108,6 +111,7 @@ class Registry:
         registry = cls(required)
         off = frozenset(disabled)
         for point in installed.with_built_ins(ENTRY_POINT_GROUP, BUILT_INS, others=entry_points):
+            registry._points.setdefault(point.name, point)
             registry._add(point.name, point.distribution, point.version, point.load, disabled=point.name in off)
         for name, plugin in (plugins or {}).items():
             registry._add(name, "", "", lambda plugin=plugin: plugin, disabled=name in off)
@@ -184,6 +188,31 @@ class Registry:
             except Exception as error:
                 self._fail(plugin, str(failure(plugin, "edge_rt_compiler_passes", error)), error)
         return passes
+
+    def reload(self, plugin: str) -> None:
+        """Import the code of an installed plugin anew. What was made with the old code goes on with it; hooks are called again.
+
+        Raises PluginError, and then everything is as it was.
+        """
+        point, status = self._points.get(plugin), self._status.get(plugin)
+        if point is None or status is None or status.state == "disabled":
+            raise PluginError(f"no plugin named {plugin} can be reloaded; see `edge-rt plugins`")
+        registered = self._manager.get_plugin(plugin)
+        with fresh_modules(point) as keep:
+            try:
+                fresh = imported(point.load)
+                if registered is not None:
+                    self._manager.unregister(name=plugin)
+                hooks = self._register(plugin, fresh)
+            except Rejected as rejected:
+                if registered is not None and not self._manager.has_plugin(plugin):
+                    self._manager.register(registered, plugin)
+                raise PluginError(f"plugin {plugin} goes on with its old code: {rejected}") from rejected.__cause__
+            keep()
+        self._status[plugin] = status._replace(state="ok", reason="", hooks=hooks)
+        self._collected.clear()
+        self._probed.clear()
+        self.generation += 1
 
     # ---- choosing ----------------------------------------------------------------------------------------------------
 

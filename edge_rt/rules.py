@@ -46,7 +46,7 @@ class Ruleset:
         """``values``: the tables of a rule file; names of files in them are relative to ``folder``. What these hold is put into ``files``,
         also if the rules are wrong. Raises RuleError, PluginError.
         """
-        self._registry = registry
+        self._registry, self.generation = registry, registry.generation
         self._compiled: dict[str, _Compiled] = {}
         self._lock = threading.Lock()
         self._files = {} if files is None else files
@@ -88,21 +88,34 @@ class Ruleset:
         """These, always."""
         return self
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that the rules name."""
+        return tuple(self._files)
+
+    def fails_closed(self, name: str) -> bool:
+        """Whether a stream stops if this post-processor fails. Raises PluginError for an unknown name."""
+        return self._get(name).fails_closed
+
     def pipeline(self, names: Sequence[str] = ()) -> Pipeline:
         """Fresh post-processors for one stream, those named or all, in order. Raises PluginError for an unknown name."""
         return Pipeline([self._stage(name) for name in names or self.order], self.version)
 
     def _stage(self, name: str) -> Stage:
-        with self._lock:  # one that has no table is compiled when it is first asked for
-            if name not in self._compiled:
-                self._compiled[name] = self._compile(name, {}, None)
-        compiled = self._compiled[name]
+        compiled = self._get(name)
         processor = compiled.make()
         if not self._registry.built_in(compiled.plugin):
             from edge_rt.core.assemble.aside import Aside
 
             processor = Aside(processor)
         return Stage(name, processor, compiled.fails_closed, compiled.plugin)
+
+    def _get(self, name: str) -> _Compiled:
+        """How to make a stage; one that has no table is compiled when it is first asked for."""
+        with self._lock:
+            if name not in self._compiled:
+                self._compiled[name] = self._compile(name, {}, None)
+            return self._compiled[name]
 
 
 class _Seen(NamedTuple):
@@ -176,6 +189,7 @@ class RuleFile:
         self.error: RuleError | None = None
         self.exchanged = 0
         """How often the rules were exchanged."""
+        self._generation = registry.generation
         self._files: list[Path] = [self.path]
         before = _look(self._files)
         self.current = self._read()
@@ -187,8 +201,13 @@ class RuleFile:
             self._thread.start()
 
     def check(self) -> bool:
-        """Look once, as the watching thread does all the time; whether ``current`` was exchanged. Not for two threads at once."""
+        """Look once, as the watching thread does all the time; whether ``current`` was exchanged. Not for two threads at once.
+
+        The rules are compiled again when a file changed, and when a plugin's code was reloaded.
+        """
         seen = _look(self._files)
+        if self._registry.generation != self._generation:
+            return self.reload()
         if seen == self._seen:
             self._unsettled = None
             return False
@@ -199,18 +218,26 @@ class RuleFile:
         return self.reload()
 
     def reload(self) -> bool:
-        """Read the file now; whether that succeeded. If not, ``error`` says why and everything stays."""
-        before = self.current.version
+        """Read the file now; whether ``current`` was exchanged. If it could not be, ``error`` says why and everything stays."""
+        had, generation = self.error, self._registry.generation
         try:
-            self.current, self.error = self._read(), None
+            fresh = self._read()
         except EdgeError as error:
             self.error = error if isinstance(error, RuleError) else RuleError(str(error), file=str(self.path))
+            self._generation = generation
             _log().warning("the rules stay as they were: %s", self.error)
-        else:
-            self.exchanged += self.current.version != before
-            _log().info("%s is in force, version %s", self.path, self.current.version)
-        self._told(self.error)
-        return self.error is None
+            self._told(self.error)
+            return False
+        self.error = None
+        changed = fresh.version != self.current.version or generation != self._generation
+        self._generation = generation
+        if changed:
+            self.current = fresh
+            self.exchanged += 1
+            _log().info("%s is in force, version %s", self.path, fresh.version)
+        if changed or had is not None:
+            self._told(None)
+        return changed
 
     def _read(self) -> Ruleset:
         """Compile the file as it is now. Raises RuleError with file and line."""

@@ -344,10 +344,10 @@ class Model:
         from edge_rt.rules import Ruleset
 
         if rules is None:
-            self._plain_rules = current = self._plain_rules or Ruleset({}, self.registry)
-        else:
-            current = Ruleset(rules, self.registry) if isinstance(rules, Mapping) else rules.current
-        return current.pipeline(names)
+            if self._plain_rules is None or self._plain_rules.generation != self.registry.generation:
+                self._plain_rules = Ruleset({}, self.registry)
+            rules = self._plain_rules
+        return (Ruleset(rules, self.registry) if isinstance(rules, Mapping) else rules.current).pipeline(names)
 
     def new_notices(self) -> list[str]:
         """Notices nobody has been told yet."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_text
 from edge_rt.cli.options import GenerationOptions, ModelOptions, option
 from edge_rt.cli.output import say, terminal, write
-from edge_rt.errors import ContextError, OptionError, UserError
+from edge_rt.cli.post_options import PostOptions, post_processed
+from edge_rt.errors import ContextError, OptionError, RuleError, UserError
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
+    from edge_rt.registry import Registry
     from edge_rt.session import Session
     from edge_rt.types import GenerateOptions
 
@@ -33,11 +35,12 @@ In the conversation:
   /help          these commands
   /clear         forget what was said
   /save FILE     write the conversation to a file, for --load
+  /reload PLUGIN import a plugin's code anew
   /quit          leave
 """
 
 
-class Options(GenerationOptions, ModelOptions):
+class Options(GenerationOptions, PostOptions, ModelOptions):
     """The command's options."""
 
     system: str | None = option(None, "--system TEXT", "System message, or @FILE.")
@@ -53,9 +56,14 @@ class Chat:
     first: list[Message]
     messages: list[Message] = field(default_factory=list)
     verbose: bool = False
+    news: list[str] = field(default_factory=list)
+    """What the person is to know before the next answer."""
+    registry: Registry | None = None
 
     def turn(self, text: str) -> None:
         """Answer one message. A question that failed is not remembered."""
+        while self.news:
+            say(f"note: {self.news.pop(0)}")
         asked: Message = {"role": "user", "content": text}
         text, done, interrupted = answer(self.session, [*self.first, *self.messages, asked], self.request, show_text)
         if not text.endswith("\n"):
@@ -89,6 +97,14 @@ class Chat:
         say(f"Saved; edge-rt chat --load {argument} goes on from here.")
         return True
 
+    def reload(self, argument: str) -> bool:
+        """Import a plugin's code anew."""
+        if self.registry is None:
+            raise OptionError("/reload is for plugins that --post or --rules name; start edge-rt chat with one of them")
+        self.registry.reload(argument)
+        say(f"The code of {argument} was reloaded; the next answer uses it.")
+        return True
+
     def help(self, argument: str) -> bool:
         """Show the commands."""
         say(HELP.partition("In the conversation:\n")[2].rstrip())
@@ -99,15 +115,23 @@ class Chat:
         return False
 
 
-COMMANDS = {"/help": Chat.help, "/clear": Chat.clear, "/save": Chat.save, "/quit": Chat.quit, "/exit": Chat.quit}
+COMMANDS = {"/help": Chat.help, "/clear": Chat.clear, "/save": Chat.save, "/reload": Chat.reload, "/quit": Chat.quit, "/exit": Chat.quit}
 
 
 def run(options: Options) -> int:
     """Talk until the user leaves."""
-    request = generate_options(options)
+    request, news = generate_options(options), list[str]()
     first, messages = _beginning(options)
-    with opened(options, options.policy, options.embedder) as model, model.session() as session:
-        chat = Chat(session, request, first, messages, options.verbose)
+
+    def told(error: RuleError | None) -> None:
+        news.append(f"the rules stay as they were: {error}" if error else "the rules were exchanged")
+
+    with (
+        post_processed(request, options, watch=True, told=told) as (asked, registry),
+        opened(options, options.policy, options.embedder, registry) as model,
+        model.session() as session,
+    ):
+        chat = Chat(session, asked, first, messages, options.verbose, news, registry)
         if terminal(sys.stdin):
             say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
         return _converse(chat)

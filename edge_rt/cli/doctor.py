@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.cli.options import JsonOption
+from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import size, table, write, write_json
 
 if TYPE_CHECKING:
@@ -23,16 +23,19 @@ The exit status is 1 if no model can run here.
 Examples:
   edge-rt doctor
   edge-rt doctor --json > report.json
+  edge-rt doctor --rules rules.toml
 """
 
 
 class Options(JsonOption):
     """The command's options."""
 
+    rules: str | None = option(None, "--rules FILE", "Look at these rules for post-processors too.")
+
 
 def run(options: Options) -> int:
     """Look and print."""
-    found = facts()
+    found = facts(options.rules)
     if options.json:
         write_json(found, indent=2)
     else:
@@ -40,11 +43,12 @@ def run(options: Options) -> int:
     return 1 if found["problems"] else 0
 
 
-def facts() -> dict[str, Any]:
-    """Everything the command shows; ``problems`` are what keeps every model from running. Sizes in bytes."""
+def facts(rules: str | None = None) -> dict[str, Any]:
+    """Everything the command shows; ``problems`` are what keeps every model from running, or the rules from being used. Sizes in bytes."""
     from edge_rt.cli.plugins import facts as plugin_facts
     from edge_rt.cli.plugins import silence_warnings
     from edge_rt.cli.report import versions
+    from edge_rt.cli.rules import facts as rule_facts
     from edge_rt.registry import Registry
 
     silence_warnings()
@@ -57,6 +61,7 @@ def facts() -> dict[str, Any]:
         "devices": _devices(registry),
         "plugins": plugin_facts(registry)["plugins"],
         "cache": _cache(),
+        "rules": rule_facts(rules, registry) if rules is not None else None,
     }
     usable = [device["name"] for device in found["devices"] if device["usable"]]
     problems = [] if usable else ["no device can be used"]
@@ -64,6 +69,8 @@ def facts() -> dict[str, Any]:
         problems.append("no engine is installed")
     if not found["library"]["file"]:
         problems.append(found["library"]["verdict"])
+    if found["rules"] and not found["rules"]["ok"]:
+        problems.append(f"the rules cannot be used: {found['rules']['message']}")
     return {**found, "problems": problems}
 
 
@@ -198,9 +205,19 @@ def _text(found: dict[str, Any]) -> str:
             ("models", f"{size(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
             ("packed weights", size(cache["packed"])),
         ],
+        "Rules": _rule_rows(found["rules"]),
         "Problems": [(problem,) for problem in found["problems"]],
     }
     return "\n".join(f"{title}\n{table(rows, '  ')}" for title, rows in sections.items() if rows)
+
+
+def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    if rules is None:
+        return []
+    if not rules["ok"]:
+        return [("wrong", rules["message"])]
+    rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", ", ".join(one["name"] for one in rules["pipeline"]))]
+    return [*rows, *(("names", file) for file in rules["files"])]
 
 
 def _device_rows(device: dict[str, Any]) -> list[tuple[str, ...]]:

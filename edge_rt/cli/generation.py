@@ -19,6 +19,7 @@ from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, Pruning, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
+    from edge_rt.registry import Registry
     from edge_rt.runtime import Model
     from edge_rt.session import Session
 
@@ -29,7 +30,9 @@ Show = Callable[[Iterable[Event]], tuple[str, Done]]
 
 
 @contextmanager
-def opened(options: ModelOptions, policy: str = "graded", embedder: str | None = None) -> Iterator[Model]:
+def opened(
+    options: ModelOptions, policy: str = "graded", embedder: str | None = None, registry: Registry | None = None
+) -> Iterator[Model]:  # fmt: skip
     """Open the model the options name, with a progress bar. ``policy``: the context policy. ``embedder``: what recalls, by name."""
     from edge_rt.catalog import resolve
 
@@ -53,6 +56,7 @@ def opened(options: ModelOptions, policy: str = "graded", embedder: str | None =
             policy=policy,
             embedder=embedder,
             progress=progress,
+            registry=registry,
         )
         import edge_rt.session  # what the answer needs, while the vocabulary still loads
     finally:
@@ -93,7 +97,6 @@ def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateO
         json_schema=_schema(options),
         logprobs=logprobs,
         speculate=options.speculate,
-        post=tuple(_not_empty(name.strip(), "--post") for name in options.post.split(",")) if options.post is not None else (),
         ignore_eos=options.ignore_eos,
         prune=_pruning(options),
         tools=_tools(options.tools) if options.tools is not None else (),

@@ -22,6 +22,8 @@ from edge_rt.errors import OptionError
 COMMANDS = {
     "run": "edge_rt.cli.run",
     "chat": "edge_rt.cli.chat",
+    "post": "edge_rt.cli.post",
+    "rules": "edge_rt.cli.rules",
     "pull": "edge_rt.cli.pull",
     "models": "edge_rt.cli.models",
     "inspect": "edge_rt.cli.inspect_model",

@@ -144,7 +144,6 @@ class GenerationOptions(CommandOptions):
     )
     prune_every: int = option(0, "--prune-every N", "With --prune: also after every N tokens of the answer. 0: not then.", low=0)
     speculate: int = option(0, "--speculate N", "Draft up to N tokens a step by look-up; never changes the result. 0: off.", low=0, high=64)
-    post: str | None = option(None, "--post A,B", "Post-processors for the answer, in this order; see `edge-rt plugins`.")
     ignore_eos: bool = option(False, "--ignore-eos", "Go on when the model would stop.")
 
 

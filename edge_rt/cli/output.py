@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edge_rt.errors import UserError
@@ -18,13 +18,27 @@ class OutputClosed(Exception):
 
 def write(text: str) -> None:
     """Write to standard output and flush. Raises OutputClosed, UserError (for example a full disk)."""
+
+    def put(out: Any) -> None:
+        try:
+            out.write(text)
+        except UnicodeEncodeError as error:  # a terminal that is not UTF-8
+            out.write(text.encode(error.encoding, "replace").decode(error.encoding))
+
+    _put(put)
+
+
+def write_bytes(data: bytes) -> None:
+    """The same for bytes."""
+    if data:
+        _put(lambda out: out.buffer.write(data))
+
+
+def _put(put: Callable[[Any], object]) -> None:
     if sys.stdout is None:
         raise UserError("standard output is closed, and the answer has nowhere to go; redirect it to /dev/null to discard it")
     try:
-        try:
-            sys.stdout.write(text)
-        except UnicodeEncodeError as error:  # a terminal that is not UTF-8
-            sys.stdout.write(text.encode(error.encoding, "replace").decode(error.encoding))
+        put(sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:
         abandon_stdout()

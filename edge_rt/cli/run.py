@@ -8,6 +8,7 @@ from pathlib import Path
 from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_json, show_text
 from edge_rt.cli.options import GenerationOptions, ModelOptions, argument, option
 from edge_rt.cli.output import say, terminal, write, write_json
+from edge_rt.cli.post_options import PostOptions, post_processed
 from edge_rt.errors import OptionError, UserError
 from edge_rt.types import GenerateOptions, Message
 
@@ -23,11 +24,12 @@ Examples:
   git diff | edge-rt run --system "Summarise the change in one sentence."
   edge-rt run -f letter.txt --json-schema '{"type":"object","properties":{"sender":{"type":"string"}}}'
   edge-rt run --tools tools.json "How is the weather in Leeds?"
+  edge-rt run --post redaction,punctuation --rules rules.toml "Whom do I call?"
   edge-rt run --json "Hello" | jq -r 'select(.event == "delta") | .text'
 """
 
 
-class Options(GenerationOptions, ModelOptions):
+class Options(GenerationOptions, PostOptions, ModelOptions):
     """The command's options."""
 
     prompt: str | None = argument(None, metavar="PROMPT", help="The prompt; standard input if left out, or if it is -.")
@@ -57,12 +59,12 @@ def run(options: Options) -> int:
 
 def _answer(options: Options, prompt: str | list[Message], request: GenerateOptions) -> int:
     saved = Path(options.session) if options.session is not None else None
-    with opened(options, options.policy, options.embedder) as model:
+    with post_processed(request, options) as (asked, registry), opened(options, options.policy, options.embedder, registry) as model:
         if options.json:
             write_json({"event": "model", "path": str(model.file.path), "engine": model.info.engine, "device": model.info.device,
                         "architecture": model.info.architecture, "context": model.info.max_context})  # fmt: skip
         with model.restore(saved) if saved and saved.exists() else model.session() as session:
-            text, done, interrupted = answer(session, prompt, request, show_json if options.json else show_text)
+            text, done, interrupted = answer(session, prompt, asked, show_json if options.json else show_text)
             if not options.json and not text.endswith("\n"):
                 write("\n")
             if options.verbose:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor
 
@@ -34,7 +35,7 @@ class Aside:
 
     def feed(self, text: str) -> str:
         """Take more text and return what can no longer change."""
-        return self._ask(lambda: self._processor.feed(text))
+        return self._ask(partial(self._processor.feed, text))
 
     def flush(self) -> str:
         """The text is complete: return the rest."""
@@ -43,9 +44,10 @@ class Aside:
     def cut(self, following: str) -> str:
         """The text ends in the middle: return the rest."""
         processor = self._processor
-        return self._ask((lambda: processor.cut(following)) if isinstance(processor, HandlesCut) else processor.flush)
+        return self._ask(partial(processor.cut, following) if isinstance(processor, HandlesCut) else processor.flush)
 
     def _ask(self, call: Callable[[], str]) -> str:
+        """What a call gives. (A call must not refer to this object, or the thread would keep it from being dropped.)"""
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self._calls, self._results), name="edge-rt post-processor", daemon=True)
             self._thread.start()
@@ -67,7 +69,7 @@ class Aside:
 
 
 def _work(calls: queue.SimpleQueue[Callable[[], str] | None], results: queue.SimpleQueue[str | Exception]) -> None:
-    """Make calls until there is None. (Not a method: a thread that holds its owner would keep it from being dropped.)"""
+    """Make calls until there is None. Not a method, for the same reason."""
     while (call := calls.get()) is not None:
         try:
             results.put(call())
