@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_text
 from edge_rt.cli.options import GenerationOptions, ModelOptions, option
 from edge_rt.cli.output import say, terminal, write
-from edge_rt.cli.post_options import PostOptions, post_processed
+from edge_rt.cli.post_options import post_processed
 from edge_rt.errors import ContextError, OptionError, RuleError, UserError
 from edge_rt.types import Message
 
@@ -40,7 +40,7 @@ In the conversation:
 """
 
 
-class Options(GenerationOptions, PostOptions, ModelOptions):
+class Options(GenerationOptions, ModelOptions):
     """The command's options."""
 
     system: str | None = option(None, "--system TEXT", "System message, or @FILE.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from edge_rt.cli import interrupts
 from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
 from edge_rt.cli.output import ProgressBar, say, write, write_json
+from edge_rt.cli.post_options import names
 from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, Pruning, SamplingParams, TokenLogprob
 
@@ -97,6 +98,7 @@ def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateO
         json_schema=_schema(options),
         logprobs=logprobs,
         speculate=options.speculate,
+        post=names(options),
         ignore_eos=options.ignore_eos,
         prune=_pruning(options),
         tools=_tools(options.tools) if options.tools is not None else (),
@@ -287,9 +289,13 @@ def record(event: Event) -> dict[str, Any]:
     return found
 
 
-def _plain(event: Any) -> dict[str, Any]:
-    """A named tuple and those inside it as dictionaries."""
-    return {name: _plain(value) if hasattr(value, "_asdict") else value for name, value in event._asdict().items()}
+def _plain(value: Any) -> Any:
+    """A value with the named tuples and mappings in it as dictionaries; other tuples stay."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def _logprob(entry: TokenLogprob) -> dict[str, Any]:
@@ -321,6 +327,9 @@ def facts(done: Done) -> str:
     if use.drafted_tokens:
         parts.append(f"{use.accepted_tokens} of {use.drafted_tokens} drafted tokens right")
     parts.append(f"first token after {times.first_token:.3f} s")
+    for one in done.post:
+        if did := ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count):
+            parts.append(f"{one.name} {did}")
     return f"[{'; '.join(parts)}; {done.reason.replace('_', ' ')}; seed {done.seed}]"
 
 

@@ -113,7 +113,15 @@ class ModelOptions(CommandOptions):
     verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took.")
 
 
-class GenerationOptions(CommandOptions):
+class PostOptions(CommandOptions):
+    """How text is post-processed."""
+
+    post: str | None = option(None, "--post A,B", "Post-processors, in this order, see `edge-rt plugins`; those of the rules if left out.")
+    rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
+    rule: tuple[str, ...] = option((), "--rule KEY=VALUE", "Set one rule, as redaction.action='\"hash\"'. May be given several times.")
+
+
+class GenerationOptions(PostOptions):
     """How text is made."""
 
     max_tokens: int | None = option(None, "-n --max-tokens --n-predict N", "Tokens to make; until the model stops if left out.", low=1)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_rt.cli.options import argument, option
+from edge_rt.cli.options import PostOptions, argument, option
 from edge_rt.cli.output import say, write_bytes
-from edge_rt.cli.post_options import PostOptions, names, rulebook
+from edge_rt.cli.post_options import names, rulebook
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:

@@ -6,21 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from edge_rt.cli.options import CommandOptions, option
+from edge_rt.cli.options import PostOptions
 from edge_rt.errors import OptionError, RuleError
 
 if TYPE_CHECKING:
     from edge_rt.registry import Registry
     from edge_rt.rules import Rulebook
     from edge_rt.types import GenerateOptions
-
-
-class PostOptions(CommandOptions):
-    """How text is post-processed."""
-
-    post: str | None = option(None, "--post A,B", "Post-processors, in this order, see `edge-rt plugins`; those of the rules if left out.")
-    rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
-    rule: tuple[str, ...] = option((), "--rule KEY=VALUE", "Set one rule, as redaction.action='\"hash\"'. May be given several times.")
 
 
 def names(options: PostOptions) -> tuple[str, ...]:
@@ -35,16 +27,15 @@ def names(options: PostOptions) -> tuple[str, ...]:
 def post_processed(
     request: GenerateOptions, options: PostOptions, *, watch: bool = False, told: Callable[[RuleError | None], None] = lambda error: None
 ) -> Iterator[tuple[GenerateOptions, Registry | None]]:
-    """A request with the post-processors of the options, and the registry they are from, None without any."""
-    chosen = names(options)
-    if not chosen and options.rules is None and not options.rule:
+    """A request with the rules of the options, and the registry of its post-processors, None without any."""
+    if not request.post and options.rules is None and not options.rule:
         yield request, None
         return
     from edge_rt.registry import Registry
 
     registry = Registry.load()
     with rulebook(options, registry, watch=watch, told=told) as book:
-        yield request._replace(post=chosen, rules=book), registry
+        yield request._replace(rules=book), registry
 
 
 @contextmanager

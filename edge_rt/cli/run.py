@@ -8,7 +8,7 @@ from pathlib import Path
 from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_json, show_text
 from edge_rt.cli.options import GenerationOptions, ModelOptions, argument, option
 from edge_rt.cli.output import say, terminal, write, write_json
-from edge_rt.cli.post_options import PostOptions, post_processed
+from edge_rt.cli.post_options import post_processed
 from edge_rt.errors import OptionError, UserError
 from edge_rt.types import GenerateOptions, Message
 
@@ -29,7 +29,7 @@ Examples:
 """
 
 
-class Options(GenerationOptions, PostOptions, ModelOptions):
+class Options(GenerationOptions, ModelOptions):
     """The command's options."""
 
     prompt: str | None = argument(None, metavar="PROMPT", help="The prompt; standard input if left out, or if it is -.")

@@ -4,13 +4,14 @@ import errno
 import io
 import json
 import sys
+from types import MappingProxyType
 
 import pytest
 
 from edge_rt.cli import output
 from edge_rt.cli.generation import cancelling, check_text, facts, read_text, record, show_json, show_text
 from edge_rt.errors import OptionError, UserError
-from edge_rt.types import ContextUse, Delta, Done, Notice, PromptProgress, Timings, TokenLogprob, Usage
+from edge_rt.types import ContextUse, Delta, Done, Notice, PostUse, PromptProgress, Timings, TokenLogprob, Usage
 
 
 def done(**changes):
@@ -51,7 +52,7 @@ def test_events_as_json_lines(capsys):
         Delta("é", (5,), (TokenLogprob(5, "é", -0.5, rivals),)),
         Delta("l", (6,)),
         Notice("so"),
-        done(stop="END"),
+        done(stop="END", post=(PostUse("redaction", MappingProxyType({"phone": 2}), 11),), rules="1a2b3c4d"),
     ]
     assert show_json(iter(events)) == ("él", events[-1])
     out, err = capsys.readouterr()
@@ -68,7 +69,8 @@ def test_events_as_json_lines(capsys):
                    "computed_tokens": 6},
          "timings": {"first_token": 0.5, "prompt": 0.25, "decode": 2.0, "total": 2.5, "tokens_per_second": 2.0},
          "context": {"used": 15, "allowed": 64, "policy": "graded", "evicted_segments": 0, "evicted_tokens": 0, "absent_tokens": 0,
-                     "recalled_segments": 0, "recalled_tokens": 0, "pruned_cells": 0, "missing_cells": 0, "released_bytes": 0}},
+                     "recalled_segments": 0, "recalled_tokens": 0, "pruned_cells": 0, "missing_cells": 0, "released_bytes": 0},
+         "post": [{"name": "redaction", "counts": {"phone": 2}, "most_held": 11, "left_out": False}], "rules": "1a2b3c4d"},
     ]  # fmt: skip
 
 
@@ -85,6 +87,8 @@ def test_facts_are_one_line():
 
 
 def test_facts_say_what_left_the_context():
+    post = (PostUse("redaction", {"phone": 2, "card": 0, "e-mail": 1}), PostUse("punctuation", {}))
+    assert "; redaction 2 phone, 1 e-mail; max tokens; seed 9]" in facts(done(post=post))
     found = facts(done(context=ContextUse(15, 64, evicted_segments=1, evicted_tokens=7, absent_tokens=30)))
     assert found.startswith("[context 15 of 64, 30 tokens left it; prompt 10 tokens")
 

@@ -1,6 +1,7 @@
 """`edge-rt post`, `edge-rt rules check`, and what they share with `run` and `chat`."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -62,7 +63,9 @@ def site(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("edge_rt.plugins").level
     yield tmp_path
+    logging.getLogger("edge_rt.plugins").setLevel(level)  # doctor silences it
     sys.modules.pop("plugin_stars", None)
 
 
