@@ -182,7 +182,11 @@ class PostUse(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The last event of every generation. ``rules``: the version of the rules that ``post`` followed, all through."""
+    """The last event of every generation.
+
+    ``rules``: the version of the rules that ``post`` followed, all through. ``text``: where there are post-processors, the answer for a
+    conversation to go on from: as the model wrote it, but for what they conceal.
+    """
 
     reason: FinishReason
     usage: Usage
@@ -192,6 +196,7 @@ class Done(NamedTuple):
     stop: str | None = None
     post: tuple[PostUse, ...] = ()
     rules: str = ""
+    text: str | None = None
 
 
 Event = PromptProgress | Delta | Notice | Done

@@ -146,3 +146,11 @@ def test_interrupts_are_not_the_processors_fault():
     pipeline = chain(Interrupted())
     with pytest.raises(KeyboardInterrupt):
         pipeline.feed("text")
+
+
+def test_the_text_to_go_on_from_has_what_is_concealed_out_and_nothing_else_changed():
+    pipeline = chain(Replace("a", "A"), Replace("b", "-"), Replace("c", "C"), closed={1})
+    assert (run(pipeline, ["abc", "cba"]), pipeline.text) == ("A-CC-A", "A-cc-A")
+    pipeline = chain(Replace("a", "A"))
+    assert (run(pipeline, ["abc", "a"]), pipeline.text) == ("AbcA", "abca")
+    assert Pipeline([]).text is None

@@ -79,7 +79,9 @@ class Pipeline:
 
     def __init__(self, stages: Sequence[Stage], rules: str = "") -> None:
         self._all = [_Running(stage) for stage in stages]
-        self._running = list(self._all)
+        last = max((i for i, stage in enumerate(stages) if stage.fails_closed), default=-1)
+        self._concealing, self._others = self._all[: last + 1], self._all[last + 1 :]
+        self._safe: list[str] = []
         self._ended = False
         self.rules = rules
         self.notices: list[str] = []
@@ -87,12 +89,17 @@ class Pipeline:
     @property
     def conceals(self) -> bool:
         """Whether what the model wrote must not be known but through the pipeline: not from token ids either."""
-        return any(one.stage.fails_closed for one in self._all)
+        return bool(self._concealing)
+
+    @property
+    def text(self) -> str | None:
+        """All that came in so far, but for what is concealed: for a conversation to go on from. None without post-processors."""
+        return "".join(self._safe) if self._all else None
 
     @property
     def held(self) -> tuple[tuple[str, int | None], ...]:
         """For each processor still in: its name and the characters it holds back (None: not known)."""
-        return tuple((one.stage.name, None if one.pending is None else len(one.pending)) for one in self._running)
+        return tuple((one.stage.name, None if one.pending is None else len(one.pending)) for one in self._all if not one.left_out)
 
     def use(self) -> tuple[PostUse, ...]:
         """What each processor did."""
@@ -102,11 +109,9 @@ class Pipeline:
         """Take more text and return what came through. Raises PluginError if a processor that fails closed failed."""
         if self._ended:
             return ""
-        for one in tuple(self._running):
-            if not text:
-                break
-            text = self._feed(one, text)
-        return text
+        text = self._through(self._concealing, text)
+        self._safe.append(text)
+        return self._through(self._others, text)
 
     def flush(self) -> str:
         """The text is complete: everything still inside. A second call returns nothing. Raises PluginError as ``feed`` does."""
@@ -117,12 +122,27 @@ class Pipeline:
         return self._finish(following)
 
     def _finish(self, following: str | None) -> str:
-        text = ""
-        for one in () if self._ended else tuple(self._running):
-            text = self._feed(one, text) if text else ""
+        if self._ended:
+            return ""
+        text = self._through_end(self._concealing, "", following)
+        self._safe.append(text)
+        text = self._through_end(self._others, text, following)
+        self._ended = True
+        return text
+
+    def _through(self, stages: list[_Running], text: str) -> str:
+        for one in stages:
+            if not text:
+                break
+            if not one.left_out:
+                text = self._feed(one, text)
+        return text
+
+    def _through_end(self, stages: list[_Running], text: str, following: str | None) -> str:
+        for one in stages:
+            text = self._feed(one, text) if text and not one.left_out else text
             if not one.left_out:
                 text += self._end(one, following)
-        self._ended = True
         return text
 
     def _feed(self, one: _Running, text: str) -> str:
@@ -153,7 +173,6 @@ class Pipeline:
             self._ended = True
             # Nor is the exception chained: a log that shows it would show the text.
             raise PluginError(f"{by} failed and the stream must not go on without it: {type(error).__name__}{_where(error)}") from None
-        self._running.remove(one)
         one.left_out = True
         reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         lost = "; text it held back may be missing" if pending is None else ""

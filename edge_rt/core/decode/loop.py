@@ -114,6 +114,7 @@ def generate(job: Job) -> Iterator[Event]:
         stop=job.writer.stop,
         post=pipeline.use(),
         rules=pipeline.rules,
+        text=pipeline.text,
     )
 
 
