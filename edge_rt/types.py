@@ -172,13 +172,15 @@ class PostUse(NamedTuple):
     """What a post-processor did in one stream.
 
     ``counts``: how often it did what, by its own kinds; never any text. ``most_held``: the most characters of its input that it held back
-    at once, None if that is not known. ``left_out``: it failed, and the text went on without it.
+    at once, None if that is not known. ``left_out``: it failed, and the text went on without it. ``conceals``: what it takes out of the
+    text must not be known.
     """
 
     name: str
     counts: Mapping[str, int] = MappingProxyType({})
     most_held: int | None = 0
     left_out: bool = False
+    conceals: bool = False
 
 
 class Done(NamedTuple):

@@ -71,6 +71,8 @@ def _answer(options: Options, prompt: str | list[Message], request: GenerateOpti
                 say(facts(done))
             if saved and not interrupted:
                 session.save(saved)
+                if any(one.conceals for one in done.post):
+                    say(f"note: the session in {saved} holds the answer as the model wrote it, with what was concealed; keep it safe")
     return 130 if interrupted else 0
 
 

@@ -71,7 +71,8 @@ class _Running:
         """What it did."""
         processor = self.stage.processor
         counts = dict(processor.counts) if isinstance(processor, CountsWork) else {}
-        return PostUse(self.stage.name, MappingProxyType(counts), self.most_held if self.pending is not None else None, self.left_out)
+        held = self.most_held if self.pending is not None else None
+        return PostUse(self.stage.name, MappingProxyType(counts), held, self.left_out, self.stage.fails_closed)
 
 
 class Pipeline:
