@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     import typer
 
     from edge_rt.config import available_cpus
+    from edge_rt.core.assemble.aho_corasick import AhoCorasick
     from edge_rt.core.assemble.code_spans import CodeSpans
     from edge_rt.core.assemble.rules import Rules
     from edge_rt.core.context.candidates import Candidate
@@ -87,6 +88,7 @@ Basis = Literal["measured", "simulated", "projected", "unknown"]
 
 # What plugins may use of the core but few need: imported when first asked for, because it costs start-up time.
 _LAZY = {
+    "AhoCorasick": ("edge_rt.core.assemble.aho_corasick", "AhoCorasick"),
     "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
     "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
@@ -322,6 +324,7 @@ __all__ = [
     "API_VERSION",
     "ENTRY_POINT_GROUP",
     "AbiMismatch",
+    "AhoCorasick",
     "Basis",
     "Cancelled",
     "Candidate",
