@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,6 @@ MESSAGES = st.lists(
 )
 
 
-@pytest.fixture(scope="module", params=["smollm2", "bpe", "spm"])
-def vocab(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> Iterator[Vocab]:
-    path = request.getfixturevalue("smollm2") if request.param == "smollm2" else random_model("llama", vocabulary=request.param)
-    vocab = Vocab.load(path)
-    yield vocab
-    vocab.close()
-
-
 def checked(vocab: Vocab, prompt: str | Sequence[Any]) -> tuple[list[int], list[Piece]]:
     """Tokens and pieces; the pieces cover the tokens, in order."""
     tokens = vocab.tokenize(prompt) if isinstance(prompt, str) else chat_template.tokenize_messages(vocab, prompt)
@@ -65,7 +57,7 @@ def checked(vocab: Vocab, prompt: str | Sequence[Any]) -> tuple[list[int], list[
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_pieces_cover_the_tokens(vocab: Vocab, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_cover_the_tokens(any_vocab: Vocab, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if (template := TEMPLATES[name]) is not None:
         monkeypatch.setattr(chat_template, "find_template", lambda vocab, **options: template)
 
@@ -73,12 +65,12 @@ def test_pieces_cover_the_tokens(vocab: Vocab, name: str, monkeypatch: pytest.Mo
     @given(MESSAGES)
     def check(messages: list[dict[str, str]]) -> None:
         try:
-            tokens, found = checked(vocab, messages)
+            tokens, found = checked(any_vocab, messages)
         except chat_template.ConstraintError:  # control tokens in a text that the template rewrites
             return
         if name in ("own", "plain", "trims", "numbers", "drops system"):  # each segment's text is in its own piece
             for piece in found:
-                text = vocab.detokenize(tokens[piece.start : piece.end], special=True).decode(errors="replace")
+                text = any_vocab.detokenize(tokens[piece.start : piece.end], special=True).decode(errors="replace")
                 words = piece.segment.text.strip()
                 if len(words) > 3 and words.isascii() and words.isprintable() and "<|" not in words:
                     assert words in text or len(found) == 1
@@ -88,20 +80,20 @@ def test_pieces_cover_the_tokens(vocab: Vocab, name: str, monkeypatch: pytest.Mo
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text(max_size=200) | st.integers(1, 9).map(lambda n: "\n\n".join(["The pump is worn. " * 20] * n)))
-def test_a_raw_text_is_paragraphs(vocab: Vocab, text: str) -> None:
-    _, found = checked(vocab, text) if text else ([], [])
+def test_a_raw_text_is_paragraphs(any_vocab: Vocab, text: str) -> None:
+    _, found = checked(any_vocab, text) if text else ([], [])
     if len(text) > SHORT and "\n\n" in text:
         assert len(found) == text.count("\n\n") + 1
         assert all(piece.segment.role == "text" for piece in found)
 
 
-def test_what_a_turn_is_made_of_goes_with_it(vocab: Vocab) -> None:
+def test_what_a_turn_is_made_of_goes_with_it(any_vocab: Vocab) -> None:
     messages = [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "user"}, {"role": "assistant", "content": "I am."},
         {"role": "user", "content": "a"},
     ]  # fmt: skip
-    tokens, found = checked(vocab, messages)
-    texts = [vocab.detokenize(tokens[piece.start : piece.end], special=True).decode() for piece in found]
+    tokens, found = checked(any_vocab, messages)
+    texts = [any_vocab.detokenize(tokens[piece.start : piece.end], special=True).decode() for piece in found]
     assert [text.removeprefix("<s>").replace("> ", ">").strip() for text in texts] == [
         "<|im_start|>system\nBe brief.<|im_end|>",
         "<|im_start|>user\nuser<|im_end|>",
@@ -111,13 +103,13 @@ def test_what_a_turn_is_made_of_goes_with_it(vocab: Vocab) -> None:
     assert [piece.segment.kind for piece in found] == ["system", "message", "message", "message"]
 
 
-def test_the_beginning_of_an_answer_is_a_piece_of_its_own(vocab: Vocab) -> None:
+def test_the_beginning_of_an_answer_is_a_piece_of_its_own(any_vocab: Vocab) -> None:
     messages = [{"role": "user", "content": "Which pump?"}, {"role": "assistant", "content": "The pump is"}]
-    tokens, found = checked(vocab, messages)
+    tokens, found = checked(any_vocab, messages)
     assert (found[-1].segment.role, found[-2].segment.text) == ("assistant", "Which pump?")
-    text = vocab.detokenize(tokens[answer_start(found) :], special=True).decode().replace("> ", ">")
+    text = any_vocab.detokenize(tokens[answer_start(found) :], special=True).decode().replace("> ", ">")
     assert text.strip() == "<|im_start|>assistant\nThe pump is"
-    tokens, found = checked(vocab, messages[:1])
+    tokens, found = checked(any_vocab, messages[:1])
     assert answer_start(found) == len(tokens)
 
 
@@ -128,22 +120,22 @@ def test_a_system_message_of_the_templates_own_is_one(smollm2: Path) -> None:
     assert vocab.detokenize(tokens[found[1].start :], special=True) == b"<|im_start|>user\nI<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_long_message_is_several_pieces(vocab: Vocab) -> None:
+def test_a_long_message_is_several_pieces(any_vocab: Vocab) -> None:
     paragraphs = [f"Paragraph {i} is about the pump. " * 12 for i in range(4)]
-    tokens, found = checked(vocab, [{"role": "user", "content": "\n\n".join(paragraphs)}, {"role": "user", "content": "So?"}])
+    tokens, found = checked(any_vocab, [{"role": "user", "content": "\n\n".join(paragraphs)}, {"role": "user", "content": "So?"}])
     inner = [piece for piece in found if piece.segment.kind == "paragraph"]
     assert len(inner) == 4
     for i, piece in enumerate(inner):
-        assert f"Paragraph {i} is" in vocab.detokenize(tokens[piece.start : piece.end]).decode()
+        assert f"Paragraph {i} is" in any_vocab.detokenize(tokens[piece.start : piece.end]).decode()
 
 
-def test_where_nothing_is_found_the_prompt_is_one_protected_piece(vocab: Vocab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_is_found_the_prompt_is_one_protected_piece(any_vocab: Vocab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "find_template", lambda vocab, **options: "Hello!")
-    _, found = checked(vocab, [{"role": "user", "content": "What is a pump made of?"}])
+    _, found = checked(any_vocab, [{"role": "user", "content": "What is a pump made of?"}])
     assert [piece.segment.kind for piece in found] == ["system"]
 
 
-def test_a_message_the_template_rewrites_is_one_piece_between_its_neighbours(vocab: Vocab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_the_template_rewrites_is_one_piece_between_its_neighbours(any_vocab: Vocab, monkeypatch: pytest.MonkeyPatch) -> None:
     template = CHATML.replace("m.content }}", "m.content if loop.index != 3 else m.content | upper }}")
     monkeypatch.setattr(chat_template, "find_template", lambda vocab, **options: template)
     said = [
@@ -154,9 +146,9 @@ def test_a_message_the_template_rewrites_is_one_piece_between_its_neighbours(voc
         "Thank you.",
     ]
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(said)]
-    tokens, found = checked(vocab, messages)
+    tokens, found = checked(any_vocab, messages)
     assert [piece.segment.message for piece in found][:4] == [0, 1, 2, 3]
-    third = vocab.detokenize(tokens[found[2].start : found[2].end], special=True).decode()
+    third = any_vocab.detokenize(tokens[found[2].start : found[2].end], special=True).decode()
     assert "AND WHAT IS A SEAL MADE OF?" in third
     assert "rubber" not in third
 
@@ -170,9 +162,9 @@ def test_bytes_without_a_token_disturb_only_their_place(smollm2: Path) -> None:
         assert text.encode()[start:].startswith(vocab.piece(token))
 
 
-def test_tokens_that_do_not_spell_the_text_are_placed_by_length(vocab: Vocab) -> None:
-    tokens = vocab.tokenize("the quick brown fox", bos=False)
-    starts = token_starts(vocab, tokens, "THE QUICK BROWN FOX THE")
+def test_tokens_that_do_not_spell_the_text_are_placed_by_length(any_vocab: Vocab) -> None:
+    tokens = any_vocab.tokenize("the quick brown fox", bos=False)
+    starts = token_starts(any_vocab, tokens, "THE QUICK BROWN FOX THE")
     assert starts == sorted(starts)
     assert starts[0] == 0
     assert 0 < starts[-1] < 23

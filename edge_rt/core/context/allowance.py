@@ -17,3 +17,8 @@ def affordable(engine: Engine, cells: int) -> int | None:
         return None
     cell_bytes: int = hyper.n_layer * 4 * hyper.kv_width  # a key and a value, of at most two bytes a number
     return cells + int(SHARE * free) // cell_bytes
+
+
+def spare(cells: int) -> int:
+    """An eighth, at least one: so many become free at once, so that not every token makes something leave."""
+    return max(1, cells // 8)

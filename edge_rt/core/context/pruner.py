@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from edge_rt.core.context.allowance import spare
 from edge_rt.core.context.pruning import NEIGHBOURS, WATCHED, Plan, budget_cells, plan
 from edge_rt.core.engine import EmbedsTokens, Engine, PrunesCells, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from edge_rt.core.context.transcript import Piece
     from edge_rt.types import Pruning
 
-SLACK = 8
-"""A pass comes when an eighth more cells than the budget are in use, so that not every token makes one."""
 _LEAST = 2  # cells to be allowed: one that is kept, one for the next token
 LONGEST = 32
 """Tokens of a question, its last ones, that are fed for a pass before their turn."""
@@ -66,7 +65,7 @@ class Pruner:
     def keep(self) -> int:
         """Cells that a pass leaves, fewer than are allowed."""
         wanted = budget_cells(self._pruning, len(self._history.tokens), self._cell_bytes)
-        return max(1, min(wanted, self._allowed - max(1, self._allowed // SLACK)))
+        return max(1, min(wanted, self._allowed - spare(self._allowed)))
 
     def start(self) -> int:
         """Before a prompt is fed: have the engine keep queries from now on. Returns the token to feed from, that its question be heard.
@@ -96,7 +95,7 @@ class Pruner:
         cells, keep, pruning = self._history.cells, self.keep, self._pruning
         if cells <= keep:
             return False
-        if cells >= keep + max(1, keep // SLACK) or cells + coming > self._allowed:
+        if cells >= keep + spare(keep) or cells + coming > self._allowed:
             return True
         if answered is None:
             return False

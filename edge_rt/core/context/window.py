@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from edge_rt.core.context.allowance import spare
 from edge_rt.core.context.prefix import cut
 from edge_rt.core.engine import Engine, RemovesCells
 from edge_rt.errors import ContextError, ContextOverflow
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from edge_rt.core.context.transcript import Piece
     from edge_rt.types import Pruning
 
-SHARE = 8
-"""An eighth of the cells becomes free at once, so that not every token makes something leave."""
 _SHOWN, _EXAMPLES = 40, 3  # characters of a segment, and segments, that a notice quotes
 
 
@@ -101,7 +100,7 @@ class Window:
             return
         more = sum(gone.end - gone.start for gone in asked_for)
         if self.history.cell(self.prompt) + more > self.allowed - least:
-            wanted = self.allowed - (max(1, self.allowed // SHARE) if self.answer is None else least)
+            wanted = self.allowed - (spare(self.allowed) if self.answer is None else least)
             try:
                 self._leave(wanted - more, more)
             except ContextOverflow:
@@ -118,7 +117,7 @@ class Window:
             self._pruner.prune(None)
             return self.history.cells < self.allowed
         try:
-            self._leave(self.allowed - max(1, self.allowed // SHARE))
+            self._leave(self.allowed - spare(self.allowed))
         except ContextOverflow:
             return False
         return True
@@ -146,7 +145,7 @@ class Window:
             if self._pruner:
                 self._pruner = None
                 self._ended = True
-            self._leave(self.allowed - max(1, self.allowed // SHARE))
+            self._leave(self.allowed - spare(self.allowed))
 
     def use(self) -> ContextUse:
         """What became of the context."""
@@ -269,8 +268,7 @@ class Window:
         if self._recall is None or not self.history.evicted:
             return []
         from edge_rt.core.context.history import overlapping
-        from edge_rt.core.context.recall import RELEVANT, Passage
-        from edge_rt.core.context.recall import SHARE as RECALL_SHARE
+        from edge_rt.core.context.recall import RELEVANT, SHARE, Passage
         from edge_rt.core.context.transcript import answer_start
 
         evicted, tokens = self.history.evicted, self.history.tokens
@@ -282,7 +280,7 @@ class Window:
         near = self._relevances([Passage(tokens[start:end], text) for start, end, text in spans])
         least = max([RELEVANT, *near[len(evicted) :]])
         self._sought = least > RELEVANT
-        room, chosen = self.allowed // RECALL_SHARE, []
+        room, chosen = self.allowed // SHARE, []
         for relevance, gone in sorted(zip(near, evicted, strict=False), reverse=True):
             if relevance > least and gone.end - gone.start <= room:
                 room -= gone.end - gone.start
