@@ -25,7 +25,7 @@ _BY_NAME = {
     "embedders": ("embedder", "Embedders for --embedder"),
     "post_processors": ("post-processor", "Post-processors for --post"),
 }
-"""Key in the JSON output -> kind, title: what a request or a model is given by name, and that no plugin of ours offers."""
+"""Key in the JSON output -> kind, title: what a request or a model is given by name."""
 
 
 class Options(JsonOption):

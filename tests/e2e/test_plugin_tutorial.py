@@ -19,7 +19,9 @@ import edge_rt
 from edge_rt import catalog
 from edge_rt.cli.plugins import facts
 from edge_rt.config import models_dir
+from edge_rt.errors import RuleError
 from edge_rt.registry import Registry
+from edge_rt.rules import Ruleset
 from edge_rt.testing.conformance import EmbedderConformance
 from edge_rt.types import Done
 
@@ -113,10 +115,23 @@ def test_it_changes_an_answer(run: Run, commands: SimpleNamespace, page: str) ->
 
 def test_the_registry_has_it(run: Run) -> None:
     code = (
-        "from edge_rt.registry import Registry; r = Registry.load(required=['arrows']); "
-        "p = r.post_processor('arrows'); s = p.start(); print(p.plugin, p.description, s.feed('a -') + s.feed('> b') + s.flush(), sep='|')"
+        "from edge_rt.registry import Registry; from edge_rt.rules import Ruleset; r = Registry.load(required=['arrows']); "
+        "p = r.post_processor('arrows'); s = Ruleset({}, r).pipeline(['arrows']); "
+        "print(p.plugin, p.description, s.feed('a -') + s.feed('> b') + s.flush(), sep='|')"
     )
     assert run(f'python -c "{code}"').stdout == "arrows|writes -> as an arrow|a → b\n"
+
+
+def test_the_rules_on_the_page_are_as_it_says(page: str) -> None:
+    (code,) = re.findall(r"^```python\n(from edge_rt.hooks import PostProcessorFactory(?:(?!```).)*rules\.text.*?)^```$", page, re.M | re.S)
+    plugin = ModuleType("arrows")
+    exec(code, vars(plugin))
+    registry = Registry.load(entry_points=False, plugins={"mine": plugin})
+    pipeline = Ruleset({"arrows": {"arrow": "⇒"}}, registry).pipeline()
+    assert pipeline.feed("a -") + pipeline.feed("> b-") + pipeline.flush() == "a ⇒ b-"
+    for wrong in ({"arrow": 3}, {"arow": "⇒"}, {"arrow": "===>"}):
+        with pytest.raises(RuleError):
+            Ruleset({"arrows": wrong}, registry)
 
 
 def test_the_embedder_on_the_page_finds_a_fact_far_back(page: str, smollm2: Path) -> None:
