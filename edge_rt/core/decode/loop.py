@@ -1,5 +1,8 @@
 """The decode loop: prompt in, events out. Sampling, text and speculation are handed in; this file only orders them.
 
+The loop takes no steps itself: it says which it needs (``steps``), and whoever drives it takes them, for one request alone
+(``generate``) or for many at once.
+
 Exactness of speculation: drafts are fed together with the last token, then sampled strictly in sequence from the rows of that one
 step. A draft counts only if the sampler chose it, so tokens, random numbers and text are those of plain decoding, provided the
 engine's rows are bit-identical to single steps; ``Engine.exact_rows`` proves how many are.
@@ -11,7 +14,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from edge_rt.core.engine import Engine, Part, Wanted
 from edge_rt.errors import Cancelled, ContextOverflow, OutOfMemory
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from edge_rt.core.decode.speculation import NgramDrafter
     from edge_rt.core.engine import Logits, Row
     from edge_rt.native.llama import Vocab
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -61,8 +67,31 @@ class Job:
         return self.window.history
 
 
+Steps = Generator["Event | Part", "Logits | None", "_T"]
+"""Gives events and parts of steps; for a part it is sent the logits asked for, which it is done with when it gives the next."""
+
+
 def generate(job: Job) -> Iterator[Event]:
     """Run a job. The last event is always Done. Raises what the engine, the sampler, the policy and post-processors raise."""
+    running = steps(job)
+    go_on: Callable[[], Event | Part] = partial(next, running)
+    while True:
+        try:
+            made = go_on()
+        except StopIteration:
+            return
+        if not isinstance(made, Part):
+            yield made
+            go_on = partial(next, running)
+            continue
+        try:
+            go_on = partial(running.send, _step(job, made))
+        except Exception as error:  # it is the loop's affair, as if it had taken the step
+            go_on = partial(running.throw, error)
+
+
+def steps(job: Job) -> Steps[None]:
+    """A job step by step. The last event is always Done. Raises what the sampler, the policy and post-processors raise."""
     history, reused, first = job.history, job.history.kept(job.history.fed), 0.0
     computed = history.kept(len(history.tokens)) - reused
     reason: FinishReason | None = None
@@ -90,7 +119,7 @@ def generate(job: Job) -> Iterator[Event]:
             if reason is None:
                 drafts = _draft(job, token)
                 try:
-                    rows = _rows(job, [token, *drafts])
+                    rows = yield from _rows(job, [token, *drafts])
                 except ContextOverflow:  # no position is left, and nothing can leave
                     reason = "context_full"
         job.window.ready(0, job.completion)  # nor does a short answer leave more cells than pruning allows
@@ -118,23 +147,23 @@ def generate(job: Job) -> Iterator[Event]:
     )
 
 
-def _prefill(job: Job) -> Generator[Event, None, Logits]:
+def _prefill(job: Job) -> Steps[Logits]:
     """Feed the prompt chunk by chunk; returns the logits of its last token."""
     total, reused = job.history.kept(len(job.history.tokens)), job.history.kept(job.history.fed)
     while True:
-        logits = _chunk(job, "last")
+        logits = yield from _chunk(job, "last")
         yield PromptProgress(total - _coming(job.history), total, reused)
         if logits is not None:
             return logits
 
 
-def _chunk(job: Job, wanted: Wanted) -> Logits | None:
+def _chunk(job: Job, wanted: Wanted) -> Steps[Logits | None]:
     """Feed the next tokens of the history that are not in cells; logits as wanted if they are the last."""
     history = job.history
     coming = job.window.ready(min(job.engine.info.chunk, _coming(history)))
     job.window.settle(coming)  # it may want more to be fed than before
     tokens, end = history.pending(coming)
-    logits = _step(job, tokens, wanted if end == len(history.tokens) else "none")
+    logits = yield _part(job, tokens, wanted if end == len(history.tokens) else "none")
     history.advance(end)
     return logits
 
@@ -144,24 +173,28 @@ def _coming(history: History) -> int:
     return history.kept(len(history.tokens)) - history.kept(history.fed)
 
 
-def _rows(job: Job, tokens: Sequence[int]) -> Logits:
+def _rows(job: Job, tokens: Sequence[int]) -> Steps[Logits]:
     """One step with logits of every token, after what eviction made the engine forget has been fed again."""
     job.window.ready(len(tokens), job.completion)
     job.window.settle(len(tokens))
     while job.history.fed < len(job.history.tokens):
-        _chunk(job, "none")
-    rows = _step(job, tokens, "all")
+        yield from _chunk(job, "none")
+    rows = yield _part(job, tokens, "all")
     job.history.append(tokens)
     assert rows is not None, "logits of all tokens were asked for"
     return rows
 
 
-def _step(job: Job, tokens: Sequence[int], wanted: Wanted) -> Logits | None:
-    """One engine step; the history is to follow it."""
+def _part(job: Job, tokens: Sequence[int], wanted: Wanted) -> Part:
+    """What a step is to feed; the history is to follow it. Raises Cancelled."""
     if job.cancelled():
         raise Cancelled("the request was cancelled")
+    return Part(job.window.sequence, tokens, wanted)
+
+
+def _step(job: Job, part: Part) -> Logits | None:
+    """One engine step for this job alone."""
     with job.lock:
-        part = Part(job.window.sequence, tokens, wanted)
         try:
             (logits,) = job.engine.step([part])
         except OutOfMemory:
