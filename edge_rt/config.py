@@ -23,6 +23,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "edge-rt"
 
 
+def runtime_dir() -> Path:
+    """Directory for sockets: ``$XDG_RUNTIME_DIR/edge-rt``, or ``run`` in the cache where there is no such thing. Not created here."""
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "edge-rt"
+    return cache_dir() / "run"
+
+
 def models_dir() -> Path:
     """Directory ``edge-rt pull`` fills and ``-m NAME`` searches."""
     return cache_dir() / "models"

@@ -11,6 +11,7 @@
     │   ├── ConstraintError      a grammar, JSON schema or chat template that does not compile
     │   ├── SessionFileError     a saved session that is damaged or from another model
     │   ├── RuleError            rules of a post-processor that cannot be, with the file and the line
+    │   ├── ProtocolError        a peer of the daemon said what the protocol does not allow
     │   ├── PluginError          a plugin asked for by name failed or does not exist
     │   └── DownloadError        the network, or a checksum, said no
     ├── NativeError              libggml or libllama refused or failed
@@ -79,6 +80,14 @@ class RuleError(UserError):
         where = ", ".join(filter(None, (file, f"line {line}" if line is not None else "")))
         super().__init__(f"{where}: {reason}" if where else reason)
         self.reason, self.place, self.file, self.line = reason, place, file, line
+
+
+class ProtocolError(UserError):
+    """What a peer of the daemon said is not what the protocol allows; ``code`` is the protocol's (docs/protocol.md)."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PluginError(UserError):

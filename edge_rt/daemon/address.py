@@ -1,0 +1,206 @@
+"""Where a daemon listens, and who may come in.
+
+A socket in the file system is taken over from a daemon that is gone, never from one that lives: who listens holds a lock on a file beside
+it, which the system lets go of however the process ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from edge_rt.errors import OptionError
+
+MAX_PATH = 107
+"""Bytes of a socket's name in Linux; 103 on macOS."""
+
+
+class Address(NamedTuple):
+    """``unix``: a path; ``abstract``: a name without a file (Linux); ``tcp``: a port of the loopback interface."""
+
+    kind: str
+    path: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"tcp:{self.path}:{self.port}" if self.kind == "tcp" else f"{self.kind}:{self.path}"
+
+
+def default_address() -> Address:
+    """``EDGE_RT_SOCKET``, else ``edge-rt/daemon.sock`` in the user's folder for what lives as long as a login."""
+    if given := os.environ.get("EDGE_RT_SOCKET"):
+        return parse(given)
+    from edge_rt.config import runtime_dir
+
+    return Address("unix", str(runtime_dir() / "daemon.sock"))
+
+
+def parse(text: str) -> Address:
+    """``unix:/run/x.sock`` or a path, ``abstract:name``, ``tcp:127.0.0.1:8080``. Raises OptionError."""
+    kind, colon, rest = text.partition(":")
+    if not colon or "/" in kind:
+        kind, rest = "unix", text
+    if kind == "unix" and rest:
+        path = str(Path(rest).expanduser().absolute())
+        if len(os.fsencode(path)) > MAX_PATH:
+            raise OptionError(f"the socket's path {path} is longer than the {MAX_PATH} bytes that sockets allow; choose a shorter one")
+        return Address("unix", path)
+    if kind == "abstract" and rest:
+        if not sys.platform.startswith("linux"):
+            raise OptionError("abstract sockets are Linux's; give a path")
+        if len(os.fsencode(rest)) > MAX_PATH:
+            raise OptionError(f"the socket's name {rest} is longer than the {MAX_PATH} bytes that sockets allow; choose a shorter one")
+        return Address("abstract", rest)
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and host in ("127.0.0.1", "localhost", "[::1]", "::1") and port.isascii() and port.isdigit() and int(port) < 65536:
+        return Address("tcp", "127.0.0.1" if host == "localhost" else host.strip("[]"), int(port))
+    raise OptionError(f"{text!r} is no address to listen at; give a path, abstract:name or tcp:127.0.0.1:PORT")
+
+
+class Listener(NamedTuple):
+    """A socket that is listening. ``lock``: held as long as it is open."""
+
+    socket: socket.socket
+    address: Address
+    lock: IO[bytes] | None = None
+
+    def close(self) -> None:
+        """Stop listening; the socket's file goes."""
+        self.socket.close()
+        if self.lock is not None:
+            Path(self.address.path).unlink(missing_ok=True)
+            self.lock.close()
+
+
+def listen(address: Address, backlog: int = 128) -> Listener:
+    """Listen. Raises OptionError: the address is in use, or its folder is not ours."""
+    if address.kind == "unix":
+        return _listen_at_path(address, backlog)
+    family = socket.AF_INET6 if ":" in address.path else socket.AF_INET if address.kind == "tcp" else socket.AF_UNIX
+    found = socket.socket(family)
+    try:
+        if address.kind == "tcp":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((address.path, address.port) if address.kind == "tcp" else "\0" + address.path)
+        found.listen(backlog)
+    except OSError as error:
+        found.close()
+        raise _in_use(address, error) from error
+    if address.kind == "tcp":
+        address = address._replace(port=found.getsockname()[1])
+    return Listener(found, address)
+
+
+def _listen_at_path(address: Address, backlog: int) -> Listener:
+    import fcntl
+
+    path = Path(address.path)
+    _private_folder(path.parent)
+    lock = open(path.with_name(path.name + ".lock"), "wb")  # noqa: SIM115 - it stays open
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _in_use(address, error) from error
+        if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+            raise OptionError(f"{path} exists and is no socket; choose another path, or remove it")
+        path.unlink(missing_ok=True)  # whoever listened there is gone, or the lock would be held
+        found = socket.socket(socket.AF_UNIX)
+        try:
+            before = os.umask(0o177)
+            try:
+                found.bind(str(path))
+            finally:
+                os.umask(before)
+            found.listen(backlog)
+        except OSError as error:
+            found.close()
+            raise _in_use(address, error) from error
+    except BaseException:
+        lock.close()
+        raise
+    return Listener(found, address, lock)
+
+
+def _private_folder(folder: Path) -> None:
+    """Make the folder, or check that no one else can put something into it. Raises OptionError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise OptionError(f"the folder {folder} for the socket cannot be made: {(error.strerror or str(error)).lower()}") from error
+    if found.st_uid not in (os.getuid(), 0):
+        raise OptionError(f"the folder {folder} for the socket belongs to another user; choose one of yours")
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        raise OptionError(f"others may write in the folder {folder} of the socket; chmod go-w it, or choose another")
+
+
+def _in_use(address: Address, error: OSError) -> OptionError:
+    if error.errno in (errno.EADDRINUSE, errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES) and error.errno != errno.EACCES:
+        return OptionError(f"another daemon listens at {address}; stop it, or choose another address with --listen")
+    return OptionError(f"cannot listen at {address}: {(error.strerror or str(error)).lower()}")
+
+
+# ---- systemd ---------------------------------------------------------------------------------------------------------
+
+
+def activated() -> list[Listener]:
+    """The sockets that systemd listens at for us (sd_listen_fds(3)), none if it did not start us."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # not for our children
+        os.environ.pop(name, None)
+    found = []
+    for number in range(3, 3 + count):
+        os.set_inheritable(number, False)
+        one = socket.socket(fileno=number)
+        name = one.getsockname()
+        if one.family == socket.AF_UNIX:
+            text = os.fsdecode(name)
+            found.append(Listener(one, Address("abstract", text[1:]) if text.startswith("\0") else Address("unix", text)))
+        else:
+            found.append(Listener(one, Address("tcp", name[0], name[1])))
+    return found
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it asks to be told (sd_notify(3)), e.g. ``READY=1``."""
+    name = os.environ.get("NOTIFY_SOCKET")
+    if not name:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+        try:
+            to.sendto(state.encode(), "\0" + name[1:] if name.startswith("@") else name)
+        except OSError:
+            return  # who asked is gone
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a local socket; None where the system does not say."""
+
+    user: int | None
+    group: int | None
+    process: int | None
+
+
+def peer(connection: socket.socket) -> Peer:
+    """As the kernel says, not as the peer does."""
+    if connection.family != socket.AF_UNIX:
+        return Peer(None, None, None)
+    if hasattr(socket, "SO_PEERCRED"):
+        process, user, group = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return Peer(user, group, process)
+    # macOS: struct xucred of LOCAL_PEERCRED (1), level 0: version, user, number of groups, groups
+    data = connection.getsockopt(0, 1, 76)
+    _, user, count, *groups = struct.unpack_from("IIh2x16I", data)
+    return Peer(user, groups[0] if count else None, None)

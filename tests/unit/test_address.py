@@ -1,0 +1,131 @@
+"""Where a daemon listens: only one at a time, never over one that lives, and only in folders of ours."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from edge_rt.daemon import address as addresses
+from edge_rt.daemon.address import Address, activated, default_address, listen, notify, parse, peer
+from edge_rt.errors import OptionError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/run/x.sock", Address("unix", "/run/x.sock")),
+        ("unix:/run/x.sock", Address("unix", "/run/x.sock")),
+        ("/run/a:b.sock", Address("unix", "/run/a:b.sock")),
+        ("abstract:edge", Address("abstract", "edge")),
+        ("tcp:127.0.0.1:0", Address("tcp", "127.0.0.1", 0)),
+        ("tcp:localhost:80", Address("tcp", "127.0.0.1", 80)),
+        ("tcp:[::1]:80", Address("tcp", "::1", 80)),
+    ],
+)
+def test_addresses(text, expected):
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["tcp:0.0.0.0:80", "tcp:127.0.0.1", "tcp:127.0.0.1:99999", "http:x", "unix:", "abstract:", "/" + "x" * 120])
+def test_what_is_no_address(text):
+    with pytest.raises(OptionError):
+        parse(text)
+
+
+def test_the_default_address(monkeypatch, tmp_path):
+    monkeypatch.delenv("EDGE_RT_SOCKET", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert default_address() == Address("unix", str(tmp_path / "edge-rt" / "daemon.sock"))
+    monkeypatch.setenv("EDGE_RT_SOCKET", "abstract:mine")
+    assert default_address() == Address("abstract", "mine")
+
+
+def test_a_socket_is_private(tmp_path):
+    path = tmp_path / "run" / "d.sock"
+    found = listen(Address("unix", str(path)))
+    assert (stat.S_IMODE(path.parent.stat().st_mode), stat.S_IMODE(path.stat().st_mode)) == (0o700, 0o600)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        server, _ = found.socket.accept()
+        with server:
+            assert (peer(server).user, peer(server).group) == (os.getuid(), os.getgid())
+    found.close()
+    assert not path.exists()
+
+
+def test_who_listens_is_not_pushed_aside_and_who_is_gone_is_replaced(tmp_path):
+    path = tmp_path / "d.sock"
+    code = f"""
+        import os, sys
+        from edge_rt.daemon.address import Address, listen
+        kept = listen(Address("unix", {str(path)!r}))
+        print("there", flush=True)
+        sys.stdin.read()
+        os._exit(9)  # nothing is cleaned up
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"there\n"
+        with pytest.raises(OptionError, match=r"^another daemon listens at unix:.*d\.sock; stop it, or choose another address"):
+            listen(Address("unix", str(path)))
+        other.stdin.close()
+        other.wait(20)
+    assert path.exists()
+    listen(Address("unix", str(path))).close()
+
+
+@pytest.mark.parametrize("text", ["abstract:edge-rt-test-{pid}", "tcp:127.0.0.1:0"])
+def test_other_kinds_are_not_shared_either(text):
+    if text.startswith("abstract") and not sys.platform.startswith("linux"):
+        pytest.skip("abstract sockets are Linux's")
+    found = listen(parse(text.format(pid=os.getpid())))
+    assert found.address.port or found.address.kind == "abstract"
+    with pytest.raises(OptionError, match="another daemon listens at"):
+        listen(found.address)
+    found.close()
+
+
+def test_folders_and_files_that_are_not_for_sockets(tmp_path):
+    (tmp_path / "d.sock").write_text("precious")
+    with pytest.raises(OptionError, match="exists and is no socket"):
+        listen(Address("unix", str(tmp_path / "d.sock")))
+    assert (tmp_path / "d.sock").read_text() == "precious"
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(OptionError, match="others may write in the folder"):
+        listen(Address("unix", str(shared / "d.sock")))
+    with pytest.raises(OptionError, match="cannot be made: not a directory"):
+        listen(Address("unix", str(tmp_path / "d.sock" / "x" / "d.sock")))
+
+
+def test_sockets_of_systemd(tmp_path, monkeypatch):
+    code = """
+        import os, socket
+        from edge_rt.daemon.address import activated
+        given = socket.socket(socket.AF_UNIX); given.bind("s.sock"); given.listen()
+        os.dup2(given.fileno(), 3)
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+        (found,) = activated()
+        print(found.address, found.lock, sorted(name for name in os.environ if name.startswith("LISTEN")), activated())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "unix:s.sock None [] []\n", done.stderr
+    monkeypatch.setenv("LISTEN_PID", "1")
+    assert activated() == []
+
+
+def test_systemd_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "n"))
+        told.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        notify("READY=1")
+        assert told.recv(100) == b"READY=1"
+    notify("STOPPING=1")  # nobody is there any more
+    assert addresses.MAX_PATH == 107
