@@ -107,6 +107,18 @@ class Session:
 
         Raises OptionError, ConstraintError, ContextOverflow (what must stay does not fit), ModelChanged, PluginError.
         """
+        job, running = self.begin(prompt, options, **overrides)
+        stream = Stream(loop.alone(job, running), partial(self.end, job))
+        self._stream = weakref.ref(stream)  # weak: a stream nobody holds any more ends its request
+        return stream
+
+    def begin(
+        self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any
+    ) -> tuple[Job, loop.Steps[None]]:  # fmt: skip
+        """Prepare an answer whose steps someone else takes (``core.decode.batch.Batch``): the request, and its events and steps.
+
+        Whoever takes them calls ``end`` after the last. Raises what ``generate`` raises.
+        """
         chosen = _override(options or GenerateOptions(), overrides)
         if self._closed:
             raise OptionError("the session was closed; open another with model.session()")
@@ -117,9 +129,7 @@ class Session:
         except BaseException:
             self._busy.release()
             raise
-        stream = Stream(self._run(job, chosen), partial(self._end, job))
-        self._stream = weakref.ref(stream)  # weak: a stream nobody holds any more ends its request
-        return stream
+        return job, self._run(job, chosen)
 
     async def agenerate(
         self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any
@@ -245,7 +255,7 @@ class Session:
             self._recall = self._model.recall()
         return self._recall
 
-    def _run(self, job: Job, options: GenerateOptions) -> Generator[Event, None, None]:
+    def _run(self, job: Job, options: GenerateOptions) -> loop.Steps[None]:
         messages = self._model.new_notices()
         asked, allowed = self._asked(options), job.window.allowed
         if allowed < asked and not self._memory_told:
@@ -256,14 +266,14 @@ class Session:
         if options.speculate and job.drafter is None:
             messages.append("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
         yield from map(Notice, messages)
-        yield from loop.generate(job)
+        yield from loop.steps(job)
 
     def _asked(self, options: GenerateOptions) -> int:
         """Cells that the request, the session or the model asks for."""
         return options.context or self._context or self._model.info.max_context
 
-    def _end(self, job: Job) -> None:
-        """A request is over, however it ended."""
+    def end(self, job: Job) -> None:
+        """A request that was begun is over, however it ended: another may begin. Once for each."""
         job.sampler.close()
         self._history.truncate(self._history.fed)
         self._busy.release()

@@ -30,7 +30,10 @@ def test_addresses(text, expected):
     assert parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["tcp:0.0.0.0:80", "tcp:127.0.0.1", "tcp:127.0.0.1:99999", "http:x", "unix:", "abstract:", "/" + "x" * 120])
+NONE = ["tcp:0.0.0.0:80", "tcp:127.0.0.1", "tcp:127.0.0.1:99999", "http:x", "unix:", "abstract:", "/" + "x" * 120]
+
+
+@pytest.mark.parametrize("text", NONE)
 def test_what_is_no_address(text):
     with pytest.raises(OptionError):
         parse(text)
@@ -112,7 +115,8 @@ def test_sockets_of_systemd(tmp_path, monkeypatch):
         (found,) = activated()
         print(found.address, found.lock, sorted(name for name in os.environ if name.startswith("LISTEN")), activated())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    program = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "unix:s.sock None [] []\n", done.stderr
     monkeypatch.setenv("LISTEN_PID", "1")
     assert activated() == []

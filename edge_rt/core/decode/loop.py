@@ -1,7 +1,7 @@
 """The decode loop: prompt in, events out. Sampling, text and speculation are handed in; this file only orders them.
 
-The loop takes no steps itself: it says which it needs (``steps``), and whoever drives it takes them, for one request alone
-(``generate``) or for many at once.
+The loop takes no steps itself: it says which it needs (``steps``), and whoever drives it takes them, for one request (``alone``) or for
+many at once (batch.py).
 
 Exactness of speculation: drafts are fed together with the last token, then sampled strictly in sequence from the rows of that one
 step. A draft counts only if the sampler chose it, so tokens, random numbers and text are those of plain decoding, provided the
@@ -11,7 +11,7 @@ engine's rows are bit-identical to single steps; ``Engine.exact_rows`` proves ho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,9 +71,8 @@ Steps = Generator["Event | Part", "Logits | None", "_T"]
 """Gives events and parts of steps; for a part it is sent the logits asked for, which it is done with when it gives the next."""
 
 
-def generate(job: Job) -> Iterator[Event]:
-    """Run a job. The last event is always Done. Raises what the engine, the sampler, the policy and post-processors raise."""
-    running = steps(job)
+def alone(job: Job, running: Steps[None]) -> Generator[Event, None, None]:
+    """Take a job's steps for it alone: its events. Raises what the engine and ``running`` raise."""
     go_on: Callable[[], Event | Part] = partial(next, running)
     while True:
         try:

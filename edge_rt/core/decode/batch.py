@@ -1,0 +1,219 @@
+"""Continuous batching: many requests on one engine, each step carrying the next tokens of as many as have some.
+
+Who decodes gives one token a step (or a few, with drafts), who reads a prompt many. So that nobody waits long for another's prompt, the
+prompt tokens of a step are limited while anyone decodes: to as many as make the step ``STRETCH`` times as long as one without. How long
+that is, is measured all the time. Turns are given by stride scheduling (Waldspurger and Weihl 1995): each request has a clock that its
+tokens advance, the slower the more weight it has, and the ones furthest behind go first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from edge_rt.core.engine import Part
+from edge_rt.errors import OutOfMemory
+from edge_rt.types import Event
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from edge_rt.core.decode.loop import Job, Steps
+    from edge_rt.core.engine import Engine, Logits
+
+MAX_PARTS = 16
+"""Requests in one step; the others wait a turn."""
+STRETCH = 2.0
+"""How much longer than without prompt tokens a step may take while anyone decodes."""
+LEAST_PROMPT = 8
+"""Prompt tokens in a step, whatever they cost: kernels take so many columns at once."""
+WEIGHTS = {"high": 16.0, "normal": 4.0, "low": 1.0}
+"""Shares of those who want more than there is, by priority."""
+
+Deliver = Callable[[Event], bool]
+"""Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``."""
+
+
+@dataclass(eq=False)
+class Running:
+    """A request under way. ``part`` is the step that it waits for, None while it is paused before that."""
+
+    job: Job
+    steps: Steps[None]
+    deliver: Deliver
+    ended: Callable[[Exception | None], None]
+    weight: float
+    clock: float = 0.0
+    part: Part | None = None
+    fed: int = 0
+    paused: bool = False
+    go_on: Callable[[], Event | Part] | None = field(default=None, repr=False)
+
+
+class Batch:
+    """All requests of one engine. Not thread-safe: one thread adds, steps and resumes."""
+
+    def __init__(self, engine: Engine, lock: AbstractContextManager[object]) -> None:
+        self._engine, self._lock = engine, lock
+        self._running: list[Running] = []
+        self._decoding = 0.0  # seconds of a step without prompt tokens, lately
+        self._a_prompt_token = 0.0  # seconds that one adds
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def add(
+        self, job: Job, steps: Steps[None], deliver: Deliver, ended: Callable[[Exception | None], None], priority: str = "normal"
+    ) -> Running:  # fmt: skip
+        """Take up a request, which ``Session.begin`` prepared. ``ended`` is called once, after the last event: with what went wrong, if
+        anything did.
+        """
+        clock = min((one.clock for one in self._running), default=0.0)  # those who come later have nothing to make up for
+        one = Running(job, steps, deliver, ended, WEIGHTS[priority], clock)
+        self._running.append(one)
+        self._advance(one, partial(next, steps))
+        return one
+
+    def resume(self, one: Running) -> None:
+        """Its events can be taken again."""
+        if one.paused and one in self._running:
+            one.paused = False
+            assert one.go_on is not None, "it was paused at an event"
+            self._advance(one, one.go_on)
+
+    def drop(self, one: Running) -> None:
+        """End a request whose events nobody wants; nothing more is delivered."""
+        if one in self._running:
+            self._running.remove(one)
+            one.steps.close()
+            one.ended(None)
+
+    def step(self) -> bool:
+        """One step of the engine with the tokens of those who have some; False if nobody has."""
+        self._stop_cancelled()
+        chosen = self._choose()
+        if not chosen:
+            return False
+        started = time.perf_counter()
+        try:
+            results = self._feed(chosen)
+        except Exception:
+            for one, part in chosen:
+                self._alone(one, part)
+            return True
+        self._learn(chosen, time.perf_counter() - started)
+        for (one, part), logits in zip(chosen, results, strict=True):
+            self._took(one, part, logits)
+        return True
+
+    # ---- who is next -------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> list[tuple[Running, Part]]:
+        """Whose tokens the next step carries: the furthest behind first."""
+        waiting = sorted((one for one in self._running if one.part is not None), key=lambda one: one.clock)
+        decoding = [one for one in waiting if not _reads(one)]
+        room = self._prompt_tokens() if decoding else self._engine.info.chunk
+        chosen: list[tuple[Running, Part]] = []
+        for one in waiting:
+            if len(chosen) == MAX_PARTS:
+                break
+            assert one.part is not None, "those who wait have one"
+            rest = one.part.tokens[one.fed :]
+            if _reads(one):
+                if not room:
+                    continue
+                rest = rest[:room]
+                room -= len(rest)
+            last = one.fed + len(rest) == len(one.part.tokens)
+            chosen.append((one, Part(one.part.sequence, rest, one.part.logits if last else "none")))
+        return chosen
+
+    def _prompt_tokens(self) -> int:
+        """How many prompt tokens a step may carry while somebody decodes."""
+        if not self._decoding or not self._a_prompt_token:
+            return LEAST_PROMPT
+        return max(LEAST_PROMPT, min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token)))
+
+    def _learn(self, chosen: Sequence[tuple[Running, Part]], seconds: float) -> None:
+        """Note how long a step took (a moving average over about eight)."""
+        prompt = sum(len(part.tokens) for one, part in chosen if _reads(one))
+        if not prompt:
+            self._decoding += (seconds - self._decoding) / (8 if self._decoding else 1)
+        else:
+            each = max(0.0, seconds - (self._decoding if len(chosen) > 1 else 0.0)) / prompt
+            self._a_prompt_token += (each - self._a_prompt_token) / (8 if self._a_prompt_token else 1)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def _feed(self, chosen: Sequence[tuple[Running, Part]]) -> list[Logits | None]:
+        with self._lock:
+            results = self._engine.step([part for _, part in chosen])
+            if len(chosen) == 1:
+                return results
+            # One request's eviction may use the engine before the next has read its logits.
+            return [None if logits is None else logits.copy() for logits in results]
+
+    def _alone(self, one: Running, part: Part) -> None:
+        """A step failed: each request takes its own, and the one whose fault it is fails."""
+        try:
+            if self._engine.length(part.sequence) != one.job.history.cells + one.fed:
+                raise OutOfMemory("a step that failed left a part of its tokens behind; ask again")
+            try:
+                (logits,) = self._feed([(one, part)])
+            except OutOfMemory:
+                if self._engine.length(part.sequence) != one.job.history.cells + one.fed or not one.job.relieve():
+                    raise
+                (logits,) = self._feed([(one, part)])
+        except Exception as error:  # it is the loop's affair, as if it had taken the step
+            one.part, one.fed = None, 0
+            self._advance(one, partial(one.steps.throw, error))
+        else:
+            self._took(one, part, logits)
+
+    def _took(self, one: Running, part: Part, logits: Logits | None) -> None:
+        """A request's tokens were fed."""
+        assert one.part is not None, "it had a step to take"
+        one.clock += len(part.tokens) / one.weight
+        one.fed += len(part.tokens)
+        if one.fed == len(one.part.tokens):
+            one.part, one.fed = None, 0
+            self._advance(one, partial(one.steps.send, logits))
+
+    def _stop_cancelled(self) -> None:
+        """Who was cancelled while its tokens are being fed need not wait for the rest of them."""
+        for one in [one for one in self._running if one.part is not None and one.job.cancelled()]:
+            from edge_rt.errors import Cancelled
+
+            if one.fed:
+                self._engine.truncate(one.part.sequence, one.job.history.cells)  # type: ignore[union-attr]
+            one.part, one.fed = None, 0
+            self._advance(one, partial(one.steps.throw, Cancelled("the request was cancelled")))
+
+    def _advance(self, one: Running, go_on: Callable[[], Event | Part]) -> None:
+        """Run a request's own code up to its next step, and deliver its events."""
+        while True:
+            try:
+                made = go_on()
+            except StopIteration:
+                self._running.remove(one)
+                one.ended(None)
+                return
+            except Exception as error:
+                self._running.remove(one)
+                one.ended(error)
+                return
+            if isinstance(made, Part):
+                one.part = made
+                return
+            go_on = partial(next, one.steps)
+            if not one.deliver(made):
+                one.paused, one.go_on = True, go_on
+                return
+
+
+def _reads(one: Running) -> bool:
+    """Whether a request is reading its prompt, or what eviction made the engine forget."""
+    return one.part is not None and one.part.logits != "all"

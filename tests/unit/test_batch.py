@@ -1,0 +1,235 @@
+"""Many requests on one engine: each gets what it would get alone, in its turn, and no one's fault is another's."""
+
+import random
+from collections import Counter
+
+import pytest
+
+import edge_rt
+from edge_rt.core.decode import batch
+from edge_rt.core.decode.batch import Batch
+from edge_rt.errors import OptionError, OutOfMemory
+from edge_rt.registry import Registry
+from edge_rt.testing.null_device import NullEngine, NullPlugin
+from edge_rt.testing.random_models import write_random_model
+from edge_rt.types import Delta, Done
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
+    path = write_random_model(tmp_path_factory.mktemp("m") / "m.gguf")
+    with edge_rt.open(path, engine="null", device="null", registry=registry, context=512) as opened:
+        yield opened
+
+
+class Requests:
+    """Requests of a batch, with what became of them."""
+
+    def __init__(self, model):
+        self.model, self.batch = model, Batch(model.engine, model.lock)
+        self.text, self.done, self.errors, self.running, self.sessions = Counter(), {}, {}, {}, {}
+
+    def add(self, name, prompt, *, priority="normal", take=lambda event: True, **options):
+        session = self.sessions[name] = self.sessions.get(name) or self.model.session()
+        job, steps = session.begin(prompt, temperature=0, **options)
+        self.text[name] = ""
+
+        def deliver(event):
+            if isinstance(event, Delta):
+                self.text[name] += event.text
+            if isinstance(event, Done):
+                self.done[name] = event
+            return take(event)
+
+        def ended(error):
+            session.end(job)
+            self.errors[name] = error
+
+        self.running[name] = self.batch.add(job, steps, deliver, ended, priority)
+
+    def finish(self):
+        while self.batch.step():
+            pass
+        assert len(self.batch) == 0
+
+    def close(self):
+        for one in self.running.values():
+            self.batch.drop(one)
+        for session in self.sessions.values():
+            session.close()
+
+
+@pytest.fixture
+def requests(model):
+    found = Requests(model)
+    yield found
+    found.close()
+
+
+def alone(model, prompt, **options):
+    with model.session() as session:
+        return "".join(event.text for event in session.generate(prompt, temperature=0, **options) if isinstance(event, Delta))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_everyone_gets_what_they_would_get_alone(model, requests, seed):
+    chance = random.Random(seed)
+    asked = {
+        n: ("".join(chance.choices("abc ", k=chance.randrange(1, 120))), chance.randrange(1, 40)) for n in range(chance.randrange(1, 24))
+    }
+    for name, (prompt, most) in asked.items():
+        requests.add(name, prompt, max_tokens=most, priority=chance.choice(list(batch.WEIGHTS)), speculate=chance.choice((0, 4)))
+        for _ in range(chance.randrange(6)):
+            requests.batch.step()
+    requests.finish()
+    assert {name: (requests.text[name], requests.errors[name]) for name in asked} == {
+        name: (alone(model, prompt, max_tokens=most), None) for name, (prompt, most) in asked.items()
+    }
+
+
+def sizes(monkeypatch):
+    """Tokens of each part of each step that the engine takes from now on."""
+    seen = []
+    step = NullEngine.step
+
+    def noted(self, parts):
+        seen.append([len(part.tokens) for part in parts])
+        return step(self, parts)
+
+    monkeypatch.setattr(NullEngine, "step", noted)
+    return seen
+
+
+def test_who_decodes_is_not_held_up_by_a_long_prompt(requests, monkeypatch):
+    requests.add("first", "a", max_tokens=60)
+    requests.batch.step()
+    requests.batch.step()
+    seen = sizes(monkeypatch)
+    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, 0.1  # a prompt token costs a tenth of a step
+    monkeypatch.setattr(Batch, "_learn", lambda *_: None)
+    requests.add("long", "q" * 100, max_tokens=5)
+    requests.finish()
+    both = [step for step in seen if len(step) == 2]
+    assert [sorted(step) for step in both[:6]] == [[1, 10]] * 6
+    assert max(map(max, both)) == 10
+    assert len([step for step in seen if step == [1]]) > 30
+
+
+def test_a_prompt_alone_is_read_as_fast_as_the_engine_can(requests, monkeypatch):
+    seen = sizes(monkeypatch)
+    requests.add("long", "r" * 100, max_tokens=1)
+    requests.finish()
+    assert max(map(max, seen)) == requests.model.info.chunk == 64
+
+
+def test_more_requests_than_a_step_carries_take_turns(requests, monkeypatch):
+    monkeypatch.setattr(batch, "MAX_PARTS", 3)
+    seen = sizes(monkeypatch)
+    for n in range(7):
+        requests.add(n, "ab", max_tokens=20, ignore_eos=True)
+    for _ in range(20):
+        requests.batch.step()
+    assert max(map(len, seen)) == 3
+    counts = [one.job.completion for one in requests.running.values()]
+    assert max(counts) - min(counts) <= 1
+    requests.finish()
+
+
+def test_priority_is_a_share(requests, monkeypatch):
+    monkeypatch.setattr(batch, "MAX_PARTS", 1)
+    for name in ("high", "low"):
+        requests.add(name, "ab", max_tokens=200, priority=name, ignore_eos=True)
+    for _ in range(100):
+        requests.batch.step()
+    high, low = (requests.running[name].job.completion for name in ("high", "low"))
+    assert low >= 4, "no one starves"
+    assert high > 10 * low
+
+
+def test_who_does_not_take_events_waits_and_holds_up_nobody(requests):
+    events = []
+    requests.add("slow", "ab", max_tokens=9, ignore_eos=True, take=lambda event: events.append(event) or False)
+    requests.add("quick", "cd", max_tokens=9, ignore_eos=True)
+    while requests.batch.step():
+        pass
+    assert (len(events), "slow" in requests.done, requests.done["quick"].usage.completion_tokens) == (1, False, 9)
+    while "slow" not in requests.done:
+        before = len(events)
+        requests.batch.resume(requests.running["slow"])
+        requests.batch.step()
+        assert len(events) <= before + 1
+    requests.batch.resume(requests.running["slow"])
+    assert len(requests.batch) == 0
+
+
+def test_a_cancelled_request_ends_within_a_step_even_while_its_prompt_is_read(requests):
+    requests.add("other", "ab", max_tokens=50, ignore_eos=True)
+    requests.batch.step()
+    requests.batch.step()
+    requests.add("long", "b" * 300, max_tokens=50)
+    requests.batch.step()
+    assert requests.running["long"].fed
+    requests.sessions["long"].cancel()
+    requests.batch.step()
+    assert (requests.done["long"].reason, requests.errors["long"]) == ("cancelled", None)
+    requests.add("long", "b" * 300, max_tokens=5)  # the session is as it was
+    requests.finish()
+    assert requests.text["long"] == alone(requests.model, "b" * 300, max_tokens=5)
+
+
+def test_a_dropped_request_frees_its_session(requests):
+    requests.add("gone", "ab", max_tokens=50, ignore_eos=True)
+    requests.batch.step()
+    requests.batch.drop(requests.running["gone"])
+    assert (len(requests.batch), requests.errors) == (0, {"gone": None})
+    requests.add("gone", "ab", max_tokens=5)
+    requests.finish()
+
+
+def test_a_failing_step_fails_only_the_one_whose_fault_it_is(requests, monkeypatch):
+    step = NullEngine.step
+    for name in ("good", "bad", "fine"):
+        requests.add(name, name, max_tokens=8, ignore_eos=True)
+    bad = requests.running["bad"].job.window.sequence
+
+    def failing(self, parts):
+        if any(part.sequence == bad for part in parts):
+            raise OutOfMemory("no cells are left")
+        return step(self, parts)
+
+    monkeypatch.setattr(NullEngine, "step", failing)
+    requests.finish()
+    assert isinstance(requests.errors.pop("bad"), OutOfMemory)
+    assert requests.errors == {"good": None, "fine": None}
+    monkeypatch.undo()
+    assert requests.text["good"] == alone(requests.model, "good", max_tokens=8, ignore_eos=True)
+    requests.add("bad", "bad", max_tokens=8, ignore_eos=True)
+    requests.finish()
+
+
+def test_memory_that_can_be_freed_is_freed_first(requests, monkeypatch):
+    step, short = NullEngine.step, [True]
+
+    def relieve():
+        short[0] = False
+        return True
+
+    requests.add("one", "ab", max_tokens=4, ignore_eos=True)
+    requests.running["one"].job.relieve = relieve
+
+    def failing(self, parts):
+        if short[0]:
+            raise OutOfMemory("no cells are left")
+        return step(self, parts)
+
+    monkeypatch.setattr(NullEngine, "step", failing)
+    requests.finish()
+    assert (requests.errors, requests.done["one"].usage.completion_tokens) == ({"one": None}, 4)
+
+
+def test_a_session_answers_one_request_at_a_time(requests):
+    requests.add("one", "ab", max_tokens=4)
+    with pytest.raises(OptionError, match="the session is answering another request"):
+        requests.add("one", "ab", max_tokens=4)
+    requests.finish()
