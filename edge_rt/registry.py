@@ -50,6 +50,7 @@ BUILT_INS = {
     "ggml": "edge_rt.plugins.ggml",
     "grader_content": "edge_rt.plugins.grader_content",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
+    "terminology": "edge_rt.plugins.terminology",
 }
 
 _T = TypeVar("_T")

@@ -46,6 +46,8 @@ def test_the_depth_is_the_longest_beginning_at_the_end(text, patterns):
         state = automaton.step(state, c)
         possible = [p[:n] for p in patterns for n in range(1, len(p) + 1) if text[:end].endswith(p[:n])]
         assert automaton.depth[state] == depth == max(map(len, possible), default=0)
+        longest = max(possible, key=len, default="")
+        assert automaton.goes_on(state) == any(p.startswith(longest) and p != longest for p in patterns)
         shorter, depths = state, set()
         while shorter:
             depths.add(automaton.depth[shorter])

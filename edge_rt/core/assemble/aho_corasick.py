@@ -92,6 +92,10 @@ class AhoCorasick:
             state = self.shorter[state]
         return self._root.get(character, 0)
 
+    def goes_on(self, state: int) -> bool:
+        """Whether there are patterns longer than what the state stands for. If not, ``shorter`` is as good a state."""
+        return self._first[state] < self._first[state + 1]
+
     def scan(self, text: str, state: int = 0) -> tuple[int, list[tuple[int, int]]]:
         """The state after a text, and where in it patterns end: the index of each last character and the state there."""
         find, root, first, shorter, longest = self._characters.find, self._root, self._first, self.shorter, self._longest

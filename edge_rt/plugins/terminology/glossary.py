@@ -1,0 +1,184 @@
+"""Reads glossaries: the terms of ``[terminology]``, each a variant and its preferred form, from the rule file and files it names.
+
+A variant with two preferred forms is a mistake. If a preferred form is a variant of another term, its own preferred form is used.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from edge_rt.hooks import AhoCorasick, RuleError, Rules
+from edge_rt.plugins.terminology.words import fold, in_case_of, narrow
+
+MAX_TERM = 100
+"""Characters of a variant or preferred form."""
+CASES = ("smart", "exact", "ignore", "follow")
+INLINE = "terms"
+"""What stands for the domain of terms that are in the rule file itself."""
+
+
+class Term(NamedTuple):
+    """A variant and what is written instead. ``case``: exact, ignore or follow. ``first``: only the first time.
+
+    ``place`` is where it is written, ``mistake`` makes an error at it.
+    """
+
+    variant: str
+    preferred: str
+    case: str
+    first: bool
+    domain: str
+    place: str
+    mistake: Callable[[str], RuleError]
+
+
+class Glossary:
+    """Terms ready to be looked for. Nothing of it changes.
+
+    ``automaton`` finds, in text that was folded, all variants, and preferred forms that must be left whole.
+    """
+
+    def __init__(self, terms: list[Term]) -> None:
+        """Raises RuleError for variants with two preferred forms, and for terms that are each other's variants."""
+        self._exact: dict[str, Term] = {}
+        self._folded: dict[str, Term] = {}
+        for term in terms:
+            self._add(term)
+        for known in (self._exact, self._folded):
+            for variant, term in list(known.items()):
+                known[variant] = term._replace(preferred=self._last(term))
+        self.domains = {term.domain for term in terms}
+        self._whole = frozenset[str]()
+        self.automaton = AhoCorasick(variants := sorted({*map(fold, self._exact), *self._folded}))
+        self._whole = frozenset(self._found_inside())
+        if self._whole:
+            self.automaton = AhoCorasick(sorted({*variants, *self._whole}))
+
+    def _add(self, term: Term) -> None:
+        known, variant = (self._exact, term.variant) if term.case == "exact" else (self._folded, fold(term.variant))
+        other = known.setdefault(variant, term)
+        if other.preferred != term.preferred:
+            reason = f"{term.variant} is to be {term.preferred} here, and {other.preferred} in {other.place}; leave one of them out"
+            raise term.mistake(f"{term.place}: {reason}")
+
+    def _last(self, term: Term) -> str:
+        """The preferred form of the preferred form, and so on."""
+        preferred, passed = term.preferred, [term.variant]
+        while (next_term := self.term(preferred)) is not None:
+            further = written(next_term, preferred)
+            if further == preferred:
+                break
+            passed.append(preferred)
+            if further in passed:
+                circle = " to ".join([*passed[passed.index(further) :], further])
+                raise term.mistake(f"{term.place}: terms go in a circle, {circle}; leave one of them out")
+            preferred = further
+        return preferred
+
+    def _found_inside(self) -> Iterator[str]:
+        """Preferred forms, folded, in which there are variants, or that must be noticed as the first use of a term."""
+        for term in (*self._exact.values(), *self._folded.values()):
+            preferred = fold(term.preferred)
+            _, ends = self.automaton.scan(preferred)
+            lengths = self.automaton.lengths
+            if term.first or any(lengths[i] < len(preferred) for _, state in ends for i in self.automaton.ending(state)):
+                yield preferred
+
+    def term(self, text: str) -> Term | None:
+        """The term that a text is a variant of."""
+        return self._exact.get(narrow(text)) or self._folded.get(fold(text))
+
+    def preferred(self, text: str) -> bool:
+        """Whether a text that is no variant is a preferred form to be left whole."""
+        return fold(text) in self._whole
+
+
+def written(term: Term, text: str) -> str:
+    """What is written for a text that is a variant of a term."""
+    return in_case_of(narrow(text), term.preferred) if term.case == "follow" else term.preferred
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(rules: Rules) -> list[Term]:
+    """All terms of the active domains. Raises RuleError."""
+    case, first = rules.choice("case", CASES, "smart"), rules.flag("first_only", False)
+    terms = list(_inline(rules.table("terms"), case, first))
+    tables = rules.tables("glossary")
+    if "domains" in rules and not tables:
+        raise rules.error("domains chooses glossaries and there are none; add a [[terminology.glossary]] or leave domains out", "domains")
+    domains = [table.text("domain") for table in tables]
+    active = rules.choices("domains", sorted(set(domains)), domains)
+    for table, domain in zip(tables, domains, strict=True):
+        if domain in active:
+            terms += _of_file(table, domain, case, first)
+        else:
+            table.text("file")  # it is not misspelt, only not read
+    return terms
+
+
+def _inline(table: Rules, case: str, first: bool) -> Iterator[Term]:
+    """Terms written as ``"variant" = "preferred"`` or ``"variant" = { to = "preferred", case = "exact", first = true }``."""
+    for variant in table.keys():  # noqa: SIM118  # it is not a mapping
+        try:
+            preferred, its_case, its_first = table.text(variant), case, first
+        except RuleError:
+            try:
+                options = table.table(variant)
+            except RuleError as error:
+                raise table.error(f'{variant} is neither a text nor a table; write "{variant}" = "preferred form"', variant) from error
+            preferred, its_case, its_first = options.text("to"), options.choice("case", CASES, case), options.flag("first", first)
+        yield _term(variant, preferred, its_case, its_first, INLINE, table.name, partial(_mistake_at, table, variant))
+
+
+def _mistake_at(table: Rules, key: str, reason: str) -> RuleError:
+    return table.error(reason, key)
+
+
+def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Term]:
+    """Terms of a file, a line each: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
+    path, text = table.file("file")
+    mistake = partial(_mistake_at, table, "file")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        place = f"{path.name}, line {number}"
+        try:
+            fields = [field.strip() for field in next(csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True))]
+        except csv.Error as error:
+            raise mistake(f"{place}: {error}; write variant{delimiter}preferred form") from error
+        if fields[:2] == ["variant", "preferred"]:
+            continue  # the names of the columns
+        if not 2 <= len(fields) <= 3:
+            shown = "a tab" if delimiter == "\t" else "a comma"
+            raise mistake(f"{place}: it has {len(fields)} fields; write a variant and its preferred form with {shown} between them")
+        its_case, its_first = case, first
+        for flag in fields[2].split() if len(fields) == 3 else ():
+            if flag == "first":
+                its_first = True
+            elif flag in CASES:
+                its_case = flag
+            else:
+                raise mistake(f"{place}: there is no flag {flag}; choose from first, {', '.join(CASES)}")
+        yield _term(fields[0], fields[1], its_case, its_first, domain, place, mistake)
+
+
+def _term(
+    variant: str, preferred: str, case: str, first: bool, domain: str, place: str, mistake: Callable[[str], RuleError]
+) -> Term:  # fmt: skip
+    """Checks a term. Raises RuleError."""
+    variant, preferred = narrow(variant).strip(), preferred.strip()
+    for kind, text in (("variant", variant), ("preferred form", preferred)):
+        if not text:
+            raise mistake(f"{place}: a {kind} is empty; write what it is, or leave the term out")
+        if len(text) > MAX_TERM:
+            raise mistake(f"{place}: the {kind} {text[:20]}... has {len(text)} characters; it may have {MAX_TERM}")
+    if case == "smart":
+        case = "follow" if variant == variant.lower() else "exact"
+    return Term(variant, preferred, case, first, domain, place, mistake)
