@@ -21,16 +21,19 @@ INLINE = "terms"
 
 
 class Term(NamedTuple):
-    """A variant and what is written instead. ``case``: exact, ignore or follow. ``first``: only the first time.
-
-    ``place`` is where it is written, ``mistake`` makes an error at it.
-    """
+    """A variant and what is written instead. ``case``: exact, ignore or follow. ``first``: only the first time."""
 
     variant: str
     preferred: str
     case: str
     first: bool
     domain: str
+
+
+class Entry(NamedTuple):
+    """A term as it was read: where that was, and what makes a mistake of it."""
+
+    term: Term
     place: str
     mistake: Callable[[str], RuleError]
 
@@ -41,40 +44,44 @@ class Glossary:
     ``automaton`` finds, in text that was folded, all variants, and preferred forms that must be left whole.
     """
 
-    def __init__(self, terms: list[Term]) -> None:
+    def __init__(self, entries: list[Entry]) -> None:
         """Raises RuleError for variants with two preferred forms, and for terms that are each other's variants."""
         self._exact: dict[str, Term] = {}
         self._folded: dict[str, Term] = {}
-        for term in terms:
-            self._add(term)
+        entry_of: dict[Term, Entry] = {}
+        for entry in entries:
+            entry_of.setdefault(entry.term, entry)
+            other = self._add(entry.term)
+            if other.preferred != entry.term.preferred:
+                here, there = f"{entry.term.variant} is to be {entry.term.preferred} here", f"{other.preferred} in {entry_of[other].place}"
+                raise entry.mistake(f"{entry.place}: {here}, and {there}; leave one of them out")
         for known in (self._exact, self._folded):
             for variant, term in list(known.items()):
-                known[variant] = term._replace(preferred=self._last(term))
-        self.domains = {term.domain for term in terms}
-        self._whole = frozenset[str]()
-        self.automaton = AhoCorasick(variants := sorted({*map(fold, self._exact), *self._folded}))
+                known[variant] = term._replace(preferred=self._last(entry_of[term]))
+        self.domains = {entry.term.domain for entry in entries}
+        variants = {*map(fold, self._exact), *self._folded}
+        self.automaton = AhoCorasick(sorted(variants))
         self._whole = frozenset(self._found_inside())
         if self._whole:
-            self.automaton = AhoCorasick(sorted({*variants, *self._whole}))
+            self.automaton = AhoCorasick(sorted(variants | self._whole))
 
-    def _add(self, term: Term) -> None:
-        known, variant = (self._exact, term.variant) if term.case == "exact" else (self._folded, fold(term.variant))
-        other = known.setdefault(variant, term)
-        if other.preferred != term.preferred:
-            reason = f"{term.variant} is to be {term.preferred} here, and {other.preferred} in {other.place}; leave one of them out"
-            raise term.mistake(f"{term.place}: {reason}")
+    def _add(self, term: Term) -> Term:
+        """Returns the first term of the same variant."""
+        if term.case == "exact":
+            return self._exact.setdefault(term.variant, term)
+        return self._folded.setdefault(fold(term.variant), term)
 
-    def _last(self, term: Term) -> str:
+    def _last(self, entry: Entry) -> str:
         """The preferred form of the preferred form, and so on."""
-        preferred, passed = term.preferred, [term.variant]
-        while (next_term := self.term(preferred)) is not None:
-            further = written(next_term, preferred)
+        preferred, passed = entry.term.preferred, [entry.term.variant]
+        while (further_term := self.term(preferred)) is not None:
+            further = written(further_term, preferred)
             if further == preferred:
                 break
             passed.append(preferred)
             if further in passed:
                 circle = " to ".join([*passed[passed.index(further) :], further])
-                raise term.mistake(f"{term.place}: terms go in a circle, {circle}; leave one of them out")
+                raise entry.mistake(f"{entry.place}: terms go in a circle, {circle}; leave one of them out")
             preferred = further
         return preferred
 
@@ -104,7 +111,7 @@ def written(term: Term, text: str) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(rules: Rules) -> list[Term]:
+def read(rules: Rules) -> list[Entry]:
     """All terms of the active domains. Raises RuleError."""
     case, first = rules.choice("case", CASES, "smart"), rules.flag("first_only", False)
     terms = list(_inline(rules.table("terms"), case, first))
@@ -121,7 +128,7 @@ def read(rules: Rules) -> list[Term]:
     return terms
 
 
-def _inline(table: Rules, case: str, first: bool) -> Iterator[Term]:
+def _inline(table: Rules, case: str, first: bool) -> Iterator[Entry]:
     """Terms written as ``"variant" = "preferred"`` or ``"variant" = { to = "preferred", case = "exact", first = true }``."""
     for variant in table.keys():  # noqa: SIM118  # it is not a mapping
         try:
@@ -132,19 +139,18 @@ def _inline(table: Rules, case: str, first: bool) -> Iterator[Term]:
             except RuleError as error:
                 raise table.error(f'{variant} is neither a text nor a table; write "{variant}" = "preferred form"', variant) from error
             preferred, its_case, its_first = options.text("to"), options.choice("case", CASES, case), options.flag("first", first)
-        yield _term(variant, preferred, its_case, its_first, INLINE, table.name, partial(_mistake_at, table, variant))
+        yield _entry(Term(variant, preferred, its_case, its_first, INLINE), table.name, partial(_mistake_at, table, variant))
 
 
 def _mistake_at(table: Rules, key: str, reason: str) -> RuleError:
     return table.error(reason, key)
 
 
-def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Term]:
+def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Entry]:
     """Terms of a file, a line each: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
     path, text = table.file("file")
     mistake = partial(_mistake_at, table, "file")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -166,14 +172,12 @@ def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Term
                 its_case = flag
             else:
                 raise mistake(f"{place}: there is no flag {flag}; choose from first, {', '.join(CASES)}")
-        yield _term(fields[0], fields[1], its_case, its_first, domain, place, mistake)
+        yield _entry(Term(fields[0], fields[1], its_case, its_first, domain), place, mistake)
 
 
-def _term(
-    variant: str, preferred: str, case: str, first: bool, domain: str, place: str, mistake: Callable[[str], RuleError]
-) -> Term:  # fmt: skip
+def _entry(term: Term, place: str, mistake: Callable[[str], RuleError]) -> Entry:
     """Checks a term. Raises RuleError."""
-    variant, preferred = narrow(variant).strip(), preferred.strip()
+    variant, preferred, case = narrow(term.variant).strip(), term.preferred.strip(), term.case
     for kind, text in (("variant", variant), ("preferred form", preferred)):
         if not text:
             raise mistake(f"{place}: a {kind} is empty; write what it is, or leave the term out")
@@ -181,4 +185,4 @@ def _term(
             raise mistake(f"{place}: the {kind} {text[:20]}... has {len(text)} characters; it may have {MAX_TERM}")
     if case == "smart":
         case = "follow" if variant == variant.lower() else "exact"
-    return Term(variant, preferred, case, first, domain, place, mistake)
+    return Entry(term._replace(variant=variant, preferred=preferred, case=case), place, mistake)

@@ -70,15 +70,18 @@ class Terminology:
             else:
                 state = 0
             at += len(piece)
-        return self._settle(self._pruned(state, self._start), None, None)
+        self._state = self._pruned(state, self._start)
+        return self._settle(None, None)
 
     def flush(self) -> str:
         """The text is complete: the rest."""
-        return self._settle(0, "", True)
+        self._state = 0
+        return self._settle("", True)
 
     def cut(self, following: str) -> str:
         """The text was cut off: the rest. A word at its very end may have gone on, so it is left alone."""
-        return self._settle(0, following, False)
+        self._state = 0
+        return self._settle(following, False)
 
     def _note(self, at: int, ends: list[tuple[int, int]]) -> None:
         """Patterns end in a piece that begins at a place."""
@@ -99,42 +102,41 @@ class Terminology:
             state = automaton.shorter[state]
         return state
 
-    def _settle(self, state: int, following: str | None, ends: bool | None) -> str:
+    def _settle(self, following: str | None, ends: bool | None) -> str:
         """Return all that begins before what the state stands for: no longer term can begin there.
 
         ``following``: what is known to come, None if more text will be fed. ``ends``: whether a word ends where nothing more is known.
         """
         text, done = self._text, self._start
-        limit = len(text) - self._automaton.depth[state]
-        out: list[str] = []
+        limit = len(text) - self._automaton.depth[self._state]
+        result = ""
         if self._found:
-            known = text + (following or "")
-            for start in sorted(self._found):
-                if start >= limit:
-                    break
-                if start < done:
-                    continue
-                end = self._longest(start, known, ends)
-                if end is None:
-                    limit = start
-                    break
-                if end:
-                    out += text[done:start], self._replaced(text[start:end])
-                    done = end
-                    state = self._pruned(state, done)
-                    limit = len(text) - self._automaton.depth[state]
-            self._found = {start: ends for start, ends in self._found.items() if start >= limit}
-        out.append(text[done:limit])
-        self._state = state
-        self._drop(limit if following is None else len(text))
-        return "".join(out)
+            result, done, limit = self._replace(limit, following or "", ends)
+        self._start = min(limit, 2)  # of what is behind, begins needs that much
+        self._text = text[limit - self._start :]
+        return result + text[done:limit]
 
-    def _drop(self, start: int) -> None:
-        """Hold only what begins there."""
-        before = max(start - 2, 0)
-        if before and self._found:
-            self._found = {at - before: [end - before for end in ends] for at, ends in self._found.items()}
-        self._text, self._start = self._text[before:], start - before
+    def _replace(self, limit: int, following: str, ends: bool | None) -> tuple[str, int, int]:
+        """Replace the terms that begin before a limit. Returns the result, the place in the text up to which it goes, and the new limit."""
+        text, done, out = self._text, self._start, []
+        known = text + following
+        for start in sorted(self._found):
+            if start >= limit:
+                break
+            if start < done:
+                continue
+            end = self._longest(start, known, ends)
+            if end is None:
+                limit = start
+                break
+            if end:
+                out += [text[done:start], self._replaced(text[start:end])]
+                done = end
+                self._state = self._pruned(self._state, done)
+                limit = len(text) - self._automaton.depth[self._state]
+        dropped = limit - min(limit, 2)
+        self._found = {start - dropped: [end - dropped for end in self._found[start]] for start in self._found if start >= limit}
+        return "".join(out), done, limit
 
     def _longest(self, start: int, text: str, ends: bool | None) -> int | None:
         """The end of the longest term that begins at a place, 0 if there is none, None if the text does not say yet."""

@@ -47,10 +47,11 @@ class Prose:
         whole, at, start = self._before + piece, len(self._before), 0  # start: of the prose
         found = []
         while at < len(whole):
-            match = (_END if self._in_address else _MARK).search(whole, at if self._in_address else start)
             if self._in_address:
+                match = _END.search(whole, at)
                 end = start = match.start() if match else len(whole)
             else:
+                match = _MARK.search(whole, max(start, at - 3))  # one that ends after at
                 end = match.end() if match else len(whole)
             if end > at:
                 found.append((whole[at:end], not self._in_address))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from unicodedata import category
 
 _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0xA0: 0x20}
@@ -39,6 +40,7 @@ def unbound(character: str) -> bool:
     return not character.isascii() and _UNBOUND.match(character) is not None
 
 
+@lru_cache(1024)  # asked for almost every token; the cache takes a third of the time
 def in_word(character: str) -> bool:
     """Whether a character is part of a word that ends at a space: a letter, digit, mark or underscore."""
     if character.isascii():
