@@ -86,16 +86,16 @@ class TestMixed(Conformance):
 
 class TestEverywhereOnce(Conformance):
     rules = {  # noqa: RUF012
-        "terms": {"pv": {"to": "photovoltaic (PV)", "case": "ignore"}, "电": {"to": "电力", "first": False}},
+        "terms": {"pv": {"to": "sun (PV)", "case": "ignore"}, "电": {"to": "电力", "first": False}},
         "first_only": True,
         "in_code": True,
         "in_addresses": True,
     }
     examples = {  # noqa: RUF012
-        "PV, pv": "photovoltaic (PV), pv",
-        "`pv` PV": "`photovoltaic (PV)` PV",
-        "Photovoltaic (PV), pv": "Photovoltaic (PV), pv",
-        "x@pv": "x@photovoltaic (PV)",
+        "PV, pv": "sun (PV), pv",
+        "`pv` PV": "`sun (PV)` PV",
+        "Sun (PV), pv": "Sun (PV), pv",
+        "x@pv": "x@sun (PV)",
         "电电力电": "电力电力电力",
     }
 
