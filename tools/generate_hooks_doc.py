@@ -48,6 +48,7 @@ VOCABULARY: dict[str, tuple[type, ...]] = {
         hooks.CountsWork,
         hooks.Rules,
         hooks.CodeSpans,
+        hooks.AhoCorasick,
     ),
 }
 
@@ -80,7 +81,8 @@ def _type(kind: type) -> str:
 def _members(kind: type) -> list[tuple[str, Any]]:
     """Properties and methods with a documentation of their own, in the order of their definition: public ones and those with operators."""
     functions = ((name, value, getattr(value, "fget", value)) for name, value in vars(kind).items())
-    return [(name, value) for name, value, function in functions if callable(function) and _own(kind, function)]
+    shown = ((name, value, function) for name, value, function in functions if not name.startswith("_") or name.startswith("__"))
+    return [(name, value) for name, value, function in shown if callable(function) and _own(kind, function)]
 
 
 def _own(kind: type, function: Any) -> bool:
