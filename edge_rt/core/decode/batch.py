@@ -129,7 +129,8 @@ class Batch:
                 room -= len(rest)
             last = one.fed + len(rest) == len(one.part.tokens)
             chosen.append((one, Part(one.part.sequence, rest, one.part.logits if last else "none")))
-        return chosen
+        # In the same order every time: an engine may keep what it built for a step of these sequences.
+        return sorted(chosen, key=lambda entry: entry[1].sequence)
 
     def _prompt_tokens(self) -> int:
         """How many prompt tokens a step may carry while somebody decodes."""
