@@ -49,6 +49,7 @@ BUILT_INS = {
     "cpu": "edge_rt.plugins.cpu",
     "ggml": "edge_rt.plugins.ggml",
     "grader_content": "edge_rt.plugins.grader_content",
+    "language_tags": "edge_rt.plugins.language_tags",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
     "terminology": "edge_rt.plugins.terminology",
 }
