@@ -92,9 +92,9 @@ class _Han(NamedTuple):
     not_chinese: str
 
 
-# Python's "shift_jis" is JIS X 0208, which has old forms that are written in Taiwan today and no longer in Japan. These are the
-# commonest, with words of Chinese grammar.
-_TAIWAN = "很它哪那們說會來對經學國體實讀寫點氣變應關觀樂發總與當從將處單圖廣邊區聲戰齊斷繼續爲嗎麼妳裡"
+# Python's "shift_jis" is JIS X 0208, which has old forms that are written in Taiwan today and in Japan only in names. These are the
+# commonest that are in no common name, with words of Chinese grammar.
+_TAIWAN = "很它哪們說會對體讀變發總當從處單圖聲戰斷繼續爲嗎麼妳"
 
 
 @cache
