@@ -51,6 +51,7 @@ BUILT_INS = {
     "grader_content": "edge_rt.plugins.grader_content",
     "language_tags": "edge_rt.plugins.language_tags",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
+    "punctuation": "edge_rt.plugins.punctuation",
     "terminology": "edge_rt.plugins.terminology",
 }
 

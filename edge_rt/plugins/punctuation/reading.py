@@ -1,0 +1,119 @@
+"""What punctuation must know of the text so far: a few characters, and counts by sentence, paragraph and text."""
+
+from __future__ import annotations
+
+import re
+
+from edge_rt.plugins.punctuation.characters import HAN, HAN_LETTER, NARROW, WORD_START
+
+CONTEXT = 48
+"""Characters of the text so far that decisions may look at."""
+HEAD = 64
+"""Characters kept of a sentence's beginning."""
+LINE = 24
+"""Characters kept of a line's beginning, by which lists, headings and tables are told."""
+UNREAD = 256
+"""Characters that are at most waiting to be counted."""
+
+# Han letters after a slash, as in a path of a wiki, belong to the address; after a letter they are the sentence going on.
+_ADDRESS_END = re.compile(f'[\\s，。？！；、：）】》」』”’"<>]|(?<=[{NARROW}])[{HAN}]')
+_LIST = re.compile(r"[-*+•·]\s|\d{1,3}[.)、．]|[（(][\d一二三四五六七八九十]{1,2}[)）]|[一二三四五六七八九十]{1,3}[、.]|[A-Za-z][.)]\s")
+_ENDED = re.compile("[。．.！!？?；;…][*_”’\"')）」』】\\s]*$")
+
+
+class Reading:
+    """One stream. Text is counted when it is asked for, the same however it was divided."""
+
+    __slots__ = (
+        "address", "before", "clause", "fall_back", "han", "head", "items_end", "line", "line_end", "line_ended", "lines",
+        "paragraph_han", "sentence_ended", "text_han", "text_words", "unread", "words",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.unread = ""
+        self.before = ""  # the last CONTEXT characters
+        self.head = self.line = ""  # beginnings of the sentence and the line
+        self.han = self.words = 0  # Han letters and other words of the sentence
+        self.clause = 0  # han + words at its last colon
+        self.fall_back = (0, 0)  # han and words of the sentence before
+        self.paragraph_han = self.text_han = self.text_words = 0
+        self.line_end = ""  # the last character of the line before
+        self.lines = 0  # of the paragraph, before this one
+        self.sentence_ended = self.line_ended = False  # in this paragraph, in this line
+        self.items_end: bool | None = None  # do the items of the list end with a mark? None: there is no list
+        self.address = False  # in a URL or a path
+
+    def add(self, text: str) -> None:
+        """Text that went out."""
+        self.unread += text
+        if len(self.unread) > UNREAD:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what was added."""
+        run, self.unread = self.unread, ""
+        if not run:
+            return
+        seen, at = self.before + run, len(self.before)
+        if not run.isascii() and (han := len(HAN_LETTER.findall(run))):
+            self.han += han
+            self.paragraph_han += han
+            self.text_han += han
+        if self.address:  # what it is made of are no words
+            end = _ADDRESS_END.search(seen, at)
+            self.address = end is None
+            words = 0 if end is None else len(WORD_START.findall(seen, end.start()))
+        else:
+            words = len(WORD_START.findall(seen, at))
+        self.words += words
+        self.text_words += words
+        if len(self.head) < HEAD:
+            self.head = (self.head + run)[:HEAD] if self.head else run.lstrip()[:HEAD]
+        if len(self.line) < LINE:
+            self.line = (self.line + run)[:LINE] if self.line else run.lstrip(" \t\r\n>")[:LINE]
+        self.before = seen[-CONTEXT:]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Han letters and other words of the sentence, or of the one before if there are none yet."""
+        return (self.han, self.words) if self.han or self.words else self.fall_back
+
+    @property
+    def is_item(self) -> bool:
+        """Whether the line is an item of a list."""
+        return _LIST.match(self.line) is not None
+
+    def address_length(self, run: str) -> int:
+        """How many characters of text that comes next still belong to a URL or path."""
+        if not self.address:
+            return 0
+        end = _ADDRESS_END.search(self.before + run, len(self.before))
+        return end.start() - len(self.before) if end else len(run)
+
+    def end_sentence(self) -> None:
+        """A mark that ends a sentence went out."""
+        self.sentence_ended = self.line_ended = True
+        self._begin_sentence()
+
+    def _begin_sentence(self) -> None:
+        self.fall_back = self.counts
+        self.han = self.words = self.clause = 0
+        self.head = ""
+
+    def end_line(self) -> bool:
+        """A line ends; returns whether a paragraph ended with it: the line is blank."""
+        blank = not self.line
+        if blank:
+            self.paragraph_han = self.lines = 0
+            self.sentence_ended = False
+        else:
+            self.lines += 1
+            if self.is_item:
+                self.items_end = _ENDED.search(self.before) is not None
+            else:
+                self.items_end = None
+        self._begin_sentence()
+        if self.line:
+            self.line_end = self.before.rstrip("*_ \t\r\n")[-1:]
+        self.line, self.line_ended, self.address = "", False, False
+        return blank
