@@ -10,6 +10,7 @@ from edge_rt.plugins.punctuation.characters import (
     BREAK,
     CLOSER,
     CLOSERS,
+    CODE,
     FULL,
     FULL_WIDTH_ALNUM,
     HALF,
@@ -20,7 +21,7 @@ from edge_rt.plugins.punctuation.characters import (
     WIDE,
     left_kind,
     right_kind,
-)  # fmt: skip
+)
 from edge_rt.plugins.punctuation.pairs import Pairs
 from edge_rt.plugins.punctuation.reading import Reading
 from edge_rt.plugins.punctuation.width import becomes_full, becomes_half, bracket_becomes_full, is_abbreviation, is_marker
@@ -29,8 +30,7 @@ DOTS = 6
 """Dots that are held back, at most; more are no ellipsis."""
 
 _MEETING = re.compile(f"(?<=[{HAN}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{HAN}])")
-_STRETCHES = "\"'`*_(["  # what may follow a mark that became full-width, without the space between
-
+_STRETCHES = ('"', "'", "`", "*", "_", "(", "[")  # what may follow a mark that became full-width, without the space between
 _AFTER_ELLIPSIS = ("”", "’", '"', "'", "?", "!")
 
 Decision = tuple[str, int] | None
@@ -148,14 +148,13 @@ class Marks:
         right, after = text[end : end + 1], text[end + 1 : end + 2]
         if self._pairs.in_link or self._in_address(mark, right):
             return self._out(mark, end)
-        wide = mark in FULL or mark == "．"
         may_widen = self._may_widen and mark in FULL and (reading.counts[0] > 0 or self._settings.width == "full")
-        if right == " " and not after and not final and (may_widen or not wide):
+        if right == " " and not after and not final and (may_widen or mark not in FULL):
             return None
         out, taken = mark, end
         if may_widen and self._widens(mark, right, after):
             out = self._changed(FULL[mark])
-            taken += right == " " and (right_kind(after) in (WIDE, LETTER) or after in _STRETCHES) and after != ""
+            taken += right == " " and (right_kind(after) in (WIDE, LETTER) or after in _STRETCHES)
         elif mark == "．":
             between = reading.before[-1:].isdigit() and right.isdigit()
             out = self._changed(".") if between and self._settings.digits else mark
@@ -200,7 +199,7 @@ class Marks:
     def _after_stop(self, out: str, right: str) -> None:
         """Take note of a mark that goes out: it may end the sentence."""
         reading, mark = self._reading, out[:1]
-        ends = mark in "。？！" or (mark in ".?!" and right_kind(right) in (BREAK, CLOSER, WIDE))
+        ends = mark in "。？！" or (mark in ".?!" and right_kind(right) not in (LETTER, CODE))
         if ends and mark == "." and (is_abbreviation(reading.before) or is_marker(reading)):
             ends = False
         reading.add(out)
@@ -247,6 +246,8 @@ class Marks:
         """Take note of a bracket or a quote, and return it in the width it should have."""
         reading, pairs = self._reading, self._pairs
         before = reading.before
+        if pairs.in_link and mark not in "()":
+            return mark
         whole = not reading.head or before[-1:] in ("：", ":", "，", ",")
         if mark in "(（":
             return self._round(mark, right, whole)

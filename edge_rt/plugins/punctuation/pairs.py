@@ -59,23 +59,22 @@ class Pairs:
             return self.open.pop()
         return None
 
-    def straight(self, quote: str, before: str, right: str) -> bool | None:
-        """An ASCII quote: whether it opens; None if it closes or is none: an apostrophe, inches, minutes."""
+    def straight(self, quote: str, before: str, right: str) -> bool:
+        """Whether an ASCII quote opens; what it closes is closed. Else it is an apostrophe, or stands for inches."""
         left, spaced = before[-1:], right.isspace() or not right
         is_open = any(one.mark == quote for one in self.open)
         if quote == "'":
             if is_open and left.strip() and not right.isalnum():
                 self.pop(quote)
-                return None
+                return False
             # A lone apostrophe may be one of '90s or 'n'; only after another mark does it plainly open.
             plain = not before.strip() or left in '“"(（' or before[-2:] in (", ", ": ") or left in "：，"
-            return True if plain and right.isalpha() and not is_open else None
-        if is_open and (left.strip() or spaced):
+            return plain and right.isalpha() and not is_open
+        if is_open:  # what looks as if it opened again says that the one before was stray
             self.pop(quote)
-            return None
-        if is_open:
-            self.pop(quote)
-        return True if not spaced and (not left or left in _BEFORE_QUOTE or HAN_LETTER.match(left)) else None
+            if left.strip():
+                return False
+        return not spaced and (left in _BEFORE_QUOTE or HAN_LETTER.match(left) is not None)
 
     def curly(self, before: str, right: str) -> None:
         """A single curly closing quote, which is also the apostrophe."""

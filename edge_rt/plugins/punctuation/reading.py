@@ -17,7 +17,9 @@ UNREAD = 256
 
 # Han letters after a slash, as in a path of a wiki, belong to the address; after a letter they are the sentence going on.
 _ADDRESS_END = re.compile(f'[\\s，。？！；、：）】》」』”’"<>]|(?<=[{NARROW}])[{HAN}]')
-_LIST = re.compile(r"[-*+•·]\s|\d{1,3}[.)、．]|[（(][\d一二三四五六七八九十]{1,2}[)）]|[一二三四五六七八九十]{1,3}[、.]|[A-Za-z][.)]\s")
+_LIST = re.compile(
+    r"[-*+•·]\s|\d{1,3}[.)、．](?!\d)|[（(][\d一二三四五六七八九十]{1,2}[)）]|[一二三四五六七八九十]{1,3}[、.]|[A-Za-z][.)]\s"
+)
 _ENDED = re.compile("[。．.！!？?；;…][*_”’\"')）」』】\\s]*$")
 
 
