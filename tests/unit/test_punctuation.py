@@ -313,15 +313,10 @@ class TestPunctuation(Suite):
 
 
 class TestParagraphs(Suite):
-    rules = {"complete": "paragraphs", "close": "paragraphs", "spacing": True}  # noqa: RUF012
-    examples = {"他说：“我今天不去\n\n第2段也没有\n": "他说：“我今天不去。”\n\n第 2 段也没有。\n"}  # noqa: RUF012
+    rules = {"complete": "paragraphs", "close": "paragraphs", "width": "half", "spacing": True}  # noqa: RUF012
+    examples = {"他说：“我今天不去\n\n第2段也没有": "他说: “我今天不去.”\n\n第 2 段也没有."}  # noqa: RUF012
 
 
 class TestFull(Suite):
     rules = {"width": "full"}  # noqa: RUF012
     examples = {"I use a.b, it is good": "I use a.b，it is good。"}  # noqa: RUF012
-
-
-class TestHalf(Suite):
-    rules = {"width": "half"}  # noqa: RUF012
-    examples = {"你好，世界。（对）": "你好, 世界. (对)"}  # noqa: RUF012
