@@ -52,6 +52,7 @@ BUILT_INS = {
     "language_tags": "edge_rt.plugins.language_tags",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
     "punctuation": "edge_rt.plugins.punctuation",
+    "redaction": "edge_rt.plugins.redaction",
     "terminology": "edge_rt.plugins.terminology",
 }
 

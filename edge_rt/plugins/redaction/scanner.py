@@ -1,0 +1,255 @@
+"""The post-processor: runs the automaton over a stream, and lets out what is in no match and can no longer come into one.
+
+A character is concealed if and only if it is in a match of some pattern that the pattern's check accepts. That says nothing of how the
+text was split, and neither can the result. Matches that overlap are concealed as one, by the name of the longest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from edge_rt.plugins.redaction.actions import UNCLEAR, Conceal, Concealed
+from edge_rt.plugins.redaction.automaton import Automaton, Class, Move, State
+from edge_rt.plugins.redaction.characters import significant, view
+
+CONTEXT = 48
+"""Characters before a match that its check may look at."""
+LIMIT = 384
+"""Characters that something may take to become a match. Every pattern is decided long before unless its characters are drawn far apart, by
+characters that are passed over; then what was held is concealed without knowing what it is."""
+RUN_LIMIT = 128
+"""Characters after which a run of letters, of which an e-mail address or a token may be made, is judged as it is."""
+_CHUNK = 64
+_SHORT = 4
+
+Check = Callable[[str, str], "tuple[str, int, int] | None"]
+"""Given a match and up to CONTEXT characters before it, as they are seen: the kind of secret and where in the match it begins and ends."""
+
+
+class Pattern(NamedTuple):
+    """A way to find secrets of a kind.
+
+    ``check``: whether a match is one (None: it is). ``rest``: characters that are concealed as well if they follow directly, so that a
+    long secret need not be held to its end; ``run_rest``: the same after a run that was judged before its end. ``sure``: even its first
+    letters are concealed where the text is cut.
+    """
+
+    kind: str
+    check: Check | None = None
+    rest: re.Pattern[str] | None = None
+    run_rest: re.Pattern[str] | None = None
+    sure: bool = False
+
+
+class Plan(NamedTuple):
+    """Rules, compiled; the same for all streams.
+
+    ``conceal``: how, by kind. ``ranks``: which kind names a secret that is two. ``key``: of hashes. ``cut_text``: stands for what a cut
+    leaves unclear; None: that is shown.
+    """
+
+    automaton: Automaton
+    patterns: tuple[Pattern, ...]
+    conceal: Mapping[str, Conceal]
+    ranks: Mapping[str, int]
+    key: bytes
+    cut_text: str | None
+
+
+class Redactor:
+    """One stream."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._automaton = plan, plan.automaton
+        self._state: State = plan.automaton.start
+        self._starts: list[int] = []  # where what may become a match began, for each set of the state's row
+        self._text, self._base = "", 0  # what is still needed of the text, and where it begins
+        self._read = 0  # up to where the automaton has read
+        self._sent = 0  # up to where the text is answered for
+        self._found: dict[tuple[int, str], tuple[int, re.Pattern[str] | None]] = {}  # (begin, kind) -> end, rest
+        self._open: Concealed | None = None
+        self._counts: dict[str, int] = {}
+
+    @property
+    def held(self) -> str:
+        """Text it was fed and has not answered for yet."""
+        return self._text[self._sent - self._base :]
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many secrets of each kind it concealed; ``cut``: what a cut left unclear, ``unclear``: see LIMIT."""
+        return self._counts
+
+    def feed(self, text: str) -> str:
+        """Take more text and return what is in no secret."""
+        self._text += text
+        self._advance(text)
+        if not self._found and self._open is None:
+            start, self._sent = self._sent, self._starts[0] if self._starts else self._read
+            sent = self._text[start - self._base : self._sent - self._base]
+        else:
+            sent = self._let_out(self._starts[0] if self._starts else self._read)
+        if self._sent - self._base > 8 * CONTEXT:
+            self._text = self._text[self._sent - self._base - CONTEXT :]
+            self._base = self._sent - CONTEXT
+        return sent
+
+    def flush(self) -> str:
+        """The text is complete: return the rest. What only might have become a secret is none."""
+        self._end_matches()
+        return self._finish()
+
+    def cut(self, following: str) -> str:
+        """The text ends in the middle: return the rest without what may be the beginning of a secret.
+
+        What follows is read on, so that what it ends is judged as complete.
+        """
+        end = self._read
+        self._text += following
+        self._advance(following)
+        self._end_matches()
+        if self._plan.cut_text is not None:
+            self._conceal_unclear(end)
+        self._found = {(a, kind): (min(b, end), rest) for (a, kind), (b, rest) in self._found.items() if a < end}
+        self._text, self._read = self._text[: end - self._base], end
+        return self._finish()
+
+    def _finish(self) -> str:
+        rest = self._let_out(self._read) + self._close()
+        self._state, self._starts = self._automaton.start, []
+        return rest
+
+    def _conceal_unclear(self, end: int) -> None:
+        """Conceal what may still become a match and began before the end; but no plain word that is too short to tell anything."""
+        for index, start in enumerate(self._starts):
+            piece = significant(self._text[start - self._base : end - self._base])
+            sure = any(self._plan.patterns[owner].sure for owner in self._automaton.owners(self._state, index))
+            if start < end and (sure or len(piece) >= _SHORT or not piece.isalpha()):
+                self._found[start, "cut"] = (end, None)
+                return
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def _advance(self, text: str) -> None:
+        """Run the automaton over text that was appended."""
+        for at in range(0, len(text), _CHUNK):
+            chunk = text[at : at + _CHUNK]
+            if self._starts and self._read + len(chunk) - self._starts[0] >= RUN_LIMIT:
+                for char in chunk:
+                    self._run(char)
+                    if self._starts and self._read - self._starts[0] >= RUN_LIMIT:
+                        self._shorten()
+            else:
+                self._run(chunk)
+
+    def _run(self, text: str) -> None:
+        """As ``_advance``, for text in which nothing that began gets longer than RUN_LIMIT."""
+        automaton, state, known, position = self._automaton, self._state, self._automaton.of.get, self._read
+        for char in text:
+            read = known(char, _NEW)
+            if read is _NEW:
+                read = automaton.classify(char)
+            if read is not None:  # else it is passed over
+                state, move = state.moves.get(read) or automaton.move(state, read)
+                if move is not None:
+                    self._change(move, position)
+            position += 1
+        self._state, self._read = state, position
+
+    def _change(self, move: Move, position: int) -> None:
+        """What began goes on, or not, and matches ended before a position."""
+        starts = self._starts
+        for index, number in move.matches:
+            pattern = self._plan.patterns[number]
+            self._judge(starts[index], position, pattern, pattern.rest)
+        new = len(starts)
+        self._starts = [starts[i] if i < new else position for i in move.keep]
+
+    def _end_matches(self) -> None:
+        """Judge the matches that end with the text."""
+        _, move = self._automaton.move(self._state, None)
+        if move is not None:
+            for index, number in move.matches:
+                pattern = self._plan.patterns[number]
+                self._judge(self._starts[index], self._read, pattern, pattern.rest)
+
+    def _judge(self, start: int, end: int, pattern: Pattern, rest: re.Pattern[str] | None) -> None:
+        kind = pattern.kind
+        if pattern.check is not None:
+            at = start - self._base
+            verdict = pattern.check(view(self._text[at : end - self._base]), view(self._text[max(0, at - CONTEXT) : at]))
+            if verdict is None or verdict[0] not in self._plan.conceal:
+                return
+            kind, first, last = verdict
+            start, end = start + first, start + last
+        longest, known = self._found.get((start, kind), (0, None))
+        if end > longest or (end == longest and known is None):
+            self._found[start, kind] = (end, rest)
+
+    def _shorten(self) -> None:
+        """What began is long. A run is judged as it is and then taken to begin later; else, if it is too long for any secret, conceal it
+        all and begin anew.
+        """
+        start = self._starts[0]
+        if self._automaton.may_slide(self._state, 0):
+            for owner in self._automaton.owners(self._state, 0):
+                pattern = self._plan.patterns[owner]
+                if pattern.run_rest is not None:
+                    self._judge(start, self._read, pattern, pattern.run_rest)
+            later = self._read - RUN_LIMIT // 2
+            self._starts = [max(later, one) for one in self._starts]
+        elif self._read - start >= LIMIT:
+            self._found[start, "unclear"] = (self._read, None)
+            self._state, self._starts = self._automaton.empty(self._state), []
+
+    # ---- letting out -------------------------------------------------------------------------------------------------
+
+    def _let_out(self, safe: int) -> str:
+        """Text up to a position before which nothing can begin any more, without the secrets."""
+        out = []
+        found = sorted(self._found.items(), reverse=True)
+        while True:
+            secret = self._open
+            if secret is None:
+                start = min(found[-1][0][0] if found else safe, safe)
+                out.append(self._take(start))
+                if start == safe:
+                    break
+                secret = self._open = Concealed(start, self._plan.key)
+            while found and found[-1][0][0] < max(secret.end, secret.start + 1):
+                (start, kind), (end, rest) = found.pop()
+                secret.add(kind, self._plan.ranks.get(kind, UNCLEAR), start, end, rest)
+                del self._found[start, kind]
+            secret.read(self._take(min(secret.end, safe)))
+            if self._sent < secret.end or (secret.rest is not None and self._rest_goes_on(secret, found[-1][0][0] if found else None, safe)):
+                break
+            out.append(self._close())
+        return "".join(out)
+
+    def _rest_goes_on(self, secret: Concealed, next_start: int | None, safe: int) -> bool:
+        """Take what follows a secret and belongs to it; may more of that come?"""
+        assert secret.rest is not None
+        limit = safe if next_start is None else min(next_start, safe)
+        match = secret.rest.match(self._text, self._sent - self._base, limit - self._base)
+        secret.read(self._take(match.end() + self._base if match is not None else self._sent))
+        return self._sent == safe != next_start
+
+    def _take(self, end: int) -> str:
+        """The text up to a position, which is answered for with this."""
+        start, self._sent = self._sent, max(end, self._sent)
+        return self._text[start - self._base : self._sent - self._base]
+
+    def _close(self) -> str:
+        """What stands for the secret that is open, if one is."""
+        secret, self._open = self._open, None
+        if secret is None:
+            return ""
+        self._counts[secret.kind] = self._counts.get(secret.kind, 0) + 1
+        if secret.kind == "cut":
+            return self._plan.cut_text or ""
+        return self._plan.conceal[secret.kind](secret)
+
+
+_NEW = Class(-1, "", "")
