@@ -21,14 +21,10 @@ MAX_STATES = 4000
 
 
 class Charset(NamedTuple):
-    """A set of characters. ``test`` is asked about characters as they are written and as they are seen."""
+    """A set of characters, or of all others. ``test`` is asked about a character as it is written and as it is seen."""
 
     test: Callable[[str], bool]
     negated: bool
-
-    def has(self, char: str) -> bool:
-        """Is the character in the set?"""
-        return (self.test(char) or self.test(plain(char))) is not self.negated
 
 
 class Look(NamedTuple):
@@ -143,7 +139,10 @@ class Automaton:
                 self.of[char] = None
                 return None
             graph = self._graph
-            bits = sum(1 << i for i, charset in enumerate(graph.charsets) if charset.has(char))
+            bits = 0
+            for number, (test, negated) in enumerate(graph.charsets):
+                if (test(char) or (seen != char and test(seen))) is not negated:
+                    bits |= 1 << number
             low = folded(seen)
             key = (bits, seen if seen in graph.exact else "", low if low in graph.folded else "")
             self.of[char] = found = self._classes.setdefault(key, Class(*key))

@@ -12,6 +12,8 @@ SKIP = "\u200b"
 
 _MARKS = ("Cf", "Mn", "Me")
 _OTHER_DOTS = "•∙⋅‧・･●"
+# Full-width forms, small forms, mathematical letters, and letters and digits in circles.
+_FORMS = ((0xFF00, 0xFF5F), (0xFE50, 0xFE70), (0x1D400, 0x1D800), (0x2460, 0x2469), (0x24B6, 0x24EA))
 _OTHER_DASHES = "\u2212\u02d7\u2043\u207b\u208b"
 
 
@@ -31,7 +33,7 @@ def plain(char: str) -> str:
         return "-"
     if char in _OTHER_DOTS:
         return "·"
-    if 0xFF00 <= code < 0xFF5F or 0xFE50 <= code < 0xFE70 or 0x1D400 <= code < 0x1D800 or 0x2460 <= code < 0x2469 or 0x24B6 <= code < 0x24EA:
+    if any(low <= code < high for low, high in _FORMS):
         wide = unicodedata.normalize("NFKC", char)
         return wide if len(wide) == 1 else char
     return char

@@ -223,16 +223,17 @@ class Redactor:
                 secret.add(kind, self._plan.ranks.get(kind, UNCLEAR), start, end, rest)
                 del self._found[start, kind]
             secret.read(self._take(min(secret.end, safe)))
-            if self._sent < secret.end or (secret.rest is not None and self._rest_goes_on(secret, found[-1][0][0] if found else None, safe)):
+            if self._sent < secret.end:
+                break
+            if secret.rest is not None and self._rest_goes_on(secret, secret.rest, found[-1][0][0] if found else None, safe):
                 break
             out.append(self._close())
         return "".join(out)
 
-    def _rest_goes_on(self, secret: Concealed, next_start: int | None, safe: int) -> bool:
+    def _rest_goes_on(self, secret: Concealed, rest: re.Pattern[str], next_start: int | None, safe: int) -> bool:
         """Take what follows a secret and belongs to it; may more of that come?"""
-        assert secret.rest is not None
         limit = safe if next_start is None else min(next_start, safe)
-        match = secret.rest.match(self._text, self._sent - self._base, limit - self._base)
+        match = rest.match(self._text, self._sent - self._base, limit - self._base)
         secret.read(self._take(match.end() + self._base if match is not None else self._sent))
         return self._sent == safe != next_start
 

@@ -5,7 +5,7 @@
     keep_first, keep_last   characters that a mask shows, 0 to 16 each; default 0
     key           the key of hashes, 16 characters or more; without it there can be none
     key_file      a file that holds the key instead
-    kinds         what to conceal, default all: see KINDS in kinds.py
+    kinds         a list of what to conceal, default all: id, card, iban, phone, email, ip, mac, api_key, token, password, address, name
     cut           "conceal" (default) what may be the beginning of a secret where a text is cut off, or "keep" it
     cut_text      what stands for that, default "…"
     names         a list of names to conceal
@@ -30,7 +30,7 @@ from edge_rt.plugins.redaction.syntax import Refused, add_pattern, add_words
 ACTIONS = ("placeholder", "mask", "hash")
 LEAST_KEY = 16
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_GAPS = {" ": "[ \\t\\n\\-·]{1,3}", "\0": "[ ·\\-]{0,2}"}
+_GAPS = {" ": "[ \\t\\r\\n\\-·]{1,3}", "\0": "[ ·\\-]{0,2}"}
 _LETTER = "A-Za-z0-9_À-ÖØ-öø-ɏͰ-ϿЀ-ԯ"
 
 
@@ -40,22 +40,25 @@ def compile_redaction(rules: Rules) -> Callable[[], Redactor]:
     kinds = rules.choices("kinds", KINDS, KINDS)
     default = _Action.read(rules, _Action("placeholder", "[{KIND}]", 0, 0), key)
     conceal = {kind: _Action.read(rules.table(kind), default, key).conceal(kind) for kind in KINDS}
-    graph, patterns = Graph(), []
+    graph = Graph()
+    patterns: list[Pattern] = []
     for source in SOURCES:
+        if not set(source.finds) & set(kinds):
+            continue
         graph.adding = len(patterns)
         add_pattern(graph, source.regex, None, flags=source.flags)
         patterns.append(source.pattern)
-    _add_names(rules, graph, patterns)
-    custom = {}
+    _add_names(rules, graph, patterns, "name" in kinds)
+    custom: dict[str, actions.Conceal] = {}
     for table in rules.tables("pattern"):
         name = _add_custom(table, graph, patterns, {*KINDS, *custom})
         custom[name] = _Action.read(table, default, key).conceal(name)
     shown = {kind: conceal[kind] for kind in KINDS if kind in kinds}
     cut_text = rules.text("cut_text", "…")
-    if rules.choice("cut", ("conceal", "keep"), "conceal") == "keep":
-        cut_text = None
+    conceals_cut = rules.choice("cut", ("conceal", "keep"), "conceal") == "conceal"
     every = {**custom, **shown, "unclear": default.conceal("unclear")}
-    plan = Plan(Automaton(graph), tuple(patterns), every, {kind: rank for rank, kind in enumerate(every)}, key, cut_text)
+    ranks = {kind: rank for rank, kind in enumerate(every)}
+    plan = Plan(Automaton(graph), tuple(patterns), every, ranks, key, cut_text if conceals_cut else None)
     return lambda: Redactor(plan)
 
 
@@ -82,7 +85,8 @@ class _Action:
         """From a table, with a default for each value. Raises RuleError."""
         name = rules.choice("action", ACTIONS, default.name)
         if name == "hash" and not key:
-            raise rules.error("a hash needs a key; give one of 16 characters or more as key in [redaction]", *(["action"] if "action" in rules else []))
+            at = ("action",) if "action" in rules else ()
+            raise rules.error(f"a hash needs a key; give one of {LEAST_KEY} characters or more as key in [redaction]", *at)
         text = rules.text("placeholder", default.text)
         first = rules.integer("keep_first", default.first, most=actions.MAX_KEPT)
         last = rules.integer("keep_last", default.last, most=actions.MAX_KEPT)
@@ -97,7 +101,7 @@ class _Action:
         return actions.placeholder(self.text.replace("{KIND}", kind.upper()).replace("{kind}", kind))
 
 
-def _add_names(rules: Rules, graph: Graph, patterns: list[Pattern]) -> None:
+def _add_names(rules: Rules, graph: Graph, patterns: list[Pattern], wanted: bool) -> None:
     names = list(rules.texts("names"))
     if "names_file" in rules:
         names += rules.file("names_file")[1].splitlines()
@@ -105,6 +109,8 @@ def _add_names(rules: Rules, graph: Graph, patterns: list[Pattern]) -> None:
     for name in cleaned:
         if len(name) < 2 or len(name) > 64:
             raise rules.error(f"the name {name!r} is too {'short' if len(name) < 2 else 'long'}; give 2 to 64 characters", "names")
+    if not wanted:
+        return
     graph.adding = len(patterns)
     latin = [name for name in cleaned if not _is_han(name)]
     if latin:

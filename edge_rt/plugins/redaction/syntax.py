@@ -71,14 +71,15 @@ def add_pattern(graph: Graph, regex: str, most: int | None, *, flags: int = 0) -
         graph.starts.append(graph.add("mark", [builder.sequence(tree, end, tree.state.flags)]))
         return _width(tree, most or 1)
     secret = tree.state.groupdict[SECRET]
-    at = next((i for i, (op, arg) in enumerate(tree) if op is sre.SUBPATTERN and arg[0] == secret), None)
+    items: list[Any] = list(tree)  # type: ignore[call-overload]
+    at = next((i for i, (op, arg) in enumerate(items) if op is sre.SUBPATTERN and arg[0] == secret), None)
     if at is None:
         raise Refused("the group secret is inside of something; let it stand alone")
-    if tree[at:].getwidth()[0] == 0:
+    if items[at][1][3].getwidth()[0] == 0:
         raise Refused("the group secret may be empty; let it ask for at least one character")
-    mark = graph.add("mark", [builder.sequence(tree[at:], end, tree.state.flags)])
-    graph.starts.append(builder.sequence(tree[:at], mark, tree.state.flags))
-    return _width(tree[at:], most or 1)
+    mark = graph.add("mark", [builder.sequence(items[at:], end, tree.state.flags)])
+    graph.starts.append(builder.sequence(items[:at], mark, tree.state.flags))
+    return _width(items[at:], most or 1)
 
 
 def _width(items: Any, most: int) -> int:
@@ -159,7 +160,7 @@ class _Builder:
         if op in (sre.NOT_LITERAL, sre.IN, sre.ANY):
             return graph.add("set", [follow], number=self._set(op, arg, flags))
         if op is sre.BRANCH:
-            return graph.add("fork", [self.sequence(one, follow, flags) for one in arg[1]])
+            return self._branch(arg[1], follow, flags)
         if op is sre.SUBPATTERN:
             group, added, removed, inner = arg
             first = self.sequence(inner, follow, (flags | added) & ~removed)
@@ -167,7 +168,7 @@ class _Builder:
                 graph.runs.add(first)
             return first
         if op is sre.MAX_REPEAT:
-            return self._repeat(*arg, follow, flags)
+            return self._repeat(arg, follow, flags)
         if op in (sre.ASSERT, sre.ASSERT_NOT):
             return self._look(arg, op is sre.ASSERT_NOT, follow, flags)
         if op is sre.AT and arg in (sre.AT_BOUNDARY, sre.AT_NON_BOUNDARY):
@@ -185,7 +186,14 @@ class _Builder:
         self._graph.exact.add(seen)
         return self._graph.add("exact", [follow], literal=seen)
 
-    def _repeat(self, least: int, most: int, inner: Any, follow: int, flags: int) -> int:
+    def _branch(self, ways: Any, follow: int, flags: int) -> int:
+        if self._most is None and len(ways) > 8 and all(one and all(op is sre.LITERAL for op, _ in one) for one in ways):
+            # One of ours: a list of words, quicker as a trie, and in any case.
+            return _trie(self._graph, {tuple(chr(code) for _, code in one): follow for one in ways}, {})
+        return self._graph.add("fork", [self.sequence(one, follow, flags) for one in ways])
+
+    def _repeat(self, arg: Any, follow: int, flags: int) -> int:
+        least, most, inner = arg
         if most is sre.MAXREPEAT and self._most is None:
             fork = self._graph.add("fork", [follow])
             self._graph.out[fork].insert(0, self.sequence(inner, fork, flags))
@@ -210,7 +218,7 @@ class _Builder:
         direction, inner = arg
         if len(inner) != 1 or inner[0][0] not in (sre.LITERAL, sre.NOT_LITERAL, sre.IN, sre.ANY):
             raise Refused("a look ahead or behind can be at one character only, as in (?<![0-9]); write a smaller one")
-        self._graph.looks.append(Look(self._set(*inner[0], flags), direction > 0, negated))
+        self._graph.looks.append(Look(self._set(inner[0][0], inner[0][1], flags), direction > 0, negated))
         return self._graph.add("look", [follow], number=len(self._graph.looks) - 1)
 
     def _set(self, op: Any, arg: Any, flags: int) -> int:
@@ -234,13 +242,13 @@ def _test(items: Iterable[tuple[Any, Any]], ignore_case: bool) -> Callable[[str]
     others = [_CATEGORIES[_NOT_CATEGORIES[arg]] for op, arg in items if op is sre.CATEGORY and arg in _NOT_CATEGORIES]
 
     def has(char: str) -> bool:
+        if char in single:
+            return True
         code = ord(char)
-        return (
-            char in single
-            or any(low <= code <= high for low, high in ranges)
-            or any(kind(char) for kind in kinds)
-            or any(not kind(char) for kind in others)
-        )
+        for low, high in ranges:  # a loop, as it is asked of every character for every set
+            if low <= code <= high:
+                return True
+        return bool(kinds or others) and (any(kind(char) for kind in kinds) or not all(kind(char) for kind in others))
 
     if not ignore_case:
         return has

@@ -1,0 +1,184 @@
+"""Which secret a number is: an ID number, a bank card, a phone number, or none.
+
+A number of few check digits counts by how it is written. One that stands by itself, or in the groups in which such numbers are written,
+or after a word that calls for one, is a secret; the same digits out of the middle of a row of numbers are not.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edge_rt.plugins.redaction.characters import SKIP, significant
+from edge_rt.plugins.redaction.checks import Verdict
+
+_BETWEEN = " -·._()" + SKIP
+_NO_SIGNS = str.maketrans("", "", "+._")
+_GROUP = re.compile("[0-9Xx]+")
+_ROW_BEFORE = re.compile(r"[0-9][ \-·._()\u200b]{1,3}$")
+_DIGIT_BEFORE = re.compile(r"(?:^|[^0-9])[0-9][ \-·._()\u200b]{1,3}$")
+_INSIDE = re.compile(r"(?:(?<![0-9.])0\.|[0-9][a-fA-F]{1,8})$")  # a fraction, a number in base 16
+_PHONE_WORDS = re.compile(
+    "电话|手机|座机|号码|联系|致电|拨打|热线|传真|短信|電話|手機|聯絡|"
+    "tel|phone|mobile|cell|call|fax|dial|whatsapp|sms|contact|text me|reach|ring",
+    re.I,
+)
+_CARD_WORDS = re.compile(r"卡|账号|帐号|账户|card|visa|master|amex|account|acct|pan\b|unionpay", re.I)
+_ID_WORDS = re.compile(r"身份|证件|证号|公民|\bid\b|identity|ID", re.I)
+_NEAR = 24
+_DIRECTLY = 8
+
+_REGIONS = frozenset((*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83))
+_ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+_AREA = re.compile("0(?:10|2[0-57-9]|[3-9][0-9]{2})")
+_CHINA = re.compile("(?:00)?86(?=1[3-9][0-9]{9}$|0?[1-9][0-9]{8,10}$)")
+_CARD_GROUPS = frozenset((
+    (4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (6, 13), (6, 10), (8, 8), (4, 4, 4, 4, 3), (4, 4, 4, 4, 2), (4, 4, 4, 4, 1), (4, 4, 4, 3),
+    (4, 4, 4, 2), (4, 4, 4, 1), (4, 4, 4), (6, 4, 4, 4), (6, 4, 4, 4, 1), (5, 4, 5, 5), (6, 6, 7),
+))  # fmt: skip
+_MOBILE_GROUPS = frozenset(((3, 4, 4), (4, 3, 4), (3, 3, 5), (3, 8), (4, 4, 3), (5, 6), (7, 4), (3, 2, 2, 4), (2, 3, 3, 3), (3, 2, 3, 3)))
+
+
+def luhn(digits: str) -> bool:
+    """Is the last digit the check digit of ISO/IEC 7812-1, annex B?"""
+    total = 0
+    for i, digit in enumerate(reversed(digits)):
+        value = int(digit) << (i & 1)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def _date(year: int, month: int, day: int) -> bool:
+    if not 1 <= month <= 12 or not 1 <= day <= _DAYS[month - 1]:
+        return False
+    return (month, day) != (2, 29) or (year % 4 == 0 and (year % 100 != 0 or year % 400 == 0))
+
+
+def mainland_id(number: str) -> bool:
+    """Is it an ID number of GB 11643? 18 digits with a check digit, or the 15 of before 1999; both with a region and a day of birth."""
+    if int(number[:2]) not in _REGIONS:
+        return False
+    if len(number) == 15:
+        return number.isdigit() and _date(1900 + int(number[6:8]), int(number[8:10]), int(number[10:12]))
+    if not 1850 <= int(number[6:10]) <= 2100 or not _date(int(number[6:10]), int(number[10:12]), int(number[12:14])):
+        return False
+    total = sum(weight * int(digit) for weight, digit in zip(_ID_WEIGHTS, number, strict=False))
+    return "10X98765432"[total % 11] == number[17].upper()
+
+
+def issued(digits: str) -> bool:
+    """Does a number of 12 digits or more begin, and is it as long, as those that some issuer of cards gives out?"""
+    size, two, four = len(digits), int(digits[:2]), int(digits[:4])
+    if digits[0] == "4":
+        return size in (13, 16, 19)
+    if 51 <= two <= 55 or 2221 <= four <= 2720 or 2200 <= four <= 2205:
+        return size == 16
+    if two in (34, 37):
+        return size == 15
+    if two in (36, 38, 39) or 3000 <= four <= 3059:
+        return size in (14, 16, 19)
+    if four in (9558, 6858) or digits[:3] == "103":
+        return size in (16, 18, 19)
+    return two in (35, 50, 56, 57, 58, 60, 62, 63, 64, 65, 67, 68, 69, 81, 82) and size <= 19 and (two != 62 or size >= 16)
+
+
+def international(digits: str) -> bool:
+    """May a number with its country code be dialled? By libphonenumber's table of lengths: new ranges are given out all the time."""
+    if not 7 <= len(digits) <= 15:
+        return False
+    import phonenumbers
+
+    try:
+        parsed = phonenumbers.parse("+" + digits)
+    except phonenumbers.NumberParseException:
+        return False
+    return bool(phonenumbers.is_possible_number(parsed))
+
+
+def number(found: str, before: str) -> Verdict:
+    """A number of 7 digits or more, followed by no digit."""
+    return _judged(found, before, False)
+
+
+def last_number(found: str, before: str) -> Verdict:
+    """The same with the separators that follow it, and no digit comes after those."""
+    return _judged(found.rstrip(_BETWEEN), before, True)
+
+
+def _judged(found: str, before: str, last: bool) -> Verdict:
+    first = 1 if found[0] == "+" and not international(significant(found).translate(_NO_SIGNS)) else 0
+    kind = _kind(_Written(found[first:], before, last))
+    return (kind, first, len(found)) if kind is not None else None
+
+
+class _Written:
+    """How a number is written: its digits, their groups, and whether that is how a list of numbers is written.
+
+    ``alone``: it is no part of a longer row of numbers. ``last``: no digit follows, even after separators.
+    """
+
+    __slots__ = ("alone", "before", "digits", "groups", "plain", "text")
+
+    def __init__(self, found: str, before: str, last: bool) -> None:
+        self.text, self.before = found.replace(SKIP, ""), before
+        self.digits = significant(found).translate(_NO_SIGNS)
+        self.groups = tuple(map(len, _GROUP.findall(self.text)))
+        row = _DIGIT_BEFORE if set(self.groups) == {1} else _ROW_BEFORE  # one read digit by digit is no part of a row of longer ones
+        self.alone = last and "." not in self.text and row.search(before) is None
+        self.plain = len(self.groups) == 1 or not {" ", "."} & set(self.text)
+
+    def after(self, words: re.Pattern[str], within: int = _NEAR) -> bool:
+        """Is one of the words in the line before, and ends it so many characters before at most?"""
+        line = self.before.rpartition("\n")[2][-_NEAR:]
+        return any(len(line) - match.end() <= within for match in words.finditer(line))
+
+
+def _kind(written: _Written) -> str | None:
+    digits = written.digits
+    size = len(digits)
+    if written.text[0] == "+":
+        return "phone"
+    if size == 18 and mainland_id(digits):
+        return "id"
+    if not digits.isdigit() or _INSIDE.search(written.before) is not None:
+        return None
+    if size == 15 and mainland_id(digits) and (written.plain or written.alone or written.after(_ID_WORDS)):
+        return "id"
+    as_card = written.plain or written.alone or written.groups in _CARD_GROUPS or written.after(_CARD_WORDS)
+    if 12 <= size <= 19 and as_card and issued(digits) and luhn(digits):
+        return "card"
+    return "phone" if 7 <= size <= 15 and _phone(written) else None
+
+
+def _phone(written: _Written) -> bool:
+    """Is it a phone number without a plus: of the mainland, or as it is written in the United States or in Britain?"""
+    national = _CHINA.sub("", written.digits, count=1)
+    coded = len(national) < len(written.digits)
+    groups = written.groups[1:] if coded and written.groups[0] in (2, 4) else written.groups
+    if len(national) == 11 and national[0] == "1" and national[1] in "3456789":
+        if groups in _MOBILE_GROUPS:
+            return True
+        return "." not in written.text and (written.plain or written.alone or written.after(_PHONE_WORDS))
+    if written.text[:2] == "00" and len(written.digits) >= 10 and international(written.digits[2:]):
+        return True
+    if 10 <= len(national) <= 12 and _AREA.match(national if national[0] == "0" else f"0{national}" if coded else "") is not None:
+        return coded or written.after(_PHONE_WORDS) or (groups[0] in (3, 4) and sum(groups[1:]) in (7, 8))
+    return _abroad(written.digits, groups, written) or _local(written)
+
+
+def _abroad(digits: str, groups: tuple[int, ...], written: _Written) -> bool:
+    """A number of the United States (415-555-2671) or Britain (020 7946 0958), or a service number of China (400-123-4567)."""
+    if groups in ((3, 3, 4), (3, 4, 3)) and digits[:3] in ("400", "800"):
+        return True
+    if len(digits) == 10 and digits[0] in "23456789" and digits[3] in "23456789":
+        return groups == (3, 3, 4) or written.after(_PHONE_WORDS, _DIRECTLY)
+    if len(digits) in (10, 11) and digits[0] == "0" and digits[1] in "1237":
+        return (len(groups) in (2, 3) and 3 <= groups[0] <= 5) or written.after(_PHONE_WORDS)
+    return len(digits) == 11 and digits[0] == "1" and groups == (1, 3, 3, 4)
+
+
+def _local(written: _Written) -> bool:
+    """A number without an area code, right after a word that calls for one; but no day."""
+    digits = written.digits
+    day = len(digits) == 8 and 1900 <= int(digits[:4]) <= 2100 and _date(int(digits[:4]), int(digits[4:6]), int(digits[6:]))
+    return len(digits) <= 12 and digits[0] != "0" and not day and written.alone and written.after(_PHONE_WORDS, _DIRECTLY)
