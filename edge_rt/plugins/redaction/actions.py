@@ -36,9 +36,8 @@ class Concealed:
             better = (0, 0, 0)
         if better > self._best:
             self._best, self.kind = better, kind
-        if end > self.end:
-            self.end, self.rest = end, rest
-        elif end == self.end and rest is not None and (self.rest is None or len(self.rest.pattern) < len(rest.pattern)):
+        self.end = max(end, self.end)
+        if rest is not None and (self.rest is None or len(self.rest.pattern) < len(rest.pattern)):
             self.rest = rest
 
     def read(self, text: str) -> None:
@@ -52,8 +51,8 @@ class Concealed:
         self._length += len(plain)
 
     def stars(self, first: int, last: int) -> str:
-        """Its first and last characters with stars between; stars alone if that would show half of it or more."""
-        if 2 * (first + last) >= self._length:
+        """Its first and last characters with stars between; stars alone if those were fewer than four, or than a third."""
+        if self._length - first - last < max(4, self._length / 3):
             first = last = 0
         hidden = min(self._length - first - last, _STARS)
         return self._first[:first] + "*" * hidden + (self._last[-last:] if last else "")

@@ -21,6 +21,7 @@ def iban(found: str, before: str) -> Verdict:
     return ("iban", 0, len(found)) if 15 <= len(code) <= 34 and value % 97 == 1 else None
 
 
+_IN_MIDST = re.compile(r"[0-9] ?\. ?$")
 _OCTETS = re.compile("[0-9]+")
 _VERSION = re.compile(r"(?:(?:version|ver\.?|版本号?|release|section|§|第)[ :]?|(?<![A-Za-z])v)$", re.I)
 
@@ -31,7 +32,9 @@ def ip(found: str, before: str) -> Verdict:
 
     kept = found.rstrip(" ." + SKIP)
     text = kept.replace(SKIP, "")
-    if " " in text and len(set(_OCTETS.split(text)) - {""}) > 1:
+    if not any(char.isdigit() for char in text):
+        return None
+    if _IN_MIDST.search(before) is not None or (" " in text and len(set(_OCTETS.split(text)) - {""}) > 1):
         return None
     text = text.replace(" ", "")
     if _VERSION.search(before.replace(SKIP, "")) is not None:
@@ -40,7 +43,7 @@ def ip(found: str, before: str) -> Verdict:
         address = ipaddress.ip_address(text)
     except ValueError:
         return None
-    if address.version == 6 and text != "::1" and (len(text) < 5 or not any(char.isdigit() for char in text)):
+    if address.version == 6 and text != "::1" and len(text) < 5:
         return None
     return ("ip", 0, len(kept))
 
@@ -63,40 +66,49 @@ def email(found: str, before: str) -> Verdict:
     return ("email", first, last) if " " not in text or _COMMON_DOMAINS.fullmatch(domain) else None
 
 
-_WORDS = re.compile(r"[a-z]*(?:[_-][a-z]+)+[_-]?")
+_WORDS = re.compile(r"[a-z]*(?:[_-][a-z]{1,12}){2,}[_-]?")
 
 
 def api_key(found: str, before: str) -> Verdict:
     """The beginning of a key; small letters with dashes between are words (``sk-learn-like-estimators``)."""
     text = found.replace(SKIP, "")
-    return None if _WORDS.fullmatch(text) is not None and text.count("-") + text.count("_") > 1 else ("api_key", 0, len(found))
+    return None if _WORDS.fullmatch(text) is not None else ("api_key", 0, len(found))
 
 
 _HEX = re.compile("[0-9a-fA-F]+")
+_WORD = re.compile("[A-Za-z]?[a-z]{3,}")
 
 
 def token(found: str, before: str) -> Verdict:
     """A long run of letters and digits that looks drawn by lot: not a word, a path or an identifier. Of a path, one part may be."""
-    at = 0
-    for part in found.split("/"):
+    at = begin = 0
+    parts = found.split("/")
+    for part in parts:
         text = part.replace(SKIP, "")
-        if _random(text):  # base64 has slashes of its own: what follows belongs to it
-            return ("token", at, at + len(part) if _HEX.fullmatch(text) is not None else len(found))
+        if _random(text):  # base64 has slashes of its own: what is around it and no word belongs to it
+            return ("token", at, at + len(part)) if _HEX.fullmatch(text) is not None else ("token", begin, len(found))
         at += len(part) + 1
-    text = found.replace(SKIP, "")
-    return ("token", 0, len(found)) if "/" in text and _random(text) else None
+        if not text or _WORD.fullmatch(text) is not None:
+            begin = at
+    words = any(_WORD.fullmatch(part) for part in parts)
+    return ("token", 0, len(found)) if len(parts) > 1 and not words and _random(found.replace(SKIP, "")) else None
 
 
 def _random(text: str) -> bool:
+    """Is a text of letters and digits drawn by lot? Words have more vowels, and change less often between letters, capitals and digits."""
     size, digits = len(text), sum(char.isdigit() for char in text)
-    if size < 24 or digits < 2:
-        return False
     if _HEX.fullmatch(text) is not None:
         return size >= 32 and size // 5 <= digits < size and len(set(text.lower())) >= 8
-    kinds = "".join("0" if char.isdigit() else "A" if char.isupper() else "a" if char.islower() else "-" for char in text)
-    if len(set(text)) < 12 or kinds.count("-") > (size // 8 if "A" in kinds and "a" in kinds else 0):
+    if size < 24 or len(set(text)) < 12:
         return False
-    return sum(a != b for a, b in pairwise(kinds)) >= (0.38 if "A" in kinds and "a" in kinds else 0.3) * size
+    kinds = "".join("0" if char.isdigit() else "A" if char.isupper() else "a" if char.islower() else "-" for char in text)
+    changes = sum(a != b for a, b in pairwise(kinds)) / size
+    vowels = sum(char in "aeiouAEIOU" for char in text) / max(1, size - digits)
+    if "A" in kinds and "a" in kinds:
+        drawn = (digits >= size // 8 and changes >= 0.5) or (digits > 0 and changes >= 0.38 and vowels <= 0.36)
+        drawn = drawn or (changes >= 0.25 and vowels <= 0.26 and "-" not in kinds)
+        return drawn and kinds.count("-") <= size // 8
+    return digits > 1 and "-" not in kinds and changes >= 0.3 and vowels <= 0.36
 
 
 _EXPRESSION = re.compile(

@@ -46,22 +46,21 @@ _LETTER = "A-Za-z0-9À-ÖØ-öø-ɏͰ-ϿЀ-ԯ"
 _LABEL = rf"[{_LETTER}][{_LETTER}\-]*"
 _SPELT_AT, _SPELT_DOT = r" ?[\[(](?:at|AT)[\])] ?", r" ?[\[(](?:dot|DOT)[\])] ?"
 _EMAIL = (
-    rf"(?<![{_LETTER}_.%+\-'])(?P<run>[{_LETTER}_.%+\-']+)(?: {{1,2}}\. {{1,2}}[{_LETTER}_%+\-]+)?"
+    rf"(?<![{_LETTER}_.%+\-'])[{_LETTER}_.%+\-'](?P<run>[{_LETTER}_.%+\-']*)(?: {{1,2}}\. {{1,2}}[{_LETTER}_%+\-]+)?"
     rf"(?: {{0,2}}@ {{0,2}}|{_SPELT_AT}){_LABEL}(?: {{0,2}}[.。｡] {{0,2}}|{_SPELT_DOT}){_LABEL}"
     rf"(?:(?:\.| {{1,2}}\. {{1,2}}|{_SPELT_DOT}){_LABEL}){{0,2}}(?![{_LETTER}\-])"
 )
 
 _WORD = r"[A-Za-z0-9_\-]"
 _KEYS = (
-    rf"sk-{_WORD}{{16}}",
     r"(?:sk|pk|rk)_(?:live|test)_[A-Za-z0-9]{10}",
     r"gh[pousr]_[A-Za-z0-9]{16}",
     r"github_pat_[A-Za-z0-9_]{16}",
     r"(?:AKIA|ASIA|LTAI|AKID)[A-Za-z0-9]{12}",
     rf"AIza{_WORD}{{20}}",
-    rf"xox[a-z]-{_WORD}{{10}}",
-    rf"(?:glpat-|gsk_|hf_|npm_|dop_v1_|tvly-|shpat_|ya29\.|SG\.|pypi-){_WORD}{{16}}",
+    rf"xox[abeprs]-{_WORD}{{10}}",
 )
+_LIKE_WORDS = rf"(?:sk-(?:proj-|ant-|or-)?|glpat-|gsk_|hf_|npm_|dop_v1_|tvly-|shpat_|ya29\.|SG\.|pypi-){_WORD}{{16}}"
 
 _QUOTES = "[\"'*_`“”「『]{0,3}"
 _VALUE = "[!#-&(-_a-~]"
@@ -76,19 +75,20 @@ _CHINESE_PASSWORD = rf"(?:密码|口令|密钥|秘钥|私钥|令牌|密碼|金�
 _HEX = "[0-9A-Fa-f]"
 
 SOURCES: tuple[Source, ...] = (
-    _source("number", rf"(?<![0-9])[0-9](?:{_SEPARATOR}[0-9]){{16}}{_SEPARATOR}[Xx](?![0-9A-Za-z])", numbers.number),
+    _source("number", rf"(?<![0-9])[0-9](?:{_SEPARATOR}[0-9]){{16}}{_SEPARATOR}[Xx](?![0-9])", numbers.number),
     _source("number", rf"{_NUMBER}(?![0-9])", numbers.number),
     _source("number", rf"{_NUMBER}{_SEPARATOR}(?![0-9 \-·._()])", numbers.last_number),
     _source("iban", r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}(?![A-Za-z0-9])", checks.iban),
     _source("email", _EMAIL, checks.email),
-    _source("ip", r"(?<![0-9.])[0-9]{1,3}(?: ?\. ?[0-9]{1,3}){3} ?\.?(?![0-9.])", checks.ip),
-    _source("ip", rf"(?<![0-9A-Za-z:]){_HEX}{{0,4}}(?::{_HEX}{{0,4}}){{2,7}}(?![0-9A-Za-z:])", checks.ip),
-    _source("mac", rf"(?<![0-9A-Za-z:\-]){_HEX}{{2}}(?:[:\-]{_HEX}{{2}}){{5}}(?![0-9A-Za-z:\-])"),
-    *(_source("api_key", f"(?<![A-Za-z0-9]){regex}", checks.api_key, rest=_TOKEN_REST) for regex in _KEYS),
+    _source("ip", r"(?<![0-9])[0-9]{1,3}(?: ?\. ?[0-9]{1,3}){3} ?\.{0,6}(?![0-9.])", checks.ip),
+    _source("ip", rf"(?<![0-9A-Za-z])(?:{_HEX}{{1,4}}|:)(?::{_HEX}{{0,4}}){{2,7}}(?![0-9A-Za-z])", checks.ip),
+    _source("mac", rf"(?<![0-9A-Za-z]){_HEX}{{2}}(?:[:\-]{_HEX}{{2}}){{5}}(?![0-9A-Za-z])"),
+    *(_source("api_key", f"(?<![A-Za-z0-9]){regex}", rest=_TOKEN_REST) for regex in _KEYS),
+    _source("api_key", f"(?<![A-Za-z0-9]){_LIKE_WORDS}", checks.api_key, rest=_TOKEN_REST),
     _source("api_key", rf"(?<![A-Za-z0-9])eyJ{_WORD}{{10}}", rest=_DOTTED_REST),
-    _source("api_key", r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----", rest=_PEM_REST, sure=True),
+    _source("api_key", r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----", rest=_PEM_REST),
     _source("api_key", rf"(?i:bearer|authorization: ?basic) {{1,2}}(?P<secret>{_WORD}{{16}})", rest=_DOTTED_REST, sure=True),
-    _source("token", r"(?<![A-Za-z0-9+/_\-])[A-Za-z0-9+/_\-]{24}(?P<run>[A-Za-z0-9+/_\-]*)={0,2}(?![A-Za-z0-9+/=_\-])", checks.token,
+    _source("token", r"(?<![A-Za-z0-9+/_\-])[A-Za-z0-9+/_\-]{24}(?P<run>[A-Za-z0-9+/_\-]*)={0,8}(?![A-Za-z0-9+/=_\-])", checks.token,
             run_rest=_TOKEN_REST),
     _source("password", _PASSWORD + _IS + _SECRET, checks.password, re.I, run_rest=_VALUE_REST, sure=True),
     _source("password", _CHINESE_PASSWORD + _SECRET, checks.password, run_rest=_VALUE_REST, sure=True),

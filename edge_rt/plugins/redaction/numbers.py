@@ -32,6 +32,7 @@ _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _AREA = re.compile("0(?:10|2[0-57-9]|[3-9][0-9]{2})")
 _CHINA = re.compile("(?:00)?86(?=1[3-9][0-9]{9}$|0?[1-9][0-9]{8,10}$)")
+_DIALLED = re.compile("0|(?:86)?1[3-9][0-9]{9}$|86|[2-9][0-9]{9}$|1[2-9][0-9]{9}$")  # what may be a number whatever was said before it
 _CARD_GROUPS = frozenset((
     (4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (6, 13), (6, 10), (8, 8), (4, 4, 4, 4, 3), (4, 4, 4, 4, 2), (4, 4, 4, 4, 1), (4, 4, 4, 3),
     (4, 4, 4, 2), (4, 4, 4, 1), (4, 4, 4), (6, 4, 4, 4), (6, 4, 4, 4, 1), (5, 4, 5, 5), (6, 6, 7),
@@ -106,9 +107,31 @@ def last_number(found: str, before: str) -> Verdict:
 
 
 def _judged(found: str, before: str, last: bool) -> Verdict:
-    first = 1 if found[0] == "+" and not international(significant(found).translate(_NO_SIGNS)) else 0
-    kind = _kind(_Written(found[first:], before, last))
+    digits = significant(found).translate(_NO_SIGNS)
+    sign = found[0]
+    if sign == "+" and international(digits):
+        return ("phone", 0, len(found))
+    first = int(sign == "+" or (sign == "(" and ")" not in found))
+    kind = _kind(digits, found[first:], before, last)
     return (kind, first, len(found)) if kind is not None else None
+
+
+def _kind(digits: str, found: str, before: str, last: bool) -> str | None:
+    size = len(digits)
+    if size == 18 and mainland_id(digits):
+        return "id"
+    if not digits.isdigit():
+        return None
+    as_id, as_card = size == 15 and mainland_id(digits), 12 <= size <= 19 and issued(digits) and luhn(digits)
+    as_phone = 7 <= size <= 15 and (last or _DIALLED.match(digits) is not None)
+    if not (as_id or as_card or as_phone) or _INSIDE.search(before) is not None:
+        return None  # soon, for rows of numbers ask this of every part of them
+    written = _Written(digits, found, before, last)
+    if as_id and (written.plain or written.alone or written.after(_ID_WORDS)):
+        return "id"
+    if as_card and (written.plain or written.alone or written.groups in _CARD_GROUPS or written.after(_CARD_WORDS)):
+        return "card"
+    return "phone" if as_phone and _phone(written) else None
 
 
 class _Written:
@@ -119,9 +142,8 @@ class _Written:
 
     __slots__ = ("alone", "before", "digits", "groups", "plain", "text")
 
-    def __init__(self, found: str, before: str, last: bool) -> None:
-        self.text, self.before = found.replace(SKIP, ""), before
-        self.digits = significant(found).translate(_NO_SIGNS)
+    def __init__(self, digits: str, found: str, before: str, last: bool) -> None:
+        self.text, self.before, self.digits = found.replace(SKIP, ""), before, digits
         self.groups = tuple(map(len, _GROUP.findall(self.text)))
         row = _DIGIT_BEFORE if set(self.groups) == {1} else _ROW_BEFORE  # one read digit by digit is no part of a row of longer ones
         self.alone = last and "." not in self.text and row.search(before) is None
@@ -131,23 +153,6 @@ class _Written:
         """Is one of the words in the line before, and ends it so many characters before at most?"""
         line = self.before.rpartition("\n")[2][-_NEAR:]
         return any(len(line) - match.end() <= within for match in words.finditer(line))
-
-
-def _kind(written: _Written) -> str | None:
-    digits = written.digits
-    size = len(digits)
-    if written.text[0] == "+":
-        return "phone"
-    if size == 18 and mainland_id(digits):
-        return "id"
-    if not digits.isdigit() or _INSIDE.search(written.before) is not None:
-        return None
-    if size == 15 and mainland_id(digits) and (written.plain or written.alone or written.after(_ID_WORDS)):
-        return "id"
-    as_card = written.plain or written.alone or written.groups in _CARD_GROUPS or written.after(_CARD_WORDS)
-    if 12 <= size <= 19 and as_card and issued(digits) and luhn(digits):
-        return "card"
-    return "phone" if 7 <= size <= 15 and _phone(written) else None
 
 
 def _phone(written: _Written) -> bool:

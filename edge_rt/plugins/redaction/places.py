@@ -49,7 +49,8 @@ _UNIT = "(?:号楼|号院|号|號|单元|單元|[弄栋棟幢座室层樓楼房�
 _PARTS = f"(?:(?:{_NAME}[{_MARKS}]|{_NUMBER}(?:号院|段|期|区)) ?)+"
 # A house number after a road, with at most a few characters between; or the number of a building right after an estate.
 _END = (
-    f"(?:{_SHORT_NAME}{_HOUSE}|{_NUMBER}(?:[栋棟幢座]|单元|單元)(?![山桥大高新])) ?(?:{_SHORT_NAME}{_NUMBER} ?{_UNIT} ?)*"
+    f"(?:{_SHORT_NAME}{_HOUSE}|{_NUMBER}(?:[栋棟幢座]|单元|單元)(?![山桥大高新])) ?"
+    f"(?:(?:{_NAME}[{_MARKS}] ?)?{_SHORT_NAME}{_NUMBER} ?{_UNIT} ?)*"
     "(?:[0-9]{1,5}(?![0-9A-Za-z]))?"
 )
 _MAINLAND = f"(?:{_NAMES_OF_CITIES}) ?{_PARTS}{_END}"

@@ -122,11 +122,12 @@ class Redactor:
         return rest
 
     def _conceal_unclear(self, end: int) -> None:
-        """Conceal what may still become a match and began before the end; but no plain word that is too short to tell anything."""
+        """Conceal what may still become a match and began before the end; but no signs alone, and no word too short to tell anything."""
         for index, start in enumerate(self._starts):
             piece = significant(self._text[start - self._base : end - self._base])
+            told = sum(map(str.isalnum, piece))
             sure = any(self._plan.patterns[owner].sure for owner in self._automaton.owners(self._state, index))
-            if start < end and (sure or len(piece) >= _SHORT or not piece.isalpha()):
+            if start < end and (sure or (told and (told >= _SHORT or not piece.isalpha()))):
                 self._found[start, "cut"] = (end, None)
                 return
 
@@ -219,23 +220,31 @@ class Redactor:
                     break
                 secret = self._open = Concealed(start, self._plan.key)
             while found and found[-1][0][0] < max(secret.end, secret.start + 1):
-                (start, kind), (end, rest) = found.pop()
-                secret.add(kind, self._plan.ranks.get(kind, UNCLEAR), start, end, rest)
-                del self._found[start, kind]
+                self._add(secret, *found.pop())
             secret.read(self._take(min(secret.end, safe)))
             if self._sent < secret.end:
                 break
-            if secret.rest is not None and self._rest_goes_on(secret, secret.rest, found[-1][0][0] if found else None, safe):
-                break
+            if secret.rest is not None:
+                limit = min(found[-1][0][0] if found else safe, safe)
+                secret.read(self._take(self._rest_end(secret.rest, limit)))
+                if self._sent == safe:
+                    break  # more of the rest may come
+                if self._sent == limit < self._rest_end(secret.rest, limit + 1):
+                    self._add(secret, *found.pop())
+                    continue
             out.append(self._close())
         return "".join(out)
 
-    def _rest_goes_on(self, secret: Concealed, rest: re.Pattern[str], next_start: int | None, safe: int) -> bool:
-        """Take what follows a secret and belongs to it; may more of that come?"""
-        limit = safe if next_start is None else min(next_start, safe)
+    def _add(self, secret: Concealed, where: tuple[int, str], how: tuple[int, re.Pattern[str] | None]) -> None:
+        """A match that was found is part of a secret."""
+        (start, kind), (end, rest) = where, how
+        secret.add(kind, self._plan.ranks.get(kind, UNCLEAR), start, end, rest)
+        del self._found[where]
+
+    def _rest_end(self, rest: re.Pattern[str], limit: int) -> int:
+        """Up to where the rest of a secret goes on from here, a limit at most."""
         match = rest.match(self._text, self._sent - self._base, limit - self._base)
-        secret.read(self._take(match.end() + self._base if match is not None else self._sent))
-        return self._sent == safe != next_start
+        return self._sent if match is None else match.end() + self._base
 
     def _take(self, end: int) -> str:
         """The text up to a position, which is answered for with this."""
