@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge_rt.core.context.pruning import METHODS
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph.scores import cached_layers
+from edge_rt.core.graph.scores import ENOUGH, cached_layers
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ContextError, SessionFileError
 from edge_rt.hooks import EngineOptions
@@ -70,17 +70,18 @@ def contents(engine: GgmlEngine, sequence: int) -> list[tuple[Any, Any]]:
 def attention_by_hand(engine: GgmlEngine, sequence: int, window: int) -> list[Any]:
     """What ``CachedLayer.attention`` must be, in double precision from the ring's queries and the cached keys."""
     cache, hyper = engine._sequences[sequence], engine.hyper
+    asked = sorted({round(i) for i in np.linspace(0, window - 1, min(window, ENOUGH))})
     n, group, found = cache.length, hyper.n_head // hyper.n_head_kv, []
     for layer in range(hyper.n_layer):
         queries = cache.ring.queries(layer, n).astype(np.float64)
         assert len(queries) == window
         keys = cache.key_cells(layer)[:n].copy().view(np.float16).astype(np.float64)
-        rows = np.empty((hyper.n_head_kv, group * window, n))
+        rows = np.empty((hyper.n_head_kv, group * len(asked), n))
         for head in range(hyper.n_head):
-            for i, query in enumerate(queries[:, head]):
-                scores = np.exp(keys[:, head // group] @ query * hyper.attention_scale)
+            for row, i in enumerate(asked):
+                scores = np.exp(keys[:, head // group] @ queries[i, head] * hyper.attention_scale)
                 scores[n - window + i + 1 :] = 0
-                rows[head // group, head % group * window + i] = scores / scores.sum()
+                rows[head // group, head % group * len(asked) + row] = scores / scores.sum()
         found.append(rows)
     return found
 

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 c = ggml.c
 
+ENOUGH = 16
+"""Queries that are asked with at most, evenly spread over those that are to be: what a pass takes grows with them.
+
+Spread over the last 64 tokens they tell as much as all 64 (core/context/pruning.py), as queries of one sentence are much alike.
+"""
+
 
 class CachedLayer:
     """One layer of a cache, N cells of G heads. Every array is valid until the next is asked for, of this layer or another."""
@@ -30,23 +36,23 @@ class CachedLayer:
         self._cache, self._hyper, self._shared = cache, hyper, shared
 
     def attention(self) -> npt.NDArray[np.float32]:
-        """softmax(q k * scale) of the last queries, each over the cells it may see: [G, queries of the head's group, N].
+        """softmax(q k * scale) of the last queries, at most ENOUGH of them, each over the cells it may see: [G, queries of the group, N].
 
         Raises ContextError if the sequence was not watched when its last tokens were fed.
         """
         h, ring, n, shared = self._hyper, self._cache.ring, self.n_cells, self._shared
-        if not shared.held or ring is None:
+        if not len(shared.asked) or ring is None:
             raise ContextError("no query was kept to prune by; watch the sequence before its last tokens are fed")
         group = h.n_head // h.n_head_kv
-        last = ring.queries(self.number, n)[-shared.held :]
-        asked = last.reshape(shared.held, h.n_head_kv, group, h.head_dim).transpose(1, 2, 0, 3)
+        chosen = ring.queries(self.number, n)[shared.asked - n]
+        asked = chosen.reshape(len(chosen), h.n_head_kv, group, h.head_dim).transpose(1, 2, 0, 3)
         ggml.view(shared.queries, "f4", asked.shape)[:] = asked
 
         def attention(ctx: int) -> int:
-            scores = c.mul_mat(ctx, self._keys(ctx), shared.queries)  # [N, group * held, G]
+            scores = c.mul_mat(ctx, self._keys(ctx), shared.queries)  # [N, group * asked, G]
             return int(c.soft_max_ext(ctx, scores, shared.mask, h.attention_scale, 0.0))
 
-        return shared.computed(attention, (h.n_head_kv, group * shared.held, n))
+        return shared.computed(attention, (h.n_head_kv, group * len(chosen), n))
 
     def value_norms(self) -> npt.NDArray[np.float32]:
         """Euclidean lengths of the values: [G, N]."""
@@ -83,7 +89,8 @@ class CachedLayer:
 class _Shared:
     """What the layers of one pass share: inputs and the memory that results are in.
 
-    ``queries`` [D, group * held, G] are set layer by layer; ``mask`` [N, group * held]: which cells each may see; ``rows`` [N, G]: all.
+    ``asked``: the cells of the queries, rising. ``queries`` [D, group * asked, G] are set layer by layer; ``mask`` [N, group * asked]:
+    which cells each may see; ``rows`` [N, G]: all.
     """
 
     def __init__(self, cache: KvCache, hyper: Hyper, backend: ggml.Handle, queries: int | None) -> None:
@@ -91,16 +98,17 @@ class _Shared:
 
         n, heads, group = cache.length, hyper.n_head_kv, hyper.n_head // hyper.n_head_kv
         held = max(0, cache.ring.held(n)) if cache.ring else 0
-        self.held = held if queries is None else min(held, queries)
+        last = held if queries is None else min(held, queries)
+        self.asked = np.linspace(n - last, n - 1, min(last, ENOUGH)).round().astype(np.intp)
         self._backend, self._arena, self._ctx = backend, ggml.allocator(), ggml.context(3)
-        ctx, asked = self._ctx.address, max(1, group * self.held)
-        self.queries = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, asked, heads))
-        self.mask = c.new_tensor_2d(ctx, ggml.TYPE_F32, n, asked)
+        ctx, columns = self._ctx.address, max(1, group * len(self.asked))
+        self.queries = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, columns, heads))
+        self.mask = c.new_tensor_2d(ctx, ggml.TYPE_F32, n, columns)
         self.rows = c.new_tensor_2d(ctx, ggml.TYPE_I32, n, heads)
         self._buffer = ggml.allocate_context(self._ctx)
         ggml.view(self.rows, "i4", (heads, n))[:] = np.arange(n)
-        newest = np.arange(n - self.held, n)[:, None]
-        ggml.view(self.mask, "f4", (asked, n))[: group * self.held] = np.tile(np.where(np.arange(n) <= newest, 0.0, -np.inf), (group, 1))
+        visible = np.where(np.arange(n) <= self.asked[:, None], 0.0, -np.inf)
+        ggml.view(self.mask, "f4", (columns, n))[: group * len(self.asked)] = np.tile(visible, (group, 1))
 
     def computed(self, build: Callable[[int], int], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """The result of a graph, built in the context that is given; NumPy's order of dimensions."""
@@ -114,7 +122,7 @@ class _Shared:
 
 
 def cached_layers(cache: KvCache, hyper: Hyper, backend: ggml.Handle, queries: int | None = None) -> Iterator[CachedLayer]:
-    """The layers of a cache, one after the other. They ask with the last ``queries`` that were kept, None: with all."""
+    """The layers of a cache, one after the other. They ask with the last ``queries`` that were kept, None: with all; see ENOUGH."""
     with closing(_Shared(cache, hyper, backend, queries)) as shared:
         for number in range(hyper.n_layer):
             yield CachedLayer(cache, hyper, number, shared)
