@@ -24,7 +24,7 @@ c = ggml.c
 ENOUGH = 16
 """Queries that are asked with at most, evenly spread over those that are to be: what a pass takes grows with them.
 
-Spread over the last 64 tokens they tell as much as all 64 (core/context/pruning.py), as queries of one sentence are much alike.
+Spread over the last 64 tokens they tell as much as all 64 (``UNASKED`` of core/context/pruning.py).
 """
 
 
