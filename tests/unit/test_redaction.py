@@ -20,7 +20,7 @@ from edge_rt.hooks import PostProcessorFactory, Rules
 from edge_rt.plugins import redaction
 from edge_rt.plugins.redaction.numbers import issued, luhn, mainland_id
 from edge_rt.registry import Registry
-from edge_rt.rules import Ruleset
+from edge_rt.rules import RuleFile, Ruleset
 from edge_rt.testing.conformance import PostProcessorConformance
 
 NAMES = ["张三丰", "李娜", "John Smith", "José García"]
@@ -171,6 +171,14 @@ def test_kinds_that_are_not_wanted_are_left_alone() -> None:
     assert redact(f"{text} a@b.com", made) == f"{text} [EMAIL]"
 
 
+def test_addresses_anywhere() -> None:
+    made = make(addresses="anywhere")
+    for text in ("我家在文三路478号，", "西湖区文三路478号3号楼501室。", "寄到浙江省杭州市文三路9号"):
+        assert redact(text, made) == {"我": "我家在[ADDRESS]，", "西": "[ADDRESS]。", "寄": "寄到[ADDRESS]"}[text[0]]
+    for text in ("中山路上人很多", "地铁2号线", "第3号文件"):
+        assert redact(text, made) == text
+
+
 def test_names_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("王小明\n\n Ann  Lee \n", encoding="utf-8")
     rules = Rules({"names_file": "names.txt"}, ("redaction",), tmp_path)
@@ -300,3 +308,17 @@ class TestMasksAndPatterns(TestPlaceholders):
 class TestHashes(TestPlaceholders):
     examples = MappingProxyType({"138-1234-5678 or 13812345678.": "[PHONE:9a6a05aaf6e1] or [PHONE:9a6a05aaf6e1]."})
     rules = MappingProxyType({"action": "hash", "key": "0123456789abcdef", "cut": "keep"})
+
+
+# ---- the documentation -----------------------------------------------------------------------------------------------
+
+
+def test_the_documented_example_is_what_comes_out(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "post" / "redaction.md").read_text(encoding="utf-8")
+    rules, text, expected = re.findall(r"```(?:toml|text)\n(.*?)```", page, re.S)[:3]
+    (tmp_path / "rules.toml").write_text(rules, encoding="utf-8")
+    with RuleFile(tmp_path / "rules.toml", Registry.load(entry_points=False), watch=False) as file:
+        pipeline = file.current.pipeline()
+        assert pipeline.feed(text) + pipeline.flush() == expected
+    keys = set(re.findall(r"^\| `([a-z_]+)`", page, re.M))
+    assert keys >= {"action", "placeholder", "keep_first", "keep_last", "key", "key_file", "kinds", "addresses", "cut", "cut_text", "names"}

@@ -94,7 +94,8 @@ def test_a_stop_string_within_or_after_a_secret_shows_nothing_of_it(secret: str,
     ("call 138123", "", "call …"), ("call 138123", "\n", "call 138123"), ("call 1381234", "5678", "call [PHONE]"),
     ("call 13812345678", "", "call [PHONE]"),
     ("x 13812345678", "9", "x …"), ("a@b.com", "", "[EMAIL]"),
-    ("密码：ab", "", "密码：…"), ("密码：", "", "密码："), ("so —", "", "so —"), ("张", "", "…"), ("我叫张", "飞", "我叫张"), ("John", " S", "…"),
+    ("密码：ab", "", "密码：…"), ("密码：", "", "密码："), ("so —", "", "so —"),
+    ("张", "", "…"), ("我叫张", "飞", "我叫张"), ("John", " S", "…"),
 ])  # fmt: skip
 def test_what_is_shown_where_a_text_is_cut(text: str, following: str, expected: str) -> None:
     for pieces in ([text], list(text)):

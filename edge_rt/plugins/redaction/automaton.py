@@ -11,7 +11,7 @@ Assertions look at one character before or after, characters that are passed ove
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from edge_rt.plugins.redaction.characters import SKIP, folded, plain
@@ -38,8 +38,9 @@ class Look(NamedTuple):
 class Graph:
     """Nodes of a non-deterministic automaton. ``owner``: which pattern a node belongs to.
 
-    A node is a character (``literal``, exact or folded), a set (``charset``), letters of a trie (``trie``, folded), or reads nothing: an
-    assertion (``look``), the beginning of the secret (``mark``), the end of a match (``accept``), or just a fork to ``out``.
+    A node reads a character (``exact``; ``folded``: without case and accent), one of a ``set``, or a letter of a ``trie`` (folded; what is
+    in ``out`` follows without one). Or it reads nothing: an assertion (``look``), the beginning of the secret (``mark``), the end of a
+    match (``accept``), or just a ``fork`` to ``out``.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class Graph:
         self.kind: list[str] = []
         self.literal: list[str] = []
         self.number: list[int] = []  # of the set, or of the assertion
-        self.out: list[list[int]] = []
+        self.out: list[Sequence[int]] = []
         self.trie: dict[int, dict[str, int]] = {}
         self.owner: list[int] = []
         self.looks: list[Look] = []
@@ -61,12 +62,12 @@ class Graph:
         """Forks of repeats without end that a secret may begin with anywhere."""
         self.adding = 0  # the pattern that nodes are added for
 
-    def add(self, kind: str, out: Iterable[int] = (), literal: str = "", number: int = -1) -> int:
+    def add(self, kind: str, out: Sequence[int] = (), literal: str = "", number: int = -1) -> int:
         """A new node."""
         self.kind.append(kind)
         self.literal.append(literal)
         self.number.append(number)
-        self.out.append(list(out))
+        self.out.append(out)
         self.owner.append(self.adding)
         node = len(self.kind) - 1
         if kind == "accept" or (kind in ("look", "fork") and self.out[node] and self.ends.issuperset(self.out[node])):
@@ -241,7 +242,8 @@ class _Walk:
             elif kind == "folded":
                 taken = read is not None and read.folded == graph.literal[node]
             elif kind == "trie":
-                child = graph.trie[node].get(read.folded) if read is not None else None
+                stack += graph.out[node]
+                child = graph.trie[node].get(read.folded) if read is not None and node in graph.trie else None
                 if child is not None:
                     reached.add(child)
                 continue

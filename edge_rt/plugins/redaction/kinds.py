@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from edge_rt.plugins.redaction import checks, numbers
-from edge_rt.plugins.redaction.places import ADDRESSES
+from edge_rt.plugins.redaction.places import ADDRESSES, ANYWHERE, from_the_name
 from edge_rt.plugins.redaction.scanner import Check, Pattern
 
 KINDS = ("id", "card", "iban", "phone", "email", "ip", "mac", "api_key", "token", "password", "address", "name")
@@ -98,3 +98,5 @@ SOURCES: tuple[Source, ...] = (
     *(_source("address", regex, checks.trimmed) for regex in ADDRESSES),
 )  # fmt: skip
 """Every built-in pattern. A mainland ID number, a card and a phone number are told apart by the check of numbers."""
+ANY_ADDRESS = _source("address", ANYWHERE, from_the_name)
+"""Used if the rules ask for it."""

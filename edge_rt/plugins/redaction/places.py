@@ -1,12 +1,16 @@
 """Addresses of common form: of the mainland, from the largest part to the smallest, and of streets in English.
 
 A Chinese address is found by what it begins with: a province, a city, or a word that calls for one (地址, 家住, 寄到 ...).
-To find it by any district or road would mean to hold back several characters of every sentence.
+To find it by any district or road means to hold back several characters of every sentence, and is asked for by a rule.
 """
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+
+from edge_rt.plugins.redaction.characters import SKIP
+from edge_rt.plugins.redaction.checks import Verdict
 
 _PROVINCES = (
     "北京 天津 上海 重庆 河北 山西 辽宁 吉林 黑龙江 江苏 浙江 安徽 福建 江西 山东 河南 湖北 湖南 广东 海南 四川 贵州 云南 陕西 "
@@ -72,3 +76,13 @@ _BOX = r"(?<![A-Za-z])(?:P\.? ?O\.? ?Box|Post Office Box) [0-9]{1,6}(?![0-9])"
 
 
 ADDRESSES = (_MAINLAND, _CALLED, _STREET, _BOX)
+ANYWHERE = f"{_han_but(_MARKS)}{{1,6}}[{_MARKS}] ?(?:{_PARTS})?{_END}"
+"""Any road or district and house number: at the price of holding back seven characters of every Chinese sentence."""
+_FUNCTION_WORDS = re.compile("[在到于於是住去往从從的了位给給和与與、至]")
+
+
+def from_the_name(found: str, before: str) -> Verdict:
+    """The address without what led to it: words like 在 and 到 do not begin the name of a road."""
+    mark = next(at for at, char in enumerate(found) if char in _MARKS)
+    first = max((match.end() for match in _FUNCTION_WORDS.finditer(found, 0, max(0, mark - 1))), default=0)
+    return ("address", first, len(found.rstrip(" " + SKIP)))

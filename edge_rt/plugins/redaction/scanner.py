@@ -86,11 +86,8 @@ class Redactor:
         """Take more text and return what is in no secret."""
         self._text += text
         self._advance(text)
-        if not self._found and self._open is None:
-            start, self._sent = self._sent, self._starts[0] if self._starts else self._read
-            sent = self._text[start - self._base : self._sent - self._base]
-        else:
-            sent = self._let_out(self._starts[0] if self._starts else self._read)
+        safe = min(self._starts) if self._starts else self._read
+        sent = self._let_out(safe) if self._found or self._open is not None else self._take(safe)
         if self._sent - self._base > 8 * CONTEXT:
             self._text = self._text[self._sent - self._base - CONTEXT :]
             self._base = self._sent - CONTEXT
@@ -123,7 +120,7 @@ class Redactor:
 
     def _conceal_unclear(self, end: int) -> None:
         """Conceal what may still become a match and began before the end; but no signs alone, and no word too short to tell anything."""
-        for index, start in enumerate(self._starts):
+        for start, index in sorted((start, index) for index, start in enumerate(self._starts)):
             piece = significant(self._text[start - self._base : end - self._base])
             told = sum(map(str.isalnum, piece))
             sure = any(self._plan.patterns[owner].sure for owner in self._automaton.owners(self._state, index))
@@ -137,10 +134,10 @@ class Redactor:
         """Run the automaton over text that was appended."""
         for at in range(0, len(text), _CHUNK):
             chunk = text[at : at + _CHUNK]
-            if self._starts and self._read + len(chunk) - self._starts[0] >= RUN_LIMIT:
+            if self._starts and self._read + len(chunk) - min(self._starts) >= RUN_LIMIT:
                 for char in chunk:
                     self._run(char)
-                    if self._starts and self._read - self._starts[0] >= RUN_LIMIT:
+                    if self._starts and self._read - min(self._starts) >= RUN_LIMIT:
                         self._shorten()
             else:
                 self._run(chunk)
@@ -190,20 +187,22 @@ class Redactor:
             self._found[start, kind] = (end, rest)
 
     def _shorten(self) -> None:
-        """What began is long. A run is judged as it is and then taken to begin later; else, if it is too long for any secret, conceal it
-        all and begin anew.
+        """Something that began is long. A run is judged as it is and then taken to begin later; if another is too long for any secret,
+        conceal it all and begin anew.
         """
-        start = self._starts[0]
-        if self._automaton.may_slide(self._state, 0):
-            for owner in self._automaton.owners(self._state, 0):
-                pattern = self._plan.patterns[owner]
-                if pattern.run_rest is not None:
-                    self._judge(start, self._read, pattern, pattern.run_rest)
-            later = self._read - RUN_LIMIT // 2
-            self._starts = [max(later, one) for one in self._starts]
-        elif self._read - start >= LIMIT:
-            self._found[start, "unclear"] = (self._read, None)
-            self._state, self._starts = self._automaton.empty(self._state), []
+        for index, start in enumerate(self._starts):
+            if self._read - start < RUN_LIMIT:
+                continue
+            if self._automaton.may_slide(self._state, index):
+                for owner in self._automaton.owners(self._state, index):
+                    pattern = self._plan.patterns[owner]
+                    if pattern.run_rest is not None:
+                        self._judge(start, self._read, pattern, pattern.run_rest)
+                self._starts[index] = self._read - RUN_LIMIT // 2
+            elif self._read - start >= LIMIT:
+                self._found[start, "unclear"] = (self._read, None)
+                self._state, self._starts = self._automaton.empty(self._state), []
+                return
 
     # ---- letting out -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@
     kinds         a list of what to conceal, default all: id, card, iban, phone, email, ip, mac, api_key, token, password, address, name
     cut           "conceal" (default) what may be the beginning of a secret where a text is cut off, or "keep" it
     cut_text      what stands for that, default "…"
+    addresses     "named" (default): Chinese ones that begin with a province, a city or a word as 地址; "anywhere": with any road, too
     names         a list of names to conceal
     names_file    a file of names, one a line
     [redaction.KIND]        action, placeholder, keep_first and keep_last for one kind
@@ -23,7 +24,7 @@ from edge_rt.hooks import Rules
 from edge_rt.plugins.redaction import actions
 from edge_rt.plugins.redaction.automaton import Automaton, Graph
 from edge_rt.plugins.redaction.characters import view
-from edge_rt.plugins.redaction.kinds import KINDS, SOURCES
+from edge_rt.plugins.redaction.kinds import ANY_ADDRESS, KINDS, SOURCES
 from edge_rt.plugins.redaction.scanner import LIMIT, Pattern, Plan, Redactor
 from edge_rt.plugins.redaction.syntax import Refused, add_pattern, add_words
 
@@ -42,7 +43,8 @@ def compile_redaction(rules: Rules) -> Callable[[], Redactor]:
     conceal = {kind: _Action.read(rules.table(kind), default, key).conceal(kind) for kind in KINDS}
     graph = Graph()
     patterns: list[Pattern] = []
-    for source in SOURCES:
+    anywhere = rules.choice("addresses", ("named", "anywhere"), "named") == "anywhere"
+    for source in (*SOURCES, *[ANY_ADDRESS] * anywhere):
         if not set(source.finds) & set(kinds):
             continue
         graph.adding = len(patterns)

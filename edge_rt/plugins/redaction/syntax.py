@@ -103,34 +103,29 @@ def add_words(graph: Graph, words: Iterable[str], gaps: Mapping[str, str], befor
     ``before`` and ``after``: patterns, of no width, of what must be around a word.
     """
     builder = _Builder(graph, None)
-    end = builder.parse(after, graph.add("accept"))
-    root = _trie(graph, {tuple(word): end for word in words}, {char: partial(builder.parse, gap) for char, gap in gaps.items()})
-    graph.starts.append(graph.add("mark", [builder.parse(before, root)]))
+    end = builder.small(sre_parser.parse(after), graph.add("accept"))
+    fillers = {char: partial(builder.small, sre_parser.parse(gap)) for char, gap in gaps.items()}
+    root = _trie(graph, {tuple(word): end for word in words}, fillers)
+    graph.starts.append(graph.add("mark", [builder.small(sre_parser.parse(before), root)]))
 
 
 def _trie(graph: Graph, words: dict[tuple[str, ...], int], gaps: Mapping[str, Callable[[int], int]]) -> int:
     """Words and the nodes that follow them as one node."""
-    entry = graph.add("fork")
-    letters: dict[str, int] = {}
-    graph.out[entry].append(graph.add("trie"))
-    graph.trie[graph.out[entry][0]] = letters
-    at: dict[tuple[str, ...], tuple[int, dict[str, int]]] = {(): (entry, letters)}
+    entry = graph.add("trie")
+    at: dict[tuple[str, ...], int] = {(): entry}
     for word, end in words.items():
         for length, char in enumerate(word, 1):
             if word[:length] in at:
                 continue
-            node, trie = graph.add("fork"), graph.add("trie")
-            graph.out[node].append(trie)
-            graph.trie[trie] = {}
-            parent, children = at[word[: length - 1]]
+            parent, node = at[word[: length - 1]], graph.add("trie")
             if char in gaps:
-                graph.out[parent].append(gaps[char](node))
+                graph.out[parent] = [*graph.out[parent], gaps[char](node)]
             else:
                 low = folded(plain(char))
                 graph.folded.add(low)
-                children[low] = node
-            at[word[:length]] = (node, graph.trie[trie])
-        graph.out[at[word][0]].append(end)
+                graph.trie.setdefault(parent, {})[low] = node
+            at[word[:length]] = node
+        graph.out[at[word]] = [*graph.out[at[word]], end]
     return entry
 
 
@@ -141,9 +136,10 @@ class _Builder:
         self._graph, self._most, self._run = graph, most, run
         self._least = len(graph.kind)
 
-    def parse(self, regex: str, follow: int) -> int:
-        """The first node of a pattern of ours."""
-        return self.sequence(sre_parser.parse(regex), follow, 0)
+    def small(self, tree: Any, follow: int) -> int:
+        """The first node of a small pattern, one of many."""
+        self._least = len(self._graph.kind)
+        return self.sequence(tree, follow, 0)
 
     def sequence(self, items: Any, follow: int, flags: int) -> int:
         """The first node of items one after the other."""
@@ -196,7 +192,7 @@ class _Builder:
         least, most, inner = arg
         if most is sre.MAXREPEAT and self._most is None:
             fork = self._graph.add("fork", [follow])
-            self._graph.out[fork].insert(0, self.sequence(inner, fork, flags))
+            self._graph.out[fork] = [self.sequence(inner, fork, flags), follow]
             self._graph.ends.discard(fork)
             follow, most = fork, least
         elif most is sre.MAXREPEAT:
