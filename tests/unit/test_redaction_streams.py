@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_a_stop_string_within_or_after_a_secret_shows_nothing_of_it(secret: str,
     ("In 2024", "年", "In 2024"),
     ("call 138123", "", "call …"), ("call 138123", "\n", "call 138123"), ("call 1381234", "5678", "call [PHONE]"),
     ("call 13812345678", "", "call [PHONE]"),
-    ("x 13812345678", "9", "x …"), ("a@b.com", "", "[EMAIL]"),
+    ("x 13812345678", "9", "x [PHONE]"), ("a@b.com", "", "[EMAIL]"),
     ("密码：ab", "", "密码：…"), ("密码：", "", "密码："), ("so —", "", "so —"),
     ("张", "", "…"), ("我叫张", "飞", "我叫张"), ("John", " S", "…"),
 ])  # fmt: skip
@@ -127,7 +128,7 @@ _texts = st.lists(st.one_of(_part, st.sampled_from(_LINES), st.text(_ALPHABET, m
 
 
 @pytest.mark.parametrize("made", [_PLACEHOLDERS, _HASHES, _MASKS])
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(text=_texts, cuts=st.lists(st.integers(0, 3000), max_size=30), end=st.sampled_from([None, "", "\n\n", "1", "@x.com", " ", "。"]))
 def test_divisions_change_nothing(made: Any, text: str, cuts: list[int], end: str | None) -> None:
     def processed(pieces: list[str]) -> tuple[str, dict[str, int]]:
@@ -173,6 +174,17 @@ def test_a_secret_drawn_apart_is_concealed_unnamed() -> None:
         assert processor.counts["unclear"] == 1
 
 
+def test_streams_on_several_threads_share_what_was_learned() -> None:
+    made, text = make(names=_NAMES), "\n".join(_LINES) * 3
+
+    def processed(make_one: Any) -> str:
+        processor = make_one()
+        return "".join(map(processor.feed, text)) + str(processor.flush())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(processed, [made] * 8)) == {processed(_PLACEHOLDERS)}
+
+
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +209,7 @@ def test_hostile_text_costs_no_more_by_its_length() -> None:
         processor.flush()
         return time.process_time() - start
 
-    for short, long in zip(_hostile(1_000), _hostile(8_000), strict=True):
+    for short, long in zip(_hostile(600), _hostile(4_800), strict=True):
         # Eight times the text: linear takes 8 times as long, quadratic 64 times.
         assert seconds(long) < 24 * seconds(short) + 0.03, long[:20]
 

@@ -44,7 +44,7 @@ class Concealed:
         """Its next characters."""
         plain = significant(text)
         if self._hash is not None:
-            self._hash.update(plain.lower().encode(errors="surrogatepass"))
+            self._hash.update(plain.casefold().encode(errors="surrogatepass"))
         if len(self._first) < MAX_KEPT:
             self._first = (self._first + plain)[:MAX_KEPT]
         self._last = (self._last + plain)[-MAX_KEPT:]

@@ -82,12 +82,15 @@ class Graph:
         return self._known_sets[key]
 
 
-class Class(NamedTuple):
-    """What of a character matters to the patterns. Equal ones are one object, so characters of a class share their moves."""
+class Class:
+    """What of a character matters to the patterns: sets that it is in, and itself if they name it. Equal ones are one object, so
+    characters of a class share their moves.
+    """
 
-    bits: int
-    exact: str
-    folded: str
+    __slots__ = ("bits", "exact", "folded")
+
+    def __init__(self, bits: int, exact: str, folded: str) -> None:
+        self.bits, self.exact, self.folded = bits, exact, folded
 
 
 class Move(NamedTuple):
@@ -146,7 +149,9 @@ class Automaton:
                     bits |= 1 << number
             low = folded(seen)
             key = (bits, seen if seen in graph.exact else "", low if low in graph.folded else "")
-            self.of[char] = found = self._classes.setdefault(key, Class(*key))
+            if key not in self._classes:
+                self._classes[key] = Class(*key)
+            self.of[char] = found = self._classes[key]
             return found
 
     def empty(self, state: State) -> State:
@@ -169,7 +174,7 @@ class Automaton:
             if known is not None:
                 return known
             if len(self._states) > MAX_STATES:
-                self._states = {(s.ahead, s.row, s.before): s for s in (self.start,)}
+                self._states = {((), (), 0): self.start}
                 self.start.moves.clear()
             step = self._step(state, read)
             same = step.keep == tuple(range(len(state.row))) and not step.matches

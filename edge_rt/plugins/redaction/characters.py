@@ -11,6 +11,7 @@ SKIP = "\u200b"
 """What every character that is passed over is seen as."""
 
 _MARKS = ("Cf", "Mn", "Me")
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 _OTHER_DOTS = "•∙⋅‧・･●"
 # Full-width forms, small forms, mathematical letters, and letters and digits in circles.
 _FORMS = ((0xFF00, 0xFF5F), (0xFE50, 0xFE70), (0x1D400, 0x1D800), (0x2460, 0x2469), (0x24B6, 0x24EA))
@@ -23,7 +24,7 @@ def plain(char: str) -> str:
     if code < 0xA0:
         return char
     category = unicodedata.category(char)
-    if category in _MARKS:
+    if category in _MARKS or char in _BLANK_LETTERS:
         return SKIP
     if category == "Zs":
         return " "

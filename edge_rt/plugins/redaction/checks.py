@@ -116,7 +116,7 @@ _EXPRESSION = re.compile(
     r"|(?:os|self|process|request|config|settings|args|options|env)\b|get|is\b|the\b|must|should|was\b|has\b|your[_-]?|example|placeholder|changeme|[a-z_.]+[\[(]",
     re.I,
 )
-_SAID = re.compile(r"(?:is|was|[是为為]) ?[\"'*_`“”「『]*$")
+_SAID = re.compile(r"(?:is|was) +[\"'*_`“”]*$")
 
 
 def password(found: str, before: str) -> Verdict:
@@ -126,7 +126,7 @@ def password(found: str, before: str) -> Verdict:
     call = _EXPRESSION.match(text)
     if len(text) < 3 or text[0] in "<{$(%[*" or (call is not None and (call[0][-1] in "[(" or not any(char.isdigit() for char in text))):
         return None
-    return None if _SAID.search(before) is not None and text.isalpha() else ("password", 0, len(kept))
+    return None if _SAID.search(before) is not None and _WORD.fullmatch(text) else ("password", 0, len(kept))
 
 
 def secret(found: str, before: str) -> Verdict:

@@ -101,9 +101,10 @@ class Redactor:
     def cut(self, following: str) -> str:
         """The text ends in the middle: return the rest without what may be the beginning of a secret.
 
-        What follows is read on, so that what it ends is judged as complete.
+        What follows is read on, so that what it ends is judged as complete. But what is shown ends here, so it is judged by itself, too.
         """
         end = self._read
+        self._end_matches()
         self._text += following
         self._advance(following)
         self._end_matches()
