@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import random
 import re
 import subprocess
 import sys
@@ -139,6 +140,17 @@ def test_check_digits() -> None:
     assert not luhn("79927398710")
     assert issued("4111111111111111")
     assert not issued("9111111111111111")
+
+
+def test_tokens_are_told_from_words() -> None:
+    drawn = random.Random(1)
+    tokens = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=40)) for _ in range(500)]
+    assert sum(redact(f"is {token} ok") != "is [TOKEN] ok" for token in tokens) <= 2
+    for words in (
+        "getHTTPResponseCode2FromURLConnection", "PolyForm-Small-Business-1", "numpy/random/src/mt19937/LICENSE", "x86_64-pc-linux-gnu",
+        "test_redaction_streams_py311", "AbstractSingletonProxyFactoryBean", "manylinux2014_x86_64manylinux_2_17", "a" * 60,
+    ):  # fmt: skip
+        assert redact(words) == words
 
 
 # ---- what stands for a secret ----------------------------------------------------------------------------------------

@@ -76,6 +76,12 @@ def api_key(found: str, before: str) -> Verdict:
 
 
 _HEX = re.compile("[0-9a-fA-F]+")
+_COMMON_PAIRS = (  # of letters in English, most common first; a pair is in the text if and only if it is one
+    "th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me de hi ri ro ic ne ea ra ce "
+    "li ch ll be ma si om ur ca el ta la ns di fo ho pe ec pr no ct us ac ot il tr ly nc et ut ss so rs un lo wa ge ie wh ee wi em "
+    "ad ol rt po we na ul ni ts mo ow pa im mi ai sh ir su id os iv ia am fi ci vi pl ig tu ev ld ry mp fe bl ab gh ty op wo sa ay "
+    "ex ke fr oo av ag if ap gr od bo sp rd do uc bu ei ov rm ep tt oc"
+)
 _WORD = re.compile("[A-Za-z]?[a-z]{3,}")
 
 
@@ -95,20 +101,23 @@ def token(found: str, before: str) -> Verdict:
 
 
 def _random(text: str) -> bool:
-    """Is a text of letters and digits drawn by lot? Words have more vowels, and change less often between letters, capitals and digits."""
+    """Is a text of letters and digits drawn by lot? In words most pairs of letters are common ones; of all pairs these are a fifth."""
     size, digits = len(text), sum(char.isdigit() for char in text)
     if _HEX.fullmatch(text) is not None:
         return size >= 32 and size // 5 <= digits < size and len(set(text.lower())) >= 8
-    if size < 24 or len(set(text)) < 12:
+    signs = sum(not char.isalnum() for char in text)
+    if size < 24 or len(set(text)) < 10 or signs > size // 6:
         return False
-    kinds = "".join("0" if char.isdigit() else "A" if char.isupper() else "a" if char.islower() else "-" for char in text)
-    changes = sum(a != b for a, b in pairwise(kinds)) / size
-    vowels = sum(char in "aeiouAEIOU" for char in text) / max(1, size - digits)
-    if "A" in kinds and "a" in kinds:
-        drawn = (digits >= size // 8 and changes >= 0.5) or (digits > 0 and changes >= 0.38 and vowels <= 0.36)
-        drawn = drawn or (changes >= 0.25 and vowels <= 0.26 and "-" not in kinds)
-        return drawn and kinds.count("-") <= size // 8
-    return digits > 1 and "-" not in kinds and changes >= 0.3 and vowels <= 0.36
+    pairs = [a + b for a, b in pairwise(text.lower()) if a.isalpha() and b.isalpha()]
+    common = sum(pair in _COMMON_PAIRS for pair in pairs)
+    if text.lower() == text or text.upper() == text:
+        return digits > 1 and signs == 0 and common < 0.6 * len(pairs)
+    changes = sum(_case(a) != _case(b) for a, b in pairwise(text)) / size
+    return common < (0.6 if digits > 1 else 0.45) * len(pairs) and changes >= 0.2
+
+
+def _case(char: str) -> int:
+    return 0 if char.isdigit() else 1 if char.isupper() else 2
 
 
 _EXPRESSION = re.compile(

@@ -1,18 +1,18 @@
 """The rules of redaction, checked and compiled.
 
-    action        "placeholder" (default), "mask" or "hash"
-    placeholder   the text of a placeholder; {KIND} stands for the kind, {kind} for it in small letters. Default "[{KIND}]"
-    keep_first, keep_last   characters that a mask shows, 0 to 16 each; default 0
-    key           the key of hashes, 16 characters or more; without it there can be none
-    key_file      a file that holds the key instead
-    kinds         a list of what to conceal, default all: id, card, iban, phone, email, ip, mac, api_key, token, password, address, name
-    cut           "conceal" (default) what may be the beginning of a secret where a text is cut off, or "keep" it
-    cut_text      what stands for that, default "…"
-    addresses     "named" (default): Chinese ones that begin with a province, a city or a word as 地址; "anywhere": with any road, too
-    names         a list of names to conceal
-    names_file    a file of names, one a line
-    [redaction.KIND]        action, placeholder, keep_first and keep_last for one kind
-    [[redaction.pattern]]   name, regex, max_length (how often * and + repeat, default 64), ignore_case, and the same four
+action        "placeholder" (default), "mask" or "hash"
+placeholder   the text of a placeholder; {KIND} stands for the kind, {kind} for it in small letters. Default "[{KIND}]"
+keep_first, keep_last   characters that a mask shows, 0 to 16 each; default 0
+key           the key of hashes, 16 characters or more; without it there can be none
+key_file      a file that holds the key instead
+kinds         a list of what to conceal, default all: id, card, iban, phone, email, ip, mac, api_key, token, password, address, name
+cut           "conceal" (default) what may be the beginning of a secret where a text is cut off, or "keep" it
+cut_text      what stands for that, default "…"
+addresses     "named" (default): Chinese ones that begin with a province, a city or a word as 地址; "anywhere": with any road, too
+names         a list of names to conceal
+names_file    a file of names, one a line
+[redaction.KIND]        action, placeholder, keep_first and keep_last for one kind
+[[redaction.pattern]]   name, regex, max_length (how often * and + repeat, default 64), ignore_case, and the same four
 """
 
 from __future__ import annotations
