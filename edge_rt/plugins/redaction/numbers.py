@@ -19,7 +19,8 @@ _DIGIT_BEFORE = re.compile(r"(?:^|[^0-9])[0-9][ \-·._()\u200b]{1,3}$")
 _INSIDE = re.compile(r"(?:(?<![0-9.])0\.|[0-9][a-fA-F]{1,8})$")  # a fraction, a number in base 16
 _PHONE_WORDS = re.compile(
     "电话|手机|座机|号码|联系|致电|拨打|热线|传真|短信|電話|手機|聯絡|"
-    "tel|phone|mobile|cell|call|fax|dial|whatsapp|sms|contact|text me|reach|ring",
+    "(?<![a-z])(?:tel(?:ephone)?|(?:cell|mobile)?[ -]?phone|mobile|cell|call|fax|dial|whatsapp|sms|hotline)(?:s|ed|ing)?"
+    "(?:[ _-]?(?:number|no))?(?![a-z])",
     re.I,
 )
 _CARD_WORDS = re.compile(r"卡|账号|帐号|账户|card|visa|master|amex|account|acct|pan\b|unionpay", re.I)
@@ -183,7 +184,8 @@ def _abroad(digits: str, groups: tuple[int, ...], written: _Written) -> bool:
 
 
 def _local(written: _Written) -> bool:
-    """A number without an area code, right after a word that calls for one; but no day."""
+    """A number without an area code, right after a word that calls for one; but no day and no round sum."""
     digits = written.digits
     day = len(digits) == 8 and 1900 <= int(digits[:4]) <= 2100 and _date(int(digits[:4]), int(digits[4:6]), int(digits[6:]))
-    return len(digits) <= 12 and digits[0] != "0" and not day and written.alone and written.after(_PHONE_WORDS, _DIRECTLY)
+    said = not day and not digits.endswith("00000")
+    return said and len(digits) <= 12 and digits[0] != "0" and written.alone and written.after(_PHONE_WORDS, _DIRECTLY)
