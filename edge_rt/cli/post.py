@@ -136,7 +136,7 @@ def _texts(options: Options) -> Iterator[str]:
             if ours:
                 os.close(descriptor)
     except OSError as error:
-        raise OptionError(f"cannot read {options.file}: {(error.strerror or str(error)).lower()}") from error
+        raise OptionError(f"cannot read {options.file}: {(error.strerror or str(error)).lower()}; check the name") from error
     yield decode(b"", final=True)
 
 

@@ -106,14 +106,14 @@ def test_lines_are_texts_of_their_own(call, site):
     ("words", "message"),
     [
         (["post", "t.txt"], "there is nothing to do; name post-processors with --post, as --post redaction, or give --rules"),
-        (["post", "none.txt", "--post", "stars"], "cannot read none.txt: no such file or directory"),
+        (["post", "none.txt", "--post", "stars"], "cannot read none.txt: no such file or directory; check the name"),
         (["post", "t.txt", "--post", "stars,"], "--post takes names with commas between them, as redaction,punctuation"),
         (["post", "t.txt", "--post", "moons"], "no post-processor named moons, there is .*stars.*"),
         (["post", "t.txt", "--rules", "r.toml"], "r.toml, line 2: stars has no rule sing; did you mean sign?"),
         (["rules", "check", "r.toml"], "r.toml, line 2: stars has no rule sing; did you mean sign?"),
         (["rules", "chekc", "r.toml"], "edge-rt rules has no action 'chekc'; write edge-rt rules check FILE"),
         (["run", "--rules", "r.toml", "hi"], "r.toml, line 2: stars has no rule sing; did you mean sign?"),
-        (["run", "--rule", "stars.sign=3", "hi"], "sign is 3; give a text"),
+        (["run", "--rule", "stars.sign=3", "hi"], "sign is a whole number; give a text"),
     ],
 )
 def test_mistakes(call, site, words, message):
@@ -140,8 +140,8 @@ def test_rules_that_are_right(call, site):
         "file": "r.toml",
         "ok": False,
         "line": 2,
-        "reason": "sign is 3; give a text",
-        "message": "r.toml, line 2: sign is 3; give a text",
+        "reason": "sign is a whole number; give a text",
+        "message": "r.toml, line 2: sign is a whole number; give a text",
     }
 
 
@@ -149,7 +149,7 @@ def test_doctor_looks_at_rules(call, site):
     (site / "r.toml").write_text("[stars]\nsign = 3\n")
     status, out, _ = call("doctor", "--rules", "r.toml")
     assert status == 1
-    assert "Rules\n  wrong  r.toml, line 2: sign is 3; give a text\n" in out
+    assert "Rules\n  wrong  r.toml, line 2: sign is a whole number; give a text\n" in out
     (site / "r.toml").write_text('[stars]\nsign = "x"\n')
     found = json.loads(call("doctor", "--rules", "r.toml", "--json")[1])
     assert found["rules"]["ok"]
@@ -202,7 +202,7 @@ def test_rules_change_between_lines(site):
         process.stdin.write(b"1\n")
         assert read_until(process.stdout, b"\n") == b"yy\n"
         rules.write_text("[stars]\nsign = 3\n")
-        assert read_until(process.stderr, b"\n").endswith(b"r.toml, line 2: sign is 3; give a text\n")
+        assert read_until(process.stderr, b"\n").endswith(b"r.toml, line 2: sign is a whole number; give a text\n")
         process.stdin.write(b"1\n")
         process.stdin.close()
         assert (process.stdout.read(), process.wait(20)) == (b"yy\n", 0)

@@ -126,7 +126,7 @@ def file(tmp_path):
     ("text", "message"),
     [
         ('[mark]\n\nmark = "bad"\n', r"rules\.toml, line 3: a mark must be good$"),
-        ("[mark]\nmark = 3\n", r"rules\.toml, line 2: mark is 3; give a text$"),
+        ("[mark]\nmark = 3\n", r"rules\.toml, line 2: mark is a whole number; give a text$"),
         ("x = [\n", r"rules\.toml, line 2: it is not TOML"),
         ('pipeline = [\n  "mark",\n  "safe",\n  "none"]\n', r"rules\.toml, line 4: pipeline cannot be 'none'"),
         (None, r"rules\.toml: cannot be read: no such file or directory; check the name$"),
@@ -144,7 +144,7 @@ def test_the_first_version_must_be_right(registry, file, text, message):
 
 def test_a_rule_set_beside_the_file_is_not_looked_for_in_it(registry, file):
     assert text_of(RuleFile(file, registry, overrides=['mark.after=">"'], watch=False).current) == "<a><b>"
-    with pytest.raises(RuleError, match=r"^mark is 3; give a text$"):
+    with pytest.raises(RuleError, match=r"^mark is a whole number; give a text$"):
         RuleFile(file, registry, overrides=["mark.mark=3"], watch=False)
 
 

@@ -11,20 +11,20 @@ from edge_rt.core.assemble.rules import Rules
 from edge_rt.errors import RuleError
 
 READS = [
-    (lambda r: r.text("k"), "a", {"k": 3}, "k is 3; give a text"),
+    (lambda r: r.text("k"), "a", {"k": 3}, "k is a whole number; give a text"),
     (lambda r: r.text("k"), "a", {}, "t has no k; give a text"),
-    (lambda r: r.flag("k", False), True, {"k": 1}, "k is 1; give true or false"),
-    (lambda r: r.integer("k", 5, 1, 9), 3, {"k": True}, "k is True; give a whole number"),
+    (lambda r: r.flag("k", False), True, {"k": 1}, "k is a whole number; give true or false"),
+    (lambda r: r.integer("k", 5, 1, 9), 3, {"k": True}, "k is true or false; give a whole number"),
     (lambda r: r.integer("k", 5, 1, 9), 3, {"k": 10}, "k is 10; give 1 to 9"),
-    (lambda r: r.number("k", 0.5, 0, 1), 1, {"k": "x"}, "k is 'x'; give a number"),
+    (lambda r: r.number("k", 0.5, 0, 1), 1, {"k": "x"}, "k is a text; give a number"),
     (lambda r: r.number("k", 0.5, 0, 1), 0.25, {"k": 1.5}, "k is 1.5; give 0 to 1"),
     (lambda r: r.choice("k", ("a", "b"), "a"), "b", {"k": "c"}, "k cannot be 'c'; choose from a, b"),
     (lambda r: r.choices("k", ("a", "b"), ["a"]), ["b"], {"k": ["a", "c"]}, "k cannot be 'c'; choose from a, b"),
     (lambda r: r.texts("k"), ["x"], {"k": ["x", ""]}, "k has '' in it; give texts that are not empty"),
-    (lambda r: r.texts("k"), ["x"], {"k": "x"}, "k is 'x'; give a list"),
-    (lambda r: r.table("k").text("a"), {"a": "x"}, {"k": []}, r"k is []; give a table"),
+    (lambda r: r.texts("k"), ["x"], {"k": "x"}, "k is a text; give a list"),
+    (lambda r: r.table("k").text("a"), {"a": "x"}, {"k": []}, "k is a list; give a table"),
     (lambda r: r.tables("k"), [], {"k": [{}, 1]}, "k has 1 where a table is expected; write [[t.k]]"),
-    (lambda r: r.file("k"), None, {"k": "none.txt"}, "k names none.txt, which cannot be read: no such file or directory"),
+    (lambda r: r.file("k"), None, {"k": "none.txt"}, "k names none.txt, which cannot be read: no such file or directory; check the name"),
 ]
 
 

@@ -98,7 +98,7 @@ class Rules:
             self._files[path] = path.read_text(encoding="utf-8-sig")
             return path, self._files[path]
         except OSError as error:
-            raise self.error(f"{key} names {name}, which cannot be read: {(error.strerror or str(error)).lower()}", key) from error
+            raise self.error(f"{key} names {name}, which cannot be read: {(error.strerror or str(error)).lower()}; check the name", key) from error
         except UnicodeDecodeError as error:
             raise self.error(f"{key} names {name}, which is not UTF-8 (byte {error.start}); save it as UTF-8", key) from error
 
@@ -143,7 +143,8 @@ class Rules:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)  # type: ignore[return-value]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(f"{key} is {value!r}; give {_NAMES[kind]}", key)
+            # Not the value itself: it may be a key.
+            raise self.error(f"{key} is {_NAMES.get(type(value), type(value).__name__)}; give {_NAMES[kind]}", key)
         return value
 
     def _chosen(self, value: str, choices: Sequence[str], *at: str | int) -> str:
