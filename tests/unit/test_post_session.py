@@ -98,6 +98,14 @@ def test_the_end_of_the_text_is_told_from_a_cut(model):
     assert (text, done.reason, done.stop) == ("The code is ###<cut '45'>", "stop_string", "45")
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply="12你"), "a": plugin(open=(digits, ""))})
+    with edge_rt.open(write_random_model(tmp_path / "m.gguf"), engine="null", device="null", registry=registry) as model:
+        assert answer(model, max_tokens=3)[0] == "12\ufffd"  # tokens are bytes
+        assert answer(model, max_tokens=3, post=["open"])[0] == "##<cut ''>"
+        assert answer(model, post=["open"])[0] == "##你<whole>"
+
+
 def test_a_cancelled_answer_is_cut(model):
     with model.session() as session:
         text, last = "", None

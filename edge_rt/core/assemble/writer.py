@@ -27,11 +27,13 @@ class Writer:
     def finish(self, *, whole: bool) -> str:
         """The stream ended: everything still held back. ``whole``: the model had no more to say. Raises PluginError as ``feed`` does.
 
-        After a stop string there is nothing more of the model's text, and what comes next of it is known: the stop string.
+        After a stop string there is nothing more of the model's text, and what comes next of it is known: the stop string. Half of a
+        character that a cut leaves is no text for post-processors: it would look like the end of what came before.
         """
         rest = ""
         if self.stop is None:
-            rest, self.stop = self._stops.feed(self._detokeniser.flush())
+            half = self._detokeniser.flush()
+            rest, self.stop = self._stops.feed(half if whole or not self._pipeline.held else "")
             rest += self._stops.flush() if self.stop is None else ""
         text = self._pipeline.feed(rest)
         if self.stop is None and whole:
