@@ -34,6 +34,9 @@ BENCHMARKS = {
     "pruning-retrieval": ("context.pruned", "retrieval"),
     "pruning-unasked": ("context.unasked", "run"),
     "pruning-perplexity": ("context.pruned", "perplexity"),
+    "redaction-leaks": ("post.leaking", "run"),
+    "redaction-presidio": ("post.presidio", "run"),
+    "post-overhead": ("post.overhead", "run"),
 }
 """Name -> module and function. Each ends by itself within ten minutes."""
 QUALITY = (
@@ -101,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct Q4_1, instead of the one that edge-rt pull fetches")
     parser.add_argument("--memory-group", type=Path, help="directory of a memory cgroup in which `limited` may make groups")
-    parser.add_argument("--items", type=int, help="texts or conversations that a benchmark of context handling uses")
+    parser.add_argument("--items", type=int, help="texts, conversations or secrets that a benchmark of scores uses")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
     return parser
 

@@ -21,7 +21,7 @@ class Settings:
 
     ``quick`` proves that everything runs, with figures that mean nothing. ``threads``: CPUs to use. ``deadline``: when no further
     round begins (``time.monotonic``). ``model``: SmolLM2-135M-Instruct Q4_1, None fetches it. ``memory_group``: directory of a memory
-    cgroup in which groups may be made. ``items``: how many texts or conversations a benchmark of context handling uses, None: its own
+    cgroup in which groups may be made. ``items``: how many texts, conversations or secrets a benchmark of scores uses, None: its own
     number.
     """
 

@@ -1,0 +1,1 @@
+"""Benchmarks of post-processing inside the stream."""
