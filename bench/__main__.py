@@ -1,4 +1,4 @@
-"""``python -m bench [NAMES] [--quick] [--json FILE]`` measures; ``python -m bench report`` writes docs/performance.md."""
+"""``python -m bench [NAMES] [--quick] [--json FILE]`` measures; ``python -m bench report`` writes the pages in docs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ QUALITY = (
     "context-conversations", "context-retrieval", "context-perplexity", "pruning-retrieval", "pruning-unasked", "pruning-perplexity",
     "pruning",
 )  # fmt: skip
-"""Those of context handling; all but the last give scores, which a busy machine does not change."""
+"""Those of context handling."""
+POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
+"""Those of post-processing."""
+SCORES = (*QUALITY[:-1], POST[0])
 """Those whose figures are scores, which a busy machine does not change."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
@@ -117,7 +120,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     module, function = BENCHMARKS[name]
     run: Callable[[Settings], list[Result]] = getattr(importlib.import_module(f"bench.{module}"), function)
-    warning = None if options.quick or name in QUALITY[:-1] else wait_until_quiet(options.wait)
+    warning = None if options.quick or name in SCORES else wait_until_quiet(options.wait)
     print(f"--- {name}" + (f" ({warning})" if warning else ""), flush=True)
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
@@ -137,7 +140,7 @@ def _report() -> int:
     from bench.report import DOCS, pages, render
 
     stored = load_all()
-    for page in pages(QUALITY, [name for name in BENCHMARKS if name not in QUALITY]):
+    for page in pages(QUALITY, POST, [name for name in BENCHMARKS if name not in QUALITY + POST]):
         if not any(name in stored for name in page.benchmarks):
             continue
         try:
