@@ -96,11 +96,12 @@ class Rules:
         self._files[path] = ""
         try:
             self._files[path] = path.read_text(encoding="utf-8-sig")
-            return path, self._files[path]
         except OSError as error:
-            raise self.error(f"{key} names {name}, which cannot be read: {(error.strerror or str(error)).lower()}; check the name", key) from error
+            reason = (error.strerror or str(error)).lower()
+            raise self.error(f"{key} names {name}, which cannot be read: {reason}; check the name", key) from error
         except UnicodeDecodeError as error:
             raise self.error(f"{key} names {name}, which is not UTF-8 (byte {error.start}); save it as UTF-8", key) from error
+        return path, self._files[path]
 
     # ---- mistakes ----------------------------------------------------------------------------------------------------
 
