@@ -30,6 +30,13 @@ def runtime_dir() -> Path:
     return cache_dir() / "run"
 
 
+def state_dir() -> Path:
+    """Directory for what is to be kept: saved sessions. ``EDGE_RT_STATE``, ``$XDG_STATE_HOME/edge-rt``, else ``~/.local/state/edge-rt``."""
+    if override := os.environ.get("EDGE_RT_STATE"):
+        return Path(override).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "edge-rt"
+
+
 def models_dir() -> Path:
     """Directory ``edge-rt pull`` fills and ``-m NAME`` searches."""
     return cache_dir() / "models"

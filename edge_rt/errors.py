@@ -17,6 +17,7 @@
     ├── NativeError              libggml or libllama refused or failed
     │   └── AbiMismatch            the installed library is not one this version was written for
     ├── OutOfMemory              a buffer could not be allocated
+    ├── DaemonError              the daemon answered with an error, or is gone
     └── Cancelled                the caller asked to stop
 
 A bug is any other exception: the CLI writes a report and exits 3.
@@ -24,6 +25,8 @@ Messages are one sentence that says what is wrong and, after a semicolon, the wa
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class EdgeError(Exception):
@@ -83,11 +86,11 @@ class RuleError(UserError):
 
 
 class ProtocolError(UserError):
-    """What a peer of the daemon said is not what the protocol allows; ``code`` is the protocol's (docs/protocol.md)."""
+    """What a peer of the daemon said is not what the protocol allows; ``code`` and ``fields`` are the protocol's (docs/protocol.md)."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, **fields: Any) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.fields = code, fields
 
 
 class PluginError(UserError):
@@ -108,6 +111,17 @@ class AbiMismatch(NativeError):
 
 class OutOfMemory(EdgeError):
     """A buffer could not be allocated."""
+
+
+class DaemonError(EdgeError):
+    """What the daemon answered where it could not do as asked: ``code`` and ``fields`` are the protocol's (docs/protocol.md).
+
+    ``disconnected`` is no code of the protocol: the daemon is gone, or was never there.
+    """
+
+    def __init__(self, code: str, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.code, self.fields = code, fields
 
 
 class Cancelled(EdgeError):

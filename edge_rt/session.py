@@ -168,6 +168,23 @@ class Session:
         finally:
             self._busy.release()
 
+    def clone(self) -> Session:
+        """Another session that goes on from what was said in this one. Raises OptionError while a request runs, OutOfMemory.
+
+        What left the context is not known to the other: if it is recalled there, it is computed again.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise OptionError("the session is answering a request; clone it when that is done")
+        try:
+            other = self._model.session(context=self._context)
+            if self._sequence is not None:
+                with self._model.lock:
+                    other._sequence = self._model.engine.fork_sequence(self._sequence, self._history.cells)
+            other._history = History(self._history.tokens, self._history.evicted, self._history.condensed)
+        finally:
+            self._busy.release()
+        return other
+
     def close(self) -> None:
         """End the session; its cells may serve later prompts with the same beginning."""
         if self._closed:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.cli.generation import answer, decode_rate, opened
+from edge_rt.cli.generation import answer, opened
 from edge_rt.cli.options import JsonOption, ModelOptions, option
 from edge_rt.cli.output import say, table, write, write_json
 from edge_rt.errors import Cancelled, ContextError
+from edge_rt.records import decode_rate
 from edge_rt.types import Done, Event, GenerateOptions, SamplingParams
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,7 +16,8 @@ from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
 from edge_rt.cli.output import ProgressBar, say, write, write_json
 from edge_rt.cli.post_options import names
 from edge_rt.errors import ConstraintError, OptionError
-from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, PromptProgress, Pruning, SamplingParams, TokenLogprob
+from edge_rt.records import decode_rate, record
+from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, Pruning, SamplingParams
 
 if TYPE_CHECKING:
     from edge_rt.registry import Registry
@@ -270,44 +270,6 @@ def show_json(events: Iterable[Event]) -> tuple[str, Done]:
         elif isinstance(event, Done):
             return "".join(parts), event
     raise AssertionError("the answer ended without a Done event")
-
-
-_NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: "notice", Done: "done"}
-
-
-def record(event: Event) -> dict[str, Any]:
-    """An event as JSON: its fields and ``event``, its kind. Times are in seconds."""
-    found = {"event": _NAMES[type(event)], **_plain(event)}
-    if isinstance(event, Delta):
-        if event.logprobs:
-            found["logprobs"] = [_logprob(entry) for entry in event.logprobs]
-        else:
-            del found["logprobs"]
-    if isinstance(event, Done):
-        found["timings"]["total"] = event.timings.total
-        found["timings"]["tokens_per_second"] = decode_rate(event)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """A value with the named tuples and mappings in it as dictionaries; other tuples stay."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
-
-
-def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    """JSON has no infinity: the log-probability of what is impossible is null."""
-    top = [(token, logprob if isfinite(logprob) else None) for token, logprob in entry.top]
-    return {**entry._asdict(), "logprob": entry.logprob if isfinite(entry.logprob) else None, "top": top}
-
-
-def decode_rate(done: Done) -> float | None:
-    """Tokens a second after the first one; None where there are too few to tell."""
-    more = done.usage.completion_tokens - 1
-    return more / done.timings.decode if more > 0 and done.timings.decode > 0 else None
 
 
 def facts(done: Done) -> str:

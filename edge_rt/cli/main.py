@@ -31,6 +31,7 @@ COMMANDS = {
     "plugins": "edge_rt.cli.plugins",
     "doctor": "edge_rt.cli.doctor",
     "bench": "edge_rt.cli.bench",
+    "serve": "edge_rt.cli.serve",
 }
 
 SUCCESS, USER_ERROR, BUG, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 3, 130, 141

@@ -31,10 +31,12 @@ def pack(message: Message) -> bytes:
 
 
 class Frames:
-    """Bytes in as they come, whole messages out."""
+    """Bytes in as they come, whole messages out. ``max_bytes`` may change between two messages."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self._max = max_bytes
+        self.max_bytes = max_bytes
+        self.length = 0
+        """Bytes of the message that was given last."""
         self._held = bytearray()
 
     @property
@@ -49,13 +51,13 @@ class Frames:
         try:
             while len(self._held) - start >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(self._held, start)
-                if length > self._max:
-                    raise ProtocolError("frame_too_long", f"a frame of {length:,} bytes is too long; {self._max:,} are allowed")
+                if length > self.max_bytes:
+                    raise ProtocolError("frame_too_long", f"a frame of {length:,} bytes is too long; {self.max_bytes:,} are allowed")
                 end = start + _LENGTH.size + length
                 if len(self._held) < end:
                     break
                 body = bytes(memoryview(self._held)[start + _LENGTH.size : end])
-                start = end
+                start, self.length = end, length
                 yield unpack(body)
         finally:
             del self._held[:start]

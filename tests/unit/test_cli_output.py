@@ -9,8 +9,9 @@ from types import MappingProxyType
 import pytest
 
 from edge_rt.cli import output
-from edge_rt.cli.generation import cancelling, check_text, facts, read_text, record, show_json, show_text
+from edge_rt.cli.generation import cancelling, check_text, facts, read_text, show_json, show_text
 from edge_rt.errors import OptionError, UserError
+from edge_rt.records import record
 from edge_rt.types import ContextUse, Delta, Done, Notice, PostUse, PromptProgress, Timings, TokenLogprob, Usage
 
 

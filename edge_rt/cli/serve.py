@@ -1,0 +1,130 @@
+"""`edge-rt serve`: the daemon."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.cli.options import ModelOptions, option, parse_size
+from edge_rt.cli.output import say
+from edge_rt.errors import OptionError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.address import Listener
+    from edge_rt.daemon.config import Config
+
+HELP = """Serve a model to other programs on this machine.
+
+The daemon listens at a socket that only you can open, and speaks the protocol of docs/protocol.md. Without --model it waits until a
+client asks for one. SIGTERM and Ctrl-C let requests come to their end; a second one does not. SIGHUP reads the rules again.
+
+\b
+Examples:
+  edge-rt serve -m smollm2
+  edge-rt serve -m model.gguf --listen /run/user/1000/llm.sock --rules rules.toml
+  edge-rt serve --config daemon.toml --check
+"""
+
+
+class Options(ModelOptions):
+    """The command's options."""
+
+    model: str = option("", "-m --model MODEL", "GGUF file, or a name from `edge-rt models`; none if left out.")
+    listen: tuple[str, ...] = option((), "--listen ADDRESS", "A path, abstract:NAME or tcp:127.0.0.1:PORT. May be given several times.")
+    config: str | None = option(None, "--config FILE", "Configuration, see docs/daemon.md. Options of this command come before it.")
+    check: bool = option(False, "--check", "Say what would happen, or what is wrong, and do nothing.")
+    rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
+    policy: str | None = option(None, "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
+    embedder: str | None = option(None, "--embedder NAME", "Embedder to recall by, see `edge-rt plugins`; the model's own if left out.")
+
+
+def run(options: Options) -> int:
+    """Serve until a signal says to stop."""
+    from edge_rt.daemon import address as addresses
+
+    config = configured(options)
+    if options.check:
+        return check(config)
+    given = addresses.activated()
+    listeners = given or listen(config)
+    import asyncio
+    import logging
+
+    from edge_rt.daemon.server import serve
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    where = ", ".join(str(one.address) for one in listeners)
+    asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}")))
+    return 0
+
+
+def configured(options: Options) -> Config:
+    """The configuration file with what the command line says. Raises OptionError, RuleError."""
+    from edge_rt.daemon import address as addresses
+    from edge_rt.daemon import config as configuration
+
+    config = configuration.read(Path(options.config)) if options.config is not None else configuration.default()
+    more: dict[str, Any] = {
+        "context": options.ctx,
+        "threads": options.threads,
+        "memory": parse_size(options.memory, "--memory") if options.memory is not None else None,
+        "pack": False if options.no_pack else None,
+        "key_type": options.key_type if options.key_type != "f16" else None,
+        "engine": options.engine,
+        "device": options.device,
+        "policy": options.policy,
+        "embedder": options.embedder,
+    }
+    listen_at = tuple(map(addresses.parse, options.listen)) or config.listen or (addresses.default_address(),)
+    config = config._replace(
+        listen=listen_at,
+        model=options.model or config.model,
+        model_options={**config.model_options, **{name: value for name, value in more.items() if value is not None}},
+        rules=str(Path(options.rules).absolute()) if options.rules is not None else config.rules,
+    )
+    if config.key is None and any(one.kind == "tcp" for one in config.listen):
+        raise OptionError("a TCP port is open to every user of this machine; set key_file in the configuration, see docs/daemon.md")
+    return config
+
+
+def listen(config: Config) -> list[Listener]:
+    """Listen at all addresses. Raises OptionError."""
+    from edge_rt.daemon import address as addresses
+
+    found: list[Listener] = []
+    try:
+        for one in config.listen:
+            found.append(addresses.listen(one))
+    except BaseException:
+        for listener in found:
+            listener.close()
+        raise
+    return found
+
+
+def check(config: Config) -> int:
+    """Whether all would go well, without doing it. Raises what would go wrong."""
+    for listener in listen(config):
+        say(f"would listen at {listener.address}")
+        listener.close()
+    users = ", ".join("root" if one == 0 else "you" if one == os.getuid() else str(one) for one in sorted(config.users))
+    say(f"would let in {users}")
+    if config.rules is not None:
+        from edge_rt.registry import Registry
+        from edge_rt.rules import RuleFile
+
+        book = RuleFile(config.rules, Registry.load(), watch=False)
+        say(f"would post-process by {config.rules}, version {book.current.version}")
+    if config.model is None:
+        say("would wait for a client to load a model")
+        return 0
+    from edge_rt.catalog import resolve
+    from edge_rt.core.load import checked
+    from edge_rt.core.load.model_file import ModelFile
+
+    path = resolve(config.model)
+    with ModelFile.open(path) as file:
+        checked.check_metadata(file)
+        say(f"would open {path}, architecture {file.header.architecture}")
+    return 0

@@ -1,0 +1,216 @@
+"""A client of the daemon: `Client` for threads that wait; `AsyncClient` in aclient.py is the same for asyncio.
+
+    with Client() as client, client.session() as session:
+        for event in session.generate([{"role": "user", "content": "Hello"}], max_tokens=64):
+            ...
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from edge_rt.daemon import address as addresses
+from edge_rt.daemon.address import Address
+from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of
+from edge_rt.daemon.frames import Message
+from edge_rt.errors import DaemonError
+from edge_rt.types import Event
+from edge_rt.types import Message as ChatMessage
+
+
+class Client:
+    """A connection to the daemon; a context manager. For one thread at a time.
+
+    Everything raises DaemonError with the protocol's ``code``; ``disconnected`` if the daemon is gone.
+    """
+
+    def __init__(self, address: str | Address | None = None, *, key: str | None = None, timeout: float | None = None) -> None:
+        """``address``: as ``edge-rt serve --listen`` takes it, else the user's own. ``key``: for TCP. ``timeout``: seconds of one wait."""
+        self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
+        self._key, self._timeout = key, timeout
+        self._socket: socket.socket | None = None
+        self._conversation = Conversation()
+        self.hello: Message = {}
+        """What the daemon said of itself: version, server, capabilities, limits."""
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, or connect again: streams that can be resumed go on, other requests fail."""
+        self.close()
+        self._conversation.disconnected()
+        try:
+            self._socket = _connected(self.address, self._timeout)
+        except OSError as error:
+            raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
+        self.hello = self.call("hello", versions=[1], client="edge-rt", **({"key": self._key} if self._key is not None else {}))
+        self._conversation.resume()
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def call(self, op: str, **fields: Any) -> Message:
+        """Ask, and wait for the answer."""
+        answers = self._ask(op, fields)
+        while not answers.over:
+            self._receive()
+        return answers.result()
+
+    def generate(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        *,
+        session: Session | None = None,
+        priority: str = "normal",
+        resumable: bool = False,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """Answer a prompt: events as they happen, the last one Done; ``options`` are those of ``edge_rt.Session.generate``.
+
+        Leaving the loop cancels the request. With ``resumable``, a connection that breaks is made again, and the events go on where they
+        were.
+        """
+        fields = fields_of(prompt, None if session is None else session.id, priority, resumable, options)
+        answers = self._ask("generate", fields)
+        try:
+            yield from self._events(answers)
+        finally:
+            if not answers.over:
+                self._leave(answers)
+
+    def _events(self, answers: Answers) -> Iterator[Event]:
+        while True:
+            while (event := answers.take()) is not None:
+                yield event
+            if answers.over:
+                break
+            try:
+                self._flush()
+                self._receive()
+            except DaemonError as error:
+                if error.code != "disconnected" or not answers.resumable:
+                    raise
+                self.connect()
+        self._flush()
+        answers.result()
+
+    def _leave(self, answers: Answers) -> None:
+        """Cancel a request, and let its events go by."""
+        if self._socket is None:
+            return
+        try:
+            self._ask("cancel", {"request": answers.request})
+            while not answers.over:
+                while answers.take() is not None:
+                    pass
+                self._flush()
+                self._receive()
+        except DaemonError:
+            self.close()
+
+    def session(self, *, keep: bool = False, context: int | None = None) -> Session:
+        """Open a session. ``keep``: it outlives this connection for a while."""
+        found = self.call("open_session", keep=keep, **({} if context is None else {"context": context}))
+        return Session(self, found["session"])
+
+    def restore(self, name: str, *, keep: bool = False) -> Session:
+        """Open a session that was saved under a name."""
+        return Session(self, self.call("restore_session", name=name, keep=keep)["session"])
+
+    def status(self) -> Message:
+        """What the daemon is at."""
+        return self.call("status")
+
+    # ---- the socket --------------------------------------------------------------------------------------------------
+
+    def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
+        answers = self._conversation.ask(op, fields)
+        self._flush()
+        return answers
+
+    def _flush(self) -> None:
+        if self._socket is None:
+            raise DaemonError("disconnected", "the connection was closed; connect again")
+        if data := self._conversation.to_send():
+            try:
+                self._socket.sendall(data)
+            except OSError as error:
+                # The daemon may have said why before it closed.
+                self._lost(error)
+
+    def _receive(self) -> None:
+        if self._socket is None:
+            raise DaemonError("disconnected", "the connection was closed; connect again")
+        try:
+            data = self._socket.recv(1 << 18)
+        except TimeoutError as error:
+            raise DaemonError("timeout", f"the daemon said nothing for {self._timeout:g} seconds; give it more time") from error
+        except OSError as error:
+            self._lost(error)
+        if not data:
+            self._lost(None)
+        self._conversation.received(data)
+
+    def _lost(self, error: OSError | None) -> None:
+        self.close()
+        raise DaemonError("disconnected", self._conversation.farewell or GONE) from error
+
+    def close(self) -> None:
+        """Leave; what runs for this connection ends, unless it can be resumed."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Session:
+    """A session in the daemon; a context manager."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        """Use ``Client.session`` or ``Client.restore``."""
+        self._client, self.id = client, name
+
+    def generate(self, prompt: str | Sequence[ChatMessage], **options: Any) -> Iterator[Event]:
+        """See ``Client.generate``."""
+        return self._client.generate(prompt, session=self, **options)
+
+    def clone(self, *, keep: bool = False) -> Session:
+        """Another session that goes on from what was said in this one."""
+        return Session(self._client, self._client.call("clone_session", session=self.id, keep=keep)["session"])
+
+    def save(self, name: str) -> None:
+        """Keep it under a name, in the daemon's folder."""
+        self._client.call("save_session", session=self.id, name=name)
+
+    def close(self) -> None:
+        """End it."""
+        self._client.call("close_session", session=self.id)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+
+
+def _connected(address: Address, timeout: float | None) -> socket.socket:
+    """Raises OSError."""
+    family = socket.AF_INET6 if ":" in address.path else socket.AF_INET
+    found = socket.socket(family if address.kind == "tcp" else socket.AF_UNIX)
+    try:
+        found.settimeout(timeout)
+        if address.kind == "tcp":
+            found.connect((address.path, address.port))
+        else:
+            found.connect(address.path if address.kind == "unix" else "\0" + address.path)
+    except BaseException:
+        found.close()
+        raise
+    return found

@@ -1,0 +1,154 @@
+"""The daemon's configuration file (docs/daemon.md): TOML, every value checked and every mistake with its line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge_rt.core.assemble.rules import Rules
+from edge_rt.daemon import address as addresses
+from edge_rt.daemon.address import Address
+from edge_rt.daemon.frames import MAX_BYTES
+from edge_rt.errors import OptionError, RuleError
+
+
+class Limits(NamedTuple):
+    """What one client, or all of them, may take. Times are in seconds; 0: no limit."""
+
+    connections: int = 256
+    connections_per_user: int = 128
+    requests: int = 256
+    requests_per_connection: int = 32
+    requests_per_second: float = 100.0
+    sessions_per_user: int = 64
+    frame_bytes: int = 4 << 20
+    held_bytes: int = 64 << 20
+    hello_seconds: float = 5.0
+    frame_seconds: float = 30.0
+    idle_seconds: float = 0.0
+
+
+class Config(NamedTuple):
+    """All that a daemon is told. ``model_options``: keywords of ``edge_rt.open``.
+
+    ``held_bytes`` of the limits: begun frames and requests that were not answered yet. ``credits``: events of a generation that may be
+    on their way.
+    """
+
+    listen: tuple[Address, ...] = ()
+    users: frozenset[int] = frozenset()
+    key: str | None = None
+    model: str | None = None
+    model_options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    rules: str | None = None
+    overrides: tuple[str, ...] = ()
+    state: Path = Path()
+    limits: Limits = Limits()
+    credits: int = 64
+    keep_sessions: float = 600.0
+    resume_within: float = 30.0
+    drain_seconds: float = 20.0
+    hung_after: float = 120.0
+
+
+FRAME_ROOM = 1 << 16
+"""Bytes that the daemon may add to a client's message on its way to the worker."""
+_TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0}
+_MODEL_NUMBERS = ("context", "threads", "memory")
+_MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder")
+
+
+def default() -> Config:
+    """Without a file: the user's own socket, for the user and root."""
+    from edge_rt.config import state_dir
+
+    return Config(users=frozenset((os.getuid(), 0)), state=state_dir() / "sessions")
+
+
+def read(path: Path) -> Config:
+    """Read a file. Raises OptionError, RuleError with the line."""
+    from edge_rt.core.assemble import toml_place
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+        raise OptionError(f"the configuration {path} cannot be read: {reason}") from error
+    try:
+        table = Rules(toml_place.parse(text), folder=path.parent)
+        found = _config(table, path.parent)
+        table.finish()
+    except RuleError as error:
+        line = error.line if error.line is not None else toml_place.line_of(text, error.place)
+        raise RuleError(error.reason, place=error.place, file=str(path), line=line) from error
+    return found
+
+
+def _config(table: Rules, folder: Path) -> Config:
+    base = default()
+    rules, state, users = table.text("rules", ""), table.text("state", ""), table.texts("users")
+    model, options = _model(table.table("model"), folder)
+    times: dict[str, Any] = {name: table.number(name, getattr(base, name), 0.05, most) for name, most in _TIMES.items()}
+    return base._replace(
+        listen=tuple(_address(table, text, i) for i, text in enumerate(table.texts("listen"))),
+        users=frozenset(_user(table, text, i) for i, text in enumerate(users)) or base.users,
+        key=_key(table) if "key_file" in table else None,
+        model=model,
+        model_options=options,
+        rules=str(folder / Path(rules).expanduser()) if rules else None,
+        state=folder / Path(state).expanduser() if state else base.state,
+        limits=_limits(table.table("limits")),
+        credits=table.integer("credits", base.credits, 1, 4096),
+        **times,
+    )
+
+
+def _model(table: Rules, folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The model's file or name, and the keywords to open it with. What is 0 or empty is left to ``edge_rt.open``."""
+    file = table.text("file", "")
+    if file and (folder / file).exists():
+        file = str(folder / file)
+    options: dict[str, Any] = {name: table.integer(name, 0, 0, 1 << 50) for name in _MODEL_NUMBERS}
+    options |= {name: table.text(name, "") for name in _MODEL_TEXTS}
+    found = {name: value for name, value in options.items() if value}
+    if not table.flag("pack", True):
+        found["pack"] = False
+    return file or None, found
+
+
+def _limits(table: Rules) -> Limits:
+    found: dict[str, Any] = {}
+    for name, value in Limits._field_defaults.items():
+        least = 0 if name.endswith("seconds") or name == "requests_per_second" else 1
+        if isinstance(value, float):
+            found[name] = table.number(name, value, least, 1e6)
+        else:
+            found[name] = table.integer(name, value, least, MAX_BYTES - FRAME_ROOM if name == "frame_bytes" else 1 << 40)
+    return Limits(**found)
+
+
+def _address(table: Rules, text: str, index: int) -> Address:
+    try:
+        return addresses.parse(text)
+    except OptionError as error:
+        raise table.error(str(error), "listen", index) from error
+
+
+def _user(table: Rules, text: str, index: int) -> int:
+    """A user's number by name or number."""
+    import pwd
+
+    try:
+        return int(text) if text.isdigit() else pwd.getpwnam(text).pw_uid
+    except KeyError as error:
+        raise table.error(f"there is no user {text}; give a name or a number", "users", index) from error
+
+
+def _key(table: Rules) -> str:
+    path, text = table.file("key_file")
+    if path.stat().st_mode & 0o077:
+        raise table.error(f"others may read the key in {path}; chmod 600 it", "key_file")
+    if len(text.strip()) < 16:
+        raise table.error("the key has fewer than 16 characters; make one as `openssl rand -hex 16` does", "key_file")
+    return text.strip()

@@ -1,0 +1,163 @@
+"""The client's side of the protocol without input or output: requests in, bytes out; bytes in, answers out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.errors import DaemonError, OptionError
+from edge_rt.records import event as event_of
+from edge_rt.types import Event
+from edge_rt.types import Message as ChatMessage
+
+ACK_EVERY = 8
+"""Events of a stream that can be resumed between two acknowledgements."""
+
+GONE = "the daemon has closed the connection; connect again"
+
+
+class Answers:
+    """What comes for one request. ``request``: its id, another one after the stream was resumed."""
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        self.stream: str | None = None
+        self.seq = 0
+        """Of the last event received."""
+        self.events: deque[Event] = deque()
+        self._end: Message | None = None
+        self._acknowledged = 0
+
+    @property
+    def over(self) -> bool:
+        """The answer has come, after the last event."""
+        return self._end is not None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the stream may go on in another connection."""
+        return self.stream is not None and not self.over
+
+    def take(self) -> Event | None:
+        """The next event that has come, None if there is none."""
+        return self.events.popleft() if self.events else None
+
+    def result(self) -> Message:
+        """The answer. Raises DaemonError if it is one."""
+        assert self._end is not None, "it has not come yet"
+        if "error" in self._end:
+            raise error_of(self._end["error"])
+        found: Message = self._end["ok"]
+        return found
+
+    def end(self, message: Message) -> None:
+        """The answer has come, or never will."""
+        self._end = message
+
+    def due(self) -> bool:
+        """Whether an acknowledgement is."""
+        if self.stream is None or not (self.over or self.seq - self._acknowledged >= ACK_EVERY):
+            return False
+        self._acknowledged = self.seq
+        return True
+
+
+class Conversation:
+    """One client's requests. After ``disconnected`` it goes on with the next connection."""
+
+    def __init__(self) -> None:
+        self.farewell = ""
+        """Why the daemon ended the connection, if it said so."""
+        self._frames = Frames()
+        self._asked: dict[int, Answers] = {}
+        self._broken: list[Answers] = []
+        self._number = 0
+        self._out: list[bytes] = []
+
+    def ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
+        """A request. Raises ProtocolError if it is too long."""
+        self._number += 1
+        self._out.append(pack({"id": self._number, "op": op, **fields}))
+        answers = self._asked[self._number] = Answers(self._number)
+        return answers
+
+    def resume(self) -> None:
+        """After hello in another connection: go on with the streams that broke."""
+        broken, self._broken = self._broken, []
+        for answers in broken:
+            answers.request = self.ask("resume", {"stream": answers.stream, "after": answers.seq}).request
+            self._asked[answers.request] = answers
+
+    def to_send(self) -> bytes:
+        """Bytes to write now."""
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
+
+    def received(self, data: bytes) -> None:
+        """Bytes came. Raises ProtocolError if they are none of the daemon's."""
+        for message in self._frames.feed(data):
+            self._took(message)
+
+    def _took(self, message: Message) -> None:
+        answers = self._asked.get(message.get("id", -1))
+        if answers is None:
+            if message.get("id") is None and "error" in message:
+                self.farewell = message["error"]["message"]
+            return
+        answers.seq = message.get("seq", answers.seq)
+        if "event" not in message:
+            answers.end(message)
+            del self._asked[answers.request]
+        elif message["event"] == "stream":
+            answers.stream = message["stream"]
+        elif (event := event_of(message)) is not None:
+            answers.events.append(event)
+        if answers.due():
+            self._out.append(pack({"op": "ack", "stream": answers.stream, "seq": answers.seq}))
+
+    def disconnected(self) -> None:
+        """What was asked is not answered any more, but for streams that can be resumed."""
+        for answers in self._asked.values():
+            if answers.resumable:
+                self._broken.append(answers)
+            else:
+                answers.end({"error": {"code": "disconnected", "message": self.farewell or GONE}})
+        self._frames, self.farewell = Frames(), ""
+        self._out.clear()
+        self._asked.clear()
+
+
+def fields_of(
+    prompt: str | Sequence[ChatMessage], session: str | None, priority: str, resumable: bool, options: Mapping[str, Any]
+) -> Message:
+    """The fields of ``generate``."""
+    fields: Message = {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}
+    if session is not None:
+        fields["session"] = session
+    if priority != "normal":
+        fields["priority"] = priority
+    if resumable:
+        fields["resumable"] = True
+    if options:
+        fields["options"] = {name: _sendable(name, value) for name, value in options.items()}
+    return fields
+
+
+def _sendable(name: str, value: Any) -> Any:
+    """An option as the protocol has it."""
+    if name in ("sampling", "rules"):
+        raise OptionError(f"the daemon takes no {name}; give sampling parameters by name, and rules to the daemon itself")
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if name == "logit_bias":
+        return {str(token): bias for token, bias in value.items()}
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def error_of(found: Mapping[str, Any]) -> DaemonError:
+    """An error of the daemon's."""
+    rest = {name: value for name, value in found.items() if name not in ("code", "message")}
+    return DaemonError(found["code"], found["message"], **rest)

@@ -1,0 +1,245 @@
+"""What each operation of the protocol does in the daemon; those that need the model are passed on to the worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edge_rt import __version__
+from edge_rt.daemon import protocol
+from edge_rt.daemon.frames import MAX_DEPTH, Message
+from edge_rt.daemon.protocol import Request
+from edge_rt.daemon.sessions import Known, file_of
+from edge_rt.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.connection import Connection
+
+_WHILE_DRAINING = ("hello", "status", "metrics", "cancel", "ack", "resume", "close_session")
+
+
+def run(connection: Connection, request: Request, size: int) -> None:
+    """Carry out a request. Raises ProtocolError."""
+    if connection.server.draining and request.op not in _WHILE_DRAINING:
+        raise ProtocolError("draining", "the daemon is about to end; ask again when it is back")
+    _RUN[request.op](connection, request, size)
+
+
+def _hello(connection: Connection, request: Request, size: int) -> None:
+    common = set(request.fields["versions"]) & set(protocol.VERSIONS)
+    if not common:
+        raise ProtocolError("unsupported_version", "none of these versions is known here", supported=list(protocol.VERSIONS))
+    connection.greet(request.fields.get("key"))
+    config = connection.server.config
+    limits = {**config.limits._asdict(), "frame_depth": MAX_DEPTH, "credits": config.credits}
+    limits |= {"keep_sessions": config.keep_sessions, "resume_within": config.resume_within}
+    connection.answer(
+        request.id,
+        {"version": max(common), "server": f"edge-rt/{__version__}", "capabilities": sorted(protocol.OPS), "limits": limits},
+    )
+
+
+# ---- passed on -------------------------------------------------------------------------------------------------------
+
+
+def _pass_on(
+    connection: Connection, request: Request, size: int, command: Message, then: Callable[[Message], Message | None] = lambda found: found
+) -> None:  # fmt: skip
+    """Let the worker answer; ``then`` makes the answer of what it says."""
+    number = request.id
+    assert number is not None, "only ack has none"
+
+    def took(message: Message) -> None:
+        connection.done(number)
+        if "ok" in message:
+            connection.answer(number, then(message["ok"]) or {})
+        else:
+            connection.refuse(number, _error(message["error"]))
+
+    connection.begin(number, size)
+    connection.server.call(command, took)
+
+
+def _error(found: Message) -> ProtocolError:
+    """The worker's error, to be passed on."""
+    rest = dict(found)
+    return ProtocolError(rest.pop("code"), rest.pop("message"), **rest)
+
+
+def _tokenize(connection: Connection, request: Request, size: int) -> None:
+    _pass_on(connection, request, size, {"op": request.op, **request.fields})
+
+
+def _reload_rules(connection: Connection, request: Request, size: int) -> None:
+    _operator(connection)
+    _tokenize(connection, request, size)
+
+
+# ---- sessions --------------------------------------------------------------------------------------------------------
+
+
+def _session(connection: Connection, request: Request) -> Known:
+    """The session that a request names, idle and in the worker. Raises ProtocolError."""
+    server, one = connection.server, _known(connection, request)
+    if one.busy:
+        raise ProtocolError("busy", "the session answers another request; wait for it, cancel it, or open another session")
+    if one.epoch == server.supervisor.epoch:
+        return one
+    if one.saved is None:
+        raise ProtocolError("session_lost", "the worker died and the session was never saved; open another")
+    server.call({"op": "restore_session", "session": one.id, "path": str(one.saved)}, partial(_restored, one))
+    one.epoch = server.supervisor.epoch
+    return one
+
+
+def _restored(one: Known, message: Message) -> None:
+    """After the worker died; if that failed, what is asked of the session says so."""
+    if "error" in message:
+        one.saved, one.epoch = None, -1
+
+
+def _known(connection: Connection, request: Request) -> Known:
+    return connection.server.sessions.get(request.fields["session"], _user(connection), connection)
+
+
+def _user(connection: Connection) -> int:
+    assert connection.user is not None, "nobody else comes as far as this"
+    return connection.user
+
+
+def _new(connection: Connection, request: Request, size: int, make: Callable[[Known], Message], **more: Any) -> None:
+    """A session that the worker makes; it is forgotten if that fails, or the client is gone by then."""
+    server = connection.server
+    one = server.sessions.add(_user(connection), request.fields.get("keep", False), server.supervisor.epoch, connection, **more)
+    number = request.id
+    assert number is not None, "only ack has none"
+
+    def took(message: Message) -> None:
+        connection.done(number)
+        if "ok" in message:
+            connection.answer(number, {**message["ok"], "session": one.id})
+        else:
+            server.sessions.close(one)
+            connection.refuse(number, _error(message["error"]))
+
+    try:
+        connection.begin(number, size)
+        server.call(make(one), took)
+    except ProtocolError:
+        server.sessions.close(one)
+        raise
+
+
+def _open_session(connection: Connection, request: Request, size: int) -> None:
+    context = {"context": request.fields["context"]} if "context" in request.fields else {}
+    _new(connection, request, size, lambda one: {"op": "open_session", "session": one.id, **context})
+
+
+def _clone_session(connection: Connection, request: Request, size: int) -> None:
+    source = _session(connection, request)
+    _new(connection, request, size, lambda one: {"op": "clone_session", "session": source.id, "new": one.id})
+
+
+def _restore_session(connection: Connection, request: Request, size: int) -> None:
+    path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
+    if not path.exists():
+        raise ProtocolError("session_file", f"there is no saved session {request.fields['name']}; save one with save_session")
+    command = {"op": "restore_session", "path": str(path)}
+    _new(connection, request, size, lambda one: {**command, "session": one.id}, saved=path)
+
+
+def _save_session(connection: Connection, request: Request, size: int) -> None:
+    path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
+    one = _session(connection, request)
+
+    def saved(found: Message) -> Message:
+        connection.server.sessions.saved(one, path)
+        return found
+
+    _pass_on(connection, request, size, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
+
+
+def _close_session(connection: Connection, request: Request, size: int) -> None:
+    connection.server.sessions.close(_known(connection, request))
+    connection.answer(request.id, {})
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def _generate(connection: Connection, request: Request, size: int) -> None:
+    fields = request.fields
+    if ("prompt" in fields) == ("messages" in fields):
+        raise ProtocolError("bad_request", "generate takes a prompt or messages; give one of them")
+    if fields.get("priority", "normal") not in protocol.PRIORITIES:
+        raise ProtocolError("option", f"the priority is none; choose from {', '.join(protocol.PRIORITIES)}")
+    protocol.options(fields.get("options", {}))
+    session = _session(connection, request) if "session" in fields else None
+    command = {"op": "generate", **{name: value for name, value in fields.items() if name != "resumable"}}
+    connection.server.generate(connection, request, size, command, session)
+
+
+def _cancel(connection: Connection, request: Request, size: int) -> None:
+    stream = connection.streams.get(request.fields["request"])
+    if stream is not None and not stream.ended:
+        connection.server.supervisor.tell({"op": "cancel", "request": stream.number})
+    connection.answer(request.id, {"found": stream is not None})
+
+
+def _resume(connection: Connection, request: Request, size: int) -> None:
+    connection.server.resume(connection, request)
+
+
+def _ack(connection: Connection, request: Request, size: int) -> None:
+    connection.server.acknowledge(connection, request.fields["stream"], request.fields["seq"])
+
+
+# ---- the daemon ------------------------------------------------------------------------------------------------------
+
+
+def _status(connection: Connection, request: Request, size: int) -> None:
+    connection.answer(request.id, connection.server.status())
+
+
+def _metrics(connection: Connection, request: Request, size: int) -> None:
+    connection.answer(request.id, connection.server.metrics())
+
+
+def _load_model(connection: Connection, request: Request, size: int) -> None:
+    _operator(connection)
+    options = protocol.fields(request.fields.get("options", {}), protocol.MODEL_OPTIONS, "the options", "option")
+    connection.server.load_model(connection, request, request.fields["model"], options)
+
+
+def _unload_model(connection: Connection, request: Request, size: int) -> None:
+    _operator(connection)
+    connection.server.unload_model(connection, request)
+
+
+def _operator(connection: Connection) -> None:
+    """Raises ProtocolError for who may use the daemon and not change it."""
+    if connection.user not in (os.getuid(), 0):
+        raise ProtocolError("not_permitted", "only the daemon's own user and root may do that")
+
+
+_RUN: dict[str, Callable[[Connection, Request, int], None]] = {
+    "hello": _hello,
+    "open_session": _open_session,
+    "close_session": _close_session,
+    "clone_session": _clone_session,
+    "save_session": _save_session,
+    "restore_session": _restore_session,
+    "generate": _generate,
+    "cancel": _cancel,
+    "resume": _resume,
+    "ack": _ack,
+    "tokenize": _tokenize,
+    "detokenize": _tokenize,
+    "status": _status,
+    "metrics": _metrics,
+    "reload_rules": _reload_rules,
+    "load_model": _load_model,
+    "unload_model": _unload_model,
+}

@@ -1,0 +1,165 @@
+"""One life of the worker process, as the daemon sees it: commands to it, answers from it, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, cast
+
+from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.errors import ProtocolError
+
+Took = Callable[[Message], None]
+"""Takes the answer to a command: any number of events, then ``{"ok": ...}`` or ``{"error": ...}``."""
+
+
+class Ended(NamedTuple):
+    """How the process ended."""
+
+    code: str
+    message: str
+
+
+class Process(asyncio.Protocol):
+    """Commands are written as soon as the process is started; it reads them when it can.
+
+    ``told`` takes what the process says of itself, ``ended`` is called once. Nothing of a process that has ended is passed on.
+    """
+
+    def __init__(self, told: Callable[[Message], None], ended: Callable[[Process, Ended], None]) -> None:
+        self._told, self._ended = told, ended
+        self.pending: dict[int, Took] = {}
+        self._frames = Frames()
+        self._transport: asyncio.Transport | None = None
+        self._early: list[bytes] = []
+        self._verdict: Ended | None = None  # why we ended it
+        self._over = False
+        self._gone = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        program = [sys.executable, "-m", "edge_rt.daemon.worker", str(theirs.fileno())]
+        try:
+            self._process = subprocess.Popen(
+                program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._spawn(self._connect(ours))
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def call(self, number: int, command: Message, took: Took) -> None:
+        """Send a command; ``number`` is its id. Raises ProtocolError if it is too long."""
+        data = pack({"id": number, **command})
+        self.pending[number] = took
+        self._write(data)
+
+    def tell(self, command: Message) -> None:
+        """Send a command that has no answer."""
+        self._write(pack(command))
+
+    def kill(self, code: str, message: str) -> None:
+        """End it at once."""
+        if self._verdict is None:
+            self._verdict = Ended(code, message)
+        if self._process.poll() is None:
+            self._process.kill()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is None:
+            self._early.append(data)
+        else:
+            self._transport.write(data)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Keep a task while it runs: the loop does not."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, ours: socket.socket) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
+
+    # ---- of the loop -------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Write what has been asked meanwhile."""
+        self._transport = cast(asyncio.Transport, transport)
+        for data in self._early:
+            self._transport.write(data)
+        self._early.clear()
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on answers."""
+        if self._over:
+            return
+        try:
+            for message in self._frames.feed(data):
+                self._answer(message)
+        except ProtocolError as error:
+            self.kill("worker_died", f"the worker wrote what it must not: {error}")
+
+    def _answer(self, message: Message) -> None:
+        number = message.pop("id", None)
+        if number is None:
+            self._told(message)
+            return
+        took = self.pending.get(number) if "event" in message else self.pending.pop(number, None)
+        if took is not None:
+            took(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It has ended, or does now."""
+        if not self._over:
+            self._over = True
+            self._spawn(self._bury())
+
+    async def _bury(self) -> None:
+        """Wait for the status, which comes a moment after the connection ends, then tell everybody."""
+        for _ in range(100):
+            if self._process.poll() is not None:
+                break
+            await asyncio.sleep(0.002)
+        else:
+            self._process.kill()
+            while self._process.poll() is None:
+                await asyncio.sleep(0.002)
+        verdict = self._verdict or Ended("worker_died", f"the worker process {_how(self._process.returncode)}")
+        pending, self.pending = self.pending, {}
+        self._ended(self, verdict)
+        for took in pending.values():
+            took({"error": {"code": verdict.code, "message": verdict.message}})
+        self._gone.set()
+
+    async def stop(self, code: str, message: str, patience: float = 1.0) -> None:
+        """Let it end: it does when the connection does. What is pending gets an error."""
+        self._verdict = self._verdict or Ended(code, message)
+        if self._transport is not None:
+            self._transport.close()
+        until = asyncio.get_running_loop().time() + patience
+        while self._process.poll() is None and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.005)
+        self.kill(code, message)
+        await self._gone.wait()
+
+
+def _how(status: int) -> str:
+    """A process's status in words."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+

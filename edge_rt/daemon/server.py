@@ -1,0 +1,369 @@
+"""The daemon: its sockets, its clients, and what they share. It runs in an asyncio loop and needs neither NumPy nor a native library."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edge_rt import __version__
+from edge_rt.daemon import address as addresses
+from edge_rt.daemon.address import Listener
+from edge_rt.daemon.config import Config
+from edge_rt.daemon.connection import OVER_TCP, Connection
+from edge_rt.daemon.frames import Message
+from edge_rt.daemon.process import Took
+from edge_rt.daemon.sessions import Known, Sessions
+from edge_rt.daemon.streams import Stream
+from edge_rt.daemon.supervisor import Spec, Supervisor
+from edge_rt.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.protocol import Request
+
+CANCEL_SECONDS = 2.0
+"""Seconds that requests have to end after they were cancelled because the daemon ends."""
+
+
+class Server:
+    """``listen``, then ``drain`` or ``close``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.supervisor = Supervisor(config.hung_after, self._tell_systemd)
+        self.sessions = Sessions(config.limits.sessions_per_user, config.keep_sessions, self._forget_session)
+        self.draining = False
+        self._connections: set[Connection] = set()
+        self._streams: dict[str, Stream] = {}  # that can be resumed, by token
+        self._running: set[Stream] = set()
+        self._under_way = 0
+        self._held = 0
+        self._listeners: list[tuple[Listener, asyncio.Server]] = []
+        self._counts: dict[str, Counter[str]] = {}
+        self._started = time.time()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @staticmethod
+    def now() -> float:
+        """Seconds on the loop's clock."""
+        return asyncio.get_running_loop().time()
+
+    async def listen(self, listeners: Sequence[Listener]) -> None:
+        """Let clients in, and load the model of the configuration."""
+        loop = asyncio.get_running_loop()
+        for one in listeners:
+            one.socket.setblocking(False)
+            if one.address.kind == "tcp":
+                serving = await loop.create_server(partial(Connection, self), sock=one.socket)
+            else:
+                serving = await loop.create_unix_server(partial(Connection, self), sock=one.socket)
+            self._listeners.append((one, serving))
+        if self.config.model is not None:
+            self.supervisor.load(self.spec(self.config.model, self.config.model_options))
+
+    def spec(self, model: str, options: dict[str, Any]) -> Spec:
+        """What the worker is to open. Raises ModelFileError if there is no such model."""
+        from edge_rt.catalog import resolve
+
+        return Spec(str(resolve(model).absolute()), options, self.config.rules, self.config.overrides)
+
+    # ---- clients -----------------------------------------------------------------------------------------------------
+
+    def enter(self, connection: Connection, user: int | None) -> None:
+        """A client has connected. Raises ProtocolError if it may not stay."""
+        limits = self.config.limits
+        self.count("connections", "all")
+        if user is None or (user != OVER_TCP and user not in self.config.users):
+            self.count("errors", "not_allowed")
+            raise ProtocolError("not_allowed", "you may not use this daemon; whoever runs it can add you to its users")
+        mine = sum(one.user == user for one in self._connections)
+        if self.draining or len(self._connections) >= limits.connections or mine >= limits.connections_per_user:
+            self.count("errors", "limit")
+            raise ProtocolError("limit", "there are too many connections; close one, or come back later")
+        connection.user = user
+        self._connections.add(connection)
+
+    def left(self, connection: Connection) -> None:
+        """A client has gone: nobody works for it any more, unless it may come back for a stream."""
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        self._held -= connection.held
+        for stream in list(connection.streams.values()):
+            stream.connection = None
+            if stream.token is None or self.draining:
+                self._abandon(stream)
+            else:
+                stream.expiry = asyncio.get_running_loop().call_later(self.config.resume_within, self._abandon, stream)
+        connection.streams.clear()
+        self.sessions.left(connection)
+
+    def hold(self, connection: Connection, more: int) -> None:
+        """A client's bytes are held, or (less than 0) no more. Raises ProtocolError: limit."""
+        if more > 0 and self._held + more > self.config.limits.held_bytes:
+            raise ProtocolError("limit", "the daemon holds as much of requests as it may; ask again a little later")
+        connection.held += more
+        self._held += more
+
+    def count(self, what: str, kind: str, more: int = 1) -> None:
+        """Note that something happened."""
+        self._counts.setdefault(what, Counter())[kind] += more
+
+    # ---- the worker --------------------------------------------------------------------------------------------------
+
+    def call(self, command: Message, took: Took) -> int:
+        """Let the worker answer. Raises ProtocolError."""
+        if self._under_way >= self.config.limits.requests:
+            raise ProtocolError("busy", "as many requests are under way as may be; ask again a little later")
+
+        def answered(message: Message) -> None:
+            if "event" not in message:
+                self._under_way -= 1
+            took(message)
+
+        number = self.supervisor.call(command, answered)
+        self._under_way += 1
+        return number
+
+    def _forget_session(self, one: Known) -> None:
+        if one.epoch == self.supervisor.epoch:
+            self.supervisor.tell({"op": "close_session", "session": one.id})
+
+    # ---- streams -----------------------------------------------------------------------------------------------------
+
+    def generate(self, connection: Connection, request: Request, size: int, command: Message, session: Known | None) -> None:
+        """Start a generation. Raises ProtocolError."""
+        assert request.id is not None, "only ack has none"
+        assert connection.user is not None, "nobody else comes as far as this"
+        number, credits = request.id, self.config.credits
+        stream = Stream(connection.user, request.fields.get("resumable", False), credits, lambda events: self._credit(stream, events))
+        connection.begin(number, size)
+        stream.number = self.call({**command, "credits": credits}, partial(self._streamed, stream, session))
+        connection.waiting.discard(number)
+        stream.request, stream.connection = number, connection
+        connection.streams[number] = stream
+        self._running.add(stream)
+        if session is not None:
+            session.busy = True
+        if stream.token is not None:
+            self._streams[stream.token] = stream
+            connection.send({"id": number, "event": "stream", "stream": stream.token})
+
+    def _credit(self, stream: Stream, events: int) -> None:
+        self.supervisor.tell({"op": "resume", "request": stream.number, "events": events})
+
+    def _streamed(self, stream: Stream, session: Known | None, message: Message) -> None:
+        """The worker says something of a generation."""
+        if message.get("event") == "done":
+            for kind in ("prompt_tokens", "completion_tokens"):
+                self.count("tokens", kind, message["usage"][kind])
+        sent = stream.add(message)
+        connection = stream.connection
+        if connection is not None:
+            connection.deliver(stream, sent)
+        if stream.ended:
+            self._running.discard(stream)
+            if session is not None:
+                session.busy = False
+            if "error" in message:
+                self.count("errors", message["error"]["code"])
+            self._settle(stream)
+
+    def _settle(self, stream: Stream) -> None:
+        """Forget a stream of which nothing more will be asked."""
+        if not stream.over:
+            return
+        if stream.connection is not None:
+            stream.connection.streams.pop(stream.request, None)
+            stream.connection.done(stream.request)
+        if stream.token is not None:
+            self._streams.pop(stream.token, None)
+        if stream.expiry is not None:
+            stream.expiry.cancel()
+
+    def _abandon(self, stream: Stream) -> None:
+        """Nobody will come for a stream any more."""
+        if stream.token is not None:
+            self._streams.pop(stream.token, None)
+        if not stream.ended:
+            self.supervisor.drop(stream.number)
+
+    def resume(self, connection: Connection, request: Request) -> None:
+        """Go on with a stream on another connection. Raises ProtocolError."""
+        assert request.id is not None, "only ack has none"
+        stream = self._stream(connection, request.fields["stream"])
+        if stream is None:
+            raise ProtocolError("no_such_stream", "there is no such stream, or not any more; ask anew")
+        if connection is not stream.connection:
+            connection.begin(request.id, 0)
+            connection.waiting.discard(request.id)
+        held = stream.after(request.fields["after"])
+        before = stream.connection
+        if before is not None:  # it does not know yet that it is gone
+            before.streams.pop(stream.request, None)
+            before.done(stream.request)
+            before.refuse(stream.request, ProtocolError("moved", "the stream goes on elsewhere"))
+        if stream.expiry is not None:
+            stream.expiry.cancel()
+        stream.connection, stream.request = connection, request.id
+        connection.streams[request.id] = stream
+        for message in held:
+            connection.send({**message, "id": request.id})
+        if stream.over:  # the client has it all, and wants to hear so
+            connection.answer(request.id, {})
+            self._settle(stream)
+
+    def acknowledge(self, connection: Connection, token: str, seq: int) -> None:
+        """A client has the events of a stream up to this one."""
+        stream = self._stream(connection, token)
+        if stream is not None:
+            stream.acknowledge(seq)
+            self._settle(stream)
+
+    def _stream(self, connection: Connection, token: str) -> Stream | None:
+        stream = self._streams.get(token)
+        return stream if stream is not None and stream.user == connection.user else None
+
+    # ---- models ------------------------------------------------------------------------------------------------------
+
+    def load_model(self, connection: Connection, request: Request, model: str, options: dict[str, Any]) -> None:
+        """Exchange the worker for one with this model; answered when it is started. Raises ProtocolError, ModelFileError."""
+        spec = self.spec(model, options)
+        self._idle_worker()
+
+        async def work() -> None:
+            await self.supervisor.unload()
+            self.supervisor.load(spec)
+            connection.answer(request.id, {"model": spec.model})
+
+        self._spawn(work())
+
+    def unload_model(self, connection: Connection, request: Request) -> None:
+        """End the worker. Raises ProtocolError."""
+        self._idle_worker()
+
+        async def work() -> None:
+            await self.supervisor.unload()
+            connection.answer(request.id, {})
+
+        self._spawn(work())
+
+    def _idle_worker(self) -> None:
+        """Raises ProtocolError while the worker may not go."""
+        if self._under_way or self._tasks:
+            raise ProtocolError("busy", "requests are under way; wait for them, or cancel them")
+        self.supervisor.epoch += 1  # what sessions have in the worker goes with it
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> Message:
+        """What is the case now."""
+        worker = self.supervisor
+        return {
+            "server": {"version": __version__, "pid": os.getpid(), "uptime": time.time() - self._started, "draining": self.draining,
+                       "connections": len(self._connections), "sessions": len(self.sessions), "requests": self._under_way,
+                       "held_bytes": self._held},
+            "worker": {"state": worker.state, "reason": worker.reason, "pid": worker.pid, "deaths": worker.deaths, **worker.phase},
+            "model": worker.model,
+            "rules": worker.rules,
+        }  # fmt: skip
+
+    def metrics(self) -> Message:
+        """Counts since the start."""
+        return {
+            **{what: dict(counts) for what, counts in self._counts.items()},
+            "worker_deaths": self.supervisor.deaths, "uptime": time.time() - self._started,
+        }  # fmt: skip
+
+    def _tell_systemd(self) -> None:
+        worker = self.supervisor
+        addresses.notify(f"STATUS=worker {worker.state}" + (f": {worker.reason}" if worker.reason else ""))
+
+    def reload_rules(self) -> None:
+        """Read the rules again; whether that could be is in the status."""
+        try:
+            self.call({"op": "reload_rules"}, lambda message: None)
+        except ProtocolError:
+            return  # there is no worker, and the next reads them when it starts
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Let nobody in, and let what is under way come to its end, for a while."""
+        self.draining = True
+        addresses.notify("STOPPING=1")
+        self.stop_listening()
+        for stream in [one for one in self._running if one.connection is None]:
+            self._abandon(stream)
+        await self._quiet(self.config.drain_seconds)
+        for stream in self._running:
+            self.supervisor.tell({"op": "cancel", "request": stream.number})
+        await self._quiet(CANCEL_SECONDS)
+
+    async def _quiet(self, seconds: float) -> None:
+        until = self.now() + seconds
+        while (self._under_way or self._tasks) and self.now() < until:
+            await asyncio.sleep(0.02)
+
+    def stop_listening(self) -> None:
+        """Let nobody in any more."""
+        for one, serving in self._listeners:
+            serving.close()
+            one.close()
+        self._listeners.clear()
+
+    async def close(self) -> None:
+        """End everything."""
+        self.draining = True
+        self.stop_listening()
+        await self.supervisor.unload()
+        for connection in list(self._connections):
+            connection.close()
+        until = self.now() + 1.0
+        while self._connections and self.now() < until:
+            await asyncio.sleep(0.01)
+
+
+async def serve(config: Config, listeners: Sequence[Listener], ready: Callable[[], object]) -> None:
+    """Serve until a signal says to stop; ``ready`` is called when clients may come. Raises UserError if the model is not to be found."""
+    import signal
+
+    server = Server(config)
+    stop: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.put_nowait, int(number))
+    loop.add_signal_handler(signal.SIGHUP, server.reload_rules)
+    try:
+        await server.listen(listeners)
+        addresses.notify("READY=1")
+        ready()
+        beat = loop.create_task(_watchdog())
+        await stop.get()
+        draining, again = loop.create_task(server.drain()), loop.create_task(stop.get())
+        await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, again, beat):
+            task.cancel()
+    finally:
+        await server.close()
+
+
+async def _watchdog() -> None:
+    """Tell systemd that the loop turns, if it asks to be told (sd_watchdog_enabled(3))."""
+    micro = os.environ.get("WATCHDOG_USEC", "")
+    if not micro.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        addresses.notify("WATCHDOG=1")
+        await asyncio.sleep(int(micro) / 2e6)
+
+

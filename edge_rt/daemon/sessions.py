@@ -1,0 +1,93 @@
+"""The sessions that the daemon knows of: whose they are, how long they stay, and what became of them when the worker died."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_rt.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.connection import Connection
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(eq=False)
+class Known:
+    """A session. ``epoch``: the life of the worker that has it. ``saved``: where it was saved last. ``busy``: it answers a request."""
+
+    user: int
+    keep: bool
+    epoch: int
+    connection: Connection | None
+    saved: Path | None = None
+    busy: bool = False
+    expiry: asyncio.TimerHandle | None = None
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+
+
+class Sessions:
+    """``forget(session)`` is called for each that closes."""
+
+    def __init__(self, per_user: int, keep: float, forget: Callable[[Known], None]) -> None:
+        self._known: dict[str, Known] = {}
+        self._per_user, self._keep, self._forget = per_user, keep, forget
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, user: int, keep: bool, epoch: int, connection: Connection, saved: Path | None = None) -> Known:
+        """A new session. Raises ProtocolError: limit."""
+        if sum(one.user == user for one in self._known.values()) >= self._per_user:
+            raise ProtocolError("limit", f"a user may have {self._per_user} sessions; close one")
+        one = Known(user, keep, epoch, connection, saved)
+        self._known[one.id] = one
+        return one
+
+    def get(self, name: str, user: int, connection: Connection) -> Known:
+        """A session of the user's; from now on it is this connection's. Raises ProtocolError: no_such_session, whoever's it is."""
+        one = self._known.get(name)
+        if one is None or one.user != user:
+            raise ProtocolError("no_such_session", "there is no such session; open one")
+        if one.connection is None or one.keep:
+            one.connection = connection
+        if one.expiry is not None:
+            one.expiry.cancel()
+            one.expiry = None
+        return one
+
+    def close(self, one: Known) -> None:
+        """Forget a session."""
+        if self._known.pop(one.id, None) is not None:
+            if one.expiry is not None:
+                one.expiry.cancel()
+            self._forget(one)
+
+    def saved(self, one: Known, path: Path) -> None:
+        """A session was saved; what another saved there is no more."""
+        for other in self._known.values():
+            if other.saved == path:
+                other.saved = None
+        one.saved = path
+
+    def left(self, connection: Connection) -> None:
+        """A connection has ended: its sessions close, those to be kept after a while."""
+        for one in [one for one in self._known.values() if one.connection is connection]:
+            if not one.keep:
+                self.close(one)
+                continue
+            one.connection = None
+            one.expiry = asyncio.get_running_loop().call_later(self._keep, self.close, one)
+
+
+def file_of(state: Path, user: int, name: str) -> Path:
+    """Where a user's session of a name is saved. Raises ProtocolError: option."""
+    if not _NAME.fullmatch(name):
+        raise ProtocolError("option", "the name of a saved session is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or a digit")
+    return state / str(user) / f"{name}.session"

@@ -1,0 +1,111 @@
+"""The worker process: ``python -m edge_rt.daemon.worker DESCRIPTOR``, started by the daemon with one end of a pair of sockets.
+
+A thread reads commands, and applies at once what cannot wait for a step: cancelling, credits, the question whether anything moves. The
+main thread owns the model. When the daemon is gone, the process ends, whatever it is at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from queue import Empty, SimpleQueue
+
+from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.daemon.serving import Serving
+from edge_rt.errors import ProtocolError
+
+BETWEEN_STEPS = 0.005
+"""Seconds for commands between two steps, while somebody generates; what is left over then waits for the next."""
+
+
+class Worker:
+    """Commands in, answers out."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._queue: SimpleQueue[Message] = SimpleQueue()
+        self._idle = False
+        self._serving = Serving(self._send)
+
+    def run(self) -> None:
+        """Work until the daemon is gone; does not return."""
+        threading.Thread(target=self._read, name="edge-rt commands", daemon=True).start()
+        while True:
+            self._take(wait=not self._serving.step())
+
+    def _take(self, *, wait: bool) -> None:
+        """Carry out commands that have come; with ``wait``, at least one."""
+        until = time.monotonic() + BETWEEN_STEPS
+        if wait:
+            self._idle = True
+            command = self._queue.get()
+            self._idle = False
+            self._serving.do(command)
+        try:
+            while time.monotonic() < until:
+                self._serving.do(self._queue.get_nowait())
+        except Empty:
+            return
+
+    def _send(self, message: Message) -> None:
+        try:
+            data = pack(message)
+        except ProtocolError as error:  # an answer too long for a frame
+            data = pack({"id": message["id"], "error": {"code": error.code, "message": str(error)}})
+        try:
+            with self._sending:
+                self._connection.sendall(data)
+        except OSError:
+            os._exit(0)
+
+    def _read(self) -> None:
+        frames = Frames()
+        while True:
+            try:
+                data = self._connection.recv(1 << 18)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(0)
+            for command in frames.feed(data):
+                self._took(command)
+
+    def _took(self, command: Message) -> None:
+        """A command has come. Some are for this thread, some for both."""
+        serving = self._serving
+        match command["op"]:
+            case "ping":
+                self._send({"beats": serving.beats, "idle": self._idle and self._queue.empty()})
+            case "cancel":
+                serving.cancel(command["request"])
+            case op:
+                if op == "generate":
+                    serving.note(command)
+                elif op == "resume":
+                    serving.credit(command["request"], command["events"])
+                elif op == "drop":
+                    serving.unwanted(command["request"])
+                self._queue.put(command)
+
+
+def main() -> None:
+    """Serve the daemon at the other end of the descriptor that is the first argument."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group; the daemon says what becomes of us
+        signal.signal(number, signal.SIG_IGN)
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of weights would hide our death from the daemon for long
+    logging.basicConfig(level=(os.environ.get("EDGE_RT_LOG") or "warning").upper(), format="%(levelname)s %(name)s: %(message)s")
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    Worker(connection).run()
+
+
+if __name__ == "__main__":
+    main()
