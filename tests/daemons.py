@@ -58,7 +58,9 @@ def write_plugin(folder: Path) -> None:
 class Daemon:
     """`edge-rt serve` as a process; a context manager."""
 
-    def __init__(self, folder: Path, *words: str, config: str = "", delay: float = 0.0, model: str | None = None, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *words: str, config: str = "", delay: float = 0.0, model: str | None = None, **environment: str
+    ) -> None:  # fmt: skip
         self.folder, self.socket = folder, folder / "d.sock"
         (folder / "daemon.toml").write_text(config)
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -71,7 +73,8 @@ class Daemon:
 
     def __enter__(self) -> Daemon:
         self.process = subprocess.Popen(self.words, env=self.environment, stderr=subprocess.PIPE, bufsize=0)
-        assert b"edge-rt listens at" in self.line(), "it did not start"
+        self.said = self.line()
+        assert b"edge-rt listens at" in self.said, self.said
         return self
 
     def line(self, seconds: float = 30.0) -> bytes:

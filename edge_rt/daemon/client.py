@@ -8,17 +8,21 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of
+from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of, hello_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
+
+PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
+"""Seconds between attempts to connect again, for a stream that is to go on."""
 
 
 class Client:
@@ -42,11 +46,23 @@ class Client:
         self.close()
         self._conversation.disconnected()
         try:
-            self._socket = _connected(self.address, self._timeout)
+            self._socket = connected(self.address, self._timeout)
         except OSError as error:
             raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
-        self.hello = self.call("hello", versions=[1], client="edge-rt", **({"key": self._key} if self._key is not None else {}))
+        self.hello = self.call("hello", **hello_fields(self._key))
         self._conversation.resume()
+
+    def _connect_again(self) -> None:
+        for pause in PAUSES:
+            try:
+                self.connect()
+            except DaemonError as error:
+                if error.code != "disconnected":
+                    raise
+                time.sleep(pause)
+            else:
+                return
+        self.connect()
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +107,7 @@ class Client:
             except DaemonError as error:
                 if error.code != "disconnected" or not answers.resumable:
                     raise
-                self.connect()
+                self._connect_again()
         self._flush()
         answers.result()
 
@@ -200,8 +216,8 @@ class Session:
             self.close()
 
 
-def _connected(address: Address, timeout: float | None) -> socket.socket:
-    """Raises OSError."""
+def connected(address: Address, timeout: float | None) -> socket.socket:
+    """A socket that is connected. Raises OSError."""
     family = socket.AF_INET6 if ":" in address.path else socket.AF_INET
     found = socket.socket(family if address.kind == "tcp" else socket.AF_UNIX)
     try:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_rt import __version__
 from edge_rt.daemon.frames import Frames, Message, pack
 from edge_rt.errors import DaemonError, OptionError
 from edge_rt.records import event as event_of
@@ -90,6 +91,17 @@ class Conversation:
             answers.request = self.ask("resume", {"stream": answers.stream, "after": answers.seq}).request
             self._asked[answers.request] = answers
 
+    @property
+    def broken(self) -> bool:
+        """Whether there are streams to go on with in another connection."""
+        return bool(self._broken)
+
+    def give_up(self, error: DaemonError) -> None:
+        """There is no other connection for them."""
+        for answers in self._broken:
+            answers.end({"error": {"code": error.code, "message": str(error)}})
+        self._broken.clear()
+
     def to_send(self) -> bytes:
         """Bytes to write now."""
         data = b"".join(self._out)
@@ -128,6 +140,12 @@ class Conversation:
         self._frames, self.farewell = Frames(), ""
         self._out.clear()
         self._asked.clear()
+
+
+def hello_fields(key: str | None) -> Message:
+    """The fields of ``hello``."""
+    fields: Message = {"versions": [1], "client": f"edge-rt/{__version__}"}
+    return fields if key is None else {**fields, "key": key}
 
 
 def fields_of(

@@ -14,7 +14,7 @@ from edge_rt.errors import ProtocolError
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
 """Seconds until a worker that died is started again: doubling while it dies before it has served anybody."""
-GIVES_UP_AFTER = 6
+GIVES_UP_AFTER = 5
 """Deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds."""
 
 

@@ -1,0 +1,165 @@
+"""The client for asyncio: many requests at once on one connection.
+
+    async with AsyncClient() as client:
+        async for event in client.generate("Once upon a time", max_tokens=64):
+            ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from edge_rt.daemon import address as addresses
+from edge_rt.daemon.address import Address
+from edge_rt.daemon.client import PAUSES, connected
+from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of, hello_fields
+from edge_rt.daemon.frames import Message
+from edge_rt.errors import DaemonError
+from edge_rt.types import Event
+from edge_rt.types import Message as ChatMessage
+
+
+class AsyncClient:
+    """A connection to the daemon; an asynchronous context manager. Any number of tasks may use it.
+
+    Everything raises DaemonError with the protocol's ``code``; ``disconnected`` if the daemon is gone. A task that takes its events slowly
+    holds up nobody: they are kept meanwhile, as many as the answer has.
+    """
+
+    def __init__(self, address: str | Address | None = None, *, key: str | None = None) -> None:
+        """``address``: as ``edge-rt serve --listen`` takes it, else the user's own. ``key``: for TCP."""
+        self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
+        self._key = key
+        self._conversation = Conversation()
+        self._writer: asyncio.StreamWriter | None = None
+        self._news = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
+        self.hello: Message = {}
+        """What the daemon said of itself: version, server, capabilities, limits."""
+
+    async def connect(self) -> None:
+        """Connect."""
+        reader, hello = await self._open()
+        self._reading = asyncio.get_running_loop().create_task(self._read(reader, hello))
+        while not hello.over:
+            await self._wait()
+        self.hello = hello.result()
+
+    async def _open(self) -> tuple[asyncio.StreamReader, Answers]:
+        """A connection, in which hello was said."""
+        try:
+            made = await asyncio.to_thread(connected, self.address, None)
+            reader, self._writer = await asyncio.open_connection(sock=made)
+        except OSError as error:
+            raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
+        return reader, self._ask("hello", hello_fields(self._key))
+
+    async def call(self, op: str, **fields: Any) -> Message:
+        """Ask, and wait for the answer."""
+        answers = self._ask(op, fields)
+        while not answers.over:
+            await self._wait()
+        return answers.result()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        *,
+        session: str | None = None,
+        priority: str = "normal",
+        resumable: bool = False,
+        **options: Any,
+    ) -> AsyncIterator[Event]:
+        """Answer a prompt: events as they happen, the last one Done; see ``Client.generate``.
+
+        ``session``: the id of one, as ``open_session`` gives it.
+        """
+        answers = self._ask("generate", fields_of(prompt, session, priority, resumable, options))
+        try:
+            while True:
+                while (event := answers.take()) is not None:
+                    yield event
+                if answers.over:
+                    break
+                await self._wait()
+            answers.result()
+        finally:
+            if not answers.over and self._writer is not None:
+                self._ask("cancel", {"request": answers.request})
+
+    def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
+        if self._writer is None:
+            raise DaemonError("disconnected", "the connection was closed; connect again")
+        answers = self._conversation.ask(op, fields)
+        self._flush()
+        return answers
+
+    def _flush(self) -> None:
+        if self._writer is not None and (data := self._conversation.to_send()):
+            self._writer.write(data)
+
+    async def _wait(self) -> None:
+        """Until something came."""
+        await self._news.wait()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _read(self, reader: asyncio.StreamReader, hello: Answers) -> None:
+        """Take what comes; when the connection breaks, connect again, as long as there are streams to go on with."""
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                while data := await reader.read(1 << 18):
+                    self._conversation.received(data)
+                    if hello.over and self._conversation.broken:
+                        self._conversation.resume()
+                        pauses = iter(PAUSES)
+                    self._flush()
+                    self._tell()
+            except OSError:
+                pass  # it broke, which is the same as its end
+            await self._close()
+            self._conversation.disconnected()
+            self._tell()
+            while self._writer is None:
+                if not self._conversation.broken:
+                    return
+                try:
+                    reader, hello = await self._open()
+                except DaemonError as error:
+                    pause = next(pauses, None)
+                    if pause is None:
+                        self._conversation.give_up(error)
+                        self._tell()
+                        return
+                    await asyncio.sleep(pause)
+
+    async def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+            try:
+                await writer.wait_closed()
+            except OSError:
+                return  # it is closed all the same
+
+    async def close(self) -> None:
+        """Leave; what runs for this connection ends."""
+        if self._reading is not None:
+            self._reading.cancel()
+        await self._close()
+        self._conversation.disconnected()
+        self._conversation.give_up(DaemonError("disconnected", GONE))
+        self._tell()
+
+    async def __aenter__(self) -> AsyncClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()

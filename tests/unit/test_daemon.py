@@ -1,0 +1,393 @@
+"""The daemon as a process, with the null engine: many clients, each of which gets what it would get alone."""
+
+import asyncio
+import random
+import socket
+import threading
+import time
+
+import psutil
+import pytest
+from daemons import Daemon, write_plugin
+
+from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.client import Client
+from edge_rt.daemon.conversation import Conversation
+from edge_rt.daemon.frames import Frames, pack
+from edge_rt.errors import DaemonError
+from edge_rt.types import Delta, Done
+
+LONG = {"max_tokens": 3500, "ignore_eos": True}
+SLOW = {"max_tokens": 1200, "ignore_eos": True}  # more than what socket buffers take
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory, random_model):
+    folder = tmp_path_factory.mktemp("daemon")
+    write_plugin(folder)
+    config = "resume_within = 2\nkeep_sessions = 1\nlimits.requests_per_second = 0\n"
+    with Daemon(folder, config=config, model=str(random_model()), delay=0.002) as found:
+        found.ready().close()
+        yield found
+
+
+@pytest.fixture
+def client(daemon):
+    with daemon.client() as found:
+        yield found
+
+
+def text(events):
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def ask(client, prompt, **options):
+    return text(client.generate(prompt, **{"temperature": 0, "max_tokens": 20, "ignore_eos": True, **options}))
+
+
+def quiet(client, seconds=5.0):
+    """Wait until the daemon has nothing to do."""
+    until = time.monotonic() + seconds
+    while client.status()["server"]["requests"]:
+        assert time.monotonic() < until, client.status()
+        time.sleep(0.01)
+
+
+def in_threads(works):
+    errors = []
+
+    def run(work):
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+
+
+def test_hello_says_what_there_is(client):
+    assert client.hello["version"] == 1
+    assert [op in client.hello["capabilities"] for op in ("generate", "embed")] == [True, False]
+    status = client.status()
+    assert (status["worker"]["state"], status["model"]["engine"]) == ("ready", "null")
+
+
+def test_concurrent_sessions_get_what_they_get_alone_and_nothing_of_each_other(daemon, client):
+    chance = random.Random(1)
+    prompts = {n: [f"canary {n} {chance.random()} " * chance.randrange(1, 6) for _ in range(4)] for n in range(8)}
+    alone = {n: [ask(client, "".join(said[: i + 1])) for i in range(4)] for n, said in prompts.items()}
+    got = {n: [] for n in prompts}
+
+    def converse(n):
+        with daemon.client() as mine, mine.session() as session:
+            for i in range(4):
+                prompt = "".join(prompts[n][: i + 1])
+                if i == 2:  # what was cloned and what was saved go on as the original would
+                    session.save(f"s{n}")
+                    other = session.clone() if n % 2 else mine.restore(f"s{n}")
+                    got[n].append(text(other.generate(prompt, temperature=0, max_tokens=20, ignore_eos=True)))
+                else:
+                    got[n].append(text(session.generate(prompt, temperature=0, max_tokens=20, ignore_eos=True)))
+
+    in_threads([lambda n=n: converse(n) for n in prompts])
+    assert got == alone
+
+
+def test_text_and_tokens(client):
+    assert client.call("tokenize", text="ab")["tokens"] == [256, 97, 98]
+    assert client.call("detokenize", tokens=[97, 98])["text"] == "ab"
+
+
+def test_messages_go_through_the_template(client):
+    done = list(client.generate([{"role": "user", "content": "hi"}], max_tokens=3))[-1]
+    assert isinstance(done, Done)
+    assert done.usage.prompt_tokens == len("hi") + 2
+
+
+def test_leaving_the_loop_cancels(client):
+    for event in client.generate("a", **LONG):
+        if isinstance(event, Delta):
+            break
+    quiet(client)
+    assert ask(client, "b")
+
+
+def test_cancelling_while_the_prompt_is_read(daemon, client):
+    conversation, connection = raw(daemon)
+    answers = conversation.ask("generate", {"prompt": "c" * 4000, "options": {"max_tokens": 5}})
+    connection.sendall(conversation.to_send())
+    while not answers.events:
+        conversation.received(connection.recv(1 << 16))
+    conversation.ask("cancel", {"request": answers.request})
+    connection.sendall(conversation.to_send())
+    while not answers.over:
+        conversation.received(connection.recv(1 << 16))
+    assert (answers.events[-1].reason, len(answers.events) < 30) == ("cancelled", True)
+    connection.close()
+
+
+def raw(daemon):
+    """A connection without our client's care, after hello."""
+    connection, conversation = socket.socket(socket.AF_UNIX), Conversation()
+    connection.settimeout(30)
+    connection.connect(str(daemon.socket))
+    hello = conversation.ask("hello", {"versions": [1]})
+    connection.sendall(conversation.to_send())
+    while not hello.over:
+        conversation.received(connection.recv(1 << 16))
+    return conversation, connection
+
+
+def test_a_client_that_vanishes_frees_its_slot(daemon, client):
+    for _ in range(5):
+        conversation, connection = raw(daemon)
+        answers = conversation.ask("generate", {"prompt": "d", "options": LONG})
+        connection.sendall(conversation.to_send())
+        while not answers.events:
+            conversation.received(connection.recv(1 << 16))
+        connection.close()
+    quiet(client, 1.0)
+
+
+def test_a_slow_reader_stalls_nobody_and_costs_little(daemon, client):
+    before = psutil.Process(daemon.process.pid).memory_info().rss
+    slow = []
+    for n in range(8):
+        conversation, connection = raw(daemon)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.append((conversation, connection, conversation.ask("generate", {"prompt": f"e{n}", "options": SLOW})))
+        connection.sendall(conversation.to_send())
+    for n in range(20):
+        assert len(ask(client, f"quick {n}")) > 5
+    time.sleep(0.5)
+    assert psutil.Process(daemon.process.pid).memory_info().rss - before < 8 << 20
+    assert client.status()["server"]["requests"] == 8
+    conversation, connection, answers = slow[0]  # what it has not read, it can read later
+    got = []
+    while not answers.over:
+        conversation.received(connection.recv(1 << 16))
+        while (event := answers.take()) is not None:
+            got.append(event)
+    assert got[-1].usage.completion_tokens == SLOW["max_tokens"]
+    for _, connection, _ in slow:
+        connection.close()
+    quiet(client)
+
+
+def breaking(client, chance):
+    """Break the client's connection now and then, as a network does."""
+    receive = client._receive
+
+    def sometimes():
+        if chance.random() < 0.02:
+            client._socket.shutdown(socket.SHUT_RDWR)
+        receive()
+
+    client._receive = sometimes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stream_goes_on_after_drops(daemon, client, seed):
+    expected = ask(client, f"resume {seed}", max_tokens=600)
+    with daemon.client() as mine:
+        breaking(mine, random.Random(seed))
+        before = client.call("metrics")["requests"].get("resume", 0)
+        assert ask(mine, f"resume {seed}", max_tokens=600, resumable=True) == expected
+        assert client.call("metrics")["requests"].get("resume", 0) > before
+        mine.close()
+    quiet(client)
+
+
+def test_a_stream_is_its_users_and_ends_if_nobody_comes(daemon, client):
+    conversation, connection = raw(daemon)
+    answers = conversation.ask("generate", {"prompt": "f", "options": LONG, "resumable": True})
+    connection.sendall(conversation.to_send())
+    while answers.stream is None:
+        conversation.received(connection.recv(1 << 16))
+    connection.close()
+    for stream, after, code in (("x" * 22, 0, "no_such_stream"), (answers.stream, 10**6, "bad_request")):
+        with pytest.raises(DaemonError) as caught:
+            client.call("resume", stream=stream, after=after)
+        assert caught.value.code == code
+    assert client.status()["server"]["requests"] == 1
+    quiet(client, 5.0)  # resume_within is 2 seconds
+    with pytest.raises(DaemonError, match="no such stream"):
+        client.call("resume", stream=answers.stream, after=0)
+
+
+def test_a_stream_that_goes_on_elsewhere_says_so_where_it_was(daemon, client):
+    conversation, connection = raw(daemon)
+    answers = conversation.ask("generate", {"prompt": "g", "options": {"max_tokens": 200, "ignore_eos": True}, "resumable": True})
+    connection.sendall(conversation.to_send())
+    while answers.stream is None:
+        conversation.received(connection.recv(1 << 16))
+    other, second = raw(daemon)
+    again = other.ask("resume", {"stream": answers.stream, "after": answers.seq})
+    second.sendall(other.to_send())
+    while not answers.over:
+        conversation.received(connection.recv(1 << 16))
+    with pytest.raises(DaemonError) as caught:
+        answers.result()
+    assert caught.value.code == "moved"
+    again.stream = answers.stream  # it acknowledges from now on
+    while not again.over:
+        other.received(second.recv(1 << 16))
+        if data := other.to_send():
+            second.sendall(data)
+    assert isinstance(again.events[-1], Done)
+    for one in (connection, second):
+        one.close()
+    quiet(client)
+
+
+def test_sessions_that_are_kept(daemon):
+    with daemon.client() as one:
+        kept, left = one.session(keep=True).id, one.session().id
+    with daemon.client() as two:
+        assert ask(two, "a", session=type("S", (), {"id": kept})()) == ask(two, "a")
+        with pytest.raises(DaemonError) as caught:
+            list(two.generate("a", session=type("S", (), {"id": left})()))
+        assert caught.value.code == "no_such_session"
+    time.sleep(1.3)
+    with daemon.client() as three, pytest.raises(DaemonError, match="no such session"):
+        three.call("close_session", session=kept)
+
+
+def test_a_session_answers_one_request_at_a_time(daemon):
+    with daemon.client() as one, one.session() as session:
+        events = session.generate("a", **LONG)
+        next(events)
+        with pytest.raises(DaemonError) as caught:
+            list(session.generate("b"))
+        assert caught.value.code == "busy"
+        events.close()
+        assert text(session.generate("b", max_tokens=4, ignore_eos=True))
+
+
+@pytest.mark.parametrize(
+    ("op", "fields", "code"),
+    [
+        ("sing", {}, "unknown_op"),
+        ("embed", {"text": "x"}, "unknown_op"),
+        ("generate", {}, "bad_request"),
+        ("generate", {"prompt": "x", "messages": []}, "bad_request"),
+        ("generate", {"prompt": 3}, "bad_request"),
+        ("generate", {"prompt": "x", "colour": 3}, "bad_request"),
+        ("generate", {"prompt": "x", "options": {"colour": 3}}, "option"),
+        ("generate", {"prompt": "x", "options": {"temperature": -5}}, "option"),
+        ("generate", {"prompt": "x", "priority": "top"}, "option"),
+        ("generate", {"prompt": "x", "options": {"post": ["moons"]}}, "plugin"),
+        ("generate", {"prompt": "x", "session": "y"}, "no_such_session"),
+        ("generate", {"prompt": "x", "options": {"context": 9999}}, "option"),
+        ("save_session", {"session": "y", "name": "../x"}, "option"),
+        ("restore_session", {"name": "none"}, "session_file"),
+        ("restore_session", {"name": "/etc/passwd"}, "option"),
+        ("reload_rules", {}, "option"),
+        ("hello", {"versions": [1]}, "bad_request"),
+        ("load_model", {"model": "nowhere.gguf"}, "model_file"),
+        ("load_model", {"model": "x", "options": {"progress": 1}}, "option"),
+    ],
+)
+def test_mistakes_have_codes_and_do_no_harm(client, op, fields, code):
+    with pytest.raises(DaemonError) as caught:
+        client.call(op, **fields)
+    assert caught.value.code == code
+    assert client.status()["server"]["requests"] == 0
+
+
+def test_many_requests_on_one_connection(daemon, client):
+    expected = {f"p{n}": ask(client, f"p{n}") for n in range(24)}
+
+    async def one(mine, prompt):
+        return text([event async for event in mine.generate(prompt, temperature=0, max_tokens=20, ignore_eos=True)])
+
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as mine:
+            return await asyncio.gather(*(one(mine, prompt) for prompt in expected))
+
+    assert asyncio.run(work()) == list(expected.values())
+
+
+def test_the_async_client_cancels_resumes_and_fails_as_the_other(daemon, client):
+    expected = ask(client, "later", max_tokens=400)
+
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as mine:
+            async for event in mine.generate("a", **LONG):
+                if isinstance(event, Delta):
+                    break
+            with pytest.raises(DaemonError) as caught:
+                await mine.call("sing")
+            assert caught.value.code == "unknown_op"
+            got = ""
+            async for event in mine.generate("later", temperature=0, max_tokens=400, ignore_eos=True, resumable=True):
+                got += event.text if isinstance(event, Delta) else ""
+                if len(got) in (50, 150, 300):
+                    mine._writer.transport.abort()
+            return got
+
+    assert asyncio.run(work()) == expected
+    quiet(client)
+
+
+def test_requests_by_the_second(tmp_path):
+    with Daemon(tmp_path, config="limits.requests_per_second = 5\n") as found, found.client() as client:
+        statuses = (client.status() for _ in range(20))
+        with pytest.raises(DaemonError) as caught:
+            list(statuses)
+        assert (caught.value.code, 0 < caught.value.fields["retry_after"] < 0.3) == ("limit", True)
+        time.sleep(caught.value.fields["retry_after"] + 0.01)
+        client.status()
+
+
+def test_a_model_is_loaded_and_unloaded_when_asked(tmp_path, random_model):
+    write_plugin(tmp_path)
+    with Daemon(tmp_path) as found, found.client() as client:
+        status = client.status()
+        assert (status["worker"]["state"], status["model"]) == ("none", None)
+        with pytest.raises(DaemonError) as caught:
+            list(client.generate("x"))
+        assert caught.value.code == "no_model"
+        options = {"engine": "null", "device": "null", "context": 128}
+        client.call("load_model", model=str(random_model()), options=options)
+        session = client.session()
+        assert client.status()["model"]["context"] == 128
+        events = client.generate("x", **LONG)
+        next(events)
+        with pytest.raises(DaemonError) as caught:
+            client.call("unload_model")
+        assert caught.value.code == "busy"
+        events.close()
+        client.call("unload_model")
+        assert client.status()["worker"]["state"] == "none"
+        client.call("load_model", model=str(random_model()), options=options)
+        with pytest.raises(DaemonError) as caught:
+            list(session.generate("x"))
+        assert caught.value.code == "session_lost"
+        assert ask(client, "x")
+
+
+def test_no_daemon(tmp_path):
+    with pytest.raises(DaemonError, match="no daemon answers at unix:") as caught:
+        Client(str(tmp_path / "none.sock"))
+    assert caught.value.code == "disconnected"
+
+
+def test_messages_in_pieces_and_in_one_piece(daemon):
+    asked = [{"op": "hello", "versions": [1]}, {"op": "status"}, {"op": "tokenize", "text": "a"}]
+    data = b"".join(pack({"id": number, **message}) for number, message in enumerate(asked))
+    for size in (1, 7, len(data)):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(daemon.socket))
+            for start in range(0, len(data), size):
+                connection.sendall(data[start : start + size])
+            frames, found = Frames(), []
+            while len(found) < 3:
+                found += frames.feed(connection.recv(1 << 16))
+        assert [sorted(one) for one in found] == [["id", "ok"]] * 3

@@ -1,0 +1,198 @@
+"""The worker dies, hangs or cannot start: who asked is told at once, everyone else goes on, and nothing of a dead worker is heard again."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from daemons import Daemon, write_plugin
+
+from edge_rt.errors import DaemonError
+from edge_rt.types import Delta, Done
+
+SIGNALS = {signal.SIGKILL: "\x01", signal.SIGSEGV: "\x02", signal.SIGABRT: "\x03", signal.SIGBUS: "\x04"}
+"""And what makes the worker of the tests end itself by them."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_plugin(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder, random_model):
+    running = []
+
+    def make(config="", **options):
+        config = f"limits.requests_per_second = 0\n{config}"
+        running.append(Daemon(folder, config=config, **{"model": str(random_model()), "delay": 0.002, **options}))
+        return running[-1].__enter__()
+
+    yield make
+    for one in running:
+        one.__exit__()
+
+
+def ask(client, prompt, **options):
+    events = client.generate(prompt, **{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **options})
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def died(events):
+    """Seconds until the error came, and the error."""
+    started = time.monotonic()
+    with pytest.raises(DaemonError) as caught:
+        list(events)
+    return time.monotonic() - started, caught.value
+
+
+def test_a_worker_killed_mid_stream_again_and_again(start):
+    client, chance = start().ready(), random.Random(3)
+    expected = {prompt: ask(client, prompt) for prompt in ("one", "two")}
+    for turn, number in enumerate(list(SIGNALS) * 3):
+        pid = client.status()["worker"]["pid"]
+        events = client.generate("long", max_tokens=3000, ignore_eos=True)
+        for _ in range(chance.randrange(1, 30)):
+            next(events)
+        os.kill(pid, number)
+        seconds, error = died(events)
+        assert (error.code, number.name in str(error)) == ("worker_died", True)
+        assert seconds < 1
+        prompt = ("one", "two")[turn % 2]
+        assert ask(client, prompt) == expected[prompt]
+    status = client.status()
+    assert (status["worker"]["deaths"], status["worker"]["state"], status["server"]["requests"]) == (12, "ready", 0)
+    client.close()
+
+
+@pytest.mark.parametrize("number", list(SIGNALS), ids=lambda number: number.name)
+def test_a_request_that_kills_the_worker_fails_those_beside_it_and_nobody_later(start, number):
+    daemon = start()
+    client, errors = daemon.ready(), []
+
+    def work():
+        with daemon.client() as mine:
+            errors.append(died(mine.generate("beside", max_tokens=3000, ignore_eos=True))[1])
+
+    others = [threading.Thread(target=work) for _ in range(3)]
+    for one in others:
+        one.start()
+    while client.status()["server"]["requests"] < 3:
+        time.sleep(0.01)
+    _, error = died(client.generate(SIGNALS[number] * 2))
+    assert error.code == "worker_died"
+    for one in others:
+        one.join(5)
+    assert [one.code for one in errors] == ["worker_died"] * 3
+    assert ask(client, "next")
+    client.close()
+
+
+def test_a_hung_step_is_ended(start):
+    client = start("hung_after = 1\n").ready()
+    seconds, error = died(client.generate("\x05\x05"))
+    assert error.code == "worker_hung"
+    assert 1 < seconds < 5
+    assert ask(client, "next")
+    client.close()
+
+
+def test_a_worker_that_is_stopped_is_ended_too_and_a_paused_request_is_not(start):
+    daemon = start("hung_after = 1\ncredits = 4\n")
+    client = daemon.ready()
+    events = client.generate("slow", max_tokens=2000, ignore_eos=True)
+    next(events)
+    with daemon.client() as other:
+        other._ask("generate", {"prompt": "unread", "options": {"max_tokens": 3000, "ignore_eos": True}, "resumable": True})
+        time.sleep(2.5)
+        assert other._socket is not None
+        assert client.status()["worker"]["deaths"] == 0
+    events.close()
+    pid = client.status()["worker"]["pid"]
+    events = client.generate("stopped", max_tokens=3000, ignore_eos=True)
+    next(events)
+    os.kill(pid, signal.SIGSTOP)
+    assert died(events)[1].code == "worker_hung"
+    client.close()
+
+
+def test_sessions_after_the_worker_died(start):
+    client = start().ready()
+    saved, lost = client.session(), client.session()
+    for session in (saved, lost):
+        ask(client, "hello", session=session)
+    saved.save("kept")
+    os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+    wait_for_death(client, 1)
+    events = list(saved.generate("hello, world", max_tokens=4, ignore_eos=True))
+    assert isinstance(events[-1], Done)
+    assert events[-1].usage.reused_tokens >= len("hello")
+    assert died(lost.generate("hello"))[1].code == "session_lost"
+    lost.close()
+    os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+    wait_for_death(client, 2)
+    assert ask(client, "hello", session=saved)
+    client.close()
+
+
+def wait_for_death(client, deaths):
+    until = time.monotonic() + 5
+    while client.status()["worker"]["deaths"] < deaths:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_stream_that_can_be_resumed_tells_the_death_too(start):
+    client = start().ready()
+    events = client.generate("a", max_tokens=3000, ignore_eos=True, resumable=True)
+    next(events)
+    os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+    assert died(events)[1].code == "worker_died"
+    client.close()
+
+
+def test_a_worker_that_dies_at_once_is_given_up_and_the_daemon_stays(start, folder):
+    plugin = (folder / "plugin_nulls.py").read_text()
+    (folder / "plugin_nulls.py").write_text("import os\nos.abort()\n")
+    client = start().client()
+    until = time.monotonic() + 20
+    while (worker := client.status()["worker"])["state"] != "failed":
+        assert worker["state"] in ("starting", "waiting")
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert worker["deaths"] == 5
+    assert worker["reason"] == "the worker process was ended by SIGABRT"
+    assert died(client.generate("a"))[1].code == "worker_died"
+    (folder / "plugin_nulls.py").write_text(plugin)
+    client.close()
+
+
+def test_a_model_that_cannot_be_opened_fails_who_asks(start, folder):
+    (folder / "bad.gguf").write_bytes(b"GGUF rubbish")
+    client = start(model=str(folder / "bad.gguf")).client()
+    until = time.monotonic() + 20
+    while client.status()["worker"]["state"] != "failed":
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert died(client.generate("a"))[1].code == "model_file"
+    assert client.status()["worker"]["deaths"] == 1
+    client.close()
+
+
+def test_the_worker_ends_with_the_daemon_however_that_ends(start):
+    daemon = start()
+    client = daemon.ready()
+    pid = client.status()["worker"]["pid"]
+    client._ask("generate", {"prompt": "\x05\x05"})  # hangs
+    time.sleep(0.1)
+    daemon.process.kill()
+    daemon.process.wait(5)
+    until = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    client.close()

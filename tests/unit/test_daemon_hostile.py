@@ -1,0 +1,281 @@
+"""Clients that mean harm, or are broken: each hurts itself alone, and the daemon's memory stays small."""
+
+import os
+import random
+import select
+import socket
+import struct
+import time
+
+import psutil
+import pytest
+from daemons import Daemon, write_plugin
+
+from edge_rt.daemon.frames import Frames, pack
+from edge_rt.types import Delta
+
+CONFIG = """
+[limits]
+hello_seconds = 0.5
+frame_seconds = 0.5
+requests_per_second = 0
+requests_per_connection = 4
+connections = 100
+connections_per_user = 90
+frame_bytes = 100_000
+held_bytes = 300_000
+sessions_per_user = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory, random_model):
+    folder = tmp_path_factory.mktemp("hostile")
+    write_plugin(folder)
+    with Daemon(folder, config=CONFIG, model=str(random_model())) as found:
+        found.ready().close()
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def unhurt(daemon):
+    """After each test the daemon is as it was, and was all the time."""
+    process = psutil.Process(daemon.process.pid)
+    before, files = process.memory_info().rss, process.num_fds()
+    yield
+    with daemon.client() as client:
+        events = client.generate("still there?", max_tokens=5, ignore_eos=True)
+        assert sum(isinstance(event, Delta) for event in events) == 5
+        until = time.monotonic() + 5
+        while (server := client.status()["server"])["connections"] > 1 or server["requests"] or server["held_bytes"]:
+            assert time.monotonic() < until, server
+            time.sleep(0.02)
+        assert (server["sessions"], client.status()["worker"]["deaths"]) == (0, 0)
+    while process.num_fds() > files:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert process.memory_info().rss - before < 16 << 20
+
+
+HELLO = pack({"id": 1, "op": "hello", "versions": [1]})
+
+
+def connect(daemon, greet=False):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(10)
+    connection.connect(str(daemon.socket))
+    if greet:
+        connection.sendall(HELLO)
+        assert "ok" in read(connection)[0]
+    return connection
+
+
+def read(connection, most=1):
+    """Messages until there are some, or the end."""
+    frames, found = Frames(), []
+    while len(found) < most:
+        try:
+            data = connection.recv(1 << 16)
+        except ConnectionResetError:
+            break
+        if not data:
+            break
+        found += frames.feed(data)
+    return found
+
+
+def ended(connection):
+    """The code of the last words, if there were any, after which the daemon has closed the connection."""
+    found = read(connection, 1 << 20)
+    connection.close()
+    return found[-1]["error"]["code"] if found else None
+
+
+def send(connection, data):
+    """Send what the daemon takes: it may have closed already."""
+    try:
+        connection.sendall(data)
+    except OSError:
+        return
+
+
+def test_random_bytes(daemon):
+    chance = random.Random(1)
+    for turn in range(150):
+        connection = connect(daemon, greet=turn % 3 == 0)
+        data = chance.randbytes(chance.randrange(1, 300))
+        if turn % 2:
+            data = struct.pack(">I", len(data)) + data
+        send(connection, data)
+        if turn % 5 == 0:
+            ended(connection)
+        else:
+            connection.close()
+
+
+def mutated(chance):
+    """A message that is almost right."""
+    values = [None, True, -1, 2**64 - 1, 1e300, float("nan"), "", "x" * 1000, b"x", [], {}, [[]], {"a": {}}, ["a"]]
+    message = {"id": chance.randrange(5), "op": chance.choice(["generate", "tokenize", "cancel", "resume", "ack", "status", "hello"])}
+    for name in ("prompt", "messages", "options", "session", "text", "request", "stream", "after", "seq", "priority", "resumable"):
+        if chance.random() < 0.3:
+            message[name] = chance.choice(values)
+    if chance.random() < 0.1:
+        message["id"] = chance.choice(values)
+    return message
+
+
+def test_messages_that_are_almost_right(daemon):
+    chance = random.Random(2)
+    for _ in range(10):
+        with connect(daemon, greet=True) as connection:
+            for _ in range(100):
+                send(connection, pack(mutated(chance)))
+                while select.select([connection], [], [], 0)[0]:
+                    if not connection.recv(1 << 16):
+                        break
+
+
+@pytest.mark.parametrize("greet", [False, True])
+def test_giant_lengths_and_deep_nesting(daemon, greet):
+    for data, code in (
+        (struct.pack(">I", 2**32 - 1), "frame_too_long"),
+        (struct.pack(">I", 100_001), "frame_too_long"),
+        (struct.pack(">I", 3000) + b"\x91" * 3000, "bad_frame"),
+        (struct.pack(">I", 3) + b"\x81\xa1a", "bad_frame"),
+    ):
+        connection = connect(daemon, greet)
+        send(connection, data)
+        assert ended(connection) == code
+
+
+def test_before_hello_nothing_is_taken(daemon):
+    connection = connect(daemon)
+    send(connection, pack({"id": 1, "op": "status"}))
+    assert ended(connection) == "bad_request"
+    connection = connect(daemon)
+    send(connection, struct.pack(">I", 5000))
+    assert ended(connection) == "frame_too_long"
+
+
+def test_who_says_nothing_is_sent_away(daemon):
+    connection = connect(daemon)
+    started = time.monotonic()
+    assert ended(connection) == "limit"
+    assert 0.4 < time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("greet", [False, True])
+def test_who_sends_byte_by_byte_is_sent_away(daemon, greet):
+    connection = connect(daemon, greet)
+    data = pack({"id": 2, "op": "tokenize", "text": "x" * 1000})
+    started = time.monotonic()
+    for byte in data[:200]:
+        send(connection, bytes([byte]))
+        if select.select([connection], [], [], 0.02)[0]:
+            break
+    assert ended(connection) == "limit"
+    assert 0.4 < time.monotonic() - started < 4
+
+
+def test_who_closes_half_of_it_has_left(daemon):
+    connection = connect(daemon, greet=True)
+    send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": {"max_tokens": 4000, "ignore_eos": True}}))
+    connection.shutdown(socket.SHUT_WR)
+    read(connection, 1 << 20)
+    connection.close()
+
+
+def test_another_version(daemon):
+    connection = connect(daemon)
+    send(connection, pack({"id": 7, "op": "hello", "versions": [2, 3]}))
+    (answer,) = read(connection, 9)
+    assert (answer["id"], answer["error"]["code"], answer["error"]["supported"]) == (7, "unsupported_version", [1])
+    connection.close()
+
+
+def test_too_many_connections(daemon):
+    connections = []
+    for _ in range(300):
+        connections.append(connect(daemon))
+        send(connections[-1], HELLO)
+    kept = [read(one)[0] for one in connections]
+    assert sum("ok" in one for one in kept) == 90
+    assert {one["error"]["code"] for one in kept if "error" in one} == {"limit"}
+    for one in connections:
+        one.close()
+
+
+def test_who_asks_and_does_not_read(daemon):
+    with connect(daemon, greet=True) as connection:
+        connection.setblocking(False)
+        sent, data, until = 0, pack({"id": 2, "op": "status"}) * 100, time.monotonic() + 2
+        while time.monotonic() < until and sent < 50 << 20:
+            try:
+                sent += connection.send(data)
+            except BlockingIOError:
+                time.sleep(0.01)
+        assert sent < 10 << 20, "it reads on and on"
+        with daemon.client() as other:
+            assert other.status()
+
+
+def test_requests_under_way_and_bytes_of_them_are_limited(daemon):
+    with connect(daemon, greet=True) as connection:
+        options = {"max_tokens": 4000, "ignore_eos": True}
+        for number in range(2, 8):
+            send(connection, pack({"id": number, "op": "generate", "prompt": "x", "options": options}))
+        codes = [one["error"]["code"] for one in read(connection, 8) if "error" in one]
+        assert codes == ["limit", "limit"]
+    connections = [connect(daemon, greet=True) for _ in range(5)]
+    for one in connections:
+        send(one, struct.pack(">I", 99_000) + b"\x00" * 98_000)
+    time.sleep(0.2)
+    with daemon.client() as client:
+        assert client.status()["server"]["held_bytes"] <= 300_000
+    for one in connections:
+        one.close()
+
+
+def test_the_same_id_twice(daemon):
+    with connect(daemon, greet=True) as connection:
+        options = {"max_tokens": 50, "ignore_eos": True}
+        for _ in range(2):
+            send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": options}))
+        found = read(connection, 53)
+        assert [one["error"]["code"] for one in found if "error" in one] == ["bad_request"]
+        assert [one for one in found if "ok" in one] == [{"id": 2, "ok": {}}]
+
+
+def test_sessions_are_limited(daemon):
+    with connect(daemon, greet=True) as connection:
+        for number in range(2, 7):
+            send(connection, pack({"id": number, "op": "open_session"}))
+        found = read(connection, 5)
+        assert sorted(one["error"]["code"] if "error" in one else "ok" for one in found) == ["limit", "limit", "ok", "ok", "ok"]
+
+
+def test_another_user_is_not_let_in(tmp_path):
+    with Daemon(tmp_path, config=f'users = ["{os.getuid() + 1}"]\n') as found:
+        connection = connect(found)
+        send(connection, HELLO)
+        assert ended(connection) == "not_allowed"
+
+
+def test_a_tcp_port_takes_only_who_has_the_key(tmp_path):
+    (tmp_path / "key").write_text("0123456789abcdef\n")
+    (tmp_path / "key").chmod(0o600)
+    config = 'key_file = "key"\nlisten = ["tcp:127.0.0.1:0"]\n'
+    found = Daemon(tmp_path, config=config)
+    found.words = [word for word in found.words if word not in ("--listen", str(found.socket))]
+    with found:
+        text = found.said.decode()
+        port = int(text.rsplit(":", 1)[1])
+        for key, code in ((None, "not_allowed"), ("0123456789abcdeX", "not_allowed"), ("0123456789abcdef", None)):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall(pack({"id": 1, "op": "hello", "versions": [1], **({"key": key} if key else {})}))
+                (answer,) = read(connection)
+                assert answer.get("error", {}).get("code") == code
+                if code is None:
+                    connection.sendall(pack({"id": 2, "op": "unload_model"}))
+                    assert read(connection)[0]["error"]["code"] == "not_permitted"

@@ -1,0 +1,133 @@
+"""The protocol's messages: what is right passes, whatever else a peer may say is an error with a code."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_rt import errors
+from edge_rt.daemon import operations, protocol
+from edge_rt.errors import ContextOverflow, ProtocolError, RuleError
+from edge_rt.records import event, record
+from edge_rt.types import (
+    ContextUse,
+    Delta,
+    Done,
+    GenerateOptions,
+    Notice,
+    PostUse,
+    PromptProgress,
+    Pruning,
+    SamplingParams,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=3) | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.binary(max_size=2), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def attempt(check, given_):
+    """(what it gives, None) or (None, the code of the error)"""
+    try:
+        return check(given_), None
+    except ProtocolError as error:
+        return None, error.code
+
+
+@given(st.sampled_from(list(protocol.OPS)), st.data())
+def test_any_message_is_a_request_of_the_right_types_or_an_error(op, data):
+    message = {"id": data.draw(st.just(1) | VALUES), "op": data.draw(st.just(op) | VALUES)}
+    for name in protocol.OPS[op]:
+        message[name] = data.draw(VALUES)
+    if data.draw(st.booleans()):
+        message[data.draw(st.text(max_size=3))] = 1
+    request, code = attempt(protocol.request, message)
+    if request is None:
+        assert code in ("bad_request", "unknown_op")
+        return
+    for name, value in request.fields.items():
+        assert protocol.KINDS[protocol.OPS[request.op][name].rstrip("!")].fits(value)
+
+
+@given(st.dictionaries(st.sampled_from(list(protocol.OPTIONS)) | st.text(max_size=4), VALUES, max_size=4))
+def test_any_options_are_keywords_or_an_error(options):
+    found, code = attempt(protocol.options, options)
+    assert code in (None, "option")
+    assert set(found or ()) <= (set(GenerateOptions._fields) | set(SamplingParams._fields)) - {"rules", "sampling"}
+
+
+def test_every_option_is_there_and_every_operation_is_done():
+    assert set(protocol.OPTIONS) == (set(GenerateOptions._fields) | set(SamplingParams._fields)) - {"rules", "sampling"}
+    assert set(operations._RUN) == set(protocol.OPS)
+
+
+def test_options_become_keywords():
+    given_ = {"logit_bias": {"7": -math.inf}, "prune": {"budget": 0.5, "unit": "share"}, "stop": ["a"], "seed": None}
+    assert protocol.options(given_) == {"logit_bias": {7: -math.inf}, "prune": Pruning(0.5, "share"), "stop": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_token": 3}, "the options has no 'max_token'"),
+        ({"max_tokens": "3"}, "max_tokens of the options is not a whole number"),
+        ({"rules": {}}, "has no 'rules'"),
+        ({"logit_bias": {"x": 1}}, "logit_bias is not as"),
+        ({"prune": {}}, "prune has no budget; give a number"),
+        ({"prune": {"budget": 1, "unit": "rods"}}, "the unit of prune is none"),
+        ({"json_schema": {"a": b"x"}}, "json_schema of the options is not a map as JSON has it"),
+    ],
+)
+def test_options_that_are_none(options, message):
+    with pytest.raises(ProtocolError, match=message):
+        protocol.options(options)
+
+
+def test_errors_have_codes():
+    assert protocol.failure(ContextOverflow("too long", 9, 8)) == {
+        "code": "context_overflow",
+        "message": "too long",
+        "needed": 9,
+        "available": 8,
+    }
+    assert protocol.failure(ProtocolError("limit", "slower", retry_after=0.5)) == {"code": "limit", "message": "slower", "retry_after": 0.5}
+    assert protocol.failure(RuleError("no"))["code"] == "rule"
+    assert protocol.failure(errors.UnsupportedModel("no"))["code"] == "model_file"
+    found = protocol.failure(ZeroDivisionError("secret text of a user"))
+    assert found["code"] == "internal"
+    assert "secret" not in found["message"]
+    for name in dir(errors):
+        kind = getattr(errors, name)
+        if isinstance(kind, type) and issubclass(kind, errors.EdgeError) and kind not in (errors.EdgeError, ContextOverflow):
+            made = kind("code", "message") if kind in (ProtocolError, errors.DaemonError) else kind("message")
+            assert protocol.failure(made)["code"] != "internal", kind
+
+
+EVENTS = [
+    PromptProgress(3, 4, 1),
+    Delta("a\n", (1, 2), (TokenLogprob(1, "a", -0.5, ((1, -0.5), (2, -math.inf))),)),
+    Delta(""),
+    Notice("note"),
+    Done(
+        "stop_string", Usage(1, 2, 3, 4, 5, 6), Timings(0.5, 0.25, 2.0), ContextUse(4, 5, "slide", 1), 7, "x",
+        (PostUse("redaction", {"mail": 2}, None, conceals=True),), "abcd", "text",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one", EVENTS)
+def test_events_survive_the_wire(one):
+    from edge_rt.daemon.frames import pack, unpack
+
+    message = unpack(pack(record(one))[4:])
+    assert event({**message, "id": 3, "new": [1]}) == one
+
+
+def test_an_event_of_a_later_version_is_none():
+    assert event({"event": "smell"}) is None
