@@ -24,6 +24,9 @@ from edge_rt.types import Message as ChatMessage
 PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Seconds between attempts to connect again, for a stream that is to go on."""
 
+CROWDED = 5.0
+"""Seconds to try for, while more connect than the system keeps waiting."""
+
 
 class Client:
     """A connection to the daemon; a context manager. For one thread at a time.
@@ -222,10 +225,16 @@ def connected(address: Address, timeout: float | None) -> socket.socket:
     found = socket.socket(family if address.kind == "tcp" else socket.AF_UNIX)
     try:
         found.settimeout(timeout)
-        if address.kind == "tcp":
-            found.connect((address.path, address.port))
-        else:
-            found.connect(address.path if address.kind == "unix" else "\0" + address.path)
+        where = (address.path, address.port) if address.kind == "tcp" else address.path if address.kind == "unix" else "\0" + address.path
+        until = time.monotonic() + (timeout or CROWDED)
+        while True:
+            try:
+                found.connect(where)
+                break
+            except BlockingIOError:  # many others are connecting; with a timeout the system does not wait for a place
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
     except BaseException:
         found.close()
         raise

@@ -18,7 +18,7 @@ Took = Callable[[Message], None]
 
 
 class Ended(NamedTuple):
-    """How the process ended."""
+    """How the process ended, as the protocol tells it."""
 
     code: str
     message: str
@@ -69,10 +69,9 @@ class Process(asyncio.Protocol):
         """Send a command that has no answer."""
         self._write(pack(command))
 
-    def kill(self, code: str, message: str) -> None:
-        """End it at once."""
-        if self._verdict is None:
-            self._verdict = Ended(code, message)
+    def kill(self, why: Ended) -> None:
+        """End it at once; what is pending gets this error."""
+        self._verdict = self._verdict or why
         if self._process.poll() is None:
             self._process.kill()
 
@@ -108,7 +107,7 @@ class Process(asyncio.Protocol):
             for message in self._frames.feed(data):
                 self._answer(message)
         except ProtocolError as error:
-            self.kill("worker_died", f"the worker wrote what it must not: {error}")
+            self.kill(Ended("worker_died", f"the worker wrote what it must not: {error}"))
 
     def _answer(self, message: Message) -> None:
         number = message.pop("id", None)
@@ -142,15 +141,15 @@ class Process(asyncio.Protocol):
             took({"error": {"code": verdict.code, "message": verdict.message}})
         self._gone.set()
 
-    async def stop(self, code: str, message: str, patience: float = 1.0) -> None:
-        """Let it end: it does when the connection does. What is pending gets an error."""
-        self._verdict = self._verdict or Ended(code, message)
+    async def stop(self, why: Ended, patience: float = 1.0) -> None:
+        """Let it end: it does when the connection does. What is pending gets this error."""
+        self._verdict = self._verdict or why
         if self._transport is not None:
             self._transport.close()
         until = asyncio.get_running_loop().time() + patience
         while self._process.poll() is None and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.005)
-        self.kill(code, message)
+        self.kill(why)
         await self._gone.wait()
 
 

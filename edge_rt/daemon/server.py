@@ -16,7 +16,7 @@ from edge_rt.daemon.address import Listener
 from edge_rt.daemon.config import Config
 from edge_rt.daemon.connection import OVER_TCP, Connection
 from edge_rt.daemon.frames import Message
-from edge_rt.daemon.process import Took
+from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
 from edge_rt.daemon.supervisor import Spec, Supervisor
@@ -325,7 +325,7 @@ class Server:
         """End everything."""
         self.draining = True
         self.stop_listening()
-        await self.supervisor.unload()
+        await self.supervisor.unload(Ended("draining", "the daemon has ended; ask again when it is back"))
         for connection in list(self._connections):
             connection.close()
         until = self.now() + 1.0

@@ -17,6 +17,8 @@ FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
 GIVES_UP_AFTER = 5
 """Deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds."""
 
+UNLOADED = Ended("unloaded", "the model was unloaded; load one with load_model")
+
 
 class Spec(NamedTuple):
     """What a worker is to open. ``options``: keywords of ``edge_rt.open``; ``overrides``: of rules."""
@@ -106,14 +108,14 @@ class Supervisor:
         self.spec, self._failures = spec, 0
         self._start()
 
-    async def unload(self) -> None:
-        """End the worker; what it is at gets the error ``unloaded``."""
+    async def unload(self, why: Ended = UNLOADED) -> None:
+        """End the worker; what it is at gets an error."""
         self.spec, self.model, process = None, None, self._process
         self._set("none")
         self._forget_timers()
-        self._fail_held(Ended("unloaded", "the model was unloaded; load one with load_model"))
+        self._fail_held(why)
         if process is not None:
-            await process.stop("unloaded", "the model was unloaded; load one with load_model")
+            await process.stop(why)
 
     def _start(self) -> None:
         assert self.spec is not None, "a worker is started for a model"
@@ -143,7 +145,7 @@ class Supervisor:
             error = message["error"]
             self._failure = Ended(error["code"], error["message"])
             self._failures = GIVES_UP_AFTER  # a file that is wrong does not mend itself
-            self._process.kill(*self._failure)
+            self._process.kill(self._failure)
 
     def _told(self, message: Message) -> None:
         """What the worker says of itself."""
@@ -200,7 +202,8 @@ class Supervisor:
         if process is None or not process.pending:
             return
         if _now() - self._moved > self._hung_after:
-            process.kill("worker_hung", f"a step took longer than {self._hung_after:g} seconds, and the worker was ended; ask again")
+            seconds = f"{self._hung_after:g} seconds"
+            process.kill(Ended("worker_hung", f"a step took longer than {seconds}, and the worker was ended; ask again"))
             return
         process.tell({"op": "ping"})
         self._watch = _loop().call_later(self._interval, self._look)

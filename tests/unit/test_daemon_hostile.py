@@ -11,8 +11,9 @@ import psutil
 import pytest
 from daemons import Daemon, write_plugin
 
+from edge_rt.daemon.address import parse
+from edge_rt.daemon.client import connected
 from edge_rt.daemon.frames import Frames, pack
-from edge_rt.types import Delta
 
 CONFIG = """
 [limits]
@@ -44,8 +45,8 @@ def unhurt(daemon):
     before, files = process.memory_info().rss, process.num_fds()
     yield
     with daemon.client() as client:
-        events = client.generate("still there?", max_tokens=5, ignore_eos=True)
-        assert sum(isinstance(event, Delta) for event in events) == 5
+        *_, done = client.generate("still there?", max_tokens=5, ignore_eos=True)
+        assert done.usage.completion_tokens == 5
         until = time.monotonic() + 5
         while (server := client.status()["server"])["connections"] > 1 or server["requests"] or server["held_bytes"]:
             assert time.monotonic() < until, server
@@ -61,9 +62,7 @@ HELLO = pack({"id": 1, "op": "hello", "versions": [1]})
 
 
 def connect(daemon, greet=False):
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(10)
-    connection.connect(str(daemon.socket))
+    connection = connected(parse(str(daemon.socket)), 10)
     if greet:
         connection.sendall(HELLO)
         assert "ok" in read(connection)[0]
@@ -242,7 +241,9 @@ def test_the_same_id_twice(daemon):
         options = {"max_tokens": 50, "ignore_eos": True}
         for _ in range(2):
             send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": options}))
-        found = read(connection, 53)
+        frames, found = Frames(), []
+        while not any("ok" in one for one in found):
+            found += frames.feed(connection.recv(1 << 16))
         assert [one["error"]["code"] for one in found if "error" in one] == ["bad_request"]
         assert [one for one in found if "ok" in one] == [{"id": 2, "ok": {}}]
 

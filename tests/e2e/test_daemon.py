@@ -1,0 +1,89 @@
+"""The daemon with a real model: its own answers to many at once, through faults, and a program that knows only the document."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from daemons import Daemon
+
+import edge_rt
+from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.errors import DaemonError
+from edge_rt.types import Delta
+
+QUESTIONS = [[{"role": "user", "content": f"Name {thing}."}] for thing in ("three colours", "a river in Africa", "two planets", "a poet")]
+GREEDY = {"temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory, smollm2):
+    with Daemon(tmp_path_factory.mktemp("daemon"), "-m", str(smollm2), "-c", "1024") as found:
+        found.ready().close()
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(smollm2):
+    """What the model answers without a daemon, by question."""
+    with edge_rt.open(smollm2, context=1024) as model:
+        answers = []
+        for question in QUESTIONS:
+            with model.session() as session:
+                answers.append(text(session.generate(question, **GREEDY)))
+        return answers
+
+
+def text(events):
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def test_one_after_another_and_all_at_once(daemon, alone):
+    with daemon.client() as client:
+        assert [text(client.generate(question, **GREEDY)) for question in QUESTIONS] == alone
+
+    async def one(client, question):
+        return text([event async for event in client.generate(question, **GREEDY)])
+
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as client:
+            return await asyncio.gather(*(one(client, question) for question in QUESTIONS * 2))
+
+    assert asyncio.run(work()) == alone * 2
+
+
+def test_a_schema_binds_the_answer(daemon):
+    with daemon.client() as client:
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+        answer = text(client.generate("A number: ", json_schema=schema, temperature=0, max_tokens=40))
+        assert answer.startswith("{")
+        with pytest.raises(DaemonError) as caught:
+            list(client.generate("x", grammar="root ::= ["))
+        assert caught.value.code == "constraint"
+
+
+def test_cancelling_while_a_long_prompt_is_read(daemon):
+    with daemon.client() as client:
+        events = client.generate("far " * 900, max_tokens=5)
+        next(events)
+        started = time.monotonic()
+        events.close()
+        assert time.monotonic() - started < 5
+        assert client.status()["server"]["requests"] == 0
+
+
+def test_a_session_is_saved_and_goes_on_after_the_worker_was_killed(daemon, alone):
+    with daemon.client() as client, client.session() as session:
+        assert text(session.generate(QUESTIONS[0], **GREEDY)) == alone[0]
+        session.save("colours")
+        events = client.generate("Once upon a time", max_tokens=500, ignore_eos=True)
+        next(events)
+        os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(DaemonError) as caught:
+            list(events)
+        assert (caught.value.code, time.monotonic() - started < 1) == ("worker_died", True)
+        *events, done = session.generate(QUESTIONS[0], **GREEDY)
+        assert text(events) == alone[0]
+        assert done.usage.reused_tokens > 10

@@ -1,0 +1,285 @@
+"""`edge-rt serve` around the daemon: configuration, --check, rules, systemd, and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from daemons import Daemon, write_plugin
+
+from edge_rt.cli import main as cli
+from edge_rt.daemon import config as configuration
+from edge_rt.daemon.address import Address
+from edge_rt.errors import DaemonError, OptionError, RuleError
+from edge_rt.types import Delta, Done
+
+STARS = """
+from edge_rt.hooks import PostProcessorFactory, hookimpl
+import plugin_nulls
+
+EDGE_RT_API = 1
+
+class Stars:
+    counts = {}
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def feed(self, text):
+        return self.sign * len(text)
+
+    def flush(self):
+        return ""
+
+    def cut(self, following):
+        return ""
+
+def compile_rules(rules):
+    sign = rules.text("sign", "*")
+    return lambda: Stars(sign)
+
+@hookimpl
+def edge_rt_post_processors():
+    return [PostProcessorFactory("stars", compile_rules, "hides all")]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_plugin(tmp_path)
+    return tmp_path
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration(tmp_path):
+    (tmp_path / "m.gguf").write_text("")
+    (tmp_path / "key").write_text("0123456789abcdef")
+    (tmp_path / "key").chmod(0o600)
+    (tmp_path / "d.toml").write_text(
+        'listen = ["/run/x.sock", "tcp:127.0.0.1:80"]\nusers = ["root", "1000"]\nkey_file = "key"\nrules = "r.toml"\ncredits = 8\n'
+        'hung_after = 5\n[model]\nfile = "m.gguf"\ncontext = 512\npack = false\n[limits]\nconnections = 3\nhello_seconds = 0\n'
+    )
+    found = configuration.read(tmp_path / "d.toml")
+    assert found.listen == (Address("unix", "/run/x.sock"), Address("tcp", "127.0.0.1", 80))
+    assert (found.users, found.key, found.rules) == ({0, 1000}, "0123456789abcdef", str(tmp_path / "r.toml"))
+    assert (found.model, found.model_options) == (str(tmp_path / "m.gguf"), {"context": 512, "pack": False})
+    assert (found.credits, found.hung_after, found.limits.connections, found.limits.hello_seconds) == (8, 5.0, 3, 0.0)
+    (tmp_path / "d.toml").write_text("")
+    assert configuration.read(tmp_path / "d.toml") == configuration.default()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("credit = 3", r"d\.toml, line 1: the file has no rule credit; did you mean credits\?"),
+        ("\ncredits = 0", r"line 2: credits is 0; give 1 to 4096"),
+        ("[limits]\n\nconnections = '3'", "line 3: connections is '3'; give a whole number"),
+        ("listen = ['x', 'tcp:0.0.0.0:1']", "line 1: 'tcp:0.0.0.0:1' is no address"),
+        ("users = ['nobody-at-all']", "line 1: there is no user nobody-at-all"),
+        ("key_file = 'open'", "line 1: others may read the key"),
+        ("key_file = 'short'", "line 1: the key has fewer than 16 characters"),
+        ("listen = [", "line 1: it is not TOML"),
+    ],
+)
+def test_configurations_that_are_wrong(tmp_path, text, message):
+    (tmp_path / "open").write_text("0" * 16)
+    (tmp_path / "open").chmod(0o644)
+    (tmp_path / "short").write_text("0" * 15)
+    (tmp_path / "short").chmod(0o600)
+    (tmp_path / "d.toml").write_text(text)
+    with pytest.raises(RuleError, match=message):
+        configuration.read(tmp_path / "d.toml")
+    with pytest.raises(OptionError, match="cannot be read: no such file"):
+        configuration.read(tmp_path / "none.toml")
+
+
+def test_check_says_what_would_happen(tmp_path, random_model, capsys):
+    words = ["serve", "--listen", str(tmp_path / "d.sock"), "--check"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"would listen at unix:{tmp_path}/d.sock",
+        "would let in root" + (", you" if os.getuid() else ""),
+        "would wait for a client to load a model",
+    ]
+    assert not (tmp_path / "d.sock").exists()
+    assert cli.main([*words, "-m", str(random_model())]) == 0
+    assert capsys.readouterr().err.endswith(f"would open {random_model()}, architecture llama\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "nowhere.gguf"], "there is no file nowhere.gguf"),
+        (["--listen", "tcp:0.0.0.0:8"], "'tcp:0.0.0.0:8' is no address"),
+        (["--listen", "tcp:127.0.0.1:0"], "a TCP port is open to every user of this machine; set key_file"),
+        (["--rules", "none.toml"], "none.toml: cannot be read"),
+        (["--config", "none.toml"], "the configuration none.toml cannot be read"),
+        (["--memory", "much"], "--memory takes a size"),
+    ],
+)
+def test_check_says_what_is_wrong(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["serve", "--check", *(["--listen", str(tmp_path / "d.sock")] if "--listen" not in words else []), *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_two_daemons_do_not_share_an_address(tmp_path):
+    with Daemon(tmp_path) as first:
+        second = subprocess.run(first.words, env=first.environment, capture_output=True, text=True, timeout=30, check=False)
+        assert second.returncode == 1
+        assert "another daemon listens at" in second.stderr
+        assert first.client().status()["worker"]["state"] == "none"
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def test_rules_are_read_again_and_a_mistake_is_in_the_status(folder, random_model):
+    (folder / "nulls-1.0.dist-info" / "entry_points.txt").write_text("[edge_rt]\nnulls = plugin_nulls\nstars = plugin_stars\n")
+    (folder / "plugin_stars.py").write_text(STARS)
+    rules = folder / "r.toml"
+    rules.write_text('[stars]\nsign = "x"\n')
+    with Daemon(folder, "--rules", str(rules), model=str(random_model())) as daemon:
+        client = daemon.ready()
+
+        def signs():
+            events = client.generate("a", max_tokens=5, ignore_eos=True)
+            return set("".join(event.text for event in events if isinstance(event, Delta)))
+
+        assert signs() == {"x"}
+        rules.write_text('[stars]\nsign = "y"\n')
+        assert client.call("reload_rules")["changed"]
+        assert signs() == {"y"}
+        rules.write_text("[stars]\nsign = 3\n")
+        with pytest.raises(DaemonError, match="line 2: sign is 3; give a text") as caught:
+            client.call("reload_rules")
+        assert caught.value.code == "rule"
+        assert "line 2: sign is 3" in client.status()["rules"]["error"]
+        assert signs() == {"y"}
+        rules.write_text('[stars]\nsign = "z"\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        until = time.monotonic() + 5
+        while signs() != {"z"}:
+            assert time.monotonic() < until
+        assert client.status()["rules"]["error"] is None
+        rules.write_text('[stars]\nsign = "w"\n')  # also without being told
+        while signs() != {"w"}:
+            assert time.monotonic() < until
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def running(daemon, **options):
+    """A client with a request under way, whose events are then collected on a thread."""
+    client, got = daemon.client(), []
+    events = client.generate("a", ignore_eos=True, **options)
+    next(events)
+
+    def collect():
+        try:
+            got.extend(events)
+        except DaemonError as error:
+            got.append(error)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    return client, got, thread
+
+
+def test_requests_under_way_come_to_their_end(folder, random_model):
+    with Daemon(folder, model=str(random_model()), delay=0.005) as daemon:
+        waiting = daemon.ready()
+        client, got, thread = running(daemon, max_tokens=100)
+        daemon.process.terminate()
+        until = time.monotonic() + 5
+        while not waiting.status()["server"]["draining"]:
+            assert time.monotonic() < until
+        with pytest.raises(DaemonError) as caught:
+            list(waiting.generate("b"))
+        assert caught.value.code == "draining"
+        with pytest.raises(DaemonError):
+            daemon.client()
+        thread.join(20)
+        assert (got[-1].reason, got[-1].usage.completion_tokens) == ("max_tokens", 100)
+        assert daemon.process.wait(5) == 0
+        assert not daemon.socket.exists()
+        for one in (client, waiting):
+            one.close()
+
+
+def test_requests_that_take_too_long_are_cancelled(folder, random_model):
+    with Daemon(folder, config="drain_seconds = 0.3\n", model=str(random_model()), delay=0.005) as daemon:
+        daemon.ready().close()
+        client, got, thread = running(daemon, max_tokens=3000)
+        started = time.monotonic()
+        daemon.process.send_signal(signal.SIGINT)
+        thread.join(20)
+        assert isinstance(got[-1], Done)
+        assert got[-1].reason == "cancelled"
+        assert daemon.process.wait(5) == 0
+        assert time.monotonic() - started < 5
+        client.close()
+
+
+def test_a_second_signal_ends_it_at_once(folder, random_model):
+    with Daemon(folder, model=str(random_model()), delay=0.005) as daemon:
+        daemon.ready().close()
+        client, got, thread = running(daemon, max_tokens=3000)
+        daemon.process.terminate()
+        time.sleep(0.3)
+        started = time.monotonic()
+        daemon.process.terminate()
+        assert daemon.process.wait(10) == 0
+        assert time.monotonic() - started < 4
+        thread.join(20)
+        assert (type(got[-1]), got[-1].code) == (DaemonError, "draining")
+        client.close()
+
+
+# ---- systemd ---------------------------------------------------------------------------------------------------------
+
+
+def test_systemd_starts_it_and_is_told(folder, random_model):
+    told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    told.bind(str(folder / "notify"))
+    told.settimeout(20)
+    with socket.socket(socket.AF_UNIX) as given, told:
+        given.bind(str(folder / "given.sock"))
+        given.listen()
+        daemon = Daemon(folder, model=str(random_model()), NOTIFY_SOCKET=str(folder / "notify"), WATCHDOG_USEC="200000")
+        daemon.socket = Path(folder / "given.sock")
+        code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+        code += "from edge_rt.cli.main import main; sys.exit(main(sys.argv[2:]))"
+        words = [sys.executable, "-c", code, str(given.fileno()), *daemon.words[3:]]
+        daemon.words = words
+        with subprocess.Popen(words, env=daemon.environment, pass_fds=[given.fileno()], stderr=subprocess.PIPE) as daemon.process:
+            said = set()
+            while not {"READY=1", "STATUS=worker ready", "WATCHDOG=1"} <= said:
+                said.add(told.recv(1000).decode())
+            client = daemon.ready()
+            list(client.generate("a", max_tokens=2))
+            client.close()
+            daemon.process.terminate()
+            while "STOPPING=1" not in said:
+                said.add(told.recv(1000).decode())
+            assert daemon.process.wait(10) == 0
+        assert (folder / "given.sock").exists(), "it is systemd's"
+
+
+def test_the_daemon_itself_loads_no_numpy_and_no_library(folder, random_model):
+    with Daemon(folder, model=str(random_model())) as daemon:
+        client = daemon.ready()
+        list(client.generate("a", max_tokens=2))
+        maps = Path(f"/proc/{daemon.process.pid}/maps")
+        if not maps.exists():
+            pytest.skip("only Linux says what is mapped")
+        assert not [line for line in maps.read_text().splitlines() if "numpy" in line or "libllama" in line or "libggml" in line]
+        client.close()
