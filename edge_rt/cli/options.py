@@ -54,7 +54,7 @@ class Spec(NamedTuple):
     @property
     def shown_default(self) -> bool:
         """Whether the default tells a person something."""
-        return not any(self.default is nothing for nothing in (None, False, (), REQUIRED))
+        return not any(self.default is nothing for nothing in (None, False, (), "", REQUIRED))
 
 
 def option(

@@ -17,7 +17,7 @@ from edge_rt.daemon.address import Address
 from edge_rt.daemon.client import PAUSES, connected
 from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of, hello_fields
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import DaemonError
+from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
 
@@ -46,7 +46,11 @@ class AsyncClient:
         self._reading = asyncio.get_running_loop().create_task(self._read(reader, hello))
         while not hello.over:
             await self._wait()
-        self.hello = hello.result()
+        try:
+            self.hello = hello.result()
+        except DaemonError:
+            await self.close()
+            raise
 
     async def _open(self) -> tuple[asyncio.StreamReader, Answers]:
         """A connection, in which hello was said."""
@@ -121,7 +125,7 @@ class AsyncClient:
                         pauses = iter(PAUSES)
                     self._flush()
                     self._tell()
-            except OSError:
+            except (OSError, ProtocolError):
                 pass  # it broke, which is the same as its end
             await self._close()
             self._conversation.disconnected()

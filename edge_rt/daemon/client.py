@@ -17,7 +17,7 @@ from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of, hello_fields
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import DaemonError
+from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
 
@@ -86,6 +86,8 @@ class Client:
         **options: Any,
     ) -> Iterator[Event]:
         """Answer a prompt: events as they happen, the last one Done; ``options`` are those of ``edge_rt.Session.generate``.
+
+        It is asked when the first event is taken.
 
         Leaving the loop cancels the request. With ``resumable``, a connection that breaks is made again, and the events go on where they
         were.
@@ -169,7 +171,11 @@ class Client:
             self._lost(error)
         if not data:
             self._lost(None)
-        self._conversation.received(data)
+        try:
+            self._conversation.received(data)
+        except ProtocolError as error:
+            self.close()
+            raise DaemonError("disconnected", f"what answers at {self.address} is no daemon of edge-rt: {error}") from error
 
     def _lost(self, error: OSError | None) -> None:
         self.close()

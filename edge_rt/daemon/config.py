@@ -42,7 +42,6 @@ class Config(NamedTuple):
     model: str | None = None
     model_options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
     rules: str | None = None
-    overrides: tuple[str, ...] = ()
     state: Path = Path()
     limits: Limits = Limits()
     credits: int = 64

@@ -184,7 +184,7 @@ def _generate(connection: Connection, request: Request, size: int) -> None:
 def _cancel(connection: Connection, request: Request, size: int) -> None:
     stream = connection.streams.get(request.fields["request"])
     if stream is not None and not stream.ended:
-        connection.server.supervisor.tell({"op": "cancel", "request": stream.number})
+        connection.server.supervisor.cancel(stream.number)
     connection.answer(request.id, {"found": stream is not None})
 
 

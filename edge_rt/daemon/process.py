@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import subprocess
@@ -37,7 +38,8 @@ class Process(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._early: list[bytes] = []
         self._verdict: Ended | None = None  # why we ended it
-        self._over = False
+        self.over = False
+        """It has ended; ``ended`` is called in a moment."""
         self._gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         ours, theirs = socket.socketpair()
@@ -101,7 +103,7 @@ class Process(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass on answers."""
-        if self._over:
+        if self.over:
             return
         try:
             for message in self._frames.feed(data):
@@ -111,17 +113,24 @@ class Process(asyncio.Protocol):
 
     def _answer(self, message: Message) -> None:
         number = message.pop("id", None)
-        if number is None:
-            self._told(message)
-            return
-        took = self.pending.get(number) if "event" in message else self.pending.pop(number, None)
+        took = self._told if number is None else self.pending.get(number)
+        if number is not None and "event" not in message:
+            self.pending.pop(number, None)
         if took is not None:
+            self._pass_on(took, message)
+
+    @staticmethod
+    def _pass_on(took: Took, message: Message) -> None:
+        """What goes wrong with one answer is no affair of the others."""
+        try:
             took(message)
+        except Exception as error:
+            logging.getLogger("edge_rt.daemon").error("an answer of the worker was lost", exc_info=error)
 
     def connection_lost(self, error: Exception | None) -> None:
         """It has ended, or does now."""
-        if not self._over:
-            self._over = True
+        if not self.over:
+            self.over = True
             self._spawn(self._bury())
 
     async def _bury(self) -> None:
@@ -138,7 +147,7 @@ class Process(asyncio.Protocol):
         pending, self.pending = self.pending, {}
         self._ended(self, verdict)
         for took in pending.values():
-            took({"error": {"code": verdict.code, "message": verdict.message}})
+            self._pass_on(took, {"error": {"code": verdict.code, "message": verdict.message}})
         self._gone.set()
 
     async def stop(self, why: Ended, patience: float = 1.0) -> None:

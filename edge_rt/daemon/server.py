@@ -69,7 +69,7 @@ class Server:
         """What the worker is to open. Raises ModelFileError if there is no such model."""
         from edge_rt.catalog import resolve
 
-        return Spec(str(resolve(model).absolute()), options, self.config.rules, self.config.overrides)
+        return Spec(str(resolve(model).absolute()), options, self.config.rules)
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class Server:
         if stream.token is not None:
             self._streams.pop(stream.token, None)
         if not stream.ended:
-            self.supervisor.drop(stream.number)
+            self.supervisor.cancel(stream.number, drop=True)
 
     def resume(self, connection: Connection, request: Request) -> None:
         """Go on with a stream on another connection. Raises ProtocolError."""
@@ -305,8 +305,8 @@ class Server:
         for stream in [one for one in self._running if one.connection is None]:
             self._abandon(stream)
         await self._quiet(self.config.drain_seconds)
-        for stream in self._running:
-            self.supervisor.tell({"op": "cancel", "request": stream.number})
+        for stream in list(self._running):
+            self.supervisor.cancel(stream.number)
         await self._quiet(CANCEL_SECONDS)
 
     async def _quiet(self, seconds: float) -> None:

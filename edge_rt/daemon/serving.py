@@ -94,7 +94,7 @@ class Serving:
         if command["rules"] is not None:
             from edge_rt.rules import RuleFile
 
-            self._rules = RuleFile(command["rules"], registry, overrides=command["overrides"], told=lambda _: self._tell_rules())
+            self._rules = RuleFile(command["rules"], registry, told=lambda _: self._tell_rules())
             self._tell_rules()
         model = self._model = open_model(command["model"], progress=self._report, registry=registry, **command["options"])
         self._report("warm-up", 0, 0)

@@ -21,12 +21,11 @@ UNLOADED = Ended("unloaded", "the model was unloaded; load one with load_model")
 
 
 class Spec(NamedTuple):
-    """What a worker is to open. ``options``: keywords of ``edge_rt.open``; ``overrides``: of rules."""
+    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file."""
 
     model: str
     options: dict[str, Any]
     rules: str | None = None
-    overrides: tuple[str, ...] = ()
 
 
 class Supervisor:
@@ -45,7 +44,7 @@ class Supervisor:
         self.spec: Spec | None = None
         self._process: Process | None = None
         self._numbers = itertools.count(1)
-        self._held: list[tuple[int, Message, Took]] = []
+        self._held: list[tuple[int, Message, Took | None]] = []
         self._failures, self._served = 0, False
         self._failure = Ended("worker_died", "")
         self._retry: asyncio.TimerHandle | None = None
@@ -71,23 +70,37 @@ class Supervisor:
             if self._process is None:
                 raise ProtocolError(self._failure.code, self._failure.message)
         number = next(self._numbers)
-        if self._process is None:
+        if (process := self._living) is None:
             self._held.append((number, command, took))
         else:
-            self._send(self._process, number, command, took)
+            self._send(process, number, command, took)
         return number
 
     def tell(self, command: Message) -> None:
-        """Send a command that has no answer; nothing is to be said to a worker that is gone."""
-        if self._process is not None:
-            self._process.tell(command)
+        """Send a command that has no answer. A worker that is gone need not know; the next does, where more is held for it."""
+        if (process := self._living) is not None:
+            process.tell(command)
+        elif self._held:
+            self._held.append((0, command, None))
 
-    def drop(self, number: int) -> None:
-        """Nobody wants the answer to a command any more."""
-        self._held = [one for one in self._held if one[0] != number]
-        self.tell({"op": "drop", "request": number})
+    def cancel(self, number: int, *, drop: bool = False) -> None:
+        """End a generation. ``drop``: nobody wants the rest of its events."""
+        for one in self._held:
+            if one[0] == number and one[2] is not None:
+                self._held.remove(one)
+                one[2]({"error": {"code": "cancelled", "message": "the request was cancelled before it began"}})
+                return
+        self.tell({"op": "drop" if drop else "cancel", "request": number})
 
-    def _send(self, process: Process, number: int, command: Message, took: Took) -> None:
+    @property
+    def _living(self) -> Process | None:
+        """The worker, None if there is none, or one whose end is only not yet understood."""
+        return None if self._process is None or self._process.over else self._process
+
+    def _send(self, process: Process, number: int, command: Message, took: Took | None) -> None:
+        if took is None:
+            process.tell(command)
+            return
         if not process.pending:
             self._moved = _now()
         process.call(number, command, partial(self._answered, took))
@@ -180,7 +193,7 @@ class Supervisor:
 
     def _fail_held(self, how: Ended) -> None:
         held, self._held = self._held, []
-        for _, _, took in held:
+        for took in [took for _, _, took in held if took is not None]:
             took({"error": {"code": how.code, "message": how.message}})
 
     def _set(self, state: str, reason: str = "") -> None:

@@ -23,7 +23,7 @@ class Worker:
         ours.settimeout(30)
         self.socket, self.frames, self.said, self.news = ours, Frames(), {}, []
         options = {"engine": "null", "device": "null", **opening.pop("options", {})}
-        self.tell(op="open", id=0, model=str(model), options=options, rules=None, overrides=(), **opening)
+        self.tell(op="open", id=0, model=str(model), options=options, rules=None, **opening)
 
     def tell(self, **command):
         self.socket.sendall(pack(command))
