@@ -176,10 +176,12 @@ class Session:
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering a request; clone it when that is done")
         try:
-            other = self._model.session(context=self._context)
+            sequence = None
             if self._sequence is not None:
                 with self._model.lock:
-                    other._sequence = self._model.engine.fork_sequence(self._sequence, self._history.cells)
+                    sequence = self._model.engine.fork_sequence(self._sequence, self._history.cells)
+            other = self._model.session(context=self._context)
+            other._sequence = sequence
             other._history = History(self._history.tokens, self._history.evicted, self._history.condensed)
         finally:
             self._busy.release()
