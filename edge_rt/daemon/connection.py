@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from edge_rt.daemon import operations, protocol
 from edge_rt.daemon.address import peer
-from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.daemon.frames import Frames, Message, pack, pack_answer
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -214,11 +214,7 @@ class Connection(asyncio.Protocol):
         """Write a message; the client may be gone."""
         if self._closed:
             return
-        try:
-            data = pack(message)
-        except ProtocolError as error:
-            data = pack({"id": message["id"], "error": protocol.failure(error)})
-        self._transport.write(data)
+        self._transport.write(pack_answer(message))
         self._idle()
 
     def answer(self, number: int | None, result: Message) -> None:
@@ -272,5 +268,13 @@ class Connection(asyncio.Protocol):
 
     def _idle(self) -> None:
         """Something was said, by either side."""
-        if seconds := self.server.config.limits.idle_seconds:
-            self._after("idle", seconds, "nothing was asked")
+        self._stop("idle")
+        if (seconds := self.server.config.limits.idle_seconds) and not self._closed:
+            self._timers["idle"] = asyncio.get_running_loop().call_later(seconds, self._idled, seconds)
+
+    def _idled(self, seconds: float) -> None:
+        """Nothing was said for long: who waits for an answer may stay."""
+        if self.streams or self.waiting:
+            self._idle()
+        else:
+            self.end(ProtocolError("limit", f"nothing was asked for {seconds:g} seconds"))

@@ -30,6 +30,14 @@ def pack(message: Message) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def pack_answer(message: Message) -> bytes:
+    """The answer to a request as a frame; one that is too long becomes an error."""
+    try:
+        return pack(message)
+    except ProtocolError as error:
+        return pack({"id": message["id"], "error": {"code": "limit", "message": str(error)}})
+
+
 class Frames:
     """Bytes in as they come, whole messages out. ``max_bytes`` may change between two messages."""
 

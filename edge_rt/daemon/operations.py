@@ -183,7 +183,8 @@ def _generate(connection: Connection, request: Request, size: int) -> None:
 
 def _cancel(connection: Connection, request: Request, size: int) -> None:
     stream = connection.streams.get(request.fields["request"])
-    if stream is not None and not stream.ended:
+    if stream is not None and not stream.ended and not stream.cancelled:
+        stream.cancelled = True  # once: the worker need not hear it again and again
         connection.server.supervisor.cancel(stream.number)
     connection.answer(request.id, {"found": stream is not None})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,6 +26,8 @@ from edge_rt.errors import ProtocolError
 if TYPE_CHECKING:
     from edge_rt.daemon.protocol import Request
 
+_LEAVE_THE_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+"""A socket that systemd listens at is not ours to remove; ours is removed by its Listener."""
 CANCEL_SECONDS = 2.0
 """Seconds that requests have to end after they were cancelled because the daemon ends."""
 
@@ -60,7 +63,7 @@ class Server:
             if one.address.kind == "tcp":
                 serving = await loop.create_server(partial(Connection, self), sock=one.socket)
             else:
-                serving = await loop.create_unix_server(partial(Connection, self), sock=one.socket)
+                serving = await loop.create_unix_server(partial(Connection, self), sock=one.socket, **_LEAVE_THE_FILE)
             self._listeners.append((one, serving))
         if self.config.model is not None:
             self.supervisor.load(self.spec(self.config.model, self.config.model_options))

@@ -30,6 +30,8 @@ class Stream:
         """Of the last event or answer; they count from 1."""
         self.ended = False
         """The answer has come."""
+        self.cancelled = False
+        """The worker was told."""
         self.number = 0
         """Of the command to the worker."""
         self.request = 0

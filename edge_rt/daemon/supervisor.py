@@ -166,6 +166,8 @@ class Supervisor:
             self._moved = _now()
             if self.state == "starting":
                 self.phase = message
+            elif message["phase"] == "prefetch":  # which goes on behind the first answers
+                self.phase = {**message, "phase": "ready"}
         elif "rules" in message:
             self.rules = message["rules"]
         elif "beats" in message and (message["idle"] or message["beats"] != self._beats):

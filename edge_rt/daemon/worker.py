@@ -15,9 +15,8 @@ import threading
 import time
 from queue import Empty, SimpleQueue
 
-from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.daemon.frames import Frames, Message, pack_answer
 from edge_rt.daemon.serving import Serving
-from edge_rt.errors import ProtocolError
 
 BETWEEN_STEPS = 0.005
 """Seconds for commands between two steps, while somebody generates; what is left over then waits for the next."""
@@ -54,10 +53,7 @@ class Worker:
             return
 
     def _send(self, message: Message) -> None:
-        try:
-            data = pack(message)
-        except ProtocolError as error:  # an answer too long for a frame
-            data = pack({"id": message["id"], "error": {"code": error.code, "message": str(error)}})
+        data = pack_answer(message)
         try:
             with self._sending:
                 self._connection.sendall(data)

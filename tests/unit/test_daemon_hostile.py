@@ -13,7 +13,7 @@ from daemons import Daemon, write_plugin
 
 from edge_rt.daemon.address import parse
 from edge_rt.daemon.client import connected
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.frames import MAX_BYTES, Frames, pack, pack_answer, unpack
 
 CONFIG = """
 [limits]
@@ -236,6 +236,13 @@ def test_requests_under_way_and_bytes_of_them_are_limited(daemon):
         one.close()
 
 
+def test_an_answer_too_long_for_a_frame_is_an_error(daemon):
+    with connect(daemon, greet=True) as connection:
+        send(connection, pack({"id": 2, "op": "detokenize", "tokens": [1] * 90_000}))
+        assert "ok" in read(connection)[0]
+    assert unpack(pack_answer({"id": 2, "ok": {"text": "x" * MAX_BYTES}})[4:])["error"]["code"] == "limit"
+
+
 def test_the_same_id_twice(daemon):
     with connect(daemon, greet=True) as connection:
         options = {"max_tokens": 50, "ignore_eos": True}
@@ -280,3 +287,20 @@ def test_a_tcp_port_takes_only_who_has_the_key(tmp_path):
                 if code is None:
                     connection.sendall(pack({"id": 2, "op": "unload_model"}))
                     assert read(connection)[0]["error"]["code"] == "not_permitted"
+
+
+def test_who_asks_nothing_is_sent_away_and_who_waits_is_not(tmp_path, random_model):
+    write_plugin(tmp_path)
+    with Daemon(tmp_path, config="limits.idle_seconds = 0.5\n", model=str(random_model()), delay=0.7) as found:
+        until = time.monotonic() + 30
+        found.ready().close()
+        connection = connect(found, greet=True)
+        send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": {"max_tokens": 2, "ignore_eos": True}}))
+        while True:
+            (*_, last) = read(connection)
+            if "ok" in last:
+                break
+            assert time.monotonic() < until
+        started = time.monotonic()
+        assert ended(connection) == "limit"
+        assert 0.3 < time.monotonic() - started < 5
