@@ -1,5 +1,6 @@
 """The worker dies, hangs or cannot start: who asked is told at once, everyone else goes on, and nothing of a dead worker is heard again."""
 
+import asyncio
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import psutil
 import pytest
 from daemons import Daemon, write_plugin
 
+from edge_rt.daemon.aclient import AsyncClient
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta, Done
 
@@ -153,6 +155,41 @@ def test_a_stream_that_can_be_resumed_tells_the_death_too(start):
     os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
     assert died(events)[1].code == "worker_died"
     client.close()
+
+
+def test_what_waits_for_a_worker_can_be_cancelled(start):
+    client = start().ready()
+    os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+    wait_for_death(client, 1)
+    answers = client._ask("generate", {"prompt": "a", "options": {"max_tokens": 3000, "ignore_eos": True}})
+    assert client.call("cancel", request=answers.request) == {"found": True}
+    with pytest.raises(DaemonError, match="cancelled before it began"):
+        answers.result()
+    assert client.status()["server"]["requests"] == 0
+    assert ask(client, "a")
+    client.close()
+
+
+def test_a_daemon_that_is_gone_ends_streams_that_could_be_resumed(start, monkeypatch):
+    monkeypatch.setattr("edge_rt.daemon.client.PAUSES", (0.05, 0.05))
+    monkeypatch.setattr("edge_rt.daemon.aclient.PAUSES", (0.05, 0.05))
+    daemon = start()
+    client = daemon.ready()
+    events = client.generate("a", max_tokens=3000, ignore_eos=True, resumable=True)
+    next(events)
+
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as mine:
+            others = mine.generate("b", max_tokens=3000, ignore_eos=True, resumable=True)
+            await others.__anext__()
+            daemon.process.kill()
+            async for _ in others:
+                pass
+
+    with pytest.raises(DaemonError) as caught:
+        asyncio.run(work())
+    assert caught.value.code == "disconnected"
+    assert died(events)[1].code == "disconnected"
 
 
 def test_a_worker_that_dies_at_once_is_given_up_and_the_daemon_stays(start, folder):

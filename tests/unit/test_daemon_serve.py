@@ -130,6 +130,14 @@ def test_check_says_what_is_wrong(tmp_path, capsys, monkeypatch, words, message)
     assert message in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_ends_it(tmp_path):
+    daemon = Daemon(tmp_path, "-m", "nowhere.gguf")
+    done = subprocess.run(daemon.words, env=daemon.environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: there is no file nowhere.gguf;")
+    assert not daemon.socket.exists()
+
+
 def test_two_daemons_do_not_share_an_address(tmp_path):
     with Daemon(tmp_path) as first:
         second = subprocess.run(first.words, env=first.environment, capture_output=True, text=True, timeout=30, check=False)
@@ -172,6 +180,15 @@ def test_rules_are_read_again_and_a_mistake_is_in_the_status(folder, random_mode
         rules.write_text('[stars]\nsign = "w"\n')  # also without being told
         while signs() != {"w"}:
             assert time.monotonic() < until
+
+
+def test_rules_that_are_wrong_are_told_who_asks(folder, random_model):
+    (folder / "r.toml").write_text("[moons]\n")
+    with Daemon(folder, "--rules", str(folder / "r.toml"), model=str(random_model())) as daemon, daemon.client() as client:
+        with pytest.raises(DaemonError, match="line 1: there is no post-processor moons") as caught:
+            list(client.generate("a"))
+        assert caught.value.code == "rule"
+        assert "moons" in client.status()["worker"]["reason"]
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
