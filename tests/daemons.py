@@ -74,7 +74,7 @@ class Daemon:
     def __enter__(self) -> Daemon:
         self.process = subprocess.Popen(self.words, env=self.environment, stderr=subprocess.PIPE, bufsize=0)
         self.said = self.line()
-        assert b"edge-rt listens at" in self.said, self.said
+        assert b"listens at" in self.said or b"worker starting" in self.said, self.said
         return self
 
     def line(self, seconds: float = 30.0) -> bytes:

@@ -36,6 +36,7 @@ class Options(ModelOptions):
     check: bool = option(False, "--check", "Say what would happen, or what is wrong, and do nothing.")
     rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
     policy: str | None = option(None, "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
+    verbose: bool = option(False, "-v --verbose", "Say on standard error what becomes of the worker.")
     embedder: str | None = option(None, "--embedder NAME", "Embedder to recall by, see `edge-rt plugins`; the model's own if left out.")
 
 
@@ -53,7 +54,7 @@ def run(options: Options) -> int:
 
     from edge_rt.daemon.server import serve
 
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
     where = ", ".join(str(one.address) for one in listeners)
     asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}")))
     return 0

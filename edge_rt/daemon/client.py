@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of, hello_fields
+from edge_rt.daemon.conversation import Answers, Conversation, fields_of, hello_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -52,7 +52,11 @@ class Client:
             self._socket = connected(self.address, self._timeout)
         except OSError as error:
             raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
-        self.hello = self.call("hello", **hello_fields(self._key))
+        try:
+            self.hello = self.call("hello", **hello_fields(self._key))
+        except BaseException:
+            self.close()
+            raise
         self._conversation.resume()
 
     def _connect_again(self) -> None:
@@ -157,7 +161,7 @@ class Client:
             try:
                 self._socket.sendall(data)
             except OSError as error:
-                # The daemon may have said why before it closed.
+                self._last_words()
                 self._lost(error)
 
     def _receive(self) -> None:
@@ -177,9 +181,18 @@ class Client:
             self.close()
             raise DaemonError("disconnected", f"what answers at {self.address} is no daemon of edge-rt: {error}") from error
 
+    def _last_words(self) -> None:
+        """The daemon may have said why before it closed."""
+        assert self._socket is not None, "what could not be written to it can still be read"
+        try:
+            while data := self._socket.recv(1 << 18):
+                self._conversation.received(data)
+        except (OSError, ProtocolError):
+            return  # it has said no more
+
     def _lost(self, error: OSError | None) -> None:
         self.close()
-        raise DaemonError("disconnected", self._conversation.farewell or GONE) from error
+        raise self._conversation.gone() from error
 
     def close(self) -> None:
         """Leave; what runs for this connection ends, unless it can be resumed."""

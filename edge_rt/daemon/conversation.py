@@ -69,8 +69,7 @@ class Conversation:
     """One client's requests. After ``disconnected`` it goes on with the next connection."""
 
     def __init__(self) -> None:
-        self.farewell = ""
-        """Why the daemon ended the connection, if it said so."""
+        self._farewell: Message = {"code": "disconnected", "message": GONE}
         self._frames = Frames()
         self._asked: dict[int, Answers] = {}
         self._broken: list[Answers] = []
@@ -96,6 +95,10 @@ class Conversation:
         """Whether there are streams to go on with in another connection."""
         return bool(self._broken)
 
+    def gone(self) -> DaemonError:
+        """Why the connection ended: the daemon's last words, if it had any."""
+        return error_of(self._farewell)
+
     def give_up(self, error: DaemonError) -> None:
         """There is no other connection for them."""
         for answers in self._broken:
@@ -117,7 +120,7 @@ class Conversation:
         answers = self._asked.get(message.get("id", -1))
         if answers is None:
             if message.get("id") is None and "error" in message:
-                self.farewell = message["error"]["message"]
+                self._farewell = message["error"]
             return
         answers.seq = message.get("seq", answers.seq)
         if "event" not in message:
@@ -136,8 +139,8 @@ class Conversation:
             if answers.resumable:
                 self._broken.append(answers)
             else:
-                answers.end({"error": {"code": "disconnected", "message": self.farewell or GONE}})
-        self._frames, self.farewell = Frames(), ""
+                answers.end({"error": self._farewell})
+        self._frames, self._farewell = Frames(), {"code": "disconnected", "message": GONE}
         self._out.clear()
         self._asked.clear()
 

@@ -76,6 +76,8 @@ class Process(asyncio.Protocol):
         self._verdict = self._verdict or why
         if self._process.poll() is None:
             self._process.kill()
+        if self._transport is not None:
+            self._transport.abort()
 
     def _write(self, data: bytes) -> None:
         if self._transport is None:
@@ -135,14 +137,9 @@ class Process(asyncio.Protocol):
 
     async def _bury(self) -> None:
         """Wait for the status, which comes a moment after the connection ends, then tell everybody."""
-        for _ in range(100):
-            if self._process.poll() is not None:
-                break
-            await asyncio.sleep(0.002)
-        else:
+        if not await self._dead(0.2):
             self._process.kill()
-            while self._process.poll() is None:
-                await asyncio.sleep(0.002)
+            await self._dead(1.0)
         verdict = self._verdict or Ended("worker_died", f"the worker process {_how(self._process.returncode)}")
         pending, self.pending = self.pending, {}
         self._ended(self, verdict)
@@ -150,20 +147,27 @@ class Process(asyncio.Protocol):
             self._pass_on(took, {"error": {"code": verdict.code, "message": verdict.message}})
         self._gone.set()
 
-    async def stop(self, why: Ended, patience: float = 1.0) -> None:
+    async def _dead(self, seconds: float) -> bool:
+        """Wait for the process's end, so long at most; whether it came."""
+        until = asyncio.get_running_loop().time() + seconds
+        while self._process.poll() is None and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.002)
+        return self._process.poll() is not None
+
+    async def stop(self, why: Ended) -> None:
         """Let it end: it does when the connection does. What is pending gets this error."""
         self._verdict = self._verdict or why
         if self._transport is not None:
             self._transport.close()
-        until = asyncio.get_running_loop().time() + patience
-        while self._process.poll() is None and asyncio.get_running_loop().time() < until:
-            await asyncio.sleep(0.005)
+        await self._dead(1.0)
         self.kill(why)
         await self._gone.wait()
 
 
-def _how(status: int) -> str:
+def _how(status: int | None) -> str:
     """A process's status in words."""
+    if status is None:  # it waits for a disk that does not answer
+        return "does not answer, and cannot be ended"
     if status >= 0:
         return f"ended with status {status}"
     try:

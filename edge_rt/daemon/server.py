@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -37,7 +38,7 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.supervisor = Supervisor(config.hung_after, self._tell_systemd)
+        self.supervisor = Supervisor(config.hung_after, self._changed)
         self.sessions = Sessions(config.limits.sessions_per_user, config.keep_sessions, self._forget_session)
         self.draining = False
         self._connections: set[Connection] = set()
@@ -287,9 +288,12 @@ class Server:
             "worker_deaths": self.supervisor.deaths, "uptime": time.time() - self._started,
         }  # fmt: skip
 
-    def _tell_systemd(self) -> None:
+    def _changed(self) -> None:
+        """The worker's state is another."""
         worker = self.supervisor
-        addresses.notify(f"STATUS=worker {worker.state}" + (f": {worker.reason}" if worker.reason else ""))
+        said = f"worker {worker.state}" + (f": {worker.reason}" if worker.reason else "")
+        logging.getLogger("edge_rt.daemon").info(said)
+        addresses.notify(f"STATUS={said}")
 
     def reload_rules(self) -> None:
         """Read the rules again; whether that could be is in the status."""

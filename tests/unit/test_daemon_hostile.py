@@ -14,6 +14,7 @@ from daemons import Daemon, write_plugin
 from edge_rt.daemon.address import parse
 from edge_rt.daemon.client import connected
 from edge_rt.daemon.frames import MAX_BYTES, Frames, pack, pack_answer, unpack
+from edge_rt.errors import DaemonError
 
 CONFIG = """
 [limits]
@@ -268,6 +269,9 @@ def test_another_user_is_not_let_in(tmp_path):
         connection = connect(found)
         send(connection, HELLO)
         assert ended(connection) == "not_allowed"
+        with pytest.raises(DaemonError, match="you may not use this daemon") as caught:
+            found.client()
+        assert caught.value.code == "not_allowed"
 
 
 def test_a_tcp_port_takes_only_who_has_the_key(tmp_path):

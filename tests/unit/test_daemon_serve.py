@@ -146,6 +146,12 @@ def test_two_daemons_do_not_share_an_address(tmp_path):
         assert first.client().status()["worker"]["state"] == "none"
 
 
+def test_verbose_says_what_becomes_of_the_worker(folder, random_model):
+    with Daemon(folder, "-v", model=str(random_model())) as daemon:
+        said = [daemon.said, daemon.line(), daemon.line()]
+        assert sorted(said)[:2] == [b"INFO edge_rt.daemon: worker ready\n", b"INFO edge_rt.daemon: worker starting\n"]
+
+
 # ---- rules -----------------------------------------------------------------------------------------------------------
 
 
