@@ -1,9 +1,13 @@
 """The daemon with a real model: its own answers to many at once, through faults, and a program that knows only the document."""
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from daemons import Daemon
@@ -51,6 +55,16 @@ def test_one_after_another_and_all_at_once(daemon, alone):
             return await asyncio.gather(*(one(client, question) for question in QUESTIONS * 2))
 
     assert asyncio.run(work()) == alone * 2
+
+
+def test_a_program_that_knows_only_the_document(daemon):
+    program = Path(__file__).parent.parent / "peer_from_the_document.py"
+    words = [sys.executable, "-I", "-S", program, daemon.socket, "Once upon a time"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    with daemon.client() as client:
+        expected = text(client.generate("Once upon a time", temperature=0, max_tokens=40, ignore_eos=True))
+    assert json.loads(done.stdout) == [expected, expected]
 
 
 def test_a_schema_binds_the_answer(daemon):
