@@ -106,4 +106,6 @@ class Daemon:
         finally:
             self.process.kill()
             assert self.process.stderr is not None
+            said = self.process.stderr.read()
             self.process.stderr.close()
+        assert b"Traceback" not in said, said.decode()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from edge_rt.daemon import operations, protocol
 from edge_rt.daemon.address import peer
 from edge_rt.daemon.frames import Frames, Message, pack, pack_answer
-from edge_rt.errors import ProtocolError
+from edge_rt.errors import EdgeError, ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.protocol import Request
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
             self.server.count("requests", request.op)
             operations.run(self, request, self._frames.length)
         except Exception as error:
-            if not isinstance(error, ProtocolError):
+            if not isinstance(error, EdgeError):
                 logging.getLogger("edge_rt.daemon").error("%s failed", request.op, exc_info=error)
             if request.id is not None:
                 self.done(request.id)
