@@ -80,7 +80,7 @@ def test_a_configuration(tmp_path):
     [
         ("credit = 3", r"d\.toml, line 1: the file has no rule credit; did you mean credits\?"),
         ("\ncredits = 0", r"line 2: credits is 0; give 1 to 4096"),
-        ("[limits]\n\nconnections = '3'", "line 3: connections is '3'; give a whole number"),
+        ("[limits]\n\nconnections = '3'", "line 3: connections is a text; give a whole number"),
         ("listen = ['x', 'tcp:0.0.0.0:1']", "line 1: 'tcp:0.0.0.0:1' is no address"),
         ("users = ['nobody-at-all']", "line 1: there is no user nobody-at-all"),
         ("key_file = 'open'", "line 1: others may read the key"),
@@ -172,10 +172,10 @@ def test_rules_are_read_again_and_a_mistake_is_in_the_status(folder, random_mode
         assert client.call("reload_rules")["changed"]
         assert signs() == {"y"}
         rules.write_text("[stars]\nsign = 3\n")
-        with pytest.raises(DaemonError, match="line 2: sign is 3; give a text") as caught:
+        with pytest.raises(DaemonError, match="line 2: sign is a whole number; give a text") as caught:
             client.call("reload_rules")
         assert caught.value.code == "rule"
-        assert "line 2: sign is 3" in client.status()["rules"]["error"]
+        assert "line 2: sign is a whole number" in client.status()["rules"]["error"]
         assert signs() == {"y"}
         rules.write_text('[stars]\nsign = "z"\n')
         daemon.process.send_signal(signal.SIGHUP)
