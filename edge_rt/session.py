@@ -280,7 +280,7 @@ class Session:
         if allowed < asked and not self._memory_told:
             self._memory_told = True
             messages.append(f"free memory allows a context of {allowed:,} tokens and not {asked:,}; close something to have more")
-        if left := job.window.notice():
+        if left := job.window.notice(quote=not job.writer.pipeline.conceals):
             messages.append(left)
         if options.speculate and job.drafter is None:
             messages.append("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")

@@ -11,7 +11,7 @@ from edge_rt.registry import Registry
 from edge_rt.rules import RuleFile
 from edge_rt.testing.null_device import NullPlugin
 from edge_rt.testing.random_models import write_random_model
-from edge_rt.types import Delta, Done
+from edge_rt.types import Delta, Done, Notice
 
 REPLY = "The code is 12345, he said."
 
@@ -173,3 +173,17 @@ def test_a_stream_keeps_the_rules_it_began_with(model, tmp_path):
                     assert book.reload()
         assert (text, event.rules) == ("The code is xxxxx, he said.<whole>", before)
         assert answer(model, rules=book)[0] == "The code is yyyyyyyyyy, he said.<whole>"
+
+
+def test_what_leaves_the_context_is_not_quoted_where_something_is_concealed(tmp_path):
+    reply = "".join(f"His number is 5550{i}. " for i in range(40))
+    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply=reply), "a": plugin(closed=(digits, "", True))})
+    said = {}
+    with edge_rt.open(write_random_model(tmp_path / "m.gguf"), engine="null", device="null", registry=registry) as model:
+        for post in ((), ("closed",)):
+            with model.session(context=200) as session:
+                events = list(session.generate("Say it: ", temperature=0, post=post, max_tokens=600))
+            said[post] = "\n".join(event.message for event in events if isinstance(event, Notice))
+    assert "left the context of 200 (graded): 'Say it:', 'His number is 55500." in said[()]
+    assert "left the context of 200 (graded)" in said["closed",]
+    assert "555" not in said["closed",]

@@ -157,17 +157,18 @@ class Window:
             self.released + (self._passes.released if self._passes else 0),
         )  # fmt: skip
 
-    def notice(self) -> str | None:
-        """What left and what came back since the last call, in words."""
+    def notice(self, *, quote: bool) -> str | None:
+        """What left and what came back since the last call, in words; ``quote``: with the first of theirs."""
         left, self._left = self._left, []
         returned, self._returned = self._returned, []
         said = []
         if left:
-            what = _quoted([one.segment.text for one in left], sum(one.tokens for one in left))
-            said.append(f"{what[0]} left the context of {self.allowed:,} ({self.policy}): {what[1]}")
+            what = _counted(len(left), sum(one.tokens for one in left))
+            quoted = _quoted([one.segment.text for one in left]) if quote else ""
+            said.append(f"{what} left the context of {self.allowed:,} ({self.policy}){quoted}")
         if returned:
-            what = _quoted([gone.text for gone in returned], sum(gone.end - gone.start for gone in returned))
-            said.append(f"{what[0]} came back for the question: {what[1]}")
+            what = _counted(len(returned), sum(gone.end - gone.start for gone in returned))
+            said.append(f"{what} came back for the question{_quoted([gone.text for gone in returned]) if quote else ''}")
         if self._passes and (pruned := self._passes.notice()):
             said.append(pruned)
         if self._ended:
@@ -386,9 +387,12 @@ class Window:
             history.evicted = [gone for gone in history.evicted if gone.end <= back]
 
 
-def _quoted(texts: Sequence[str], tokens: int) -> tuple[str, str]:
-    """How many segments, and how the first of them begin."""
+def _counted(segments: int, tokens: int) -> str:
+    """How many segments."""
+    return f"{segments} segment{'s' if segments != 1 else ''} ({tokens:,} tokens)"
+
+
+def _quoted(texts: Sequence[str]) -> str:
+    """How the first of some segments begin."""
     quoted = [repr(" ".join(text.split())[:_SHOWN]) for text in texts[:_EXAMPLES]]
-    more = ", ..." if len(texts) > _EXAMPLES else ""
-    parts = "1 segment" if len(texts) == 1 else f"{len(texts)} segments"
-    return f"{parts} ({tokens:,} tokens)", ", ".join(quoted) + more
+    return f": {', '.join(quoted)}{', ...' if len(texts) > _EXAMPLES else ''}"

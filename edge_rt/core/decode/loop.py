@@ -128,7 +128,7 @@ def steps(job: Job) -> Steps[None]:
     if rest := job.writer.finish(whole=reason == "end_of_generation"):
         yield Delta(rest)
     pipeline = job.writer.pipeline
-    for message in (*pipeline.notices, job.window.notice()):
+    for message in (*pipeline.notices, job.window.notice(quote=not pipeline.conceals)):
         if message:
             yield Notice(message)
     now = time.perf_counter()
