@@ -154,3 +154,39 @@ def test_the_text_to_go_on_from_has_what_is_concealed_out_and_nothing_else_chang
     pipeline = chain(Replace("a", "A"))
     assert (run(pipeline, ["abc", "a"]), pipeline.text) == ("AbcA", "abca")
     assert Pipeline([]).text is None
+
+
+def test_the_failure_of_one_before_what_conceals_does_not_tell_the_text():
+    class Quotes(Delay):
+        def feed(self, text):
+            raise self.wrong(f"cannot do {text}")
+
+    for wrong in (ValueError, PluginError):
+        pipeline = chain(Quotes(wrong=wrong), Replace("secret", "-"), Quotes(wrong=wrong), closed={1})
+        assert run(pipeline, ["a secret"]) == "a -"
+        first, second = pipeline.notices
+        assert (first.partition(": ")[2][: len(wrong.__name__) + 8], "secret" in first) == (f"{wrong.__name__} at line", False)
+        assert second.endswith("cannot do a -")  # what comes to the third was seen by the second
+
+
+def test_after_an_interrupt_nothing_more_comes_out():
+    class Interrupted(Delay):
+        def feed(self, text):
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return text
+
+    pipeline = chain(Delay(2), Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.feed("abcd")
+    assert (pipeline.cut(""), pipeline.flush(), pipeline.feed("e")) == ("", "", "")
+
+
+def test_one_that_holds_what_is_no_text_is_left_out():
+    class Odd(Delay):
+        held = b"c"
+
+    pipeline = chain(Odd(1))
+    assert run(pipeline, ["abc"]) == "abc"
+    assert "not text" in pipeline.notices[0]

@@ -1,9 +1,9 @@
 """Chains post-processors: each takes the text of the one before, and at the end of the stream they are ended in order.
 
 A post-processor that raises, stalls, or returns something that is no text, is out. If it fails closed the stream stops: PluginError,
-and nothing more comes out; nor does the message tell what was raised, which may quote the text. Otherwise the text it had taken and
-not given back goes on without it, as far as that is known, and a notice says so. It is known of one that tells what it holds, and of
-any other while it has given back its input unchanged.
+and nothing more comes out. Otherwise the text it had taken and not given back goes on without it, as far as that is known, and a notice
+says so. It is known of one that tells what it holds, and of any other while it has given back its input unchanged. What was raised may
+quote the text, so it is told only of those whose text nothing is to conceal any more.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Running:
     def note(self, text: str, result: str) -> None:
         """It took a text and gave a result."""
         if self.tells is not None:
-            pending: str | None = self.tells.held
+            pending: str | None = _checked(self.tells.held)
         elif self.pending is None:
             return
         else:
@@ -148,37 +148,47 @@ class Pipeline:
 
     def _feed(self, one: _Running, text: str) -> str:
         try:
-            result = one.feed(text)
-            if not isinstance(result, str):
-                raise TypeError(f"it returned {type(result).__name__}, not text")
+            result = _checked(one.feed(text))
             one.note(text, result)
         except Exception as error:  # whatever a plugin raises is its failure, not ours
             return self._leave_out(one, error, text)
+        except BaseException:  # an interrupt: what it left of the processor's work cannot be trusted
+            self._ended = True
+            raise
         return result
 
     def _end(self, one: _Running, following: str | None) -> str:
         processor = one.stage.processor
         try:
-            result = processor.cut(following) if following is not None and isinstance(processor, HandlesCut) else processor.flush()
-            if not isinstance(result, str):
-                raise TypeError(f"it returned {type(result).__name__}, not text")
+            return _checked(processor.cut(following) if following is not None and isinstance(processor, HandlesCut) else processor.flush())
         except Exception as error:
             return self._leave_out(one, error, "")
-        return result
+        except BaseException:
+            self._ended = True
+            raise
 
     def _leave_out(self, one: _Running, error: Exception, text: str) -> str:
         """A processor failed: stop the stream, or go on without it. Returns the text it should have processed."""
         stage, pending = one.stage, one.pending
         by = f"post-processor {stage.name}" + (f" of plugin {stage.plugin}" if stage.plugin not in ("", stage.name) else "")
+        reason = f"{type(error).__name__}{_where(error)}"
         if stage.fails_closed:
             self._ended = True
             # Nor is the exception chained: a log that shows it would show the text.
-            raise PluginError(f"{by} failed and the stream must not go on without it: {type(error).__name__}{_where(error)}") from None
+            raise PluginError(f"{by} failed and the stream must not go on without it: {reason}") from None
         one.left_out = True
-        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        if one not in self._concealing:
+            reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         lost = "; text it held back may be missing" if pending is None else ""
         self.notices.append(f"{by} failed and was left out from there on: {reason}{lost}")
         return (pending or "") + text
+
+
+def _checked(text: str) -> str:
+    """What a processor gave, if it is text. Raises TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"it gave {type(text).__name__}, not text")
+    return text
 
 
 def _where(error: Exception) -> str:
