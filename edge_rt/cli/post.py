@@ -75,7 +75,6 @@ class _Work:
         self._done: dict[str, dict[str, int]] = {}
         self._held: dict[str, int] = {}
         self._rules = ""
-        self._line = ""
 
     def part(self, text: str) -> None:
         """More of the text."""
@@ -83,17 +82,18 @@ class _Work:
 
     def line(self, text: str) -> None:
         """More lines, or parts of one: each is a text of its own."""
-        *whole, self._line = (self._line + text).split("\n")
+        *whole, rest = text.split("\n")
         for line in whole:
             self.part(line)
             self._finish(cut=False)
             write_bytes(b"\n")
+        if rest:
+            self.part(rest)
 
     def end(self, *, cut: bool = False) -> None:
         """There is no more text, or not for us."""
-        if self._line:
-            self.part(self._line)
-        self._finish(cut=cut)
+        if self._pipeline is not None:
+            self._finish(cut=cut)
 
     def report(self) -> dict[str, object]:
         """What was done so far."""
@@ -103,6 +103,7 @@ class _Work:
     def _started(self) -> Pipeline:
         if self._pipeline is None:
             self._pipeline = self._book.current.pipeline(self._chosen)
+            self._pipeline.forget()
         return self._pipeline
 
     def _finish(self, *, cut: bool) -> None:

@@ -8,10 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from unittest.mock import patch
 
 import pytest
 
 from edge_rt.cli import main as cli
+from edge_rt.cli.post import _Work
+from edge_rt.registry import Registry
+from edge_rt.rules import Ruleset
 
 CODE = """
 from edge_rt.hooks import PostProcessorFactory, hookimpl
@@ -154,6 +159,35 @@ def test_doctor_looks_at_rules(call, site):
     found = json.loads(call("doctor", "--rules", "r.toml", "--json")[1])
     assert found["rules"]["ok"]
     assert found["problems"] == []
+
+
+def test_nothing_of_a_long_text_or_line_is_kept(site):
+    for lines in (False, True):
+        work, written = _Work(Ruleset({"stars": {}}, Registry.load()), ()), 0
+
+        def count(data):
+            nonlocal written
+            written += len(data)
+
+        with patch("edge_rt.cli.post.write_bytes", count):
+            process = work.line if lines else work.part
+            process("a" * 1000)
+            tracemalloc.start()
+            for _ in range(1000):
+                process("b" * 1000)
+            kept, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert written == 1_001_000  # as it came
+            assert kept < 50_000
+
+
+def test_lines_that_end_are_all_there_are(site):
+    work, written = _Work(Ruleset({"stars": {}}, Registry.load()), ()), []
+    with patch("edge_rt.cli.post.write_bytes", written.append):
+        work.line("")
+        work.end()
+    assert work.report() == {"rules": "", "post": []}  # no text was begun for what follows the last line
+    assert written == []
 
 
 # ---- as a process ----------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Pipeline:
         self._all = [_Running(stage) for stage in stages]
         last = max((i for i, stage in enumerate(stages) if stage.fails_closed), default=-1)
         self._concealing, self._others = self._all[: last + 1], self._all[last + 1 :]
-        self._safe: list[str] = []
+        self._safe: list[str] | None = [] if stages else None
         self._ended = False
         self.rules = rules
         self.notices: list[str] = []
@@ -95,7 +95,11 @@ class Pipeline:
     @property
     def text(self) -> str | None:
         """All that came in so far, but for what is concealed: for a conversation to go on from. None without post-processors."""
-        return "".join(self._safe) if self._all else None
+        return "".join(self._safe) if self._safe is not None else None
+
+    def forget(self) -> None:
+        """Keep none of the text, for a stream that may have no end: ``text`` is None."""
+        self._safe = None
 
     @property
     def held(self) -> tuple[tuple[str, int | None], ...]:
@@ -111,7 +115,7 @@ class Pipeline:
         if self._ended:
             return ""
         text = self._through(self._concealing, text)
-        self._safe.append(text)
+        self._keep(text)
         return self._through(self._others, text)
 
     def flush(self) -> str:
@@ -126,10 +130,14 @@ class Pipeline:
         if self._ended:
             return ""
         text = self._through_end(self._concealing, "", following)
-        self._safe.append(text)
+        self._keep(text)
         text = self._through_end(self._others, text, following)
         self._ended = True
         return text
+
+    def _keep(self, text: str) -> None:
+        if self._safe is not None:
+            self._safe.append(text)
 
     def _through(self, stages: list[_Running], text: str) -> str:
         for one in stages:
