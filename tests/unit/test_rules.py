@@ -23,7 +23,10 @@ READS = [
     (lambda r: r.texts("k"), ["x"], {"k": ["x", ""]}, "k has '' in it; give texts that are not empty"),
     (lambda r: r.texts("k"), ["x"], {"k": "x"}, "k is a text; give a list"),
     (lambda r: r.table("k").text("a"), {"a": "x"}, {"k": []}, "k is a list; give a table"),
-    (lambda r: r.tables("k"), [], {"k": [{}, 1]}, "k has 1 where a table is expected; write [[t.k]]"),
+    (lambda r: r.tables("k"), [], {"k": [{}, 1]}, "k has a whole number where a table is expected; write [[t.k]]"),
+    (lambda r: r.texts("k"), ["x"], {"k": ["x", 13800138000]}, "k has a whole number in it; give texts that are not empty"),
+    (lambda r: r.integer("k", 5), 3, {"k": 1 << 20_000}, "k is a number of more than 64 bits; give a smaller one"),
+    (lambda r: r.number("k", 0.5, 0, 1), 0.25, {"k": 1 << 20_000}, "k is a number of more than 64 bits; give a smaller one"),
     (lambda r: r.file("k"), None, {"k": "none.txt"}, "k names none.txt, which cannot be read: no such file or directory; check the name"),
 ]
 
@@ -136,6 +139,18 @@ def test_the_line_of_a_value(place, line, end):
 )
 def test_the_line_of_a_mistake_in_the_writing(text, line, reason):
     with pytest.raises(RuleError, match=rf"line {line}: it is not TOML: {reason}"):
+        toml_place.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a = " + "[" * 20_000, "it has too many lists and tables in each other"),
+        ("a = " + "1" * 5_000, "it has a number of too many digits"),
+    ],
+)
+def test_what_python_cannot_read(text, reason):
+    with pytest.raises(RuleError, match=f"^{reason}"):
         toml_place.parse(text)
 
 

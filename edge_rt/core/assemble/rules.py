@@ -13,6 +13,8 @@ Place = tuple[str | int, ...]
 """Where a value is: keys of tables and indices of lists, from the top of the file."""
 
 _NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a table"}
+_LARGEST = (1 << 63) - 1
+"""Whole numbers of TOML have 64 bits."""
 
 
 class Rules:
@@ -74,7 +76,7 @@ class Rules:
         given = self._get(key, list, list(default))
         for i, value in enumerate(given):
             if not isinstance(value, str) or not value:
-                raise self.error(f"{key} has {value!r} in it; give texts that are not empty", key, i)
+                raise self.error(f"{key} has {_kind(value) if value != '' else repr(value)} in it; give texts that are not empty", key, i)
         return tuple(given)
 
     def table(self, key: str) -> Rules:
@@ -86,13 +88,19 @@ class Rules:
         found = self._get(key, list, [])
         for i, value in enumerate(found):
             if not isinstance(value, dict):
-                raise self.error(f"{key} has {value!r} where a table is expected; write [[{self.name}.{key}]]", key, i)
+                raise self.error(f"{key} has {_kind(value)} where a table is expected; write [[{self.name}.{key}]]", key, i)
         return [self._table(value, key, i) for i, value in enumerate(found)]
 
     def file(self, key: str) -> tuple[Path, str]:
         """A file that a rule names, relative to the rule file, and its text. It is watched as the rule file is."""
         name = self._get(key, str, None)
-        path = (self._folder or Path()) / Path(name).expanduser()
+        try:
+            path = (self._folder or Path()) / Path(name).expanduser()
+            path.stat()
+        except OSError:
+            pass  # reading says why, and it may come to be
+        except (ValueError, RuntimeError) as error:  # a character that no name has, a user that is not there
+            raise self.error(f"{key} is not the name of a file; check it", key) from error
         self._files[path] = ""
         try:
             self._files[path] = path.read_text(encoding="utf-8-sig")
@@ -141,11 +149,12 @@ class Rules:
                 raise self.error(f"{self.name} has no {key}; give {_NAMES[kind]}")
             return default
         value = self._values[key]
+        if isinstance(value, int) and abs(value) > _LARGEST:  # Python refuses to write some of these
+            raise self.error(f"{key} is a number of more than 64 bits; give a smaller one", key)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)  # type: ignore[return-value]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            # Not the value itself: it may be a key.
-            raise self.error(f"{key} is {_NAMES.get(type(value), type(value).__name__)}; give {_NAMES[kind]}", key)
+            raise self.error(f"{key} is {_kind(value)}; give {_NAMES[kind]}", key)
         return value
 
     def _chosen(self, value: str, choices: Sequence[str], *at: str | int) -> str:
@@ -157,3 +166,8 @@ class Rules:
         table = Rules(values, (*self._place, *at), self._folder)
         self._tables.append(table)
         return table
+
+
+def _kind(value: Any) -> str:
+    """What kind of value it is. Not the value itself: it may be a key."""
+    return _NAMES.get(type(value), type(value).__name__)

@@ -28,6 +28,10 @@ def parse(text: str) -> dict[str, Any]:
         line = re.match(r"line (\d+)", where)
         at = int(line[1]) if line else text.count("\n") + 1
         raise RuleError(f"it is not TOML: {reason[:1].lower()}{reason[1:]}", line=at) from error
+    except RecursionError as error:
+        raise RuleError("it has too many lists and tables in each other; give one with fewer") from error
+    except ValueError as error:  # Python reads numbers up to a length
+        raise RuleError("it has a number of too many digits; give a smaller one") from error
     return tables
 
 
