@@ -63,8 +63,10 @@ class Ruleset:
         top = Rules(values)
         known = list(self._registry.post_processors())
         for name, table in values.items():
-            if name != "pipeline" and (not isinstance(table, Mapping) or name not in known):
+            if name != "pipeline" and name not in known:
                 raise top.error(f"there is no post-processor {name}; there is {', '.join(known) or 'none'}", name)
+            if name != "pipeline" and not isinstance(table, Mapping):
+                top.table(name)  # says what it is instead
         order = top.choices("pipeline", known, [name for name in values if name != "pipeline"])
         if twice := next((name for i, name in enumerate(order) if name in order[:i]), None):
             raise top.error(f"pipeline names {twice} twice; name it once", "pipeline")
@@ -127,17 +129,13 @@ class _Seen(NamedTuple):
     modified: int
 
 
-def _look(paths: Iterable[Path]) -> tuple[_Seen, ...]:
-    """The state of files; one that is not there has none."""
-    seen = []
-    for path in paths:
-        try:
-            found = path.stat()
-        except OSError:
-            seen.append(_Seen(path, 0, -1, 0))
-        else:
-            seen.append(_Seen(path, found.st_ino, found.st_size, found.st_mtime_ns))
-    return tuple(seen)
+def _look(path: Path) -> _Seen:
+    """The state of a file; one that is not there has none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return _Seen(path, 0, -1, 0)
+    return _Seen(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def change(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -190,10 +188,8 @@ class RuleFile:
         self.exchanged = 0
         """How often the rules were exchanged."""
         self._generation = registry.generation
-        self._files: list[Path] = [self.path]
-        before = _look(self._files)
+        self._seen: tuple[_Seen, ...] = (_look(self.path),)  # of each file, when it was read
         self.current = self._read()
-        self._seen = before + _look(self._files[1:])
         self._unsettled: tuple[_Seen, ...] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="edge-rt rules", daemon=True) if watch else None
@@ -205,7 +201,7 @@ class RuleFile:
 
         The rules are compiled again when a file changed, and when a plugin's code was reloaded.
         """
-        seen = _look(self._files)
+        seen = tuple(_look(one.path) for one in self._seen)
         if self._registry.generation != self._generation:
             return self.reload()
         if seen == self._seen:
@@ -214,7 +210,7 @@ class RuleFile:
         if seen != self._unsettled:
             self._unsettled = seen
             return False
-        self._unsettled, self._seen = None, seen
+        self._unsettled = None
         return self.reload()
 
     def reload(self) -> bool:
@@ -243,18 +239,22 @@ class RuleFile:
         """Compile the file as it is now. Raises RuleError with file and line."""
         from edge_rt.core.assemble import toml_place
 
+        before = {one.path: _look(one.path) for one in self._seen}  # what changes while it is read is read again
         files: dict[Path, str] = {}
         try:
             text = self._text()
             try:
-                return Ruleset(change(toml_place.parse(text), self._overrides), self._registry, folder=self.path.parent, files=files)
+                tables = toml_place.parse(text)
+                if not tables:  # an editor that failed leaves such a file, and nothing would be concealed any more
+                    raise RuleError("it has no rules; add a table, as [redaction], or say pipeline = []")
+                return Ruleset(change(tables, self._overrides), self._registry, folder=self.path.parent, files=files)
             except RuleError as error:
                 if any(toml_place.has(toml_place.parse(override), error.place) for override in self._overrides if error.place):
                     raise RuleError(error.reason, place=error.place) from error  # it is not the file that is wrong
                 line = error.line if error.line is not None else toml_place.line_of(text, error.place)
                 raise RuleError(error.reason, place=error.place, file=str(self.path), line=line) from error
         finally:
-            self._files = [self.path, *files]
+            self._seen = tuple(before.get(path) or _look(path) for path in (self.path, *files))
 
     def _text(self) -> str:
         """Raises RuleError."""

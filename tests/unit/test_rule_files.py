@@ -77,7 +77,10 @@ def test_one_without_a_table_has_its_default_rules(registry):
     ("values", "message"),
     [
         ({"mrak": {}}, "there is no post-processor mrak; there is .*mark"),
-        ({"mark": 1}, "there is no post-processor mark"),
+        ({"mark": 1}, "mark is a whole number; give a table"),
+        ({"mark": [{}]}, "mark is a list; give a table"),
+        ({"mark": {"file": "a\0b"}}, "file is not the name of a file; check it"),
+        ({"mark": {"file": "~no-such-user/b"}}, "file is not the name of a file; check it"),
         ({"pipeline": ["other"]}, "pipeline cannot be 'other'; choose from"),
         ({"pipeline": ["mark", "mark"]}, "pipeline names mark twice; name it once"),
         ({"mark": {"marc": "x"}}, "mark has no rule marc; did you mean mark?"),
@@ -196,6 +199,31 @@ def test_files_that_rules_name_are_watched_too(registry, tmp_path, file):
     assert "line 2: file names m.txt, which cannot be read" in str(book.error)
     (tmp_path / "m.txt").write_text("3")
     assert [book.check(), book.check(), text_of(book.current)] == [False, True, "3a3b"]
+
+
+def test_a_mistake_is_told_once_whatever_files_come_with_it(registry, tmp_path, file):
+    told = []
+    book = RuleFile(file, registry, watch=False, told=told.append)
+    file.write_text('[mark]\nfile = "none.txt"\n')
+    for _ in range(6):
+        book.check()
+    assert [str(error) for error in told] == [
+        f"{file}, line 2: file names none.txt, which cannot be read: no such file or directory; check the name"
+    ]
+    (tmp_path / "none.txt").write_text("1")
+    assert [book.check(), book.check(), book.check()] == [False, True, False]
+    assert (told[1:], text_of(book.current)) == ([None], "1a1b")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_a_file_without_rules_is_not_taken(registry, file, text):
+    """An editor that fails leaves an empty file; nothing would be concealed any more."""
+    book = RuleFile(file, registry, watch=False)
+    file.write_text(text)
+    assert (book.reload(), text_of(book.current)) == (False, "<a<b")
+    assert str(book.error) == f"{file}: it has no rules; add a table, as [redaction], or say pipeline = []"
+    file.write_text("pipeline = []\n")
+    assert (book.reload(), text_of(book.current)) == (True, "ab")
 
 
 def test_the_watching_thread_does_so(registry, file, monkeypatch):
