@@ -154,6 +154,50 @@ def test_what_python_cannot_read(text, reason):
         toml_place.parse(text)
 
 
+NESTED = """\
+p = [
+  {name = 1001, regex = 1002},
+  # {
+  {name = 1003, regx = 1004, l = [1005,
+    1006]},
+  { a = { b = [ {c = 1007},
+     {c = 1008} ] } },
+]
+q = {a = [[1009], [1010,
+ 1011 # ] [
+], []], b = 1012}
+d."x y".'z' = [ {k = 1013}, {k = 1014},
+   {k = 1015}]
+s = '''
+[a]
+k = 1
+'''
+o = ''''q'''''
+k = 1016 # \"\"\"
+[[ x ]]
+[[x]]
+ y . "ключ" = 1017
+"""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_values_in_inline_tables_and_lists_of_lists_are_found(end):
+    text = NESTED.replace("\n", end)
+    places = {value: place for place, value in leaves(toml_place.parse(text)) if isinstance(value, int)}
+    assert sorted(places) == list(range(1001, 1018))
+    for value, place in places.items():
+        assert toml_place.line_of(text, place) == text[: text.index(str(value))].count("\n") + 1
+
+
+def leaves(values, place=()):
+    """(place, value) of all that holds no others."""
+    if isinstance(values, (dict, list)):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from leaves(value, (*place, key))
+    else:
+        yield place, values
+
+
 _KEYS = st.sampled_from(["a", "b", "c d", 'e"f'])
 _ITEMS = st.lists(st.sampled_from(["1", '"x,]"', "'[ #'", '"""m\nn"""', "{ z = [1, 2] }"]), max_size=5)
 _SPACE = st.sampled_from(["", " ", "\n", "\n  # [ , \"\n"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect_left
 from typing import Any
 
 from edge_rt.core.assemble.rules import Place
@@ -38,21 +39,15 @@ def parse(text: str) -> dict[str, Any]:
 def line_of(text: str, place: Place) -> int | None:
     """The line, from 1, of the value at a place in a file that ``parse`` takes; of the table around it if it is not there.
 
-    The value's statement is the first with which the file, ended there, has it; the item of a list is found by counting commas.
+    The value's statement is the first with which the file, ended there, has it; in lists and inline tables the same is tried at commas.
     """
     while place and not has(parse(text), place):
         place = place[:-1]
     if not place:
         return None
     starts = _statements(text)
-    low, high = 0, len(starts) - 1  # of the first low statements none has it, of the first high one
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if has(parse(text[: starts[middle]]), place) else (middle, high)
-    start, end = starts[low], starts[high]
-    if isinstance(place[-1], int) and has(parse(text[:end]), (*place[:-1], 0)) and not text[start:end].lstrip().startswith("[["):
-        start = _item(text, start, end, place[-1])
-    return text.count("\n", 0, start) + 1
+    number = bisect_left(starts, True, 1, len(starts) - 1, key=lambda end: has(parse(text[:end]), place))
+    return text.count("\n", 0, _inside(text, starts[number - 1], starts[number], place)) + 1
 
 
 _TOKEN = re.compile(
@@ -71,18 +66,26 @@ def _statements(text: str) -> list[int]:
     return starts if starts[-1] == len(text) else [*starts, len(text)]
 
 
-def _item(text: str, start: int, end: int, index: int) -> int:
-    """Where the item of that index begins in the list that is a statement's value."""
-    depth, value = 0, False
+_CLOSING = {"[": "]", "{": "}"}
+
+
+def _inside(text: str, start: int, end: int, place: Place) -> int:
+    """Where the value begins in its statement: behind the last bracket or comma where the file, all brackets closed, does not have it."""
+    if text[start:end].lstrip().startswith("["):
+        return start  # a header
+    ends, closing = [(start, "")], ""
     for token in _TOKEN.finditer(text, start, end):
-        value = value or token[0] == "="
-        depth += value * ((token[0] in "[{") - (token[0] in "]}"))
-        if (depth == 1 and token[0] in "[,") and index >= 0:
-            index -= 1
-            if index < 0:
-                found = re.compile(r"(?:\s|#[^\n]*)*").match(text, token.end())
-                return found.end() if found else token.end()
-    return start
+        if token[0] in _CLOSING:
+            closing = _CLOSING[token[0]] + closing
+            ends.append((token.end(), closing))
+        elif token[0] in "]},":
+            ends.append((token.start(), closing))
+            closing = closing[token[0] != "," :]
+    first = bisect_left(ends, True, 1, key=lambda one: has(parse(text[: one[0]] + one[1]), place))
+    if not 1 < first < len(ends):
+        return start
+    found = re.compile(r"(?:[\s,]|#[^\n]*)*").match(text, ends[first - 1][0])
+    return found.end() if found else start
 
 
 def has(values: Any, place: Place) -> bool:
