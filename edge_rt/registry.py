@@ -7,6 +7,7 @@ keeps the objects it got, so nothing here is touched in the token loop.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -95,6 +96,7 @@ class Registry:
         self._collected: dict[str, dict[str, Any]] = {}
         self._probed: dict[str, Offer | Refusal] = {}
         self._points: dict[str, installed.EntryPoint] = {}
+        self._lock = threading.RLock()  # what was collected while code is reloaded would be kept with the old
         self.generation = 0
         """How often code was reloaded: what was made of an earlier generation's is to be made again."""
 
@@ -201,6 +203,15 @@ class Registry:
         point, status = self._points.get(plugin), self._status.get(plugin)
         if point is None or status is None or status.state == "disabled":
             raise PluginError(f"no plugin named {plugin} can be reloaded; see `edge-rt plugins`")
+        with self._lock:
+            hooks = self._exchange(plugin, point)
+            self._status[plugin] = status._replace(state="ok", reason="", hooks=hooks)
+            self._collected.clear()
+            self._probed.clear()
+            self.generation += 1
+
+    def _exchange(self, plugin: str, point: installed.EntryPoint) -> tuple[str, ...]:
+        """Register a plugin's code anew and return its hooks. Raises PluginError, and then the old is registered."""
         registered = self._manager.get_plugin(plugin)
         with fresh_modules(point) as keep:
             try:
@@ -213,10 +224,7 @@ class Registry:
                     self._manager.register(registered, plugin)
                 raise PluginError(f"plugin {plugin} goes on with its old code: {rejected}") from rejected.__cause__
             keep()
-        self._status[plugin] = status._replace(state="ok", reason="", hooks=hooks)
-        self._collected.clear()
-        self._probed.clear()
-        self.generation += 1
+        return hooks
 
     # ---- choosing ----------------------------------------------------------------------------------------------------
 
@@ -347,8 +355,14 @@ class Registry:
 
     def _collect(self, hook: str, kind: Any, wrap: Callable[[str, Any], _T]) -> dict[str, _T]:
         """What all plugins return from a hook, wrapped, by name; called once."""
-        if hook in self._collected:
-            return self._collected[hook]
+        with self._lock:
+            if hook not in self._collected:
+                self._collected[hook] = self._call(hook, kind, wrap)
+            found: dict[str, _T] = self._collected[hook]
+        return found
+
+    def _call(self, hook: str, kind: Any, wrap: Callable[[str, Any], _T]) -> dict[str, _T]:
+        """Call a hook of all plugins."""
         found: dict[str, _T] = {}
         owners: dict[str, str] = {}
         for plugin, function in self._implementations(hook):
@@ -366,7 +380,6 @@ class Registry:
                 else:
                     found[item.name] = wrap(plugin, item)
                     owners[item.name] = plugin
-        self._collected[hook] = found
         return found
 
     def _named(self, kind: str, offers: Mapping[str, _T], name: str) -> _T:

@@ -1,10 +1,13 @@
 """A plugin's code imported anew, under streams that go on with the old."""
 
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from edge_rt.errors import PluginError
+from edge_rt.hooks import hookimpl
 from edge_rt.registry import Registry
 from edge_rt.rules import RuleFile, Ruleset
 
@@ -100,6 +103,30 @@ def test_rules_are_compiled_again_with_the_new_code(package, tmp_path):
     (package / "helper.py").write_text("def change(text): return text.lower()\n")
     registry.reload("pair")
     assert (said(book.current), book.check(), said(book.current), book.exchanged, book.check()) == ("AB", True, "ab", 1, False)
+
+
+def test_who_asks_while_code_is_reloaded_gets_the_old_or_the_new_and_afterwards_the_new(package):
+    """A hook of another plugin is slow: what was collected before the reload must not be kept after it."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    @hookimpl
+    def edge_rt_post_processors():
+        asked.set()
+        assert go_on.wait(20)
+        return []
+
+    registry = Registry.load(plugins={"slow": SimpleNamespace(EDGE_RT_API=1, edge_rt_post_processors=edge_rt_post_processors)})
+    asking = threading.Thread(target=registry.post_processors)
+    asking.start()
+    assert asked.wait(20)
+    (package / "main.py").write_text(CODE.format(description="new"))
+    reloading = threading.Thread(target=registry.reload, args=("pair",))
+    reloading.start()
+    reloading.join(0.3)
+    go_on.set()
+    asking.join()
+    reloading.join()
+    assert (registry.generation, registry.post_processor("change").description) == (1, "new")
 
 
 def test_only_installed_plugins_can_be_reloaded():
