@@ -23,11 +23,22 @@ def model(tmp_path_factory):
         yield opened
 
 
+class Locked:
+    """An engine that is called by nobody without the lock: sessions outside the batch use it too."""
+
+    def __init__(self, engine, lock):
+        self.engine, self.lock = engine, lock
+
+    def __getattr__(self, name):
+        assert name == "info" or self.lock.locked(), f"{name} was called without the lock"
+        return getattr(self.engine, name)
+
+
 class Requests:
     """Requests of a batch, with what became of them."""
 
     def __init__(self, model):
-        self.model, self.batch = model, Batch(model.engine, model.lock)
+        self.model, self.batch = model, Batch(Locked(model.engine, model.lock), model.lock)
         self.text, self.done, self.errors, self.running, self.sessions = Counter(), {}, {}, {}, {}
 
     def add(self, name, prompt, *, priority="normal", take=lambda event: True, **options):

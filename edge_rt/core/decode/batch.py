@@ -99,7 +99,8 @@ class Batch:
             return False
         started = time.perf_counter()
         try:
-            results = self._feed(chosen)
+            with self._lock:
+                results = self._feed(chosen)
         except Exception:
             for one, part in chosen:
                 self._alone(one, part)
@@ -150,24 +151,23 @@ class Batch:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _feed(self, chosen: Sequence[tuple[Running, Part]]) -> list[Logits | None]:
-        with self._lock:
-            results = self._engine.step([part for _, part in chosen])
-            if len(chosen) == 1:
-                return results
-            # One request's eviction may use the engine before the next has read its logits.
-            return [None if logits is None else logits.copy() for logits in results]
+        """One step of the engine. The lock is held."""
+        results = self._engine.step([part for _, part in chosen])
+        # One request's eviction may use the engine before the next has read its logits, and so may a session that is not in the batch.
+        return [None if logits is None else logits.copy() for logits in results]
 
     def _alone(self, one: Running, part: Part) -> None:
         """A step failed: each request takes its own, and the one whose fault it is fails."""
         try:
-            if self._engine.length(part.sequence) != one.job.history.cells + one.fed:
-                raise OutOfMemory("a step that failed left a part of its tokens behind; ask again")
-            try:
-                (logits,) = self._feed([(one, part)])
-            except OutOfMemory:
-                if self._engine.length(part.sequence) != one.job.history.cells + one.fed or not one.job.relieve():
-                    raise
-                (logits,) = self._feed([(one, part)])
+            with self._lock:
+                if self._engine.length(part.sequence) != one.job.history.cells + one.fed:
+                    raise OutOfMemory("a step that failed left a part of its tokens behind; ask again")
+                try:
+                    (logits,) = self._feed([(one, part)])
+                except OutOfMemory:
+                    if self._engine.length(part.sequence) != one.job.history.cells + one.fed or not one.job.relieve():
+                        raise
+                    (logits,) = self._feed([(one, part)])
         except Exception as error:  # it is the loop's affair, as if it had taken the step
             one.part, one.fed = None, 0
             self._advance(one, partial(one.steps.throw, error))
@@ -189,7 +189,8 @@ class Batch:
             from edge_rt.errors import Cancelled
 
             if one.fed:
-                self._engine.truncate(one.part.sequence, one.job.history.cells)  # type: ignore[union-attr]
+                with self._lock:
+                    self._engine.truncate(one.part.sequence, one.job.history.cells)  # type: ignore[union-attr]
             one.part, one.fed = None, 0
             self._advance(one, partial(one.steps.throw, Cancelled("the request was cancelled")))
 
