@@ -29,7 +29,9 @@ class Aside:
         self._calls: queue.SimpleQueue[Callable[[], str] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        if isinstance(processor, HoldsText):
+        self._tells = processor if isinstance(processor, HoldsText) else None  # asking takes longer than a call
+        self._counted = processor if isinstance(processor, CountsWork) else None
+        if self._tells is not None:
             self.held = ""
         self.counts: Mapping[str, int] = {}
 
@@ -58,10 +60,10 @@ class Aside:
             raise Stalled(f"it did not come back within {self._patience:g} seconds") from None
         if isinstance(result, Exception):
             raise result
-        if isinstance(self._processor, HoldsText):
-            self.held = self._processor.held
-        if isinstance(self._processor, CountsWork):
-            self.counts = self._processor.counts
+        if self._tells is not None:
+            self.held = self._tells.held
+        if self._counted is not None:
+            self.counts = self._counted.counts
         return result
 
     def __del__(self) -> None:
