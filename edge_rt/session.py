@@ -359,5 +359,9 @@ def _check(options: GenerateOptions, max_context: int) -> None:
         raise OptionError(f"logprobs is {options.logprobs}; give 0 to 100")
     if not 0 <= options.speculate <= 64:
         raise OptionError(f"speculate is {options.speculate}; give 0 to 64")
+    if isinstance(options.post, str):
+        raise OptionError(f"post is the text {options.post!r}; give a list of names")
+    if isinstance(options.rules, (str, Path)):
+        raise OptionError(f"rules is the name {str(options.rules)!r}; open it with edge_rt.rules.RuleFile")
     if options.grammar is not None and options.json_schema is not None:
         raise OptionError("a grammar and a JSON schema contradict each other; give one of them")

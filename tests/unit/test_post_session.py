@@ -160,6 +160,18 @@ def test_rules_of_a_request(model, tmp_path):
         assert (text, done.rules) == ("The code is xxxxx, he said.<whole>", book.current.version)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"post": "open"}, "post is the text 'open'; give a list of names"),
+        ({"rules": "rules.toml"}, "rules is the name 'rules.toml'; open it with edge_rt.rules.RuleFile"),
+    ],
+)
+def test_names_where_something_else_is_expected(model, options, message):
+    with pytest.raises(OptionError, match=f"^{message}$"):
+        answer(model, **options)
+
+
 def test_a_stream_keeps_the_rules_it_began_with(model, tmp_path):
     path = tmp_path / "rules.toml"
     path.write_text('[open]\nsign = "x"\n')
