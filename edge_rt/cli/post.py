@@ -52,18 +52,18 @@ def run(options: Options) -> int:
         raise OptionError("there is nothing to do; name post-processors with --post, as --post redaction, or give --rules")
     with rulebook(options, registry, watch=options.lines, told=lambda error: say(f"note: {error or 'the rules were exchanged'}")) as book:
         work = _Work(book or Ruleset({}, registry), chosen)
+        interrupted = False
         try:
             for text in _texts(options):
                 (work.line if options.lines else work.part)(text)
         except KeyboardInterrupt:
-            work.end(cut=True)
-            return 130
-        work.end()
+            interrupted = True
+        work.end(cut=interrupted)
         if options.counts:
             import json
 
             say(json.dumps(work.report(), ensure_ascii=False))
-    return 0
+    return 130 if interrupted else 0
 
 
 class _Work:
@@ -90,7 +90,7 @@ class _Work:
         if rest:
             self.part(rest)
 
-    def end(self, *, cut: bool = False) -> None:
+    def end(self, *, cut: bool) -> None:
         """There is no more text, or not for us."""
         if self._pipeline is not None:
             self._finish(cut=cut)

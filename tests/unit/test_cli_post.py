@@ -185,7 +185,7 @@ def test_lines_that_end_are_all_there_are(site):
     work, written = _Work(Ruleset({"stars": {}}, Registry.load()), ()), []
     with patch("edge_rt.cli.post.write_bytes", written.append):
         work.line("")
-        work.end()
+        work.end(cut=False)
     assert work.report() == {"rules": "", "post": []}  # no text was begun for what follows the last line
     assert written == []
 
@@ -218,11 +218,12 @@ def test_text_comes_out_as_it_goes_in(site):
 
 
 def test_ctrl_c_cuts_the_text(site):
-    with start("--post", "stars") as process:
-        process.stdin.write(b"ab1")
-        assert read_until(process.stdout, b"ab") == b"ab"
+    with start("--post", "stars", "--counts") as process:
+        process.stdin.write(b"a2b1")
+        assert read_until(process.stdout, b"b") == b"a*b"
         process.send_signal(signal.SIGINT)
-        assert (process.stdout.read(), process.wait(20), process.stderr.read()) == (b"<cut>", 130, b"")
+        assert (process.stdout.read(), process.wait(20)) == (b"<cut>", 130)
+        assert json.loads(process.stderr.read())["post"] == [{"name": "stars", "counts": {"digits": 1}, "most_held": 1}]
 
 
 def test_rules_change_between_lines(site):
