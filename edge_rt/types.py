@@ -187,7 +187,7 @@ class Done(NamedTuple):
     """The last event of every generation.
 
     ``rules``: the version of the rules that ``post`` followed, all through. ``text``: where there are post-processors, the answer for a
-    conversation to go on from: as the model wrote it, but for what they conceal.
+    conversation to go on from: as the model wrote it, or as it left the last post-processor that conceals.
     """
 
     reason: FinishReason
