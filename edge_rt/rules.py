@@ -184,6 +184,7 @@ class RuleFile:
     ) -> None:
         """``overrides``: see ``change``. Raises RuleError, PluginError: the first version must be right."""
         self.path, self._registry, self._overrides, self._told = Path(path), registry, tuple(overrides), told
+        self._reading = threading.RLock()  # what is read first must not become current last
         self.error: RuleError | None = None
         self.exchanged = 0
         """How often the rules were exchanged."""
@@ -215,6 +216,10 @@ class RuleFile:
 
     def reload(self) -> bool:
         """Read the file now; whether ``current`` was exchanged. If it could not be, ``error`` says why and everything stays."""
+        with self._reading:
+            return self._exchange()
+
+    def _exchange(self) -> bool:
         had, generation = self.error, self._registry.generation
         try:
             fresh = self._read()

@@ -226,6 +226,38 @@ def test_a_file_without_rules_is_not_taken(registry, file, text):
     assert (book.reload(), text_of(book.current)) == (True, "ab")
 
 
+def test_the_older_of_two_versions_does_not_come_last(tmp_path):
+    """One is read on demand while the watching thread still compiles the one before."""
+    compiling, go_on = threading.Event(), threading.Event()
+
+    def compile_rules(rules):
+        mark = rules.text("mark", "")
+        if mark == "old":
+            compiling.set()
+            assert go_on.wait(20)
+        return lambda: Mark(mark, "")
+
+    @hookimpl
+    def edge_rt_post_processors():
+        return [PostProcessorFactory("mark", compile_rules)]
+
+    plugins = {"p": SimpleNamespace(EDGE_RT_API=1, edge_rt_post_processors=edge_rt_post_processors)}
+    path = tmp_path / "rules.toml"
+    path.write_text("[mark]\n")
+    book = RuleFile(path, Registry.load(entry_points=False, plugins=plugins), watch=False)
+    path.write_text('[mark]\nmark = "old"\n')
+    first, second = (threading.Thread(target=book.reload) for _ in range(2))
+    first.start()
+    assert compiling.wait(20)
+    path.write_text('[mark]\nmark = "new"\n')
+    second.start()
+    second.join(0.3)
+    go_on.set()
+    first.join()
+    second.join()
+    assert text_of(book.current) == "newanewb"
+
+
 def test_the_watching_thread_does_so(registry, file, monkeypatch):
     monkeypatch.setattr("edge_rt.rules.INTERVAL", 0.01)
     told = threading.Event()
