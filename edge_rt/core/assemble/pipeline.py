@@ -94,7 +94,7 @@ class Pipeline:
 
     @property
     def text(self) -> str | None:
-        """All that came in so far, as it left the last processor that conceals: for a conversation to go on from. None if it is not kept."""
+        """All that came in so far, as the last processor that conceals left it: for a conversation to go on from. None: not kept."""
         return "".join(self._safe) if self._safe is not None else None
 
     def forget(self) -> None:
