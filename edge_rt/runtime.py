@@ -290,15 +290,15 @@ class Model:
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
-    def session(self, *, context: int | None = None) -> Session:
-        """Open a session. ``context``: cells it may use, else as many as the model was opened with. Raises OptionError."""
+    def session(self, *, context: int | None = None, owner: str = "") -> Session:
+        """Open one. ``context``: cells it may use, else the model's. ``owner``: it shares beginnings with no other. Raises OptionError."""
         from edge_rt.session import Session
 
-        session = Session(self, context=context)
+        session = Session(self, context=context, owner=owner)
         self._sessions.add(session)
         return session
 
-    def restore(self, path: str | Path) -> Session:
+    def restore(self, path: str | Path, *, owner: str = "") -> Session:
         """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model or engine."""
         from edge_rt.core.context import session_file
         from edge_rt.session import Session
@@ -312,7 +312,7 @@ class Model:
                 if sequence is not None:
                     self.engine.free_sequence(sequence)
                 raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
-        session = Session(self, sequence, saved.history)
+        session = Session(self, sequence, saved.history, owner=owner)
         self._sessions.add(session)
         return session
 
@@ -321,7 +321,7 @@ class Model:
         self._sessions.discard(session)
         if sequence is not None and not self._closed:
             with self.lock:
-                self.prefixes.give(sequence, tokens)
+                self.prefixes.give(sequence, tokens, session.owner)
 
     def grader(self) -> Callable[[Segment], Grade]:
         """The grader of what may leave the context, made when it is first needed. Raises PluginError."""

@@ -70,9 +70,10 @@ class Session:
     """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
 
     def __init__(
-        self, model: Model, sequence: int | None = None, history: History | None = None, *, context: int | None = None
+        self, model: Model, sequence: int | None = None, history: History | None = None, *, context: int | None = None, owner: str = ""
     ) -> None:  # fmt: skip
         """Use ``Model.session`` or ``Model.restore``."""
+        self.owner = owner
         self._model = model
         self._sequence = sequence
         self._history = history if history is not None else History()
@@ -180,7 +181,7 @@ class Session:
             if self._sequence is not None:
                 with self._model.lock:
                     sequence = self._model.engine.fork_sequence(self._sequence, self._history.cells)
-            other = self._model.session(context=self._context)
+            other = self._model.session(context=self._context, owner=self.owner)
             other._sequence = sequence
             other._history = History(self._history.tokens, self._history.evicted, self._history.condensed)
         finally:
@@ -247,14 +248,14 @@ class Session:
         model = self._model
         with model.lock:
             own = self._history.boundary(common_prefix(self._history.tokens, tokens))
-            other = model.prefixes.take(tokens) if own < len(tokens) // 2 else None
+            other = model.prefixes.take(tokens, self.owner) if own < len(tokens) // 2 else None
             if other and other[1] > own:
                 if self._sequence is not None:
-                    model.prefixes.give(self._sequence, self._history.whole())
+                    model.prefixes.give(self._sequence, self._history.whole(), self.owner)
                 self._sequence, own = other
                 self._history = History(tokens[:own])
             elif other:
-                model.prefixes.give(other[0], tokens[: other[1]])
+                model.prefixes.give(other[0], tokens[: other[1]], self.owner)
             if self._sequence is None:
                 self._sequence = model.engine.new_sequence()
             free = affordable(model.engine, self._history.cells)

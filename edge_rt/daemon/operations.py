@@ -89,7 +89,8 @@ def _session(connection: Connection, request: Request) -> Known:
         return one
     if one.saved is None:
         raise ProtocolError("session_lost", "the worker died and the session was never saved; open another")
-    server.call({"op": "restore_session", "session": one.id, "path": str(one.saved)}, partial(_restored, one))
+    command = {"op": "restore_session", "session": one.id, "path": str(one.saved), "owner": str(one.user)}
+    server.call(command, partial(_restored, one))
     one.epoch = server.supervisor.epoch
     return one
 
@@ -134,7 +135,7 @@ def _new(connection: Connection, request: Request, size: int, make: Callable[[Kn
 
 def _open_session(connection: Connection, request: Request, size: int) -> None:
     context = {"context": request.fields["context"]} if "context" in request.fields else {}
-    _new(connection, request, size, lambda one: {"op": "open_session", "session": one.id, **context})
+    _new(connection, request, size, lambda one: {"op": "open_session", "session": one.id, "owner": str(one.user), **context})
 
 
 def _clone_session(connection: Connection, request: Request, size: int) -> None:
@@ -146,7 +147,7 @@ def _restore_session(connection: Connection, request: Request, size: int) -> Non
     path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
     if not path.exists():
         raise ProtocolError("session_file", f"there is no saved session {request.fields['name']}; save one with save_session")
-    command = {"op": "restore_session", "path": str(path)}
+    command = {"op": "restore_session", "path": str(path), "owner": str(_user(connection))}
     _new(connection, request, size, lambda one: {**command, "session": one.id}, saved=path)
 
 
@@ -177,7 +178,8 @@ def _generate(connection: Connection, request: Request, size: int) -> None:
         raise ProtocolError("option", f"the priority is none; choose from {', '.join(protocol.PRIORITIES)}")
     protocol.options(fields.get("options", {}))
     session = _session(connection, request) if "session" in fields else None
-    command = {"op": "generate", **{name: value for name, value in fields.items() if name != "resumable"}}
+    rest = {name: value for name, value in fields.items() if name != "resumable"}
+    command = {"op": "generate", "owner": str(_user(connection)), **rest}
     connection.server.generate(connection, request, size, command, session)
 
 

@@ -155,7 +155,7 @@ class Serving:
         return found
 
     def _open_session(self, command: Message) -> Message:
-        self._sessions[command["session"]] = self._opened.session(context=command.get("context"))
+        self._sessions[command["session"]] = self._opened.session(context=command.get("context"), owner=command.get("owner", ""))
         return {}
 
     def _close_session(self, command: Message) -> None:
@@ -176,7 +176,7 @@ class Serving:
         return {}
 
     def _restore_session(self, command: Message) -> Message:
-        self._sessions[command["session"]] = session = self._opened.restore(command["path"])
+        self._sessions[command["session"]] = session = self._opened.restore(command["path"], owner=command.get("owner", ""))
         return {"tokens": len(session.tokens)}
 
     # ---- generation --------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class Serving:
         if one.unwanted:
             raise Cancelled("the request was dropped, or its session closed")
         own = "session" not in command
-        session = self._opened.session() if own else self._session(command)
+        session = self._opened.session(owner=command.get("owner", "")) if own else self._session(command)
         try:
             options: dict[str, Any] = protocol.options(command.get("options", {}))
             prompt = command["prompt"] if "prompt" in command else command["messages"]

@@ -352,3 +352,11 @@ def test_closing_the_model_closes_sessions(open_null: Callable[..., Model]) -> N
     model.close()
     with pytest.raises(OptionError, match="closed"):
         session.generate("x")
+
+
+def test_beginnings_are_shared_with_their_owner_alone(model):
+    prompt = "Once upon a time there was a pump in Leeds, and "
+    for owner, reused in (("a", False), ("b", False), ("a", True), ("", False), ("b", True)):
+        with model.session(owner=owner) as session, session.clone() as clone:
+            *_, done = clone.generate(prompt, max_tokens=1, temperature=0)
+            assert (done.usage.reused_tokens > 0) == reused, owner

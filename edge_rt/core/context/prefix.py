@@ -14,10 +14,11 @@ WORTH = 16
 
 
 class Kept(NamedTuple):
-    """A sequence nobody uses now, and the tokens in its cells."""
+    """A sequence nobody uses now, the tokens in its cells, and whose they are."""
 
     sequence: int
     tokens: list[int]
+    owner: str
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -46,14 +47,17 @@ def cut(engine: Engine, sequence: int, cells: int, *, gaps: bool = False) -> int
 
 
 class PrefixCache:
-    """Holds sequences of ended sessions within a budget of cells, least recently used out first."""
+    """Holds sequences of ended sessions within a budget of cells, least recently used out first.
+
+    Each has an owner, and serves no one else: how long a prompt takes would tell one what another asked.
+    """
 
     def __init__(self, engine: Engine, budget: int) -> None:
         """``budget``: cells over all kept sequences."""
         self._engine, self._budget = engine, budget
         self._kept: list[Kept] = []
 
-    def give(self, sequence: int, tokens: list[int]) -> None:
+    def give(self, sequence: int, tokens: list[int], owner: str = "") -> None:
         """Take over a sequence whose session ended and that begins with ``tokens``; it is freed if that is not worth keeping."""
         if isinstance(self._engine, PrunesCells):
             self._engine.watch(sequence, 0)
@@ -61,18 +65,19 @@ class PrefixCache:
         if left < WORTH:
             self._engine.free_sequence(sequence)
             return
-        self._kept.append(Kept(sequence, tokens[:left]))
+        self._kept.append(Kept(sequence, tokens[:left], owner))
         while sum(len(kept.tokens) for kept in self._kept) > self._budget:
             self._engine.free_sequence(self._kept.pop(0).sequence)
 
-    def take(self, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """A sequence that starts like ``tokens`` as (sequence, cells in common), now the caller's own; None if nothing is worth it.
+    def take(self, tokens: Sequence[int], owner: str = "") -> tuple[int, int] | None:
+        """An owner's sequence that starts like ``tokens`` as (sequence, cells in common), now the caller's; None if none is worth it.
 
         A kept sequence that would lose more cells than it shares is copied, so that others can still start from it.
         """
-        if not self._kept:
+        mine = [kept for kept in self._kept if kept.owner == owner]
+        if not mine:
             return None
-        best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, tokens))
+        best = max(mine, key=lambda kept: common_prefix(kept.tokens, tokens))
         shared = common_prefix(best.tokens, tokens)
         if shared < WORTH:
             return None
