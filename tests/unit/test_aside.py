@@ -52,6 +52,21 @@ def test_what_it_raises_is_raised_here():
         Aside(Broken()).feed("x")
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_one_that_would_end_the_program_ends_only_itself(kind, capfd):
+    class Ends:
+        def feed(self, text):
+            raise kind(text)
+
+        def flush(self):
+            return ""
+
+    pipeline = Pipeline([Stage("ends", Aside(Ends()), fails_closed=True)])
+    with pytest.raises(PluginError, match=r"ends failed .*: Quit at line"):
+        pipeline.feed("secret")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_one_that_stalls_is_left_out_and_its_text_goes_on():
     slow = Slow(at=2)
     pipeline = Pipeline([Stage("slow", Aside(slow, patience=0.05))])

@@ -21,8 +21,12 @@ class Stalled(Exception):
     """A post-processor did not come back in time."""
 
 
+class Quit(Exception):
+    """A post-processor raised what ends a program."""
+
+
 class Aside:
-    """Passes calls on to a post-processor's own thread and waits for the result. Raises Stalled, and what the processor raises."""
+    """Passes calls on to a post-processor's own thread and waits for the result. Raises Stalled, Quit, and what the processor raises."""
 
     def __init__(self, processor: PostProcessor, patience: float = PATIENCE) -> None:
         self._processor, self._patience = processor, patience
@@ -77,3 +81,5 @@ def _work(calls: queue.SimpleQueue[Callable[[], str] | None], results: queue.Sim
             results.put(call())
         except Exception as error:
             results.put(error)
+        except BaseException as error:  # else it would end this thread, and its message, the text perhaps, be written to standard error
+            results.put(Quit(f"it raised {type(error).__name__}"))
