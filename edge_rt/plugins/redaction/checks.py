@@ -21,9 +21,10 @@ def iban(found: str, before: str) -> Verdict:
     return ("iban", 0, len(found)) if 15 <= len(code) <= 34 and value % 97 == 1 else None
 
 
-_IN_MIDST = re.compile(r"[0-9] ?\. ?$")
+_IN_MIDST = re.compile(r"[0-9]\.\Z")
+_IN_MIDST_APART = re.compile(r"[0-9] ?\. ?\Z")
 _OCTETS = re.compile("[0-9]+")
-_VERSION = re.compile(r"(?:(?:version|ver\.?|版本号?|release|section|§|第)[ :]?|(?<![A-Za-z])v)$", re.I)
+_VERSION = re.compile(r"(?:(?:version|(?<![A-Za-z])ver\.?|版本号?|release|section|§|第)[ :]?|(?<![A-Za-z])v)\Z", re.I)
 
 
 def ip(found: str, before: str) -> Verdict:
@@ -34,7 +35,8 @@ def ip(found: str, before: str) -> Verdict:
     text = kept.replace(SKIP, "")
     if not any(char.isdigit() for char in text):
         return None
-    if _IN_MIDST.search(before) is not None or (" " in text and len(set(_OCTETS.split(text)) - {""}) > 1):
+    midst = _IN_MIDST_APART if " " in text else _IN_MIDST  # what stands apart may be the number of an item in a list
+    if ":" not in text and (midst.search(before) is not None or len(set(_OCTETS.split(text)) - {""}) > 1):
         return None
     text = text.replace(" ", "")
     if _VERSION.search(before.replace(SKIP, "")) is not None:
@@ -52,18 +54,32 @@ _COMMON_DOMAINS = re.compile(
     "com|net|org|edu|gov|mil|int|info|biz|cn|hk|tw|mo|jp|kr|sg|us|uk|ca|au|de|fr|it|es|nl|ru|br|eu|ch|at|be|se|no|fi|pl|cz|in"
     "|io|ai|co|me|cc|tv|dev|app|xyz|top|site|online|shop|vip|club"
 )
+_NO_WORDS = frozenset("com org edu gov cn hk jp kr uk eu fr de".split())
+"""Of those, which begin no sentence and end none."""
 _SPELT = re.compile(r"[\[(](?:at|dot)[\])]", re.I)
 _DOT = re.compile("[.。｡]")
 
 
 def email(found: str, before: str) -> Verdict:
-    """An address with a domain of two names or more; if there are blanks in it, the last must be a well-known one."""
+    """An address with a domain of two names or more. If there are blanks in it, the last must be a well-known one, and if that is a word
+    as well (It, me), the blanks must be on both sides of @ and dot, as no sentence has them.
+    """
     first, last = len(found) - len(found.lstrip("'-.+%" + SKIP)), len(found.rstrip("-'" + SKIP))
     text = _SPELT.sub(".", found[first:last].replace(SKIP, ""))
     domain = _DOT.split(text)[-1].strip().lower()
     if len(domain) < 2 or not (domain.isalpha() or domain.startswith("xn--")) or text[0] in "@. ":
         return None
-    return ("email", first, last) if " " not in text or _COMMON_DOMAINS.fullmatch(domain) else None
+    return ("email", first, last) if " " not in text or _apart(text, domain) else None
+
+
+_BLANK_ON_ONE_SIDE = re.compile(r"(?<! )[@.] | [@.](?! )")
+
+
+def _apart(text: str, domain: str) -> bool:
+    """Is a text with blanks an address, or the end of a sentence and the beginning of the next?"""
+    if domain in _NO_WORDS:
+        return True
+    return _COMMON_DOMAINS.fullmatch(domain) is not None and _BLANK_ON_ONE_SIDE.search(text) is None and not text.endswith(domain.title())
 
 
 _WORDS = re.compile(r"[a-z]*(?:[_-][a-z]{1,12}){2,}[_-]?")
@@ -125,7 +141,7 @@ _EXPRESSION = re.compile(
     r"|(?:os|self|process|request|config|settings|args|options|env)\b|get|is\b|the\b|must|should|was\b|has\b|your[_-]?|example|placeholder|changeme|[a-z_.]+[\[(]",
     re.I,
 )
-_SAID = re.compile(r"(?:is|was) +[\"'*_`“”]*$")
+_SAID = re.compile(r"(?:is|was) +[\"'*_`“”]*\Z")
 
 
 def password(found: str, before: str) -> Verdict:
@@ -151,6 +167,11 @@ def credentials(found: str, before: str) -> Verdict:
     return ("password", 0, len(found) - 1)
 
 
+_DAY_OR_TIME = re.compile(r"[0-9]{4}([\-./])[0-9]{1,2}\1\Z|[0-9]{1,2}/[0-9]{1,2}/\Z|[0-9]:(?:[0-9]{2}:)?\Z")
+
+
 def trimmed(found: str, before: str) -> Verdict:
-    """An address without the blank or full stop after it."""
+    """An address without the blank or full stop after it. Its number is not the end of a date or a time."""
+    if _DAY_OR_TIME.search(before) is not None:
+        return None
     return ("address", 0, len(found.rstrip(" ." + SKIP)))

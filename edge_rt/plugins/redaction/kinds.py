@@ -40,6 +40,7 @@ _TOKEN_REST, _DOTTED_REST, _PEM_REST = _rest("_-+/="), _rest("_-+/=."), _rest("+
 _VALUE_REST = re.compile(f"[!#-&(-_a-~！-～{_PASSED_OVER}]*")
 
 _SEPARATOR = r"[ \-·._()]{0,3}"
+_APART = r"[ \-·._()]{1,3}"
 _NUMBER = rf"(?<![0-9])[+(]?[0-9](?:{_SEPARATOR}[0-9]){{6,21}}"
 
 _LETTER = "A-Za-z0-9À-ÖØ-öø-ɏͰ-ϿЀ-ԯ"
@@ -78,6 +79,7 @@ SOURCES: tuple[Source, ...] = (
     _source("number", rf"(?<![0-9])[0-9](?:{_SEPARATOR}[0-9]){{16}}{_SEPARATOR}[Xx](?![0-9])", numbers.number),
     _source("number", rf"{_NUMBER}(?![0-9])", numbers.number),
     _source("number", rf"{_NUMBER}{_SEPARATOR}(?![0-9 \-·._()])", numbers.last_number),
+    _source("number", rf"(?<![0-9])[0-9](?:{_APART}[0-9]){{6,18}}{_APART}[0-9]{{2}}", numbers.one_by_one),
     _source("iban", r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}(?![A-Za-z0-9])", checks.iban),
     _source("email", _EMAIL, checks.email),
     _source("ip", r"(?<![0-9])[0-9]{1,3}(?: ?\. ?[0-9]{1,3}){3} ?\.{0,6}(?![0-9.])", checks.ip),

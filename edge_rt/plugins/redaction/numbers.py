@@ -11,12 +11,18 @@ import re
 from edge_rt.plugins.redaction.characters import SKIP, significant
 from edge_rt.plugins.redaction.checks import Verdict
 
-_BETWEEN = " -·._()" + SKIP
+_SEPARATORS = " -·._()"
+_BETWEEN = _SEPARATORS + SKIP
 _NO_SIGNS = str.maketrans("", "", "+._")
 _GROUP = re.compile("[0-9Xx]+")
-_ROW_BEFORE = re.compile(r"[0-9][ \-·._()\u200b]{1,3}$")
-_DIGIT_BEFORE = re.compile(r"(?:^|[^0-9])[0-9][ \-·._()\u200b]{1,3}$")
-_INSIDE = re.compile(r"(?:(?<![0-9.])0\.|[0-9][a-fA-F]{1,8})$")  # a fraction, a number in base 16
+_ROW_BEFORE = re.compile(r"[0-9][ \-·._()\u200b]{1,3}\Z")
+_DIGIT_BEFORE = re.compile(r"(?:\A|[^0-9])[0-9]([ \-·._()\u200b]{1,3})\Z")
+_INSIDE = re.compile(r"(?:(?<![0-9.])0\.|[0-9][a-fA-F]{1,8})\Z")  # a fraction, a number in base 16
+_JOINED = re.compile(r"[A-Za-z0-9][0-9.\-]*\Z")  # it is the end of a longer number, an ISBN or a part number
+_DECIMAL = re.compile(r"[0-9]{1,2}\.[0-9]+")
+_INTEGER = re.compile(r"\w[^\n]*(?<![0-9.])[0-9]{1,3}\.\Z")  # not where a line begins: there it is the number of an item
+_YEARS = re.compile("(?:19|20)[0-9]{2}-(?:19|20)[0-9]{2}")
+_SENTENCE_END = re.compile("[\n。]")
 _PHONE_WORDS = re.compile(
     "电话|手机|座机|号码|联系|致电|拨打|热线|传真|短信|電話|手機|聯絡|"
     "(?<![a-z])(?:tel(?:ephone)?|(?:cell|mobile)?[ -]?phone|mobile|cell|call|fax|dial|whatsapp|sms|hotline)(?:s|ed|ing)?"
@@ -26,7 +32,7 @@ _PHONE_WORDS = re.compile(
 _CARD_WORDS = re.compile(r"卡|账号|帐号|账户|card|visa|master|amex|account|acct|pan\b|unionpay", re.I)
 _ID_WORDS = re.compile(r"身份|证件|证号|公民|\bid\b|identity|ID", re.I)
 _NEAR = 24
-_DIRECTLY = 8
+_DIRECTLY, _NEXT = 8, 3
 
 _REGIONS = frozenset((*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83))
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
@@ -34,6 +40,8 @@ _DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _AREA = re.compile("0(?:10|2[0-57-9]|[3-9][0-9]{2})")
 _CHINA = re.compile("(?:00)?86(?=1[3-9][0-9]{9}$|0?[1-9][0-9]{8,10}$)")
 _DIALLED = re.compile("0|(?:86)?1[3-9][0-9]{9}$|86|[2-9][0-9]{9}$|1[2-9][0-9]{9}$")  # what may be a number whatever was said before it
+_NOT_GIVEN_OUT = re.compile("14[123]|154|16[13489]|179|194")  # beginnings of mobile numbers
+_ID_GROUPS = frozenset(((6, 6, 3), (6, 2, 2, 2, 3)))
 _CARD_GROUPS = frozenset((
     (4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (6, 13), (6, 10), (8, 8), (4, 4, 4, 4, 3), (4, 4, 4, 4, 2), (4, 4, 4, 4, 1), (4, 4, 4, 3),
     (4, 4, 4, 2), (4, 4, 4, 1), (4, 4, 4), (6, 4, 4, 4), (6, 4, 4, 4, 1), (5, 4, 5, 5), (6, 6, 7),
@@ -107,6 +115,11 @@ def last_number(found: str, before: str) -> Verdict:
     return _judged(found.rstrip(_BETWEEN), before, True)
 
 
+def one_by_one(found: str, before: str) -> Verdict:
+    """Digits read one by one, and the beginning of another number of longer groups, which is not judged here."""
+    return _judged(found[: max(map(found.rfind, _SEPARATORS))].rstrip(_BETWEEN), before, True)
+
+
 def _judged(found: str, before: str, last: bool) -> Verdict:
     digits = significant(found).translate(_NO_SIGNS)
     sign = found[0]
@@ -128,7 +141,7 @@ def _kind(digits: str, found: str, before: str, last: bool) -> str | None:
     if not (as_id or as_card or as_phone) or _INSIDE.search(before) is not None:
         return None  # soon, for rows of numbers ask this of every part of them
     written = _Written(digits, found, before, last)
-    if as_id and (written.plain or written.alone or written.after(_ID_WORDS)):
+    if as_id and (written.plain or written.alone or written.groups in _ID_GROUPS or written.after(_ID_WORDS)):
         return "id"
     if as_card and (written.plain or written.alone or written.groups in _CARD_GROUPS or written.after(_CARD_WORDS)):
         return "card"
@@ -146,30 +159,52 @@ class _Written:
     def __init__(self, digits: str, found: str, before: str, last: bool) -> None:
         self.text, self.before, self.digits = found.replace(SKIP, ""), before, digits
         self.groups = tuple(map(len, _GROUP.findall(self.text)))
-        row = _DIGIT_BEFORE if set(self.groups) == {1} else _ROW_BEFORE  # one read digit by digit is no part of a row of longer ones
-        self.alone = last and "." not in self.text and row.search(before) is None
-        self.plain = len(self.groups) == 1 or not {" ", "."} & set(self.text)
+        if set(self.groups) == {1}:  # one read digit by digit is no part of a row of longer ones, or of one with other separators
+            row = _DIGIT_BEFORE.search(before)
+            in_row = row is not None and row[1].replace(SKIP, "") in _GROUP.split(self.text)
+        else:
+            in_row = _ROW_BEFORE.search(before) is not None
+        self.alone = last and "." not in self.text and not in_row
+        self.plain = len(self.groups) == 1 or not set(" .()") & set(self.text)
 
     def after(self, words: re.Pattern[str], within: int = _NEAR) -> bool:
-        """Is one of the words in the line before, and ends it so many characters before at most?"""
-        line = self.before.rpartition("\n")[2][-_NEAR:]
-        return any(len(line) - match.end() <= within for match in words.finditer(line))
+        """Is one of the words in the sentence before, and ends it so many characters before at most?"""
+        sentence = _SENTENCE_END.split(self.before)[-1][-_NEAR:]
+        return any(len(sentence) - match.end() <= within for match in words.finditer(sentence))
+
+    def called_phone(self, within: int = _NEAR) -> bool:
+        """Is a word as phone before it, and it is no part of a longer number?"""
+        joined = _JOINED.search(self.before)
+        return self.after(_PHONE_WORDS, within if joined is None else min(within, len(self.before) - joined.start() - 1))
 
 
 def _phone(written: _Written) -> bool:
     """Is it a phone number without a plus: of the mainland, or as it is written in the United States or in Britain?"""
     national = _CHINA.sub("", written.digits, count=1)
     coded = len(national) < len(written.digits)
-    groups = written.groups[1:] if coded and written.groups[0] in (2, 4) else written.groups
+    groups = _last_groups(written.groups, len(national))
+    if _DECIMAL.fullmatch(written.text) is not None:
+        return False
     if len(national) == 11 and national[0] == "1" and national[1] in "3456789":
-        if groups in _MOBILE_GROUPS:
+        if _NOT_GIVEN_OUT.match(national) is not None and _INTEGER.search(written.before) is not None:
+            return False  # decimals
+        if groups in _MOBILE_GROUPS or len(groups) == 1:
             return True
-        return "." not in written.text and (written.plain or written.alone or written.after(_PHONE_WORDS))
+        return "." not in written.text and (written.plain or written.alone or written.called_phone())
     if written.text[:2] == "00" and len(written.digits) >= 10 and international(written.digits[2:]):
         return True
     if 10 <= len(national) <= 12 and _AREA.match(national if national[0] == "0" else f"0{national}" if coded else "") is not None:
-        return coded or written.after(_PHONE_WORDS) or (groups[0] in (3, 4) and sum(groups[1:]) in (7, 8))
+        return coded or written.called_phone() or (groups[0] in (3, 4) and sum(groups[1:]) in (7, 8))
     return _abroad(written.digits, groups, written) or _local(written)
+
+
+def _last_groups(groups: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The groups of the last digits."""
+    kept: list[int] = []
+    for group in reversed(groups):
+        if sum(kept) < size:
+            kept.append(min(group, size - sum(kept)))
+    return tuple(reversed(kept))
 
 
 def _abroad(digits: str, groups: tuple[int, ...], written: _Written) -> bool:
@@ -177,9 +212,9 @@ def _abroad(digits: str, groups: tuple[int, ...], written: _Written) -> bool:
     if groups in ((3, 3, 4), (3, 4, 3)) and digits[:3] in ("400", "800"):
         return True
     if len(digits) == 10 and digits[0] in "23456789" and digits[3] in "23456789":
-        return groups == (3, 3, 4) or written.after(_PHONE_WORDS, _DIRECTLY)
+        return groups == (3, 3, 4) or written.called_phone(_DIRECTLY)
     if len(digits) in (10, 11) and digits[0] == "0" and digits[1] in "1237":
-        return (len(groups) in (2, 3) and 3 <= groups[0] <= 5) or written.after(_PHONE_WORDS)
+        return (len(groups) in (2, 3) and 3 <= groups[0] <= 5) or written.called_phone()
     return len(digits) == 11 and digits[0] == "1" and groups == (1, 3, 3, 4)
 
 
@@ -188,4 +223,5 @@ def _local(written: _Written) -> bool:
     digits = written.digits
     day = len(digits) == 8 and 1900 <= int(digits[:4]) <= 2100 and _date(int(digits[:4]), int(digits[4:6]), int(digits[6:]))
     said = not day and not digits.endswith("00000")
-    return said and len(digits) <= 12 and digits[0] != "0" and written.alone and written.after(_PHONE_WORDS, _DIRECTLY)
+    near = _NEXT if _YEARS.fullmatch(written.text) is not None else _DIRECTLY
+    return said and len(digits) <= 12 and digits[0] != "0" and written.alone and written.called_phone(near)
