@@ -68,8 +68,9 @@ def mainland_id(number: str) -> bool:
     """Is it an ID number of GB 11643? 18 digits with a check digit, or the 15 of before 1999; both with a region and a day of birth."""
     if int(number[:2]) not in _REGIONS:
         return False
-    if len(number) == 15:
-        return number.isdigit() and _date(1900 + int(number[6:8]), int(number[8:10]), int(number[10:12]))
+    if len(number) == 15:  # of a year of whichever century: 2000 has a 29th of February, 1900 has none
+        month, day = int(number[8:10]), int(number[10:12])
+        return number.isdigit() and any(_date(century + int(number[6:8]), month, day) for century in (1900, 2000))
     if not 1850 <= int(number[6:10]) <= 2100 or not _date(int(number[6:10]), int(number[10:12]), int(number[12:14])):
         return False
     total = sum(weight * int(digit) for weight, digit in zip(_ID_WEIGHTS, number, strict=False))
@@ -188,7 +189,7 @@ def _phone(written: _Written) -> bool:
     if len(national) == 11 and national[0] == "1" and national[1] in "3456789":
         if _NOT_GIVEN_OUT.match(national) is not None and _INTEGER.search(written.before) is not None:
             return False  # decimals
-        if groups in _MOBILE_GROUPS or len(groups) == 1:
+        if groups in _MOBILE_GROUPS or len(groups) == 1 or (coded and set(groups) == {1}):
             return True
         return "." not in written.text and (written.plain or written.alone or written.called_phone())
     if written.text[:2] == "00" and len(written.digits) >= 10 and international(written.digits[2:]):
