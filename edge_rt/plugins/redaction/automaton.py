@@ -18,6 +18,8 @@ from edge_rt.plugins.redaction.characters import SKIP, folded, plain
 
 MAX_STATES = 4000
 """States kept. Then they are forgotten and built again as they are needed: memory is bounded whatever is read."""
+MAX_JUMPS = 20_000
+"""Jumps kept, in the same way."""
 
 
 class Charset(NamedTuple):
@@ -107,13 +109,23 @@ Kernel = tuple[int, ...]
 
 
 class State:
-    """A row of sets of nodes, and moves from it as far as they are known: a state if nothing but it changes, else a Move."""
+    """A row of sets of nodes, and moves from it as far as they are known: a state if nothing but it changes, else a Move.
 
-    __slots__ = ("ahead", "before", "moves", "row")
+    ``jumps``: what short texts of several characters do, if no match ends in them. That is one look-up for a token, which matters after
+    a step of the model, when nothing is in the CPU's caches.
+    """
+
+    __slots__ = ("ahead", "before", "jumps", "moves", "row")
 
     def __init__(self, ahead: Kernel, row: tuple[Kernel, ...], before: int) -> None:
         self.ahead, self.row, self.before = ahead, row, before
         self.moves: dict[Class, tuple[State, Move | None]] = {}
+        self.jumps: dict[str, Jump] = {}
+
+
+Jump = tuple[State, "tuple[int, ...] | None"]
+"""The state after a text and which beginnings live on, by their index; -1, -2, ... are new ones at its first, second, ... character.
+None: the same as before."""
 
 
 class Automaton:
@@ -130,6 +142,7 @@ class Automaton:
         """The class of a character, None for one that is passed over; only of those met so far."""
         self._states: dict[tuple[Kernel, tuple[Kernel, ...], int], State] = {}
         self._begun: dict[tuple[int, Class | None], tuple[Kernel, Kernel]] = {}
+        self._jumps = 0
         self._lock = threading.Lock()
         self.start = self._state((), (), 0)
 
@@ -176,12 +189,24 @@ class Automaton:
             if len(self._states) > MAX_STATES:
                 self._states = {((), (), 0): self.start}
                 self.start.moves.clear()
+                self.start.jumps.clear()
+                self._jumps = 0
             step = self._step(state, read)
             same = step.keep == tuple(range(len(state.row))) and not step.matches
             result = (step.state, None if same else step)
             if read is not None:
                 state.moves[read] = result
             return result
+
+    def learn(self, state: State, text: str, jump: Jump) -> None:
+        """Keep what a text does from a state."""
+        with self._lock:
+            self._jumps += 1
+            if self._jumps > MAX_JUMPS:
+                self._jumps = 1
+                for one in self._states.values():
+                    one.jumps.clear()
+            state.jumps[text] = jump
 
     def _state(self, ahead: Kernel, row: tuple[Kernel, ...], before: int) -> State:
         key = (ahead, row, before)

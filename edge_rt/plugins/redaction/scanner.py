@@ -22,6 +22,8 @@ characters that are passed over; then what was held is concealed without knowing
 RUN_LIMIT = 128
 """Characters after which a run of letters, of which an e-mail address or a token may be made, is judged as it is."""
 _CHUNK = 64
+_JUMP, _FEW_DIGITS = 12, 3
+_KEPT = 8 * CONTEXT
 _SHORT = 4
 
 Check = Callable[[str, str], "tuple[str, int, int] | None"]
@@ -68,6 +70,7 @@ class Redactor:
         self._text, self._base = "", 0  # what is still needed of the text, and where it begins
         self._read = 0  # up to where the automaton has read
         self._sent = 0  # up to where the text is answered for
+        self._matched = False  # did a match end since this was set
         self._found: dict[tuple[int, str], tuple[int, re.Pattern[str] | None]] = {}  # (begin, kind) -> end, rest
         self._open: Concealed | None = None
         self._counts: dict[str, int] = {}
@@ -84,14 +87,51 @@ class Redactor:
 
     def feed(self, text: str) -> str:
         """Take more text and return what is in no secret."""
+        jump = self._state.jumps.get(text)
+        if jump is None or self._found or self._open is not None:
+            return self._feed(text)
+        # As _feed, for a short text in which nothing is found: few steps, as after a step of the model each waits for memory.
+        starts, read = self._starts, self._read
+        safe = end = read + len(text)
+        if starts and end - min(starts) >= RUN_LIMIT:
+            return self._feed(text)
+        self._state, keep = jump
+        if keep is not None:
+            self._starts = starts = [starts[i] if i >= 0 else read + ~i for i in keep] if keep else []
+        self._read = end
+        if starts:
+            safe = min(starts)
+        self._text = whole = self._text + text
+        sent, base = self._sent, self._base
+        if safe <= sent:
+            return ""
+        self._sent = safe
+        if safe - base > _KEPT:
+            self._text, self._base = whole[safe - base - CONTEXT :], safe - CONTEXT
+        return whole[sent - base : safe - base]
+
+    def _feed(self, text: str) -> str:
+        """As ``feed``, whatever the text."""
+        state, starts, read = self._state, self._starts, self._read
         self._text += text
+        self._matched = False
         self._advance(text)
+        if len(text) <= _JUMP and not self._matched and (not starts or self._read - min(starts) < RUN_LIMIT):
+            self._learn(state, starts, read, text)
         safe = min(self._starts) if self._starts else self._read
         sent = self._let_out(safe) if self._found or self._open is not None else self._take(safe)
-        if self._sent - self._base > 8 * CONTEXT:
+        if self._sent - self._base > _KEPT:
             self._text = self._text[self._sent - self._base - CONTEXT :]
             self._base = self._sent - CONTEXT
         return sent
+
+    def _learn(self, state: State, starts: list[int], read: int, text: str) -> None:
+        """Keep for all streams what a text does, unless it may tell of a secret: if it has more than a few digits, or stands after a label."""
+        owners = (owner for i in range(len(self._starts)) for owner in self._automaton.owners(self._state, i))
+        if sum(map(str.isdigit, text)) > _FEW_DIGITS or any(self._plan.patterns[owner].sure for owner in owners):
+            return
+        keep = tuple(starts.index(start) if start < read else read - 1 - start for start in self._starts)
+        self._automaton.learn(state, text, (self._state, None if self._starts == starts else keep))
 
     def flush(self) -> str:
         """The text is complete: return the rest. What only might have become a secret is none."""
@@ -161,6 +201,7 @@ class Redactor:
         """What began goes on, or not, and matches ended before a position."""
         starts = self._starts
         for index, number in move.matches:
+            self._matched = True
             pattern = self._plan.patterns[number]
             self._judge(starts[index], position, pattern, pattern.rest)
         new = len(starts)
