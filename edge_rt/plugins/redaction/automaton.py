@@ -112,15 +112,16 @@ class State:
     """A row of sets of nodes, and moves from it as far as they are known: a state if nothing but it changes, else a Move.
 
     ``jumps``: what short texts of several characters do, if no match ends in them. That is one look-up for a token, which matters after
-    a step of the model, when nothing is in the CPU's caches.
+    a step of the model, when nothing is in the CPU's caches. ``tells``: is something that began surely a secret; None: not known yet.
     """
 
-    __slots__ = ("ahead", "before", "jumps", "moves", "row")
+    __slots__ = ("ahead", "before", "jumps", "moves", "row", "tells")
 
     def __init__(self, ahead: Kernel, row: tuple[Kernel, ...], before: int) -> None:
         self.ahead, self.row, self.before = ahead, row, before
         self.moves: dict[Class, tuple[State, Move | None]] = {}
         self.jumps: dict[str, Jump] = {}
+        self.tells: bool | None = None
 
 
 Jump = tuple[State, "tuple[int, ...] | None"]

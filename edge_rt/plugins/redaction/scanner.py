@@ -127,8 +127,10 @@ class Redactor:
 
     def _learn(self, state: State, starts: list[int], read: int, text: str) -> None:
         """Keep for all streams what a text does, unless it may tell of a secret: if it has more than a few digits, or stands after a label."""
-        owners = (owner for i in range(len(self._starts)) for owner in self._automaton.owners(self._state, i))
-        if sum(map(str.isdigit, text)) > _FEW_DIGITS or any(self._plan.patterns[owner].sure for owner in owners):
+        if self._state.tells is None:
+            owners = (owner for i in range(len(self._starts)) for owner in self._automaton.owners(self._state, i))
+            self._state.tells = any(self._plan.patterns[owner].sure for owner in owners)
+        if self._state.tells or sum(map(str.isdigit, text)) > _FEW_DIGITS:
             return
         keep = tuple(starts.index(start) if start < read else read - 1 - start for start in self._starts)
         self._automaton.learn(state, text, (self._state, None if self._starts == starts else keep))

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from edge_rt.hooks import Rules
-from edge_rt.plugins.redaction import actions
+from edge_rt.plugins.redaction import actions, sample
 from edge_rt.plugins.redaction.automaton import Automaton, Graph
 from edge_rt.plugins.redaction.characters import view
 from edge_rt.plugins.redaction.kinds import ANY_ADDRESS, KINDS, SOURCES
@@ -61,6 +61,9 @@ def compile_redaction(rules: Rules) -> Callable[[], Redactor]:
     every = {**custom, **shown, "unclear": default.conceal("unclear")}
     ranks = {kind: rank for rank, kind in enumerate(every)}
     plan = Plan(Automaton(graph), tuple(patterns), every, ranks, key, cut_text if conceals_cut else None)
+    learning = Redactor(plan)
+    for text in (sample.ENGLISH, sample.CHINESE, sample.SECRETS):
+        learning.feed(text)
     return lambda: Redactor(plan)
 
 
