@@ -11,22 +11,26 @@ Assertions look at one character before or after, characters that are passed ove
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from edge_rt.plugins.redaction.characters import SKIP, folded, plain
 
 MAX_STATES = 4000
 """States kept. Then they are forgotten and built again as they are needed: memory is bounded whatever is read."""
+_FIRST_OF_NO_CASE, _LAST_OF_NO_CASE = 0x3040, 0xA000  # Chinese and Japanese
 MAX_JUMPS = 20_000
 """Jumps kept, in the same way."""
 
 
 class Charset(NamedTuple):
-    """A set of characters, or of all others. ``test`` is asked about a character as it is written and as it is seen."""
+    """A set of characters, or of all others. ``test`` is asked about a character as it is written and as it is seen. ``last``: no code
+    of a character in it is higher.
+    """
 
     test: Callable[[str], bool]
     negated: bool
+    last: int
 
 
 class Look(NamedTuple):
@@ -35,6 +39,14 @@ class Look(NamedTuple):
     charset: int
     ahead: bool
     negated: bool
+
+
+class Tested(NamedTuple):
+    """What is asked of a character: which sets it is in, and whether it is one of those."""
+
+    bits: int
+    exact: set[str]
+    folded: set[str]
 
 
 class Graph:
@@ -76,12 +88,36 @@ class Graph:
             self.ends.add(node)
         return node
 
-    def charset(self, key: object, test: Callable[[str], bool], negated: bool) -> int:
+    def charset(self, key: object, charset: Charset) -> int:
         """The number of a set; equal keys share one."""
         if key not in self._known_sets:
             self._known_sets[key] = len(self.charsets)
-            self.charsets.append(Charset(test, negated))
+            self.charsets.append(charset)
         return self._known_sets[key]
+
+    def tested(self, nodes: Iterable[int]) -> Tested:
+        """What nodes, and those that follow them without reading, ask of a character."""
+        bits, exact, low = 0, set[str](), set[str]()
+        stack, seen = list(nodes), set[int]()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            kind = self.kind[node]
+            if kind == "set":
+                bits |= 1 << self.number[node]
+            elif kind == "exact":
+                exact.add(self.literal[node])
+            elif kind == "folded":
+                low.add(self.literal[node])
+            else:
+                stack += self.out[node]
+                low.update(self.trie.get(node, ()))
+                look = self.looks[self.number[node]] if kind == "look" else None
+                if look is not None and look.ahead:
+                    bits |= 1 << look.charset
+        return Tested(bits, exact, low)
 
 
 class Class:
@@ -111,15 +147,18 @@ Kernel = tuple[int, ...]
 class State:
     """A row of sets of nodes, and moves from it as far as they are known: a state if nothing but it changes, else a Move.
 
+    ``alike``: the same by what it asks of a character, as most classes make no difference to it.
     ``jumps``: what short texts of several characters do, if no match ends in them. That is one look-up for a token, which matters after
     a step of the model, when nothing is in the CPU's caches. ``tells``: is something that began surely a secret; None: not known yet.
     """
 
-    __slots__ = ("ahead", "before", "jumps", "moves", "row", "tells")
+    __slots__ = ("ahead", "alike", "before", "jumps", "moves", "row", "tells", "tested")
 
     def __init__(self, ahead: Kernel, row: tuple[Kernel, ...], before: int) -> None:
         self.ahead, self.row, self.before = ahead, row, before
         self.moves: dict[Class, tuple[State, Move | None]] = {}
+        self.alike: dict[object, tuple[State, Move | None]] = {}
+        self.tested: Tested | None = None
         self.jumps: dict[str, Jump] = {}
         self.tells: bool | None = None
 
@@ -157,9 +196,10 @@ class Automaton:
                 self.of[char] = None
                 return None
             graph = self._graph
-            bits = 0
-            for number, (test, negated) in enumerate(graph.charsets):
-                if (test(char) or (seen != char and test(seen))) is not negated:
+            bits, code = 0, ord(char)
+            code = code if _FIRST_OF_NO_CASE <= code < _LAST_OF_NO_CASE and seen == char else 0
+            for number, (test, negated, last) in enumerate(graph.charsets):
+                if (code <= last and (test(char) or (seen != char and test(seen)))) is not negated:
                     bits |= 1 << number
             low = folded(seen)
             key = (bits, seen if seen in graph.exact else "", low if low in graph.folded else "")
@@ -190,14 +230,29 @@ class Automaton:
             if len(self._states) > MAX_STATES:
                 self._states = {((), (), 0): self.start}
                 self.start.moves.clear()
+                self.start.alike.clear()
                 self.start.jumps.clear()
                 self._jumps = 0
-            step = self._step(state, read)
-            same = step.keep == tuple(range(len(state.row))) and not step.matches
-            result = (step.state, None if same else step)
-            if read is not None:
-                state.moves[read] = result
+            if read is None:
+                return self._result(state, None)
+            key = self._asked(state, read)
+            if key not in state.alike:
+                state.alike[key] = self._result(state, read)
+            state.moves[read] = result = state.alike[key]
             return result
+
+    def _asked(self, state: State, read: Class) -> object:
+        """What of a class matters in a state: classes of which it is equal have the same move."""
+        if state.tested is None:
+            state.tested = self._graph.tested([*state.ahead, *(node for kernel in state.row for node in kernel)])
+        bits, exact, low = state.tested
+        asked = (bits | self._looked_back) & read.bits
+        return (asked, read.exact in exact and read.exact, read.folded in low and read.folded, self._begin(state.before, read))
+
+    def _result(self, state: State, read: Class | None) -> tuple[State, Move | None]:
+        step = self._step(state, read)
+        same = step.keep == tuple(range(len(state.row))) and not step.matches
+        return step.state, None if same else step
 
     def learn(self, state: State, text: str, jump: Jump) -> None:
         """Keep what a text does from a state."""

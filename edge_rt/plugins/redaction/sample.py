@@ -1,5 +1,12 @@
 """Ordinary text, read once when rules are compiled: so the automaton has learned most of what it needs before the first answer."""
 
+from __future__ import annotations
+
+import re
+
+PIECES = re.compile(r" ?[A-Za-z]+|[0-9]|[^\W0-9a-zA-Z]{1,2}|\s+(?=\s)| ?[^\w\s]+|\s", re.S)
+"""A text is read in pieces as most tokenizers make: a word with the blank before it, a digit, one or two Chinese characters, signs."""
+
 ENGLISH = """The quick answer is yes: you can use it with any other model that we have made so far, but there are a few things which you should know
 about before you start. First, make sure that the device has enough free memory. Then open the file, read the header, and check what it says;
 if something is wrong, try again or ask for help. I don't think it's a problem, but we'll see. He said that his mother would have liked to go

@@ -62,8 +62,8 @@ def compile_redaction(rules: Rules) -> Callable[[], Redactor]:
     ranks = {kind: rank for rank, kind in enumerate(every)}
     plan = Plan(Automaton(graph), tuple(patterns), every, ranks, key, cut_text if conceals_cut else None)
     learning = Redactor(plan)
-    for text in (sample.ENGLISH, sample.CHINESE, sample.SECRETS):
-        learning.feed(text)
+    for piece in sample.PIECES.findall(sample.ENGLISH + sample.CHINESE + sample.SECRETS):
+        learning.feed(piece)
     return lambda: Redactor(plan)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from edge_rt.plugins.redaction.automaton import Graph, Look
+from edge_rt.plugins.redaction.automaton import Charset, Graph, Look
 from edge_rt.plugins.redaction.characters import SKIP, folded, plain
 
 if sys.version_info >= (3, 11):
@@ -226,7 +226,8 @@ class _Builder:
         else:
             items, negated = [(sre.LITERAL, arg)], op is sre.NOT_LITERAL
         ignore = bool(flags & re.IGNORECASE)
-        return self._graph.charset((tuple(items), negated, ignore), _test(items, ignore), negated)
+        codes = [sys.maxunicode if op is sre.CATEGORY else arg[1] if op is sre.RANGE else arg for op, arg in items]
+        return self._graph.charset((tuple(items), negated, ignore), Charset(_test(items, ignore), negated, max(codes, default=0)))
 
 
 def _test(items: Iterable[tuple[Any, Any]], ignore_case: bool) -> Callable[[str], bool]:
