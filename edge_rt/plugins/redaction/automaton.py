@@ -19,6 +19,7 @@ from edge_rt.plugins.redaction.characters import SKIP, folded, plain
 MAX_STATES = 4000
 """States kept. Then they are forgotten and built again as they are needed: memory is bounded whatever is read."""
 _FIRST_OF_NO_CASE, _LAST_OF_NO_CASE = 0x3040, 0xA000  # Chinese and Japanese
+_FEW_MOVES = 2
 MAX_JUMPS = 20_000
 """Jumps kept, in the same way."""
 
@@ -235,10 +236,14 @@ class Automaton:
                 self._jumps = 0
             if read is None:
                 return self._result(state, None)
-            key = self._asked(state, read)
-            if key not in state.alike:
-                state.alike[key] = self._result(state, read)
-            state.moves[read] = result = state.alike[key]
+            if len(state.moves) < _FEW_MOVES:  # most states are seen once or twice
+                result = self._result(state, read)
+            else:
+                key = self._asked(state, read)
+                if key not in state.alike:
+                    state.alike[key] = self._result(state, read)
+                result = state.alike[key]
+            state.moves[read] = result
             return result
 
     def _asked(self, state: State, read: Class) -> object:

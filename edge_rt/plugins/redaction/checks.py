@@ -54,7 +54,7 @@ _COMMON_DOMAINS = re.compile(
     "com|net|org|edu|gov|mil|int|info|biz|cn|hk|tw|mo|jp|kr|sg|us|uk|ca|au|de|fr|it|es|nl|ru|br|eu|ch|at|be|se|no|fi|pl|cz|in"
     "|io|ai|co|me|cc|tv|dev|app|xyz|top|site|online|shop|vip|club"
 )
-_NO_WORDS = frozenset("com org edu gov cn hk jp kr uk eu fr de".split())
+_NO_WORDS = frozenset(("com", "org", "edu", "gov", "cn", "hk", "jp", "kr", "uk", "eu", "fr", "de"))
 """Of those, which begin no sentence and end none."""
 _SPELT = re.compile(r"[\[(](?:at|dot)[\])]", re.I)
 _DOT = re.compile("[.。｡]")

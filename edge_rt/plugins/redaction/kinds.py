@@ -39,6 +39,8 @@ def _rest(more: str) -> re.Pattern[str]:
 _TOKEN_REST, _DOTTED_REST, _PEM_REST = _rest("_-+/="), _rest("_-+/=."), _rest("+/=\r\n\\")
 _VALUE_REST = re.compile(f"[!#-&(-_a-~！-～{_PASSED_OVER}]*")
 
+_VALUE_ENDS: dict[str, Any] = {"run_rest": _VALUE_REST, "sure": True, "stop": re.compile(r"(?<=[!-~])[，；]|\]\(")}
+
 _SEPARATOR = r"[ \-·._()]{0,3}"
 _APART = r"[ \-·._()]{1,3}"
 _NUMBER = rf"(?<![0-9])[+(]?[0-9](?:{_SEPARATOR}[0-9]){{6,21}}"
@@ -92,10 +94,9 @@ SOURCES: tuple[Source, ...] = (
     _source("api_key", rf"(?i:bearer|authorization: ?basic) {{1,2}}(?P<secret>{_WORD}{{16}})", rest=_DOTTED_REST, sure=True),
     _source("token", r"(?<![A-Za-z0-9+/_\-])[A-Za-z0-9+/_\-]{24}(?P<run>[A-Za-z0-9+/_\-]*)={0,8}(?![A-Za-z0-9+/=_\-])", checks.token,
             run_rest=_TOKEN_REST),
-    _source("password", _PASSWORD + _IS + _SECRET, checks.password, re.I, run_rest=_VALUE_REST, sure=True),
-    _source("password", _CHINESE_PASSWORD + _SECRET, checks.password, run_rest=_VALUE_REST, sure=True),
-    _source("password", r"(?<![A-Za-z])(?:secret|token|credential)s?" + _IS + _SECRET, checks.secret, re.I, run_rest=_VALUE_REST,
-            sure=True),
+    _source("password", _PASSWORD + _IS + _SECRET, checks.password, re.I, **_VALUE_ENDS),
+    _source("password", _CHINESE_PASSWORD + _SECRET, checks.password, **_VALUE_ENDS),
+    _source("password", r"(?<![A-Za-z])(?:secret|token|credential)s?" + _IS + _SECRET, checks.secret, re.I, **_VALUE_ENDS),
     _source("password", r"://[^/\s:@]{1,40}:(?P<secret>[^\s@/]{3,64}@)", checks.credentials, sure=True),
     *(_source("address", regex, checks.trimmed) for regex in ADDRESSES),
 )  # fmt: skip

@@ -38,6 +38,7 @@ _REGIONS = frozenset((*range(11, 16), *range(21, 24), *range(31, 38), *range(41,
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _AREA = re.compile("0(?:10|2[0-57-9]|[3-9][0-9]{2})")
+_LANDLINE = re.compile("0?(?:10|2[0-9]|[3-9][0-9]{2})[2-8][0-9]{6,7}")
 _CHINA = re.compile("(?:00)?86(?=1[3-9][0-9]{9}$|0?[1-9][0-9]{8,10}$)")
 _DIALLED = re.compile("0|(?:86)?1[3-9][0-9]{9}$|86|[2-9][0-9]{9}$|1[2-9][0-9]{9}$")  # what may be a number whatever was said before it
 _NOT_GIVEN_OUT = re.compile("14[123]|154|16[13489]|179|194")  # beginnings of mobile numbers
@@ -142,9 +143,10 @@ def _kind(digits: str, found: str, before: str, last: bool) -> str | None:
     if not (as_id or as_card or as_phone) or _INSIDE.search(before) is not None:
         return None  # soon, for rows of numbers ask this of every part of them
     written = _Written(digits, found, before, last)
-    if as_id and (written.plain or written.alone or written.groups in _ID_GROUPS or written.after(_ID_WORDS)):
+    alone = written.alone and not {"(", ")"} & set(written.text)
+    if as_id and (written.plain or alone or written.groups in _ID_GROUPS or written.after(_ID_WORDS)):
         return "id"
-    if as_card and (written.plain or written.alone or written.groups in _CARD_GROUPS or written.after(_CARD_WORDS)):
+    if as_card and (written.plain or alone or written.groups in _CARD_GROUPS or written.after(_CARD_WORDS)):
         return "card"
     return "phone" if as_phone and _phone(written) else None
 
@@ -195,7 +197,8 @@ def _phone(written: _Written) -> bool:
     if written.text[:2] == "00" and len(written.digits) >= 10 and international(written.digits[2:]):
         return True
     if 10 <= len(national) <= 12 and _AREA.match(national if national[0] == "0" else f"0{national}" if coded else "") is not None:
-        return coded or written.called_phone() or (groups[0] in (3, 4) and sum(groups[1:]) in (7, 8))
+        told = coded and (len(groups) > 1 or _LANDLINE.fullmatch(national) is not None)
+        return told or written.called_phone() or (groups[0] in (3, 4) and sum(groups[1:]) in (7, 8))
     return _abroad(written.digits, groups, written) or _local(written)
 
 

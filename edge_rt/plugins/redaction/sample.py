@@ -7,17 +7,19 @@ import re
 PIECES = re.compile(r" ?[A-Za-z]+|[0-9]|[^\W0-9a-zA-Z]{1,2}|\s+(?=\s)| ?[^\w\s]+|\s", re.S)
 """A text is read in pieces as most tokenizers make: a word with the blank before it, a digit, one or two Chinese characters, signs."""
 
-ENGLISH = """The quick answer is yes: you can use it with any other model that we have made so far, but there are a few things which you should know
-about before you start. First, make sure that the device has enough free memory. Then open the file, read the header, and check what it says;
-if something is wrong, try again or ask for help. I don't think it's a problem, but we'll see. He said that his mother would have liked to go
-there last year, when they were still young. "Why not?" she asked, looking at the old house by the river. People often want to find out how
-much work these systems can really do, and how long they take. Because of this, every question needs its own kind of answer.
+ENGLISH = """
+The quick answer is yes: you can use it with any other model that we have made so far, but there are a few things which you should
+know about before you start. First, make sure that the device has enough free memory. Then open the file, read the header, and check
+what it says; if something is wrong, try again or ask for help. I don't think it's a problem, but we'll see. He said that his mother
+would have liked to go there last year, when they were still young. "Why not?" she asked, looking at the old house by the river.
+People often want to find out how much work these systems can really do, and how long they take. Because of this, every question
+needs its own kind of answer.
 
-Here is an example. Water, light and air are important for life on Earth. In general, plants use energy from the sun to make sugar; this process
-is called photosynthesis. However, the world around us is changing quickly, and many different countries must learn to live together. Those
-who understand history, science, music and language will probably be better prepared for the future than others. Once upon a time, in a small
-village near the mountains, a little girl found a beautiful golden bird. "Please, let me go," it cried. Although she was only eight, she knew
-exactly what to do next. Perhaps nobody else could've done that!
+Here is an example. Water, light and air are important for life on Earth. In general, plants use energy from the sun to make sugar;
+this process is called photosynthesis. However, the world around us is changing quickly, and many different countries must learn to
+live together. Those who understand history, science, music and language will probably be better prepared for the future than
+others. Once upon a time, in a small village near the mountains, a little girl found a beautiful golden bird. "Please, let me go,"
+it cried. Although she was only eight, she knew exactly what to do next. Perhaps nobody else could've done that!
 
 ## Steps to follow
 
@@ -39,8 +41,9 @@ def main(items: list[str], count=10) -> None:
 |---|---|---|
 | size | integer | 64 MB |
 
-However, it is worth keeping in mind that results may vary. Additionally, several factors, including temperature, weather, business, government
-and education, affect performance. Overall, I hope this information helps. Let me know if you'd like to hear more. Best regards, Kim
+However, it is worth keeping in mind that results may vary. Additionally, several factors, including temperature, weather, business,
+government and education, affect performance. Overall, I hope this information helps. Let me know if you'd like to hear more. Best
+regards, Kim
 """
 
 CHINESE = """

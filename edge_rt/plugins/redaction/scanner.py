@@ -35,7 +35,7 @@ class Pattern(NamedTuple):
 
     ``check``: whether a match is one (None: it is). ``rest``: characters that are concealed as well if they follow directly, so that a
     long secret need not be held to its end; ``run_rest``: the same after a run that was judged before its end. ``sure``: even its first
-    letters are concealed where the text is cut.
+    letters are concealed where the text is cut. ``stop``: what ends it, in characters as they are written.
     """
 
     kind: str
@@ -43,6 +43,7 @@ class Pattern(NamedTuple):
     rest: re.Pattern[str] | None = None
     run_rest: re.Pattern[str] | None = None
     sure: bool = False
+    stop: re.Pattern[str] | None = None
 
 
 class Plan(NamedTuple):
@@ -113,11 +114,22 @@ class Redactor:
     def _feed(self, text: str) -> str:
         """As ``feed``, whatever the text."""
         state, starts, read = self._state, self._starts, self._read
-        self._text += text
+        short = len(text) <= _JUMP and (not starts or read + len(text) - min(starts) < RUN_LIMIT)
         self._matched = False
-        self._advance(text)
-        if len(text) <= _JUMP and not self._matched and (not starts or self._read - min(starts) < RUN_LIMIT):
+        if short and len(text) > 1 and text[0] == " ":  # what a word does after a blank is known from more places
+            sent = self.feed(" ")
+            matched = self._matched
+            sent += self.feed(text[1:])
+            self._matched |= matched
+        else:
+            sent = self._read_on(text, short)
+        if short and not self._matched:
             self._learn(state, starts, read, text)
+        return sent
+
+    def _read_on(self, text: str, short: bool) -> str:
+        self._text += text
+        (self._run if short else self._advance)(text)
         safe = min(self._starts) if self._starts else self._read
         sent = self._let_out(safe) if self._found or self._open is not None else self._take(safe)
         if self._sent - self._base > _KEPT:
@@ -126,7 +138,7 @@ class Redactor:
         return sent
 
     def _learn(self, state: State, starts: list[int], read: int, text: str) -> None:
-        """Keep for all streams what a text does, unless it may tell of a secret: if it has more than a few digits, or stands after a label."""
+        """Keep for all streams what a text does, unless it may tell of a secret: by more than a few digits, or after a label."""
         if self._state.tells is None:
             owners = (owner for i in range(len(self._starts)) for owner in self._automaton.owners(self._state, i))
             self._state.tells = any(self._plan.patterns[owner].sure for owner in owners)
@@ -227,6 +239,10 @@ class Redactor:
             kind, first, last = verdict
             start, end = start + first, start + last
         longest, known = self._found.get((start, kind), (0, None))
+        if pattern.stop is not None:
+            stop = pattern.stop.search(self._text, start + 1 - self._base, end - self._base)
+            if stop is not None:
+                end, rest = stop.start() + self._base, None
         if end > longest or (end == longest and known is None):
             self._found[start, kind] = (end, rest)
 

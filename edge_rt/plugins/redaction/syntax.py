@@ -226,8 +226,13 @@ class _Builder:
         else:
             items, negated = [(sre.LITERAL, arg)], op is sre.NOT_LITERAL
         ignore = bool(flags & re.IGNORECASE)
-        codes = [sys.maxunicode if op is sre.CATEGORY else arg[1] if op is sre.RANGE else arg for op, arg in items]
-        return self._graph.charset((tuple(items), negated, ignore), Charset(_test(items, ignore), negated, max(codes, default=0)))
+        return self._graph.charset((tuple(items), negated, ignore), Charset(_test(items, ignore), negated, _last(items)))
+
+
+def _last(items: Iterable[tuple[Any, Any]]) -> int:
+    """The highest code of the characters listed."""
+    codes = [sys.maxunicode if op is sre.CATEGORY else arg[1] if op is sre.RANGE else arg for op, arg in items]
+    return max(codes, default=0)
 
 
 def _test(items: Iterable[tuple[Any, Any]], ignore_case: bool) -> Callable[[str], bool]:
