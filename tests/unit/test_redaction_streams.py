@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edge_rt.hooks import Rules
 from edge_rt.plugins import redaction
+from edge_rt.plugins.redaction.automaton import MAX_JUMPS
 from edge_rt.plugins.redaction.characters import significant
 from edge_rt.plugins.redaction.scanner import LIMIT
 
@@ -172,6 +173,25 @@ def test_a_secret_drawn_apart_is_concealed_unnamed() -> None:
         shown = "".join(processor.feed(text[i : i + size]) for i in range(0, len(text), size)) + processor.flush()
         assert "138" not in significant(shown)
         assert processor.counts["unclear"] == 1
+
+
+def test_what_is_kept_of_texts_tells_no_secret() -> None:
+    processor = make(names=_NAMES)()
+    pieces = ["My ", "pwd=hunter ", "password: ", "correct", "horse", " ok ", "138", "1234", "5678", " John", " Smith", " sk", "-aB3xYz",
+              " the", " river"]  # fmt: skip
+    for _ in range(2):
+        for piece in pieces:
+            processor.feed(piece)
+    kept = {text.strip() for state in processor._automaton._states.values() for text in state.jumps}
+    assert {"river", "the"} <= kept
+    assert not kept & {"pwd=hunter", "hunter", "correct", "horse", "1234", "5678", "Smith", "-aB3xYz"}
+
+
+def test_what_is_kept_of_texts_is_bounded() -> None:
+    processor, drawn = make(names=_NAMES)(), random.Random(4)
+    for _ in range(MAX_JUMPS + 2_000):
+        processor.feed(" " + "".join(drawn.choices("abcdefghij", k=5)))
+    assert sum(len(state.jumps) for state in processor._automaton._states.values()) <= MAX_JUMPS
 
 
 def test_streams_on_several_threads_share_what_was_learned() -> None:

@@ -23,6 +23,8 @@ RUN_LIMIT = 128
 """Characters after which a run of letters, of which an e-mail address or a token may be made, is judged as it is."""
 _CHUNK = 64
 _JUMP, _FEW_DIGITS = 12, 3
+_WORD = "(?:[A-Z]?[a-z]+|[A-Z]+|[0-9]+)"
+_ORDINARY = re.compile(f"{_WORD}?(?:[^A-Za-z0-9]+{_WORD})*[^A-Za-z0-9]*")
 _KEPT = 8 * CONTEXT
 _SHORT = 4
 
@@ -138,11 +140,11 @@ class Redactor:
         return sent
 
     def _learn(self, state: State, starts: list[int], read: int, text: str) -> None:
-        """Keep for all streams what a text does, unless it may tell of a secret: by more than a few digits, or after a label."""
+        """Keep for all streams what a text does, unless it may tell of a secret: what stands after a label, or is no words."""
         if self._state.tells is None:
             owners = (owner for i in range(len(self._starts)) for owner in self._automaton.owners(self._state, i))
             self._state.tells = any(self._plan.patterns[owner].sure for owner in owners)
-        if self._state.tells or sum(map(str.isdigit, text)) > _FEW_DIGITS:
+        if self._state.tells or _ORDINARY.fullmatch(text) is None or sum(map(str.isdigit, text)) > _FEW_DIGITS:
             return
         keep = tuple(starts.index(start) if start < read else read - 1 - start for start in self._starts)
         self._automaton.learn(state, text, (self._state, None if self._starts == starts else keep))
