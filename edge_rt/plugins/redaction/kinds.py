@@ -45,6 +45,17 @@ _SEPARATOR = r"[ \-·._()]{0,3}"
 _APART = r"[ \-·._()]{1,3}"
 _NUMBER = rf"(?<![0-9])[+(]?[0-9](?:{_SEPARATOR}[0-9]){{6,21}}"
 
+
+def _number(separator: str, most: int, end: str) -> str:
+    """7 digits or more and what comes after. That is written out for each length: else a longer number, which the check refuses, and a
+    shorter one within it would share it, and only the longer be found.
+    """
+    more, tail = f"{separator}[0-9]", end
+    for _ in range(most - 7):
+        tail = f"(?:{end}|{more}{tail})"
+    return f"(?<![0-9])[+(]?[0-9](?:{more}){{6}}{tail}"
+
+
 _LETTER = "A-Za-z0-9À-ÖØ-öø-ɏͰ-ϿЀ-ԯ"
 _LABEL = rf"[{_LETTER}][{_LETTER}\-]*"
 _SPELT_AT, _SPELT_DOT = r" ?[\[(](?:at|AT)[\])] ?", r" ?[\[(](?:dot|DOT)[\])] ?"
@@ -80,8 +91,8 @@ _HEX = "[0-9A-Fa-f]"
 SOURCES: tuple[Source, ...] = (
     _source("number", rf"(?<![0-9])[0-9](?:{_SEPARATOR}[0-9]){{16}}{_SEPARATOR}[Xx](?![0-9])", numbers.number),
     _source("number", rf"{_NUMBER}(?![0-9])", numbers.number),
-    _source("number", rf"{_NUMBER}{_SEPARATOR}(?![0-9 \-·._()])", numbers.last_number),
-    _source("number", rf"(?<![0-9])[0-9](?:{_APART}[0-9]){{6,18}}{_APART}[0-9]{{2}}", numbers.one_by_one),
+    _source("number", _number(_SEPARATOR, 22, rf"{_SEPARATOR}(?![0-9 \-·._()])"), numbers.last_number),
+    _source("number", _number(_APART, 19, f"{_APART}[0-9]{{2}}"), numbers.one_by_one),
     _source("iban", r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}(?![A-Za-z0-9])", checks.iban),
     _source("email", _EMAIL, checks.email),
     _source("ip", r"(?<![0-9])[0-9]{1,3}(?: ?\. ?[0-9]{1,3}){3} ?\.{0,6}(?![0-9.])", checks.ip),

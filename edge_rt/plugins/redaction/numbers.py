@@ -16,11 +16,11 @@ _BETWEEN = _SEPARATORS + SKIP
 _NO_SIGNS = str.maketrans("", "", "+._")
 _GROUP = re.compile("[0-9Xx]+")
 _ROW_BEFORE = re.compile(r"[0-9][ \-·._()\u200b]{1,3}\Z")
-_DIGIT_BEFORE = re.compile(r"(?:\A|[^0-9])[0-9]([ \-·._()\u200b]{1,3})\Z")
+_DIGIT_BEFORE = re.compile(r"(?:\A|[^0-9]|[0-9](?P<first>[ \-·._()\u200b]{1,3}))[0-9](?P<last>[ \-·._()\u200b]{1,3})\Z")
 _INSIDE = re.compile(r"(?:(?<![0-9.])0\.|[0-9][a-fA-F]{1,8})\Z")  # a fraction, a number in base 16
 _JOINED = re.compile(r"[A-Za-z0-9][0-9.\-]*\Z")  # it is the end of a longer number, an ISBN or a part number
 _DECIMAL = re.compile(r"[0-9]{1,2}\.[0-9]+")
-_INTEGER = re.compile(r"\w[^\n]*(?<![0-9.])[0-9]{1,3}\.\Z")  # not where a line begins: there it is the number of an item
+_INTEGER = re.compile(r"[^\s\-*|>()·][^\n]*(?<![0-9.])[0-9]{1,3}\.\Z")  # not where a line begins: there it is the number of an item
 _YEARS = re.compile("(?:19|20)[0-9]{2}-(?:19|20)[0-9]{2}")
 _SENTENCE_END = re.compile("[\n。]")
 _PHONE_WORDS = re.compile(
@@ -164,7 +164,8 @@ class _Written:
         self.groups = tuple(map(len, _GROUP.findall(self.text)))
         if set(self.groups) == {1}:  # one read digit by digit is no part of a row of longer ones, or of one with other separators
             row = _DIGIT_BEFORE.search(before)
-            in_row = row is not None and row[1].replace(SKIP, "") in _GROUP.split(self.text)
+            gaps = {gap.replace(SKIP, "") for gap in row.group("first", "last") if gap is not None} if row is not None else {""}
+            in_row = len(gaps) == 1 and gaps <= {*_GROUP.split(self.text)[1:-1]}
         else:
             in_row = _ROW_BEFORE.search(before) is not None
         self.alone = last and "." not in self.text and not in_row
