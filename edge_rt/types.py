@@ -186,8 +186,8 @@ class PostUse(NamedTuple):
 class Done(NamedTuple):
     """The last event of every generation.
 
-    ``rules``: the version of the rules that ``post`` followed, all through. ``text``: where there are post-processors, the answer for a
-    conversation to go on from: as the model wrote it, or as it left the last post-processor that conceals.
+    ``rules``: the version of the rules that ``post`` followed, all through. ``answer``: where there are post-processors, what a
+    conversation is to go on from: as the model wrote it, or as it left the last of them that conceals.
     """
 
     reason: FinishReason
@@ -198,7 +198,7 @@ class Done(NamedTuple):
     stop: str | None = None
     post: tuple[PostUse, ...] = ()
     rules: str = ""
-    text: str | None = None
+    answer: str | None = None
 
 
 Event = PromptProgress | Delta | Notice | Done

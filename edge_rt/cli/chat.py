@@ -68,7 +68,7 @@ class Chat:
         text, done, interrupted = answer(self.session, [*self.first, *self.messages, asked], self.request, show_text)
         if not text.endswith("\n"):
             write("\n")
-        self.messages += [asked, {"role": "assistant", "content": text if done.text is None else done.text}]
+        self.messages += [asked, {"role": "assistant", "content": text if done.answer is None else done.answer}]
         if interrupted:
             say("[stopped]")
         if self.verbose:

@@ -71,7 +71,7 @@ def test_all_four_by_a_rule_file(tmp_path):
     last = events[-1]
     assert [one["name"] for one in last["post"]] == ["terminology", "redaction", "punctuation", "language_tags"]
     assert last["post"][1]["counts"] == {"phone": 2, "email": 1, "id": 1}
-    assert (last["rules"] != "", pieces_of(last["text"])) == (True, [])
+    assert (last["rules"] != "", pieces_of(last["answer"])) == (True, [])
 
 
 def test_wherever_the_answer_is_cut(model):

@@ -173,7 +173,7 @@ def request(model: Model, session: Any, messages: list[dict[str, str]], turn: di
     if not turn["prune"]:
         assert not use.pruned_cells
     elif done.reason != "cancelled" and not any("pruning ended" in e.message for e in events if isinstance(e, Notice)):
-        keep = budget_cells(turn["prune"], len(history.tokens), 10)
+        keep = max(1, min(budget_cells(turn["prune"], len(history.tokens), 10), allowed - max(1, allowed // 8)))
         assert history.cells <= keep + keep // 8 + 1
         sinks = min(4, keep)
         assert history.resident()[:sinks] == history.tokens[:sinks]

@@ -72,7 +72,7 @@ def test_events_as_json_lines(capsys):
          "context": {"used": 15, "allowed": 64, "policy": "graded", "evicted_segments": 0, "evicted_tokens": 0, "absent_tokens": 0,
                      "recalled_segments": 0, "recalled_tokens": 0, "pruned_cells": 0, "missing_cells": 0, "released_bytes": 0},
          "post": [{"name": "redaction", "counts": {"phone": 2}, "most_held": 11, "left_out": False, "conceals": False}],
-         "rules": "1a2b3c4d", "text": None},
+         "rules": "1a2b3c4d", "answer": None},
     ]  # fmt: skip
 
 

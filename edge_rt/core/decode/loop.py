@@ -142,7 +142,7 @@ def steps(job: Job) -> Steps[None]:
         stop=job.writer.stop,
         post=pipeline.use(),
         rules=pipeline.rules,
-        text=pipeline.text,
+        answer=pipeline.text,
     )
 
 
