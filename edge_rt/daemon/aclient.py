@@ -51,6 +51,7 @@ class AsyncClient:
         except DaemonError:
             await self.close()
             raise
+        self._conversation.greeted(self.hello)
 
     async def _open(self) -> tuple[asyncio.StreamReader, Answers]:
         """A connection, in which hello was said."""

@@ -57,6 +57,7 @@ class Client:
         except BaseException:
             self.close()
             raise
+        self._conversation.greeted(self.hello)
         self._conversation.resume()
 
     def _connect_again(self) -> None:

@@ -57,9 +57,9 @@ class Answers:
         """The answer has come, or never will."""
         self._end = message
 
-    def due(self) -> bool:
-        """Whether an acknowledgement is."""
-        if self.stream is None or not (self.over or self.seq - self._acknowledged >= ACK_EVERY):
+    def due(self, every: int) -> bool:
+        """Whether an acknowledgement is. ``every``: events between two."""
+        if self.stream is None or not (self.over or self.seq - self._acknowledged >= every):
             return False
         self._acknowledged = self.seq
         return True
@@ -75,6 +75,7 @@ class Conversation:
         self._broken: list[Answers] = []
         self._number = 0
         self._out: list[bytes] = []
+        self._ack_every = ACK_EVERY
 
     def ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
         """A request. Raises ProtocolError if it is too long."""
@@ -82,6 +83,10 @@ class Conversation:
         self._out.append(pack({"id": self._number, "op": op, **fields}))
         answers = self._asked[self._number] = Answers(self._number)
         return answers
+
+    def greeted(self, hello: Message) -> None:
+        """What hello was answered: a daemon with few credits wants more acknowledgements."""
+        self._ack_every = max(1, min(ACK_EVERY, hello["limits"]["credits"] // 2))
 
     def resume(self) -> None:
         """After hello in another connection: go on with the streams that broke."""
@@ -130,7 +135,7 @@ class Conversation:
             answers.stream = message["stream"]
         elif (event := event_of(message)) is not None:
             answers.events.append(event)
-        if answers.due():
+        if answers.due(self._ack_every):
             self._out.append(pack({"op": "ack", "stream": answers.stream, "seq": answers.seq}))
 
     def disconnected(self) -> None:

@@ -47,7 +47,7 @@ class Server:
         self._under_way = 0
         self._held = 0
         self._listeners: list[tuple[Listener, asyncio.Server]] = []
-        self._counts: dict[str, Counter[str]] = {}
+        self._counts = {what: Counter[str]() for what in ("requests", "errors", "connections", "tokens")}
         self._started = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -115,7 +115,7 @@ class Server:
 
     def count(self, what: str, kind: str, more: int = 1) -> None:
         """Note that something happened."""
-        self._counts.setdefault(what, Counter())[kind] += more
+        self._counts[what][kind] += more
 
     # ---- the worker --------------------------------------------------------------------------------------------------
 
