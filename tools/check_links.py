@@ -1,4 +1,4 @@
-"""Checks that every relative link and anchor in README*.md, CHANGELOG.md and docs/ leads somewhere."""
+"""Checks that every relative link and anchor in README*.md, CHANGELOG.md, docs/ and clients/ leads somewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 def pages() -> list[Path]:
     """The pages to check."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("clients/*/*.md")])
 
 
 def anchors(page: Path) -> set[str]:
