@@ -11,49 +11,28 @@ from typing import TYPE_CHECKING, cast
 
 from edge_rt.daemon import operations, protocol
 from edge_rt.daemon.address import peer
+from edge_rt.daemon.channel import AT_ONCE, OVER_TCP, UNREAD, Channel
 from edge_rt.daemon.frames import Frames, Message, pack, pack_answer
 from edge_rt.errors import EdgeError, ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.protocol import Request
     from edge_rt.daemon.server import Server
-    from edge_rt.daemon.streams import Stream
 
 BEFORE_HELLO = 4096
 """Bytes of a frame, as long as nobody has said hello."""
-AT_ONCE = 32
-"""Messages handled before others have a turn."""
-UNREAD = 1 << 20
-"""Bytes that a client has not read, before no more is read from it."""
-OVER_TCP = -1
-"""The user of all who came with the key; the system does not say whose a TCP connection is."""
 _FATAL = ("bad_frame", "frame_too_long", "unsupported_version", "not_allowed")
 
 
-class Connection(asyncio.Protocol):
+class Connection(Channel):
     """Made by the server for each client that connects."""
 
     def __init__(self, server: Server) -> None:
-        self.server = server
-        self.user: int | None = None
-        """Who is there, as the system says; None until that is known to be somebody who may be."""
+        super().__init__(server)
         self.greeted = False
-        self.streams: dict[int, Stream] = {}
-        """Generations by the client's number."""
-        self.waiting: set[int] = set()
-        """Other requests that were not answered yet."""
-        self.held = 0
-        """Bytes of the frame that has begun and of requests not answered yet; see ``Server.hold``."""
-        limits = server.config.limits
         self._frames = Frames(BEFORE_HELLO)
         self._messages: Iterator[Message] | None = None
-        self._sizes: dict[int, int] = {}
         self._begun = 0
-        self._tokens, self._refilled = 2 * limits.requests_per_second, server.now()
-        self._writing = True
-        self._owing: list[Stream] = []
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._closed = False
 
     # ---- of the loop -------------------------------------------------------------------------------------------------
 
@@ -77,27 +56,7 @@ class Connection(asyncio.Protocol):
         self._messages = self._frames.feed(data)
         self._go_on()
 
-    def eof_received(self) -> None:
-        """The client will say no more: it has left."""
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """The client has left, or was sent away."""
-        self._closed = True
-        self._sizes.clear()
-        for timer in self._timers.values():
-            timer.cancel()
-        self.server.left(self)
-
-    def pause_writing(self) -> None:
-        """The client reads slower than we write."""
-        self._writing = False
-
-    def resume_writing(self) -> None:
-        """The client has read on."""
-        self._writing = True
-        owing, self._owing = self._owing, []
-        for stream in owing:
-            stream.written()
+    def _read_on(self) -> None:
         if self._messages is None:
             self._transport.resume_reading()
         else:
@@ -170,19 +129,6 @@ class Connection(asyncio.Protocol):
         if request.op not in ("ack", "cancel"):
             self._take_token()
 
-    def _take_token(self) -> None:
-        """Requests by the second, as a bucket that holds those of two. Raises ProtocolError: limit."""
-        rate = self.server.config.limits.requests_per_second
-        if not rate:
-            return
-        now = self.server.now()
-        self._tokens = min(2 * rate, self._tokens + (now - self._refilled) * rate)
-        self._refilled = now
-        if self._tokens < 1:
-            wait = (1 - self._tokens) / rate
-            raise ProtocolError("limit", f"there may be {rate:g} requests a second; ask again a little later", retry_after=wait)
-        self._tokens -= 1
-
     def greet(self, key: str | None) -> None:
         """Hello was said. Raises ProtocolError: not_allowed."""
         expected = self.server.config.key
@@ -191,22 +137,6 @@ class Connection(asyncio.Protocol):
         self.greeted = True
         self._frames.max_bytes = self.server.config.limits.frame_bytes
         self._stop("hello")
-
-    # ---- what is under way -------------------------------------------------------------------------------------------
-
-    def begin(self, number: int, size: int) -> None:
-        """A request is passed on; ``size``: its bytes. Raises ProtocolError: limit."""
-        most = self.server.config.limits.requests_per_connection
-        if len(self.waiting) + len(self.streams) >= most:
-            raise ProtocolError("limit", f"a connection may have {most} requests under way; wait for one")
-        self.server.hold(self, size)
-        self._sizes[number] = size
-        self.waiting.add(number)
-
-    def done(self, number: int) -> None:
-        """A request was answered, or could not be begun."""
-        self.waiting.discard(number)
-        self.server.hold(self, -self._sizes.pop(number, 0))
 
     # ---- out ---------------------------------------------------------------------------------------------------------
 
@@ -217,54 +147,13 @@ class Connection(asyncio.Protocol):
         self._transport.write(pack_answer(message))
         self._idle()
 
-    def answer(self, number: int | None, result: Message) -> None:
-        """Answer a request that is done."""
-        if number is not None:
-            self.send({"id": number, "ok": result})
-
     def refuse(self, number: int | None, error: Exception) -> None:
         """Answer with an error; one after which the client cannot be understood, or is not to be, ends the connection."""
-        found = protocol.failure(error)
-        self.server.count("errors", found["code"])
-        self.send({"id": number, "error": found})
-        if found["code"] in _FATAL or not self.greeted:
+        super().refuse(number, error)
+        if protocol.failure(error)["code"] in _FATAL or not self.greeted:
             self.close()
 
-    def deliver(self, stream: Stream, message: Message) -> None:
-        """Send a stream's event or answer; the event is off our hands when the client reads fast enough."""
-        self.send({**message, "id": stream.request})
-        if "event" not in message:
-            return
-        if self._writing:
-            stream.written()
-        else:
-            self._owing.append(stream)
-
-    def close(self) -> None:
-        """Send what was written, and no more."""
-        if not self._closed:
-            self._closed = True
-            self._transport.close()
-            # Who reads nothing does not keep us.
-            self._timers["close"] = asyncio.get_running_loop().call_later(5.0, self._transport.abort)
-
-    def end(self, error: ProtocolError) -> None:
-        """Say why, and end the connection."""
-        self.refuse(None, error)
-        self.close()
-
     # ---- time --------------------------------------------------------------------------------------------------------
-
-    def _after(self, name: str, seconds: float, what: str) -> None:
-        """End the connection after some seconds, unless ``_stop`` comes first."""
-        self._stop(name)
-        if seconds and not self._closed:
-            error = ProtocolError("limit", f"{what} within {seconds:g} seconds")
-            self._timers[name] = asyncio.get_running_loop().call_later(seconds, self.end, error)
-
-    def _stop(self, name: str) -> None:
-        if timer := self._timers.pop(name, None):
-            timer.cancel()
 
     def _idle(self) -> None:
         """Something was said, by either side."""

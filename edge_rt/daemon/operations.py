@@ -15,19 +15,19 @@ from edge_rt.daemon.sessions import Known, file_of
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from edge_rt.daemon.connection import Connection
+    from edge_rt.daemon.channel import Channel
 
 _WHILE_DRAINING = ("hello", "status", "metrics", "cancel", "ack", "resume", "close_session")
 
 
-def run(connection: Connection, request: Request, size: int) -> None:
+def run(connection: Channel, request: Request, size: int) -> None:
     """Carry out a request. Raises ProtocolError."""
     if connection.server.draining and request.op not in _WHILE_DRAINING:
         raise ProtocolError("draining", "the daemon is about to end; ask again when it is back")
     _RUN[request.op](connection, request, size)
 
 
-def _hello(connection: Connection, request: Request, size: int) -> None:
+def _hello(connection: Channel, request: Request, size: int) -> None:
     common = set(request.fields["versions"]) & set(protocol.VERSIONS)
     if not common:
         raise ProtocolError("unsupported_version", "none of these versions is known here", supported=list(protocol.VERSIONS))
@@ -45,7 +45,7 @@ def _hello(connection: Connection, request: Request, size: int) -> None:
 
 
 def _pass_on(
-    connection: Connection, request: Request, size: int, command: Message, then: Callable[[Message], Message | None] = lambda found: found
+    connection: Channel, request: Request, size: int, command: Message, then: Callable[[Message], Message | None] = lambda found: found
 ) -> None:  # fmt: skip
     """Let the worker answer; ``then`` makes the answer of what it says."""
     number = request.id
@@ -68,11 +68,11 @@ def _error(found: Message) -> ProtocolError:
     return ProtocolError(rest.pop("code"), rest.pop("message"), **rest)
 
 
-def _tokenize(connection: Connection, request: Request, size: int) -> None:
+def _tokenize(connection: Channel, request: Request, size: int) -> None:
     _pass_on(connection, request, size, {"op": request.op, **request.fields})
 
 
-def _reload_rules(connection: Connection, request: Request, size: int) -> None:
+def _reload_rules(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
     _tokenize(connection, request, size)
 
@@ -80,7 +80,7 @@ def _reload_rules(connection: Connection, request: Request, size: int) -> None:
 # ---- sessions --------------------------------------------------------------------------------------------------------
 
 
-def _session(connection: Connection, request: Request) -> Known:
+def _session(connection: Channel, request: Request) -> Known:
     """The session that a request names, idle and in the worker. Raises ProtocolError."""
     server, one = connection.server, _known(connection, request)
     if one.busy:
@@ -101,16 +101,16 @@ def _restored(one: Known, message: Message) -> None:
         one.saved, one.epoch = None, -1
 
 
-def _known(connection: Connection, request: Request) -> Known:
+def _known(connection: Channel, request: Request) -> Known:
     return connection.server.sessions.get(request.fields["session"], _user(connection), connection)
 
 
-def _user(connection: Connection) -> int:
+def _user(connection: Channel) -> int:
     assert connection.user is not None, "nobody else comes as far as this"
     return connection.user
 
 
-def _new(connection: Connection, request: Request, size: int, make: Callable[[Known], Message], **more: Any) -> None:
+def _new(connection: Channel, request: Request, size: int, make: Callable[[Known], Message], **more: Any) -> None:
     """A session that the worker makes; it is forgotten if that fails, or the client is gone by then."""
     server = connection.server
     one = server.sessions.add(_user(connection), request.fields.get("keep", False), server.supervisor.epoch, connection, **more)
@@ -133,17 +133,17 @@ def _new(connection: Connection, request: Request, size: int, make: Callable[[Kn
         raise
 
 
-def _open_session(connection: Connection, request: Request, size: int) -> None:
+def _open_session(connection: Channel, request: Request, size: int) -> None:
     context = {"context": request.fields["context"]} if "context" in request.fields else {}
     _new(connection, request, size, lambda one: {"op": "open_session", "session": one.id, "owner": str(one.user), **context})
 
 
-def _clone_session(connection: Connection, request: Request, size: int) -> None:
+def _clone_session(connection: Channel, request: Request, size: int) -> None:
     source = _session(connection, request)
     _new(connection, request, size, lambda one: {"op": "clone_session", "session": source.id, "new": one.id})
 
 
-def _restore_session(connection: Connection, request: Request, size: int) -> None:
+def _restore_session(connection: Channel, request: Request, size: int) -> None:
     path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
     if not path.exists():
         raise ProtocolError("session_file", f"there is no saved session {request.fields['name']}; save one with save_session")
@@ -151,7 +151,7 @@ def _restore_session(connection: Connection, request: Request, size: int) -> Non
     _new(connection, request, size, lambda one: {**command, "session": one.id}, saved=path)
 
 
-def _save_session(connection: Connection, request: Request, size: int) -> None:
+def _save_session(connection: Channel, request: Request, size: int) -> None:
     path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
     one = _session(connection, request)
 
@@ -162,7 +162,7 @@ def _save_session(connection: Connection, request: Request, size: int) -> None:
     _pass_on(connection, request, size, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
 
 
-def _close_session(connection: Connection, request: Request, size: int) -> None:
+def _close_session(connection: Channel, request: Request, size: int) -> None:
     connection.server.sessions.close(_known(connection, request))
     connection.answer(request.id, {})
 
@@ -170,7 +170,7 @@ def _close_session(connection: Connection, request: Request, size: int) -> None:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-def _generate(connection: Connection, request: Request, size: int) -> None:
+def _generate(connection: Channel, request: Request, size: int) -> None:
     fields = request.fields
     if ("prompt" in fields) == ("messages" in fields):
         raise ProtocolError("bad_request", "generate takes a prompt or messages; give one of them")
@@ -183,7 +183,7 @@ def _generate(connection: Connection, request: Request, size: int) -> None:
     connection.server.generate(connection, request, size, command, session)
 
 
-def _cancel(connection: Connection, request: Request, size: int) -> None:
+def _cancel(connection: Channel, request: Request, size: int) -> None:
     stream = connection.streams.get(request.fields["request"])
     if stream is not None and not stream.ended and not stream.cancelled:
         stream.cancelled = True  # once: the worker need not hear it again and again
@@ -191,43 +191,43 @@ def _cancel(connection: Connection, request: Request, size: int) -> None:
     connection.answer(request.id, {"found": stream is not None})
 
 
-def _resume(connection: Connection, request: Request, size: int) -> None:
+def _resume(connection: Channel, request: Request, size: int) -> None:
     connection.server.resume(connection, request)
 
 
-def _ack(connection: Connection, request: Request, size: int) -> None:
+def _ack(connection: Channel, request: Request, size: int) -> None:
     connection.server.acknowledge(connection, request.fields["stream"], request.fields["seq"])
 
 
 # ---- the daemon ------------------------------------------------------------------------------------------------------
 
 
-def _status(connection: Connection, request: Request, size: int) -> None:
+def _status(connection: Channel, request: Request, size: int) -> None:
     connection.answer(request.id, connection.server.status())
 
 
-def _metrics(connection: Connection, request: Request, size: int) -> None:
+def _metrics(connection: Channel, request: Request, size: int) -> None:
     connection.answer(request.id, connection.server.metrics())
 
 
-def _load_model(connection: Connection, request: Request, size: int) -> None:
+def _load_model(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
     options = protocol.fields(request.fields.get("options", {}), protocol.MODEL_OPTIONS, "the options", "option")
     connection.server.load_model(connection, request, request.fields["model"], options)
 
 
-def _unload_model(connection: Connection, request: Request, size: int) -> None:
+def _unload_model(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
     connection.server.unload_model(connection, request)
 
 
-def _operator(connection: Connection) -> None:
+def _operator(connection: Channel) -> None:
     """Raises ProtocolError for who may use the daemon and not change it."""
     if connection.user not in (os.getuid(), 0):
         raise ProtocolError("not_permitted", "only the daemon's own user and root may do that")
 
 
-_RUN: dict[str, Callable[[Connection, Request, int], None]] = {
+_RUN: dict[str, Callable[[Channel, Request, int], None]] = {
     "hello": _hello,
     "open_session": _open_session,
     "close_session": _close_session,

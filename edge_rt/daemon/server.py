@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from edge_rt import __version__
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Listener
+from edge_rt.daemon.channel import OVER_TCP, Channel
 from edge_rt.daemon.config import Config
-from edge_rt.daemon.connection import OVER_TCP, Connection
+from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
@@ -41,7 +42,7 @@ class Server:
         self.supervisor = Supervisor(config.hung_after, self._changed)
         self.sessions = Sessions(config.limits.sessions_per_user, config.keep_sessions, self._forget_session)
         self.draining = False
-        self._connections: set[Connection] = set()
+        self._connections: set[Channel] = set()
         self._streams: dict[str, Stream] = {}  # that can be resumed, by token
         self._running: set[Stream] = set()
         self._under_way = 0
@@ -77,7 +78,7 @@ class Server:
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
-    def enter(self, connection: Connection, user: int | None) -> None:
+    def enter(self, connection: Channel, user: int | None) -> None:
         """A client has connected. Raises ProtocolError if it may not stay."""
         limits = self.config.limits
         self.count("connections", "all")
@@ -91,7 +92,7 @@ class Server:
         connection.user = user
         self._connections.add(connection)
 
-    def left(self, connection: Connection) -> None:
+    def left(self, connection: Channel) -> None:
         """A client has gone: nobody works for it any more, unless it may come back for a stream."""
         if connection not in self._connections:
             return
@@ -106,7 +107,7 @@ class Server:
         connection.streams.clear()
         self.sessions.left(connection)
 
-    def hold(self, connection: Connection, more: int) -> None:
+    def hold(self, connection: Channel, more: int) -> None:
         """A client's bytes are held, or (less than 0) no more. Raises ProtocolError: limit."""
         if more > 0 and self._held + more > self.config.limits.held_bytes:
             raise ProtocolError("limit", "the daemon holds as much of requests as it may; ask again a little later")
@@ -139,7 +140,7 @@ class Server:
 
     # ---- streams -----------------------------------------------------------------------------------------------------
 
-    def generate(self, connection: Connection, request: Request, size: int, command: Message, session: Known | None) -> None:
+    def generate(self, connection: Channel, request: Request, size: int, command: Message, session: Known | None) -> None:
         """Start a generation. Raises ProtocolError."""
         assert request.id is not None, "only ack has none"
         assert connection.user is not None, "nobody else comes as far as this"
@@ -196,7 +197,7 @@ class Server:
         if not stream.ended:
             self.supervisor.cancel(stream.number, drop=True)
 
-    def resume(self, connection: Connection, request: Request) -> None:
+    def resume(self, connection: Channel, request: Request) -> None:
         """Go on with a stream on another connection. Raises ProtocolError."""
         assert request.id is not None, "only ack has none"
         stream = self._stream(connection, request.fields["stream"])
@@ -221,20 +222,20 @@ class Server:
             connection.answer(request.id, {})
             self._settle(stream)
 
-    def acknowledge(self, connection: Connection, token: str, seq: int) -> None:
+    def acknowledge(self, connection: Channel, token: str, seq: int) -> None:
         """A client has the events of a stream up to this one."""
         stream = self._stream(connection, token)
         if stream is not None:
             stream.acknowledge(seq)
             self._settle(stream)
 
-    def _stream(self, connection: Connection, token: str) -> Stream | None:
+    def _stream(self, connection: Channel, token: str) -> Stream | None:
         stream = self._streams.get(token)
         return stream if stream is not None and stream.user == connection.user else None
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
-    def load_model(self, connection: Connection, request: Request, model: str, options: dict[str, Any]) -> None:
+    def load_model(self, connection: Channel, request: Request, model: str, options: dict[str, Any]) -> None:
         """Exchange the worker for one with this model; answered when it is started. Raises ProtocolError, ModelFileError."""
         spec = self.spec(model, options)
         self._idle_worker()
@@ -246,7 +247,7 @@ class Server:
 
         self._spawn(work())
 
-    def unload_model(self, connection: Connection, request: Request) -> None:
+    def unload_model(self, connection: Channel, request: Request) -> None:
         """End the worker. Raises ProtocolError."""
         self._idle_worker()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from edge_rt.daemon.connection import Connection
+    from edge_rt.daemon.channel import Channel
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -25,7 +25,7 @@ class Known:
     user: int
     keep: bool
     epoch: int
-    connection: Connection | None
+    connection: Channel | None
     saved: Path | None = None
     busy: bool = False
     expiry: asyncio.TimerHandle | None = None
@@ -42,7 +42,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, user: int, keep: bool, epoch: int, connection: Connection, saved: Path | None = None) -> Known:
+    def add(self, user: int, keep: bool, epoch: int, connection: Channel, saved: Path | None = None) -> Known:
         """A new session. Raises ProtocolError: limit."""
         if sum(one.user == user for one in self._known.values()) >= self._per_user:
             raise ProtocolError("limit", f"a user may have {self._per_user} sessions; close one")
@@ -50,7 +50,7 @@ class Sessions:
         self._known[one.id] = one
         return one
 
-    def get(self, name: str, user: int, connection: Connection) -> Known:
+    def get(self, name: str, user: int, connection: Channel) -> Known:
         """A session of the user's; from now on it is this connection's. Raises ProtocolError: no_such_session, whoever's it is."""
         one = self._known.get(name)
         if one is None or one.user != user:
@@ -76,7 +76,7 @@ class Sessions:
                 other.saved = None
         one.saved = path
 
-    def left(self, connection: Connection) -> None:
+    def left(self, connection: Channel) -> None:
         """A connection has ended: its sessions close, those to be kept after a while."""
         for one in [one for one in self._known.values() if one.connection is connection]:
             if not one.keep:

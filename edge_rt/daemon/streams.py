@@ -13,7 +13,7 @@ from edge_rt.errors import ProtocolError
 if TYPE_CHECKING:
     import asyncio
 
-    from edge_rt.daemon.connection import Connection
+    from edge_rt.daemon.channel import Channel
 
 
 class Stream:
@@ -36,7 +36,7 @@ class Stream:
         """Of the command to the worker."""
         self.request = 0
         """The client's number for it."""
-        self.connection: Connection | None = None
+        self.connection: Channel | None = None
         self.expiry: asyncio.TimerHandle | None = None
         self._held: deque[Message] = deque()
         self._credit, self._batch, self._owed = credit, max(1, credits // 4), 0

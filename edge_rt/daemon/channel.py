@@ -1,0 +1,162 @@
+"""What the daemon knows of a client, whatever it speaks: who it is, what is under way for it, and whether it reads what it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from edge_rt.daemon import protocol
+from edge_rt.daemon.frames import Message
+from edge_rt.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.server import Server
+    from edge_rt.daemon.streams import Stream
+
+AT_ONCE = 32
+"""Messages handled before others have a turn."""
+UNREAD = 1 << 20
+"""Bytes that a client has not read, before no more is read from it."""
+OVER_TCP = -1
+"""The user of all who came over TCP, whose users the system does not tell."""
+
+
+class Channel(asyncio.Protocol):
+    """One client's connection; the server's operations see no more of it than this.
+
+    Messages are the protocol's, in and out. A subclass says how ``send`` writes them, and what else ends with the connection.
+    """
+
+    _transport: asyncio.Transport
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.user: int | None = None
+        """Who is there, as the system says; None until that is known to be somebody who may be."""
+        self.streams: dict[int, Stream] = {}
+        """Generations by the client's number."""
+        self.waiting: set[int] = set()
+        """Other requests that were not answered yet."""
+        self.held = 0
+        """Bytes of the request that has begun and of requests not answered yet; see ``Server.hold``."""
+        self._sizes: dict[int, int] = {}
+        self._tokens, self._refilled = 2 * server.config.limits.requests_per_second, server.now()
+        self._writing = True
+        self._owing: list[Stream] = []
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._closed = False
+
+    # ---- of the loop -------------------------------------------------------------------------------------------------
+
+    def eof_received(self) -> None:
+        """The client will say no more: it has left."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The client has left, or was sent away."""
+        self._closed = True
+        self._sizes.clear()
+        for timer in self._timers.values():
+            timer.cancel()
+        self.server.left(self)
+
+    def pause_writing(self) -> None:
+        """The client reads slower than we write."""
+        self._writing = False
+
+    def resume_writing(self) -> None:
+        """The client has read on."""
+        self._writing = True
+        owing, self._owing = self._owing, []
+        for stream in owing:
+            stream.written()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Go on with what has come, or read more."""
+        raise NotImplementedError
+
+    # ---- what is under way -------------------------------------------------------------------------------------------
+
+    def _take_token(self) -> None:
+        """Requests by the second, as a bucket that holds those of two. Raises ProtocolError: limit."""
+        rate = self.server.config.limits.requests_per_second
+        if not rate:
+            return
+        now = self.server.now()
+        self._tokens = min(2 * rate, self._tokens + (now - self._refilled) * rate)
+        self._refilled = now
+        if self._tokens < 1:
+            wait = (1 - self._tokens) / rate
+            raise ProtocolError("limit", f"there may be {rate:g} requests a second; ask again a little later", retry_after=wait)
+        self._tokens -= 1
+
+    def greet(self, key: str | None) -> None:
+        """Hello was said. Raises ProtocolError: not_allowed."""
+        raise NotImplementedError
+
+    def begin(self, number: int, size: int) -> None:
+        """A request is passed on; ``size``: its bytes. Raises ProtocolError: limit."""
+        most = self.server.config.limits.requests_per_connection
+        if len(self.waiting) + len(self.streams) >= most:
+            raise ProtocolError("limit", f"a connection may have {most} requests under way; wait for one")
+        self.server.hold(self, size)
+        self._sizes[number] = size
+        self.waiting.add(number)
+
+    def done(self, number: int) -> None:
+        """A request was answered, or could not be begun."""
+        self.waiting.discard(number)
+        self.server.hold(self, -self._sizes.pop(number, 0))
+
+    # ---- out ---------------------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Write a message; the client may be gone."""
+        raise NotImplementedError
+
+    def answer(self, number: int | None, result: Message) -> None:
+        """Answer a request that is done."""
+        if number is not None:
+            self.send({"id": number, "ok": result})
+
+    def refuse(self, number: int | None, error: Exception) -> None:
+        """Answer with an error."""
+        found = protocol.failure(error)
+        self.server.count("errors", found["code"])
+        self.send({"id": number, "error": found})
+
+    def deliver(self, stream: Stream, message: Message) -> None:
+        """Send a stream's event or answer; the event is off our hands when the client reads fast enough."""
+        self.send({**message, "id": stream.request})
+        if "event" not in message:
+            return
+        if self._writing:
+            stream.written()
+        else:
+            self._owing.append(stream)
+
+    def close(self) -> None:
+        """Send what was written, and no more."""
+        if not self._closed:
+            self._closed = True
+            self._transport.close()
+            # Who reads nothing does not keep us.
+            self._timers["close"] = asyncio.get_running_loop().call_later(5.0, self._transport.abort)
+
+    def end(self, error: ProtocolError) -> None:
+        """Say why, and end the connection."""
+        self.refuse(None, error)
+        self.close()
+
+    # ---- time --------------------------------------------------------------------------------------------------------
+
+    def _after(self, name: str, seconds: float, what: str) -> None:
+        """End the connection after some seconds, unless ``_stop`` comes first."""
+        self._stop(name)
+        if seconds and not self._closed:
+            error = ProtocolError("limit", f"{what} within {seconds:g} seconds")
+            self._timers[name] = asyncio.get_running_loop().call_later(seconds, self.end, error)
+
+    def _stop(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
