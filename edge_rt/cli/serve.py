@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from edge_rt.cli.output import say
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.daemon.address import Listener
-    from edge_rt.daemon.config import Config
+    from edge_rt.daemon.address import Address, Listener
+    from edge_rt.daemon.config import Config, Http
 
 HELP = """Serve a model to other programs on this machine.
 
@@ -23,6 +24,7 @@ client asks for one. SIGTERM and Ctrl-C let requests come to their end; a second
 Examples:
   edge-rt serve -m smollm2
   edge-rt serve -m model.gguf --listen /run/user/1000/llm.sock --rules rules.toml
+  edge-rt serve -m smollm2 --http /run/user/1000/llm-http.sock
   edge-rt serve --config daemon.toml --check
 """
 
@@ -32,6 +34,7 @@ class Options(ModelOptions):
 
     model: str = option("", "-m --model MODEL", "GGUF file, or a name from `edge-rt models`; none if left out.")
     listen: tuple[str, ...] = option((), "--listen ADDRESS", "A path, abstract:NAME or tcp:127.0.0.1:PORT. May be given several times.")
+    http: tuple[str, ...] = option((), "--http ADDRESS", "Speak HTTP, with OpenAI's API, at this address too, see docs/http.md.")
     config: str | None = option(None, "--config FILE", "Configuration, see docs/daemon.md. Options of this command come before it.")
     check: bool = option(False, "--check", "Say what would happen, or what is wrong, and do nothing.")
     rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
@@ -47,15 +50,14 @@ def run(options: Options) -> int:
     config = configured(options)
     if options.check:
         return check(config)
-    given = addresses.activated()
-    listeners = given or listen(config)
+    listeners = listen(config, addresses.activated())
     import asyncio
     import logging
 
     from edge_rt.daemon.server import serve
 
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
-    where = ", ".join(str(one.address) for one in listeners)
+    where = ", ".join(map(shown, listeners))
     asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}")))
     return 0
 
@@ -78,25 +80,51 @@ def configured(options: Options) -> Config:
         "embedder": options.embedder,
     }
     listen_at = tuple(map(addresses.parse, options.listen)) or config.listen or (addresses.default_address(),)
+    http = config.http
+    if options.http:
+        http = (http or configuration.Http())._replace(listen=tuple(map(addresses.parse, options.http)))
     config = config._replace(
         listen=listen_at,
         model=options.model or config.model,
         model_options={**config.model_options, **{name: value for name, value in more.items() if value is not None}},
         rules=str(Path(options.rules).absolute()) if options.rules is not None else config.rules,
+        http=http,
     )
     if config.key is None and any(one.kind == "tcp" for one in config.listen):
         raise OptionError("a TCP port is open to every user of this machine; set key_file in the configuration, see docs/daemon.md")
     return config
 
 
-def listen(config: Config) -> list[Listener]:
-    """Listen at all addresses. Raises OptionError."""
+def _check_http(http: Http | None, at: Sequence[Address]) -> None:
+    """Raises OptionError for HTTP that cannot be, or is open to all by mistake."""
+    from importlib.util import find_spec
+
+    if at and find_spec("h11") is None:
+        raise OptionError("HTTP needs the package h11; pip install 'edge-rt[http]'")
+    if not (http and (http.keys or http.open)) and any(one.kind == "tcp" for one in at):
+        raise OptionError(
+            "HTTP on a TCP port is open to every process of this machine; give a path, or set key_file, or open = true if that is meant, "
+            "in [http] of the configuration, see docs/http.md"
+        )
+
+
+def shown(listener: Listener) -> str:
+    """Where one can reach us."""
+    return f"{'http at ' if listener.http else ''}{listener.address}"
+
+
+def listen(config: Config, activated: Sequence[Listener] = ()) -> list[Listener]:
+    """Listen at all addresses; those of a kind for which systemd listens count no more. Raises OptionError."""
     from edge_rt.daemon import address as addresses
 
-    found: list[Listener] = []
+    found: list[Listener] = list(activated)
+    given = {one.http for one in activated}
+    own = config.listen if False not in given else ()
+    http = config.http.listen if config.http is not None and True not in given else ()
     try:
-        for one in config.listen:
-            found.append(addresses.listen(one))
+        _check_http(config.http, [*http, *(one.address for one in activated if one.http)])
+        found += map(addresses.listen, own)
+        found += (addresses.listen(one)._replace(http=True) for one in http)
     except BaseException:
         for listener in found:
             listener.close()
@@ -107,7 +135,7 @@ def listen(config: Config) -> list[Listener]:
 def check(config: Config) -> int:
     """Whether all would go well, without doing it. Raises what would go wrong."""
     for listener in listen(config):
-        say(f"would listen at {listener.address}")
+        say(f"would listen at {shown(listener)}")
         listener.close()
     users = ", ".join("root" if one == 0 else "you" if one == os.getuid() else str(one) for one in sorted(config.users))
     say(f"would let in {users}")

@@ -64,11 +64,12 @@ def parse(text: str) -> Address:
 
 
 class Listener(NamedTuple):
-    """A socket that is listening. ``lock``: held as long as it is open."""
+    """A socket that is listening. ``lock``: held as long as it is open. ``http``: that is what is spoken there."""
 
     socket: socket.socket
     address: Address
     lock: IO[bytes] | None = None
+    http: bool = False
 
     def close(self) -> None:
         """Stop listening; the socket's file goes."""
@@ -151,10 +152,11 @@ def _in_use(address: Address, error: OSError) -> OptionError:
 
 
 def activated() -> list[Listener]:
-    """The sockets that systemd listens at for us (sd_listen_fds(3)), none if it did not start us."""
+    """The sockets that systemd listens at for us (sd_listen_fds(3)), none if it did not start us; those named ``http`` are for that."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(os.environ.get("LISTEN_FDS", "0"))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # not for our children
         os.environ.pop(name, None)
     found = []
@@ -167,6 +169,8 @@ def activated() -> list[Listener]:
             found.append(Listener(one, Address("abstract", text[1:]) if text.startswith("\0") else Address("unix", text)))
         else:
             found.append(Listener(one, Address("tcp", name[0], name[1])))
+        if names[number - 3 : number - 2] == ["http"]:
+            found[-1] = found[-1]._replace(http=True)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,19 @@ class Limits(NamedTuple):
     idle_seconds: float = 0.0
 
 
+class Http(NamedTuple):
+    """The HTTP side (docs/http.md). ``keys``: any of them lets in. ``open``: none is needed, also over TCP.
+
+    ``origins``: of pages that may ask. ``hosts``: names by which the daemon may be asked for, beside those of this machine.
+    """
+
+    listen: tuple[Address, ...] = (Address("tcp", "127.0.0.1", 8080),)
+    keys: tuple[str, ...] = ()
+    open: bool = False
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+
 class Config(NamedTuple):
     """All that a daemon is told. ``model_options``: keywords of ``edge_rt.open``.
 
@@ -49,10 +63,12 @@ class Config(NamedTuple):
     resume_within: float = 30.0
     drain_seconds: float = 20.0
     hung_after: float = 120.0
+    http: Http | None = None
 
 
 FRAME_ROOM = 1 << 16
 """Bytes that the daemon may add to a client's message on its way to the worker."""
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?")
 _TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0}
 _MODEL_NUMBERS = ("context", "threads", "memory")
 _MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder")
@@ -90,14 +106,15 @@ def _config(table: Rules, folder: Path) -> Config:
     model, options = _model(table.table("model"), folder)
     times: dict[str, Any] = {name: table.number(name, getattr(base, name), 0.05, most) for name, most in _TIMES.items()}
     return base._replace(
-        listen=tuple(_address(table, text, i) for i, text in enumerate(table.texts("listen"))),
+        listen=_addresses(table),
         users=frozenset(_user(table, text, i) for i, text in enumerate(users)) or base.users,
-        key=_key(table) if "key_file" in table else None,
+        key=_keys(table)[0] if "key_file" in table else None,
         model=model,
         model_options=options,
         rules=str(folder / Path(rules).expanduser()) if rules else None,
         state=folder / Path(state).expanduser() if state else base.state,
         limits=_limits(table.table("limits")),
+        http=_http(table.table("http")) if "http" in table else None,
         credits=table.integer("credits", base.credits, 1, 4096),
         **times,
     )
@@ -127,6 +144,24 @@ def _limits(table: Rules) -> Limits:
     return Limits(**found)
 
 
+def _http(table: Rules) -> Http:
+    base, origins = Http(), table.texts("origins")
+    for i, origin in enumerate(origins):
+        if not _ORIGIN.fullmatch(origin):
+            raise table.error(f"{origin!r:.80} is no origin; give it as browsers do, such as http://localhost:3000", "origins", i)
+    return Http(
+        listen=_addresses(table) or base.listen,
+        keys=_keys(table) if "key_file" in table else (),
+        open=table.flag("open", False),
+        origins=origins,
+        hosts=tuple(map(str.lower, table.texts("hosts"))),
+    )
+
+
+def _addresses(table: Rules) -> tuple[Address, ...]:
+    return tuple(_address(table, text, i) for i, text in enumerate(table.texts("listen")))
+
+
 def _address(table: Rules, text: str, index: int) -> Address:
     try:
         return addresses.parse(text)
@@ -144,10 +179,12 @@ def _user(table: Rules, text: str, index: int) -> int:
         raise table.error(f"there is no user {text}; give a name or a number", "users", index) from error
 
 
-def _key(table: Rules) -> str:
+def _keys(table: Rules) -> tuple[str, ...]:
+    """The keys in a file, one in each line."""
     path, text = table.file("key_file")
     if path.stat().st_mode & 0o077:
         raise table.error(f"others may read the key in {path}; chmod 600 it", "key_file")
-    if len(text.strip()) < 16:
+    keys = tuple(filter(None, map(str.strip, text.splitlines()))) or ("",)
+    if any(len(key) < 16 for key in keys):
         raise table.error("the key has fewer than 16 characters; make one as `openssl rand -hex 16` does", "key_file")
-    return text.strip()
+    return keys

@@ -16,9 +16,10 @@ from edge_rt import __version__
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Listener
 from edge_rt.daemon.channel import OVER_TCP, Channel
-from edge_rt.daemon.config import Config
+from edge_rt.daemon.config import Config, Http
 from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
+from edge_rt.daemon.measures import Measures
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
@@ -48,7 +49,9 @@ class Server:
         self._under_way = 0
         self._held = 0
         self._listeners: list[tuple[Listener, asyncio.Server]] = []
-        self._counts = {what: Counter[str]() for what in ("requests", "errors", "connections", "tokens")}
+        self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens")}
+        """How often what happened, since the start."""
+        self.measures = Measures()
         self._started = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,12 +63,17 @@ class Server:
     async def listen(self, listeners: Sequence[Listener]) -> None:
         """Let clients in, and load the model of the configuration."""
         loop = asyncio.get_running_loop()
+        speaks: dict[bool, Callable[[], Channel]] = {False: partial(Connection, self)}
+        if any(one.http for one in listeners):
+            from edge_rt.daemon.http.connection import HttpConnection
+
+            speaks[True] = partial(HttpConnection, self, self.config.http or Http(), {})
         for one in listeners:
             one.socket.setblocking(False)
             if one.address.kind == "tcp":
-                serving = await loop.create_server(partial(Connection, self), sock=one.socket)
+                serving = await loop.create_server(speaks[one.http], sock=one.socket)
             else:
-                serving = await loop.create_unix_server(partial(Connection, self), sock=one.socket, **_LEAVE_THE_FILE)
+                serving = await loop.create_unix_server(speaks[one.http], sock=one.socket, **_LEAVE_THE_FILE)
             self._listeners.append((one, serving))
         if self.config.model is not None:
             self.supervisor.load(self.spec(self.config.model, self.config.model_options))
@@ -74,7 +82,7 @@ class Server:
         """What the worker is to open. Raises ModelFileError if there is no such model."""
         from edge_rt.catalog import resolve
 
-        return Spec(str(resolve(model).absolute()), options, self.config.rules)
+        return Spec(str(resolve(model).absolute()), options, self.config.rules, model)
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
@@ -116,7 +124,7 @@ class Server:
 
     def count(self, what: str, kind: str, more: int = 1) -> None:
         """Note that something happened."""
-        self._counts[what][kind] += more
+        self.counts[what][kind] += more
 
     # ---- the worker --------------------------------------------------------------------------------------------------
 
@@ -149,7 +157,7 @@ class Server:
         connection.begin(number, size)
         stream.number = self.call({**command, "credits": credits}, partial(self._streamed, stream, session))
         connection.waiting.discard(number)
-        stream.request, stream.connection = number, connection
+        stream.request, stream.connection, stream.moved = number, connection, self.now()
         connection.streams[number] = stream
         self._running.add(stream)
         if session is not None:
@@ -163,7 +171,9 @@ class Server:
 
     def _streamed(self, stream: Stream, session: Known | None, message: Message) -> None:
         """The worker says something of a generation."""
-        if message.get("event") == "done":
+        if message.get("event") == "delta":
+            self.measures.tokens(stream, len(message["tokens"]), self.now())
+        elif message.get("event") == "done":
             for kind in ("prompt_tokens", "completion_tokens"):
                 self.count("tokens", kind, message["usage"][kind])
         sent = stream.add(message)
@@ -285,7 +295,7 @@ class Server:
     def metrics(self) -> Message:
         """Counts since the start."""
         return {
-            **{what: dict(counts) for what, counts in self._counts.items()},
+            **{what: dict(counts) for what, counts in self.counts.items()},
             "worker_deaths": self.supervisor.deaths, "uptime": time.time() - self._started,
         }  # fmt: skip
 

@@ -33,10 +33,14 @@ PROGRESS_EVERY = 0.05
 
 @dataclass(eq=False)
 class Asked:
-    """A generation: from the moment its command came until its last event was sent. ``credits``: events that may still be sent."""
+    """A generation: from the moment its command came until its last event was sent. ``credits``: events that may still be sent.
+
+    ``pieces``: log-probabilities come with the bytes of their tokens.
+    """
 
     id: int
     credits: int
+    pieces: bool = False
     session: Session | None = None
     running: Running | None = None
     cancelled: bool = False
@@ -183,7 +187,7 @@ class Serving:
 
     def note(self, command: Message) -> None:
         """A generation will be asked for; from now on it can be cancelled."""
-        self._asked[command["id"]] = Asked(command["id"], command["credits"])
+        self._asked[command["id"]] = Asked(command["id"], command["credits"], command.get("pieces", False))
 
     def cancel(self, request: int) -> None:
         """End a generation at its next step; on any thread."""
@@ -255,10 +259,18 @@ class Serving:
             one.running = running
 
     def _deliver(self, one: Asked, event: Event) -> bool:
-        self._send({"id": one.id, **record(event)})
+        message = record(event)
+        if one.pieces:
+            for entry in message.get("logprobs", ()):
+                entry["piece"] = self._piece(entry["token"])
+                entry["top_pieces"] = [self._piece(token) for token, _ in entry["top"]]
+        self._send({"id": one.id, **message})
         with self._lock:
             one.credits -= 1
             return one.credits > 0
+
+    def _piece(self, token: int) -> bytes:
+        return self._opened.vocab.piece(token, special=True)
 
 
 _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {

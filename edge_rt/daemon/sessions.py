@@ -42,6 +42,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._known)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
     def add(self, user: int, keep: bool, epoch: int, connection: Channel, saved: Path | None = None) -> Known:
         """A new session. Raises ProtocolError: limit."""
         if sum(one.user == user for one in self._known.values()) >= self._per_user:

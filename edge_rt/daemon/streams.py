@@ -36,6 +36,10 @@ class Stream:
         """Of the command to the worker."""
         self.request = 0
         """The client's number for it."""
+        self.begun = False
+        """A token has come."""
+        self.moved = 0.0
+        """When the last token came, before the first when it was asked for."""
         self.connection: Channel | None = None
         self.expiry: asyncio.TimerHandle | None = None
         self._held: deque[Message] = deque()

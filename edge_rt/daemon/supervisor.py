@@ -21,11 +21,12 @@ UNLOADED = Ended("unloaded", "the model was unloaded; load one with load_model")
 
 
 class Spec(NamedTuple):
-    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file."""
+    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file. ``name``: what the model was asked for by."""
 
     model: str
     options: dict[str, Any]
     rules: str | None = None
+    name: str = ""
 
 
 class Supervisor:

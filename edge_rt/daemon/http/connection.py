@@ -1,0 +1,345 @@
+"""One client over HTTP/1.1: requests in, one after another, answers out. h11 reads and writes the protocol; here are its limits.
+
+A request is one of the daemon's, as if it had come over its own protocol: same operations, same limits, same back-pressure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import socket
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+import h11
+
+from edge_rt.daemon import operations
+from edge_rt.daemon.address import peer
+from edge_rt.daemon.channel import AT_ONCE, OVER_TCP, UNREAD, Channel
+from edge_rt.daemon.frames import Message
+from edge_rt.daemon.http import access, routes
+from edge_rt.daemon.http.errors import ApiError, api_error, from_protocol
+from edge_rt.daemon.protocol import Request
+from edge_rt.errors import EdgeError, ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.config import Http
+    from edge_rt.daemon.http.routes import Exchange, Route
+    from edge_rt.daemon.server import Server
+
+AHEAD = 1 << 16
+"""Bytes of further requests that may come while one is answered."""
+KEEP_ALIVE = 75.0
+"""Seconds that a connection stays open between two requests, unless ``idle_seconds`` says otherwise."""
+LINGER = 1.0
+"""Seconds in which the rest of a refused request is read and thrown away, so that the client gets to read why."""
+EVENTS = (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
+"""Headers of a stream."""
+
+
+class HttpConnection(Channel):
+    """Made by the server for each client that connects. Answers one request at a time, as HTTP/1.1 does."""
+
+    def __init__(self, server: Server, http: Http, names: dict[tuple[int, int, str], str]) -> None:
+        """``names``: ids of sessions by user, key and the client's name, of all connections."""
+        super().__init__(server)
+        self.names = names
+        self.key = 0
+        """Which of the keys the request came with."""
+        self._http = http
+        self._h11 = h11.Connection(h11.SERVER)
+        self._ahead = 0
+        self._over_tcp = False
+        self._lingering = False
+        self._body = bytearray()
+        self._number = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was of one request, before the next."""
+        self._head: h11.Request | None = None
+        self._route: Route | None = None
+        self._headers: dict[str, str] = {}
+        self._origin: str | None = None
+        self._exchange: Exchange | None = None
+        self._streaming = False
+        self._refusal: EdgeError | None = None
+        self._thrown_away = 0
+
+    # ---- of the loop -------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Who is it, and may they come in?"""
+        self._transport = cast(asyncio.Transport, transport)
+        connection: socket.socket = transport.get_extra_info("socket")
+        self._over_tcp = connection.family != socket.AF_UNIX
+        try:
+            self.server.enter(self, OVER_TCP if self._over_tcp else peer(connection).user)
+        except ProtocolError as error:
+            self._fail(error)
+            self._lingering = True
+            self.close()
+            return
+        self._after("head", self.server.config.limits.hello_seconds, "no request came")
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        if self._closed or self._lingering:
+            return
+        self._h11.receive_data(data)
+        if self._exchange is None:
+            self._go_on()
+            return
+        self._ahead += len(data)
+        if self._ahead > AHEAD:
+            self._transport.pause_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The client has left: nobody works for it any more."""
+        super().connection_lost(error)
+        if self._exchange is not None:
+            self._exchange.left()
+        self._exchange = None
+
+    def _read_on(self) -> None:
+        if self._exchange is None:
+            self._go_on()
+
+    # ---- in ----------------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Take what has come, some at a time, as long as the client reads what it is answered."""
+        for _ in range(AT_ONCE):
+            if self._closed or self._lingering or self._exchange is not None:
+                return
+            if self._transport.get_write_buffer_size() > UNREAD:
+                self._transport.pause_reading()
+                return
+            try:
+                event = self._h11.next_event()
+                if event is h11.NEED_DATA or event is h11.PAUSED:
+                    self._wait()
+                    return
+                if isinstance(event, h11.Request):
+                    self._begun(event)
+                elif isinstance(event, h11.Data):
+                    self._more(event.data)
+                elif isinstance(event, h11.EndOfMessage):
+                    self._whole()
+            except h11.RemoteProtocolError as error:
+                said = f"the request is no HTTP/1.1: {error}"
+                self._fail(ApiError(error.error_status_hint, said, "malformed_request"))
+            except Exception as error:
+                self._fail(error)
+        self._transport.pause_reading()
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _wait(self) -> None:
+        """More has to come, in time."""
+        self._transport.resume_reading()
+        limits = self.server.config.limits
+        if self._head is not None:
+            return
+        if self._h11.trailing_data[0]:  # a head has begun
+            self._stop("idle")
+            if "head" not in self._timers:
+                self._after("head", limits.hello_seconds, "the request's head was not completed")
+        elif "head" not in self._timers and "idle" not in self._timers:
+            self._after("idle", limits.idle_seconds or KEEP_ALIVE, "no request came")
+
+    def _begun(self, head: h11.Request) -> None:
+        """A request's head came. Raises ApiError for one after which it is not known, or would take long, where the next begins."""
+        self._stop("head")
+        self._stop("idle")
+        self._head = head
+        self._headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
+        self._after("body", self.server.config.limits.frame_seconds, "the request was not completed")
+        if "transfer-encoding" in self._headers and ("content-length" in self._headers or head.http_version < b"1.1"):
+            raise ApiError(400, "the request says in two ways how long it is, or in one that its version has not", "malformed_request")
+        length = int(self._headers.get("content-length", 0))
+        waits = self._h11.they_are_waiting_for_100_continue
+        try:
+            self._check(head, length)
+        except EdgeError as error:
+            if length > AHEAD or waits:
+                raise
+            self._refusal = error  # once the request is there: the connection may go on then
+            return
+        if waits:
+            self._write(h11.InformationalResponse(status_code=100, headers=[]))
+
+    def _check(self, head: h11.Request, length: int) -> None:
+        """Raises ApiError, ProtocolError for a request that will not be answered."""
+        if self._over_tcp:
+            access.check_host(self._http, self._headers)
+        self._origin = access.check_origin(self._http, self._headers)
+        if head.method == b"OPTIONS" and self._origin is not None:
+            self._route = routes.PREFLIGHT
+        else:
+            self._route = routes.find(head.method.decode("ascii"), self._path)
+        if self._route.needs_key:
+            self.key = access.check_key(self._http, self._headers)
+        self._take_token()
+        if length > self.server.config.limits.frame_bytes:
+            raise self._too_long()
+
+    @property
+    def _path(self) -> str:
+        assert self._head is not None, "the head came before"
+        return self._head.target.decode("latin-1").partition("?")[0]
+
+    def _too_long(self) -> ApiError:
+        most = self.server.config.limits.frame_bytes
+        return ApiError(413, f"the body is longer than the {most:,} bytes that are allowed", "request_too_large")
+
+    def _more(self, data: bytes) -> None:
+        """A part of the body came. Raises ApiError, ProtocolError."""
+        if self._refusal is not None:
+            self._thrown_away += len(data)
+            if self._thrown_away > AHEAD:
+                raise self._refusal
+            return
+        if len(self._body) + len(data) > self.server.config.limits.frame_bytes:
+            raise self._too_long()
+        self.server.hold(self, len(data))
+        self._body += data
+
+    def _whole(self) -> None:
+        """A request is there. Raises ApiError, ProtocolError."""
+        self._stop("body")
+        if self._refusal is not None:
+            raise self._refusal
+        assert self._route is not None, "it was found with the head"
+        body = bytes(self._body)
+        self._drop_body()
+        self._ahead = len(self._h11.trailing_data[0])
+        self._exchange = routes.Exchange(self, self._path, body)
+        self._route.work(self._exchange)
+
+    def _drop_body(self) -> None:
+        self.server.hold(self, -len(self._body))
+        self._body.clear()
+
+    # ---- of the daemon -----------------------------------------------------------------------------------------------
+
+    def run(self, op: str, fields: Message, size: int) -> int:
+        """Ask the daemon; what it says comes to the exchange. Raises ProtocolError, EdgeError."""
+        self._number += 1
+        number = self._number
+        self.server.count("requests", op)
+        try:
+            operations.run(self, Request(number, op, fields), size)
+        except Exception:
+            self.done(number)
+            raise
+        return number
+
+    def send(self, message: Message) -> None:
+        """The daemon says something of a request. What comes for one that was answered is for nobody."""
+        exchange = self._exchange
+        if self._closed or exchange is None or message["id"] != self._number:
+            return
+        try:
+            if "error" in message:
+                raise from_protocol(message["error"])
+            exchange.heard(message)
+        except Exception as error:
+            self._fail(error)
+
+    # ---- out ---------------------------------------------------------------------------------------------------------
+
+    def respond(self, status: int, body: bytes, content_type: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        """Answer the request, and go on with the next."""
+        length = (("Content-Length", str(len(body))),) if status != 204 else ()
+        kind = (("Content-Type", content_type),) if body else ()
+        self._start(status, (*kind, *length, *headers))
+        self._write_body(body)
+        self._finish()
+
+    def respond_json(self, found: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        """``respond`` with JSON."""
+        self.respond(status, json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode(), "application/json", headers)
+
+    def preflight(self) -> None:
+        """Say what a page may do."""
+        self.respond(204, b"", "", tuple(access.preflight(self._headers)))
+
+    def stream(self, event: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        """Send a server-sent event; the first begins the answer, with these headers."""
+        if not self._streaming:
+            self._streaming = True
+            self._start(200, (*EVENTS, *headers))
+        self._write_body(f"data: {event}\n\n".encode())
+
+    def stream_end(self) -> None:
+        """There are no more events."""
+        self._finish()
+
+    def _start(self, status: int, headers: tuple[tuple[str, str], ...]) -> None:
+        self.server.count("http", f"{self._route.path if self._route is not None else 'other'} {status}")
+        every = [("Date", formatdate(usegmt=True)), ("X-Request-Id", f"req_{secrets.token_hex(12)}")]
+        leaving = [("Connection", "close")] if self.server.draining else []
+        every += [*headers, *access.cross_origin(self._origin), *leaving]
+        self._write(h11.Response(status_code=status, headers=every, reason=HTTPStatus(status).phrase))
+
+    def _write_body(self, data: bytes) -> None:
+        if data and not (self._head is not None and self._head.method == b"HEAD"):
+            self._write(h11.Data(data=data))
+
+    def _write(self, event: h11.Event) -> None:
+        data = self._h11.send(event)
+        if data and not self._closed:
+            self._transport.write(data)
+
+    def _finish(self) -> None:
+        """The answer is written."""
+        self._write(h11.EndOfMessage())
+        for timer in ("head", "body", "idle"):
+            self._stop(timer)
+        self._drop_body()
+        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
+            self._h11.start_next_cycle()
+            self._forget()
+            asyncio.get_running_loop().call_soon(self._go_on)
+        else:
+            self._exchange = None
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the connection; what the client is still sending is read for a moment, or it would not read our answer."""
+        if self._h11.their_state in (h11.MUST_CLOSE, h11.CLOSED, h11.DONE):
+            self.close()
+        elif not self._lingering:
+            self._lingering = True
+            self._transport.resume_reading()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+            self._timers["linger"] = asyncio.get_running_loop().call_later(LINGER, self.close)
+
+    def _fail(self, error: Exception) -> None:
+        """Answer with an error; in a stream that has begun, as its last event."""
+        if not isinstance(error, EdgeError):
+            logging.getLogger("edge_rt.daemon").error("a request over HTTP failed", exc_info=error)
+        found = api_error(error)
+        self.server.count("errors", found.code)
+        if self._closed:
+            return
+        if self._streaming:
+            self.stream(json.dumps(found.body(), ensure_ascii=False))
+            self._finish()
+        elif self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.respond_json(found.body(), found.status, found.headers)
+        else:
+            self._transport.abort()
+
+    def end(self, error: ProtocolError) -> None:
+        """Some time is over: who has asked for nothing need not be told."""
+        if self._lingering:
+            return
+        if self._head is None and not self._h11.trailing_data[0]:
+            self.close()
+        else:
+            self._fail(ApiError(408, str(error), "request_timeout"))

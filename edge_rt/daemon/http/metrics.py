@@ -1,0 +1,76 @@
+"""The daemon's numbers in the text format of Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from edge_rt import __version__
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.measures import Histogram
+    from edge_rt.daemon.server import Server
+
+TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_COUNTERS = (
+    ("requests", "op", "Requests by operation of the protocol, those over HTTP too"),
+    ("errors", "code", "Errors by the protocol's code"),
+    ("tokens", "kind", "Tokens of prompts and of answers"),
+)
+_GAUGES = (
+    ("connections", "Clients that are connected"),
+    ("sessions", "Sessions that are open"),
+    ("requests", "Requests that the worker has not answered yet"),
+    ("held_bytes", "Bytes of requests that were not answered yet"),
+    ("uptime", "Seconds since the daemon's start"),
+)
+
+
+def text(server: Server, memory: Mapping[str, Any] | None) -> str:
+    """All of them. ``memory``: the worker's bytes by owner, None if they are not known."""
+    return "\n".join(_lines(server, memory)) + "\n"
+
+
+def _lines(server: Server, memory: Mapping[str, Any] | None) -> Iterator[str]:
+    status, counts = server.status(), server.counts
+    yield from _head("edge_rt_info", "gauge", "Version of the daemon")
+    yield f'edge_rt_info{{version="{__version__}"}} 1'
+    for name, label, help_text in _COUNTERS:
+        yield from _head(f"edge_rt_{name}_total", "counter", help_text)
+        for kind, count in sorted(counts.get(name, {}).items()):
+            yield f'edge_rt_{name}_total{{{label}="{kind}"}} {count}'
+    yield from _head("edge_rt_http_requests_total", "counter", "Requests over HTTP by path and status")
+    for kind, count in sorted(counts.get("http", {}).items()):
+        path, _, code = kind.rpartition(" ")
+        yield f'edge_rt_http_requests_total{{path="{path}",status="{code}"}} {count}'
+    yield from _head("edge_rt_connections_total", "counter", "Clients that came")
+    yield f"edge_rt_connections_total {counts['connections']['all']}"
+    yield from _head("edge_rt_worker_deaths_total", "counter", "Times that the process with the model died")
+    yield f"edge_rt_worker_deaths_total {server.supervisor.deaths}"
+    yield from _histogram("edge_rt_first_token_seconds", "From a request to the first token of its answer", server.measures.first_token)
+    yield from _histogram("edge_rt_between_tokens_seconds", "Between two tokens of an answer", server.measures.between_tokens)
+    for name, help_text in _GAUGES:
+        yield from _head(f"edge_rt_{name}", "gauge", help_text)
+        yield f"edge_rt_{name} {status['server'][name]}"
+    yield from _head("edge_rt_ready", "gauge", "1 if the model is open")
+    yield f"edge_rt_ready {int(status['worker']['state'] == 'ready')}"
+    if memory is not None:
+        yield from _head("edge_rt_memory_bytes", "gauge", "Bytes of the process with the model, by owner")
+        for owner in ("weights_mapped", "weights_resident", "cache", "compute"):
+            if memory.get(owner) is not None:
+                yield f'edge_rt_memory_bytes{{owner="{owner}"}} {memory[owner]}'
+
+
+def _head(name: str, kind: str, help_text: str) -> tuple[str, str]:
+    return f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"
+
+
+def _histogram(name: str, help_text: str, found: Histogram) -> Iterator[str]:
+    yield from _head(name, "histogram", help_text)
+    below = 0
+    for end, count in zip((*map(str, found.ends), "+Inf"), found.counts, strict=True):
+        below += count
+        yield f'{name}_bucket{{le="{end}"}} {below}'
+    yield f"{name}_sum {found.sum:.6f}"
+    yield f"{name}_count {below}"

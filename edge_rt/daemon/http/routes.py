@@ -1,0 +1,231 @@
+"""What there is over HTTP, and what each path does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edge_rt.daemon.http import answer, body, metrics, request
+from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError
+from edge_rt.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.frames import Message
+    from edge_rt.daemon.http.connection import HttpConnection
+    from edge_rt.daemon.http.request import Asked
+    from edge_rt.daemon.server import Server
+
+POINTER = b"edge-rt speaks OpenAI's API here: /v1/chat/completions, /v1/completions, /v1/models. Also /health and /metrics.\n"
+MEMORY_SECONDS = 0.5
+"""How long metrics wait for the worker to say what it holds."""
+
+
+class Exchange:
+    """A request and its answer. ``heard`` takes what the daemon says of it."""
+
+    def __init__(self, connection: HttpConnection, path: str, body: bytes) -> None:
+        self.connection, self.path, self.body = connection, path, body
+        self.heard: Callable[[Message], None] = lambda message: None
+        self.left: Callable[[], None] = lambda: None
+        """Called if the client is gone before the answer."""
+
+    @property
+    def server(self) -> Server:
+        """The daemon."""
+        return self.connection.server
+
+
+class Route(NamedTuple):
+    """``path``: what it is called in metrics. ``work`` answers, now or later; raises ApiError, ProtocolError."""
+
+    path: str
+    method: str
+    work: Callable[[Exchange], None]
+    needs_key: bool = True
+
+
+def find(method: str, path: str) -> Route:
+    """Raises ApiError: there is no such path, or not with this method."""
+    known = [route for route in ROUTES if re.fullmatch(route.path.replace("{model}", ".+"), path)]
+    for route in known:
+        if route.method == method or (method == "HEAD" and route.method == "GET"):
+            return route
+    if known:
+        allowed = ", ".join(route.method for route in known)
+        raise ApiError(405, f"{path:.200} takes {allowed} and not {method:.20}", "method_not_allowed", headers=(("Allow", allowed),))
+    raise ApiError(404, f"there is nothing at {method:.20} {path:.200}; see docs/http.md", "unknown_url")
+
+
+# ---- facts -----------------------------------------------------------------------------------------------------------
+
+
+def _pointer(exchange: Exchange) -> None:
+    exchange.connection.respond(200, POINTER, "text/plain; charset=utf-8")
+
+
+def _preflight(exchange: Exchange) -> None:
+    exchange.connection.preflight()
+
+
+def _health(exchange: Exchange) -> None:
+    """200 if a request would be answered now; else the phase."""
+    worker, draining = exchange.server.status()["worker"], exchange.server.draining
+    status = "draining" if draining else worker["state"]
+    found = {"status": status, **{name: worker[name] for name in ("reason", "phase", "done", "total") if worker.get(name)}}
+    ready = status == "ready"
+    exchange.connection.respond_json(found, 200 if ready else 503, () if ready else TRY_AGAIN)
+
+
+def _metrics(exchange: Exchange) -> None:
+    """With what the worker holds, if it says so soon."""
+    server = exchange.server
+    timer: asyncio.TimerHandle | None = None
+
+    def answer_with(memory: Message | None) -> None:
+        if timer is not None:
+            timer.cancel()
+        if waiting:
+            waiting.clear()
+            exchange.connection.respond(200, metrics.text(server, memory).encode(), metrics.TYPE)
+
+    waiting = [exchange]
+    exchange.left = waiting.clear
+    if server.supervisor.state == "ready":
+        try:
+            server.call({"op": "memory"}, lambda message: answer_with(message.get("ok")))
+        except ProtocolError:  # as many are under way as may be: it is not that important
+            answer_with(None)
+        else:
+            timer = asyncio.get_running_loop().call_later(MEMORY_SECONDS, answer_with, None)
+    else:
+        answer_with(None)
+
+
+def model_names(server: Server) -> list[str]:
+    """What the model may be called; the first is what it is called in answers. Empty without one."""
+    spec = server.supervisor.spec
+    if spec is None:
+        return []
+    path = Path(spec.model)
+    named = [spec.name] if spec.name and Path(spec.name).name == spec.name and spec.name != path.name else []
+    return [*named, path.stem, path.name]
+
+
+def _model(server: Server) -> dict[str, Any]:
+    spec = server.supervisor.spec
+    assert spec is not None, "there is a model"
+    try:
+        created = int(Path(spec.model).stat().st_mtime)
+    except OSError:
+        created = 0  # it was moved away while it is open
+    return {"id": model_names(server)[0], "object": "model", "created": created, "owned_by": "edge-rt"}
+
+
+def _models(exchange: Exchange) -> None:
+    found = [_model(exchange.server)] if model_names(exchange.server) else []
+    exchange.connection.respond_json({"object": "list", "data": found})
+
+
+def _one_model(exchange: Exchange) -> None:
+    name, names = exchange.path.removeprefix("/v1/models/"), model_names(exchange.server)
+    if name not in names:
+        raise ApiError(404, f"there is no model {name!r:.80} here", "model_not_found", param="model")
+    exchange.connection.respond_json(_model(exchange.server))
+
+
+def _embeddings(exchange: Exchange) -> None:
+    raise ApiError(501, "this daemon makes no embeddings yet", "not_implemented")
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange) -> None:
+    server = exchange.server
+    asked = read(body.parse(exchange.body))
+    names = model_names(server)
+    request.check_model(asked.model, names)
+    worker = server.status()["worker"]
+    if worker["state"] in ("starting", "waiting") and not server.draining:
+        share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
+        message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
+        raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
+    headers = (("Edge-RT-Ignored", ", ".join(asked.ignored)),) if asked.ignored else ()
+    _Generation(exchange, asked, names[0] if names else "", headers).start()
+
+
+class _Generation:
+    """One generation, from the request to the end of its answer."""
+
+    def __init__(self, exchange: Exchange, asked: Asked, model: str, headers: tuple[tuple[str, str], ...]) -> None:
+        self._exchange, self._asked, self._headers = exchange, asked, headers
+        self._connection = exchange.connection
+        self._answer = answer.Answer(asked, model)
+        self._begun = False
+
+    def start(self) -> None:
+        """Raises ProtocolError."""
+        if self._asked.session is None:
+            self._run({})
+            return
+        names, name = self._connection.names, self._session_name
+        try:
+            self._run({"session": names.get(name, "")})
+        except ProtocolError as error:
+            if error.code not in ("no_such_session", "session_lost"):
+                raise
+            self._exchange.heard = self._opened
+            self._connection.run("open_session", {"keep": True}, 0)
+
+    @property
+    def _session_name(self) -> tuple[int, int, str]:
+        connection = self._connection
+        assert connection.user is not None, "nobody else comes as far as this"
+        assert self._asked.session is not None, "there is one"
+        return connection.user, connection.key, self._asked.session
+
+    def _opened(self, message: Message) -> None:
+        """There is a session now, for this request and those that name it later."""
+        names, sessions = self._connection.names, self._exchange.server.sessions
+        for name in [name for name, session in names.items() if session not in sessions]:
+            del names[name]
+        names[self._session_name] = message["ok"]["session"]
+        self._run({"session": message["ok"]["session"]})
+
+    def _run(self, session: Message) -> None:
+        self._exchange.heard = self._heard
+        self._connection.run("generate", {**self._asked.fields, **session}, len(self._exchange.body))
+
+    def _heard(self, message: Message) -> None:
+        """An event, or the end."""
+        chunks = self._answer.event(message) if "event" in message else []
+        if not self._asked.stream:
+            if "event" not in message:
+                self._connection.respond_json(self._answer.whole(), headers=self._headers)
+            return
+        if not self._begun:
+            self._begun = True
+            chunks = self._answer.begin() + chunks
+        for chunk in chunks:
+            self._connection.stream(json.dumps(chunk, ensure_ascii=False, separators=(",", ":")), self._headers)
+        if "event" not in message:
+            self._connection.stream("[DONE]")
+            self._connection.stream_end()
+
+
+ROUTES = (
+    Route("/", "GET", _pointer, needs_key=False),
+    Route("/health", "GET", _health, needs_key=False),
+    Route("/metrics", "GET", _metrics),
+    Route("/v1/models", "GET", _models),
+    Route("/v1/models/{model}", "GET", _one_model),
+    Route("/v1/chat/completions", "POST", partial(_generate, request.chat)),
+    Route("/v1/completions", "POST", partial(_generate, request.completion)),
+    Route("/v1/embeddings", "POST", _embeddings),
+)
+PREFLIGHT = Route("preflight", "OPTIONS", _preflight, needs_key=False)

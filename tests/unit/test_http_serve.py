@@ -1,0 +1,327 @@
+"""OpenAI's API of the daemon, with the null engine: answers, streams, errors, and that HTTP is one more kind of client and no other daemon."""
+
+import json
+import socket
+import time
+
+import pytest
+from daemons import Daemon, write_plugin
+from http_peer import Peer, connect, events
+
+pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+SHORT = {"max_tokens": 12, "temperature": 0, "edge_rt": {"ignore_eos": True}}
+LONG = {"max_tokens": 3500, "edge_rt": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory, random_model):
+    folder = tmp_path_factory.mktemp("http")
+    write_plugin(folder)
+    config = "keep_sessions = 0.5\nlimits.requests_per_second = 0\n"
+    words = ("--http", str(folder / "h.sock"), "--policy", "strict")
+    with Daemon(folder, *words, config=config, model=str(random_model()), delay=0.001) as found:
+        assert f"http at unix:{folder}/h.sock".encode() in found.said
+        found.ready().close()
+        yield found
+
+
+@pytest.fixture(scope="module")
+def peer(daemon):
+    return Peer(str(daemon.folder / "h.sock"))
+
+
+def quiet(daemon, seconds=5.0):
+    """Wait until the daemon has nothing to do; how long that took."""
+    started = time.monotonic()
+    with daemon.client() as client:
+        while client.status()["server"]["requests"]:
+            assert time.monotonic() - started < seconds, client.status()
+            time.sleep(0.005)
+    return time.monotonic() - started
+
+
+def content(chunks):
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_the_same_by_both_protocols_and_in_one_piece_or_many(daemon, peer):
+    with daemon.client() as client:
+        options = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        expected = "".join(event.text for event in client.generate(HELLO, **options) if hasattr(event, "tokens"))
+    whole = peer.post(CHAT, {"messages": HELLO, **SHORT}).json
+    assert whole["object"] == "chat.completion"
+    (choice,) = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected, "refusal": None}
+    assert (choice["finish_reason"], choice["index"], choice["logprobs"]) == ("length", 0, None)
+    usage = whole["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (12, usage["prompt_tokens"] + 12)
+    assert (whole["edge_rt"]["reason"], whole["edge_rt"]["context"]["used"] > 12) == ("max_tokens", True)
+    *chunks, done = peer.stream(CHAT, {"messages": HELLO, **SHORT})
+    assert (done, content(chunks)) == ("[DONE]", expected)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert (chunks[-1]["choices"][0]["delta"], "usage" in chunks[-1]) == ({}, False)
+    assert chunks[-1]["edge_rt"]["usage"]["completion_tokens"] == 12
+    assert quiet(daemon) < 1
+
+
+def test_a_text_is_continued(daemon, peer):
+    whole = peer.post(COMPLETION, {"prompt": "Once", **SHORT}).json
+    *chunks, done = peer.stream(COMPLETION, {"prompt": ["Once"], **SHORT})
+    assert (whole["object"], chunks[0]["object"], done) == ("text_completion", "text_completion", "[DONE]")
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"] != ""
+    assert whole["id"].startswith("cmpl-")
+
+
+def test_usage_comes_in_a_chunk_of_its_own(peer):
+    *chunks, usage, done = peer.stream(CHAT, {"messages": HELLO, **SHORT, "stream_options": {"include_usage": True}})
+    assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 12, "[DONE]")
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+def test_log_probabilities(peer):
+    asked = {"messages": HELLO, **SHORT, "logprobs": True, "top_logprobs": 3}
+    whole = peer.post(CHAT, asked).json["choices"][0]
+    entries = whole["logprobs"]["content"]
+    assert len(entries) == 12
+    for entry in entries:
+        assert [one["logprob"] for one in entry["top_logprobs"]] == sorted((one["logprob"] for one in entry["top_logprobs"]), reverse=True)
+        assert (len(entry["top_logprobs"]), entry["logprob"] <= 0) == (3, True)
+        assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
+    *chunks, _ = peer.stream(CHAT, asked)
+    streamed = [entry for chunk in chunks if (found := chunk["choices"][0]["logprobs"]) for entry in found["content"]]
+    assert streamed == entries
+    assert peer.post(CHAT, {**asked, "top_logprobs": 0}).json["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+    old = peer.post(COMPLETION, {"prompt": "Once", **SHORT, "logprobs": 2}).json["choices"][0]["logprobs"]
+    assert [len(old[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [12] * 4
+    assert old["text_offset"][0] == 0
+    assert old["text_offset"] == sorted(old["text_offset"])
+
+
+def test_the_seed_and_the_stop_are_told(peer):
+    found = [peer.post(CHAT, {"messages": HELLO, **SHORT, "temperature": 1.5, "seed": 7}).json for _ in range(2)]
+    assert found[0]["choices"] == found[1]["choices"]
+    assert found[0]["edge_rt"]["seed"] == 7
+    text = peer.post(CHAT, {"messages": HELLO, **SHORT}).json["choices"][0]["message"]["content"]
+    choice = peer.post(CHAT, {"messages": HELLO, **SHORT, "stop": text[4]}).json["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text[: text.index(text[4])], "stop")
+
+
+def test_fields_that_change_nothing_are_told_in_a_header(peer):
+    reply = peer.post(CHAT, {"messages": HELLO, **SHORT, "user": "me", "metadata": {"a": "b"}, "n": 1, "store": False})
+    assert (reply.status, reply.headers["edge-rt-ignored"]) == (200, "user, metadata")
+    assert "edge-rt-ignored" not in peer.post(CHAT, {"messages": HELLO, **SHORT}).headers
+
+
+def test_a_session_is_made_when_it_is_named_and_goes_on(daemon, peer):
+    messages = [{"role": "user", "content": "tell me " * 20}]
+    named = {**SHORT, "edge_rt": {"ignore_eos": True, "session": "mine", "priority": "high"}}
+    assert peer.post(CHAT, {"messages": messages, **named}).status == 200
+    with daemon.client() as client:
+        assert client.status()["server"]["sessions"] == 1
+    again = peer.post(CHAT, {"messages": messages, **named}).json
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= again["usage"]["prompt_tokens"] - 1
+    time.sleep(0.8)
+    with daemon.client() as client:
+        assert client.status()["server"]["sessions"] == 0
+    assert peer.post(CHAT, {"messages": messages, **named}).status == 200, "its name is free again"
+
+
+def test_models(daemon, peer, random_model):
+    name = random_model().stem
+    (model,) = peer.get("/v1/models").json["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == (name, "model", "edge-rt")
+    assert peer.get(f"/v1/models/{name}").json == model
+    assert peer.get("/v1/models/other").code == "model_not_found"
+    for asked in (name, random_model().name):
+        assert peer.post(CHAT, {"model": asked, "messages": HELLO, **SHORT}).json["model"] == name
+    reply = peer.post(CHAT, {"model": "gpt-9", "messages": HELLO})
+    assert (reply.status, reply.code) == (404, "model_not_found")
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("GET", "/nothing", None, 404, "unknown_url"),
+        ("GET", CHAT, None, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models/m", None, 405, "method_not_allowed"),
+        ("POST", "/v1/embeddings", {"input": "x"}, 501, "not_implemented"),
+        ("POST", CHAT, b"{", 400, "malformed_json"),
+        ("POST", CHAT, b"[]", 400, "malformed_json"),
+        ("POST", CHAT, b"", 400, "malformed_json"),
+        ("POST", CHAT, {}, 400, "missing_required_parameter"),
+        ("POST", CHAT, {"messages": []}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "n": 2}, 400, "unsupported_value"),
+        ("POST", CHAT, {"messages": HELLO, "temperature": -1}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "tools": [{"type": "retrieval"}]}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "edge_rt": {"grammar": "root ::= ["}}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "edge_rt": {"priority": "first"}}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "edge_rt": {"nothing": 1}}, 400, "invalid_value"),
+        ("POST", CHAT, {"messages": HELLO, "edge_rt": {"post": ["nothing"]}}, 400, "invalid_value"),
+        ("POST", COMPLETION, {"prompt": "x " * 5000}, 400, "context_length_exceeded"),
+        ("POST", COMPLETION, {"prompt": ""}, 400, "invalid_value"),
+        ("POST", COMPLETION, {"prompt": ["a", "b"]}, 400, "invalid_type"),
+    ],
+)
+def test_errors(daemon, peer, method, path, body, status, code):
+    for stream in (False, True) if isinstance(body, dict) and path != "/v1/embeddings" else (False,):
+        given = {**body, "stream": True} if stream else body
+        reply = peer.ask(method, path, given)
+        assert (reply.status, reply.code) == (status, code), reply.body
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["x-request-id"].startswith("req_")
+    assert quiet(daemon) < 1
+
+
+def test_a_context_that_is_too_short_is_told_in_numbers(peer):
+    error = peer.post(COMPLETION, {"prompt": "x " * 5000}).json["error"]
+    assert (error["type"], error["needed"] > error["available"] > 0) == ("invalid_request_error", True)
+
+
+def test_a_worker_that_dies_is_an_error_in_the_stream_and_the_next_request_is_answered(daemon, peer):
+    reply = peer.post(COMPLETION, {"prompt": "\x01 at once", **SHORT})
+    assert (reply.status, reply.code) == (503, "worker_died")
+    assert int(reply.headers["retry-after"]) >= 1
+    daemon.ready().close()
+    with peer.asked("POST", COMPLETION, {"prompt": "a long one", **LONG, "stream": True}) as answer:
+        found = events(iter(answer.read1, b""))
+        next(found)
+        peer.post(COMPLETION, {"prompt": "\x02 meanwhile"})
+        *_, last = found
+    assert (last["error"]["code"], last["error"]["type"]) == ("worker_died", "server_error")
+    daemon.ready().close()
+    assert peer.post(CHAT, {"messages": HELLO, **SHORT}).status == 200
+
+
+# ---- who leaves, and who reads slowly --------------------------------------------------------------------------------
+
+
+def begun(peer, body):
+    """A stream of which some was read."""
+    connection = connect(peer.address)
+    data = json.dumps({"prompt": "a b c", **body, "stream": True}).encode()
+    connection.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (COMPLETION.encode(), len(data), data))
+    assert connection.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
+    return connection
+
+
+def test_a_client_that_leaves_frees_its_slot(daemon, peer):
+    for leave in (socket.socket.close, lambda one: one.shutdown(socket.SHUT_WR)):
+        with begun(peer, LONG) as connection:
+            leave(connection)
+            assert quiet(daemon) < 1
+
+
+def test_a_client_that_leaves_while_it_waits_for_a_whole_answer(daemon, peer):
+    with connect(peer.address) as connection:
+        data = json.dumps({"prompt": "a b c", **LONG}).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+        time.sleep(0.1)
+        with daemon.client() as client:
+            assert client.status()["server"]["requests"] == 1
+    assert quiet(daemon) < 1
+
+
+def test_a_client_that_does_not_read_holds_up_itself_alone(daemon, peer):
+    with connect(peer.address) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        data = json.dumps({"prompt": "a b c", **LONG, "stream": True}).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+        before, now = -1, 0
+        until = time.monotonic() + 10
+        while now != before or not now:
+            assert time.monotonic() < until
+            before, now = now, told(peer)
+            time.sleep(0.2)
+        assert peer.post(CHAT, {"messages": HELLO, **SHORT}).status == 200
+        with daemon.client() as client:
+            assert client.status()["server"]["requests"] == 1, "it waits"
+        assert told(peer) - now < 20 < 3000 - now, "nothing came for it meanwhile"
+    assert quiet(daemon) < 1
+
+
+def told(peer):
+    """Tokens that all clients together were told of, but for the first of each."""
+    (line,) = (line for line in peer.get("/metrics").body.decode().splitlines() if line.startswith("edge_rt_between_tokens_seconds_count"))
+    return int(line.split()[1])
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_a_stream_reads_the_same_however_it_is_split(peer, step):
+    asked = {"messages": HELLO, **SHORT}
+    *chunks, done = peer.stream(CHAT, asked, step=step)
+    assert (content(chunks), done) == (peer.post(CHAT, asked).json["choices"][0]["message"]["content"], "[DONE]")
+
+
+def test_a_request_is_read_the_same_however_it_is_split(peer):
+    data = json.dumps({"messages": HELLO, **SHORT}).encode()
+    whole = b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(data), data)
+    chunked = b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" % CHAT.encode()
+    chunked += b"".join(b"%x\r\n%s\r\n" % (len(data[i : i + 9]), data[i : i + 9]) for i in range(0, len(data), 9)) + b"0\r\n\r\n"
+    expected = peer.post(CHAT, {"messages": HELLO, **SHORT}).json["choices"]
+    for request in (whole, chunked):
+        for step in (1, 13):
+            with connect(peer.address) as connection:
+                for i in range(0, len(request), step):
+                    connection.send(request[i : i + step])
+                with connection.makefile("rb") as file:
+                    assert json.loads(file.read().partition(b"\r\n\r\n")[2])["choices"] == expected
+
+
+# ---- health and metrics ----------------------------------------------------------------------------------------------
+
+
+def test_health_and_the_pointer(peer):
+    assert (peer.get("/health").status, peer.get("/health").json) == (200, {"status": "ready", "phase": "ready"})
+    assert b"/v1/chat/completions" in peer.get("/").body
+    head = peer.ask("HEAD", "/health")
+    assert (head.status, head.body, int(head.headers["content-length"]) > 0) == (200, b"", True)
+
+
+def test_metrics(daemon, peer):
+    peer.post(CHAT, {"messages": HELLO, **SHORT})
+    peer.get("/nothing")
+    reply = peer.get("/metrics")
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = reply.body.decode().splitlines()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    assert values['edge_rt_http_requests_total{path="/v1/chat/completions",status="200"}'] >= 1
+    assert values['edge_rt_http_requests_total{path="other",status="404"}'] >= 1
+    assert values['edge_rt_requests_total{op="generate"}'] >= 1
+    assert values['edge_rt_tokens_total{kind="completion_tokens"}'] >= 12
+    assert values["edge_rt_ready"] == 1
+    assert values['edge_rt_memory_bytes{owner="cache"}'] >= 0
+    for name in ("first_token", "between_tokens"):
+        buckets = [value for key, value in values.items() if key.startswith(f"edge_rt_{name}_seconds_bucket")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == values[f"edge_rt_{name}_seconds_count"] >= 1
+    named = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    assert {key.partition("{")[0].removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for key in values} <= named
+
+
+def test_several_requests_on_one_connection(peer):
+    get = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    wrong = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n[]"
+    missing = b"POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+    data = json.dumps({"prompt": "Once", **SHORT}).encode()
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data)
+    last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    found = peer.raw(get + wrong + missing + post + get * 40 + last)
+    assert [reply.status for reply in found] == [200, 400, 404, 200] + [200] * 41
+    assert found[3].json["usage"]["completion_tokens"] == 12
+    assert found[-1].headers["connection"] == "close"
