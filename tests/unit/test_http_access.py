@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -55,7 +57,8 @@ def peer(daemon):
 
 def test_keys(daemon, peer):
     stranger = Peer(daemon.port)
-    for headers in ({}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer"}):
+    for shown in (None, f"Bearer {KEY}x", KEY, f"Basic {KEY}", "Bearer"):
+        headers = {} if shown is None else {"Authorization": shown}
         for path in (COMPLETION, "/v1/models", "/metrics"):
             reply = stranger.ask("POST" if path == COMPLETION else "GET", path, SHORT if path == COMPLETION else None, **headers)
             assert (reply.status, reply.code, reply.headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
@@ -161,27 +164,25 @@ def test_without_h11(tmp_path, capsys, monkeypatch):
     assert "HTTP needs the package h11; pip install 'edge-rt[http]'" in capsys.readouterr().err
 
 
-def test_a_socket_of_systemd_named_http(folder, random_model):
+def test_a_socket_of_systemd_named_http(tmp_path, random_model):
     """systemd hands its sockets over by number; one that is named so speaks HTTP, and needs keys as any other."""
-    words = ["--http", str(folder / "not-used.sock")]
+    write_plugin(tmp_path)
     with socket.socket(socket.AF_UNIX) as unix:
-        unix.bind(str(folder / "activated.sock"))
+        unix.bind(str(tmp_path / "activated.sock"))
         unix.listen()
-        daemon = Daemon(folder, *words, model=str(random_model()))
+        unix.set_inheritable(True)
+        daemon = Daemon(tmp_path, "--http", str(tmp_path / "not-used.sock"), model=str(random_model()))
         code = (
             "import os, sys; fd = int(sys.argv[1]); fd == 3 or os.dup2(fd, 3); os.set_inheritable(3, True);"
-            "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'LISTEN_FDNAMES': 'http'}; os.execv(sys.argv[2], sys.argv[2:])"
+            "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'LISTEN_FDNAMES': 'http'};"
+            "os.execv(sys.argv[2], sys.argv[2:])"
         )
-        python = daemon.words[0]
-        daemon.words = [python, "-c", code, str(unix.fileno()), *daemon.words]
-        unix.set_inheritable(True)
-        import subprocess
-
-        daemon.process = subprocess.Popen(daemon.words, env=daemon.environment, stderr=subprocess.PIPE, bufsize=0, pass_fds=[unix.fileno()])
+        words = [sys.executable, "-c", code, str(unix.fileno()), *daemon.words]
+        daemon.process = subprocess.Popen(words, env=daemon.environment, stderr=subprocess.PIPE, bufsize=0, pass_fds=[unix.fileno()])
         try:
-            assert b"http at unix:" in daemon.line()
-            assert Peer(str(folder / "activated.sock")).get("/").status == 200
-            assert not (folder / "not-used.sock").exists()
+            assert f"http at unix:{tmp_path}/activated.sock".encode() in daemon.line()
+            assert Peer(str(tmp_path / "activated.sock")).get("/").status == 200
+            assert not (tmp_path / "not-used.sock").exists()
         finally:
             daemon.__exit__()
 

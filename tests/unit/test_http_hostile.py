@@ -66,7 +66,7 @@ def unhurt(daemon, peer):
         # no HTTP
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
         (b"nonsense\r\n\r\n", 400),
-        (b"GET / HTTP/2.0\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\n\r\n", 505),
         (b"GET / HTTP/1.1\r\n\r\n", 400),  # no Host
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nBad Name: 1\r\n\r\n", 400),
@@ -74,9 +74,9 @@ def unhurt(daemon, peer):
         (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400),
         (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         # too much
-        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000, 431),
-        (b"GET /" + b"a" * 70_000, 431),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 9_000, 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 9_000 + b"\r\n", 431),
         (HEAD + b"Content-Length: 100001\r\n\r\n", 413),
         (HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 413),
         (HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 1_000_000, 413),
@@ -101,7 +101,7 @@ def unhurt(daemon, peer):
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcdef\r\n0\r\n\r\n", 400),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 30 + b"\r\n", 400),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 70_000, 431),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 70_000 + b"\0", 400),
     ],
 )
 def test_what_is_no_request_is_answered_once_and_ends_the_connection(peer, data, status):
@@ -112,13 +112,24 @@ def test_what_is_no_request_is_answered_once_and_ends_the_connection(peer, data,
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\nA: ", b"GET /", b"a", HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;"])
+def test_what_never_ends_is_refused_as_soon_as_it_is_too_long(peer, data):
+    started = time.monotonic()
+    with connect(peer.address) as connection:
+        for part in (data, *[b"a" * 4096] * 5):
+            connection.sendall(part)
+            time.sleep(0.01)
+        (reply,) = replies(connection)
+    assert (reply.status, time.monotonic() - started < 0.4) == (431, True)
+
+
 @pytest.mark.parametrize(
     "body",
     [
         b'{"prompt": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", b'{"prompt": "x", "edge_rt": {"prune": ' + b'{"a":' * 30 + b"1" + b"}" * 32,
         b'{"prompt": "\\ud800"}', b'{"prompt": "x", "seed": 1' + b"0" * 30 + b"}", b'{"prompt": "x", "temperature": 1e999}',
-        b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "seed": 1' + b"0" * 5_000 + b"}", b'{"prompt": "\xff"}', b'{"\\udc00": 1}',
-        b"\xef\xbb\xbf{}", b"null", b'{"prompt": "x"} {}',
+        b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "seed": 1' + b"0" * 5_000 + b"}", b'{"prompt": "\xff"}',
+        b'{"\\udc00": 1}', b"\xef\xbb\xbf{}", b"null", b'{"prompt": "x"} {}',
     ],
 )  # fmt: skip
 def test_bodies_that_are_none(peer, body):
@@ -215,8 +226,8 @@ def test_begun_bodies_of_many_share_a_limit(peer):
 
 def test_random_bytes(peer):
     source = random.Random(5)
-    words = [b"GET ", b"POST ", b"/v1/completions", b" HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n", b"Content-Length: 5", b"Transfer-Encoding: chunked",
-             b"\0", b"\xff", b"5\r\n", b"0\r\n\r\n", b"{}", b"\n", b"Expect: 100-continue\r\n"]  # fmt: skip
+    words = [b"GET ", b"POST ", b"/v1/completions", b" HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n", b"Content-Length: 5",
+             b"Transfer-Encoding: chunked", b"\0", b"\xff", b"5\r\n", b"0\r\n\r\n", b"{}", b"\n", b"Expect: 100-continue\r\n"]  # fmt: skip
     for _ in range(150):
         data = b"".join(source.choice(words) if source.random() < 0.9 else source.randbytes(9) for _ in range(source.randrange(1, 20)))
         for reply in peer.raw(data, end=True):

@@ -1,4 +1,4 @@
-"""OpenAI's API of the daemon, with the null engine: answers, streams, errors, and that HTTP is one more kind of client and no other daemon."""
+"""OpenAI's API of the daemon, with the null engine: answers, streams, errors, sessions, and clients that leave or do not read."""
 
 import json
 import socket

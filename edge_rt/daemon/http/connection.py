@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from edge_rt.daemon.http.routes import Exchange, Route
     from edge_rt.daemon.server import Server
 
+HEAD_BYTES = 1 << 14
+"""Most bytes of a request's head."""
 AHEAD = 1 << 16
 """Bytes of further requests that may come while one is answered."""
 KEEP_ALIVE = 75.0
@@ -50,7 +52,7 @@ class HttpConnection(Channel):
         self.key = 0
         """Which of the keys the request came with."""
         self._http = http
-        self._h11 = h11.Connection(h11.SERVER)
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self._ahead = 0
         self._over_tcp = False
         self._lingering = False
@@ -157,6 +159,10 @@ class HttpConnection(Channel):
         self._head = head
         self._headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
         self._after("body", self.server.config.limits.frame_seconds, "the request was not completed")
+        if len(head.target) + sum(len(name) + len(value) for name, value in head.headers) > HEAD_BYTES:  # it came all at once
+            raise ApiError(431, f"the request's head is longer than {HEAD_BYTES:,} bytes", "malformed_request")
+        if not head.http_version.startswith(b"1."):
+            raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here", "malformed_request")
         if "transfer-encoding" in self._headers and ("content-length" in self._headers or head.http_version < b"1.1"):
             raise ApiError(400, "the request says in two ways how long it is, or in one that its version has not", "malformed_request")
         length = int(self._headers.get("content-length", 0))
