@@ -1,7 +1,9 @@
 """What OpenAI's requests mean and what is refused, calls in the text of an answer, and chunks that add up to the whole answer."""
 
+import ast
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -157,6 +159,21 @@ def test_every_code_of_the_protocol_has_a_status():
     assert "retry_after" not in found.body()["error"]
     found = api_error(KeyError("secret"))
     assert (found.status, found.code, "secret" in str(found)) == (500, "internal", False)
+
+
+def test_the_page_says_all_that_there_is():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "http.md").read_text(encoding="utf-8")
+    fields = {*request.CHAT, *request.COMPLETION, *request.ONLY, *request.IGNORED, "prompt", "stop", "tool_choice"}
+    deprecated = {"functions", "function_call"}
+    assert [name for name in fields - deprecated if f"`{name}" not in page] == []
+    codes = {code for _, code in STATUS.values()} | {"invalid_value"}
+    for path in (root / "edge_rt" / "daemon" / "http").glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        named = [node.args for node in calls if getattr(node.func, "id", "") in ("ApiError", "wrong") and len(node.args) == 3]
+        codes |= {args[2].value for args in named if isinstance(args[2], ast.Constant)}
+    assert len(codes) > 20
+    assert [code for code in codes if f"`{code}`" not in page] == []
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------

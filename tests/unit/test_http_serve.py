@@ -1,5 +1,6 @@
 """OpenAI's API of the daemon, with the null engine: answers, streams, errors, sessions, and clients that leave or do not read."""
 
+import concurrent.futures
 import json
 import socket
 import time
@@ -135,6 +136,23 @@ def test_a_session_is_made_when_it_is_named_and_goes_on(daemon, peer):
     assert peer.post(CHAT, {"messages": messages, **named}).status == 200, "its name is free again"
 
 
+def test_a_session_that_the_worker_lost_is_made_again_and_two_at_once_are_one(daemon, peer):
+    time.sleep(0.6)  # those of other tests end
+    named = {"messages": HELLO, **SHORT, "edge_rt": {"ignore_eos": True, "session": "lost"}}
+    assert peer.post(CHAT, named).status == 200
+    assert peer.post(COMPLETION, {"prompt": "\x01 at once"}).code == "worker_died"
+    daemon.ready().close()
+    assert peer.post(CHAT, named).status == 200
+    with daemon.client() as client:
+        assert client.status()["server"]["sessions"] == 1
+    slow = {**named, "max_tokens": 300, "edge_rt": {"ignore_eos": True, "session": "new"}}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: peer.post(CHAT, slow), range(4)))
+    assert sorted(reply.status for reply in found) == [200, 429, 429, 429]
+    with daemon.client() as client:
+        assert client.status()["server"]["sessions"] <= 2
+
+
 def test_models(daemon, peer, random_model):
     name = random_model().stem
     (model,) = peer.get("/v1/models").json["data"]
@@ -187,6 +205,7 @@ def test_errors(daemon, peer, method, path, body, status, code):
 
 def test_a_context_that_is_too_short_is_told_in_numbers(peer):
     error = peer.post(COMPLETION, {"prompt": "x " * 5000}).json["error"]
+    assert (str(error["needed"]) in error["message"], str(error["available"]) in error["message"]) == (True, True)
     assert (error["type"], error["needed"] > error["available"] > 0) == ("invalid_request_error", True)
 
 
@@ -304,7 +323,7 @@ def test_metrics(daemon, peer):
     assert values['edge_rt_http_requests_total{path="other",status="404"}'] >= 1
     assert values['edge_rt_requests_total{op="generate"}'] >= 1
     assert values['edge_rt_tokens_total{kind="completion_tokens"}'] >= 12
-    assert values["edge_rt_ready"] == 1
+    assert (values["edge_rt_ready"], values["edge_rt_connections_open"]) == (1, 1)
     assert values['edge_rt_memory_bytes{owner="cache"}'] >= 0
     for name in ("first_token", "between_tokens"):
         buckets = [value for key, value in values.items() if key.startswith(f"edge_rt_{name}_seconds_bucket")]

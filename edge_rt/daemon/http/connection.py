@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import h11
 
-from edge_rt.daemon import operations
+from edge_rt.daemon import operations, protocol
 from edge_rt.daemon.address import peer
 from edge_rt.daemon.channel import AT_ONCE, OVER_TCP, UNREAD, Channel
 from edge_rt.daemon.frames import Message
@@ -81,7 +81,7 @@ class HttpConnection(Channel):
         try:
             self.server.enter(self, OVER_TCP if self._over_tcp else peer(connection).user)
         except ProtocolError as error:
-            self._fail(error)
+            self._fail(api_error(error))
             self._lingering = True
             self.close()
             return
@@ -179,6 +179,7 @@ class HttpConnection(Channel):
 
     def _check(self, head: h11.Request, length: int) -> None:
         """Raises ApiError, ProtocolError for a request that will not be answered."""
+        self._take_token()
         if self._over_tcp:
             access.check_host(self._http, self._headers)
         self._origin = access.check_origin(self._http, self._headers)
@@ -188,7 +189,6 @@ class HttpConnection(Channel):
             self._route = routes.find(head.method.decode("ascii"), self._path)
         if self._route.needs_key:
             self.key = access.check_key(self._http, self._headers)
-        self._take_token()
         if length > self.server.config.limits.frame_bytes:
             raise self._too_long()
 
@@ -329,8 +329,12 @@ class HttpConnection(Channel):
         """Answer with an error; in a stream that has begun, as its last event."""
         if not isinstance(error, EdgeError):
             logging.getLogger("edge_rt.daemon").error("a request over HTTP failed", exc_info=error)
+        if not isinstance(error, ApiError):  # else it was counted where it was found, or is none of the protocol's
+            self.server.count("errors", protocol.failure(error)["code"])
+        for stream in self.streams.values():
+            if not stream.ended:  # the mistake is ours, and nobody is told the rest
+                self.server.supervisor.cancel(stream.number)
         found = api_error(error)
-        self.server.count("errors", found.code)
         if self._closed:
             return
         if self._streaming:

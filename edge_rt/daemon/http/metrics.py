@@ -19,11 +19,11 @@ _COUNTERS = (
     ("tokens", "kind", "Tokens of prompts and of answers"),
 )
 _GAUGES = (
-    ("connections", "Clients that are connected"),
-    ("sessions", "Sessions that are open"),
-    ("requests", "Requests that the worker has not answered yet"),
-    ("held_bytes", "Bytes of requests that were not answered yet"),
-    ("uptime", "Seconds since the daemon's start"),
+    ("connections", "connections_open", "Clients that are connected"),
+    ("sessions", "sessions_open", "Sessions that are open"),
+    ("requests", "requests_under_way", "Requests that the worker has not answered yet"),
+    ("held_bytes", "held_bytes", "Bytes of requests that were not answered yet"),
+    ("uptime", "uptime_seconds", "Seconds since the daemon's start"),
 )
 
 
@@ -50,9 +50,9 @@ def _lines(server: Server, memory: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"edge_rt_worker_deaths_total {server.supervisor.deaths}"
     yield from _histogram("edge_rt_first_token_seconds", "From a request to the first token of its answer", server.measures.first_token)
     yield from _histogram("edge_rt_between_tokens_seconds", "Between two tokens of an answer", server.measures.between_tokens)
-    for name, help_text in _GAUGES:
+    for field, name, help_text in _GAUGES:
         yield from _head(f"edge_rt_{name}", "gauge", help_text)
-        yield f"edge_rt_{name} {status['server'][name]}"
+        yield f"edge_rt_{name} {status['server'][field]}"
     yield from _head("edge_rt_ready", "gauge", "1 if the model is open")
     yield f"edge_rt_ready {int(status['worker']['state'] == 'ready')}"
     if memory is not None:

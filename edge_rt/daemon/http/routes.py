@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 from edge_rt.daemon.http import answer, body, metrics, request
 from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError
@@ -132,7 +133,7 @@ def _models(exchange: Exchange) -> None:
 
 
 def _one_model(exchange: Exchange) -> None:
-    name, names = exchange.path.removeprefix("/v1/models/"), model_names(exchange.server)
+    name, names = unquote(exchange.path.removeprefix("/v1/models/")), model_names(exchange.server)
     if name not in names:
         raise ApiError(404, f"there is no model {name!r:.80} here", "model_not_found", param="model")
     exchange.connection.respond_json(_model(exchange.server))
@@ -173,29 +174,40 @@ class _Generation:
         if self._asked.session is None:
             self._run({})
             return
-        names, name = self._connection.names, self._session_name
+        session = self._connection.names.get(self._session_name, "")
         try:
-            self._run({"session": names.get(name, "")})
+            self._run({"session": session})
         except ProtocolError as error:
             if error.code not in ("no_such_session", "session_lost"):
                 raise
+            if error.code == "session_lost":
+                self._close(session)
             self._exchange.heard = self._opened
             self._connection.run("open_session", {"keep": True}, 0)
 
     @property
+    def _user(self) -> int:
+        assert self._connection.user is not None, "nobody else comes as far as this"
+        return self._connection.user
+
+    @property
     def _session_name(self) -> tuple[int, int, str]:
-        connection = self._connection
-        assert connection.user is not None, "nobody else comes as far as this"
         assert self._asked.session is not None, "there is one"
-        return connection.user, connection.key, self._asked.session
+        return self._user, self._connection.key, self._asked.session
+
+    def _close(self, session: str) -> None:
+        sessions = self._exchange.server.sessions
+        sessions.close(sessions.get(session, self._user, self._connection))
 
     def _opened(self, message: Message) -> None:
         """There is a session now, for this request and those that name it later."""
-        names, sessions = self._connection.names, self._exchange.server.sessions
-        for name in [name for name, session in names.items() if session not in sessions]:
+        names, own = self._connection.names, message["ok"]["session"]
+        for name in [name for name, session in names.items() if session not in self._exchange.server.sessions]:
             del names[name]
-        names[self._session_name] = message["ok"]["session"]
-        self._run({"session": message["ok"]["session"]})
+        session = names.setdefault(self._session_name, own)
+        if session != own:  # another request has named it meanwhile
+            self._close(own)
+        self._run({"session": session})
 
     def _run(self, session: Message) -> None:
         self._exchange.heard = self._heard
