@@ -108,7 +108,7 @@ def _config(table: Rules, folder: Path) -> Config:
     return base._replace(
         listen=_addresses(table),
         users=frozenset(_user(table, text, i) for i, text in enumerate(users)) or base.users,
-        key=_keys(table)[0] if "key_file" in table else None,
+        key=_key(table) if "key_file" in table else None,
         model=model,
         model_options=options,
         rules=str(folder / Path(rules).expanduser()) if rules else None,
@@ -177,6 +177,13 @@ def _user(table: Rules, text: str, index: int) -> int:
         return int(text) if text.isdigit() else pwd.getpwnam(text).pw_uid
     except KeyError as error:
         raise table.error(f"there is no user {text}; give a name or a number", "users", index) from error
+
+
+def _key(table: Rules) -> str:
+    keys = _keys(table)
+    if len(keys) > 1:
+        raise table.error("there are several keys, and the daemon's own protocol knows one; leave one in the file", "key_file")
+    return keys[0]
 
 
 def _keys(table: Rules) -> tuple[str, ...]:

@@ -134,6 +134,7 @@ def test_a_configuration(folder):
         ("[http]\nlisten = ['tcp:0.0.0.0:80']", "line 2: 'tcp:0.0.0.0:80' is no address"),
         ("[http]\nkeys = ['x']", "line 2: http has no rule keys"),
         ("[http]\nkey_file = 'short'", "line 2: the key has fewer than 16 characters"),
+        ("key_file = 'keys'", "line 1: there are several keys"),
         ("[http]\nkey_file = 'empty'", "line 2: the key has fewer than 16 characters"),
     ],
 )

@@ -190,7 +190,7 @@ def test_http_1_0(peer):
 def test_a_client_that_asks_before_it_sends(peer):
     with connect(peer.address) as connection, connection.makefile("rb") as file:
         connection.sendall(HEAD + b"Content-Length: %d\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n" % len(BODY))
-        assert (file.readline(), file.readline()) == (b"HTTP/1.1 100 \r\n", b"\r\n")
+        assert (file.readline(), file.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
         connection.sendall(BODY)
         assert file.readline() == b"HTTP/1.1 200 OK\r\n"
     (reply,) = peer.raw(b"POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")

@@ -54,7 +54,7 @@ def check_key(http: Http, headers: Mapping[str, str]) -> int:
     if not http.keys:
         return 0
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    shown = key.strip().encode() if scheme.lower() == "bearer" else b""
+    shown = key.strip(" \t").encode("latin-1") if scheme.lower() == "bearer" else b""
     matches = [hmac.compare_digest(shown, one.encode()) for one in http.keys]  # all of them: the time tells nothing
     if not any(matches):
         message = "the API key is not one of the daemon's; send `Authorization: Bearer KEY` with one of its key_file"

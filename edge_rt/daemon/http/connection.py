@@ -175,7 +175,7 @@ class HttpConnection(Channel):
             self._refusal = error  # once the request is there: the connection may go on then
             return
         if waits:
-            self._write(h11.InformationalResponse(status_code=100, headers=[]))
+            self._write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
 
     def _check(self, head: h11.Request, length: int) -> None:
         """Raises ApiError, ProtocolError for a request that will not be answered."""
