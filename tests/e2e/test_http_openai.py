@@ -9,6 +9,7 @@ import time
 
 import pytest
 from daemons import Daemon
+from http_peer import connect
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed; pip install openai")
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
@@ -147,6 +148,20 @@ def test_closing_a_stream_cancels(client, daemon, model):
         while own.status()["server"]["requests"]:
             assert time.monotonic() - started < 5
             time.sleep(0.01)
+
+
+def test_leaving_while_a_long_prompt_is_read(daemon):
+    body = json.dumps({"prompt": "far " * 900, "max_tokens": 50}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connect(daemon.port) as connection, daemon.client() as own:
+        connection.sendall(head.encode() + body)
+        while not own.status()["server"]["requests"]:
+            time.sleep(0.002)
+        connection.close()
+        started = time.monotonic()
+        while own.status()["server"]["requests"]:
+            assert time.monotonic() - started < 5
+            time.sleep(0.002)
 
 
 def test_a_worker_that_dies_is_an_error_in_the_stream(client, daemon, model):
