@@ -17,8 +17,9 @@ AT_ONCE = 32
 """Messages handled before others have a turn."""
 UNREAD = 1 << 20
 """Bytes that a client has not read, before no more is read from it."""
-OVER_TCP = -1
-"""The user of all who came over TCP, whose users the system does not tell."""
+OVER_TCP, OVER_HTTP = -1, -2
+"""Users of whom the system does not tell, as they came over TCP: all with the key of the daemon's protocol; all over HTTP without a key.
+Each key of HTTP is a user of its own, from -3 down."""
 
 
 class Channel(asyncio.Protocol):
@@ -32,7 +33,7 @@ class Channel(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self.server = server
         self.user: int | None = None
-        """Who is there, as the system says; None until that is known to be somebody who may be."""
+        """Who is there, as the system or a key says; None until that is known to be somebody who may be."""
         self.streams: dict[int, Stream] = {}
         """Generations by the client's number."""
         self.waiting: set[int] = set()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edge_rt import __version__
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Listener
-from edge_rt.daemon.channel import OVER_TCP, Channel
+from edge_rt.daemon.channel import Channel
 from edge_rt.daemon.config import Config, Http
 from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _LEAVE_THE_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 """A socket that systemd listens at is not ours to remove; ours is removed by its Listener."""
+TOO_MANY = "there are too many connections; close one, or come back later"
 CANCEL_SECONDS = 2.0
 """Seconds that requests have to end after they were cancelled because the daemon ends."""
 
@@ -88,17 +89,25 @@ class Server:
 
     def enter(self, connection: Channel, user: int | None) -> None:
         """A client has connected. Raises ProtocolError if it may not stay."""
-        limits = self.config.limits
         self.count("connections", "all")
-        if user is None or (user != OVER_TCP and user not in self.config.users):
+        if user is None or (user >= 0 and user not in self.config.users):
             self.count("errors", "not_allowed")
             raise ProtocolError("not_allowed", "you may not use this daemon; whoever runs it can add you to its users")
-        mine = sum(one.user == user for one in self._connections)
-        if self.draining or len(self._connections) >= limits.connections or mine >= limits.connections_per_user:
+        if self.draining or len(self._connections) >= self.config.limits.connections or self._crowded(user):
             self.count("errors", "limit")
-            raise ProtocolError("limit", "there are too many connections; close one, or come back later")
+            raise ProtocolError("limit", TOO_MANY)
         connection.user = user
         self._connections.add(connection)
+
+    def become(self, connection: Channel, user: int) -> None:
+        """A client has shown which user it is, for its next requests. Raises ProtocolError: limit."""
+        if user != connection.user:
+            if self._crowded(user):
+                raise ProtocolError("limit", TOO_MANY)
+            connection.user = user
+
+    def _crowded(self, user: int) -> bool:
+        return sum(one.user == user for one in self._connections) >= self.config.limits.connections_per_user
 
     def left(self, connection: Channel) -> None:
         """A client has gone: nobody works for it any more, unless it may come back for a stream."""

@@ -1,5 +1,6 @@
 """Who may use the daemon over HTTP: keys, names of hosts, origins of pages; and the configuration of it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -67,12 +68,31 @@ def test_keys(daemon, peer):
     assert stranger.post(COMPLETION, SHORT, Authorization=f"bearer  {OTHER}").status == 200
 
 
-def test_a_session_of_the_same_name_is_another_for_another_key(daemon, peer):
+def test_each_key_is_a_user_of_its_own(daemon, peer):
+    """With sessions of its own, and nothing to be learnt from what was computed for others."""
+    other = Peer(daemon.port, Authorization=f"Bearer {OTHER}")
     asked = {**SHORT, "prompt": "what was said before " * 3, "edge_rt": {"ignore_eos": True, "session": "twice"}}
-    peer.post(COMPLETION, asked)
-    Peer(daemon.port, Authorization=f"Bearer {OTHER}").post(COMPLETION, asked)
-    with daemon.client() as client:
-        assert client.status()["server"]["sessions"] >= 2
+    reused = [one.post(COMPLETION, asked).json["edge_rt"]["usage"]["reused_tokens"] for one in (peer, peer, other, other)]
+    assert (reused[0], reused[2]) == (0, 0)
+    assert reused[1] == reused[3] > 50
+    alone = {**asked, "prompt": "another thing that was said " * 3, "edge_rt": {"ignore_eos": True}}
+    reused = [one.post(COMPLETION, alone).json["edge_rt"]["usage"]["reused_tokens"] for one in (peer, peer, other, other)]
+    assert (reused[0], reused[2]) == (0, 0)
+    assert reused[1] == reused[3] > 50
+
+
+def test_connections_are_counted_by_key(tmp_path, random_model):
+    write_plugin(tmp_path)
+    (tmp_path / "keys").write_text(f"{KEY}\n{OTHER}")
+    (tmp_path / "keys").chmod(0o600)
+    config = 'limits.connections_per_user = 3\n[http]\nkey_file = "keys"\n'
+    with Daemon(tmp_path, "--http", str(tmp_path / "h.sock"), config=config) as daemon, contextlib.ExitStack() as stack:
+        found = []
+        for key in (KEY, KEY, KEY, OTHER, KEY):
+            one = stack.enter_context(connect(str(daemon.folder / "h.sock")))
+            one.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
+            found.append(int(one.recv(99).split()[1]))
+        assert found == [200, 200, 200, 200, 429]
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_calls_are_the_same_however_the_text_is_split(pieces, seed):
 
 DONE = {
     "event": "done", "reason": "end_of_generation", "stop": None, "seed": 1, "timings": {}, "context": {}, "post": (), "rules": "",
-    "text": None, "usage": {"prompt_tokens": 3, "completion_tokens": 4, "reused_tokens": 2},
+    "answer": None, "usage": {"prompt_tokens": 3, "completion_tokens": 4, "reused_tokens": 2},
 }  # fmt: skip
 
 

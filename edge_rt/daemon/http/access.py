@@ -49,10 +49,10 @@ def preflight(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
-def check_key(http: Http, headers: Mapping[str, str]) -> int:
-    """Which of the keys was shown, 0 if there are none. Raises ApiError."""
+def check_key(http: Http, headers: Mapping[str, str]) -> int | None:
+    """Which of the keys was shown, None if there are none. Raises ApiError."""
     if not http.keys:
-        return 0
+        return None
     scheme, _, key = headers.get("authorization", "").partition(" ")
     shown = key.strip(" \t").encode("latin-1") if scheme.lower() == "bearer" else b""
     matches = [hmac.compare_digest(shown, one.encode()) for one in http.keys]  # all of them: the time tells nothing

@@ -125,7 +125,7 @@ class Answer:
 
     def _extensions(self) -> Json:
         """What OpenAI's answer has no place for."""
-        found = {name: self._done[name] for name in ("reason", "stop", "seed", "timings", "context", "post", "rules", "text")}
+        found = {name: self._done[name] for name in ("reason", "stop", "seed", "timings", "context", "post", "rules", "answer")}
         return {**found, "usage": self._done["usage"], "notices": self._notices}
 
     def _entry(self, given: Mapping[str, Any]) -> Json:

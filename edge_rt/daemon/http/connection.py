@@ -18,7 +18,7 @@ import h11
 
 from edge_rt.daemon import operations, protocol
 from edge_rt.daemon.address import peer
-from edge_rt.daemon.channel import AT_ONCE, OVER_TCP, UNREAD, Channel
+from edge_rt.daemon.channel import AT_ONCE, OVER_HTTP, UNREAD, Channel
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.http import access, routes
 from edge_rt.daemon.http.errors import ApiError, api_error, from_protocol
@@ -45,12 +45,10 @@ EVENTS = (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control"
 class HttpConnection(Channel):
     """Made by the server for each client that connects. Answers one request at a time, as HTTP/1.1 does."""
 
-    def __init__(self, server: Server, http: Http, names: dict[tuple[int, int, str], str]) -> None:
-        """``names``: ids of sessions by user, key and the client's name, of all connections."""
+    def __init__(self, server: Server, http: Http, names: dict[tuple[int, str], str]) -> None:
+        """``names``: ids of sessions by user and the client's name, of all connections."""
         super().__init__(server)
         self.names = names
-        self.key = 0
-        """Which of the keys the request came with."""
         self._http = http
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self._ahead = 0
@@ -79,7 +77,7 @@ class HttpConnection(Channel):
         connection: socket.socket = transport.get_extra_info("socket")
         self._over_tcp = connection.family != socket.AF_UNIX
         try:
-            self.server.enter(self, OVER_TCP if self._over_tcp else peer(connection).user)
+            self.server.enter(self, OVER_HTTP if self._over_tcp else peer(connection).user)
         except ProtocolError as error:
             self._fail(api_error(error))
             self._lingering = True
@@ -188,7 +186,9 @@ class HttpConnection(Channel):
         else:
             self._route = routes.find(head.method.decode("ascii"), self._path)
         if self._route.needs_key:
-            self.key = access.check_key(self._http, self._headers)
+            key = access.check_key(self._http, self._headers)
+            if key is not None:
+                self.server.become(self, OVER_HTTP - 1 - key)
         if length > self.server.config.limits.frame_bytes:
             raise self._too_long()
 

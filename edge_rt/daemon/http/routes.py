@@ -191,9 +191,9 @@ class _Generation:
         return self._connection.user
 
     @property
-    def _session_name(self) -> tuple[int, int, str]:
+    def _session_name(self) -> tuple[int, str]:
         assert self._asked.session is not None, "there is one"
-        return self._user, self._connection.key, self._asked.session
+        return self._user, self._asked.session
 
     def _close(self, session: str) -> None:
         sessions = self._exchange.server.sessions
