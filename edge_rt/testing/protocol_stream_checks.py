@@ -83,7 +83,7 @@ def a_generation_is_told_as_events(server: Server) -> None:
         ):
             missing = [name for name in names if name not in done[part]]
             expect(not missing, f"{part} of done lacks {', '.join(missing)}")
-        expect({"seed", "stop", "post", "rules", "text"} <= set(done), "done lacks a field")
+        expect({"seed", "stop", "post", "rules", "answer"} <= set(done), "done lacks a field")
         expect(not any("seq" in one or one.get("event") == "stream" for one in found), "a stream that was not to be resumed is numbered")
         progress = [one for one in found if one.get("event") == "prompt"]
         expect(all(0 <= one["reused"] <= one["done"] <= one["total"] for one in progress), "the prompt's progress is none")
