@@ -18,20 +18,11 @@ import pytest
 
 import edge_rt as api
 from edge_rt import __version__, catalog
-from edge_rt.config import models_dir, packed_dir
+from edge_rt.config import packed_dir
 
 PROGRAM = [sys.executable, "-m", "edge_rt.cli.main"]
 GREEDY = ["--temp", "0", "-n", "12"]
 QUESTION = "Name three colours."
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(smollm2: Path, _cache_of_the_tests: Path) -> None:
-    """The model under its name in the tests' own cache."""
-    models_dir().mkdir(parents=True, exist_ok=True)
-    link = models_dir() / catalog.CATALOG[0].file
-    if not link.exists():
-        link.symlink_to(smollm2)
 
 
 def edge_rt(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from daemons import Daemon
 
 from edge_rt.testing import protocol_conformance
 from edge_rt.types import Delta
@@ -71,13 +70,6 @@ def swift(folder):
 def program(request, tmp_path_factory):
     """The program that docs/clients.md asks for."""
     return [str(word) for word in request.param(tmp_path_factory.mktemp("client"))]
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory, smollm2):
-    with Daemon(tmp_path_factory.mktemp("daemon"), "-m", str(smollm2), "-c", "1024") as found:
-        found.ready().close()
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from daemons import Daemon
 
 import edge_rt
 from edge_rt.daemon.aclient import AsyncClient
@@ -19,13 +18,6 @@ from edge_rt.types import Delta
 
 QUESTIONS = [[{"role": "user", "content": f"Name {thing}."}] for thing in ("three colours", "a river in Africa", "two planets", "a poet")]
 GREEDY = {"temperature": 0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory, smollm2):
-    with Daemon(tmp_path_factory.mktemp("daemon"), "-m", str(smollm2), "-c", "1024") as found:
-        found.ready().close()
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt import catalog
 from edge_rt.cli.main import COMMANDS
-from edge_rt.config import models_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,9 +17,6 @@ def test_the_python_guide_runs_as_written(smollm2, tmp_path):
     assert len(blocks) >= 7
     (tmp_path / "guide.py").write_text("\n".join(blocks), encoding="utf-8")
     (tmp_path / "model.gguf").symlink_to(smollm2)
-    models_dir().mkdir(parents=True, exist_ok=True)
-    if not (models_dir() / catalog.CATALOG[0].file).exists():
-        (models_dir() / catalog.CATALOG[0].file).symlink_to(smollm2)
     done = subprocess.run([sys.executable, "guide.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert "llama ggml 2048" in done.stdout

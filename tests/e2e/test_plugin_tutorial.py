@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 
 import edge_rt
-from edge_rt import catalog
 from edge_rt.cli.plugins import facts
-from edge_rt.config import models_dir
 from edge_rt.errors import RuleError
 from edge_rt.registry import Registry
 from edge_rt.rules import Ruleset
@@ -59,10 +57,6 @@ def run(project: Path, tmp_path_factory: pytest.TempPathFactory, smollm2: Path) 
     # Without the network, what the tutorial has pip fetch (edge-rt, setuptools) is what runs this test.
     install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target), str(copy)]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=120)
-    models_dir().mkdir(parents=True, exist_ok=True)
-    link = models_dir() / catalog.CATALOG[0].file
-    if not link.exists():
-        link.symlink_to(smollm2)
     programs = {"python": [sys.executable], "edge-rt": [sys.executable, "-m", "edge_rt.cli.main"]}
 
     def run(command: str, cwd: Path = project) -> subprocess.CompletedProcess[str]:

@@ -4,13 +4,10 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import edge_rt
-from edge_rt import catalog
-from edge_rt.config import models_dir
 from edge_rt.rules import RuleFile
 from edge_rt.types import Delta, Done
 
@@ -19,15 +16,6 @@ SECRETS = ("13800138000", "ada.byron@example.com", "11010519491231002X")
 TEXT = f"Call 138 0013 8000 or {SECRETS[0]}, write to {SECRETS[1]}; 身份证{SECRETS[2]}，谢谢"
 GRAMMAR = f"root ::= {json.dumps(TEXT, ensure_ascii=False)}"
 SHOWN = "Call [PHONE] or [PHONE], write to [EMAIL]; 身份证[ID]，谢谢"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(smollm2: Path, _cache_of_the_tests: Path) -> None:
-    """The model under its name in the tests' own cache."""
-    models_dir().mkdir(parents=True, exist_ok=True)
-    link = models_dir() / catalog.CATALOG[0].file
-    if not link.exists():
-        link.symlink_to(smollm2)
 
 
 @pytest.fixture(scope="module")
