@@ -272,7 +272,12 @@ class RuleFile:
 
     def _watch(self) -> None:
         while not self._closed.wait(INTERVAL):
-            self.check()
+            try:
+                self.check()
+            except Exception as error:  # a bug, which must not end the watching unsaid
+                self.error = RuleError(f"{type(error).__name__} while it was read; report this", file=str(self.path))
+                _log().exception("the rules stay as they were: %s", self.error)
+                self._told(self.error)
 
     def close(self) -> None:
         """Stop watching. The current rules stay usable."""

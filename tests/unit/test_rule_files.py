@@ -268,6 +268,19 @@ def test_the_watching_thread_does_so(registry, file, monkeypatch):
     assert not book._thread.is_alive()
 
 
+def test_a_bug_does_not_end_the_watching(registry, file, monkeypatch):
+    monkeypatch.setattr("edge_rt.rules.INTERVAL", 0.01)
+    told = queue.SimpleQueue()
+    with RuleFile(file, registry, told=told.put) as book:
+        with monkeypatch.context() as broken:
+            broken.setattr("edge_rt.rules.change", lambda *_: 1 / 0)
+            file.write_text('[mark]\nmark = "{{"\n')
+            assert "ZeroDivisionError while it was read; report this" in str(told.get(timeout=10))
+        file.write_text('[mark]\nmark = "[["\n')
+        assert told.get(timeout=10) is None
+        assert (text_of(book.current), book.error) == ("[[a[[b", None)
+
+
 # ---- a storm ---------------------------------------------------------------------------------------------------------
 
 
