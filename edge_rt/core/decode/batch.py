@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from edge_rt.core.engine import Part
-from edge_rt.errors import OutOfMemory
+from edge_rt.errors import Cancelled, OutOfMemory
 from edge_rt.types import Event
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class Running:
     part: Part | None = None
     fed: int = 0
     paused: bool = False
-    go_on: Callable[[], Event | Part] | None = field(default=None, repr=False)
 
 
 class Batch:
@@ -81,8 +80,7 @@ class Batch:
         """Its events can be taken again."""
         if one.paused and one in self._running:
             one.paused = False
-            assert one.go_on is not None, "it was paused at an event"
-            self._advance(one, one.go_on)
+            self._advance(one, partial(next, one.steps))
 
     def drop(self, one: Running) -> None:
         """End a request whose events nobody wants; nothing more is delivered."""
@@ -169,7 +167,6 @@ class Batch:
                         raise
                     (logits,) = self._feed([(one, part)])
         except Exception as error:  # it is the loop's affair, as if it had taken the step
-            one.part, one.fed = None, 0
             self._advance(one, partial(one.steps.throw, error))
         else:
             self._took(one, part, logits)
@@ -180,22 +177,19 @@ class Batch:
         one.clock += len(part.tokens) / one.weight
         one.fed += len(part.tokens)
         if one.fed == len(one.part.tokens):
-            one.part, one.fed = None, 0
             self._advance(one, partial(one.steps.send, logits))
 
     def _stop_cancelled(self) -> None:
         """Who was cancelled while its tokens are being fed need not wait for the rest of them."""
         for one in [one for one in self._running if one.part is not None and one.job.cancelled()]:
-            from edge_rt.errors import Cancelled
-
             if one.fed:
                 with self._lock:
                     self._engine.truncate(one.part.sequence, one.job.history.cells)  # type: ignore[union-attr]
-            one.part, one.fed = None, 0
             self._advance(one, partial(one.steps.throw, Cancelled("the request was cancelled")))
 
     def _advance(self, one: Running, go_on: Callable[[], Event | Part]) -> None:
-        """Run a request's own code up to its next step, and deliver its events."""
+        """Run a request's own code up to its next step, and deliver its events. The step that it waited for is over."""
+        one.part, one.fed = None, 0
         while True:
             try:
                 made = go_on()
@@ -210,10 +204,10 @@ class Batch:
             if isinstance(made, Part):
                 one.part = made
                 return
-            go_on = partial(next, one.steps)
             if not one.deliver(made):
-                one.paused, one.go_on = True, go_on
+                one.paused = True
                 return
+            go_on = partial(next, one.steps)
 
 
 def _reads(one: Running) -> bool:
