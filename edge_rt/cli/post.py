@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt.cli.options import PostOptions, argument, option
 from edge_rt.cli.output import say, write_bytes
-from edge_rt.cli.post_options import names, rulebook
+from edge_rt.cli.post_options import asked, names, rulebook
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def run(options: Options) -> int:
     from edge_rt.registry import Registry
     from edge_rt.rules import Ruleset
 
-    chosen, registry = names(options), Registry.load()
-    if not chosen and options.rules is None and not options.rule:
+    if not asked(options):
         raise OptionError("there is nothing to do; name post-processors with --post, as --post redaction, or give --rules")
+    chosen, registry = names(options), Registry.load()
     with rulebook(options, registry, watch=options.lines, told=lambda error: say(f"note: {error or 'the rules were exchanged'}")) as book:
         work = _Work(book or Ruleset({}, registry), chosen)
         interrupted = False

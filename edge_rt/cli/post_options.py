@@ -23,12 +23,17 @@ def names(options: PostOptions) -> tuple[str, ...]:
     return found
 
 
+def asked(options: PostOptions) -> bool:
+    """Whether the options ask for post-processing."""
+    return options.post is not None or options.rules is not None or bool(options.rule)
+
+
 @contextmanager
 def post_processed(
     request: GenerateOptions, options: PostOptions, *, watch: bool = False, told: Callable[[RuleError | None], None] = lambda error: None
 ) -> Iterator[tuple[GenerateOptions, Registry | None]]:
     """A request with the rules of the options, and the registry of its post-processors, None without any."""
-    if not request.post and options.rules is None and not options.rule:
+    if not asked(options):
         yield request, None
         return
     from edge_rt.registry import Registry
