@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 INTERVAL = 0.25
 """Seconds between two looks at the files. A file is read when it was the same twice: half of one that is being written may be valid."""
+
+_TICK = 50_000_000
+"""Nanoseconds in which a file may be written twice and look the same: systems note the time of a change in steps of 1 to 10 ms."""
 
 
 class _Compiled(NamedTuple):
@@ -138,6 +142,11 @@ def _look(path: Path) -> _Seen:
     return _Seen(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def _read_at(look: _Seen) -> _Seen:
+    """A look at a file just before it was read; one at a file written within the same tick tells nothing, so that it is read again."""
+    return look._replace(modified=-1) if 0 <= time.time_ns() - look.modified < _TICK else look
+
+
 def change(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """The tables with some values replaced, each written as ``redaction.action="hash"``. Raises RuleError."""
     from edge_rt.core.assemble.toml_place import parse
@@ -226,8 +235,9 @@ class RuleFile:
         except EdgeError as error:
             self.error = error if isinstance(error, RuleError) else RuleError(str(error), file=str(self.path))
             self._generation = generation
-            _log().warning("the rules stay as they were: %s", self.error)
-            self._told(self.error)
+            if str(self.error) != str(had):
+                _log().warning("the rules stay as they were: %s", self.error)
+                self._told(self.error)
             return False
         self.error = None
         changed = fresh.version != self.current.version or generation != self._generation
@@ -244,7 +254,7 @@ class RuleFile:
         """Compile the file as it is now. Raises RuleError with file and line."""
         from edge_rt.core.assemble import toml_place
 
-        before = {one.path: _look(one.path) for one in self._seen}  # what changes while it is read is read again
+        before = {one.path: _read_at(_look(one.path)) for one in self._seen}  # what changes while it is read is read again
         files: dict[Path, str] = {}
         try:
             text = self._text()
@@ -259,7 +269,7 @@ class RuleFile:
                 line = error.line if error.line is not None else toml_place.line_of(text, error.place)
                 raise RuleError(error.reason, place=error.place, file=str(self.path), line=line) from error
         finally:
-            self._seen = tuple(before.get(path) or _look(path) for path in (self.path, *files))
+            self._seen = tuple(before.get(path) or _read_at(_look(path)) for path in (self.path, *files))
 
     def _text(self) -> str:
         """Raises RuleError."""

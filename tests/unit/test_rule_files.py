@@ -187,6 +187,15 @@ def test_a_wrong_file_changes_nothing_and_says_why(registry, file, caplog):
     assert "cannot be read" in str(book.error)
 
 
+def test_two_changes_within_one_tick_of_the_clock_are_both_taken(registry, file):
+    file.write_text('[mark]\nmark = "{"\n')
+    book = RuleFile(file, registry, watch=False)
+    read = file.stat()
+    file.write_text('[mark]\nmark = "}"\n')
+    os.utime(file, ns=(read.st_atime_ns, read.st_mtime_ns))  # as if the clock had not moved between
+    assert [book.check(), book.check(), text_of(book.current)] == [False, True, "}a}b"]
+
+
 def test_files_that_rules_name_are_watched_too(registry, tmp_path, file):
     (tmp_path / "m.txt").write_text("1")
     file.write_text('[mark]\nfile = "m.txt"\n')
