@@ -1,0 +1,216 @@
+"""The sequences of the engine on libggml: a cache for each, and all that can become of its cells but a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
+from edge_rt.core.context.kv_bytes import read_cells, write_cells
+from edge_rt.core.engine import Pruned
+from edge_rt.core.graph.decoder import FAMILIES
+from edge_rt.core.graph.layout import transposed_decodes_faster
+from edge_rt.core.graph.rotate import rotate_keys
+from edge_rt.errors import ContextError, OptionError, SessionFileError
+
+if TYPE_CHECKING:
+    from edge_rt.core.engine import EngineInfo
+    from edge_rt.core.graph.hyper import Hyper
+    from edge_rt.core.graph.rotate import Move
+    from edge_rt.core.graph.step import GraphCache, StepGraph
+    from edge_rt.core.load.weights import WeightStore
+    from edge_rt.native import ggml
+
+
+@dataclass(slots=True)
+class Decoding:
+    """What is needed to repeat the last step one cell on: ``next`` is the cell it would fill, below ``limit``.
+
+    ``ahead``: by how much positions are ahead of cells.
+    """
+
+    sequence: int
+    cache: KvCache
+    graph: StepGraph
+    next: int
+    limit: int
+    ahead: int
+
+
+class GgmlSequences:
+    """The part of ``GgmlEngine`` that does not compute with the model, but for rotating keys and scoring cells.
+
+    ``_last`` is the step that the next may repeat; whatever changes a cache forgets it, and with it ``_graphs`` over that cache.
+    """
+
+    info: EngineInfo
+    hyper: Hyper
+    weights: WeightStore
+    _backend: ggml.Handle
+    _graphs: GraphCache
+    _key_type: int
+    _threads: int
+
+    def __init__(self, transposed: bool | None) -> None:
+        """``transposed``: the layout of values, None for what is faster here."""
+        self._sequences: dict[int, KvCache] = {}
+        self._next = 0
+        self._last: Decoding | None = None
+        self._transposed = transposed
+
+    def new_sequence(self) -> int:
+        """Open an empty sequence; memory comes with its first tokens."""
+        return self._adopt(self._cache(padded(1)))
+
+    def fork_sequence(self, sequence: int, length: int) -> int:
+        """Copy the first ``length`` cells into a sequence of its own."""
+        source = self._sequences[sequence]
+        length = min(length, source.length)
+        return self._adopt(source.copy(length, next_capacity(0, length + 1, self.info.max_context)))
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the cells from ``length`` on."""
+        self._sequences[sequence].truncate(length)
+
+    def free_sequence(self, sequence: int) -> None:
+        """Release a sequence and its memory."""
+        self._last = None
+        cache = self._sequences.pop(sequence)
+        self._graphs.forget(cache.view)
+        cache.close()
+
+    def length(self, sequence: int) -> int:
+        """Cells in use."""
+        return self._sequences[sequence].length
+
+    @property
+    def transposed_values(self) -> bool:
+        """Whether cached values are transposed and decoding uses matmuls, not flash attention: what is faster here, timed once."""
+        if self._transposed is None:
+            self._transposed = transposed_decodes_faster(self.hyper, self._key_type, self._threads, self._backend)
+        return self._transposed
+
+    def _cache(self, capacity: int) -> KvCache:
+        """An empty cache in the layout that decodes fastest here."""
+        return KvCache(self.hyper, self._key_type, capacity, transposed=self.transposed_values)
+
+    def _adopt(self, cache: KvCache) -> int:
+        self._next += 1
+        self._sequences[self._next] = cache
+        return self._next
+
+    def _check_fits(self, needed: int) -> None:
+        """Raise ContextError if a sequence would outgrow the context."""
+        if needed > self.info.max_context:
+            raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
+
+    def _room(self, sequence: int, tokens: int) -> KvCache:
+        """The sequence's cache, moved to a larger one if ``tokens`` more do not fit."""
+        cache = self._sequences[sequence]
+        needed = cache.length + tokens
+        if needed <= cache.capacity:
+            return cache
+        larger = cache.moved(next_capacity(cache.capacity, needed, self.info.max_context))
+        self._replace(sequence, larger)
+        return larger
+
+    def _replace(self, sequence: int, cache: KvCache) -> None:
+        """Cells have moved to another cache: the old one goes, and with it the graphs over it."""
+        self._last = None
+        old, self._sequences[sequence] = self._sequences[sequence], cache
+        self._graphs.forget(old.view)
+        old.close()
+
+    # ---- cells that leave and come back --------------------------------------------------------------------------------
+
+    def next_position(self, sequence: int) -> int:
+        """Position of the next token."""
+        return self._sequences[sequence].positions.next
+
+    def remove_cells(self, sequence: int, spans: Sequence[tuple[int, int]]) -> int:
+        """Forget cells in the middle; bytes given back. Raises ValueError for spans that do not rise within the sequence."""
+        self._last = None
+        return self._sequences[sequence].remove(spans)
+
+    def renumber(self, sequence: int) -> None:
+        """Close gaps between positions: keys are rotated back by as much as their tokens move."""
+        self._last = None
+        cache = self._sequences[sequence]
+        self._rotate(cache, cache.renumber())
+
+    def _rotate(self, cache: KvCache, moves: Sequence[Move]) -> None:
+        family = FAMILIES[self.hyper.architecture]
+        factors = self.weights.get("rope_freqs.weight") if family.rope_factors else None
+        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, moves, self._backend)
+
+    def export_cells(self, sequence: int, start: int, end: int) -> bytes:
+        """Cells [start, end) as bytes."""
+        return write_cells(self._sequences[sequence], self.hyper, self._key_type, start, end)
+
+    def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
+        """Put exported cells before cell ``at``; see ``MovesCells``."""
+        positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
+        if mixed is not None:
+            raise ContextError("cells that were pruned head by head cannot be put between others; restore the session they are of")
+        self._check_fits(self._sequences[sequence].length + positions.length)
+        self._last = None
+        cache = self._room(sequence, positions.length)
+        self._rotate(cache, cache.insert(at, positions, cells))
+        return positions.length
+
+    def export_sequence(self, sequence: int) -> bytes:
+        """All cells as bytes."""
+        return self.export_cells(sequence, 0, self.length(sequence))
+
+    def import_sequence(self, data: bytes | memoryview) -> int:
+        """Open a sequence from exported bytes. Raises SessionFileError."""
+        positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
+        if positions.length > self.info.max_context:
+            raise SessionFileError(f"the saved session holds {positions.length} tokens, the context {self.info.max_context}; raise --ctx")
+        cache = self._cache(next_capacity(0, positions.length + 1, self.info.max_context))
+        try:
+            cache.positions.next = positions.next
+            cache.insert(0, positions, cells)
+            cache.mixed = mixed
+        except BaseException:
+            cache.close()
+            raise
+        return self._adopt(cache)
+
+    # ---- pruning -----------------------------------------------------------------------------------------------------
+
+    def watch(self, sequence: int, window: int) -> None:
+        """Keep the last ``window`` queries of every layer from now on; 0 stops. Raises OptionError, OutOfMemory."""
+        if not 0 <= window <= self.info.max_context:
+            raise OptionError(f"{window} queries cannot be kept; choose 0 to {self.info.max_context}")
+        cache = self._sequences[sequence]
+        if window == (cache.ring.window if cache.ring else 0):
+            return
+        self._last = None
+        self._graphs.forget(cache.view)
+        cache.watch(window)
+
+    def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
+        """Keep ``keep`` cells of each head; see ``PrunesCells``. They move to a cache of that size."""
+        from edge_rt.core.context.pruning import check, choose
+        from edge_rt.core.graph.scores import cached_layers
+
+        check(keep, first, last, method, queries)
+        cache = self._sequences[sequence]
+        length, held = cache.length, cache.nbytes
+        if keep >= length:
+            return Pruned(0, 0)
+        kept = choose(cached_layers(cache, self.hyper, self._backend, queries), keep, first, last, method)
+        pruned = cache.prune(kept, next_capacity(0, keep + 1, self.info.max_context))
+        self._replace(sequence, pruned)
+        return Pruned(length - keep, held - pruned.nbytes)
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes one cell takes over all layers."""
+        return cell_bytes(self.hyper, self._key_type)
+
+    def mixed_cells(self, sequence: int) -> int:
+        """How many leading cells hold another token in every head."""
+        return self._sequences[sequence].n_mixed
