@@ -11,8 +11,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from edge_rt import sizes
 from edge_rt.cli import interrupts
-from edge_rt.cli.options import GenerationOptions, ModelOptions, parse_size
+from edge_rt.cli.options import GenerationOptions, ModelOptions
 from edge_rt.cli.output import ProgressBar, say, write, write_json
 from edge_rt.cli.post_options import names
 from edge_rt.errors import ConstraintError, OptionError
@@ -38,7 +39,7 @@ def opened(
     from edge_rt.catalog import resolve
 
     path = resolve(options.model)
-    memory = parse_size(options.memory, "--memory") if options.memory is not None else None
+    memory = sizes.parse(options.memory, "--memory") if options.memory is not None else None
     import edge_rt
 
     progress = ProgressBar()
@@ -154,7 +155,7 @@ def _pruning(options: GenerationOptions) -> Pruning | None:
     try:
         if text.endswith("%"):
             return Pruning(float(text[:-1]) / 100, "share", every=every)
-        return Pruning(int(text), every=every) if text.isdigit() else Pruning(parse_size(text, "--prune"), "bytes", every=every)
+        return Pruning(int(text), every=every) if text.isdigit() else Pruning(sizes.parse(text, "--prune"), "bytes", every=every)
     except (ValueError, OptionError):
         raise OptionError(f"--prune takes cells as 1024, a size as 64M or a share as 25%, and not {text!r}") from None
 

@@ -221,19 +221,3 @@ def _limits(spec: Spec) -> str:
     if spec.high is None:
         return f"of at least {spec.low}"
     return f"from {spec.low} to {spec.high}"
-
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str, flag: str) -> int:
-    """Bytes of ``500M``, ``1.5G``, ``64 MiB`` or a plain number; K, M, G and T are powers of 1024. Raises OptionError."""
-    number = text.strip().upper().removesuffix("B").removesuffix("I").rstrip()
-    unit = number[-1:] if number[-1:] in _UNITS else ""
-    try:
-        size = float(number.removesuffix(unit)) * _UNITS[unit]
-        if not 1 <= size < 1 << 60:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise OptionError(f"{flag} takes a size as 500M or 1.5G and not {text!r}") from None
-    return int(size)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.cli.options import ModelOptions, option, parse_size
+from edge_rt import sizes
+from edge_rt.cli.options import ModelOptions, option
 from edge_rt.cli.output import say
 from edge_rt.errors import OptionError
 
@@ -54,7 +55,7 @@ def run(options: Options) -> int:
     import asyncio
     import logging
 
-    from edge_rt.daemon.server import serve
+    from edge_rt.daemon.lifetime import serve
 
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
     where = ", ".join(map(shown, listeners))
@@ -71,7 +72,7 @@ def configured(options: Options) -> Config:
     more: dict[str, Any] = {
         "context": options.ctx,
         "threads": options.threads,
-        "memory": parse_size(options.memory, "--memory") if options.memory is not None else None,
+        "memory": sizes.parse(options.memory, "--memory") if options.memory is not None else None,
         "pack": False if options.no_pack else None,
         "key_type": options.key_type if options.key_type != "f16" else None,
         "engine": options.engine,

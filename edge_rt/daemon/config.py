@@ -44,8 +44,9 @@ class Http(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All that a daemon is told. ``model_options``: keywords of ``edge_rt.open``.
+    """All that a daemon is told. ``model_options``: keywords of ``edge_rt.open``. ``models``: others by name, with theirs.
 
+    ``memory``: bytes that all of them may have, 0 for most of what is free at the start.
     ``held_bytes`` of the limits: begun frames and requests that were not answered yet. ``credits``: events of a generation that may be
     on their way.
     """
@@ -55,6 +56,8 @@ class Config(NamedTuple):
     key: str | None = None
     model: str | None = None
     model_options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    models: dict[str, tuple[str, dict[str, Any]]] = {}  # noqa: RUF012 - nor that
+    memory: int = 0
     rules: str | None = None
     state: Path = Path()
     limits: Limits = Limits()
@@ -63,14 +66,17 @@ class Config(NamedTuple):
     resume_within: float = 30.0
     drain_seconds: float = 20.0
     hung_after: float = 120.0
+    cool_after: float = 60.0
+    wait_for_memory: float = 60.0
     http: Http | None = None
 
 
 FRAME_ROOM = 1 << 16
 """Bytes that the daemon may add to a client's message on its way to the worker."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?")
-_TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0}
-_MODEL_NUMBERS = ("context", "threads", "memory")
+_TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0, "wait_for_memory": 3600.0}
+_MODEL_NUMBERS = ("context", "threads")
 _MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder")
 
 
@@ -104,6 +110,7 @@ def _config(table: Rules, folder: Path) -> Config:
     base = default()
     rules, state, users = table.text("rules", ""), table.text("state", ""), table.texts("users")
     model, options = _model(table.table("model"), folder)
+    others = table.table("models")
     times: dict[str, Any] = {name: table.number(name, getattr(base, name), 0.05, most) for name, most in _TIMES.items()}
     return base._replace(
         listen=_addresses(table),
@@ -115,6 +122,9 @@ def _config(table: Rules, folder: Path) -> Config:
         state=folder / Path(state).expanduser() if state else base.state,
         limits=_limits(table.table("limits")),
         http=_http(table.table("http")) if "http" in table else None,
+        models={name: _named_model(others, name, folder) for name in others.keys()},  # noqa: SIM118 - no mapping
+        memory=table.size("memory"),
+        cool_after=table.number("cool_after", base.cool_after, 0, 86400),
         credits=table.integer("credits", base.credits, 1, 4096),
         **times,
     )
@@ -126,11 +136,22 @@ def _model(table: Rules, folder: Path) -> tuple[str | None, dict[str, Any]]:
     if file and (folder / file).exists():
         file = str(folder / file)
     options: dict[str, Any] = {name: table.integer(name, 0, 0, 1 << 50) for name in _MODEL_NUMBERS}
-    options |= {name: table.text(name, "") for name in _MODEL_TEXTS}
+    options |= {"memory": table.size("memory"), **{name: table.text(name, "") for name in _MODEL_TEXTS}}
     found = {name: value for name, value in options.items() if value}
     if not table.flag("pack", True):
         found["pack"] = False
     return file or None, found
+
+
+def _named_model(table: Rules, name: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """One of several models."""
+    if not _NAME.fullmatch(name):
+        raise table.error(f"{name!r:.80} is no name for a model; give 1 to 64 of A-Z a-z 0-9 . _ -", name)
+    own = table.table(name)
+    own.text("file")
+    file, options = _model(own, folder)
+    assert file is not None, "it is there"
+    return file, options
 
 
 def _limits(table: Rules) -> Limits:

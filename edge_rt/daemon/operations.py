@@ -16,6 +16,7 @@ from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.channel import Channel
+    from edge_rt.daemon.hosted import Hosted
 
 _WHILE_DRAINING = ("hello", "status", "metrics", "cancel", "ack", "resume", "close_session")
 
@@ -45,9 +46,10 @@ def _hello(connection: Channel, request: Request, size: int) -> None:
 
 
 def _pass_on(
-    connection: Channel, request: Request, size: int, command: Message, then: Callable[[Message], Message | None] = lambda found: found
+    connection: Channel, request: Request, size: int, hosted: Hosted, command: Message,
+    then: Callable[[Message], Message | None] = lambda found: found,
 ) -> None:  # fmt: skip
-    """Let the worker answer; ``then`` makes the answer of what it says."""
+    """Let a model's worker answer; ``then`` makes the answer of what it says."""
     number = request.id
     assert number is not None, "only ack has none"
 
@@ -59,7 +61,7 @@ def _pass_on(
             connection.refuse(number, _error(message["error"]))
 
     connection.begin(number, size)
-    connection.server.call(command, took)
+    connection.server.call(hosted, command, took)
 
 
 def _error(found: Message) -> ProtocolError:
@@ -68,37 +70,49 @@ def _error(found: Message) -> ProtocolError:
     return ProtocolError(rest.pop("code"), rest.pop("message"), **rest)
 
 
+def _hosted(connection: Channel, request: Request) -> Hosted:
+    """The model that a request names, or the default. Raises ProtocolError: no_model."""
+    return connection.server.models.find(request.fields.get("model"))
+
+
 def _tokenize(connection: Channel, request: Request, size: int) -> None:
-    _pass_on(connection, request, size, {"op": request.op, **request.fields})
+    fields = {name: value for name, value in request.fields.items() if name != "model"}
+    _pass_on(connection, request, size, _hosted(connection, request), {"op": request.op, **fields})
 
 
 def _reload_rules(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
-    _tokenize(connection, request, size)
+    first, *others = connection.server.models.loaded() or [_hosted(connection, request)]
+    _pass_on(connection, request, size, first, {"op": "reload_rules"})
+    for one in others:  # all have the same file
+        one.supervisor.call({"op": "reload_rules"}, lambda message: None)
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------
 
 
 def _session(connection: Channel, request: Request) -> Known:
-    """The session that a request names, idle and in the worker. Raises ProtocolError."""
+    """The session that a request names, idle and in its worker. Raises ProtocolError."""
     server, one = connection.server, _known(connection, request)
     if one.busy:
         raise ProtocolError("busy", "the session answers another request; wait for it, cancel it, or open another session")
-    if one.epoch == server.supervisor.epoch:
+    if request.fields.get("model", one.hosted.name) not in one.hosted.names:
+        raise ProtocolError("option", f"the session is of the model {one.hosted.name}; leave the model out, or open another session")
+    if server.models.known(one.hosted) and one.epoch == one.hosted.supervisor.epoch:
         return one
-    if one.saved is None:
-        raise ProtocolError("session_lost", "the worker died and the session was never saved; open another")
-    command = {"op": "restore_session", "session": one.id, "path": str(one.saved), "owner": str(one.user)}
-    server.call(command, partial(_restored, one))
-    one.epoch = server.supervisor.epoch
+    source = next((path for path in (one.parked, one.saved) if path is not None and path.exists()), None)
+    if source is None or not server.models.known(one.hosted):
+        raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
+    command = {"op": "restore_session", "session": one.id, "path": str(source), "owner": str(one.user)}
+    server.call(one.hosted, command, partial(_restored, one))
+    one.epoch = one.hosted.supervisor.epoch
     return one
 
 
 def _restored(one: Known, message: Message) -> None:
-    """After the worker died; if that failed, what is asked of the session says so."""
+    """After the worker had left or died; if that failed, what is asked of the session says so."""
     if "error" in message:
-        one.saved, one.epoch = None, -1
+        one.saved, one.parked, one.epoch = None, None, -1
 
 
 def _known(connection: Channel, request: Request) -> Known:
@@ -110,10 +124,10 @@ def _user(connection: Channel) -> int:
     return connection.user
 
 
-def _new(connection: Channel, request: Request, size: int, make: Callable[[Known], Message], **more: Any) -> None:
+def _new(connection: Channel, request: Request, size: int, hosted: Hosted, make: Callable[[Known], Message], **more: Any) -> None:
     """A session that the worker makes; it is forgotten if that fails, or the client is gone by then."""
     server = connection.server
-    one = server.sessions.add(_user(connection), request.fields.get("keep", False), server.supervisor.epoch, connection, **more)
+    one = server.sessions.add(_user(connection), hosted, request.fields.get("keep", False), connection, **more)
     number = request.id
     assert number is not None, "only ack has none"
 
@@ -127,7 +141,8 @@ def _new(connection: Channel, request: Request, size: int, make: Callable[[Known
 
     try:
         connection.begin(number, size)
-        server.call(make(one), took)
+        server.call(hosted, make(one), took)
+        one.epoch = hosted.supervisor.epoch  # of the worker that the call may just have started
     except ProtocolError:
         server.sessions.close(one)
         raise
@@ -135,12 +150,13 @@ def _new(connection: Channel, request: Request, size: int, make: Callable[[Known
 
 def _open_session(connection: Channel, request: Request, size: int) -> None:
     context = {"context": request.fields["context"]} if "context" in request.fields else {}
-    _new(connection, request, size, lambda one: {"op": "open_session", "session": one.id, "owner": str(one.user), **context})
+    hosted = _hosted(connection, request)
+    _new(connection, request, size, hosted, lambda one: {"op": "open_session", "session": one.id, "owner": str(one.user), **context})
 
 
 def _clone_session(connection: Channel, request: Request, size: int) -> None:
     source = _session(connection, request)
-    _new(connection, request, size, lambda one: {"op": "clone_session", "session": source.id, "new": one.id})
+    _new(connection, request, size, source.hosted, lambda one: {"op": "clone_session", "session": source.id, "new": one.id})
 
 
 def _restore_session(connection: Channel, request: Request, size: int) -> None:
@@ -148,7 +164,7 @@ def _restore_session(connection: Channel, request: Request, size: int) -> None:
     if not path.exists():
         raise ProtocolError("session_file", f"there is no saved session {request.fields['name']}; save one with save_session")
     command = {"op": "restore_session", "path": str(path), "owner": str(_user(connection))}
-    _new(connection, request, size, lambda one: {**command, "session": one.id}, saved=path)
+    _new(connection, request, size, _hosted(connection, request), lambda one: {**command, "session": one.id}, saved=path)
 
 
 def _save_session(connection: Channel, request: Request, size: int) -> None:
@@ -159,7 +175,7 @@ def _save_session(connection: Channel, request: Request, size: int) -> None:
         connection.server.sessions.saved(one, path)
         return found
 
-    _pass_on(connection, request, size, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
+    _pass_on(connection, request, size, one.hosted, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
 
 
 def _close_session(connection: Channel, request: Request, size: int) -> None:
@@ -178,16 +194,17 @@ def _generate(connection: Channel, request: Request, size: int) -> None:
         raise ProtocolError("option", f"the priority is none; choose from {', '.join(protocol.PRIORITIES)}")
     protocol.options(fields.get("options", {}))
     session = _session(connection, request) if "session" in fields else None
-    rest = {name: value for name, value in fields.items() if name != "resumable"}
+    hosted = session.hosted if session is not None else _hosted(connection, request)
+    rest = {name: value for name, value in fields.items() if name not in ("resumable", "model")}
     command = {"op": "generate", "owner": str(_user(connection)), **rest}
-    connection.server.generate(connection, request, size, command, session)
+    connection.server.generate(connection, request, size, hosted, command, session)
 
 
 def _cancel(connection: Channel, request: Request, size: int) -> None:
     stream = connection.streams.get(request.fields["request"])
     if stream is not None and not stream.ended and not stream.cancelled:
         stream.cancelled = True  # once: the worker need not hear it again and again
-        connection.server.supervisor.cancel(stream.number)
+        stream.hosted.supervisor.cancel(stream.number)
     connection.answer(request.id, {"found": stream is not None})
 
 
@@ -218,7 +235,7 @@ def _load_model(connection: Channel, request: Request, size: int) -> None:
 
 def _unload_model(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
-    connection.server.unload_model(connection, request)
+    connection.server.unload_model(connection, request, _hosted(connection, request))
 
 
 def _operator(connection: Channel) -> None:

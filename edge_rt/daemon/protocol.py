@@ -123,24 +123,24 @@ KINDS: Mapping[str, Kind] = {
 
 OPS: Mapping[str, Mapping[str, str]] = {
     "hello": {"versions": "ids!", "client": "text", "key": "text"},
-    "open_session": {"keep": "flag", "context": "id"},
+    "open_session": {"keep": "flag", "context": "id", "model": "text"},
     "close_session": {"session": "text!"},
     "clone_session": {"session": "text!", "keep": "flag"},
     "save_session": {"session": "text!", "name": "text!"},
-    "restore_session": {"name": "text!", "keep": "flag"},
+    "restore_session": {"name": "text!", "keep": "flag", "model": "text"},
     "generate": {
-        "session": "text", "prompt": "text", "messages": "maps", "options": "map", "priority": "text", "resumable": "flag",
+        "session": "text", "model": "text", "prompt": "text", "messages": "maps", "options": "map", "priority": "text", "resumable": "flag",
     },
     "cancel": {"request": "id!"},
     "resume": {"stream": "text!", "after": "id!"},
     "ack": {"stream": "text!", "seq": "id!"},
-    "tokenize": {"text": "text!", "special": "flag"},
-    "detokenize": {"tokens": "ids!"},
+    "tokenize": {"text": "text!", "special": "flag", "model": "text"},
+    "detokenize": {"tokens": "ids!", "model": "text"},
     "status": {},
     "metrics": {},
     "reload_rules": {},
     "load_model": {"model": "text!", "options": "map"},
-    "unload_model": {},
+    "unload_model": {"model": "text"},
 }  # fmt: skip
 """Operations and the kinds of their fields; ``!``: it must be there."""
 

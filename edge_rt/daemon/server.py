@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import __version__
@@ -19,11 +20,13 @@ from edge_rt.daemon.channel import Channel
 from edge_rt.daemon.config import Config, Http
 from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
+from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.measures import Measures
+from edge_rt.daemon.models import Models, most_of_what_is_free
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
-from edge_rt.daemon.supervisor import Spec, Supervisor
+from edge_rt.daemon.supervisor import Spec
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -41,7 +44,10 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.supervisor = Supervisor(config.hung_after, self._changed)
+        self.models = Models(
+            config.memory or most_of_what_is_free(), config.hung_after, config.cool_after, config.wait_for_memory,
+            config.state / ".parked", self._changed, self._told,
+        )  # fmt: skip
         self.sessions = Sessions(config.limits.sessions_per_user, config.keep_sessions, self._forget_session)
         self.draining = False
         self._connections: set[Channel] = set()
@@ -76,14 +82,23 @@ class Server:
             else:
                 serving = await loop.create_unix_server(speaks[one.http], sock=one.socket, **_LEAVE_THE_FILE)
             self._listeners.append((one, serving))
+        for name, (model, options) in self.config.models.items():
+            self.models.know(name, self.spec(model, options))
         if self.config.model is not None:
-            self.supervisor.load(self.spec(self.config.model, self.config.model_options))
+            self.models.load(self._by_default(self.config.model, self.spec(self.config.model, self.config.model_options)))
 
     def spec(self, model: str, options: dict[str, Any]) -> Spec:
-        """What the worker is to open. Raises ModelFileError if there is no such model."""
+        """What a worker is to open. Raises ModelFileError if there is no such model."""
         from edge_rt.catalog import resolve
 
-        return Spec(str(resolve(model).absolute()), options, self.config.rules, model)
+        return Spec(str(resolve(model).absolute()), options, self.config.rules)
+
+    def _by_default(self, model: str, spec: Spec) -> Hosted:
+        """From now on, a model is asked where a request names none. It is called as it was asked for, or like its file."""
+        path = Path(spec.model)
+        name = model if Path(model).name == model and model != path.name else path.stem
+        self.models.default = name
+        return self.models.know(name, spec)
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
@@ -137,8 +152,8 @@ class Server:
 
     # ---- the worker --------------------------------------------------------------------------------------------------
 
-    def call(self, command: Message, took: Took) -> int:
-        """Let the worker answer. Raises ProtocolError."""
+    def call(self, hosted: Hosted, command: Message, took: Took) -> int:
+        """Let a model's worker answer. Raises ProtocolError."""
         if self._under_way >= self.config.limits.requests:
             raise ProtocolError("busy", "as many requests are under way as may be; ask again a little later")
 
@@ -147,24 +162,28 @@ class Server:
                 self._under_way -= 1
             took(message)
 
-        number = self.supervisor.call(command, answered)
+        number = self.models.call(hosted, command, answered)
         self._under_way += 1
         return number
 
     def _forget_session(self, one: Known) -> None:
-        if one.epoch == self.supervisor.epoch:
-            self.supervisor.tell({"op": "close_session", "session": one.id})
+        if one.epoch == one.hosted.supervisor.epoch:
+            one.hosted.supervisor.tell({"op": "close_session", "session": one.id})
 
     # ---- streams -----------------------------------------------------------------------------------------------------
 
-    def generate(self, connection: Channel, request: Request, size: int, command: Message, session: Known | None) -> None:
+    def generate(
+        self, connection: Channel, request: Request, size: int, hosted: Hosted, command: Message, session: Known | None
+    ) -> None:  # fmt: skip
         """Start a generation. Raises ProtocolError."""
         assert request.id is not None, "only ack has none"
         assert connection.user is not None, "nobody else comes as far as this"
         number, credits = request.id, self.config.credits
-        stream = Stream(connection.user, request.fields.get("resumable", False), credits, lambda events: self._credit(stream, events))
+        resumable = request.fields.get("resumable", False)
+        stream = Stream(connection.user, resumable, credits, lambda events: self._credit(stream, events))
         connection.begin(number, size)
-        stream.number = self.call({**command, "credits": credits}, partial(self._streamed, stream, session))
+        stream.hosted = hosted
+        stream.number = self.call(hosted, {**command, "credits": credits}, partial(self._streamed, stream, session))
         connection.waiting.discard(number)
         stream.request, stream.connection, stream.moved = number, connection, self.now()
         connection.streams[number] = stream
@@ -176,7 +195,7 @@ class Server:
             connection.send({"id": number, "event": "stream", "stream": stream.token})
 
     def _credit(self, stream: Stream, events: int) -> None:
-        self.supervisor.tell({"op": "resume", "request": stream.number, "events": events})
+        stream.hosted.supervisor.tell({"op": "resume", "request": stream.number, "events": events})
 
     def _streamed(self, stream: Stream, session: Known | None, message: Message) -> None:
         """The worker says something of a generation."""
@@ -214,7 +233,7 @@ class Server:
         if stream.token is not None:
             self._streams.pop(stream.token, None)
         if not stream.ended:
-            self.supervisor.cancel(stream.number, drop=True)
+            stream.hosted.supervisor.cancel(stream.number, drop=True)
 
     def resume(self, connection: Channel, request: Request) -> None:
         """Go on with a stream on another connection. Raises ProtocolError."""
@@ -255,34 +274,43 @@ class Server:
     # ---- models ------------------------------------------------------------------------------------------------------
 
     def load_model(self, connection: Channel, request: Request, model: str, options: dict[str, Any]) -> None:
-        """Exchange the worker for one with this model; answered when it is started. Raises ProtocolError, ModelFileError."""
+        """Load a model, which is the default from now on; answered when it is started. Raises ProtocolError, ModelFileError."""
         spec = self.spec(model, options)
-        self._idle_worker()
 
         async def work() -> None:
-            await self.supervisor.unload()
-            self.supervisor.load(spec)
-            connection.answer(request.id, {"model": spec.model})
+            try:
+                if before is not None:
+                    await self.models.unload(before)
+                self.models.load(self._by_default(model, spec))
+            except ProtocolError as error:
+                connection.refuse(request.id, error)
+            else:
+                connection.answer(request.id, {"model": spec.model})
 
-        self._spawn(work())
+        name = Path(model).name if Path(model).name == model else Path(spec.model).stem
+        before = next((one for one in self.models if name in one.names), None)
+        if before is not None:
+            self._idle(before)
+        self.spawn(work())
 
-    def unload_model(self, connection: Channel, request: Request) -> None:
-        """End the worker. Raises ProtocolError."""
-        self._idle_worker()
+    def unload_model(self, connection: Channel, request: Request, hosted: Hosted) -> None:
+        """End a model's worker, and forget the model. Raises ProtocolError."""
+        self._idle(hosted)
 
         async def work() -> None:
-            await self.supervisor.unload()
+            await self.models.unload(hosted)
+            self.models.forget(hosted)
             connection.answer(request.id, {})
 
-        self._spawn(work())
+        self.spawn(work())
 
-    def _idle_worker(self) -> None:
-        """Raises ProtocolError while the worker may not go."""
-        if self._under_way or self._tasks:
+    def _idle(self, hosted: Hosted) -> None:
+        """Raises ProtocolError while a model's worker may not go."""
+        if not hosted.idle or self._tasks:
             raise ProtocolError("busy", "requests are under way; wait for them, or cancel them")
-        self.supervisor.epoch += 1  # what sessions have in the worker goes with it
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something go on; the loop itself keeps no task alive."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -291,36 +319,47 @@ class Server:
 
     def status(self) -> Message:
         """What is the case now."""
-        worker = self.supervisor
+        models = self.models.status()
+        default = next((one for one in models if one["default"]), None)
+        rules = [one.supervisor.rules for one in self.models if one.supervisor.rules is not None]
         return {
             "server": {"version": __version__, "pid": os.getpid(), "uptime": time.time() - self._started, "draining": self.draining,
                        "connections": len(self._connections), "sessions": len(self.sessions), "requests": self._under_way,
-                       "held_bytes": self._held},
-            "worker": {"state": worker.state, "reason": worker.reason, "pid": worker.pid, "deaths": worker.deaths, **worker.phase},
-            "model": worker.model,
-            "rules": worker.rules,
+                       "held_bytes": self._held, "memory": self.models.budget, "memory_free": self.models.free},
+            "worker": default["worker"] if default else {"state": "none", "reason": "", "pid": None, "deaths": 0},
+            "model": default and default["model"],
+            "models": models,
+            "rules": rules[0] if rules else None,
         }  # fmt: skip
 
     def metrics(self) -> Message:
         """Counts since the start."""
         return {
             **{what: dict(counts) for what, counts in self.counts.items()},
-            "worker_deaths": self.supervisor.deaths, "uptime": time.time() - self._started,
+            "worker_deaths": self.deaths, "evictions": self.models.evictions, "uptime": time.time() - self._started,
         }  # fmt: skip
 
-    def _changed(self) -> None:
-        """The worker's state is another."""
-        worker = self.supervisor
+    @property
+    def deaths(self) -> int:
+        """How often a worker has died."""
+        return sum(one.supervisor.deaths for one in self.models)
+
+    def _changed(self, hosted: Hosted) -> None:
+        """A worker's state is another."""
+        worker = hosted.supervisor
         said = f"worker {worker.state}" + (f": {worker.reason}" if worker.reason else "")
         logging.getLogger("edge_rt.daemon").info(said)
         addresses.notify(f"STATUS={said}")
 
+    def _told(self, hosted: Hosted, message: Message) -> None:
+        """A worker says something of a session: it was parked, from where it can be restored if the worker is no more."""
+        if "parked" in message:
+            self.sessions.parked(message["parked"], Path(message["path"]))
+
     def reload_rules(self) -> None:
         """Read the rules again; whether that could be is in the status."""
-        try:
-            self.call({"op": "reload_rules"}, lambda message: None)
-        except ProtocolError:
-            return  # there is no worker, and the next reads them when it starts
+        for one in self.models.loaded():  # others read them when they start
+            one.supervisor.call({"op": "reload_rules"}, lambda message: None)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -333,7 +372,7 @@ class Server:
             self._abandon(stream)
         await self._quiet(self.config.drain_seconds)
         for stream in list(self._running):
-            self.supervisor.cancel(stream.number)
+            stream.hosted.supervisor.cancel(stream.number)
         await self._quiet(CANCEL_SECONDS)
 
     async def _quiet(self, seconds: float) -> None:
@@ -352,45 +391,9 @@ class Server:
         """End everything."""
         self.draining = True
         self.stop_listening()
-        await self.supervisor.unload(Ended("draining", "the daemon has ended; ask again when it is back"))
+        await self.models.close(Ended("draining", "the daemon has ended; ask again when it is back"))
         for connection in list(self._connections):
             connection.close()
         until = self.now() + 1.0
         while self._connections and self.now() < until:
             await asyncio.sleep(0.01)
-
-
-async def serve(config: Config, listeners: Sequence[Listener], ready: Callable[[], object]) -> None:
-    """Serve until a signal says to stop; ``ready`` is called when clients may come. Raises UserError if the model is not to be found."""
-    import signal
-
-    server = Server(config)
-    stop: asyncio.Queue[int] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.put_nowait, int(number))
-    loop.add_signal_handler(signal.SIGHUP, server.reload_rules)
-    try:
-        await server.listen(listeners)
-        addresses.notify("READY=1")
-        ready()
-        beat = loop.create_task(_watchdog())
-        await stop.get()
-        draining, again = loop.create_task(server.drain()), loop.create_task(stop.get())
-        await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, again, beat):
-            task.cancel()
-    finally:
-        await server.close()
-
-
-async def _watchdog() -> None:
-    """Tell systemd that the loop turns, if it asks to be told (sd_watchdog_enabled(3))."""
-    micro = os.environ.get("WATCHDOG_USEC", "")
-    if not micro.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return
-    while True:
-        addresses.notify("WATCHDOG=1")
-        await asyncio.sleep(int(micro) / 2e6)
-
-

@@ -62,6 +62,11 @@ class Serving:
         self._lock = threading.Lock()  # of credits
         self._reported = ("", 0.0)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is anybody to take a step for."""
+        return self._batch is not None and len(self._batch) > 0
+
     def step(self) -> bool:
         """One step for those who generate; False if nobody can go on."""
         self.beats += 1

@@ -14,19 +14,25 @@ from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.channel import Channel
+    from edge_rt.daemon.hosted import Hosted
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(eq=False)
 class Known:
-    """A session. ``epoch``: the life of the worker that has it. ``saved``: where it was saved last. ``busy``: it answers a request."""
+    """A session. ``epoch``: the life of the worker that has it. ``saved``: where it was saved last. ``busy``: it answers a request.
+
+    ``parked``: where the worker put it when nobody asked anything of it.
+    """
 
     user: int
+    hosted: Hosted
     keep: bool
     epoch: int
     connection: Channel | None
     saved: Path | None = None
+    parked: Path | None = None
     busy: bool = False
     expiry: asyncio.TimerHandle | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
@@ -45,11 +51,11 @@ class Sessions:
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
-    def add(self, user: int, keep: bool, epoch: int, connection: Channel, saved: Path | None = None) -> Known:
+    def add(self, user: int, hosted: Hosted, keep: bool, connection: Channel, saved: Path | None = None) -> Known:
         """A new session. Raises ProtocolError: limit."""
         if sum(one.user == user for one in self._known.values()) >= self._per_user:
             raise ProtocolError("limit", f"a user may have {self._per_user} sessions; close one")
-        one = Known(user, keep, epoch, connection, saved)
+        one = Known(user, hosted, keep, hosted.supervisor.epoch, connection, saved)
         self._known[one.id] = one
         return one
 
@@ -70,6 +76,8 @@ class Sessions:
         if self._known.pop(one.id, None) is not None:
             if one.expiry is not None:
                 one.expiry.cancel()
+            if one.parked is not None:
+                one.parked.unlink(missing_ok=True)
             self._forget(one)
 
     def saved(self, one: Known, path: Path) -> None:
@@ -79,6 +87,11 @@ class Sessions:
                 other.saved = None
         one.saved = path
 
+    def parked(self, name: str, path: Path) -> None:
+        """A worker has put a session there."""
+        if (one := self._known.get(name)) is not None:
+            one.parked = path
+
     def left(self, connection: Channel) -> None:
         """A connection has ended: its sessions close, those to be kept after a while."""
         for one in [one for one in self._known.values() if one.connection is connection]:
@@ -86,7 +99,17 @@ class Sessions:
                 self.close(one)
                 continue
             one.connection = None
-            one.expiry = asyncio.get_running_loop().call_later(self._keep, self.close, one)
+            self._expire_later(one)
+
+    def _expire_later(self, one: Known) -> None:
+        one.expiry = asyncio.get_running_loop().call_later(self._keep, self._expire, one)
+
+    def _expire(self, one: Known) -> None:
+        """Nobody has come back for it; unless it answers somebody whose connection was not the last to name it."""
+        if one.busy:
+            self._expire_later(one)
+        else:
+            self.close(one)
 
 
 def file_of(state: Path, user: int, name: str) -> Path:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from edge_rt.daemon.channel import Channel
+    from edge_rt.daemon.hosted import Hosted
 
 
 class Stream:
@@ -22,6 +23,9 @@ class Stream:
     An event has a credit until it is off our hands: written to the client, or, of a stream that can be resumed, acknowledged by it.
     Those that are not are held, so as many at most as there are credits, and the answer at the end.
     """
+
+    hosted: Hosted
+    """The model that answers."""
 
     def __init__(self, user: int, resumable: bool, credits: int, credit: Callable[[int], None]) -> None:
         self.token = secrets.token_urlsafe(16) if resumable else None

@@ -21,27 +21,30 @@ UNLOADED = Ended("unloaded", "the model was unloaded; load one with load_model")
 
 
 class Spec(NamedTuple):
-    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file. ``name``: what the model was asked for by."""
+    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file."""
 
     model: str
     options: dict[str, Any]
     rules: str | None = None
-    name: str = ""
 
 
 class Supervisor:
     """At most one worker, which has at most one model for all its life.
 
-    ``state``: ``none`` (no model was asked for), ``starting``, ``ready``, ``waiting`` (to start again), ``failed`` (it gave up).
+    ``state``: ``none`` (no model was asked for), ``starting``, ``ready``, ``waiting`` (for its start), ``failed`` (it gave up).
     ``reason`` is of the last two. ``epoch`` counts lives: what a worker held is gone in the next.
     """
 
-    def __init__(self, hung_after: float, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, hung_after: float, changed: Callable[[], None], told: Callable[[Message], None], grant: Callable[[], Message],
+        turns: int | None = None,
+    ) -> None:  # fmt: skip
+        """``told``: takes what the worker says of its memory and sessions. ``grant``: what each is opened with, beside the model."""
         self.state, self.reason, self.epoch, self.deaths = "none", "", 0, 0
         self.phase: Message = {}
         self.model: Message | None = None
         self.rules: Message | None = None
-        self._hung_after, self._changed = hung_after, changed
+        self._hung_after, self._changed, self._tell_others, self._grant, self._turns = hung_after, changed, told, grant, turns
         self.spec: Spec | None = None
         self._process: Process | None = None
         self._numbers = itertools.count(1)
@@ -122,9 +125,21 @@ class Supervisor:
         self.spec, self._failures = spec, 0
         self._start()
 
+    def expect(self, spec: Spec, why: str) -> None:
+        """Hold commands until ``load``: the model is going to be loaded, and waits for something."""
+        self.spec = spec
+        self._set("waiting", why)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether commands are held for a worker."""
+        return bool(self._held)
+
     async def unload(self, why: Ended = UNLOADED) -> None:
         """End the worker; what it is at gets an error."""
-        self.spec, self.model, process = None, None, self._process
+        self.spec, self.model = None, None
+        process, self._process = self._process, None
+        self.epoch += 1  # what sessions have in the worker goes with it
         self._set("none")
         self._forget_timers()
         self._fail_held(why)
@@ -136,12 +151,12 @@ class Supervisor:
         self._retry, self._served, self._started = None, False, _now()
         self.phase = {"phase": "starting", "done": 0, "total": 0}
         try:
-            self._process = process = Process(self._told, self._ended)
+            self._process = process = Process(self._told, self._ended, self._turns)
         except OSError as error:
             self._died(Ended("worker_died", f"the worker cannot be started: {(error.strerror or str(error)).lower()}"))
             return
         self._set("starting")
-        opening = {"op": "open", **self.spec._asdict()}
+        opening = {"op": "open", **self.spec._asdict(), **self._grant()}
         self._moved = _now()
         process.call(0, opening, self._opened)
         held, self._held = self._held, []
@@ -173,6 +188,8 @@ class Supervisor:
             self.rules = message["rules"]
         elif "beats" in message and (message["idle"] or message["beats"] != self._beats):
             self._beats, self._moved = message["beats"], _now()
+        elif "beats" not in message:
+            self._tell_others(message)
 
     def _ended(self, process: Process, how: Ended) -> None:
         if process is self._process:

@@ -1,4 +1,4 @@
-"""The worker process: ``python -m edge_rt.daemon.worker DESCRIPTOR``, started by the daemon with one end of a pair of sockets.
+"""The worker process: ``python -m edge_rt.daemon.worker DESCRIPTOR [TURNS]``, started by the daemon with one end of a pair of sockets.
 
 A thread reads commands, and applies at once what cannot wait for a step: cancelling, credits, the question whether anything moves. The
 main thread owns the model. When the daemon is gone, the process ends, whatever it is at.
@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 
 from edge_rt.daemon.frames import Frames, Message, pack_answer
 from edge_rt.daemon.serving import Serving
+from edge_rt.daemon.turns import Turns
 
 BETWEEN_STEPS = 0.005
 """Seconds for commands between two steps, while somebody generates; what is left over then waits for the next."""
@@ -25,8 +26,8 @@ BETWEEN_STEPS = 0.005
 class Worker:
     """Commands in, answers out."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, turns: Turns | None = None) -> None:
+        self._connection, self._turns = connection, turns
         self._sending = threading.Lock()
         self._queue: SimpleQueue[Message] = SimpleQueue()
         self._idle = False
@@ -36,7 +37,14 @@ class Worker:
         """Work until the daemon is gone; does not return."""
         threading.Thread(target=self._read, name="edge-rt commands", daemon=True).start()
         while True:
-            self._take(wait=not self._serving.step())
+            self._take(wait=not self._step())
+
+    def _step(self) -> bool:
+        """A step, when it is our turn; whether there was one to take."""
+        if self._turns is None or not self._serving.busy:
+            return self._serving.step()
+        with self._turns:
+            return self._serving.step()
 
     def _take(self, *, wait: bool) -> None:
         """Carry out commands that have come; with ``wait``, at least one."""
@@ -77,7 +85,8 @@ class Worker:
         serving = self._serving
         match command["op"]:
             case "ping":
-                self._send({"beats": serving.beats, "idle": self._idle and self._queue.empty()})
+                idle = self._idle and self._queue.empty()
+                self._send({"beats": serving.beats, "idle": idle or (self._turns is not None and self._turns.waiting)})
             case "cancel":
                 serving.cancel(command["request"])
             case op:
@@ -91,7 +100,7 @@ class Worker:
 
 
 def main() -> None:
-    """Serve the daemon at the other end of the descriptor that is the first argument."""
+    """Serve the daemon at the other end of the descriptor that is the first argument; the second is that of turns.py."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group; the daemon says what becomes of us
         signal.signal(number, signal.SIG_IGN)
     import resource
@@ -100,7 +109,7 @@ def main() -> None:
     logging.basicConfig(level=(os.environ.get("EDGE_RT_LOG") or "warning").upper(), format="%(levelname)s %(name)s: %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    Worker(connection).run()
+    Worker(connection, Turns(int(sys.argv[2])) if len(sys.argv) > 2 else None).run()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import pytest
 
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
+from edge_rt.core.load.heat import Heat
 from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.prefetch import Heat, Prefetcher
+from edge_rt.core.load.prefetch import Prefetcher
 from edge_rt.core.load.residency import divide
 from edge_rt.core.load.units import Span, Unit
 from edge_rt.errors import OptionError

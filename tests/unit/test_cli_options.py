@@ -6,10 +6,11 @@ from typing import get_type_hints
 
 import pytest
 
+from edge_rt import sizes
 from edge_rt.cli import chat, pull, run
 from edge_rt.cli.generation import generate_options
 from edge_rt.cli.main import COMMANDS
-from edge_rt.cli.options import CONVERTERS, GenerationOptions, check, parse_size, quick_parse, specs
+from edge_rt.cli.options import CONVERTERS, GenerationOptions, check, quick_parse, specs
 from edge_rt.cli.typer_app import ANNOTATIONS, parse
 from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.types import GenerateOptions, SamplingParams
@@ -183,13 +184,13 @@ def test_defaults_are_within_their_limits():
     [("1", 1), ("500M", 500 << 20), ("1.5G", 3 << 29), ("64 MiB", 64 << 20), ("2gb", 2 << 30), ("1k", 1024), ("1T", 1 << 40)],
 )
 def test_sizes(text, size):
-    assert parse_size(text, "--memory") == size
+    assert sizes.parse(text, "--memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1G", "M", "lots", "1X", "nan", "inf", "1e99", "1 000M", "0.0001"])
 def test_sizes_that_are_none(text):
     with pytest.raises(OptionError, match="--memory takes a size as 500M"):
-        parse_size(text, "--memory")
+        sizes.parse(text, "--memory")
 
 
 def test_a_missing_argument_or_an_unknown_option_is_a_bug_of_the_caller():

@@ -49,7 +49,7 @@ def test_fields_become_options():
 def test_what_is_not_an_option():
     asked = request.chat({"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, "model": "m", "user": "u",
                           "tools": [TOOL], "edge_rt": {"session": "s", "priority": "low"}})  # fmt: skip
-    assert asked.fields == {"messages": HELLO, "priority": "low", "options": {"tools": [TOOL]}}
+    assert asked.fields == {"messages": HELLO, "priority": "low", "options": {"tools": [TOOL]}, "model": "m"}
     assert (asked.stream, asked.include_usage, asked.model, asked.session, asked.ignored) == (True, True, "m", "s", ("user",))
     assert (asked.tools, asked.rivals) == ({"add"}, None)
     assert request.chat({"messages": HELLO, "logprobs": True}).fields["pieces"] is True

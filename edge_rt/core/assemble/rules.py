@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_rt.errors import RuleError
+from edge_rt import sizes
+from edge_rt.errors import OptionError, RuleError
 
 _T = TypeVar("_T")
 Place = tuple[str | int, ...]
@@ -61,6 +62,15 @@ class Rules:
         if not least <= value <= most:
             raise self.error(f"{key} is {value}; give {least} to {most}", key)
         return value
+
+    def size(self, key: str, default: int = 0) -> int:
+        """Bytes: a whole number, or a text as ``1.5G``."""
+        if not isinstance(self._values.get(key), str):
+            return self.integer(key, default, 0, 1 << 50)
+        try:
+            return sizes.parse(self.text(key), key)
+        except OptionError as error:
+            raise self.error(str(error), key) from error
 
     def choice(self, key: str, choices: Sequence[str], default: str) -> str:
         """One of some texts."""

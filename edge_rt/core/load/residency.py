@@ -13,7 +13,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from edge_rt.core.load.prefetch import CHUNK, Heat, read_span
+from edge_rt.core.load.heat import Heat
+from edge_rt.core.load.prefetch import CHUNK, read_span
 from edge_rt.core.load.ring import Ring
 from edge_rt.core.load.units import Span, Unit
 from edge_rt.errors import Cancelled, ModelFileError, OptionError

@@ -45,8 +45,8 @@ EVENTS = (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control"
 class HttpConnection(Channel):
     """Made by the server for each client that connects. Answers one request at a time, as HTTP/1.1 does."""
 
-    def __init__(self, server: Server, http: Http, names: dict[tuple[int, str], str]) -> None:
-        """``names``: ids of sessions by user and the client's name, of all connections."""
+    def __init__(self, server: Server, http: Http, names: dict[tuple[int, str, str], str]) -> None:
+        """``names``: ids of sessions by user, model and the client's name, of all connections."""
         super().__init__(server)
         self.names = names
         self._http = http
@@ -333,7 +333,7 @@ class HttpConnection(Channel):
             self.server.count("errors", protocol.failure(error)["code"])
         for stream in self.streams.values():
             if not stream.ended:  # the mistake is ours, and nobody is told the rest
-                self.server.supervisor.cancel(stream.number)
+                stream.hosted.supervisor.cancel(stream.number)
         found = api_error(error)
         if self._closed:
             return

@@ -27,12 +27,12 @@ _GAUGES = (
 )
 
 
-def text(server: Server, memory: Mapping[str, Any] | None) -> str:
-    """All of them. ``memory``: the worker's bytes by owner, None if they are not known."""
+def text(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> str:
+    """All of them. ``memory``: bytes by owner, of each model whose worker has said."""
     return "\n".join(_lines(server, memory)) + "\n"
 
 
-def _lines(server: Server, memory: Mapping[str, Any] | None) -> Iterator[str]:
+def _lines(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     status, counts = server.status(), server.counts
     yield from _head("edge_rt_info", "gauge", "Version of the daemon")
     yield f'edge_rt_info{{version="{__version__}"}} 1'
@@ -47,7 +47,7 @@ def _lines(server: Server, memory: Mapping[str, Any] | None) -> Iterator[str]:
     yield from _head("edge_rt_connections_total", "counter", "Clients that came")
     yield f"edge_rt_connections_total {counts['connections']['all']}"
     yield from _head("edge_rt_worker_deaths_total", "counter", "Times that the process with the model died")
-    yield f"edge_rt_worker_deaths_total {server.supervisor.deaths}"
+    yield f"edge_rt_worker_deaths_total {server.deaths}"
     yield from _histogram("edge_rt_first_token_seconds", "From a request to the first token of its answer", server.measures.first_token)
     yield from _histogram("edge_rt_between_tokens_seconds", "Between two tokens of an answer", server.measures.between_tokens)
     for field, name, help_text in _GAUGES:
@@ -55,11 +55,18 @@ def _lines(server: Server, memory: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"edge_rt_{name} {status['server'][field]}"
     yield from _head("edge_rt_ready", "gauge", "1 if the model is open")
     yield f"edge_rt_ready {int(status['worker']['state'] == 'ready')}"
-    if memory is not None:
-        yield from _head("edge_rt_memory_bytes", "gauge", "Bytes of the process with the model, by owner")
+    yield from _head("edge_rt_memory_budget_bytes", "gauge", "Bytes that all models may have")
+    yield f"edge_rt_memory_budget_bytes {status['server']['memory']}"
+    yield from _head("edge_rt_evictions_total", "counter", "Models that left memory for others")
+    yield f"edge_rt_evictions_total {server.models.evictions}"
+    yield from _head("edge_rt_model_ready", "gauge", "1 if the model is open")
+    for one in status["models"]:
+        yield f'edge_rt_model_ready{{model="{one["name"]}"}} {int(one["worker"]["state"] == "ready")}'
+    yield from _head("edge_rt_memory_bytes", "gauge", "Bytes of the process with the model, by owner")
+    for name, owners in memory.items():
         for owner in ("weights_mapped", "weights_resident", "cache", "compute"):
-            if memory.get(owner) is not None:
-                yield f'edge_rt_memory_bytes{{owner="{owner}"}} {memory[owner]}'
+            if owners.get(owner) is not None:
+                yield f'edge_rt_memory_bytes{{model="{name}",owner="{owner}"}} {owners[owner]}'
 
 
 def _head(name: str, kind: str, help_text: str) -> tuple[str, str]:

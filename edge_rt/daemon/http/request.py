@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edge_rt.daemon import protocol
-from edge_rt.daemon.http.errors import ApiError, wrong
+from edge_rt.daemon.http.errors import wrong
 
 SAME: Mapping[str, str] = {
     "temperature": "number", "top_p": "number", "seed": "integer", "presence_penalty": "number", "frequency_penalty": "number",
@@ -106,7 +106,7 @@ def _asked(
     if stream_options and not given.get("stream"):
         raise wrong("stream_options", "stream_options are only for a stream; set stream too")
     return Asked(
-        fields={**fields, "options": {**options, **extensions}},
+        fields={**fields, "options": {**options, **extensions}, **({"model": given["model"]} if "model" in given else {})},
         rivals=rivals,
         model=given.get("model"),
         stream=given.get("stream", False),
@@ -237,9 +237,3 @@ def _check_calls(where: str, calls: Any) -> None:
         if not isinstance(function, dict) or not all(isinstance(function.get(name), str) for name in ("name", "arguments")):
             form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": "{...}"}}'
             raise wrong(f"{where}.tool_calls", f"tool_calls are not as {form}", "invalid_type")
-
-
-def check_model(asked: str | None, names: Sequence[str]) -> None:
-    """``names``: what the model there is may be called; none without one. Raises ApiError for any other."""
-    if asked is not None and names and asked not in names:
-        raise ApiError(404, f"there is no model {asked!r:.80} here; the one there is is {names[0]!r}", "model_not_found", param="model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
+    from edge_rt.daemon.hosted import Hosted
     from edge_rt.daemon.http.connection import HttpConnection
     from edge_rt.daemon.http.request import Asked
     from edge_rt.daemon.server import Server
@@ -83,60 +83,44 @@ def _health(exchange: Exchange) -> None:
 
 
 def _metrics(exchange: Exchange) -> None:
-    """With what the worker holds, if it says so soon."""
+    """With what the workers hold, if they say so soon."""
     server = exchange.server
-    timer: asyncio.TimerHandle | None = None
 
-    def answer_with(memory: Message | None) -> None:
-        if timer is not None:
-            timer.cancel()
+    async def work() -> None:
+        memory = await server.models.memory(MEMORY_SECONDS)
         if waiting:
-            waiting.clear()
             exchange.connection.respond(200, metrics.text(server, memory).encode(), metrics.TYPE)
 
     waiting = [exchange]
     exchange.left = waiting.clear
-    if server.supervisor.state == "ready":
-        try:
-            server.call({"op": "memory"}, lambda message: answer_with(message.get("ok")))
-        except ProtocolError:  # as many are under way as may be: it is not that important
-            answer_with(None)
-        else:
-            timer = asyncio.get_running_loop().call_later(MEMORY_SECONDS, answer_with, None)
-    else:
-        answer_with(None)
+    server.spawn(work())
 
 
-def model_names(server: Server) -> list[str]:
-    """What the model may be called; the first is what it is called in answers. Empty without one."""
-    spec = server.supervisor.spec
-    if spec is None:
-        return []
-    path = Path(spec.model)
-    named = [spec.name] if spec.name and Path(spec.name).name == spec.name and spec.name != path.name else []
-    return [*named, path.stem, path.name]
-
-
-def _model(server: Server) -> dict[str, Any]:
-    spec = server.supervisor.spec
-    assert spec is not None, "there is a model"
+def _shown(hosted: Hosted) -> dict[str, Any]:
     try:
-        created = int(Path(spec.model).stat().st_mtime)
+        created = int(Path(hosted.spec.model).stat().st_mtime)
     except OSError:
-        created = 0  # it was moved away while it is open
-    return {"id": model_names(server)[0], "object": "model", "created": created, "owned_by": "edge-rt"}
+        created = 0  # it was moved away
+    return {"id": hosted.name, "object": "model", "created": created, "owned_by": "edge-rt"}
 
 
 def _models(exchange: Exchange) -> None:
-    found = [_model(exchange.server)] if model_names(exchange.server) else []
-    exchange.connection.respond_json({"object": "list", "data": found})
+    exchange.connection.respond_json({"object": "list", "data": list(map(_shown, exchange.server.models))})
 
 
 def _one_model(exchange: Exchange) -> None:
-    name, names = unquote(exchange.path.removeprefix("/v1/models/")), model_names(exchange.server)
-    if name not in names:
-        raise ApiError(404, f"there is no model {name!r:.80} here", "model_not_found", param="model")
-    exchange.connection.respond_json(_model(exchange.server))
+    exchange.connection.respond_json(_shown(_named(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
+
+
+def _named(server: Server, name: str | None) -> Hosted:
+    """The model that a request names, or the default. Raises ApiError, ProtocolError: no_model."""
+    try:
+        return server.models.find(name)
+    except ProtocolError as error:
+        if name is None or not server.models.names:
+            raise
+        message = f"there is no model {name!r:.80} here; name one of {server.models.names}"
+        raise ApiError(404, message, "model_not_found", param="model") from error
 
 
 def _embeddings(exchange: Exchange) -> None:
@@ -149,15 +133,14 @@ def _embeddings(exchange: Exchange) -> None:
 def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange) -> None:
     server = exchange.server
     asked = read(body.parse(exchange.body))
-    names = model_names(server)
-    request.check_model(asked.model, names)
-    worker = server.status()["worker"]
-    if worker["state"] in ("starting", "waiting") and not server.draining:
+    hosted = _named(server, asked.model)
+    worker = hosted.status()["worker"]
+    if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
         share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
         message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
         raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
     headers = (("Edge-RT-Ignored", ", ".join(asked.ignored)),) if asked.ignored else ()
-    _Generation(exchange, asked, names[0] if names else "", headers).start()
+    _Generation(exchange, asked, hosted.name, headers).start()
 
 
 class _Generation:
@@ -166,7 +149,7 @@ class _Generation:
     def __init__(self, exchange: Exchange, asked: Asked, model: str, headers: tuple[tuple[str, str], ...]) -> None:
         self._exchange, self._asked, self._headers = exchange, asked, headers
         self._connection = exchange.connection
-        self._answer = answer.Answer(asked, model)
+        self._model, self._answer = model, answer.Answer(asked, model)
         self._begun = False
 
     def start(self) -> None:
@@ -183,7 +166,7 @@ class _Generation:
             if error.code == "session_lost":
                 self._close(session)
             self._exchange.heard = self._opened
-            self._connection.run("open_session", {"keep": True}, 0)
+            self._connection.run("open_session", {"keep": True, "model": self._model}, 0)
 
     @property
     def _user(self) -> int:
@@ -191,9 +174,9 @@ class _Generation:
         return self._connection.user
 
     @property
-    def _session_name(self) -> tuple[int, str]:
+    def _session_name(self) -> tuple[int, str, str]:
         assert self._asked.session is not None, "there is one"
-        return self._user, self._asked.session
+        return self._user, self._model, self._asked.session
 
     def _close(self, session: str) -> None:
         sessions = self._exchange.server.sessions

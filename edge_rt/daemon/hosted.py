@@ -1,0 +1,154 @@
+"""One model that the daemon knows of: what it needs, what it may have, and its worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge_rt.daemon.supervisor import Spec, Supervisor
+from edge_rt.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.frames import Message
+
+_PROCESS, _WORKING = 48 << 20, 24 << 20
+
+
+class Needs(NamedTuple):
+    """Bytes: of weights at most, of the process beside them, and the least with which it can work (caches and compute)."""
+
+    weights: int
+    process: int
+    working: int
+
+    @property
+    def fixed(self) -> int:
+        """Whatever it is asked."""
+        return self.weights + self.process
+
+    @property
+    def total(self) -> int:
+        """The least with which it is of use."""
+        return self.fixed + self.working
+
+
+def foreseen(spec: Spec) -> Needs:
+    """What a model will need, told from the size of its file. The worker says it exactly when the model is open.
+
+    The process: 33 MB, and its vocabulary, which is a larger part of a small model (135M with 49,152 tokens: 41 MB at all).
+    Working: a few hundred cells and the buffers of a prompt's step, which grow with the model's width (135M: 24 MB).
+    """
+    size = Path(spec.model).stat().st_size
+    limit = spec.options.get("memory")
+    weights = min(size, limit) if limit else size
+    return Needs(weights, _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 32)
+
+
+class Hosted:
+    """``allowance``: bytes that its worker may use for caches and compute. ``used``: what it does, at least, as far as it has told."""
+
+    def __init__(
+        self, name: str, spec: Spec, hung_after: float, turns: int | None, parked: Path,
+        changed: Callable[[Hosted], None], told: Callable[[Hosted, Message], None],
+    ) -> None:  # fmt: skip
+        """Raises OSError if the file is gone."""
+        self.name, self.spec, self.needs = name, spec, foreseen(spec)
+        self.allowance = self.used = self.under_way = 0
+        self.placed = False
+        """It has its place in memory."""
+        self.cooled = False
+        """Its weights were given back, as nobody has asked anything for long."""
+        self.idle_since = 0.0
+        self._parked, self._changed, self._tell = parked, changed, told
+        self._timer: asyncio.TimerHandle | None = None
+        self.supervisor = Supervisor(hung_after, self._state, self._told, self._grant, turns)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called: its name, and its file's with and without the suffix."""
+        path = Path(self.spec.model)
+        return (self.name, path.stem, path.name)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for anything."""
+        return not self.under_way
+
+    @property
+    def taken(self) -> int:
+        """Bytes that it has, or may take at any moment."""
+        return self.needs.fixed + max(self.allowance, self.used) if self.placed else 0
+
+    def _grant(self) -> Message:
+        return {"allowance": self.allowance, "parked": str(self._parked)}
+
+    def _state(self) -> None:
+        if self.supervisor.state == "ready" and self.supervisor.model is not None:
+            opened = self.supervisor.model.pop("needs", None)
+            if opened is not None:
+                self.needs = self.needs._replace(**opened)
+            self._tell(self, {"opened": True})
+        elif self.supervisor.state in ("waiting", "failed"):
+            self.used = 0
+        self._changed(self)
+
+    def _told(self, message: Message) -> None:
+        if "held" in message:
+            self.used = max(message["held"], message["reserved"])
+        else:
+            self._tell(self, message)
+
+    async def ask(self, command: Message) -> Message:
+        """The worker's answer to a command of the daemon's own: ``{"ok": ...}`` or ``{"error": ...}``."""
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        try:
+            self.supervisor.call(command, partial(_settle, answer))
+        except ProtocolError as error:
+            return {"error": {"code": error.code, "message": str(error)}}
+        return await answer
+
+    async def allow(self, allowance: int) -> None:
+        """Let the worker have so many bytes. Less than it uses now is reached when requests end."""
+        before, self.allowance = self.allowance, max(self.allowance, allowance)
+        answer = await self.ask({"op": "allow", "bytes": allowance})
+        if "ok" in answer:
+            self.used = max(answer["ok"]["held"], answer["ok"]["reserved"])
+            self.allowance = allowance
+        elif self.supervisor.spec is None:  # it has left
+            self.allowance = before
+        else:  # it died, and the next is opened with this
+            self.allowance = allowance
+
+    def start_timer(self, seconds: float, then: Callable[[], None]) -> None:
+        """Call something later, and nothing else that was to be called."""
+        self.stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, then)
+
+    def stop_timer(self) -> None:
+        """Call nothing later."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def status(self) -> Message:
+        """What is the case now."""
+        worker = self.supervisor
+        idle = asyncio.get_running_loop().time() - self.idle_since if self.idle and worker.state == "ready" else None
+        return {
+            "name": self.name,
+            "file": self.spec.model,
+            "worker": {"state": worker.state, "reason": worker.reason, "pid": worker.pid, "deaths": worker.deaths, **worker.phase},
+            "model": worker.model,
+            "memory": {**self.needs._asdict(), "allowance": self.allowance if self.placed else 0, "used": self.used, "taken": self.taken},
+            "requests": self.under_way,
+            "cooled": self.cooled,
+            "idle": idle,
+        }
+
+
+def _settle(answer: asyncio.Future[Message], message: Message) -> None:
+    if not answer.done() and "event" not in message:
+        answer.set_result(message)

@@ -1,0 +1,310 @@
+"""The models that the daemon knows of, a worker for each that is loaded, and the memory that all of them share.
+
+What a model takes is its weights, its process, and an allowance for caches and compute, within which the worker admits requests. The sum
+never exceeds the budget. Where it is short, allowances that nobody uses shrink first, then models leave that nobody asks anything:
+those that have cooled down before others, the coldest first (heat: exponentially weighted counts of requests). A model
+for which there is still no room waits, with a reason, until another is idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.core.load.heat import Heat
+from edge_rt.daemon import turns
+from edge_rt.daemon.hosted import Hosted
+from edge_rt.daemon.process import Ended
+from edge_rt.daemon.supervisor import UNLOADED, Spec
+from edge_rt.errors import ProtocolError
+from edge_rt.sizes import shown
+
+if TYPE_CHECKING:
+    from edge_rt.daemon.frames import Message
+    from edge_rt.daemon.process import Took
+
+HALF_LIFE = 64.0
+"""Requests, to any model, after which one counts half."""
+MORE = 16 << 20
+"""Bytes that a worker gets beyond those it is short of, if there are any: the next request is not far."""
+LEFT = Ended("unloaded", "the model left memory for another; ask again")
+
+
+class Models:
+    """``changed(hosted)`` is called when a worker's state is another, ``told(hosted, message)`` with what a worker says of sessions."""
+
+    def __init__(
+        self, budget: int, hung_after: float, cool_after: float, patience: float, parked: Path,
+        changed: Callable[[Hosted], None], told: Callable[[Hosted, Message], None],
+    ) -> None:  # fmt: skip
+        """``budget``: bytes. ``cool_after``: seconds without a request, 0 for never. ``patience``: how long a model waits for room."""
+        self.budget, self.default = budget, ""
+        self._known: dict[str, Hosted] = {}
+        self._hung_after, self._cool_after, self._patience, self._parked = hung_after, cool_after, patience, parked
+        self._changed, self._told = changed, told
+        self._heat = Heat(HALF_LIFE)
+        self._turns = turns.shared()
+        self._wants: dict[Hosted, int] = {}  # bytes, in the order in which they were asked for
+        self._nudged = False
+        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.evictions = 0
+        """How many models have left for others."""
+
+    def __iter__(self) -> Iterator[Hosted]:
+        return iter(self._known.values())
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    def know(self, name: str, spec: Spec) -> Hosted:
+        """A model that may be asked for, from now on. What was known by the name is forgotten; it must not be loaded."""
+        self._known[name] = one = Hosted(name, spec, self._hung_after, self._turns, self._parked / name, self._changed, self._hear)
+        return one
+
+    def forget(self, one: Hosted) -> None:
+        """A model is not known any more; it must not be loaded."""
+        self._known.pop(one.name, None)
+        if self.default == one.name:
+            self.default = ""
+
+    def find(self, name: str | None = None) -> Hosted:
+        """A model by its name, else the name of its file; without one, the default. Raises ProtocolError: no_model."""
+        if not self._known:
+            raise ProtocolError("no_model", "no model is loaded; load one with load_model")
+        if name is None:
+            if not self.default:
+                raise ProtocolError("no_model", f"the request names no model, and none is the default; name one of {self.names}")
+            return self._known[self.default]
+        if name in self._known:
+            return self._known[name]
+        alike = [one for one in self if name in one.names]
+        if len(alike) != 1:
+            raise ProtocolError("no_model", f"there is no model {name:.80}; name one of {self.names}")
+        return alike[0]
+
+    def known(self, one: Hosted) -> bool:
+        """Whether it is the model of its name still."""
+        return self._known.get(one.name) is one
+
+    def loaded(self) -> list[Hosted]:
+        """Those that can answer at once."""
+        return [one for one in self if one.supervisor.state == "ready"]
+
+    @property
+    def names(self) -> str:
+        """All of them, for a person."""
+        return ", ".join(self._known)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def call(self, one: Hosted, command: Message, took: Took) -> int:
+        """Let a model's worker answer, after it was loaded if need be; the command's number. Raises ProtocolError."""
+        if one.supervisor.spec is None:
+            self._bring(one)
+
+        def answered(message: Message) -> None:
+            if "event" not in message:
+                self._done(one)
+            took(message)
+
+        number = one.supervisor.call(command, answered)
+        one.under_way += 1
+        one.cooled = False
+        one.stop_timer()
+        self._heat.tick()
+        self._heat.touch(one.name)
+        return number
+
+    def _done(self, one: Hosted) -> None:
+        one.under_way -= 1
+        self._rest(one)
+        if self._wants:
+            self._nudge()
+
+    def _rest(self, one: Hosted) -> None:
+        """A model may have nothing to do: after a while it cools down."""
+        if not one.under_way:
+            one.idle_since = _now()
+            if self._cool_after:
+                one.start_timer(self._cool_after, partial(self._cool, one))
+
+    def _cool(self, one: Hosted) -> None:
+        """Nobody has asked anything for long."""
+        if one.idle and one.supervisor.state == "ready":
+            self._spawn(self._cooled(one))
+
+    async def _cooled(self, one: Hosted) -> None:
+        answer = await one.ask({"op": "cool"})
+        one.cooled = one.idle and "ok" in answer and not answer["ok"].get("busy")
+
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, one: Hosted) -> None:
+        """Bring a model into memory before anybody asks. Raises ProtocolError: out_of_memory."""
+        if one.supervisor.spec is None:
+            self._bring(one)
+
+    async def unload(self, one: Hosted, why: Ended = UNLOADED) -> None:
+        """End a model's worker; what it is at gets an error."""
+        self._wants.pop(one, None)
+        one.stop_timer()
+        await one.supervisor.unload(why)
+        one.placed, one.cooled, one.used = False, False, 0
+        self._nudge()
+
+    async def close(self, why: Ended) -> None:
+        """End all workers."""
+        self._wants.clear()
+        if self._task is not None:
+            self._task.cancel()
+        await asyncio.gather(*(self.unload(one, why) for one in self))
+        if self._turns is not None:
+            os.close(self._turns)
+            self._turns = None
+
+    def _bring(self, one: Hosted) -> None:
+        needed = one.needs.total
+        if needed > self.budget:
+            most = shown(self.budget)
+            message = f"the model {one.name} needs {shown(needed)} and all models may have {most}; raise memory, or limit the model's own"
+            raise ProtocolError("out_of_memory", message, needed=needed, available=self.budget)
+        if self._task is None and self.free >= needed:
+            self._place(one)
+            return
+        one.supervisor.expect(one.spec, f"it waits for {shown(needed)} of memory, of which {shown(max(0, self.free))} are free")
+        one.start_timer(self._patience, partial(self._give_up, one))
+        self._wants[one] = needed
+        self._nudge()
+
+    def _place(self, one: Hosted) -> None:
+        """There is room: load it."""
+        one.stop_timer()
+        one.placed, one.cooled, one.used = True, False, 0
+        one.allowance = max(one.needs.working, self.free - one.needs.fixed)
+        one.supervisor.load(one.spec)
+
+    def _give_up(self, one: Hosted) -> None:
+        """A model has waited for room as long as it may."""
+        needed, free = one.needs.total, max(0, self.free)
+        message = f"the model {one.name} needs {shown(needed)} and {shown(free)} are free, as other models are in use; ask again later"
+        self._spawn(self.unload(one, Ended("out_of_memory", message)))
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Bytes of the budget that no model has; less than 0 if one turned out to need more than was foreseen."""
+        return self.budget - sum(one.taken for one in self)
+
+    def _hear(self, one: Hosted, message: Message) -> None:
+        """A worker says something of itself; or it is open, or has ended."""
+        if "short" in message:
+            self._wants[one] = message["short"]
+            self._nudge()
+        elif "opened" in message:
+            self._rest(one)
+            if self.free < 0:
+                self._wants.setdefault(one, 0)
+            self._nudge()
+        else:
+            self._told(one, message)
+
+    def _nudge(self) -> None:
+        """Something may be possible that was not."""
+        self._nudged = bool(self._wants)
+        if self._nudged and self._task is None:
+            self._task = self._spawn(self._share())
+            self._task.add_done_callback(self._shared)
+
+    def _shared(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+
+    async def _share(self) -> None:
+        """Fulfil wants as far as that is possible now."""
+        while self._nudged:
+            self._nudged = False
+            for one, wanted in list(self._wants.items()):
+                if one not in self._wants:  # it has left meanwhile
+                    continue
+                enough = await self._make_room(one, wanted)
+                if one.placed:
+                    self._wants.pop(one, None)
+                    # The worker waits for an answer, also if there is no more: then it can refuse.
+                    await one.allow(one.allowance + min(self.free, wanted + MORE if wanted else 0))
+                elif enough and one in self._wants:
+                    del self._wants[one]
+                    self._place(one)
+
+    async def _make_room(self, one: Hosted, wanted: int) -> bool:
+        """Free so many bytes for a model, at the expense of others; whether that could be."""
+        for way in (self._unused, self._leave_cooled, self._parked_sessions, self._leave):
+            for other in self._heat_order(one):
+                if self.free >= wanted:
+                    return True
+                await way(other, wanted)
+        return self.free >= wanted
+
+    def _heat_order(self, but: Hosted) -> list[Hosted]:
+        """The others that are in memory, coldest first."""
+        names = [one.name for one in self if one.placed and one is not but]
+        return [self._known[name] for name in self._heat.coldest(names)]
+
+    async def _unused(self, one: Hosted, wanted: int) -> None:
+        """Lower an allowance to what is in use, at most by what is wanted."""
+        least = max(one.needs.working, one.used)
+        if one.allowance > least:
+            await one.allow(max(least, one.allowance - (wanted - self.free)))
+
+    async def _parked_sessions(self, one: Hosted, wanted: int) -> None:
+        """Lower it further: sessions that nobody uses just now leave the worker's memory."""
+        if one.allowance > one.needs.working:
+            await one.allow(max(one.needs.working, one.allowance - (wanted - self.free)))
+
+    async def _leave_cooled(self, one: Hosted, wanted: int) -> None:
+        if one.cooled:
+            await self._leave(one, wanted)
+
+    async def _leave(self, one: Hosted, wanted: int) -> None:
+        """Let an idle model go; its sessions stay, parked."""
+        if not one.idle or one.supervisor.state == "starting":
+            return
+        if one.supervisor.state == "ready":
+            await one.ask({"op": "cool"})
+        if one.idle:  # nobody has asked meanwhile
+            self.evictions += 1
+            await self.unload(one, LEFT)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    async def memory(self, seconds: float) -> dict[str, Message]:
+        """What each worker holds, of those that say so in time."""
+        asked = {one.name: asyncio.ensure_future(one.ask({"op": "memory"})) for one in self.loaded()}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=seconds)
+        return {name: answer.result()["ok"] for name, answer in asked.items() if answer.done() and "ok" in answer.result()}
+
+    def status(self) -> list[Message]:
+        """What is the case with each now."""
+        return [{**one.status(), "default": one.name == self.default, "heat": round(self._heat.value(one.name), 2)} for one in self]
+
+
+def most_of_what_is_free() -> int:
+    """Bytes that models may have where the configuration does not say: seven eighths of what is free now."""
+    from edge_rt.core.load.prefetch import available_memory
+
+    free = available_memory()
+    return 1 << 60 if free is None else free * 7 // 8
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
