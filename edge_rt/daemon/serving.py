@@ -195,7 +195,7 @@ class Serving:
         self._asked[command["id"]] = Asked(command["id"], command["credits"], command.get("pieces", False))
 
     def cancel(self, request: int) -> None:
-        """End a generation at its next step; on any thread."""
+        """End a generation at its next step; on any thread. ``_cancel`` follows."""
         if one := self._asked.get(request):
             one.cancelled = True
             if (session := one.session) is not None:
@@ -217,6 +217,11 @@ class Serving:
         one = self._asked.get(command["request"])
         if one is not None and one.running is not None and self._batch is not None and one.credits > 0:
             self._batch.resume(one.running)
+
+    def _cancel(self, command: Message) -> None:
+        one = self._asked.get(command["request"])
+        if one is not None and one.running is not None and self._batch is not None:
+            self._batch.resume(one.running)  # it may be paused, and has no next step then
 
     def _drop(self, command: Message) -> None:
         if one := self._asked.get(command["request"]):
@@ -291,6 +296,7 @@ _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
     "restore_session": Serving._restore_session,
     "generate": Serving._generate,
     "resume": Serving._resume,
+    "cancel": Serving._cancel,
     "drop": Serving._drop,
 }
 """What answers None has answered itself, or has no answer."""

@@ -21,7 +21,8 @@ class Stream:
     """No input or output of its own. ``credit(n)``: n more events may come from the worker.
 
     An event has a credit until it is off our hands: written to the client, or, of a stream that can be resumed, acknowledged by it.
-    Those that are not are held, so as many at most as there are credits, and the answer at the end.
+    Those that are not are held, so as many at most as there are credits, and the answer at the end. Who cancels gets the few events with
+    which a generation ends beside them.
     """
 
     hosted: Hosted

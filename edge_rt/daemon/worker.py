@@ -87,13 +87,13 @@ class Worker:
             case "ping":
                 idle = self._idle and self._queue.empty()
                 self._send({"beats": serving.beats, "idle": idle or (self._turns is not None and self._turns.waiting)})
-            case "cancel":
-                serving.cancel(command["request"])
             case op:
                 if op == "generate":
                     serving.note(command)
                 elif op == "resume":
                     serving.credit(command["request"], command["events"])
+                elif op == "cancel":
+                    serving.cancel(command["request"])
                 elif op == "drop":
                     serving.unwanted(command["request"])
                 self._queue.put(command)

@@ -131,6 +131,41 @@ def test_cancelling_while_the_prompt_is_read(daemon, client):
     connection.close()
 
 
+def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, client):
+    conversation, connection = raw(daemon)
+    answers = conversation.ask("generate", {"prompt": "h", "options": LONG, "resumable": True})
+    connection.sendall(conversation.to_send())
+    while answers.seq < client.hello["limits"]["credits"]:
+        conversation.received(connection.recv(1 << 16))
+    expected = [event.text for event in answers.events if isinstance(event, Delta)]
+    connection.sendall(pack({"id": 99, "op": "cancel", "request": answers.request}))
+    quiet(client)  # it has ended, and what was not acknowledged is still there
+    connection.close()
+    conversation, connection = raw(daemon)
+    again = conversation.ask("resume", {"stream": answers.stream, "after": 0})
+    connection.sendall(conversation.to_send())
+    while not again.over:
+        conversation.received(connection.recv(1 << 16))
+    assert [event.text for event in again.events if isinstance(event, Delta)][: len(expected)] == expected
+    assert (again.events[-1].reason, again.result()) == ("cancelled", {})
+    connection.sendall(pack({"op": "ack", "stream": answers.stream, "seq": again.seq}))
+    connection.close()
+
+
+def test_a_generation_that_is_not_read_ends_when_it_is_cancelled(daemon, client):
+    conversation, connection = raw(daemon)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    answers = conversation.ask("generate", {"prompt": "i", "options": LONG})
+    connection.sendall(conversation.to_send())
+    time.sleep(1.0)  # the socket is full by now, and the generation waits
+    connection.sendall(pack({"id": 99, "op": "cancel", "request": answers.request}))
+    quiet(client)
+    while not answers.over:
+        conversation.received(connection.recv(1 << 16))
+    assert (answers.events[-1].reason, answers.result()) == ("cancelled", {})
+    connection.close()
+
+
 def raw(daemon):
     """A connection without our client's care, after hello."""
     connection, conversation = socket.socket(socket.AF_UNIX), Conversation()

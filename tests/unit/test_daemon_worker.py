@@ -128,6 +128,22 @@ def test_cancelling_reaches_a_request_before_it_begins_and_while_it_reads(start,
     assert len(worker.said[1]) < 20
 
 
+def test_what_waits_for_credits_ends_when_it_is_cancelled(start):
+    worker = start()
+    generate(worker, 1, max_tokens=100000, credits=4)
+    worker.until(1, "delta")
+    worker.tell(op="tokenize", id=2, text="")
+    while len(worker.said.get(1, ())) < 4 or 2 not in worker.said:
+        worker.hear()
+    worker.tell(op="cancel", request=1)
+    *events, answer = worker.until(1)
+    assert (events[-1]["reason"], answer) == ("cancelled", {"id": 1, "ok": {}})
+    assert len(events) <= 4 + 2, "but for the rest of the text and done, nothing comes beyond the credits"
+    worker.tell(op="resume", request=1, events=9)  # as the daemon may say of one that has ended
+    worker.tell(op="memory", id=3)
+    assert worker.until(3)[-1]["ok"]["requests"] == 0
+
+
 def test_a_dropped_request_and_a_closed_session_are_free_at_once(start):
     worker = start()
     worker.tell(op="open_session", id=1, session="s")

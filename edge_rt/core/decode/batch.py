@@ -34,7 +34,8 @@ WEIGHTS = {"high": 16.0, "normal": 4.0, "low": 1.0}
 """Shares of those who want more than there is, by priority."""
 
 Deliver = Callable[[Event], bool]
-"""Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``."""
+"""Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``, unless it was cancelled: the few
+events with which it ends are taken all the same."""
 
 
 @dataclass(eq=False)
@@ -77,7 +78,7 @@ class Batch:
         return one
 
     def resume(self, one: Running) -> None:
-        """Its events can be taken again."""
+        """Its events can be taken again, or it was cancelled while they could not."""
         if one.paused and one in self._running:
             one.paused = False
             self._advance(one, partial(next, one.steps))
@@ -204,7 +205,7 @@ class Batch:
             if isinstance(made, Part):
                 one.part = made
                 return
-            if not one.deliver(made):
+            if not one.deliver(made) and not one.job.cancelled():
                 one.paused = True
                 return
             go_on = partial(next, one.steps)
