@@ -92,8 +92,9 @@ class AsyncClient:
                 await self._wait()
             answers.result()
         finally:
-            if not answers.over and self._writer is not None:
-                self._ask("cancel", {"request": answers.request})
+            if not answers.over:
+                self._conversation.cancel(answers)
+                self._flush()
 
     def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
         if self._writer is None:

@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ CROWDED = 5.0
 
 
 class Client:
-    """A connection to the daemon; a context manager. For one thread at a time.
+    """A connection to the daemon; a context manager. For one thread at a time, but for ``Generation.cancel``.
 
     Everything raises DaemonError with the protocol's ``code``; ``disconnected`` if the daemon is gone.
     """
@@ -40,14 +41,16 @@ class Client:
         self._key, self._timeout = key, timeout
         self._socket: socket.socket | None = None
         self._conversation = Conversation()
+        self._lock = threading.RLock()  # of the conversation, and of what is written
         self.hello: Message = {}
         """What the daemon said of itself: version, server, capabilities, limits."""
         self.connect()
 
     def connect(self) -> None:
         """Connect, or connect again: streams that can be resumed go on, other requests fail."""
-        self.close()
-        self._conversation.disconnected()
+        with self._lock:
+            self.close()
+            self._conversation.disconnected()
         try:
             self._socket = connected(self.address, self._timeout)
         except OSError as error:
@@ -57,8 +60,9 @@ class Client:
         except BaseException:
             self.close()
             raise
-        self._conversation.greeted(self.hello)
-        self._conversation.resume()
+        with self._lock:
+            self._conversation.greeted(self.hello)
+            self._conversation.resume()
 
     def _connect_again(self) -> None:
         for pause in PAUSES:
@@ -89,16 +93,18 @@ class Client:
         priority: str = "normal",
         resumable: bool = False,
         **options: Any,
-    ) -> Iterator[Event]:
+    ) -> Generation:
         """Answer a prompt: events as they happen, the last one Done; ``options`` are those of ``edge_rt.Session.generate``.
 
         It is asked when the first event is taken.
 
-        Leaving the loop cancels the request. With ``resumable``, a connection that breaks is made again, and the events go on where they
-        were.
+        Leaving the loop cancels the request, and lets the rest of its events go by: the connection is as before. With ``resumable``, a
+        connection that breaks is made again, and the events go on where they were.
         """
-        fields = fields_of(prompt, None if session is None else session.id, priority, resumable, options)
-        answers = self._ask("generate", fields)
+        return Generation(self, fields_of(prompt, None if session is None else session.id, priority, resumable, options))
+
+    def _answer(self, fields: Message, answers: Answers) -> Generator[Event, None, None]:
+        self._ask("generate", fields, answers)
         try:
             yield from self._events(answers)
         finally:
@@ -123,17 +129,25 @@ class Client:
 
     def _leave(self, answers: Answers) -> None:
         """Cancel a request, and let its events go by."""
-        if self._socket is None:
-            return
+        self._cancel(answers)
         try:
-            self._ask("cancel", {"request": answers.request})
             while not answers.over:
-                while answers.take() is not None:
-                    pass
+                answers.events.clear()
                 self._flush()
                 self._receive()
         except DaemonError:
-            self.close()
+            return  # the connection has ended; or the daemon takes long, and the rest goes by with what is asked next
+
+    def _cancel(self, answers: Answers) -> None:
+        """Tell the daemon that a request is to end, on any thread; in the next connection if this one is gone."""
+        with self._lock:
+            self._conversation.cancel(answers)
+            if self._socket is None:
+                return
+            try:
+                self._socket.sendall(self._conversation.to_send())
+            except OSError:
+                self._end_of(self._socket)
 
     def session(self, *, keep: bool = False, context: int | None = None) -> Session:
         """Open a session. ``keep``: it outlives this connection for a while."""
@@ -150,20 +164,30 @@ class Client:
 
     # ---- the socket --------------------------------------------------------------------------------------------------
 
-    def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
-        answers = self._conversation.ask(op, fields)
-        self._flush()
-        return answers
+    def _ask(self, op: str, fields: Mapping[str, Any], answers: Answers | None = None) -> Answers:
+        with self._lock:
+            answers = self._conversation.ask(op, fields, answers)
+            self._flush()
+            return answers
 
     def _flush(self) -> None:
-        if self._socket is None:
-            raise DaemonError("disconnected", "the connection was closed; connect again")
-        if data := self._conversation.to_send():
-            try:
-                self._socket.sendall(data)
-            except OSError as error:
-                self._last_words()
-                self._lost(error)
+        with self._lock:
+            if self._socket is None:
+                raise DaemonError("disconnected", "the connection was closed; connect again")
+            if data := self._conversation.to_send():
+                try:
+                    self._socket.sendall(data)
+                except OSError as error:
+                    self._last_words()
+                    self._lost(error)
+
+    @staticmethod
+    def _end_of(connection: socket.socket) -> None:
+        """What was written is not whole: who reads finds the end, and says so."""
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended already
 
     def _receive(self) -> None:
         if self._socket is None:
@@ -177,7 +201,8 @@ class Client:
         if not data:
             self._lost(None)
         try:
-            self._conversation.received(data)
+            with self._lock:
+                self._conversation.received(data)
         except ProtocolError as error:
             self.close()
             raise DaemonError("disconnected", f"what answers at {self.address} is no daemon of edge-rt: {error}") from error
@@ -197,15 +222,39 @@ class Client:
 
     def close(self) -> None:
         """Leave; what runs for this connection ends, unless it can be resumed."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class Generation(Iterator[Event]):
+    """The events of one answer, the last one Done; see ``Client.generate``."""
+
+    def __init__(self, client: Client, fields: Message) -> None:
+        """Use ``Client.generate`` or ``Session.generate``."""
+        self._client, self._answers = client, Answers()
+        self._events = client._answer(fields, self._answers)  # knows nothing of us, so that it ends when nobody holds us any more
+
+    def __next__(self) -> Event:
+        """The next event, when it comes. Raises DaemonError."""
+        return next(self._events)
+
+    def cancel(self) -> None:
+        """End it soon, from any thread: its events go on to Done, whose reason is ``cancelled``; or, if it has not begun, to the
+        error ``cancelled``.
+        """
+        self._client._cancel(self._answers)
+
+    def close(self) -> None:
+        """Cancel it, and take no more of its events; on the thread that takes them, as leaving the loop does."""
+        self._events.close()
 
 
 class Session:
@@ -215,7 +264,7 @@ class Session:
         """Use ``Client.session`` or ``Client.restore``."""
         self._client, self.id = client, name
 
-    def generate(self, prompt: str | Sequence[ChatMessage], **options: Any) -> Iterator[Event]:
+    def generate(self, prompt: str | Sequence[ChatMessage], **options: Any) -> Generation:
         """See ``Client.generate``."""
         return self._client.generate(prompt, session=self, **options)
 

@@ -20,10 +20,12 @@ GONE = "the daemon has closed the connection; connect again"
 
 
 class Answers:
-    """What comes for one request. ``request``: its id, another one after the stream was resumed."""
+    """What comes for one request. ``request``: its id, 0 until it was asked, and another one after the stream was resumed."""
 
-    def __init__(self, request: int) -> None:
-        self.request = request
+    def __init__(self) -> None:
+        self.request = 0
+        self.cancelled = False
+        """The daemon is to be told, in this connection or the next."""
         self.stream: str | None = None
         self.seq = 0
         """Of the last event received."""
@@ -77,12 +79,26 @@ class Conversation:
         self._out: list[bytes] = []
         self._ack_every = ACK_EVERY
 
-    def ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
-        """A request. Raises ProtocolError if it is too long."""
+    def ask(self, op: str, fields: Mapping[str, Any], answers: Answers | None = None) -> Answers:
+        """A request. ``answers``: those that are to take what comes. Raises ProtocolError if it is too long."""
+        data = pack({"id": self._number + 1, "op": op, **fields})
         self._number += 1
-        self._out.append(pack({"id": self._number, "op": op, **fields}))
-        answers = self._asked[self._number] = Answers(self._number)
+        self._out.append(data)
+        answers = Answers() if answers is None else answers
+        answers.request = self._number
+        self._asked[self._number] = answers
+        if answers.cancelled:
+            self._cancel(answers)
         return answers
+
+    def cancel(self, answers: Answers) -> None:
+        """End a generation soon: now, or as soon as it is asked or goes on."""
+        answers.cancelled = True
+        if self._asked.get(answers.request) is answers:
+            self._cancel(answers)
+
+    def _cancel(self, answers: Answers) -> None:
+        self.ask("cancel", {"request": answers.request})
 
     def greeted(self, hello: Message) -> None:
         """What hello was answered: a daemon with few credits wants more acknowledgements."""
@@ -92,8 +108,7 @@ class Conversation:
         """After hello in another connection: go on with the streams that broke."""
         broken, self._broken = self._broken, []
         for answers in broken:
-            answers.request = self.ask("resume", {"stream": answers.stream, "after": answers.seq}).request
-            self._asked[answers.request] = answers
+            self.ask("resume", {"stream": answers.stream, "after": answers.seq}, answers)
 
     @property
     def broken(self) -> bool:

@@ -117,6 +117,49 @@ def test_leaving_the_loop_cancels(client):
     assert ask(client, "b")
 
 
+def test_a_generation_is_cancelled_and_the_connection_stays(client):
+    socket_before = client._socket
+    events = client.generate("a", **LONG)
+    got = []
+    for event in events:
+        got.append(event)
+        if len(got) == 4:
+            events.cancel()
+    assert (got[-1].reason, len(got) < 200) == ("cancelled", True)
+    events.cancel()  # of what is over, nothing happens
+    early = client.generate("a", **LONG)
+    early.cancel()
+    assert [event.reason for event in early if isinstance(event, Done)] == ["cancelled"]
+    assert ask(client, "b")
+    assert client._socket is socket_before
+    client.close()
+    early.cancel()  # nor without a connection
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_another_thread_cancels(daemon, client, resumable):
+    """While the events are waited for: the prompt takes some seconds."""
+    events, got = client.generate("k" * 4000, **LONG, resumable=resumable), []
+    reading = threading.Thread(target=lambda: got.extend(events))
+    with daemon.client() as other:
+        reading.start()
+        while not other.status()["server"]["requests"]:
+            time.sleep(0.01)
+        events.cancel()
+        reading.join(30)
+    assert (got[-1].reason, got[-1].usage.completion_tokens < 100) == ("cancelled", True)
+    assert ask(client, "b")
+
+
+def test_leaving_one_of_two_generations_leaves_the_other(client):
+    expected = ask(client, "two", max_tokens=60)
+    left, kept = client.generate("one", **LONG), client.generate("two", max_tokens=60, ignore_eos=True, temperature=0)
+    got = [next(left), next(kept), next(left), next(kept)][1::2]
+    left.close()
+    assert client.status()["server"]["requests"] == 1
+    assert text([*got, *kept]) == expected
+
+
 def test_cancelling_while_the_prompt_is_read(daemon, client):
     conversation, connection = raw(daemon)
     answers = conversation.ask("generate", {"prompt": "c" * 4000, "options": {"max_tokens": 5}})

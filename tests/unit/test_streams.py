@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.daemon.conversation import ACK_EVERY, Conversation, fields_of
+from edge_rt.daemon.conversation import ACK_EVERY, Answers, Conversation, fields_of
 from edge_rt.daemon.frames import Frames, pack
 from edge_rt.daemon.streams import Stream
 from edge_rt.errors import DaemonError, OptionError, ProtocolError
@@ -121,6 +121,26 @@ def test_what_cannot_be_resumed_fails_when_the_connection_breaks():
     with pytest.raises(DaemonError, match="has closed the connection") as caught:
         answers.result()
     assert (caught.value.code, client.broken) == ("disconnected", False)
+
+
+def said(client):
+    return [(message["op"], message.get("request")) for message in Frames().feed(client.to_send())]
+
+
+def test_what_was_cancelled_is_cancelled_in_the_next_connection_too():
+    client, answers = Conversation(), Answers()
+    client.cancel(answers)
+    client.ask("generate", {"prompt": "x"}, answers)
+    assert said(client) == [("generate", None), ("cancel", answers.request)]
+    client.received(pack({"id": answers.request, "event": "stream", "stream": "s"}))
+    client.disconnected()
+    client.cancel(answers)
+    assert said(client) == []
+    client.resume()
+    assert said(client) == [("resume", None), ("cancel", answers.request)]
+    client.received(pack({"id": answers.request, "ok": {}}))
+    client.cancel(answers)
+    assert (said(client), answers.over) == ([("ack", None)], True)
 
 
 def test_options_as_the_protocol_has_them():
