@@ -58,7 +58,7 @@ def run(options: Options) -> int:
     from edge_rt.daemon.lifetime import serve
 
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
-    where = ", ".join(map(shown, listeners))
+    where = ", ".join(shown(one.address, one.http) for one in listeners)
     asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}")))
     return 0
 
@@ -109,9 +109,25 @@ def _check_http(http: Http | None, at: Sequence[Address]) -> None:
         )
 
 
-def shown(listener: Listener) -> str:
+def shown(address: Address, http: bool) -> str:
     """Where one can reach us."""
-    return f"{'http at ' if listener.http else ''}{listener.address}"
+    return f"{'http at ' if http else ''}{address}"
+
+
+def wanted(config: Config, activated: Sequence[Listener] = ()) -> list[tuple[Address, bool]]:
+    """Where to listen, and whether HTTP is spoken there; what systemd listens at for us is not among it, nor what that is instead of.
+
+    Raises OptionError.
+    """
+    given = {one.http for one in activated}
+    own = config.listen if False not in given else ()
+    http = config.http.listen if config.http is not None and True not in given else ()
+    _check_http(config.http, [*http, *(one.address for one in activated if one.http)])
+    found = [*((one, False) for one in own), *((one, True) for one in http)]
+    fixed = [address for address, _ in found if address.kind != "tcp" or address.port]
+    if twice := next((one for one in fixed if fixed.count(one) > 1), None):
+        raise OptionError(f"{twice} is given twice; name another address, or leave one out")
+    return found
 
 
 def listen(config: Config, activated: Sequence[Listener] = ()) -> list[Listener]:
@@ -119,13 +135,9 @@ def listen(config: Config, activated: Sequence[Listener] = ()) -> list[Listener]
     from edge_rt.daemon import address as addresses
 
     found: list[Listener] = list(activated)
-    given = {one.http for one in activated}
-    own = config.listen if False not in given else ()
-    http = config.http.listen if config.http is not None and True not in given else ()
     try:
-        _check_http(config.http, [*http, *(one.address for one in activated if one.http)])
-        found += map(addresses.listen, own)
-        found += (addresses.listen(one)._replace(http=True) for one in http)
+        for address, http in wanted(config, activated):
+            found.append(addresses.listen(address)._replace(http=http))
     except BaseException:
         for listener in found:
             listener.close()
@@ -135,9 +147,11 @@ def listen(config: Config, activated: Sequence[Listener] = ()) -> list[Listener]
 
 def check(config: Config) -> int:
     """Whether all would go well, without doing it. Raises what would go wrong."""
-    for listener in listen(config):
-        say(f"would listen at {shown(listener)}")
-        listener.close()
+    from edge_rt.daemon import address as addresses
+
+    for address, http in wanted(config):
+        addresses.check(address)
+        say(f"would listen at {shown(address, http)}")
     users = ", ".join("root" if one == 0 else "you" if one == os.getuid() else str(one) for one in sorted(config.users))
     say(f"would let in {users}")
     if config.rules is not None:

@@ -83,12 +83,8 @@ def listen(address: Address, backlog: int = 128) -> Listener:
     """Listen. Raises OptionError: the address is in use, or its folder is not ours."""
     if address.kind == "unix":
         return _listen_at_path(address, backlog)
-    family = socket.AF_INET6 if ":" in address.path else socket.AF_INET if address.kind == "tcp" else socket.AF_UNIX
-    found = socket.socket(family)
+    found = _bound(address)
     try:
-        if address.kind == "tcp":
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((address.path, address.port) if address.kind == "tcp" else "\0" + address.path)
         found.listen(backlog)
     except OSError as error:
         found.close()
@@ -98,54 +94,119 @@ def listen(address: Address, backlog: int = 128) -> Listener:
     return Listener(found, address)
 
 
+def check(address: Address) -> None:
+    """Whether one could listen there, without a trace. Raises OptionError as ``listen`` would."""
+    if address.kind != "unix":
+        _bound(address).close()
+        return
+    import fcntl
+
+    path = Path(address.path)
+    there = next(one for one in path.parents if os.path.lexists(one))
+    if not there.is_dir() or (there != path.parent and not os.access(there, os.W_OK | os.X_OK)):
+        raise _no_folder(path.parent, "permission denied" if there.is_dir() else "not a directory")
+    if there != path.parent:
+        return
+    _check_folder(path.parent)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _in_use(address, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    try:
+        with open(_lock_of(path), "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        pass  # nobody has listened there yet
+    except OSError as error:
+        raise _in_use(address, error) from error
+    _check_free(address)
+
+
+def _bound(address: Address) -> socket.socket:
+    """A socket of a name or a port, which does not listen yet."""
+    family = socket.AF_INET6 if ":" in address.path else socket.AF_INET if address.kind == "tcp" else socket.AF_UNIX
+    found = socket.socket(family)
+    try:
+        if address.kind == "tcp":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((address.path, address.port) if address.kind == "tcp" else "\0" + address.path)
+    except OSError as error:
+        found.close()
+        raise _in_use(address, error) from error
+    return found
+
+
 def _listen_at_path(address: Address, backlog: int) -> Listener:
     import fcntl
 
     path = Path(address.path)
-    _private_folder(path.parent)
-    lock = open(path.with_name(path.name + ".lock"), "wb")  # noqa: SIM115 - it stays open
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder(path.parent, (error.strerror or str(error)).lower()) from error
+    _check_folder(path.parent)
+    found = socket.socket(socket.AF_UNIX)
+    lock: IO[bytes] | None = None
+    try:
+        lock = open(_lock_of(path), "wb")  # noqa: SIM115 - it stays open
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_free(address)
+        path.unlink(missing_ok=True)  # whoever listened there is gone
+        before = os.umask(0o177)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            found.bind(str(path))
+        finally:
+            os.umask(before)
+        found.listen(backlog)
+    except BaseException as error:
+        found.close()
+        if lock is not None:
+            lock.close()
+        if isinstance(error, OSError):
             raise _in_use(address, error) from error
-        if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-            raise OptionError(f"{path} exists and is no socket; choose another path, or remove it")
-        path.unlink(missing_ok=True)  # whoever listened there is gone, or the lock would be held
-        found = socket.socket(socket.AF_UNIX)
-        try:
-            before = os.umask(0o177)
-            try:
-                found.bind(str(path))
-            finally:
-                os.umask(before)
-            found.listen(backlog)
-        except OSError as error:
-            found.close()
-            raise _in_use(address, error) from error
-    except BaseException:
-        lock.close()
         raise
     return Listener(found, address, lock)
 
 
-def _private_folder(folder: Path) -> None:
-    """Make the folder, or check that no one else can put something into it. Raises OptionError."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as error:
-        raise OptionError(f"the folder {folder} for the socket cannot be made: {(error.strerror or str(error)).lower()}") from error
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _check_folder(folder: Path) -> None:
+    """That no one else can put something into it. Raises OptionError."""
+    found = folder.stat()
     if found.st_uid not in (os.getuid(), 0):
         raise OptionError(f"the folder {folder} for the socket belongs to another user; choose one of yours")
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         raise OptionError(f"others may write in the folder {folder} of the socket; chmod go-w it, or choose another")
 
 
+def _no_folder(folder: Path, reason: str) -> OptionError:
+    return OptionError(f"the folder {folder} for the socket cannot be made: {reason}")
+
+
+def _check_free(address: Address) -> None:
+    """That at a path is nothing, or a socket at which nobody listens: a program without our lock may. Raises OptionError."""
+    path = Path(address.path)
+    if os.path.lexists(path) and not path.is_socket():
+        raise OptionError(f"{path} exists and is no socket; choose another path, or remove it")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        try:
+            client.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:  # it lives, whoever it is
+            raise _taken(address) from error
+    raise _taken(address)
+
+
 def _in_use(address: Address, error: OSError) -> OptionError:
-    if error.errno in (errno.EADDRINUSE, errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES) and error.errno != errno.EACCES:
-        return OptionError(f"another daemon listens at {address}; stop it, or choose another address with --listen")
+    if error.errno in (errno.EADDRINUSE, errno.EAGAIN, errno.EWOULDBLOCK):
+        return _taken(address)
     return OptionError(f"cannot listen at {address}: {(error.strerror or str(error)).lower()}")
+
+
+def _taken(address: Address) -> OptionError:
+    return OptionError(f"another daemon listens at {address}; stop it, or choose another address with --listen")
 
 
 # ---- systemd ---------------------------------------------------------------------------------------------------------

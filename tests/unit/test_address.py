@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from edge_rt.daemon import address as addresses
-from edge_rt.daemon.address import Address, activated, default_address, listen, notify, parse, peer
+from edge_rt.daemon.address import Address, activated, check, default_address, listen, notify, parse, peer
 from edge_rt.errors import OptionError
 
 
@@ -72,12 +72,27 @@ def test_who_listens_is_not_pushed_aside_and_who_is_gone_is_replaced(tmp_path):
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"there\n"
-        with pytest.raises(OptionError, match=r"^another daemon listens at unix:.*d\.sock; stop it, or choose another address"):
-            listen(Address("unix", str(path)))
+        for try_it in (listen, check):
+            with pytest.raises(OptionError, match=r"^another daemon listens at unix:.*d\.sock; stop it, or choose another address"):
+                try_it(Address("unix", str(path)))
         other.stdin.close()
         other.wait(20)
     assert path.exists()
+    check(Address("unix", str(path)))
+    assert path.exists()
     listen(Address("unix", str(path))).close()
+
+
+def test_a_program_that_knows_no_lock_is_not_pushed_aside_either(tmp_path):
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "d.sock"))
+        other.listen()
+        for try_it in (listen, check):
+            with pytest.raises(OptionError, match="another daemon listens at"):
+                try_it(Address("unix", str(tmp_path / "d.sock")))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "d.sock"))
+    listen(Address("unix", str(tmp_path / "d.sock"))).close()
 
 
 @pytest.mark.parametrize("text", ["abstract:edge-rt-test-{pid}", "tcp:127.0.0.1:0"])
@@ -86,23 +101,65 @@ def test_other_kinds_are_not_shared_either(text):
         pytest.skip("abstract sockets are Linux's")
     found = listen(parse(text.format(pid=os.getpid())))
     assert found.address.port or found.address.kind == "abstract"
-    with pytest.raises(OptionError, match="another daemon listens at"):
-        listen(found.address)
+    for try_it in (listen, check):
+        with pytest.raises(OptionError, match="another daemon listens at"):
+            try_it(found.address)
     found.close()
+    check(found.address)
+
+
+def everything(folder):
+    return sorted((path, path.lstat().st_mode) for path in folder.rglob("*"))
 
 
 def test_folders_and_files_that_are_not_for_sockets(tmp_path):
     (tmp_path / "d.sock").write_text("precious")
-    with pytest.raises(OptionError, match="exists and is no socket"):
-        listen(Address("unix", str(tmp_path / "d.sock")))
-    assert (tmp_path / "d.sock").read_text() == "precious"
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
-    with pytest.raises(OptionError, match="others may write in the folder"):
-        listen(Address("unix", str(shared / "d.sock")))
-    with pytest.raises(OptionError, match="cannot be made: not a directory"):
-        listen(Address("unix", str(tmp_path / "d.sock" / "x" / "d.sock")))
+    (tmp_path / "e.sock.lock").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    wrong = {
+        "d.sock": "exists and is no socket",
+        "dangling": "exists and is no socket",
+        "shared/d.sock": "others may write in the folder",
+        "e.sock": "cannot listen at unix:.*e.sock: is a directory",
+        "d.sock/x/d.sock": "the folder .* for the socket cannot be made: not a directory",
+    }
+    before = everything(tmp_path)
+    for name, message in wrong.items():
+        with pytest.raises(OptionError, match=message):
+            check(Address("unix", str(tmp_path / name)))
+    assert everything(tmp_path) == before
+    for name, message in wrong.items():
+        with pytest.raises(OptionError, match=message):
+            listen(Address("unix", str(tmp_path / name)))
+    assert (tmp_path / "d.sock").read_text() == "precious"
+
+
+def test_folders_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """As for a user who is not root, whom the tests may not have."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OptionError, match=r"cannot listen at unix:.*d\.sock: permission denied"):
+        check(Address("unix", str(tmp_path / "d.sock")))
+    with pytest.raises(OptionError, match="run for the socket cannot be made: permission denied"):
+        check(Address("unix", str(tmp_path / "run" / "d.sock")))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_only_for_reading(tmp_path):
+    tmp_path.chmod(0o500)
+    for try_it in (listen, check):
+        with pytest.raises(OptionError, match=r"cannot listen at unix:.*d\.sock: permission denied"):
+            try_it(Address("unix", str(tmp_path / "d.sock")))
+        with pytest.raises(OptionError, match="run for the socket cannot be made: permission denied"):
+            try_it(Address("unix", str(tmp_path / "run" / "d.sock")))
+
+
+def test_a_check_leaves_no_trace(tmp_path):
+    check(Address("unix", str(tmp_path / "run" / "edge-rt" / "d.sock")))
+    check(Address("unix", str(tmp_path / "d.sock")))
+    assert everything(tmp_path) == []
 
 
 def test_sockets_of_systemd(tmp_path, monkeypatch):

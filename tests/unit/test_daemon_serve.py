@@ -101,14 +101,14 @@ def test_configurations_that_are_wrong(tmp_path, text, message):
 
 
 def test_check_says_what_would_happen(tmp_path, random_model, capsys):
-    words = ["serve", "--listen", str(tmp_path / "d.sock"), "--check"]
+    words = ["serve", "--listen", str(tmp_path / "run" / "d.sock"), "--check"]
     assert cli.main(words) == 0
     assert capsys.readouterr().err.splitlines() == [
-        f"would listen at unix:{tmp_path}/d.sock",
+        f"would listen at unix:{tmp_path}/run/d.sock",
         "would let in root" + (", you" if os.getuid() else ""),
         "would wait for a client to load a model",
     ]
-    assert not (tmp_path / "d.sock").exists()
+    assert list(tmp_path.iterdir()) == []
     assert cli.main([*words, "-m", str(random_model())]) == 0
     assert capsys.readouterr().err.endswith(f"would open {random_model()}, architecture llama\n")
 
@@ -122,6 +122,7 @@ def test_check_says_what_would_happen(tmp_path, random_model, capsys):
         (["--rules", "none.toml"], "none.toml: cannot be read"),
         (["--config", "none.toml"], "the configuration none.toml cannot be read"),
         (["--memory", "much"], "--memory takes a size"),
+        (["--listen", "a", "--listen", "a"], "a is given twice; name another address, or leave one out"),
     ],
 )
 def test_check_says_what_is_wrong(tmp_path, capsys, monkeypatch, words, message):
