@@ -54,7 +54,7 @@ def opened(
             threads=options.threads,
             memory=memory,
             pack=not options.no_pack,
-            key_type=options.key_type,  # type: ignore[arg-type]  # one of the choices that check() allows
+            key_type=options.key_type or "f16",  # type: ignore[arg-type]  # one of the choices that check() allows
             policy=policy,
             embedder=embedder,
             progress=progress,

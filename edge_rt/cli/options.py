@@ -107,7 +107,9 @@ class ModelOptions(CommandOptions):
     threads: int | None = option(None, "-t --threads N", "Threads; chosen by what is free if left out.", low=1)
     memory: str | None = option(None, "--memory SIZE", "Weights held in memory at most, as 500M or 1.5G; the rest is streamed.")
     no_pack: bool = option(False, "--no-pack", "Run straight from the GGUF, without packed weights in the cache.")
-    key_type: str = option("f16", "--key-type --cache-type-k TYPE", "Type of cached keys: f16 or q8_0.", choices=("f16", "q8_0"))
+    key_type: str | None = option(
+        None, "--key-type --cache-type-k TYPE", "Type of cached keys: f16 or q8_0; f16 if left out.", choices=("f16", "q8_0")
+    )
     engine: str | None = option(None, "--engine NAME", "Engine; the best that can run the model if left out.")
     device: str | None = option(None, "--device NAME", "Device, as `edge-rt doctor` names it; the best if left out.")
     verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took.")

@@ -37,6 +37,7 @@ class Options(ModelOptions):
     listen: tuple[str, ...] = option((), "--listen ADDRESS", "A path, abstract:NAME or tcp:127.0.0.1:PORT. May be given several times.")
     http: tuple[str, ...] = option((), "--http ADDRESS", "Speak HTTP, with OpenAI's API, at this address too, see docs/http.md.")
     config: str | None = option(None, "--config FILE", "Configuration, see docs/daemon.md. Options of this command come before it.")
+    pack: bool = option(False, "--pack", "Run with packed weights, also if the configuration says not to.")
     check: bool = option(False, "--check", "Say what would happen, or what is wrong, and do nothing.")
     rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
     policy: str | None = option(None, "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
@@ -68,13 +69,15 @@ def configured(options: Options) -> Config:
     from edge_rt.daemon import address as addresses
     from edge_rt.daemon import config as configuration
 
+    if options.pack and options.no_pack:
+        raise OptionError("--pack and --no-pack contradict each other; give one of them")
     config = configuration.read(Path(options.config)) if options.config is not None else configuration.default()
     more: dict[str, Any] = {
         "context": options.ctx,
         "threads": options.threads,
         "memory": sizes.parse(options.memory, "--memory") if options.memory is not None else None,
-        "pack": False if options.no_pack else None,
-        "key_type": options.key_type if options.key_type != "f16" else None,
+        "pack": options.pack if options.pack or options.no_pack else None,
+        "key_type": options.key_type,
         "engine": options.engine,
         "device": options.device,
         "policy": options.policy,

@@ -13,6 +13,8 @@ import pytest
 from daemons import Daemon, write_plugin
 
 from edge_rt.cli import main as cli
+from edge_rt.cli import serve
+from edge_rt.cli.options import quick_parse
 from edge_rt.daemon import config as configuration
 from edge_rt.daemon.address import Address
 from edge_rt.errors import DaemonError, OptionError, RuleError
@@ -100,6 +102,36 @@ def test_configurations_that_are_wrong(tmp_path, text, message):
         configuration.read(tmp_path / "none.toml")
 
 
+FILE_OPTIONS = {"context": 512, "threads": 3, "memory": 1 << 20, "key_type": "q8_0", "engine": "e", "device": "d", "policy": "slide",
+                "embedder": "m", "pack": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["--key-type", "f16"], {"key_type": "f16"}),
+        (["--pack"], {"pack": True}),
+        (["--no-pack"], {}),
+        (["-c", "64", "-t", "1", "--memory", "2M"], {"context": 64, "threads": 1, "memory": 2 << 20}),
+        (["--engine", "null", "--device", "cpu", "--policy", "graded", "--embedder", "x"],
+         {"engine": "null", "device": "cpu", "policy": "graded", "embedder": "x"}),
+    ],
+)  # fmt: skip
+def test_options_of_the_command_line_come_before_the_file(tmp_path, words, expected):
+    values = {name: f'"{value}"' if isinstance(value, str) else str(value).lower() for name, value in FILE_OPTIONS.items()}
+    lines = [f"{name} = {value}" for name, value in values.items()]
+    (tmp_path / "d.toml").write_text(
+        "\n".join(['listen = ["a"]', 'rules = "a.toml"', "[model]", 'file = "a"', *lines, "[http]", 'listen = ["h"]'])
+    )
+    options = quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words])
+    assert serve.configured(options).model_options == FILE_OPTIONS | expected
+    more = ["-m", "b", "--listen", "/b", "--http", "/i", "--rules", "/b.toml"]
+    found = serve.configured(quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words, *more]))
+    assert (found.model, found.rules, found.model_options) == ("b", "/b.toml", FILE_OPTIONS | expected)
+    assert (found.listen, found.http.listen) == ((Address("unix", "/b"),), (Address("unix", "/i"),))
+
+
 def test_check_says_what_would_happen(tmp_path, random_model, capsys):
     words = ["serve", "--listen", str(tmp_path / "run" / "d.sock"), "--check"]
     assert cli.main(words) == 0
@@ -121,6 +153,7 @@ def test_check_says_what_would_happen(tmp_path, random_model, capsys):
         (["--listen", "tcp:127.0.0.1:0"], "a TCP port is open to every user of this machine; set key_file"),
         (["--rules", "none.toml"], "none.toml: cannot be read"),
         (["--config", "none.toml"], "the configuration none.toml cannot be read"),
+        (["--pack", "--no-pack"], "--pack and --no-pack contradict each other; give one of them"),
         (["--memory", "much"], "--memory takes a size"),
         (["--listen", "a", "--listen", "a"], "a is given twice; name another address, or leave one out"),
     ],
