@@ -74,6 +74,7 @@ class AsyncClient:
         prompt: str | Sequence[ChatMessage],
         *,
         session: str | None = None,
+        model: str | None = None,
         priority: str = "normal",
         resumable: bool = False,
         **options: Any,
@@ -82,7 +83,7 @@ class AsyncClient:
 
         ``session``: the id of one, as ``open_session`` gives it.
         """
-        answers = self._ask("generate", fields_of(prompt, session, priority, resumable, options))
+        answers = self._ask("generate", fields_of(prompt, session, model, priority, resumable, options))
         try:
             while True:
                 while (event := answers.take()) is not None:

@@ -90,18 +90,19 @@ class Client:
         prompt: str | Sequence[ChatMessage],
         *,
         session: Session | None = None,
+        model: str | None = None,
         priority: str = "normal",
         resumable: bool = False,
         **options: Any,
     ) -> Generation:
         """Answer a prompt: events as they happen, the last one Done; ``options`` are those of ``edge_rt.Session.generate``.
 
-        It is asked when the first event is taken.
+        ``model``: the name of one, else the session's or the daemon's default. It is asked when the first event is taken.
 
         Leaving the loop cancels the request, and lets the rest of its events go by: the connection is as before. With ``resumable``, a
         connection that breaks is made again, and the events go on where they were.
         """
-        return Generation(self, fields_of(prompt, None if session is None else session.id, priority, resumable, options))
+        return Generation(self, fields_of(prompt, None if session is None else session.id, model, priority, resumable, options))
 
     def _answer(self, fields: Message, answers: Answers) -> Generator[Event, None, None]:
         self._ask("generate", fields, answers)
@@ -149,14 +150,13 @@ class Client:
             except OSError:
                 self._end_of(self._socket)
 
-    def session(self, *, keep: bool = False, context: int | None = None) -> Session:
-        """Open a session. ``keep``: it outlives this connection for a while."""
-        found = self.call("open_session", keep=keep, **({} if context is None else {"context": context}))
-        return Session(self, found["session"])
+    def session(self, *, keep: bool = False, context: int | None = None, model: str | None = None) -> Session:
+        """Open a session. ``keep``: it outlives this connection for a while. ``model``: the name of one, else the daemon's default."""
+        return Session(self, self.call("open_session", keep=keep, context=context, model=model)["session"])
 
-    def restore(self, name: str, *, keep: bool = False) -> Session:
+    def restore(self, name: str, *, keep: bool = False, model: str | None = None) -> Session:
         """Open a session that was saved under a name."""
-        return Session(self, self.call("restore_session", name=name, keep=keep)["session"])
+        return Session(self, self.call("restore_session", name=name, keep=keep, model=model)["session"])
 
     def status(self) -> Message:
         """What the daemon is at."""

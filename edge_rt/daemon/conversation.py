@@ -172,12 +172,11 @@ def hello_fields(key: str | None) -> Message:
 
 
 def fields_of(
-    prompt: str | Sequence[ChatMessage], session: str | None, priority: str, resumable: bool, options: Mapping[str, Any]
+    prompt: str | Sequence[ChatMessage], session: str | None, model: str | None, priority: str, resumable: bool, options: Mapping[str, Any]
 ) -> Message:
     """The fields of ``generate``."""
     fields: Message = {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}
-    if session is not None:
-        fields["session"] = session
+    fields |= {name: value for name, value in (("session", session), ("model", model)) if value is not None}
     if priority != "normal":
         fields["priority"] = priority
     if resumable:
