@@ -61,6 +61,8 @@ class Hosted:
         """It has its place in memory."""
         self.cooled = False
         """Its weights were given back, as nobody has asked anything for long."""
+        self.leaving = False
+        """Its worker is about to end."""
         self.idle_since = 0.0
         self._parked, self._changed, self._tell = parked, changed, told
         self._timer: asyncio.TimerHandle | None = None

@@ -114,7 +114,8 @@ class Models:
         number = one.supervisor.call(command, answered)
         one.under_way += 1
         one.cooled = False
-        one.stop_timer()
+        if one.placed:
+            one.stop_timer()
         self._heat.tick()
         self._heat.touch(one.name)
         return number
@@ -152,9 +153,12 @@ class Models:
         """End a model's worker; what it is at gets an error."""
         self._wants.pop(one, None)
         one.stop_timer()
-        await one.supervisor.unload(why)
-        one.placed, one.cooled, one.used = False, False, 0
-        self._nudge()
+        one.leaving = True  # who asks for it meanwhile waits until its memory is free
+        try:
+            await one.supervisor.unload(why)
+        finally:
+            one.placed, one.cooled, one.used, one.leaving = False, False, 0, False
+            self._nudge()
 
     async def close(self, why: Ended) -> None:
         """End all workers."""
@@ -172,7 +176,7 @@ class Models:
             most = shown(self.budget)
             message = f"the model {one.name} needs {shown(needed)} and all models may have {most}; raise memory, or limit the model's own"
             raise ProtocolError("out_of_memory", message, needed=needed, available=self.budget)
-        if self._task is None and self.free >= needed:
+        if self._task is None and not one.leaving and self.free >= needed:
             self._place(one)
             return
         one.supervisor.expect(one.spec, f"it waits for {shown(needed)} of memory, of which {shown(max(0, self.free))} are free")
@@ -222,6 +226,8 @@ class Models:
 
     def _shared(self, task: asyncio.Task[None]) -> None:
         self._task = None
+        if self._nudged:  # after its last look
+            self._nudge()
 
     async def _share(self) -> None:
         """Fulfil wants as far as that is possible now."""
@@ -235,7 +241,7 @@ class Models:
                     self._wants.pop(one, None)
                     # The worker waits for an answer, also if there is no more: then it can refuse.
                     await one.allow(one.allowance + min(self.free, wanted + MORE if wanted else 0))
-                elif enough and one in self._wants:
+                elif enough and one in self._wants and not one.leaving:
                     del self._wants[one]
                     self._place(one)
 
@@ -270,7 +276,7 @@ class Models:
 
     async def _leave(self, one: Hosted, wanted: int) -> None:
         """Let an idle model go; its sessions stay, parked."""
-        if not one.idle or one.supervisor.state == "starting":
+        if not one.idle or one.leaving or one.supervisor.state == "starting":
             return
         if one.supervisor.state == "ready":
             await one.ask({"op": "cool"})

@@ -1,0 +1,320 @@
+"""Several models under one memory budget: with simulated workers, which answer as the real ones do, and count what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_rt.daemon import supervisor
+from edge_rt.daemon.hosted import Needs, foreseen
+from edge_rt.daemon.models import Models
+from edge_rt.daemon.process import Ended
+from edge_rt.daemon.supervisor import Spec
+from edge_rt.errors import ProtocolError
+
+MB = 1 << 20
+
+
+class Worker:
+    """In place of a process. A request holds ``bytes`` of its allowance while it runs, and a tenth of it afterwards, until it is parked."""
+
+    alive: list[Worker] = []  # noqa: RUF012 - all there are
+
+    def __init__(self, told: Any, ended: Any, turns: int | None = None) -> None:
+        self.told, self.ended, self.pending, self.over, self.pid = told, ended, {}, False, 1
+        self.allowance = self.running = self.kept = 0
+        self.waiting: list[tuple[int, int]] = []
+        Worker.alive.append(self)
+
+    def call(self, number: int, command: dict[str, Any], took: Any) -> None:
+        self.pending[number] = took
+        asyncio.get_running_loop().call_soon(self._do, number, command)
+
+    def tell(self, command: dict[str, Any]) -> None:
+        pass
+
+    def _do(self, number: int, command: dict[str, Any]) -> None:
+        if self.over:
+            return
+        match command["op"]:
+            case "open":
+                self.allowance, self.parked = command["allowance"], command["parked"]
+                self._answer(number, {"ok": {"needs": {"weights": Path(command["model"]).stat().st_size, "process": 5 * MB}}})
+            case "allow":
+                self.allowance = command["bytes"]
+                self._shrink()
+                self._answer(number, {"ok": {"held": self.running + self.kept, "reserved": self.running}})
+                self._admit(final=True)
+            case "cool":
+                if self.running:
+                    self._answer(number, {"ok": {"busy": True}})
+                else:
+                    self.kept = 0
+                    self._answer(number, {"ok": {"held": 0}})
+            case "generate":
+                self.waiting.append((number, command["bytes"]))
+                self._admit()
+
+    def _shrink(self) -> None:
+        self.kept = max(0, min(self.kept, self.allowance - self.running))
+
+    def _admit(self, *, final: bool = False) -> None:
+        for number, wanted in list(self.waiting):
+            if self.running + wanted <= self.allowance:
+                self.waiting.remove((number, wanted))
+                self.running += wanted
+                self._shrink()
+                asyncio.get_running_loop().call_later(0.001, self._end, number, wanted)
+            elif final and not self.running:
+                self.waiting.remove((number, wanted))
+                self._answer(number, {"error": {"code": "out_of_memory", "message": "no"}})
+            elif not final:
+                self.told({"short": self.running + wanted - self.allowance})
+
+    def _end(self, number: int, wanted: int) -> None:
+        if self.over:
+            return
+        self.running -= wanted
+        self.kept += wanted // 10
+        self._shrink()
+        self._answer(number, {"ok": {}})
+        self._admit()
+
+    def _answer(self, number: int, message: dict[str, Any]) -> None:
+        if took := self.pending.pop(number, None):
+            took(message)
+
+    def die(self, why: Ended) -> None:
+        self.over = True
+        Worker.alive.remove(self)
+        pending, self.pending = self.pending, {}
+        self.ended(self, why)
+        for took in pending.values():
+            took({"error": {"code": why.code, "message": why.message}})
+
+    kill = die
+
+    async def stop(self, why: Ended) -> None:
+        await asyncio.sleep(0.001)
+        if not self.over:
+            self.die(why)
+
+    @property
+    def held(self) -> int:
+        return self.running + self.kept
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    Worker.alive.clear()
+    monkeypatch.setattr(supervisor, "Process", Worker)
+    monkeypatch.setattr("edge_rt.daemon.hosted.foreseen", lambda spec: Needs(Path(spec.model).stat().st_size, 6 * MB, 4 * MB))
+
+
+@dataclass
+class Host:
+    """A daemon's models. ``files``: sizes in MB by name."""
+
+    models: Models
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    asked: int = 0
+    most: int = 0
+
+    def ask(self, name: str, bytes: int = MB) -> int:
+        self.asked += 1
+        number = self.asked
+        self.models.call(self.models.find(name), {"op": "generate", "bytes": bytes}, lambda message: self.answers.setdefault(number, message))
+        self.check()
+        return number
+
+    async def answer(self, number: int) -> dict[str, Any]:
+        for _ in range(10_000):
+            if number in self.answers:
+                return self.answers[number]
+            self.check()
+            await asyncio.sleep(0.001)
+        raise AssertionError(f"request {number} is not answered")
+
+    def check(self) -> None:
+        """What is promised, and what workers hold, is within the budget."""
+        taken = sum(one.taken for one in self.models)
+        self.most = max(self.most, taken)
+        assert taken <= self.models.budget
+        held = sum(worker.held for worker in Worker.alive)
+        assert held <= sum(max(one.allowance, one.used) for one in self.models if one.placed)
+
+
+def host(folder: Path, budget: int, sizes: dict[str, int], **times: float) -> Host:
+    models = Models(
+        budget * MB, 60.0, times.get("cool_after", 0.0), times.get("patience", 5.0), folder / "parked", lambda one: None, lambda one, message: None
+    )  # fmt: skip
+    for name, size in sizes.items():
+        path = folder / f"{name}.gguf"
+        with path.open("wb") as file:
+            file.truncate(size * MB)
+        models.know(name, Spec(str(path), {}))
+    return Host(models)
+
+
+def test_models_are_found_by_their_names(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 1, "b": 1})
+        assert here.models.find("a") is here.models.find("a.gguf")
+        for name in (None, "c"):
+            with pytest.raises(ProtocolError, match="a, b"):
+                here.models.find(name)
+        here.models.default = "b"
+        assert here.models.find().name == "b"
+        here.models.forget(here.models.find())
+        with pytest.raises(ProtocolError, match="names no model"):
+            here.models.find()
+
+    asyncio.run(main())
+
+
+def test_one_that_is_not_in_memory_comes_for_its_first_request_and_the_coldest_leaves(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 140, {"a": 40, "b": 40, "c": 40})
+        for _ in range(3):
+            assert await here.answer(here.ask("a")) == {"ok": {}}
+        assert await here.answer(here.ask("b")) == {"ok": {}}
+        assert {one.name for one in here.models if one.placed} == {"a", "b"}
+        assert await here.answer(here.ask("c")) == {"ok": {}}
+        assert {one.name for one in here.models if one.placed} == {"a", "c"}, "b was asked least"
+        assert here.models.evictions == 1
+        assert len(Worker.alive) == 2
+
+    asyncio.run(main())
+
+
+def test_one_that_is_busy_stays_and_the_other_waits_with_a_reason(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 60, "b": 60})
+        first, second = here.ask("a"), here.ask("b")
+        waiting = here.models.find("b").supervisor
+        assert (waiting.state, "waits for" in waiting.reason) == ("waiting", True)
+        assert await here.answer(first) == await here.answer(second) == {"ok": {}}
+
+    asyncio.run(main())
+
+
+def test_who_waits_too_long_is_told_how_much_is_missing(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 60, "b": 60}, patience=0.05)
+        here.models.load(here.models.find("a"))
+        here.models.find("a").under_way += 1  # for good
+        error = (await here.answer(here.ask("b")))["error"]
+        assert error["code"] == "out_of_memory"
+        assert "70M" in error["message"]
+        assert not here.models.find("b").placed
+
+    asyncio.run(main())
+
+
+def test_one_that_can_never_fit_is_refused_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 50, {"a": 60})
+        with pytest.raises(ProtocolError) as caught:
+            here.ask("a")
+        assert caught.value.code == "out_of_memory"
+        assert caught.value.fields == {"needed": 70 * MB, "available": 50 * MB}
+
+    asyncio.run(main())
+
+
+def test_an_allowance_grows_at_the_expense_of_what_others_do_not_use(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 10, "b": 10})
+        here.models.load(here.models.find("a"))
+        assert await here.answer(here.ask("b", 30 * MB)) == {"ok": {}}
+        assert await here.answer(here.ask("a", 30 * MB)) == {"ok": {}}
+        assert await here.answer(here.ask("b", 69 * MB)) == {"ok": {}}, "so much is left beside both"
+        assert here.models.evictions <= 1
+        assert (await here.answer(here.ask("b", 90 * MB)))["error"]["code"] == "out_of_memory"
+
+    asyncio.run(main())
+
+
+def test_a_model_cools_down_when_nobody_asks_and_leaves_before_others(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 140, {"a": 40, "b": 40, "c": 40}, cool_after=0.02)
+        for _ in range(5):
+            await here.answer(here.ask("a"))
+        await asyncio.sleep(0.05)
+        assert here.models.find("a").cooled
+        await here.answer(here.ask("b"))
+        assert not here.models.find("b").cooled
+        await here.answer(here.ask("c"))
+        assert {one.name for one in here.models if one.placed} == {"b", "c"}, "a was asked most, and is cool"
+        await asyncio.sleep(0.05)
+        assert here.models.find("b").cooled
+        await here.answer(here.ask("b"))
+        assert not here.models.find("b").cooled
+
+    asyncio.run(main())
+
+
+def test_one_that_needs_more_than_was_foreseen_makes_others_shrink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 40, "b": 40})
+        here.models.find("b").needs = Needs(10 * MB, 6 * MB, 4 * MB)
+        here.models.load(here.models.find("a"))
+        await here.answer(here.ask("a", 20 * MB))
+        here.models.call(here.models.find("b"), {"op": "generate", "bytes": MB}, lambda message: here.answers.setdefault(99, message))
+        while 99 not in here.answers:
+            await asyncio.sleep(0.001)
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+            if here.models.free >= 0:
+                break
+        here.check()
+        assert here.models.find("b").needs.weights == 40 * MB
+
+    asyncio.run(main())
+
+
+MODELS = {"a": 20, "b": 35, "c": 50}
+STEPS = st.lists(
+    st.tuples(st.sampled_from(sorted(MODELS)), st.integers(1, 40)) | st.just("wait") | st.integers(0, 2), min_size=1, max_size=40
+)
+"""A request to a model for so many MB, or a while without any, or the death of a worker."""
+
+
+@given(STEPS, st.integers(70, 160))
+@settings(deadline=None, max_examples=60)
+def test_the_budget_holds_and_every_request_is_answered(tmp_path_factory: Any, steps: list[Any], budget: int) -> None:
+    async def main() -> None:
+        Worker.alive.clear()
+        here = host(tmp_path_factory.mktemp("models"), budget, MODELS)
+        asked = []
+        for step in steps:
+            if step == "wait":
+                await asyncio.sleep(0.003)
+            elif isinstance(step, tuple):
+                asked.append(here.ask(step[0], step[1] * MB))
+            elif step < len(Worker.alive):
+                Worker.alive[step].die(Ended("worker_died", "it died"))
+            here.check()
+        for number in asked:
+            answer = await here.answer(number)
+            assert "ok" in answer or answer["error"]["code"] in ("out_of_memory", "worker_died", "unloaded"), answer
+        assert all(one.under_way == 0 for one in here.models)
+        await here.models.close(Ended("draining", "over"))
+        assert Worker.alive == []
+
+    asyncio.run(main())
+
+
+def test_what_is_foreseen_is_near_what_a_worker_takes(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with path.open("wb") as file:
+        file.truncate(93 * MB)
+    needs = foreseen(Spec(str(path), {}))
+    assert (needs.weights, needs.process) == (93 * MB, 48 * MB + 93 * MB // 16)
+    assert foreseen(Spec(str(path), {"memory": 40 * MB})).weights == 40 * MB
