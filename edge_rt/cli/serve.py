@@ -163,15 +163,29 @@ def check(config: Config) -> int:
 
         book = RuleFile(config.rules, Registry.load(), watch=False)
         say(f"would post-process by {config.rules}, version {book.current.version}")
-    if config.model is None:
-        say("would wait for a client to load a model")
-        return 0
+    _check_models(config)
+    return 0
+
+
+def _check_models(config: Config) -> None:
+    """Say which models there would be, and what they need. Raises ModelFileError, OptionError."""
     from edge_rt.catalog import resolve
     from edge_rt.core.load import checked
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.daemon.hosted import foreseen
+    from edge_rt.daemon.models import most_of_what_is_free
+    from edge_rt.daemon.supervisor import Spec
 
-    path = resolve(config.model)
-    with ModelFile.open(path) as file:
-        checked.check_metadata(file)
-        say(f"would open {path}, architecture {file.header.architecture}")
-    return 0
+    budget = config.memory or most_of_what_is_free()
+    if config.model is None:
+        say("would wait for a client to load a model" if not config.models else "would open no model before it is asked for")
+    given = [("would open", config.model, config.model_options)] if config.model is not None else []
+    for verb, model, options in [*given, *((f"would know {name}:", *model) for name, model in config.models.items())]:
+        path = resolve(model)
+        with ModelFile.open(path) as file:
+            checked.check_metadata(file)
+            needs = foreseen(Spec(str(path), options)).total
+            say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {sizes.shown(needs)}")
+        if needs > budget:
+            raise OptionError(f"{model} needs {sizes.shown(needs)} and all models may have {sizes.shown(budget)}; raise memory")
+    say(f"would let models have {sizes.shown(budget)} together")

@@ -13,6 +13,7 @@ from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
+    from edge_rt.daemon.parking import Parking
 
 _PROCESS, _WORKING = 48 << 20, 24 << 20
 
@@ -51,7 +52,7 @@ class Hosted:
     """``allowance``: bytes that its worker may use for caches and compute. ``used``: what it does, at least, as far as it has told."""
 
     def __init__(
-        self, name: str, spec: Spec, hung_after: float, turns: int | None, parked: Path,
+        self, name: str, spec: Spec, hung_after: float, turns: int | None, parking: Parking,
         changed: Callable[[Hosted], None], told: Callable[[Hosted, Message], None],
     ) -> None:  # fmt: skip
         """Raises OSError if the file is gone."""
@@ -64,7 +65,7 @@ class Hosted:
         self.leaving = False
         """Its worker is about to end."""
         self.idle_since = 0.0
-        self._parked, self._changed, self._tell = parked, changed, told
+        self._parking, self._changed, self._tell = parking, changed, told
         self._timer: asyncio.TimerHandle | None = None
         self.supervisor = Supervisor(hung_after, self._state, self._told, self._grant, turns)
 
@@ -85,7 +86,8 @@ class Hosted:
         return self.needs.fixed + max(self.allowance, self.used) if self.placed else 0
 
     def _grant(self) -> Message:
-        return {"allowance": self.allowance, "parked": str(self._parked)}
+        folder = self._parking.folder()
+        return {"allowance": self.allowance, "parked": None if folder is None else str(folder / self.name)}
 
     def _state(self) -> None:
         if self.supervisor.state == "ready" and self.supervisor.model is not None:

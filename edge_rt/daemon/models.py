@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edge_rt.core.load.heat import Heat
 from edge_rt.daemon import turns
 from edge_rt.daemon.hosted import Hosted
+from edge_rt.daemon.parking import Parking
 from edge_rt.daemon.process import Ended
 from edge_rt.daemon.supervisor import UNLOADED, Spec
 from edge_rt.errors import ProtocolError
@@ -38,13 +39,16 @@ class Models:
     """``changed(hosted)`` is called when a worker's state is another, ``told(hosted, message)`` with what a worker says of sessions."""
 
     def __init__(
-        self, budget: int, hung_after: float, cool_after: float, patience: float, parked: Path,
+        self, budget: int, hung_after: float, cool_after: float, patience: float, state: Path,
         changed: Callable[[Hosted], None], told: Callable[[Hosted, Message], None],
     ) -> None:  # fmt: skip
-        """``budget``: bytes. ``cool_after``: seconds without a request, 0 for never. ``patience``: how long a model waits for room."""
+        """``budget``: bytes. ``cool_after``: seconds without a request, 0 for never. ``patience``: how long a model waits for room.
+
+        ``state``: the folder in which there is one for parked sessions.
+        """
         self.budget, self.default = budget, ""
         self._known: dict[str, Hosted] = {}
-        self._hung_after, self._cool_after, self._patience, self._parked = hung_after, cool_after, patience, parked
+        self._hung_after, self._cool_after, self._patience, self._parking = hung_after, cool_after, patience, Parking(state)
         self._changed, self._told = changed, told
         self._heat = Heat(HALF_LIFE)
         self._turns = turns.shared()
@@ -62,7 +66,7 @@ class Models:
 
     def know(self, name: str, spec: Spec) -> Hosted:
         """A model that may be asked for, from now on. What was known by the name is forgotten; it must not be loaded."""
-        self._known[name] = one = Hosted(name, spec, self._hung_after, self._turns, self._parked / name, self._changed, self._hear)
+        self._known[name] = one = Hosted(name, spec, self._hung_after, self._turns, self._parking, self._changed, self._hear)
         return one
 
     def forget(self, one: Hosted) -> None:
@@ -166,6 +170,7 @@ class Models:
         if self._task is not None:
             self._task.cancel()
         await asyncio.gather(*(self.unload(one, why) for one in self))
+        self._parking.close()
         if self._turns is not None:
             os.close(self._turns)
             self._turns = None

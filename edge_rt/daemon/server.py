@@ -46,7 +46,7 @@ class Server:
         self.config = config
         self.models = Models(
             config.memory or most_of_what_is_free(), config.hung_after, config.cool_after, config.wait_for_memory,
-            config.state / ".parked", self._changed, self._told,
+            config.state, self._changed, self._told,
         )  # fmt: skip
         self.sessions = Sessions(config.limits.sessions_per_user, config.keep_sessions, self._forget_session)
         self.draining = False

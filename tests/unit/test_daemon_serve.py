@@ -1,6 +1,7 @@
 """`edge-rt serve` around the daemon: configuration, --check, rules, systemd, and how it ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,6 +89,10 @@ def test_a_configuration(tmp_path):
         ("key_file = 'open'", "line 1: others may read the key"),
         ("key_file = 'short'", "line 1: the key has fewer than 16 characters"),
         ("listen = [", "line 1: it is not TOML"),
+        ("\nmemory = 'lots'", "line 2: memory takes a size as 500M or 1.5G and not 'lots'"),
+        ("[models.'a b']\nfile = 'x'", "line 1: 'a b' is no name for a model"),
+        ("[models.a]\ncontext = 3", "models.a has no file; give a text"),
+        ("[models.a]\nfile = 'x'\ncontex = 3", "line 3: models.a has no rule contex; did you mean context"),
     ],
 )
 def test_configurations_that_are_wrong(tmp_path, text, message):
@@ -135,14 +140,25 @@ def test_options_of_the_command_line_come_before_the_file(tmp_path, words, expec
 def test_check_says_what_would_happen(tmp_path, random_model, capsys):
     words = ["serve", "--listen", str(tmp_path / "run" / "d.sock"), "--check"]
     assert cli.main(words) == 0
-    assert capsys.readouterr().err.splitlines() == [
+    said = capsys.readouterr().err.splitlines()
+    assert said[:-1] == [
         f"would listen at unix:{tmp_path}/run/d.sock",
         "would let in root" + (", you" if os.getuid() else ""),
         "would wait for a client to load a model",
     ]
+    assert re.fullmatch(r"would let models have [\d,.]+[MG] together", said[-1])
     assert list(tmp_path.iterdir()) == []
     assert cli.main([*words, "-m", str(random_model())]) == 0
-    assert capsys.readouterr().err.endswith(f"would open {random_model()}, architecture llama\n")
+    assert f"would open {random_model()}, architecture llama, which needs about 7" in capsys.readouterr().err
+    config = tmp_path / "d.toml"
+    config.write_text(f'memory = "1.5G"\n[models.small]\nfile = "{random_model()}"\ncontext = 99\n')
+    assert cli.main([*words, "--config", str(config)]) == 0
+    *_, model, budget = capsys.readouterr().err.splitlines()
+    assert model.startswith(f"would know small: {random_model()}, architecture llama, which needs about ")
+    assert budget == "would let models have 1,536M together"
+    config.write_text(f'memory = "50M"\n[models.small]\nfile = "{random_model()}"\n')
+    assert cli.main([*words, "--config", str(config)]) == 1
+    assert "and all models may have 50M; raise memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ class Host:
     def ask(self, name: str, bytes: int = MB) -> int:
         self.asked += 1
         number = self.asked
-        self.models.call(self.models.find(name), {"op": "generate", "bytes": bytes}, lambda message: self.answers.setdefault(number, message))
+        command = {"op": "generate", "bytes": bytes}
+        self.models.call(self.models.find(name), command, lambda message: self.answers.setdefault(number, message))
         self.check()
         return number
 
@@ -151,9 +152,8 @@ class Host:
 
 
 def host(folder: Path, budget: int, sizes: dict[str, int], **times: float) -> Host:
-    models = Models(
-        budget * MB, 60.0, times.get("cool_after", 0.0), times.get("patience", 5.0), folder / "parked", lambda one: None, lambda one, message: None
-    )  # fmt: skip
+    cool_after, patience = times.get("cool_after", 0.0), times.get("patience", 5.0)
+    models = Models(budget * MB, 60.0, cool_after, patience, folder / "state", lambda one: None, lambda one, message: None)
     for name, size in sizes.items():
         path = folder / f"{name}.gguf"
         with path.open("wb") as file:
