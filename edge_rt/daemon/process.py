@@ -111,7 +111,8 @@ class Process(asyncio.Protocol):
             return
         try:
             for message in self._frames.feed(data):
-                self._answer(message)
+                if self._verdict is None:  # else it said this before it knew of its end, and the verdict says more
+                    self._answer(message)
         except ProtocolError as error:
             self.kill(Ended("worker_died", f"the worker wrote what it must not: {error}"))
 

@@ -143,7 +143,8 @@ class Serving:
 
     @property
     def _opened(self) -> Model:
-        assert self._model is not None, "commands come after the one that opens the model"
+        if self._model is None:  # the daemon has heard why, and is about to end us
+            raise ProtocolError("unloaded", "the model could not be opened")
         return self._model
 
     def _tokenize(self, command: Message) -> Message:
