@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core import ggml_engine
+from edge_rt.core import ggml_sequences
 from edge_rt.core.graph import common
 from edge_rt.errors import AbiMismatch, ConstraintError, EdgeError, ModelChanged, ModelFileError, OptionError, PluginError
 from edge_rt.native import abi
@@ -169,7 +169,7 @@ def test_200_greedy_tokens_are_libllamas(random_model: Callable[..., Path], monk
     """With one kind of attention throughout, as libllama has it, every token is the same, prompt and answer."""
     from reference import Reference
 
-    monkeypatch.setattr(ggml_engine, "transposed_decodes_faster", lambda *_: not flash)
+    monkeypatch.setattr(ggml_sequences, "transposed_decodes_faster", lambda *_: not flash)
     monkeypatch.setattr(common, "FLASH_FROM", 9 if flash else 10**9)
     path = random_model("llama", type="Q4_0", n_embd=128, n_layer=4)
     with edge_rt.open(path, threads=1) as model, model.session() as session:
