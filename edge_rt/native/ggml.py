@@ -52,6 +52,8 @@ c.declare("commit", STR)
 c.declare("tensor_overhead", SIZE)
 # size_t ggml_graph_overhead_custom(size_t size, bool grads);
 c.declare("graph_overhead_custom", SIZE, SIZE, BOOL)
+# bool ggml_is_quantized(enum ggml_type type);
+c.declare("is_quantized", BOOL, I32)
 # int64_t ggml_blck_size(enum ggml_type type);
 c.declare("blck_size", I64, I32)
 # size_t ggml_row_size(enum ggml_type type, int64_t ne);
@@ -159,14 +161,20 @@ c.declare("backend_cpu_reg", P)
 c.declare("backend_reg_get_proc_address", P, P, STR)
 # ggml_backend_dev_t ggml_backend_reg_dev_get(ggml_backend_reg_t reg, size_t index);
 c.declare("backend_reg_dev_get", P, P, SIZE)
+# bool ggml_backend_dev_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op);
+c.declare("backend_dev_supports_op", BOOL, P, P)
 # const char * ggml_backend_buft_name(ggml_backend_buffer_type_t buft);
 c.declare("backend_buft_name", STR, P)
+# size_t ggml_backend_buft_get_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor * tensor);
+c.declare("backend_buft_get_alloc_size", SIZE, P, P)
 # ggml_backend_buffer_t ggml_backend_buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size);
 c.declare("backend_buft_alloc_buffer", P, P, SIZE)
 # ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_buffer_type_t buft);
 c.declare("backend_alloc_ctx_tensors_from_buft", P, P, P)
 # void * ggml_backend_buffer_get_base(ggml_backend_buffer_t buffer);
 c.declare("backend_buffer_get_base", P, P)
+# const char * ggml_backend_buffer_name(ggml_backend_buffer_t buffer);
+c.declare("backend_buffer_name", STR, P)
 # size_t ggml_backend_buffer_get_size(ggml_backend_buffer_t buffer);
 c.declare("backend_buffer_get_size", SIZE, P)
 # void ggml_backend_buffer_free(ggml_backend_buffer_t buffer);
@@ -293,6 +301,11 @@ def compute(backend: Handle, graph: int) -> None:
         raise NativeError(f"libggml failed to compute a graph (status {status})")
 
 
+def supports(operation: int) -> bool:
+    """Has the CPU a kernel for a graph's operation, given the buffers its operands are in?"""
+    return bool(c.backend_dev_supports_op(c.backend_reg_dev_get(c.backend_cpu_reg(), 0), operation))
+
+
 def extra_buffer_types() -> dict[str, int]:
     """The CPU's extra buffer types (packed weight layouts) by name, in the library's order of preference."""
     registry = c.backend_cpu_reg()
@@ -312,3 +325,8 @@ def extra_buffer_types() -> dict[str, int]:
 def cpu_features() -> tuple[str, ...]:
     """Instruction sets the library was built for and the CPU has, in ggml's names."""
     return tuple(name for name in _CPU_FEATURES if function(f"ggml_cpu_has_{name}", I32)())
+
+
+def vector_length() -> int:
+    """Bytes of a vector where the CPU decides, not its instruction set (SVE, RISC-V): packed layouts depend on it. Else 0."""
+    return max(int(function(f"ggml_cpu_get_{name}", I32)()) for name in ("sve_cnt", "rvv_vlen"))

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
+from edge_rt.native import ggml
+
 _QUIET = llama.llama_log_callback(lambda *_: None)
 
 
 class Reference:
-    """One model and one context of libllama; ``flash`` chooses its attention."""
+    """One model and one context of libllama; ``flash`` chooses its attention.
 
-    def __init__(self, path: Path, *, flash: bool, threads: int = 1, context: int = 512, key_type: int = 1) -> None:
+    ``layouts``: the packed buffer types it may put weights into (None: all the CPU has, as by default). Each has kernels of its own,
+    so that bits are the same only where both programs use the same layouts.
+    """
+
+    def __init__(
+        self, path: Path, *, flash: bool, threads: int = 1, context: int = 512, key_type: int = 1, layouts: Sequence[str] | None = None
+    ) -> None:
         llama.llama_log_set(_QUIET, ctypes.c_void_p(0))
-        self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+        with _offered(tuple(ggml.extra_buffer_types()) if layouts is None else layouts):
+            self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         assert self._model, f"libllama cannot load {path}"
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, context, 512
@@ -52,3 +62,24 @@ class Reference:
     def close(self) -> None:
         llama.llama_free(self._context)
         llama.llama_model_free(self._model)
+
+
+@contextmanager
+def _offered(names: Sequence[str]) -> Iterator[None]:
+    """Let libllama choose only among these packed buffer types. It has a switch for all of them and none for each, but asks
+    the CPU's device for the list: an array of the library's that ends with NULL.
+    """
+    types = ggml.extra_buffer_types()
+    registry = ggml.c.backend_cpu_reg()
+    ask = ggml.c.backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    listing = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(ask)(ggml.c.backend_reg_dev_get(registry, 0))
+
+    def write(chosen: Sequence[str]) -> None:
+        for i, address in enumerate([*(types[name] for name in chosen), None]):
+            listing[i] = address
+
+    write(names)
+    try:
+        yield
+    finally:
+        write(tuple(types))

@@ -50,6 +50,11 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
         yield engine
 
 
+def libllama_like(engine: GgmlEngine, path: Path, **options: Any) -> Reference:
+    """libllama with the engine's layouts: float weights, which it would put among the packed ones, are never packed here."""
+    return Reference(path, layouts=None if any(unit.packed for unit in engine.units()) else (), **options)
+
+
 def feed(engine: GgmlEngine, sequence: int, tokens: list[int]) -> Any:
     """Logits of every token, as a copy."""
     (logits,) = engine.step([Part(sequence, tokens, "all")])
@@ -82,7 +87,7 @@ def layout(transposed: bool) -> dict[str, Any]:
 
 @LAYOUTS
 def test_prefill_is_libllamas_flash_attention_bit_for_bit(model: Path, transposed: bool) -> None:
-    with opened(model, **layout(transposed)) as engine, closing(Reference(model, flash=True)) as libllama:
+    with opened(model, **layout(transposed)) as engine, closing(libllama_like(engine, model, flash=True)) as libllama:
         tokens, sequence = random_tokens(engine, 60), engine.new_sequence()
         for part in (tokens[:40], tokens[40:]):  # the second chunk attends over the first
             same_bits(feed(engine, sequence, part), libllama.feed(part))
@@ -91,7 +96,7 @@ def test_prefill_is_libllamas_flash_attention_bit_for_bit(model: Path, transpose
 @LAYOUTS
 def test_decode_is_libllamas_bit_for_bit(model: Path, transposed: bool) -> None:
     """Its flash attention over values by cell, its plain attention over transposed ones."""
-    with opened(model, **layout(transposed)) as engine, closing(Reference(model, flash=not transposed)) as libllama:
+    with opened(model, **layout(transposed)) as engine, closing(libllama_like(engine, model, flash=not transposed)) as libllama:
         sequence = engine.new_sequence()
         for token in random_tokens(engine, 12):
             same_bits(feed(engine, sequence, [token]), libllama.feed([token]))
@@ -101,7 +106,7 @@ def test_decode_is_libllamas_bit_for_bit(model: Path, transposed: bool) -> None:
 def test_q8_0_keys_are_libllamas_bit_for_bit(random_model: Callable[..., Path], transposed: bool) -> None:
     path = random_model("llama", head_dim=32)
     options = {"key_type": "q8_0", **layout(transposed)}
-    with opened(path, **options) as engine, closing(Reference(path, flash=not transposed, key_type=8)) as libllama:
+    with opened(path, **options) as engine, closing(libllama_like(engine, path, flash=not transposed, key_type=8)) as libllama:
         sequence, tokens = engine.new_sequence(), random_tokens(engine, 32)
         for part in [[t] for t in tokens[:8]] if transposed else [tokens[:20], *([t] for t in tokens[20:])]:
             same_bits(feed(engine, sequence, part), libllama.feed(part))
@@ -122,7 +127,7 @@ def test_growing_through_many_steps_changes_nothing(random_model: Callable[..., 
     """600 cells: the cache moves to larger buffers on the way, prefill and decode by turns; libllama has all its cells at once."""
     path = random_model("llama", context=1024)
     options = {"context": 1024, **layout(transposed)}
-    with opened(path, **options) as engine, closing(Reference(path, flash=True, context=1024)) as libllama:
+    with opened(path, **options) as engine, closing(libllama_like(engine, path, flash=True, context=1024)) as libllama:
         tokens, sequence = random_tokens(engine, 600), engine.new_sequence()
         for start in range(0, 600, 50):
             same_bits(feed(engine, sequence, tokens[start : start + 50]), libllama.feed(tokens[start : start + 50]))

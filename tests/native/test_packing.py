@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reference import Reference
 
 from edge_rt import config
 from edge_rt.core.engine import Part
@@ -22,6 +23,12 @@ from edge_rt.core.load import pack_cache, packing
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.core.load.packing import PackDamaged, PackedFile
 from edge_rt.hooks import EngineOptions
+from edge_rt.native import ggml
+
+LAYOUTS = [
+    pytest.param(name, marks=pytest.mark.skipif(name not in packing.layouts(), reason="this CPU has no such layout"))
+    for name in packing.LAYOUTS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -192,3 +199,64 @@ def test_a_model_with_nothing_to_pack_makes_no_file(random_model: Callable[..., 
     _, notices = run(random_model("llama", type="F32"))
     assert notices == []
     assert packs() == []
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A CPU with these layouts."""
+    available = ggml.extra_buffer_types()
+    monkeypatch.setattr(packing, "layouts", lambda: {name: available[name] for name in names})
+
+
+def layouts_in(pack: Path) -> dict[str, str]:
+    with pack.open("rb") as file:
+        return {entry[0]: entry[5] for entry in packing._read_body(file.fileno())["entries"]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("type_", ["Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
+def test_each_layout_gives_the_bits_it_gives_in_libllama(
+    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, layout: str, type_: str
+) -> None:
+    """A prompt, single tokens, and few at once, which may have kernels of their own."""
+    only(monkeypatch, layout)
+    path = random_model("llama", type=type_, n_embd=256, n_ff=512, n_head=4, n_head_kv=2)
+    options = EngineOptions(threads=2, context=512, extra={"ggml.transposed_values": False})
+    with (
+        ModelFile.open(path) as file,
+        closing(GgmlEngine(file, options)) as engine,
+        closing(Reference(path, flash=True, layouts=(layout,))) as libllama,
+    ):
+        sequence, tokens = engine.new_sequence(), [int(t) for t in np.random.default_rng(0).integers(0, engine.info.n_vocab, 60)]
+        for part in (tokens[:50], *([t] for t in tokens[50:55]), tokens[55:]):
+            (ours,), theirs = engine.step([Part(sequence, part, "all")]), libllama.feed(part)
+            assert np.isfinite(theirs).all()
+            np.testing.assert_array_equal(np.array(ours).view(np.uint32), theirs.view(np.uint32))
+    assert {used for pack in packs() for used in layouts_in(pack).values()} <= {layout, ""}
+
+
+@pytest.mark.skipif(set(packing.layouts()) != set(packing.LAYOUTS), reason="this CPU has one layout")
+def test_experts_have_another_layout_than_what_all_tokens_use(random_model: Callable[..., Path]) -> None:
+    run(random_model("qwen3moe", type="Q4_0", n_embd=128, n_ff_exp=64))
+    found = layouts_in(packs()[0])
+    assert found["blk.0.attn_q.weight"] == "AMX"
+    assert found["blk.0.ffn_up_exps.weight"] == "CPU_REPACK"
+    assert found["blk.0.attn_norm.weight"] == ""
+
+
+def test_weights_of_another_cpu_are_packed_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may move to another machine, or the system may withhold a part of this one."""
+    run(model)
+    seen: list[tuple[str, int, int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml, "vector_length", lambda: 32)
+        run(model, lambda *step: seen.append(step))
+    assert packing_steps(seen) > 0
+    only(monkeypatch)
+    logits, notices = run(model)
+    with ModelFile.open(model) as file, closing(GgmlEngine(file, EngineOptions(threads=1, context=64, pack=False))) as plain:
+        (expected,) = plain.step([Part(plain.new_sequence(), [1, 2, 3, 4, 5], "all")])
+        np.testing.assert_array_equal(logits, np.array(expected))
+    assert notices == []

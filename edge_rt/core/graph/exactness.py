@@ -39,7 +39,8 @@ def exact_columns(matrices: Iterable[int], backend: ggml.Handle, most: int) -> i
     limit = most
     for matrix in matrices:
         fields = ggml.fields(matrix)
-        kind = f"{fields.type} {bool(fields.extra)} {list(fields.ne)} {most}"
+        layout = c.backend_buffer_name(fields.buffer).decode() if fields.extra else "plain"
+        kind = f"{fields.type} {layout} {list(fields.ne)} {most}"
         found = known.get(kind)
         if found is None:  # a probe takes up to a second
             found = _exact_columns(matrix, backend, most)

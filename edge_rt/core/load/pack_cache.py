@@ -21,9 +21,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def cache_key(file: ModelFile) -> str:
-    """Identify model content, library build and CPU features: a packed file is good only for all three."""
-    parts = (file.key(), ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(packing.FORMAT))
-    return "|".join(parts)
+    """Identify model content, library build and CPU: a packed file is good only for all three.
+
+    Of the CPU: features, vector length, and the layouts it may use now, for a system can withhold AMX from a process.
+    """
+    build = (ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(ggml.vector_length()))
+    return "|".join((file.key(), *build, *packing.layouts(), str(packing.FORMAT)))
 
 
 def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[PackedFile | None, str | None]:
