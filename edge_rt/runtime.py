@@ -367,11 +367,11 @@ class Model:
         return [UnitFacts(u.name, len(u.spans), u.size, u.resident(), u.packed) for u in units()]
 
     def cool(self) -> None:
-        """Give the weights' memory back while nobody asks anything; vocabulary, header and sessions stay."""
+        """Let the system have the weights' memory while nobody asks anything; vocabulary, header and sessions stay."""
         self._if_possible("cool")
 
     def warm(self) -> None:
-        """Read the weights again, in the background."""
+        """Map the weights again, and read what the system took, in the background."""
         self._if_possible("warm")
 
     def _if_possible(self, method: str) -> None:

@@ -13,7 +13,7 @@ from edge_rt.errors import NativeError, OutOfMemory
 
 PAGE = mmap.PAGESIZE
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
-_ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22, "hugepage": 14}
+_ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22, "hugepage": 14, "cold": 20}
 _FADV_WILLNEED, _FADV_DONTNEED = 3, 4
 _HUGE = 2 << 20
 """The usual size of a huge page. Where it is another, pages are merely smaller."""
@@ -166,6 +166,16 @@ def lock(address: int, size: int) -> bool:
 def unlock(address: int, size: int) -> None:
     """Undo ``lock``."""
     _libc().munlock(address, size)
+
+
+def yield_pages(address: int, size: int) -> None:
+    """Take a clean mapped file range out of the page table, so that its memory is anybody's; what nobody takes is there when touched.
+
+    Where the system has MADV_COLD (Linux 5.4), the range is among the first that it takes when memory is short.
+    """
+    if sys.platform == "linux":
+        advise(address, size, "cold")  # before it leaves the page table, which would count as a use
+    advise(address, size, "dontneed")
 
 
 def release(address: int, size: int, fd: int, offset: int) -> None:

@@ -32,6 +32,21 @@ def on_disk(path: Path) -> Path:
     return path
 
 
+def evict(path: Path) -> None:
+    """Let the system take what nobody has mapped, as it does when memory is short."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def mapped_bytes() -> int:
+    """Of files, in this process's page table."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 12 MB in eight blocks: large enough that pages and units are told apart."""
@@ -70,15 +85,29 @@ def test_units_cover_every_tensor_once(model: Path) -> None:
         assert total <= sum(unit.size for unit in engine.units()) <= total + 4096 * 64
 
 
-def test_cooled_weights_leave_memory_and_come_back_with_the_same_result(model: Path) -> None:
+def test_cooled_weights_are_free_to_take_and_are_there_while_nobody_does(model: Path) -> None:
+    with opened(model) as engine:
+        dense = sum(unit.size for unit in engine.units() if not unit.sparse)
+        before = logits(engine, [1, 2, 3])
+        assert settle(lambda: (engine.memory().weights_resident or 0) >= dense * 0.95)
+        mapped = mapped_bytes()
+        engine.cool()
+        assert mapped - mapped_bytes() > dense * 0.9
+        assert (engine.memory().weights_resident or 0) >= dense * 0.95
+        np.testing.assert_array_equal(before, logits(engine, [1, 2, 3]))
+
+
+def test_cooled_weights_that_the_system_took_come_back_with_the_same_result(model: Path) -> None:
     with opened(model) as engine:
         before = logits(engine, [1, 2, 3])
         engine.cool()
+        evict(model)
         resident = engine.memory().weights_resident
         assert resident is not None
         assert resident < engine.weights.size // 4
         np.testing.assert_array_equal(before, logits(engine, [1, 2, 3]))
         engine.cool()
+        evict(model)
         engine.warm()
         dense = sum(unit.size for unit in engine.units() if not unit.sparse)
         assert settle(lambda: (engine.memory().weights_resident or 0) >= dense * 0.95)
@@ -89,6 +118,7 @@ def test_the_embedding_is_not_read_ahead(model: Path) -> None:
         file.map.madvise(4)  # MADV_DONTNEED
     with opened(model) as engine:
         engine.cool()
+        evict(model)
         engine.warm()
         embedding = engine.units()[0]
         assert embedding.sparse
@@ -102,6 +132,7 @@ def test_a_budget_gives_the_same_bits_and_is_kept(model: Path, fraction: float) 
         expected = logits(free, [1, 2, 3])
         dense = sum(unit.size for unit in free.units() if not unit.sparse)
         free.cool()
+    evict(model)
     budget = int(dense * fraction)
     with opened(model, memory=budget) as engine:
         pager = engine.pager
@@ -151,6 +182,7 @@ def test_experts_stay_within_their_budget(tmp_path: Path) -> None:
         expected = logits(free, list(range(20)))
         sizes = {unit.name: unit.size for unit in free.units()}
         free.cool()
+    evict(path)
     dense = sum(size for name, size in sizes.items() if name != "embedding" and not name.endswith(".experts"))
     with opened(path, memory=dense + 8 * MB) as engine:
         np.testing.assert_array_equal(expected, logits(engine, list(range(20))))
@@ -192,6 +224,7 @@ def test_heat_halves_with_every_half_life() -> None:
 def test_prefetch_stops_when_memory_is_short(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(model) as engine:
         engine.cool()
+        evict(model)
         monkeypatch.setattr("edge_rt.core.load.prefetch.available_memory", lambda: 10 * MB)
         prefetcher = Prefetcher(engine.units())
         prefetcher.start()

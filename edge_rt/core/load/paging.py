@@ -99,14 +99,14 @@ class Paging:
             self._prefetcher.start()
 
     def cool(self) -> None:
-        """Give every page of the weights back."""
+        """Give every page of the weights back: the system may take it, and what it has not taken by then need not be read again."""
         self._stop_prefetch()
         if self._pager:
             self._pager.cool()
         for unit in self._weights.units:
             for span in unit.spans:
-                address, size, offset = span.whole_pages
-                memory.release(address, size, span.fd, offset)
+                address, size, _ = span.whole_pages
+                memory.yield_pages(address, size)
 
     def close(self) -> None:
         """Stop the threads."""
