@@ -35,6 +35,7 @@ from edge_rt.core.engine import (
     Pruned,
     PrunesCells,
     RemovesCells,
+    TellsProgress,
     Wanted,
 )
 from edge_rt.errors import (
@@ -370,6 +371,7 @@ __all__ = [
     "Run",
     "Segment",
     "SessionFileError",
+    "TellsProgress",
     "UnsupportedModel",
     "UserError",
     "Wanted",

@@ -20,6 +20,9 @@ DELAY = float(os.environ.get("TEST_STEP_SECONDS", "0"))
 DEADLY = {1: signal.SIGKILL, 2: signal.SIGSEGV, 3: signal.SIGABRT, 4: signal.SIGBUS}
 
 class Engine(NullEngine):
+    def tell(self, moved):
+        self.moved = moved
+
     def step(self, parts):
         for part in parts:
             for token in part.tokens:
@@ -27,6 +30,10 @@ class Engine(NullEngine):
                     os.kill(os.getpid(), DEADLY[token])
                 if token == 5 and len(part.tokens) > 1:
                     time.sleep(1000)
+                if token == 6 and len(part.tokens) > 1:
+                    for _ in range(20):
+                        time.sleep(0.1)
+                        self.moved()
         time.sleep(DELAY)
         return super().step(parts)
 

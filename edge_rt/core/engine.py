@@ -6,7 +6,7 @@ Sequences are named by small integers the engine hands out; tokens always go to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens. An engine has all methods of one, or does without what it is for.
+    PrunesCells, EmbedsTokens, TellsProgress. An engine has all methods of one, or does without what it is for.
     """
 
     @property
@@ -231,4 +231,13 @@ class EmbedsTokens(Protocol):
 
     def token_embeddings(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Rows of the token embedding: float32 [len(tokens), n_embd]. Raises OptionError for a token out of range."""
+        ...
+
+
+@runtime_checkable
+class TellsProgress(Protocol):
+    """Engines that say within a step that it goes on, so that one that takes long can be told from one that hangs."""
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call ``moved`` from now on within steps that may take long: every few seconds, on the thread that takes the step."""
         ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
 from edge_rt.core.context.kv import padded
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from edge_rt.hooks import EngineOptions
 
 CHUNK = 512
+TOLD_FROM = 32
+"""Tokens in a graph from which on it says that it goes on; one that is done in no time need not."""
 
 
 class GgmlEngine(GgmlSequences):
@@ -63,6 +65,8 @@ class GgmlEngine(GgmlSequences):
         self._backend = ggml.cpu_backend(self._threads)
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
         self._exact: int | None = None
+        self._moved: Callable[[], None] = lambda: None
+        self._after_node: Any = None
         self._closed = False
         self.info = EngineInfo(
             engine="ggml", architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
@@ -91,6 +95,10 @@ class GgmlEngine(GgmlSequences):
                     results[piece.part].append(rows if number == len(pending) - 1 else rows.copy())
                     row += len(piece.rows)
         return [None if not r else r[0] if len(r) == 1 else Rows.joined(r) for r in results]
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call ``moved`` after each unit whose weights are streamed, and after each node of the graph in steps of many tokens."""
+        self._moved, self._after_node = moved, ggml.after_node(moved)
 
     def _repeat(self, part: Part) -> Rows | None:
         """The step after the last: one more token of the one sequence that was decoding, through the same graph.
@@ -138,9 +146,11 @@ class GgmlEngine(GgmlSequences):
         graph = self._graphs.get(shapes, [slot.cache for slot in slots])
         graph.set_inputs(slots)
         self._choose_threads()
+        after = self._after_node if sum(shape.tokens for shape in shapes) >= TOLD_FROM else None
         for segment in graph.segments:
             with self._paging.holding(segment.unit):
-                ggml.compute(self._backend, segment.graph)
+                ggml.compute(self._backend, segment.graph, after)
+            self._moved()
         for piece in run:
             self._sequences[piece.sequence].positions.append(len(piece.tokens))
         self._paging.experts_used(graph.experts)

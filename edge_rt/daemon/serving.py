@@ -72,6 +72,14 @@ class Serving:
         self.beats += 1
         return self._batch is not None and self._batch.step()
 
+    @property
+    def expected(self) -> float | None:
+        """Seconds that the engine's step under way should take, None if that is not known; on any thread."""
+        return None if self._batch is None else self._batch.expected
+
+    def _beat(self) -> None:
+        self.beats += 1
+
     def do(self, command: Message) -> None:
         """Carry out a command; its answer is sent, also if it is an error."""
         try:
@@ -109,8 +117,11 @@ class Serving:
         self._report("warm-up", 0, 0)
         from edge_rt import session  # noqa: F401 - what a request needs
         from edge_rt.core.decode.batch import Batch
+        from edge_rt.core.engine import TellsProgress
 
         self._batch = Batch(model.engine, model.lock)
+        if isinstance(model.engine, TellsProgress):
+            model.engine.tell(self._beat)
         model.logits([model.vocab.bos or 0])
         info = model.info
         return {

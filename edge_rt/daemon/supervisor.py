@@ -17,6 +17,9 @@ FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
 GIVES_UP_AFTER = 5
 """Deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds."""
 
+PATIENCE, LEAST_PATIENCE = 100.0, 10.0
+"""A step may take so many times as long as such steps did before, and so many seconds in any case: neighbours may be busy."""
+
 UNLOADED = Ended("unloaded", "the model was unloaded; load one with load_model")
 
 
@@ -55,6 +58,7 @@ class Supervisor:
         self._started = float("-inf")
         self._watch: asyncio.TimerHandle | None = None
         self._beats, self._moved = -1, 0.0
+        self._expected: float | None = None
 
     @property
     def pid(self) -> int | None:
@@ -186,9 +190,11 @@ class Supervisor:
                 self.phase = {**message, "phase": "ready"}
         elif "rules" in message:
             self.rules = message["rules"]
-        elif "beats" in message and (message["idle"] or message["beats"] != self._beats):
-            self._beats, self._moved = message["beats"], _now()
-        elif "beats" not in message:
+        elif "beats" in message:
+            self._expected = message["expected"]
+            if message["idle"] or message["beats"] != self._beats:
+                self._beats, self._moved = message["beats"], _now()
+        else:
             self._tell_others(message)
 
     def _ended(self, process: Process, how: Ended) -> None:
@@ -234,10 +240,11 @@ class Supervisor:
         process = self._process
         if process is None or not process.pending:
             return
-        if _now() - self._moved > self._hung_after:
-            seconds = f"{self._hung_after:g} seconds"
-            process.kill(Ended("worker_hung", f"a step took longer than {seconds}, and the worker was ended; ask again"))
+        patience = patience_with(self._expected, self._hung_after)
+        if _now() - self._moved > patience:
+            process.kill(Ended("worker_hung", f"nothing moved in the worker for {patience:.3g} seconds, and it was ended; ask again"))
             return
+        self._expected = None  # until it answers
         process.tell({"op": "ping"})
         self._watch = _loop().call_later(self._interval, self._look)
 
@@ -246,6 +253,13 @@ class Supervisor:
             if timer is not None:
                 timer.cancel()
         self._retry = self._watch = None
+
+
+def patience_with(expected: float | None, hung_after: float) -> float:
+    """Seconds that nothing may move in a worker. ``expected``: that the engine's step under way should take, None if it is at
+    something else, or does not answer.
+    """
+    return hung_after if expected is None else min(hung_after, max(LEAST_PATIENCE, PATIENCE * expected))
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -86,7 +87,9 @@ class Worker:
         match command["op"]:
             case "ping":
                 idle = self._idle and self._queue.empty()
-                self._send({"beats": serving.beats, "idle": idle or (self._turns is not None and self._turns.waiting)})
+                beats = serving.beats + resource.getrusage(resource.RUSAGE_SELF).ru_majflt  # who waits for a disk gets on, too
+                waits = idle or (self._turns is not None and self._turns.waiting)
+                self._send({"beats": beats, "idle": waits, "expected": serving.expected})
             case op:
                 if op == "generate":
                     serving.note(command)
@@ -103,8 +106,6 @@ def main() -> None:
     """Serve the daemon at the other end of the descriptor that is the first argument; the second is that of turns.py."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group; the daemon says what becomes of us
         signal.signal(number, signal.SIG_IGN)
-    import resource
-
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of weights would hide our death from the daemon for long
     logging.basicConfig(level=(os.environ.get("EDGE_RT_LOG") or "warning").upper(), format="%(levelname)s %(name)s: %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))

@@ -189,6 +189,8 @@ c.declare("backend_cpu_init", P)
 c.declare("backend_free", None, P)
 # void ggml_backend_cpu_set_n_threads(ggml_backend_t backend_cpu, int n_threads);
 c.declare("backend_cpu_set_n_threads", None, P, I32)
+# void ggml_backend_cpu_set_abort_callback(ggml_backend_t backend_cpu, ggml_abort_callback abort_callback, void * abort_callback_data);
+c.declare("backend_cpu_set_abort_callback", None, P, P, P)
 # enum ggml_status ggml_backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph * cgraph);
 c.declare("backend_graph_compute", I32, P, P)
 
@@ -292,9 +294,23 @@ def memory_at(address: int, size: int) -> memoryview:
     return memoryview((C.c_ubyte * size).from_address(address)).cast("B")
 
 
-def compute(backend: Handle, graph: int) -> None:
-    """Run a graph. Raises NativeError."""
+def after_node(moved: Callable[[], None]) -> Any:
+    """``moved`` as what ``compute`` calls; it lives as long as it is kept."""
+
+    def callback(_: int | None) -> bool:
+        moved()
+        return False  # and go on
+
+    return C.CFUNCTYPE(BOOL, P)(callback)  # typedef bool (*ggml_abort_callback)(void * data);
+
+
+def compute(backend: Handle, graph: int, after: Any = None) -> None:
+    """Run a graph; ``after``: made by ``after_node``, called after each node, at some 20 us (caches are cold). Raises NativeError."""
+    if after is not None:
+        c.backend_cpu_set_abort_callback(backend.address, after, None)
     status = c.backend_graph_compute(backend.address, graph)
+    if after is not None:
+        c.backend_cpu_set_abort_callback(backend.address, None, None)
     if status == STATUS_ALLOC_FAILED:
         raise OutOfMemory("libggml ran out of memory while computing; lower --ctx or close other programs")
     if status != STATUS_SUCCESS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,6 +22,7 @@ from edge_rt.hooks import (
     Part,
     Refusal,
     SessionFileError,
+    TellsProgress,
 )
 from edge_rt.testing.feeding import feed, feed_new, kept_rows, sequences, tokens_of
 from edge_rt.testing.pruning_conformance import PruningConformance
@@ -287,6 +289,17 @@ class EngineConformance(PruningConformance):
         for token in (-1, last + 1):
             with pytest.raises(OptionError):
                 engine.token_embeddings([token])
+
+    def test_a_long_step_says_that_it_goes_on(self, engine: Engine) -> None:
+        if not isinstance(engine, TellsProgress):
+            pytest.skip("this engine does not say that a step goes on")
+        tokens = tokens_of(engine, 100)
+        before = feed_new(engine, tokens)
+        moved: list[int] = []
+        engine.tell(lambda: moved.append(threading.get_ident()))
+        after = feed_new(engine, tokens)
+        assert set(moved) == {threading.get_ident()}, "it is said while the step is taken, by whoever takes it"
+        assert np.array_equal(before, after)
 
     def test_closing_twice_is_harmless_and_use_after_it_an_error(self, engine_factory: EngineFactory, model: ModelFile) -> None:
         engine = engine_factory.open(model, self.options)

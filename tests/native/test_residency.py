@@ -158,6 +158,14 @@ def test_decoding_under_a_budget_streams_what_is_not_kept(model: Path) -> None:
         assert pager.read - before >= 8 * pager.streamed_bytes
 
 
+def test_a_step_that_streams_says_that_it_goes_on_unit_by_unit(model: Path) -> None:
+    with opened(model, memory=6 * MB) as engine:
+        moved: list[int] = []
+        engine.tell(lambda: moved.append(1))
+        engine.step([Part(engine.new_sequence(), [1])])
+        assert len(moved) >= 8  # blocks
+
+
 def test_a_prompt_without_logits_then_another_step(model: Path) -> None:
     """The head is not used by every step: skipped units must not stop the pager."""
     with opened(model, memory=6 * MB) as engine, opened(model) as free:

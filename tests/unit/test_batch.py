@@ -244,3 +244,22 @@ def test_a_session_answers_one_request_at_a_time(requests):
     with pytest.raises(OptionError, match="the session is answering another request"):
         requests.add("one", "ab", max_tokens=4)
     requests.finish()
+
+
+def test_how_long_a_step_should_take_is_known_while_it_is_under_way(requests, monkeypatch):
+    seen, step = [], NullEngine.step
+
+    def noted(self, parts):
+        seen.append(requests.batch.expected)
+        return step(self, parts)
+
+    monkeypatch.setattr(NullEngine, "step", noted)
+    requests.add("first", "a", max_tokens=3)
+    requests.finish()
+    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, 0.25
+    requests.add("second", "abc", max_tokens=2)
+    requests.finish()
+    assert seen[:2] == [None, None], "there was none of its kind"
+    assert seen[3] == 1.0 + 4 * 0.25
+    assert 0 < seen[4] <= 1.0
+    assert requests.batch.expected is None

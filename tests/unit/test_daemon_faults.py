@@ -11,7 +11,9 @@ import psutil
 import pytest
 from daemons import Daemon, write_plugin
 
+from edge_rt.daemon import supervisor
 from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.supervisor import Spec, Supervisor
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta, Done
 
@@ -101,6 +103,47 @@ def test_a_hung_step_is_ended(start):
     assert 1 < seconds < 5
     assert ask(client, "next")
     client.close()
+
+
+def test_a_step_that_takes_long_and_says_that_it_goes_on_is_not_ended(start):
+    client = start("hung_after = 1\n").ready()
+    assert ask(client, "\x06\x06")  # four seconds and more
+    assert client.status()["worker"]["deaths"] == 0
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("expected", "seconds"), [(None, 120), (0.001, 10), (0.5, 50), (30, 120)], ids=["unknown", "small", "larger", "no more than that"]
+)
+def test_how_long_a_step_may_stand_still(expected, seconds):
+    assert supervisor.patience_with(expected, 120) == seconds
+
+
+def test_a_step_that_takes_much_longer_than_its_like_is_ended_soon(folder, random_model, monkeypatch):
+    """And what takes long without being a step of the engine, or before there was any, is not."""
+    monkeypatch.setattr(supervisor, "LEAST_PATIENCE", 0.5)
+    for name, value in Daemon(folder, delay=0.002).environment.items():
+        monkeypatch.setenv(name, value)
+
+    async def work():
+        found = Supervisor(60, lambda: None, lambda message: None, lambda: {"allowance": 1 << 40, "parked": None})
+        found.load(Spec(str(random_model()), {"engine": "null", "device": "null"}))
+
+        async def answer(prompt):
+            end = asyncio.get_running_loop().create_future()
+            options = {"max_tokens": 8, "ignore_eos": True}
+            command = {"op": "generate", "prompt": prompt, "credits": 99, "options": options}
+            found.call(command, lambda message: "event" in message or end.set_result(message))
+            return await asyncio.wait_for(end, 30)
+
+        assert "ok" in await answer("quick")
+        hung = await answer("\x05\x05")
+        await found.unload()
+        return hung["error"]
+
+    error = asyncio.run(work())
+    assert error["code"] == "worker_hung"
+    assert error["message"].startswith("nothing moved in the worker for ")
 
 
 def test_leaving_an_answer_that_takes_too_long_leaves_the_connection(start):

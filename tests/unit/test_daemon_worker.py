@@ -189,7 +189,7 @@ def test_whether_anything_moves(start):
     worker.tell(op="ping")
     while not worker.news:
         worker.hear()
-    assert worker.news[0]["idle"] is True
+    assert (worker.news[0]["idle"], worker.news[0]["expected"]) == (True, None)
     worker.tell(op="generate", id=2, prompt="\x05\x05", credits=9)  # hangs
     time.sleep(0.2)
     beats = []

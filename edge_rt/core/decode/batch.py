@@ -61,6 +61,8 @@ class Batch:
         self._running: list[Running] = []
         self._decoding = 0.0  # seconds of a step without prompt tokens, lately
         self._a_prompt_token = 0.0  # seconds that one adds
+        self.expected: float | None = None
+        """Seconds that the step under way should take, after those before it; None while there is none, or nothing to go by."""
 
     def __len__(self) -> int:
         return len(self._running)
@@ -99,11 +101,14 @@ class Batch:
         started = time.perf_counter()
         try:
             with self._lock:
+                self.expected = self._expect(chosen)
                 results = self._feed(chosen)
         except Exception:
+            self.expected = None
             for one, part in chosen:
                 self._alone(one, part)
             return True
+        self.expected = None
         self._learn(chosen, time.perf_counter() - started)
         for (one, part), logits in zip(chosen, results, strict=True):
             self._took(one, part, logits)
@@ -146,6 +151,13 @@ class Batch:
         else:
             each = max(0.0, seconds - (self._decoding if len(chosen) > 1 else 0.0)) / prompt
             self._a_prompt_token += (each - self._a_prompt_token) / (8 if self._a_prompt_token else 1)
+
+    def _expect(self, chosen: Sequence[tuple[Running, Part]]) -> float | None:
+        """Seconds that a step should take, None if there was none of its kind."""
+        prompt = sum(len(part.tokens) for one, part in chosen if _reads(one))
+        if not self._decoding or (prompt and not self._a_prompt_token):
+            return None
+        return self._decoding + prompt * self._a_prompt_token
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 """Tokens a call of llama_decode takes: its default physical batch."""
+TOLD_FROM = 32
+"""Tokens in a call from which on it says that it goes on."""
 
 # magic, layout version, cells, bytes of payload (runs of positions, then libllama's state), digests of it and of what it belongs to
 _HEADER = struct.Struct("<8sIIQ16s16s")
@@ -73,6 +75,7 @@ class LlamaCppEngine:
         self._free_slots = list(range(lib.llama_n_seq_max(context) - 1, -1, -1))
         self._slots: dict[int, int] = {}  # sequence -> libllama's number for it
         self._positions: dict[int, Positions] = {}
+        self._moved: Any = None
         self._next = 0  # numbers are never handed out twice: use of a freed sequence is an error, not someone else's text
 
     # ---- sequences ---------------------------------------------------------------------------------------------------
@@ -223,6 +226,15 @@ class LlamaCppEngine:
             row += rows
         return results
 
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call ``moved`` after each node of libllama's graph in calls of many tokens."""
+
+        def callback(_: int | None) -> bool:
+            moved()
+            return False  # and go on
+
+        self._moved = self._lib.ggml_abort_callback(callback)
+
     def _checked(self, part: Part) -> npt.NDArray[np.int32]:
         """A part's tokens as int32 [n]. Raises OptionError, ContextError if the sequence would outgrow the context."""
         self._slot(part.sequence)
@@ -236,7 +248,12 @@ class LlamaCppEngine:
 
     def _decode(self, logits: npt.NDArray[np.float32]) -> None:
         """Run the batch and copy its logits to ``logits`` [rows, n_vocab]. Raises OutOfMemory, NativeError."""
+        told = self._moved is not None and self._batch.native.n_tokens >= TOLD_FROM
+        if told:
+            self._lib.llama_set_abort_callback(self._context, self._moved, None)
         code = self._lib.llama_decode(self._context, self._batch.native)
+        if told:
+            self._lib.llama_set_abort_callback(self._context, self._lib.ggml_abort_callback(), None)
         if code == 1:
             held, capacity = sum(p.length for p in self._positions.values()), self.info.max_context
             raise OutOfMemory(f"the sequences' {held} tokens fill the shared cache of {capacity}; close a session or raise --ctx")
