@@ -17,6 +17,9 @@ Message = Mapping[str, Any]
 
 FinishReason = Literal["end_of_generation", "stop_string", "max_tokens", "context_full", "cancelled"]
 
+PRIORITIES = {"low": 1.0, "normal": 4.0, "high": 16.0}
+"""Of requests, with their shares where more is asked than can be done."""
+
 
 class SamplingParams(NamedTuple):
     """How the next token is chosen; names and defaults are llama.cpp's.

@@ -13,6 +13,7 @@ from edge_rt.daemon.frames import MAX_DEPTH, Message
 from edge_rt.daemon.protocol import Request
 from edge_rt.daemon.sessions import Known, file_of
 from edge_rt.errors import ProtocolError
+from edge_rt.types import PRIORITIES
 
 if TYPE_CHECKING:
     from edge_rt.daemon.channel import Channel
@@ -190,8 +191,8 @@ def _generate(connection: Channel, request: Request, size: int) -> None:
     fields = request.fields
     if ("prompt" in fields) == ("messages" in fields):
         raise ProtocolError("bad_request", "generate takes a prompt or messages; give one of them")
-    if fields.get("priority", "normal") not in protocol.PRIORITIES:
-        raise ProtocolError("option", f"the priority is none; choose from {', '.join(protocol.PRIORITIES)}")
+    if fields.get("priority", "normal") not in PRIORITIES:
+        raise ProtocolError("option", f"the priority is none; choose from {', '.join(PRIORITIES)}")
     protocol.options(fields.get("options", {}))
     session = _session(connection, request) if "session" in fields else None
     hosted = session.hosted if session is not None else _hosted(connection, request)

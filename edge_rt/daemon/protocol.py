@@ -15,7 +15,6 @@ from edge_rt.errors import ProtocolError
 VERSIONS = (1,)
 MAX_ID = (1 << 53) - 1
 """Of requests: what a double can hold exactly, for peers that know no other numbers."""
-PRIORITIES = ("low", "normal", "high")
 
 CODES: tuple[tuple[type[BaseException], str], ...] = (
     (errors.ContextOverflow, "context_overflow"),

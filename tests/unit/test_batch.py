@@ -12,7 +12,7 @@ from edge_rt.errors import OptionError, OutOfMemory
 from edge_rt.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 from edge_rt.testing.random_models import write_random_model
-from edge_rt.types import Delta, Done
+from edge_rt.types import PRIORITIES, Delta, Done
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_everyone_gets_what_they_would_get_alone(model, requests, seed):
         n: ("".join(chance.choices("abc ", k=chance.randrange(1, 120))), chance.randrange(1, 40)) for n in range(chance.randrange(1, 24))
     }
     for name, (prompt, most) in asked.items():
-        requests.add(name, prompt, max_tokens=most, priority=chance.choice(list(batch.WEIGHTS)), speculate=chance.choice((0, 4)))
+        requests.add(name, prompt, max_tokens=most, priority=chance.choice(list(PRIORITIES)), speculate=chance.choice((0, 4)))
         for _ in range(chance.randrange(6)):
             requests.batch.step()
     requests.finish()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from edge_rt.daemon import protocol
 from edge_rt.daemon.config import Limits
+from edge_rt.types import PRIORITIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -26,6 +27,11 @@ def test_operations_and_their_fields():
 
 def test_options():
     assert {name for cell in rows("### generate") for name in re.findall(r"`(\w+)`", cell)} == set(protocol.OPTIONS)
+
+
+def test_priorities_and_their_shares():
+    names, shares = re.search(r"`priority` is (.*): shares of ([\d, and]+) ", PAGE).groups()
+    assert {name: float(share) for name, share in zip(re.findall(r"`(\w+)`", names), re.findall(r"\d+", shares), strict=True)} == PRIORITIES
 
 
 def test_codes():

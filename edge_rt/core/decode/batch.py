@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt.core.engine import Part
 from edge_rt.errors import Cancelled, OutOfMemory
-from edge_rt.types import Event
+from edge_rt.types import PRIORITIES, Event
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,8 +30,6 @@ STRETCH = 2.0
 """How much longer than without prompt tokens a step may take while anyone decodes."""
 LEAST_PROMPT = 8
 """Prompt tokens in a step, whatever they cost: kernels take so many columns at once."""
-WEIGHTS = {"high": 16.0, "normal": 4.0, "low": 1.0}
-"""Shares of those who want more than there is, by priority."""
 
 Deliver = Callable[[Event], bool]
 """Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``, unless it was cancelled: the few
@@ -74,7 +72,7 @@ class Batch:
         anything did.
         """
         clock = min((one.clock for one in self._running), default=0.0)  # those who come later have nothing to make up for
-        one = Running(job, steps, deliver, ended, WEIGHTS[priority], clock)
+        one = Running(job, steps, deliver, ended, PRIORITIES[priority], clock)
         self._running.append(one)
         self._advance(one, partial(next, steps))
         return one
