@@ -47,7 +47,9 @@ def main(address, scenario, prompt, max_tokens):
             if isinstance(event, Delta):
                 sys.stdout.buffer.write(event.text.encode())
                 sys.stdout.buffer.flush()
-                if scenario in ("cancel", "leave"):
+                if scenario == "cancel":
+                    events.cancel()
+                if scenario == "leave":
                     events.close()
                 if scenario == "slow":
                     time.sleep(0.02)

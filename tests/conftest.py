@@ -84,6 +84,15 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """For a daemon: the plugin with the null engine of daemons.py is installed there."""
+    from daemons import write_plugin
+
+    write_plugin(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def null_model(random_model: Callable[..., Path]) -> Iterator[Any]:
     """An open Model on the null engine, which answers "Hello, world!" when decoding greedily."""
     import edge_rt

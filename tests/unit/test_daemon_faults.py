@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from daemons import Daemon, write_plugin
+from daemons import Daemon
 
 from edge_rt.daemon import supervisor
 from edge_rt.daemon.aclient import AsyncClient
@@ -19,12 +19,6 @@ from edge_rt.types import Delta, Done
 
 SIGNALS = {signal.SIGKILL: "\x01", signal.SIGSEGV: "\x02", signal.SIGABRT: "\x03", signal.SIGBUS: "\x04"}
 """And what makes the worker of the tests end itself by them."""
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_plugin(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from daemons import Daemon, write_plugin
+from daemons import Daemon
 
 from edge_rt.cli import main as cli
 from edge_rt.cli import serve
@@ -50,12 +50,6 @@ def compile_rules(rules):
 def edge_rt_post_processors():
     return [PostProcessorFactory("stars", compile_rules, "hides all")]
 """
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_plugin(tmp_path)
-    return tmp_path
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------

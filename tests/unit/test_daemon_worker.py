@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from daemons import Daemon, write_plugin
+from daemons import Daemon
 
 from edge_rt.daemon.frames import Frames, pack
 
@@ -47,12 +47,6 @@ class Worker:
             assert self.process.wait(10) == 0
         finally:
             self.process.kill()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_plugin(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

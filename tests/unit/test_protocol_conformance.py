@@ -1,13 +1,11 @@
 """The conformance script: our daemon passes, and what does not keep to the protocol is found."""
 
-import socket
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from daemons import Daemon, write_plugin
+from relay import Relay
 
 from edge_rt.daemon.frames import Frames, pack
 from edge_rt.testing import protocol_conformance
@@ -42,44 +40,15 @@ def test_the_program(daemon, capsys):
 # ---- servers that do not keep to it ----------------------------------------------------------------------------------
 
 
-class Between:
-    """A server that is ours but for what ``alter`` makes of each of its messages: others, or more, or none."""
+def altered(alter):
+    """Of each message of the daemon's, ``alter`` makes others, or more, or none."""
 
-    def __init__(self, path, behind, alter):
-        self._behind, self._alter = str(behind), alter
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
-        self.listener.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                near = self.listener.accept()[0]
-            except OSError:
-                return  # the test is over
-            far = socket.socket(socket.AF_UNIX)
-            far.connect(self._behind)
-            for pump in (self._up, self._down):
-                threading.Thread(target=pump, args=(near, far), daemon=True).start()
-
-    def _up(self, near, far):
-        try:
-            while data := near.recv(1 << 16):
-                far.sendall(data)
-            far.shutdown(socket.SHUT_WR)
-        except OSError:
-            return  # one of them has left
-
-    def _down(self, near, far):
+    def down(pieces):
         frames = Frames()
-        try:
-            while data := far.recv(1 << 16):
-                near.sendall(b"".join(pack(one) for message in frames.feed(data) for one in self._alter(message)))
-        except OSError:
-            pass  # one of them has left
-        with suppress(OSError):
-            near.shutdown(socket.SHUT_RDWR)
+        for data in pieces:
+            yield b"".join(pack(one) for message in frames.feed(data) for one in alter(message))
+
+    return down
 
 
 def changed(which, **fields):
@@ -115,11 +84,8 @@ def test_a_server_that_does_not_keep_to_it(daemon, tmp_path, name, alter):
 
 def through(alter, daemon, path, name, seconds):
     """What the check says of our daemon with messages altered."""
-    between = Between(path, daemon.socket, alter)
-    try:
+    with Relay(path, daemon.socket, altered(alter)):
         ((_, wrong),) = protocol_conformance.run({name: protocol_conformance.server_checks(Server(str(path), None, seconds))[name]})
-    finally:
-        between.listener.close()
     return wrong
 
 
