@@ -123,7 +123,7 @@ class AsyncClient:
             try:
                 while data := await reader.read(1 << 18):
                     self._conversation.received(data)
-                    if hello.over and self._conversation.broken:
+                    if self._conversation.broken and hello.over and _refusal(hello) is None:
                         self._conversation.resume()
                         pauses = iter(PAUSES)
                     self._flush()
@@ -133,14 +133,17 @@ class AsyncClient:
             await self._close()
             self._conversation.disconnected()
             self._tell()
+            refusal = _refusal(hello)
             while self._writer is None:
                 if not self._conversation.broken:
                     return
                 try:
+                    if refusal is not None:
+                        raise refusal
                     reader, hello = await self._open()
                 except DaemonError as error:
-                    pause = next(pauses, None)
-                    if pause is None:
+                    refusal, pause = None, next(pauses, None)
+                    if pause is None or error.code != "disconnected":
                         self._conversation.give_up(error)
                         self._tell()
                         return
@@ -170,3 +173,12 @@ class AsyncClient:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
+
+
+def _refusal(hello: Answers) -> DaemonError | None:
+    """Why there was no greeting, None if there was. It is over."""
+    try:
+        hello.result()
+    except DaemonError as error:
+        return error
+    return None

@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 from daemons import Daemon, write_plugin
+from relay import Relay
 
 from edge_rt.daemon.aclient import AsyncClient
 from edge_rt.daemon.client import Client
@@ -411,6 +412,33 @@ def test_the_async_client_cancels_resumes_and_fails_as_the_other(daemon, client)
 
     assert asyncio.run(work()) == expected
     quiet(client)
+
+
+@pytest.mark.parametrize("last_words", [{"code": "limit", "message": "full"}, None])
+def test_a_daemon_that_takes_no_one_any_more_is_not_besieged(daemon, tmp_path, monkeypatch, last_words):
+    monkeypatch.setattr("edge_rt.daemon.aclient.PAUSES", (0.01, 0.01))
+    connections = []
+
+    def down(pieces):
+        connections.append(None)
+        if len(connections) > 1:
+            yield b"" if last_words is None else pack({"id": None, "error": last_words})
+            return
+        for count, data in enumerate(pieces):
+            yield data
+            if count == 10:
+                return
+
+    async def work():
+        async with AsyncClient(str(tmp_path / "r.sock")) as mine:
+            async for _ in mine.generate("a", **LONG, resumable=True):
+                pass
+
+    with Relay(tmp_path / "r.sock", daemon.socket, down), pytest.raises(DaemonError) as caught:
+        asyncio.run(asyncio.wait_for(work(), 10))
+    assert (caught.value.code, len(connections)) == (("limit", 2) if last_words else ("disconnected", 4))
+    with daemon.client() as client:
+        quiet(client)
 
 
 def test_requests_by_the_second(tmp_path):
