@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import __version__
@@ -105,15 +106,22 @@ def _session(connection: Channel, request: Request) -> Known:
     if source is None or not server.models.known(one.hosted):
         raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
     command = {"op": "restore_session", "session": one.id, "path": str(source), "owner": str(one.user)}
-    server.call(one.hosted, command, partial(_restored, one))
+    server.call(one.hosted, command, partial(_restored, one, source))
     one.epoch = one.hosted.supervisor.epoch
     return one
 
 
-def _restored(one: Known, message: Message) -> None:
-    """After the worker had left or died; if that failed, what is asked of the session says so."""
-    if "error" in message:
-        one.saved, one.parked, one.epoch = None, None, -1
+def _restored(one: Known, source: Path, message: Message) -> None:
+    """After the worker had left or died; if that failed, what is asked of the session says so.
+
+    A file that cannot be read is not tried again. If it was the worker that failed, the next request tries again.
+    """
+    if "ok" in message:
+        return
+    one.epoch = -1
+    if message["error"]["code"] == "session_file":
+        one.saved = None if one.saved == source else one.saved
+        one.parked = None if one.parked == source else one.parked
 
 
 def _known(connection: Channel, request: Request) -> Known:

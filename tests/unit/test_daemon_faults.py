@@ -192,6 +192,28 @@ def test_sessions_after_the_worker_died(start):
     client.close()
 
 
+def test_a_worker_that_dies_while_it_restores_a_session_costs_no_more_than_the_answer(start):
+    client = start().ready()
+    session = client.session()
+    ask(client, "hello", session=session)
+    session.save("kept")
+    os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+    wait_for_death(client, 1)
+    while client.status()["worker"]["state"] != "ready":
+        time.sleep(0.01)
+    pid = client.status()["worker"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    answers = client._ask("generate", {"prompt": "hello", "session": session.id})
+    client.status()  # the daemon has passed it on by now
+    os.kill(pid, signal.SIGKILL)
+    wait_for_death(client, 2)
+    assert answers.over
+    assert died(iter(answers.result, None))[1].code == "worker_died"
+    events = list(session.generate("hello, world", max_tokens=4, ignore_eos=True))
+    assert events[-1].usage.reused_tokens >= len("hello")
+    client.close()
+
+
 def wait_for_death(client, deaths):
     until = time.monotonic() + 5
     while client.status()["worker"]["deaths"] < deaths:
