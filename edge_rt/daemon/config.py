@@ -23,6 +23,7 @@ class Limits(NamedTuple):
     requests_per_connection: int = 32
     requests_per_second: float = 100.0
     sessions_per_user: int = 64
+    saved_per_user: int = 64
     frame_bytes: int = 4 << 20
     held_bytes: int = 64 << 20
     hello_seconds: float = 5.0

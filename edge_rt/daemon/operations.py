@@ -178,6 +178,9 @@ def _restore_session(connection: Channel, request: Request, size: int) -> None:
 
 def _save_session(connection: Channel, request: Request, size: int) -> None:
     path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
+    most = connection.server.config.limits.saved_per_user
+    if not path.exists() and len(list(path.parent.glob("*.session"))) >= most:
+        raise ProtocolError("limit", f"a user may have {most} saved sessions; save under a name that has one")
     one = _session(connection, request)
 
     def saved(found: Message) -> Message:

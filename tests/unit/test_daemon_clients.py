@@ -299,6 +299,29 @@ def test_a_stream_is_its_users_and_ends_if_nobody_comes(daemon, client):
         client.call("resume", stream=answers.stream, after=0)
 
 
+@pytest.mark.parametrize(("keep", "reason"), [(True, "max_tokens"), (False, "cancelled")])
+def test_a_stream_in_a_session_goes_on_if_the_session_does(daemon, client, keep, reason):
+    conversation, connection = raw(daemon)
+    opened = conversation.ask("open_session", {"keep": keep})
+    connection.sendall(conversation.to_send())
+    while not opened.over:
+        conversation.received(connection.recv(1 << 16))
+    fields = {"prompt": "j", "session": opened.result()["session"], "options": {"max_tokens": 40, "ignore_eos": True}, "resumable": True}
+    answers = conversation.ask("generate", fields)
+    connection.sendall(conversation.to_send())
+    while answers.stream is None:
+        conversation.received(connection.recv(1 << 16))
+    connection.close()
+    conversation, connection = raw(daemon)
+    again = conversation.ask("resume", {"stream": answers.stream, "after": answers.seq})
+    connection.sendall(conversation.to_send())
+    while not again.over:
+        conversation.received(connection.recv(1 << 16))
+    assert (again.events[-1].reason if "ok" in again._end else again._end["error"]["code"]) == reason
+    connection.close()
+    quiet(client)
+
+
 def test_a_stream_that_goes_on_elsewhere_says_so_where_it_was(daemon, client):
     conversation, connection = raw(daemon)
     answers = conversation.ask("generate", {"prompt": "g", "options": {"max_tokens": 200, "ignore_eos": True}, "resumable": True})

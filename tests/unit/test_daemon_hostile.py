@@ -27,6 +27,7 @@ connections_per_user = 90
 frame_bytes = 100_000
 held_bytes = 300_000
 sessions_per_user = 3
+saved_per_user = 2
 """
 
 
@@ -254,6 +255,16 @@ def test_the_same_id_twice(daemon):
             found += frames.feed(connection.recv(1 << 16))
         assert [one["error"]["code"] for one in found if "error" in one] == ["bad_request"]
         assert [one for one in found if "ok" in one] == [{"id": 2, "ok": {}}]
+
+
+def test_saved_sessions_are_limited(daemon):
+    with daemon.client() as client, client.session() as session:
+        for name in ("one", "two", "one"):
+            session.save(name)
+        with pytest.raises(DaemonError, match="a user may have 2 saved sessions; save under a name that has one") as caught:
+            session.save("three")
+        assert caught.value.code == "limit"
+        session.save("two")
 
 
 def test_sessions_are_limited(daemon):
