@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.core.load.adapter import LoraFile
+
     Row = memoryview[float] | npt.NDArray[np.float32]
     """Logits after one token: float32 [n_vocab]."""
 
@@ -78,7 +80,7 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens, TellsProgress. An engine has all methods of one, or does without what it is for.
+    PrunesCells, EmbedsTokens, AppliesAdapters, TellsProgress. An engine has all methods of one, or does without what it is for.
     """
 
     @property
@@ -240,4 +242,24 @@ class TellsProgress(Protocol):
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call ``moved`` from now on within steps that may take long: every few seconds, on the thread that takes the step."""
+        ...
+
+
+@runtime_checkable
+class AppliesAdapters(Protocol):
+    """Models that adapters (LoRA) change, sequence by sequence: one step may carry sequences of several adapters, and of none."""
+
+    def open_adapter(self, adapter: LoraFile) -> int:
+        """Take up an adapter that fits the model; the number it is called by until ``close``, behind which its file stays open.
+
+        Raises UnsupportedModel where the engine cannot apply it, OutOfMemory.
+        """
+        ...
+
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        """All tokens of an empty sequence go through this adapter, ``scale`` times, and so do those of its forks. None: through none.
+
+        ``imported``: the sequence was opened by ``import_sequence``, and its cells were made with this adapter and scale.
+        Raises ContextError if the sequence has other cells, as what was computed without the adapter must not be mixed with it.
+        """
         ...

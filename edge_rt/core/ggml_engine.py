@@ -15,10 +15,12 @@ from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.lora import check_adapted
 from edge_rt.core.graph.pieces import Piece, in_pieces
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GraphCache, Slot
 from edge_rt.core.graph.support import key_type, unsupported
+from edge_rt.core.load.adapter_weights import AdapterWeights
 from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.core.engine import Logits
+    from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.residency import Pager
     from edge_rt.core.load.units import Unit
@@ -82,7 +85,7 @@ class GgmlEngine(GgmlSequences):
             return [logits]
         self._file.check_unchanged()
         self._check(parts)
-        pending = in_pieces(parts, CHUNK)
+        pending = in_pieces(parts, CHUNK, self._order(parts) if self._adapted else None)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
             logits = self._run(run)
@@ -113,6 +116,8 @@ class GgmlEngine(GgmlSequences):
         if cell != last.cache.length or cell >= last.limit or not 0 <= part.tokens[0] < self.info.n_vocab:
             return None
         self._file.check_unchanged()
+        if last.adapter:
+            last.adapter.weights.check_unchanged()
         last.graph.advance(part.tokens[0], cell, cell + last.ahead)
         self._choose_threads()
         ggml.compute(self._backend, last.graph.segments[0].graph)
@@ -120,8 +125,21 @@ class GgmlEngine(GgmlSequences):
         last.next = cell + 1
         return last.graph.logits
 
+    def _order(self, parts: Sequence[Part]) -> list[int]:
+        """Tokens of one adapter side by side, those that go through it one by one first: then one product is enough for them."""
+        numbers = {id(weights): number for number, weights in self._adapters.items()}
+
+        def key(index: int) -> tuple[int, float, bool]:
+            part = parts[index]
+            found = self._adapted.get(part.sequence)
+            return (numbers[id(found.weights)], found.scale, len(part.tokens) >= FLASH_FROM) if found else (0, 0.0, False)
+
+        return sorted(range(len(parts)), key=key)
+
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse before anything has changed."""
+        for weights in {applied.weights for part in parts if (applied := self._adapted.get(part.sequence))}:
+            weights.check_unchanged()
         seen: set[int] = set()
         for part in parts:
             if part.sequence in seen:
@@ -140,7 +158,8 @@ class GgmlEngine(GgmlSequences):
         shapes, slots = [], []
         for piece in run:
             cache = self._room(piece.sequence, len(piece.tokens))
-            shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows)))
+            applied = self._adapted.get(piece.sequence)
+            shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows), applied))
             column = cache.ring.column(cache.length) if cache.ring else 0
             slots.append(Slot(cache.view, cache.length, cache.positions.next, piece.tokens, piece.rows, column))
         graph = self._graphs.get(shapes, [slot.cache for slot in slots])
@@ -158,7 +177,8 @@ class GgmlEngine(GgmlSequences):
         if len(run) == 1 and shapes[0].tokens == shapes[0].rows == 1 and len(graph.segments) == 1 and not graph.experts:
             cache = self._sequences[run[0].sequence]
             limit = min(shapes[0].cells, cache.capacity, self.info.max_context)
-            self._last = Decoding(run[0].sequence, cache, graph, cache.length, limit, cache.positions.next - cache.length)
+            ahead = cache.positions.next - cache.length
+            self._last = Decoding(run[0].sequence, cache, graph, cache.length, limit, ahead, shapes[0].adapter)
         return graph.logits
 
     def _choose_threads(self) -> None:
@@ -182,11 +202,19 @@ class GgmlEngine(GgmlSequences):
         self._check_tokens(tokens)
         return token_embeddings(self.weights.require("token_embd.weight"), tokens, self._backend)
 
+    def open_adapter(self, adapter: LoraFile) -> int:
+        """Place an adapter's tensors; see ``AppliesAdapters``."""
+        check_adapted(adapter)
+        number = len(self._adapters) + 1
+        self._adapters[number] = AdapterWeights(adapter)
+        return number
+
     def memory(self) -> MemoryReport:
         """Bytes held now."""
+        resident = [self.weights.resident(), *(weights.resident() for weights in self._adapters.values())]
         return MemoryReport(
-            weights_mapped=self.weights.size,
-            weights_resident=self.weights.resident(),
+            weights_mapped=self.weights.size + sum(weights.size for weights in self._adapters.values()),
+            weights_resident=None if None in resident else sum(part or 0 for part in resident),
             cache=sum(cache.nbytes for cache in self._sequences.values()),
             compute=self._graphs.nbytes,
         )
@@ -206,6 +234,8 @@ class GgmlEngine(GgmlSequences):
         self._graphs.close()
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
         self._paging.cool()
+        for weights in self._adapters.values():
+            weights.cool()
 
     def warm(self) -> None:
         """Read the weights again, in the background."""
@@ -222,5 +252,8 @@ class GgmlEngine(GgmlSequences):
         for cache in self._sequences.values():
             cache.close()
         self._sequences.clear()
+        self._adapted.clear()
+        for weights in self._adapters.values():
+            weights.close()
         self._backend.close()
         self.weights.close()

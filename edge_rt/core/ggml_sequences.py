@@ -11,6 +11,7 @@ from edge_rt.core.context.kv_bytes import read_cells, write_cells
 from edge_rt.core.engine import Pruned
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.layout import transposed_decodes_faster
+from edge_rt.core.graph.lora import Applied
 from edge_rt.core.graph.rotate import rotate_keys
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.hyper import Hyper
     from edge_rt.core.graph.rotate import Move
     from edge_rt.core.graph.step import GraphCache, StepGraph
+    from edge_rt.core.load.adapter_weights import AdapterWeights
     from edge_rt.core.load.weights import WeightStore
     from edge_rt.native import ggml
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 class Decoding:
     """What is needed to repeat the last step one cell on: ``next`` is the cell it would fill, below ``limit``.
 
-    ``ahead``: by how much positions are ahead of cells.
+    ``ahead``: by how much positions are ahead of cells. ``adapter``: what the sequence goes through beside the model.
     """
 
     sequence: int
@@ -36,6 +38,7 @@ class Decoding:
     next: int
     limit: int
     ahead: int
+    adapter: Applied | None = None
 
 
 class GgmlSequences:
@@ -55,6 +58,8 @@ class GgmlSequences:
     def __init__(self, transposed: bool | None) -> None:
         """``transposed``: the layout of values, None for what is faster here."""
         self._sequences: dict[int, KvCache] = {}
+        self._adapters: dict[int, AdapterWeights] = {}
+        self._adapted: dict[int, Applied] = {}  # by sequence
         self._next = 0
         self._last: Decoding | None = None
         self._transposed = transposed
@@ -67,7 +72,10 @@ class GgmlSequences:
         """Copy the first ``length`` cells into a sequence of its own."""
         source = self._sequences[sequence]
         length = min(length, source.length)
-        return self._adopt(source.copy(length, next_capacity(0, length + 1, self.info.max_context)))
+        fork = self._adopt(source.copy(length, next_capacity(0, length + 1, self.info.max_context)))
+        if applied := self._adapted.get(sequence):
+            self._adapted[fork] = applied
+        return fork
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the cells from ``length`` on."""
@@ -77,12 +85,22 @@ class GgmlSequences:
         """Release a sequence and its memory."""
         self._last = None
         cache = self._sequences.pop(sequence)
+        self._adapted.pop(sequence, None)
         self._graphs.forget(cache.view)
         cache.close()
 
     def length(self, sequence: int) -> int:
         """Cells in use."""
         return self._sequences[sequence].length
+
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        """Bind an empty sequence to an adapter; see ``AppliesAdapters``."""
+        if self._sequences[sequence].length and not imported:
+            raise ContextError("a sequence with cells cannot go through another adapter; truncate it first, or open another")
+        self._last = None
+        self._adapted.pop(sequence, None)
+        if adapter is not None and scale:
+            self._adapted[sequence] = Applied(self._adapters[adapter], scale)
 
     @property
     def transposed_values(self) -> bool:

@@ -84,6 +84,10 @@ c.declare("rms_norm", P, P, P, F32)
 c.declare("mul", P, P, P, P)
 # struct ggml_tensor * ggml_add(ctx, a, b);
 c.declare("add", P, P, P, P)
+# struct ggml_tensor * ggml_acc_inplace(ctx, a, b, size_t nb1, size_t nb2, size_t nb3, size_t offset);
+c.declare("acc_inplace", P, P, P, P, SIZE, SIZE, SIZE, SIZE)
+# struct ggml_tensor * ggml_scale(ctx, a, float s);
+c.declare("scale", P, P, P, F32)
 # struct ggml_tensor * ggml_div(ctx, a, b);
 c.declare("div", P, P, P, P)
 # struct ggml_tensor * ggml_clamp(ctx, a, float min, float max);

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from edge_rt.core.graph import lora
 from edge_rt.core.graph.hyper import Hyper, Rope
 from edge_rt.native import ggml
 
@@ -50,11 +51,12 @@ class KvView(NamedTuple):
 
 
 class SlotShape(NamedTuple):
-    """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted."""
+    """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted, and its adapter."""
 
     tokens: int
     cells: int
     rows: int
+    adapter: lora.Applied | None = None
 
     @property
     def together(self) -> bool:
@@ -141,7 +143,15 @@ class Builder:
 
     def embed(self) -> int:
         """Token embeddings [E, T]."""
-        return int(c.get_rows(self.ctx, self.weights.require("token_embd.weight"), self.inputs.tokens))
+        rows = int(c.get_rows(self.ctx, self.weights.require("token_embd.weight"), self.inputs.tokens))
+        return lora.add_embeddings(self, lora.runs(self.shapes, [shape.tokens for shape in self.shapes]), rows)
+
+    def product(self, weight: int, x: int, *names: str) -> int:
+        """``weight`` x, with what adapters add: the weights of these names, one below the other, are in it."""
+        y = int(c.mul_mat(self.ctx, weight, x))
+        # Behind ``wanted_rows`` there are fewer columns.
+        counts = [shape.tokens if ggml.fields(x).ne[1] == self.n_tokens else shape.rows for shape in self.shapes]
+        return lora.add_terms(self, lora.runs(self.shapes, counts), y, x, names)
 
     def rms_norm(self, x: int, name: str) -> int:
         """x / rms(x) * w over the fastest dimension."""
@@ -149,7 +159,7 @@ class Builder:
 
     def linear(self, x: int, name: str) -> int:
         """W x (+ b if the model has one)."""
-        y = c.mul_mat(self.ctx, self.weights.require(f"{name}.weight"), x)
+        y = self.product(self.weights.require(f"{name}.weight"), x, f"{name}.weight")
         bias = self.weights.get(f"{name}.bias")
         return int(c.add(self.ctx, y, bias) if bias else y)
 
@@ -165,12 +175,13 @@ class Builder:
 
     def linears(self, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
         """Several products of one x as one: [sum of widths, T]; None where the weights do not lie side by side."""
-        weight = self.weights.joined(tuple(f"{prefix}.{name}.weight" for name in names))
+        weights = tuple(f"{prefix}.{name}.weight" for name in names)
+        weight = self.weights.joined(weights)
         biases = tuple(f"{prefix}.{name}.bias" for name in names)
         bias = self.weights.joined(biases)
         if weight is None or (bias is None and any(self.weights.get(name) for name in biases)):
             return None
-        y = c.mul_mat(self.ctx, weight, x)
+        y = self.product(weight, x, *weights)
         return int(c.add(self.ctx, y, bias) if bias else y)
 
     def heads(self, x: int, first: int, count: int) -> int:
@@ -204,10 +215,10 @@ class Builder:
     def beside(self, q: int, k: int) -> int | None:
         """Queries and keys as one tensor [D, H+G, T], None if they are not parts of one in this order."""
         a, b = ggml.fields(q), ggml.fields(k)
-        if not a.view_src or a.view_src != b.view_src or b.view_offs != a.view_offs + a.ne[1] * a.nb[1]:
+        if not a.view_src or a.src[0] != b.src[0] or b.view_offs != a.view_offs + a.ne[1] * a.nb[1]:
             return None
-        heads = self.hyper.n_head + self.hyper.n_head_kv
-        return int(c.view_3d(self.ctx, a.view_src, self.hyper.head_dim, heads, self.n_tokens, a.nb[1], a.nb[2], a.view_offs))
+        heads, offset = self.hyper.n_head + self.hyper.n_head_kv, a.view_offs - ggml.fields(a.src[0]).view_offs
+        return int(c.view_3d(self.ctx, a.src[0], self.hyper.head_dim, heads, self.n_tokens, a.nb[1], a.nb[2], offset))
 
     def store(self, layer: int, k: int, v: int) -> None:
         """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""
@@ -341,8 +352,9 @@ class Builder:
     def head(self, x: int) -> int:
         """Logits [V, R] from the last hidden states."""
         x = self.rms_norm(x, "output_norm.weight")
-        output = self.weights.get("output.weight") or self.weights.require("token_embd.weight")
-        logits = c.mul_mat(self.ctx, output, x)
+        output = self.weights.get("output.weight")
+        # A tied head is no other weight: no adapter changes it.
+        logits = self.product(output, x, "output.weight") if output else c.mul_mat(self.ctx, self.weights.require("token_embd.weight"), x)
         if bias := self.weights.get("output.bias"):
             logits = c.add(self.ctx, logits, bias)
         c.set_output(logits)

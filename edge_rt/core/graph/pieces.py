@@ -17,11 +17,12 @@ class Piece(NamedTuple):
     rows: Sequence[int]
 
 
-def in_pieces(parts: Sequence[Part], size: int) -> list[list[Piece]]:
-    """Divide parts into graph runs of at most ``size`` tokens, in order."""
+def in_pieces(parts: Sequence[Part], size: int, order: Sequence[int] | None = None) -> list[list[Piece]]:
+    """Divide parts into graph runs of at most ``size`` tokens; ``order``: indices of the parts as they go in, None: as they are."""
     runs: list[list[Piece]] = [[]]
     room = size
-    for index, part in enumerate(parts):
+    for index in range(len(parts)) if order is None else order:
+        part = parts[index]
         n, start = len(part.tokens), 0
         while start < n:
             if room == 0:

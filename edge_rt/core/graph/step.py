@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.graph import decoder
+from edge_rt.core.graph import decoder, lora
 from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights, wants_flash
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import OutOfMemory
@@ -69,9 +69,12 @@ class StepGraph:
         self._bind(inputs, hyper, n_tokens, caches)
         queries = sum(1 if shape.together else shape.tokens for shape in shapes)
         per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
-        size = 64 + per_layer * (3 if split else hyper.n_layer)
+        adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
+        per_layer += lora.PRODUCTS_PER_LAYER * adapted
+        around = 64 + 2 * adapted  # embedding and head
+        size = around + per_layer * (3 if split else hyper.n_layer)
         n_graphs = hyper.n_layer + 2 if split else 1
-        self._ctx = ggml.context(64 + per_layer * hyper.n_layer, (size,) * n_graphs)
+        self._ctx = ggml.context(around + per_layer * hyper.n_layer, (size,) * n_graphs)
         builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, size, split, borders)
         family = decoder.FAMILIES[hyper.architecture]
         logits = decoder.build(builder, family, logits=n_rows > 0)

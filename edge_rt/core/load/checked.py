@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_rt import __version__, config
+from edge_rt.errors import ModelFileError
 from edge_rt.native import libs
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def check_metadata(file: ModelFile) -> None:
     from edge_rt.core.load.hyperparameter_check import check_hyperparameters
     from edge_rt.core.load.vocabulary_check import check_vocabulary
 
+    if file.header.get("general.type") == "adapter":
+        raise ModelFileError("this is a LoRA adapter and no model; open the model that it was trained for, and give this as its adapter")
     check_vocabulary(file.header)
     check_hyperparameters(file.header)
 

@@ -1,0 +1,111 @@
+"""What adapters add to the products of a step: the base product is made for all tokens, scale * B (A x) for each adapter's own.
+
+A few tokens of a sequence go through the small products one by one (each as a matrix of its own, which ggml's kernels take as one
+column), as they do through attention: what a request gets then depends neither on drafts nor on who else is in the step. Many, of a
+prompt, go through together, as all do in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge_rt.core.load.adapter import EMBEDDING
+from edge_rt.errors import UnsupportedModel
+from edge_rt.native import ggml
+
+if TYPE_CHECKING:
+    from edge_rt.core.graph.common import Builder, SlotShape
+    from edge_rt.core.load.adapter import LoraFile
+    from edge_rt.core.load.adapter_weights import AdapterWeights, Factors
+
+c = ggml.c
+NODES_PER_PRODUCT = 6
+"""View, A, B, scale, addition, and one to spare."""
+PRODUCTS_PER_LAYER = 7
+
+
+_CHANGED = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight|output\.weight|" + re.escape(EMBEDDING))
+"""Weights whose products our graphs let adapters change."""
+
+
+def check_adapted(adapter: LoraFile) -> None:
+    """Raise UnsupportedModel for an adapter of which a part would have no effect."""
+    strange = next((pair.base for pair in adapter.pairs if not _CHANGED.fullmatch(pair.base)), None)
+    if strange:
+        raise UnsupportedModel(f"no graph here lets an adapter change {strange}; run it with --engine llama_cpp")
+
+
+class Applied(NamedTuple):
+    """An adapter as a sequence has it: ``scale`` times."""
+
+    weights: AdapterWeights
+    scale: float
+
+
+class Run(NamedTuple):
+    """Columns [first, first + n) of a step that one adapter changes; ``each``: one by one."""
+
+    applied: Applied
+    first: int
+    n: int
+    each: bool
+
+
+def runs(shapes: Sequence[SlotShape], counts: Sequence[int]) -> list[Run]:
+    """The runs of a step in which sequence i has ``counts[i]`` columns. Neighbours that go one by one are one run."""
+    found: list[Run] = []
+    first = 0
+    for shape, n in zip(shapes, counts, strict=True):
+        if shape.adapter is not None and n:
+            run, last = Run(shape.adapter, first, n, not shape.together), found[-1] if found else None
+            if last and run.each and last.applied == run.applied and last.each and last.first + last.n == first:
+                found[-1] = last._replace(n=last.n + n)
+            else:
+                found.append(run)
+        first += n
+    return found
+
+
+def add_terms(b: Builder, runs: Sequence[Run], y: int, x: int, names: Sequence[str]) -> int:
+    """y [sum of widths, T], the products of x [in, T] and the weights of these names one below the other, with what adapters add.
+
+    In place: y is not to be used any more, but what is returned.
+    """
+    row = 0
+    for name in names:
+        for run in runs:
+            if factors := run.applied.weights.get(name):
+                y = _added(b, y, run, factors, c.mul_mat(b.ctx, factors.a, _columns(b, x, run)), row)
+        row += int(ggml.fields(b.weights.require(name)).ne[1])
+    return y
+
+
+def add_embeddings(b: Builder, runs: Sequence[Run], y: int) -> int:
+    """y [E, T], rows of the token embedding, with what adapters add."""
+    for run in runs:
+        if factors := run.applied.weights.get(EMBEDDING):
+            ids = c.view_2d(b.ctx, b.inputs.tokens, run.n, 1, 4 * run.n, 4 * run.first)
+            found = c.get_rows(b.ctx, factors.a, ids)  # [rank, n]
+            y = _added(b, y, run, factors, _columns(b, found, run._replace(first=0)), 0)
+    return y
+
+
+def _columns(b: Builder, x: int, run: Run) -> int:
+    """The run's columns of x [in, T]: [in, n], or one by one [in, 1, n]."""
+    fields = ggml.fields(x)
+    width, column = fields.ne[0], fields.nb[1]
+    if run.each:
+        return int(c.view_3d(b.ctx, x, width, 1, run.n, column, column, run.first * column))
+    return int(c.view_2d(b.ctx, x, width, run.n, column, run.first * column))
+
+
+def _added(b: Builder, y: int, run: Run, factors: Factors, low: int, row: int) -> int:
+    """Add scale * B low to the run's columns of y, from a row on; in llama.cpp's order, so that the same bits come out."""
+    change = c.mul_mat(b.ctx, factors.b, low)
+    scale = run.applied.weights.lora.scale(factors.pair, run.applied.scale)
+    if scale != 1.0:
+        change = c.scale(b.ctx, change, scale)
+    column = ggml.fields(y).nb[1]
+    return int(c.acc_inplace(b.ctx, y, change, column, column, column, run.first * column + 4 * row))

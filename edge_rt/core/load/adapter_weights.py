@@ -1,0 +1,68 @@
+"""An adapter's factors as ggml tensors over its mapped file: read when a kernel first touches them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge_rt.core.load.units import Span, Unit, merge
+from edge_rt.native import ggml, memory
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.adapter import LoraFile, Pair
+    from edge_rt.core.load.header import TensorInfo
+
+
+class Factors(NamedTuple):
+    """Tensors A and B of one weight, and where they are from."""
+
+    a: int
+    b: int
+    pair: Pair
+
+
+class AdapterWeights:
+    """The factors of one adapter, by the weight they change. The file stays its owner's, and open until ``close``."""
+
+    def __init__(self, lora: LoraFile) -> None:
+        """Maps nothing that is not mapped already, and reads nothing."""
+        self.lora = lora
+        file = lora.file
+        self._ctx = ggml.context(2 * len(lora.pairs))
+        self._base = memory.address_of(file.map)
+        self._buffer = ggml.buffer_from_address(self._base, len(file.map))
+        self._factors = {pair.base: Factors(self._place(pair.a), self._place(pair.b), pair) for pair in lora.pairs}
+        infos = [info for pair in lora.pairs for info in (pair.a, pair.b)]
+        self._unit = Unit("adapter", merge([Span(self._base + info.offset, info.nbytes, file.fd, info.offset) for info in infos]))
+
+    def _place(self, info: TensorInfo) -> int:
+        tensor = ggml.new_tensor(self._ctx.address, info.type, info.shape)
+        ggml.place(tensor, self._buffer.address, self._base + info.offset)
+        return tensor
+
+    def get(self, base: str) -> Factors | None:
+        """The factors of a weight, None if it stays as it is."""
+        return self._factors.get(base)
+
+    def check_unchanged(self) -> None:
+        """Raise ModelChanged if the file was written to since it was opened."""
+        self.lora.file.check_unchanged()
+
+    @property
+    def size(self) -> int:
+        """Bytes mapped."""
+        return self._unit.size
+
+    def resident(self) -> int | None:
+        """Bytes in memory now, None where the system cannot say."""
+        return self._unit.resident()
+
+    def cool(self) -> None:
+        """Give every page back."""
+        for span in self._unit.spans:
+            address, size, offset = span.whole_pages
+            memory.release(address, size, span.fd, offset)
+
+    def close(self) -> None:
+        """Forget the tensors. No graph over them may run afterwards."""
+        self._buffer.close()
+        self._ctx.close()
