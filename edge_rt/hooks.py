@@ -25,6 +25,7 @@ import pluggy
 
 from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 from edge_rt.core.engine import (
+    AppliesAdapters,
     EmbedsTokens,
     Engine,
     EngineInfo,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from edge_rt.core.context.segments import Segment
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
     from edge_rt.core.graph.support import unsupported as ggml_unsupported
+    from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
@@ -94,6 +96,7 @@ _LAZY = {
     "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
+    "LoraFile": ("edge_rt.core.load.adapter", "LoraFile"),
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
     "Positions": ("edge_rt.core.context.positions", "Positions"),
     "Rules": ("edge_rt.core.assemble.rules", "Rules"),
@@ -326,6 +329,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "AbiMismatch",
     "AhoCorasick",
+    "AppliesAdapters",
     "Basis",
     "Cancelled",
     "Candidate",
@@ -349,6 +353,7 @@ __all__ = [
     "HoldsText",
     "HookSpecs",
     "Logits",
+    "LoraFile",
     "MemoryReport",
     "ModelChanged",
     "ModelFile",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from edge_rt.core.load import checked
 from edge_rt.core.load.model_file import ModelFile, OpenFile
-from edge_rt.errors import AbiMismatch, NativeError, OptionError, SessionFileError, UnsupportedModel
+from edge_rt.errors import AbiMismatch, NativeError, OptionError, UnsupportedModel
 from edge_rt.native.vocab_load import VocabLoad
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def open(
     key_type: Literal["f16", "q8_0"] = "f16",
     policy: str = "graded",
     embedder: str | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Model:
@@ -62,7 +63,7 @@ def open(
     ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
     ``pack``: make and use packed weights. ``policy``: what leaves the context when it gets short (docs/context.md).
     ``embedder``: by name, what tells which segments a question is about, else the model's own token embeddings.
-    ``progress`` is told (phase, done, total), on any thread.
+    ``adapters``: files of LoRA adapters, by the names that requests use. ``progress`` is told (phase, done, total), on any thread.
 
     A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
     ``Model.vocab`` then waits for the rest of the vocabulary.
@@ -104,6 +105,9 @@ def open(
             if vocabulary.loaded:
                 checked.remember(mark)
         model = Model(file, opened, vocabulary, plugins, fitting, chosen, notices)
+        undo.callback(model.adapters.close)
+        for name, adapter in (adapters or {}).items():
+            model.adapters.open(name, adapter)
         undo.pop_all()
     return model
 
@@ -213,6 +217,7 @@ class Model:
         notices: list[str],
     ) -> None:
         """Use ``open``."""
+        from edge_rt.adapters import Adapters
         from edge_rt.core.context.prefix import PrefixCache
 
         self.file, self.engine, self.registry, self.policy = file, engine, registry, policy
@@ -221,6 +226,7 @@ class Model:
         self.lock = threading.Lock()
         self.notices = [*notices, *getattr(engine, "notices", ())]
         self.prefixes = PrefixCache(engine, budget=self.info.max_context)
+        self.adapters = Adapters(self)
         self._grade: Callable[[Segment], Grade] | None = None
         self._plain_rules: Ruleset | None = None
         self._told = 0
@@ -299,20 +305,12 @@ class Model:
         return session
 
     def restore(self, path: str | Path, *, owner: str = "") -> Session:
-        """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model or engine."""
-        from edge_rt.core.context import session_file
+        """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model, engine or adapter."""
+        from edge_rt import saved
         from edge_rt.session import Session
 
-        saved = session_file.load(Path(path), engine=self.info.engine, model=self.file.key())
-        sequence = None
-        with self.lock:
-            if saved.cells:
-                sequence = self.engine.import_sequence(saved.cells)
-            if (0 if sequence is None else self.engine.length(sequence)) != saved.history.cells:
-                if sequence is not None:
-                    self.engine.free_sequence(sequence)
-                raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
-        session = Session(self, sequence, saved.history, owner=owner)
+        sequence, history, adapter = saved.load(Path(path), self)
+        session = Session(self, sequence, history, owner=owner, adapter=adapter)
         self._sessions.add(session)
         return session
 
@@ -321,7 +319,7 @@ class Model:
         self._sessions.discard(session)
         if sequence is not None and not self._closed:
             with self.lock:
-                self.prefixes.give(sequence, tokens, session.owner)
+                self.prefixes.give(sequence, tokens, session.shares_with)
 
     def grader(self) -> Callable[[Segment], Grade]:
         """The grader of what may leave the context, made when it is first needed. Raises PluginError."""
@@ -389,6 +387,7 @@ class Model:
             session.close()
         with self.lock:
             self.engine.close()
+        self.adapters.close()
         self._vocabulary.close()
         self.file.close()
 

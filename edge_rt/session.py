@@ -21,10 +21,12 @@ from edge_rt.core.context.window import Window
 from edge_rt.core.decode import loop
 from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
+from edge_rt.core.engine import AppliesAdapters
 from edge_rt.errors import OptionError
 from edge_rt.types import Event, GenerateOptions, Message, Notice, Pruning, SamplingParams
 
 if TYPE_CHECKING:
+    from edge_rt.adapters import Adapter
     from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.transcript import Piece
     from edge_rt.core.decode.constraints import Constraint
@@ -70,13 +72,15 @@ class Session:
     """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
 
     def __init__(
-        self, model: Model, sequence: int | None = None, history: History | None = None, *, context: int | None = None, owner: str = ""
+        self, model: Model, sequence: int | None = None, history: History | None = None, *, context: int | None = None, owner: str = "",
+        adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         """Use ``Model.session`` or ``Model.restore``."""
         self.owner = owner
         self._model = model
         self._sequence = sequence
         self._history = history if history is not None else History()
+        self._adapter = adapter
         self._context = context
         _check_context(context, model.info.max_context)
         self._memory_told = False
@@ -90,6 +94,11 @@ class Session:
     def tokens(self) -> tuple[int, ...]:
         """Tokens in the session's cells."""
         return tuple(self._history.resident())
+
+    @property
+    def shares_with(self) -> object:
+        """Sessions for which this is the same may go on from each other's cells: those of one owner, made with one adapter."""
+        return self.owner, self._adapter
 
     @property
     def history(self) -> History:
@@ -155,17 +164,12 @@ class Session:
 
         Cells of what left the context are not saved: if it is recalled after a restore, it is computed again.
         """
-        from edge_rt.core.context import session_file
+        from edge_rt import saved
 
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering a request; save it when that is done")
         try:
-            cells = b""
-            if self._sequence is not None:
-                with self._model.lock:
-                    cells = self._model.engine.export_sequence(self._sequence)
-            info = self._model.info
-            session_file.save(Path(path), session_file.SavedSession(info.engine, self._model.file.key(), self._history, cells))
+            saved.save(Path(path), self._model, self._sequence, self._history, self._adapter)
         finally:
             self._busy.release()
 
@@ -182,7 +186,7 @@ class Session:
                 with self._model.lock:
                     sequence = self._model.engine.fork_sequence(self._sequence, self._history.cells)
             other = self._model.session(context=self._context, owner=self.owner)
-            other._sequence = sequence
+            other._sequence, other._adapter = sequence, self._adapter
             other._history = History(self._history.tokens, self._history.evicted, self._history.condensed)
         finally:
             self._busy.release()
@@ -217,6 +221,7 @@ class Session:
         if not tokens:
             raise OptionError("the prompt is empty; give some text")
         _check(options, model.info.max_context)
+        adapter = model.adapters.chosen(options.adapter, options.adapter_scale)
         constraint = _constraint(model.vocab, options)
         allowed = self._asked(options)
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
@@ -224,7 +229,7 @@ class Session:
             writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post, options.rules))
             if options.logprobs and writer.pipeline.conceals:
                 raise OptionError("log-probabilities tell the text that post-processing is to conceal; ask for one of them")
-            window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools))
+            window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools), adapter)
             window.fit()
             with model.lock:
                 exact = model.engine.exact_rows() if options.speculate else 1
@@ -243,21 +248,26 @@ class Session:
             ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
         )  # fmt: skip
 
-    def _window(self, tokens: list[int], allowed: int, options: GenerateOptions, pieces: Callable[[], list[Piece]]) -> Window:
+    def _window(
+        self, tokens: list[int], allowed: int, options: GenerateOptions, pieces: Callable[[], list[Piece]], adapter: Adapter | None
+    ) -> Window:  # fmt: skip
         """The sequence to continue, our own or one that shares more of the prompt, cut to what it shares; one token is left to feed."""
         model = self._model
         with model.lock:
+            self._choose(adapter)
             own = self._history.boundary(common_prefix(self._history.tokens, tokens))
-            other = model.prefixes.take(tokens, self.owner) if own < len(tokens) // 2 else None
+            other = model.prefixes.take(tokens, self.shares_with) if own < len(tokens) // 2 else None
             if other and other[1] > own:
                 if self._sequence is not None:
-                    model.prefixes.give(self._sequence, self._history.whole(), self.owner)
+                    model.prefixes.give(self._sequence, self._history.whole(), self.shares_with)
                 self._sequence, own = other
                 self._history = History(tokens[:own])
             elif other:
-                model.prefixes.give(other[0], tokens[: other[1]], self.owner)
+                model.prefixes.give(other[0], tokens[: other[1]], self.shares_with)
             if self._sequence is None:
                 self._sequence = model.engine.new_sequence()
+                if adapter is not None and isinstance(model.engine, AppliesAdapters):
+                    model.engine.adapt(self._sequence, adapter.number, adapter.scale)
             free = affordable(model.engine, self._history.cells)
             if free is not None:
                 allowed = max(1, min(allowed, free))
@@ -268,6 +278,16 @@ class Session:
             )  # fmt: skip
         window.start(tokens, own)
         return window
+
+    def _choose(self, adapter: Adapter | None) -> None:
+        """Nothing that was made with another adapter is gone on from; requests that choose that one again may. The lock is held."""
+        if adapter == self._adapter:
+            return
+        if self._sequence is not None:
+            self._model.prefixes.give(self._sequence, self._history.whole(), self.shares_with)
+        if self._recall:
+            self._recall.forget()
+        self._sequence, self._history, self._recall, self._adapter = None, History(), None, adapter
 
     def _remember(self) -> Recall:
         """What this session remembers of what left its context."""

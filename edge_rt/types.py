@@ -70,6 +70,8 @@ class GenerateOptions(NamedTuple):
     tables of a rule file, or an ``edge_rt.rules.RuleFile``, of which the request keeps the version that is current when it starts.
     ``tools``: schemas of functions the model may call, as ``{"type": "function", "function": {"name", "description", "parameters"}}``;
     they go to the model's chat template. A call is text of the answer.
+    ``adapter``: name of a LoRA adapter of the model, applied ``adapter_scale`` times; None: the model as it is. Another one than the
+    session's last request had makes its cells of no use, and they are computed again.
     """
 
     max_tokens: int | None = None
@@ -85,6 +87,8 @@ class GenerateOptions(NamedTuple):
     context: int | None = None
     prune: Pruning | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    adapter: str | None = None
+    adapter_scale: float = 1.0
 
 
 class TokenLogprob(NamedTuple):

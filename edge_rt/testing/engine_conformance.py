@@ -24,8 +24,8 @@ from edge_rt.hooks import (
     SessionFileError,
     TellsProgress,
 )
+from edge_rt.testing.adapters_conformance import AdaptersConformance
 from edge_rt.testing.feeding import feed, feed_new, kept_rows, sequences, tokens_of
-from edge_rt.testing.pruning_conformance import PruningConformance
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _MISUSE = (EdgeError, LookupError, ValueError)  # what use after free or close may raise: anything but silence or a crash
 
 
-class EngineConformance(PruningConformance):
+class EngineConformance(AdaptersConformance):
     """Subclass with fixtures ``engine_factory`` and ``model``."""
 
     options: ClassVar[EngineOptions] = EngineOptions(context=640, threads=1)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.hooks import ModelFile
+    from edge_rt.hooks import LoraFile, ModelFile
 
 _HEADER = struct.Struct("<8sI16s16s")  # magic, cells, digest of the tokens, identity of the model
 _MAGIC = b"ERTNULL1"
@@ -53,12 +53,13 @@ _MAGIC = b"ERTNULL1"
 
 @dataclass(slots=True)
 class _Sequence:
-    """A history: its tokens, and after each a 64-bit state that depends on all so far."""
+    """A history: its tokens, and after each a 64-bit state that depends on all so far, and on the adapter's ``salt``."""
 
     tokens: list[int]
     states: list[int]
     positions: Positions
     window: int = 0
+    salt: int = 0
 
 
 class NullEngine:
@@ -77,6 +78,7 @@ class NullEngine:
         self._origin = int.from_bytes(self._identity[:8], "little")
         self._reply = reply.encode() if reply is not None else None
         self._sequences: dict[int, _Sequence] = {}
+        self._adapters: list[str] = []
         self._next = 0
         self._closed = False
 
@@ -87,7 +89,7 @@ class NullEngine:
     def fork_sequence(self, sequence: int, length: int) -> int:
         """Open a sequence that starts with the first ``length`` cells of another."""
         source = self._cut(sequence, length)
-        return self._add(_Sequence(source.tokens[:length], source.states[:length], source.positions.copy(length)))
+        return self._add(_Sequence(source.tokens[:length], source.states[:length], source.positions.copy(length), salt=source.salt))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the cells from ``length`` on."""
@@ -126,7 +128,7 @@ class NullEngine:
         for token in part.tokens:
             before = sequence.states[-1] if sequence.states else self._origin
             sequence.tokens.append(int(token))
-            sequence.states.append(_mix(before ^ (int(token) + 1)))
+            sequence.states.append(_mix(before ^ (int(token) + 1) ^ sequence.salt))
         end = len(sequence.tokens)
         sequence.positions.append(end - first)
         wanted = {"none": range(0), "last": range(max(first, end - 1), end), "all": range(first, end)}[part.logits]
@@ -153,6 +155,19 @@ class NullEngine:
     def exact_rows(self) -> int:
         """As many as fit: the states are integers, computed one by one."""
         return self.info.max_context
+
+    def open_adapter(self, adapter: LoraFile) -> int:
+        """Any that fits the model: its content decides how it changes the logits."""
+        self._adapters.append(adapter.file.key())
+        return len(self._adapters)
+
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        """Bind a sequence to an adapter; see ``AppliesAdapters``."""
+        held = self._get(sequence)
+        if held.tokens and not imported:
+            raise ContextError("a sequence with cells cannot go through another adapter; truncate it first, or open another")
+        applied = f"{self._adapters[adapter - 1]} {scale}".encode() if adapter is not None and scale else None
+        held.salt = 0 if applied is None else int.from_bytes(hashlib.blake2b(applied, digest_size=8).digest(), "little")
 
     def next_position(self, sequence: int) -> int:
         """Position of the next token."""

@@ -477,3 +477,35 @@ def test_libllamas_log_goes_to_logging(tiny: ModelFile, caplog: pytest.LogCaptur
     LlamaCpp().open(tiny, EngineOptions(context=CONTEXT, threads=1)).close()
     assert not [record for record in caplog.records if record.levelno < logging.WARNING]
     assert (logger.level, logger.filters) == (level, filters)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_with_several_adapters_is_as_many_calls(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Beyond 512 tokens too; afterwards the context is as if there had never been one."""
+    from edge_rt.core.load.adapter import open_lora
+    from edge_rt.testing.random_adapters import write_random_adapter
+
+    with ModelFile.open(random_model("gemma", context=2048)) as model:
+        loras = [open_lora(write_random_adapter(tmp_path / f"{seed}.gguf", model.header, seed=seed), model.header) for seed in (1, 2)]
+        opened = LlamaCpp().open(model, EngineOptions(context=4096, threads=1))
+        a, b = (opened.open_adapter(lora) for lora in loras)
+        bindings, lengths = [(a, 1.0), (None, 1.0), (b, 1.0), (a, 1.0)], (600, 30, 20, 10)
+        texts = [tokens(n, seed=n) for n in lengths]
+
+        def bound() -> list[int]:
+            found = [opened.new_sequence() for _ in bindings]
+            for sequence, binding in zip(found, bindings, strict=True):
+                opened.adapt(sequence, *binding)
+            return found
+
+        alone = [np.array(opened.step([Part(s, text, "last")])[0]) for s, text in zip(bound(), texts, strict=True)]
+        together = opened.step([Part(s, text, "last") for s, text in zip(bound(), texts, strict=True)])
+        for one, other in zip(alone, together, strict=True):
+            assert np.abs(np.asarray(other) - one).mean() / np.abs(one).mean() < 2e-2
+        plain = np.array(opened.step([Part(opened.new_sequence(), texts[0], "last")])[0])
+        assert np.abs(plain - alone[0]).mean() > 0.1
+        opened.close()
+        for lora in loras:
+            lora.file.close()

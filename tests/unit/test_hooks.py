@@ -220,7 +220,10 @@ def test_every_type_a_hook_uses_is_explained(page: str) -> None:
     assert [kind.__name__ for kind in types if kind is not HookSpecs and f"\n### {kind.__name__}\n" not in page] == []
 
 
-@pytest.mark.parametrize("kind", [hooks.Engine, hooks.RemovesCells, hooks.MovesCells, hooks.PrunesCells, hooks.EmbedsTokens, hooks.Logits])
+ENGINES = (hooks.Engine, hooks.RemovesCells, hooks.MovesCells, hooks.PrunesCells, hooks.EmbedsTokens, hooks.AppliesAdapters, hooks.Logits)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_every_method_an_engine_may_have_is_explained(kind: type, page: str) -> None:
     section = page.partition(f"\n### {kind.__name__}\n")[2].partition("\n#")[0]
     methods = {name: value for name, value in vars(kind).items() if getattr(value, "__module__", "") == kind.__module__ and callable(value)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.hooks import EdgeError, EngineOptions, OptionError, Part, Pruned, SessionFileError
+from edge_rt.hooks import EdgeError, EngineOptions, ModelFile, OptionError, Part, Pruned, SessionFileError
 from edge_rt.native.llama import Vocab
 from edge_rt.testing.conformance import DeviceConformance, EngineConformance
 from edge_rt.testing.null_device import NullDevice, NullEngine, NullEngineFactory
@@ -32,8 +32,9 @@ class TestNullEngine(EngineConformance):
         return NullEngineFactory()
 
     @pytest.fixture
-    def model(self, tmp_path: Path) -> Any:
-        return _model(tmp_path)
+    def model(self, random_model: Callable[..., Path]) -> Iterator[ModelFile]:
+        with ModelFile.open(random_model()) as model:
+            yield model
 
 
 class TestNullDevice(DeviceConformance):
@@ -192,7 +193,27 @@ class _KnowsAllMethods(NullEngine):
         return super().prune(sequence, keep, first=first, last=last)
 
 
+class _IgnoresScales(NullEngine):
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        super().adapt(sequence, adapter, imported=imported)
+
+
+class _AdaptsWhatIsThere(NullEngine):
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        super().adapt(sequence, adapter, scale, imported=True)
+
+
+class _ForksForgetAdapters(NullEngine):
+    def fork_sequence(self, sequence: int, length: int) -> int:
+        fork = super().fork_sequence(sequence, length)
+        self._get(fork).salt = 0
+        return fork
+
+
 FAULTS = {
+    _IgnoresScales: "test_each_sequence_goes_through_its_own_adapter",
+    _AdaptsWhatIsThere: "test_an_adapter_is_bound_to_an_empty_sequence_alone",
+    _ForksForgetAdapters: "test_forks_and_restored_sequences_go_on_through_it",
     _PrunesAlways: "test_nothing_is_pruned_where_all_fits",
     _PruningForgetsPositions: "test_what_is_left_goes_on",
     _PruningReachesOthers: "test_pruning_does_not_touch_what_was_shared",
@@ -229,6 +250,7 @@ def _failures(fault: type[NullEngine], model: Any) -> list[str]:
             "engine": fault(context=suite.options.context or 0),
             "engine_factory": factory,
             "model": model,
+            "loras": [SimpleNamespace(file=SimpleNamespace(key=lambda name=name: name)) for name in "ab"],
             "size": 7,
             "spans": [(5, 7), (6, 8)],
         }

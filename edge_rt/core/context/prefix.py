@@ -18,7 +18,7 @@ class Kept(NamedTuple):
 
     sequence: int
     tokens: list[int]
-    owner: str
+    owner: object
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -49,7 +49,8 @@ def cut(engine: Engine, sequence: int, cells: int, *, gaps: bool = False) -> int
 class PrefixCache:
     """Holds sequences of ended sessions within a budget of cells, least recently used out first.
 
-    Each has an owner, and serves no one else: how long a prompt takes would tell one what another asked.
+    Each has an owner, and serves no one else: how long a prompt takes would tell one what another asked. An owner is any value; cells
+    made with an adapter are another's than those made without.
     """
 
     def __init__(self, engine: Engine, budget: int) -> None:
@@ -57,7 +58,7 @@ class PrefixCache:
         self._engine, self._budget = engine, budget
         self._kept: list[Kept] = []
 
-    def give(self, sequence: int, tokens: list[int], owner: str = "") -> None:
+    def give(self, sequence: int, tokens: list[int], owner: object = "") -> None:
         """Take over a sequence whose session ended and that begins with ``tokens``; it is freed if that is not worth keeping."""
         if isinstance(self._engine, PrunesCells):
             self._engine.watch(sequence, 0)
@@ -69,7 +70,7 @@ class PrefixCache:
         while sum(len(kept.tokens) for kept in self._kept) > self._budget:
             self._engine.free_sequence(self._kept.pop(0).sequence)
 
-    def take(self, tokens: Sequence[int], owner: str = "") -> tuple[int, int] | None:
+    def take(self, tokens: Sequence[int], owner: object = "") -> tuple[int, int] | None:
         """An owner's sequence that starts like ``tokens`` as (sequence, cells in common), now the caller's; None if none is worth it.
 
         A kept sequence that would lose more cells than it shares is copied, so that others can still start from it.

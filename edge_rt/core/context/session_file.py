@@ -15,9 +15,17 @@ from typing import NamedTuple
 from edge_rt.core.context.history import Condensed, Evicted, History
 from edge_rt.errors import SessionFileError, UserError
 
-FORMAT = 3
+FORMAT = 4
 _PREFIX = struct.Struct("<8sI32s")
 _MAGIC = b"EDGESESS"
+
+
+class MadeWith(NamedTuple):
+    """The adapter that cells were made with: what it was called, the key of its content, and how often it was applied."""
+
+    name: str
+    key: str
+    scale: float
 
 
 class SavedSession(NamedTuple):
@@ -27,6 +35,7 @@ class SavedSession(NamedTuple):
     model: str
     history: History
     cells: bytes
+    adapter: MadeWith | None = None
 
 
 def save(path: Path, session: SavedSession) -> None:
@@ -41,6 +50,7 @@ def save(path: Path, session: SavedSession) -> None:
             "tokens": session.history.tokens,
             "evicted": session.history.evicted,
             "condensed": session.history.condensed,
+            "adapter": session.adapter,
         }
     )
     digest = hashlib.sha256(header + session.cells).digest()
@@ -80,7 +90,8 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
         evicted = [Evicted(int(start), int(end), str(text), float(score)) for start, end, text, score in header["evicted"]]
         tokens, missing = header["condensed"]
         history = History([int(token) for token in header["tokens"]], evicted, Condensed(int(tokens), int(missing)))
-        found = SavedSession(str(header["engine"]), str(header["model"]), history, data[_PREFIX.size + length :])
+        adapter = None if header["adapter"] is None else _made_with(*header["adapter"])
+        found = SavedSession(str(header["engine"]), str(header["model"]), history, data[_PREFIX.size + length :], adapter)
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         raise SessionFileError(f"the header of the session {path} is damaged; start a new session") from error
     if found.engine != engine:
@@ -88,3 +99,7 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
     if found.model != model:
         raise SessionFileError(f"the session {path} belongs to another model; open that one, or start a new session")
     return found
+
+
+def _made_with(name: object, key: object, scale: object) -> MadeWith:
+    return MadeWith(str(name), str(key), float(scale))  # type: ignore[arg-type]  # what is no number is damage, as elsewhere

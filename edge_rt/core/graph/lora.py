@@ -26,13 +26,13 @@ NODES_PER_PRODUCT = 6
 PRODUCTS_PER_LAYER = 7
 
 
-_CHANGED = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight|output\.weight|" + re.escape(EMBEDDING))
+_CHANGED = r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight|output\.weight|token_embd\.weight"
 """Weights whose products our graphs let adapters change."""
 
 
 def check_adapted(adapter: LoraFile) -> None:
     """Raise UnsupportedModel for an adapter of which a part would have no effect."""
-    strange = next((pair.base for pair in adapter.pairs if not _CHANGED.fullmatch(pair.base)), None)
+    strange = next((pair.base for pair in adapter.pairs if not re.fullmatch(_CHANGED, pair.base)), None)
     if strange:
         raise UnsupportedModel(f"no graph here lets an adapter change {strange}; run it with --engine llama_cpp")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +26,13 @@ from edge_rt.hooks import (
     SessionFileError,
     recent_native_errors,
 )
+from edge_rt.plugins.llama_cpp.adapters import ContextAdapters
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edge_rt.hooks import ModelFile
+    from edge_rt.hooks import LoraFile, ModelFile
+    from edge_rt.plugins.llama_cpp.adapters import Binding
 
 CHUNK = 512
 """Tokens a call of llama_decode takes: its default physical batch."""
@@ -76,6 +79,7 @@ class LlamaCppEngine:
         self._slots: dict[int, int] = {}  # sequence -> libllama's number for it
         self._positions: dict[int, Positions] = {}
         self._moved: Any = None
+        self._adapters = ContextAdapters(lib, pointer, context)
         self._next = 0  # numbers are never handed out twice: use of a freed sequence is an error, not someone else's text
 
     # ---- sequences ---------------------------------------------------------------------------------------------------
@@ -95,6 +99,7 @@ class LlamaCppEngine:
         source = self._slot(sequence)
         self._check_cut(sequence, length)
         new = self.new_sequence()
+        self._adapters.copy(sequence, new)
         if length:
             copied = self._positions[sequence].copy(length)
             self._lib.llama_memory_seq_cp(self._cells, source, self._slots[new], 0, copied.next)
@@ -116,12 +121,24 @@ class LlamaCppEngine:
         slot = self._slot(sequence)
         self._lib.llama_memory_seq_rm(self._cells, slot, -1, -1)
         del self._slots[sequence], self._positions[sequence]
+        self._adapters.forget(sequence)
         self._free_slots.append(slot)
 
     def length(self, sequence: int) -> int:
         """Cells in use."""
         self._slot(sequence)
         return self._positions[sequence].length
+
+    def open_adapter(self, adapter: LoraFile) -> int:
+        """Read an adapter; see ``AppliesAdapters``. It stays in memory until ``close``."""
+        self._check_open()
+        return self._adapters.open(adapter)
+
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        """Bind a sequence to an adapter; see ``AppliesAdapters``."""
+        if self.length(sequence) and not imported:
+            raise ContextError("a sequence with cells cannot go through another adapter; truncate it first, or open another")
+        self._adapters.bind(sequence, adapter, scale)
 
     def next_position(self, sequence: int) -> int:
         """Position of the next token."""
@@ -198,16 +215,17 @@ class LlamaCppEngine:
         arrays = [self._checked(part) for part in parts]
         if not any(map(len, arrays)):
             return [None] * len(parts)
-        tokens = np.concatenate(arrays)
-        pairs = list(zip(parts, arrays, strict=True))
+        order = self._adapters.order([part.sequence for part in parts])
+        pairs = [(parts[i], arrays[i]) for i in order]
+        tokens = np.concatenate([array for _, array in pairs])
         positions = np.concatenate([self._positions[part.sequence].next + np.arange(len(array), dtype=np.int32) for part, array in pairs])
-        slots = np.repeat([self._slots[part.sequence] for part in parts], [len(array) for array in arrays]).astype(np.int32)
+        slots = np.repeat([self._slots[part.sequence] for part, _ in pairs], [len(array) for _, array in pairs]).astype(np.int32)
         wanted = np.concatenate([_wanted(part, len(array)) for part, array in pairs])
         logits = np.empty((int(wanted.sum()), self.info.n_vocab), dtype=np.float32)
         try:
             done = 0
-            for start in range(0, len(tokens), CHUNK):
-                chunk = slice(start, start + CHUNK)
+            for chunk, binding in self._calls(pairs):
+                self._adapters.use(binding)
                 self._batch.fill(tokens[chunk], positions[chunk], slots[chunk], wanted[chunk])
                 rows = int(wanted[chunk].sum())
                 self._decode(logits[done : done + rows])
@@ -217,12 +235,12 @@ class LlamaCppEngine:
             if lost and isinstance(error, EdgeError):
                 raise NativeError(f"{error}; this step's sessions are lost: {self.info.architecture} models cannot go back") from error
             raise
-        results: list[Logits | None] = []
+        results: list[Logits | None] = [None] * len(parts)
         row = 0
-        for part, array in pairs:
+        for i, (part, array) in zip(order, pairs, strict=True):
             self._positions[part.sequence].append(len(array))
             rows = {"none": 0, "last": min(1, len(array)), "all": len(array)}[part.logits]
-            results.append(logits[row : row + rows] if rows else None)
+            results[i] = logits[row : row + rows] if rows else None
             row += rows
         return results
 
@@ -234,6 +252,14 @@ class LlamaCppEngine:
             return False  # and go on
 
         self._moved = self._lib.ggml_abort_callback(callback)
+
+    def _calls(self, pairs: Sequence[tuple[Part, npt.NDArray[np.int32]]]) -> Iterator[tuple[slice, Binding]]:
+        """The calls that the tokens of some parts take, one behind the other: at most 512 tokens in each, all through one adapter."""
+        start = 0
+        for binding, group in itertools.groupby(pairs, key=lambda pair: self._adapters.of(pair[0].sequence)):
+            end = start + sum(len(array) for _, array in group)
+            yield from ((slice(at, min(at + CHUNK, end)), binding) for at in range(start, end, CHUNK))
+            start = end
 
     def _checked(self, part: Part) -> npt.NDArray[np.int32]:
         """A part's tokens as int32 [n]. Raises OptionError, ContextError if the sequence would outgrow the context."""
