@@ -75,7 +75,7 @@ class Adapters:
             known = ", ".join(self._files) or "none"
             raise OptionError(f"there is no adapter {name!r:.80}; this model has {known}")
         found = self._get(name)
-        return Adapter(name, found.number, found.key, scale) if scale else None
+        return Adapter(name, found.number, found.key, float(scale)) if scale else None
 
     def saved(self, name: str, key: str, scale: float) -> Adapter:
         """The adapter that a saved session was made with, whatever it is called now. Raises SessionFileError if it is not here."""

@@ -128,7 +128,7 @@ def run(options: Options) -> int:
 
     with (
         post_processed(request, options, watch=True, told=told) as (asked, registry),
-        opened(options, options.policy, options.embedder, registry) as model,
+        opened(options, options.policy, options.embedder, registry, options.adapter) as model,
         model.session() as session,
     ):
         chat = Chat(session, asked, first, messages, options.verbose, news, registry)

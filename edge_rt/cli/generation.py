@@ -33,9 +33,13 @@ Show = Callable[[Iterable[Event]], tuple[str, Done]]
 
 @contextmanager
 def opened(
-    options: ModelOptions, policy: str = "graded", embedder: str | None = None, registry: Registry | None = None
+    options: ModelOptions, policy: str = "graded", embedder: str | None = None, registry: Registry | None = None,
+    adapter: str | None = None,
 ) -> Iterator[Model]:  # fmt: skip
-    """Open the model the options name, with a progress bar. ``policy``: the context policy. ``embedder``: what recalls, by name."""
+    """Open the model the options name, with a progress bar. ``policy``: the context policy. ``embedder``: what recalls, by name.
+
+    ``adapter``: as the command line has it.
+    """
     from edge_rt.catalog import resolve
 
     path = resolve(options.model)
@@ -57,6 +61,7 @@ def opened(
             key_type=options.key_type or "f16",  # type: ignore[arg-type]  # one of the choices that check() allows
             policy=policy,
             embedder=embedder,
+            adapters={Path(file).name: file for file, _ in _adapter(adapter)},
             progress=progress,
             registry=registry,
         )
@@ -75,6 +80,7 @@ def opened(
 
 def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateOptions:
     """The request's options. Raises OptionError, ConstraintError."""
+    adapter, scale = next(((Path(file).name, scale) for file, scale in _adapter(options.adapter)), (None, 1.0))
     return GenerateOptions(
         max_tokens=options.max_tokens,
         stop=tuple(_not_empty(text, "--stop") for text in options.stop),
@@ -103,6 +109,8 @@ def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateO
         ignore_eos=options.ignore_eos,
         prune=_pruning(options),
         tools=_tools(options.tools) if options.tools is not None else (),
+        adapter=adapter,
+        adapter_scale=scale,
     )
 
 
@@ -142,6 +150,19 @@ def _bias(text: str) -> tuple[int, float]:
         return int(text[:sign]), float(text[sign:])
     except ValueError:
         raise OptionError(f"--logit-bias takes a token id and a signed number, as 42+1.5, and not {text!r}") from None
+
+
+def _adapter(text: str | None) -> list[tuple[str, float]]:
+    """``FILE`` or ``FILE:SCALE`` as (file, scale), if there is one. A file whose name ends so is meant itself. Raises OptionError."""
+    if text is None:
+        return []
+    file, _, scale = text.rpartition(":")
+    if not file or Path(text).exists():
+        return [(_not_empty(text, "--adapter"), 1.0)]
+    try:
+        return [(file, float(scale))]
+    except ValueError:
+        return [(text, 1.0)]  # opening it says what is wrong
 
 
 def _pruning(options: GenerationOptions) -> Pruning | None:

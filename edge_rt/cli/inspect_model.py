@@ -9,7 +9,7 @@ from edge_rt.cli.options import JsonOption, argument, option
 from edge_rt.cli.output import size, table, write, write_json
 
 if TYPE_CHECKING:
-    from edge_rt.core.load.header import TensorInfo
+    from edge_rt.core.load.header import Header, TensorInfo
     from edge_rt.core.load.model_file import ModelFile
 
 HELP = """Show what a model file holds.
@@ -62,6 +62,8 @@ def run(options: Options) -> int:
 
 def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
     """Everything the command shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
+    from edge_rt.core.load.adapter import is_adapter
+
     header = model.header
     found: dict[str, Any] = {
         "path": str(Path(model.path).absolute()),
@@ -81,12 +83,21 @@ def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
         "units": _units(model),
         "packed": _packed(Path(model.path)),
     }
+    if is_adapter(header):
+        found["adapter"] = _adapter(header)
     if tensors:
         found["tensors"] = [
             {"name": t.name, "shape": list(t.shape), "type": t.type_name, "offset": t.offset, "bytes": t.nbytes}
             for t in header.tensors.values()
         ]
     return found
+
+
+def _adapter(header: Header) -> dict[str, Any]:
+    """What a LoRA adapter changes: how many weights, by factors of which ranks."""
+    second = [tensor for tensor in header.tensors.values() if tensor.name.endswith(".lora_b")]
+    ranks = sorted({tensor.shape[0] for tensor in second})
+    return {"type": header.get("adapter.type"), "alpha": header.get("adapter.lora.alpha"), "ranks": ranks, "weights": len(second)}
 
 
 def _elements(tensor: TensorInfo) -> int:
@@ -180,12 +191,15 @@ def _text(found: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
         ("file", f"{found['path']}  ({size(found['bytes'])}{in_memory})"),
         ("format", f"GGUF {found['gguf_version']}, tensors aligned to {found['alignment']}"),
-        ("model", f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters"),
+        (
+            "adapter" if "adapter" in found else "model",
+            f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters" + _of_adapter(found.get("adapter")),
+        ),
         *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
         *((name, str(value)) for name, value in found["sizes"].items()),
-        ("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})"),
+        *([("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})")] if "adapter" not in found else []),
         *(("packed weights", f"{p['path']}  ({size(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
-        ("chat template", "yes" if found["chat_template"] else "no; run with --raw"),
+        *([("chat template", "yes" if found["chat_template"] else "no; run with --raw")] if "adapter" not in found else []),
     ]
     text = table(rows) + "\n"
     text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"),
@@ -196,6 +210,14 @@ def _text(found: dict[str, Any]) -> str:
                               *((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), size(t["bytes"]))
                                 for t in found["tensors"])])  # fmt: skip
     return text
+
+
+def _of_adapter(adapter: dict[str, Any] | None) -> str:
+    if adapter is None:
+        return ""
+    ranks, alpha = " and ".join(map(str, adapter["ranks"])), adapter["alpha"]
+    said = f"rank {ranks}" + (f", alpha {alpha:g}" if isinstance(alpha, float) else "")
+    return f", {adapter['type']} of {adapter['weights']} weights, {said}; run its model with --adapter"
 
 
 def _unit_row(unit: dict[str, Any]) -> tuple[str, ...]:

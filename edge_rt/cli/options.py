@@ -147,6 +147,7 @@ class GenerationOptions(PostOptions):
     grammar_file: str | None = option(None, "--grammar-file FILE", "Read the grammar from a file.")
     json_schema: str | None = option(None, "-j --json-schema JSON", "JSON schema the answer must follow, or @FILE.")
     tools: str | None = option(None, "--tools FILE", "Schemas of functions the model may call, as a JSON list in OpenAI's form.")
+    adapter: str | None = option(None, "--adapter FILE[:SCALE]", "LoRA adapter of the model, as GGUF, applied SCALE times; 1 if left out.")
     embedder: str | None = option(None, "--embedder NAME", "Embedder to recall by, see `edge-rt plugins`; the model's own if left out.")
     policy: str = option("graded", "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
     prune: str | None = option(

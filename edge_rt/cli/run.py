@@ -59,7 +59,10 @@ def run(options: Options) -> int:
 
 def _answer(options: Options, prompt: str | list[Message], request: GenerateOptions) -> int:
     saved = Path(options.session) if options.session is not None else None
-    with post_processed(request, options) as (asked, registry), opened(options, options.policy, options.embedder, registry) as model:
+    with (
+        post_processed(request, options) as (asked, registry),
+        opened(options, options.policy, options.embedder, registry, options.adapter) as model,
+    ):
         if options.json:
             write_json({"event": "model", "path": str(model.file.path), "engine": model.info.engine, "device": model.info.device,
                         "architecture": model.info.architecture, "context": model.info.max_context})  # fmt: skip

@@ -171,6 +171,7 @@ def _check_models(config: Config) -> None:
     """Say which models there would be, and what they need. Raises ModelFileError, OptionError."""
     from edge_rt.catalog import resolve
     from edge_rt.core.load import checked
+    from edge_rt.core.load.adapter import open_lora
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.daemon.hosted import foreseen
     from edge_rt.daemon.models import most_of_what_is_free
@@ -186,6 +187,9 @@ def _check_models(config: Config) -> None:
             checked.check_metadata(file)
             needs = foreseen(Spec(str(path), options)).total
             say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {sizes.shown(needs)}")
+            for name, adapter in options.get("adapters", {}).items():
+                with open_lora(adapter, file.header).file:
+                    say(f"would offer its adapter {name}, {adapter}")
         if needs > budget:
             raise OptionError(f"{model} needs {sizes.shown(needs)} and all models may have {sizes.shown(budget)}; raise memory")
     say(f"would let models have {sizes.shown(budget)} together")

@@ -47,6 +47,8 @@ class Http(NamedTuple):
 class Config(NamedTuple):
     """All that a daemon is told. ``model_options``: keywords of ``edge_rt.open``. ``models``: others by name, with theirs.
 
+    Adapters among them are opened when a request first asks for them: one that is damaged is no reason to have no model.
+
     ``memory``: bytes that all of them may have, 0 for most of what is free at the start.
     ``held_bytes`` of the limits: begun frames and requests that were not answered yet. ``credits``: events of a generation that may be
     on their way.
@@ -141,7 +143,21 @@ def _model(table: Rules, folder: Path) -> tuple[str | None, dict[str, Any]]:
     found = {name: value for name, value in options.items() if value}
     if not table.flag("pack", True):
         found["pack"] = False
+    if "adapters" in table:
+        found["adapters"] = _adapters(table.table("adapters"), folder)
     return file or None, found
+
+
+def _adapters(table: Rules, folder: Path) -> dict[str, str]:
+    """Files of LoRA adapters by the names that requests use. Whether they fit the model is seen when they are opened."""
+    found: dict[str, str] = {}
+    for name in table.keys():  # noqa: SIM118 - it is no mapping
+        if not _NAME.fullmatch(name):
+            raise table.error(f"{name!r:.80} is no name for an adapter; give 1 to 64 of A-Z a-z 0-9 . _ -", name)
+        if not (file := table.text(name)):
+            raise table.error(f"the adapter {name} has no file; give its path", name)
+        found[name] = str((folder / Path(file).expanduser()).absolute())
+    return found
 
 
 def _named_model(table: Rules, name: str, folder: Path) -> tuple[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,6 +45,7 @@ def foreseen(spec: Spec) -> Needs:
     size = Path(spec.model).stat().st_size
     limit = spec.options.get("memory")
     weights = min(size, limit) if limit else size
+    weights += sum(path.stat().st_size for path in map(Path, spec.options.get("adapters", {}).values()) if path.exists())
     return Needs(weights, _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 32)
 
 
@@ -74,6 +75,12 @@ class Hosted:
         """What it may be called: its name, and its file's with and without the suffix."""
         path = Path(self.spec.model)
         return (self.name, path.stem, path.name)
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """Files of the adapters that requests may ask for, by name."""
+        found: Mapping[str, str] = self.spec.options.get("adapters", {})
+        return found
 
     @property
     def idle(self) -> bool:

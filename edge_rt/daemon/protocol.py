@@ -146,6 +146,7 @@ OPS: Mapping[str, Mapping[str, str]] = {
 OPTIONS: Mapping[str, str] = {
     "max_tokens": "integer", "stop": "texts", "grammar": "text", "json_schema": "map", "logprobs": "integer", "speculate": "integer",
     "post": "texts", "ignore_eos": "flag", "context": "integer", "prune": "map", "tools": "maps",
+    "adapter": "text", "adapter_scale": "number",
     "temperature": "number", "top_k": "integer", "top_p": "number", "min_p": "number", "typical_p": "number",
     "repeat_penalty": "number", "repeat_last_n": "integer", "frequency_penalty": "number", "presence_penalty": "number",
     "dry_multiplier": "number", "dry_base": "number", "dry_allowed_length": "integer", "dry_penalty_last_n": "integer",

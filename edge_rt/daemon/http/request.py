@@ -237,3 +237,11 @@ def _check_calls(where: str, calls: Any) -> None:
         if not isinstance(function, dict) or not all(isinstance(function.get(name), str) for name in ("name", "arguments")):
             form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": "{...}"}}'
             raise wrong(f"{where}.tool_calls", f"tool_calls are not as {form}", "invalid_type")
+
+
+def through(asked: Asked, model: str, adapter: str) -> Asked:
+    """The request as one for a model with an adapter. Raises ApiError if ``edge_rt`` names another."""
+    options = asked.fields["options"]
+    if options.get("adapter", adapter) != adapter:
+        raise wrong("edge_rt.adapter", "the model and edge_rt.adapter name different adapters; give one of them")
+    return asked._replace(fields={**asked.fields, "model": model, "options": {**options, "adapter": adapter}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,29 +97,40 @@ def _metrics(exchange: Exchange) -> None:
     server.spawn(work())
 
 
-def _shown(hosted: Hosted) -> dict[str, Any]:
+def _shown(hosted: Hosted, adapter: str | None = None) -> dict[str, Any]:
     try:
-        created = int(Path(hosted.spec.model).stat().st_mtime)
+        created = int(Path(hosted.spec.model if adapter is None else hosted.adapters[adapter]).stat().st_mtime)
     except OSError:
         created = 0  # it was moved away
-    return {"id": hosted.name, "object": "model", "created": created, "owned_by": "edge-rt"}
+    found = {"id": _called(hosted, adapter), "object": "model", "created": created, "owned_by": "edge-rt"}
+    return found if adapter is None else {**found, "parent": hosted.name}
+
+
+def _called(hosted: Hosted, adapter: str | None) -> str:
+    """The name of a model, or of a model with an adapter, which clients see as one more model."""
+    return hosted.name if adapter is None else f"{hosted.name}:{adapter}"
 
 
 def _models(exchange: Exchange) -> None:
-    exchange.connection.respond_json({"object": "list", "data": list(map(_shown, exchange.server.models))})
+    found = [_shown(one, adapter) for one in exchange.server.models for adapter in (None, *one.adapters)]
+    exchange.connection.respond_json({"object": "list", "data": found})
 
 
 def _one_model(exchange: Exchange) -> None:
-    exchange.connection.respond_json(_shown(_named(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
+    exchange.connection.respond_json(_shown(*_named(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
 
 
-def _named(server: Server, name: str | None) -> Hosted:
-    """The model that a request names, or the default. Raises ApiError, ProtocolError: no_model."""
+def _named(server: Server, name: str | None) -> tuple[Hosted, str | None]:
+    """The model that a request names, or the default, and the adapter in ``NAME:ADAPTER``. Raises ApiError, ProtocolError: no_model."""
     try:
-        return server.models.find(name)
+        return server.models.find(name), None
     except ProtocolError as error:
         if name is None or not server.models.names:
             raise
+        model, _, adapter = name.rpartition(":")
+        with suppress(ProtocolError):
+            if model and adapter in (found := server.models.find(model)).adapters:
+                return found, adapter
         message = f"there is no model {name!r:.80} here; name one of {server.models.names}"
         raise ApiError(404, message, "model_not_found", param="model") from error
 
@@ -133,23 +145,26 @@ def _embeddings(exchange: Exchange) -> None:
 def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange) -> None:
     server = exchange.server
     asked = read(body.parse(exchange.body))
-    hosted = _named(server, asked.model)
+    hosted, adapter = _named(server, asked.model)
+    if adapter is not None:
+        asked = request.through(asked, hosted.name, adapter)
     worker = hosted.status()["worker"]
     if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
         share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
         message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
         raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
     headers = (("Edge-RT-Ignored", ", ".join(asked.ignored)),) if asked.ignored else ()
-    _Generation(exchange, asked, hosted.name, headers).start()
+    _Generation(exchange, asked, hosted.name, _called(hosted, adapter), headers).start()
 
 
 class _Generation:
     """One generation, from the request to the end of its answer."""
 
-    def __init__(self, exchange: Exchange, asked: Asked, model: str, headers: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, exchange: Exchange, asked: Asked, model: str, called: str, headers: tuple[tuple[str, str], ...]) -> None:
+        """``called``: what the model is called in the answer."""
         self._exchange, self._asked, self._headers = exchange, asked, headers
         self._connection = exchange.connection
-        self._model, self._answer = model, answer.Answer(asked, model)
+        self._model, self._answer = model, answer.Answer(asked, called)
         self._begun = False
 
     def start(self) -> None:
