@@ -26,6 +26,7 @@ import pluggy
 from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 from edge_rt.core.engine import (
     AppliesAdapters,
+    EmbedsText,
     EmbedsTokens,
     Engine,
     EngineInfo,
@@ -342,6 +343,7 @@ __all__ = [
     "Device",
     "EdgeError",
     "Embedder",
+    "EmbedsText",
     "EmbedsTokens",
     "Engine",
     "EngineFactory",

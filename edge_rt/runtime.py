@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 GRADER = "content"
 """The grader of conversations."""
-LOGITS_CHUNK = 128
-"""Tokens per step when logits of every token are wanted: 128 x 49,152 float32 are 25 MB."""
 
 
 def open(
@@ -276,23 +274,18 @@ class Model:
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""
-        if not tokens:
-            raise OptionError("logits of no tokens were asked for; give at least one")
+        from edge_rt.core.decode.logprobs import text_logits
+
+        return text_logits(self.engine, self.lock, tokens)
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: str | None = None, normalize: bool = True) -> npt.NDArray[np.float32]:
+        """Embeddings of texts, which may be given as tokens: float32 [n_texts, n_embd]; see ``edge_rt.embedding``, also for errors."""
         import numpy as np
 
-        from edge_rt.core.engine import Part
+        from edge_rt.embedding import embeddings
 
-        rows = []
-        with self.lock:
-            sequence = self.engine.new_sequence()
-            try:
-                for start in range(0, len(tokens), LOGITS_CHUNK):
-                    (part,) = self.engine.step([Part(sequence, tokens[start : start + LOGITS_CHUNK], "all")])
-                    assert part is not None, "all rows were asked for"
-                    rows.append(np.array(part))
-            finally:
-                self.engine.free_sequence(sequence)
-        return np.concatenate(rows)
+        rows = [found.vector for found in embeddings(self, texts, pooling=pooling, normalize=normalize)]
+        return np.stack(rows) if rows else np.empty((0, self.info.n_embd), np.float32)
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,8 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens, AppliesAdapters, TellsProgress. An engine has all methods of one, or does without what it is for.
+    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress. An engine has all methods of one, or does without what it is
+    for.
     """
 
     @property
@@ -233,6 +234,18 @@ class EmbedsTokens(Protocol):
 
     def token_embeddings(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Rows of the token embedding: float32 [len(tokens), n_embd]. Raises OptionError for a token out of range."""
+        ...
+
+
+@runtime_checkable
+class EmbedsText(Protocol):
+    """Models that show what they make of a text before they turn it into logits."""
+
+    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+        """``step``, with the hidden states after the output norm in place of logits: float32 [rows, n_embd].
+
+        A part's ``logits`` says for which tokens they come back. Cells are filled as by ``step``. Raises what that does.
+        """
         ...
 
 

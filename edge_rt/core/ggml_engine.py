@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.core.engine import Logits
+    from edge_rt.core.graph.decoder import Output
     from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.residency import Pager
@@ -83,18 +84,28 @@ class GgmlEngine(GgmlSequences):
         """Feed every part; see ``Engine.step``."""
         if len(parts) == 1 and (logits := self._repeat(parts[0])) is not None:
             return [logits]
+        return list(self._step(parts, "logits"))
+
+    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+        """The same with hidden states in place of logits; see ``EmbedsText``."""
+        import numpy as np
+
+        return [None if rows is None else np.asarray(rows) for rows in self._step(parts, "hidden")]
+
+    def _step(self, parts: Sequence[Part], output: Output) -> list[Rows | None]:
+        """Any step, as several graph runs if it is long."""
         self._file.check_unchanged()
         self._check(parts)
         pending = in_pieces(parts, CHUNK, self._order(parts) if self._adapted else None)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
-            logits = self._run(run)
-            if logits is None:
+            found = self._run(run, output)
+            if found is None:
                 continue
             row = 0
             for piece in run:
                 if piece.rows:
-                    rows = logits.part(row, len(piece.rows))
+                    rows = found.part(row, len(piece.rows))
                     results[piece.part].append(rows if number == len(pending) - 1 else rows.copy())
                     row += len(piece.rows)
         return [None if not r else r[0] if len(r) == 1 else Rows.joined(r) for r in results]
@@ -123,7 +134,7 @@ class GgmlEngine(GgmlSequences):
         ggml.compute(self._backend, last.graph.segments[0].graph)
         last.cache.positions.append(1)
         last.next = cell + 1
-        return last.graph.logits
+        return last.graph.output
 
     def _order(self, parts: Sequence[Part]) -> list[int]:
         """Tokens of one adapter side by side, those that go through it one by one first: then one product is enough for them."""
@@ -153,8 +164,8 @@ class GgmlEngine(GgmlSequences):
         if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.info.n_vocab:
             raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
 
-    def _run(self, run: Sequence[Piece]) -> Rows | None:
-        """Evaluate one graph; logits are valid until the next."""
+    def _run(self, run: Sequence[Piece], output: Output) -> Rows | None:
+        """Evaluate one graph; its output is valid until the next."""
         shapes, slots = [], []
         for piece in run:
             cache = self._room(piece.sequence, len(piece.tokens))
@@ -162,7 +173,7 @@ class GgmlEngine(GgmlSequences):
             shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows), applied))
             column = cache.ring.column(cache.length) if cache.ring else 0
             slots.append(Slot(cache.view, cache.length, cache.positions.next, piece.tokens, piece.rows, column))
-        graph = self._graphs.get(shapes, [slot.cache for slot in slots])
+        graph = self._graphs.get(shapes, [slot.cache for slot in slots], output)
         graph.set_inputs(slots)
         self._choose_threads()
         after = self._after_node if sum(shape.tokens for shape in shapes) >= TOLD_FROM else None
@@ -174,12 +185,13 @@ class GgmlEngine(GgmlSequences):
             self._sequences[piece.sequence].positions.append(len(piece.tokens))
         self._paging.experts_used(graph.experts)
         self._last = None
-        if len(run) == 1 and shapes[0].tokens == shapes[0].rows == 1 and len(graph.segments) == 1 and not graph.experts:
+        single = len(run) == 1 and shapes[0].tokens == shapes[0].rows == 1
+        if single and output == "logits" and len(graph.segments) == 1 and not graph.experts:
             cache = self._sequences[run[0].sequence]
             limit = min(shapes[0].cells, cache.capacity, self.info.max_context)
             ahead = cache.positions.next - cache.length
             self._last = Decoding(run[0].sequence, cache, graph, cache.length, limit, ahead, shapes[0].adapter)
-        return graph.logits
+        return graph.output
 
     def _choose_threads(self) -> None:
         """Follow the governor, unless the user fixed the number."""

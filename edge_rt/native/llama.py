@@ -94,6 +94,8 @@ for _name in ("bos", "eos", "eot", "nl"):
     c.declare(f"vocab_{_name}", I32, P)
 # bool llama_vocab_get_add_bos(const struct llama_vocab * vocab);
 c.declare("vocab_get_add_bos", BOOL, P)
+# bool llama_vocab_get_add_eos(const struct llama_vocab * vocab);
+c.declare("vocab_get_add_eos", BOOL, P)
 # const llama_token * llama_vocab_get_suppress_tokens(const struct llama_vocab * vocab, int32_t * n_suppress_tokens);
 c.declare("vocab_get_suppress_tokens", C.POINTER(I32), P, C.POINTER(I32))
 # int32_t llama_tokenize(const struct llama_vocab * vocab, const char * text, int32_t text_len, llama_token * tokens,
@@ -184,6 +186,7 @@ class Vocab:
         self.eot = _token(c.vocab_eot(vocab)) if some else None
         self.nl = _token(c.vocab_nl(vocab)) if some else None
         self.add_bos = bool(some and c.vocab_get_add_bos(vocab)) and self.bos is not None
+        self.add_eos = bool(some and c.vocab_get_add_eos(vocab)) and self.eos is not None
         self._pieces: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})
         self._eog: tuple[int, ...] | None = None
         self._control: tuple[str, ...] | None = None

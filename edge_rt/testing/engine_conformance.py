@@ -13,6 +13,7 @@ import pytest
 from edge_rt.hooks import (
     ContextError,
     EdgeError,
+    EmbedsText,
     EmbedsTokens,
     Engine,
     EngineFactory,
@@ -25,7 +26,7 @@ from edge_rt.hooks import (
     TellsProgress,
 )
 from edge_rt.testing.adapters_conformance import AdaptersConformance
-from edge_rt.testing.feeding import feed, feed_new, kept_rows, sequences, tokens_of
+from edge_rt.testing.feeding import feed, feed_new, hidden_after, kept_rows, sequences, tokens_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -300,6 +301,35 @@ class EngineConformance(AdaptersConformance):
         after = feed_new(engine, tokens)
         assert set(moved) == {threading.get_ident()}, "it is said while the step is taken, by whoever takes it"
         assert np.array_equal(before, after)
+
+    def test_hidden_states_are_of_the_cells_that_logits_are_of(self, engine: Engine) -> None:
+        if not isinstance(engine, EmbedsText):
+            pytest.skip("this engine does not show its hidden states")
+        tokens, more = tokens_of(engine, 20), tokens_of(engine, 4, seed=2)
+        with sequences(engine, 3) as (a, b, c):
+            none, *wanted = engine.hidden([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
+            assert none is None
+            last, all_ = (np.array(rows) for rows in wanted)
+            assert last.shape == (1, engine.info.n_embd)
+            assert all_.shape == (20, engine.info.n_embd)
+            assert last.dtype == all_.dtype == np.float32
+            assert np.isfinite(all_).all()
+            self._assert_close(last[0], all_[-1])
+            for sequence in (a, b, c):  # their cells are those that a step fills
+                assert engine.length(sequence) == 20
+                self._assert_close(feed(engine, sequence, more), feed_new(engine, tokens + more)[20:])
+        for size in (1, 3, 16):
+            with sequences(engine, 1) as (sequence,):
+                parts = [Part(sequence, tokens[start : start + size], "all") for start in range(0, 20, size)]
+                self._assert_close(np.concatenate([np.array(engine.hidden([part])[0]) for part in parts]), all_)
+        with sequences(engine, 1) as (sequence,):
+            engine.hidden([Part(sequence, [(tokens[0] + 1) % engine.info.n_vocab, *tokens[1:]], "none")])
+            (other,) = engine.hidden([Part(sequence, more, "last")])
+            assert other is not None
+            assert not np.array_equal(other, hidden_after(engine, [*tokens, *more])), "the first token makes no difference"
+            for bad in (-1, engine.info.n_vocab):
+                with pytest.raises(OptionError):
+                    engine.hidden([Part(sequence, [bad], "last")])
 
     def test_closing_twice_is_harmless_and_use_after_it_an_error(self, engine_factory: EngineFactory, model: ModelFile) -> None:
         engine = engine_factory.open(model, self.options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_rt.hooks import Engine, Part
+from edge_rt.hooks import EmbedsText, Engine, Part
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,3 +53,11 @@ def feed_new(engine: Engine, tokens: Sequence[int], size: int | None = None) -> 
     """``feed`` with a sequence of its own."""
     with sequences(engine, 1) as (sequence,):
         return feed(engine, sequence, tokens, size)
+
+
+def hidden_after(engine: EmbedsText, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The hidden state after all tokens, in a sequence of their own: float32 [1, n_embd]."""
+    assert isinstance(engine, Engine)
+    with sequences(engine, 1) as (sequence,):
+        (rows,) = engine.hidden([Part(sequence, tokens, "last")])
+        return np.array(rows)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,6 +108,12 @@ class NullEngine:
 
     def step(self, parts: Sequence[Part]) -> list[Logits | None]:
         """Feed every part and return its logits. Raises ContextError, then no sequence has changed."""
+        self._check_parts(parts)
+        self.steps += 1
+        return [self._feed(part) for part in parts]
+
+    def _check_parts(self, parts: Sequence[Part]) -> None:
+        """Raises OptionError, ContextError."""
         if len({part.sequence for part in parts}) < len(parts):
             raise OptionError("a step names the same sequence twice; join its tokens into one part")
         for part in parts:  # all checks first: a refused step changes nothing
@@ -117,10 +123,17 @@ class NullEngine:
             if held + len(part.tokens) > self.info.max_context:
                 total, context = held + len(part.tokens), self.info.max_context
                 raise ContextError(f"{total} tokens do not fit the context of {context}; shorten the prompt or raise --ctx")
+
+    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+        """The same with noise of eight numbers, no less a function of the whole history."""
+        self._check_parts(parts)
         self.steps += 1
-        return [self._feed(part) for part in parts]
+        return [self._rows(part, self._hidden) for part in parts]
 
     def _feed(self, part: Part) -> npt.NDArray[np.float32] | None:
+        return self._rows(part, self._logits)
+
+    def _rows(self, part: Part, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
         import numpy as np
 
         sequence = self._sequences[part.sequence]
@@ -132,17 +145,18 @@ class NullEngine:
         end = len(sequence.tokens)
         sequence.positions.append(end - first)
         wanted = {"none": range(0), "last": range(max(first, end - 1), end), "all": range(first, end)}[part.logits]
-        return np.stack([self._logits(sequence, at) for at in wanted]) if wanted else None
+        return np.stack([row(sequence, at) for at in wanted]) if wanted else None
 
     def _logits(self, sequence: _Sequence, at: int) -> npt.NDArray[np.float32]:
         """Logits after the token at an index: float32 [n_vocab], noise in [-4, 4)."""
-        import numpy as np
-
-        bits = _mix_array(np.uint64(sequence.states[at]) + np.arange(1, N_VOCAB + 1, dtype=np.uint64))
-        logits: npt.NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 21) - np.float32(4)
+        logits = _noise(sequence.states[at], N_VOCAB)
         if self._reply is not None:
             logits[self._continuation(sequence.tokens[: at + 1], self._reply)] = 32
         return logits
+
+    def _hidden(self, sequence: _Sequence, at: int) -> npt.NDArray[np.float32]:
+        """The hidden state after the token at an index: float32 [n_embd]."""
+        return _noise(~sequence.states[at] & 0xFFFFFFFFFFFFFFFF, self.info.n_embd)
 
     @staticmethod
     def _continuation(tokens: list[int], reply: bytes) -> int:
@@ -305,6 +319,15 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return value ^ (value >> 31)
+
+
+def _noise(state: int, count: int) -> npt.NDArray[np.float32]:
+    """Float32 [count] in [-4, 4), by chance and always the same for a state."""
+    import numpy as np
+
+    bits = _mix_array(np.uint64(state) + np.arange(1, count + 1, dtype=np.uint64))
+    noise: npt.NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 21) - np.float32(4)
+    return noise
 
 
 def _mix_array(values: Any) -> Any:

@@ -23,6 +23,7 @@ class NullVocab:
     eot: int | None = EOT
     nl: int | None = ord("\n")
     add_bos = True
+    add_eos = False
     keep_alive: object = None
 
     @property

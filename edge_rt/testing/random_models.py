@@ -91,6 +91,8 @@ def write_random_model(
     vocabulary: Kind = "bpe",
     chat_template: str | None = CHATML,
     name: str = "random",
+    pooling_type: int | None = None,
+    add_eos: bool = False,
 ) -> Path:
     """Write a model and return its path. The same arguments give the same file.
 
@@ -98,6 +100,7 @@ def write_random_model(
     Quantised weights are random blocks with a sane scale, not quantised floats, so K-quants cost no more than others.
     ``rope_scaling`` is ``{"type": "linear" | "yarn", "factor": ..., "original_context": ...}``; ``rope_freqs`` are llama3's
     head_dim / 2 factors. ``bias`` adds attention biases (qwen2 always has them). ``qwen3moe`` defaults to 4 experts, 2 of them used.
+    ``pooling_type`` is llama.cpp's number of how embeddings are pooled, ``add_eos`` whether the end-of-text token belongs after a text.
     ``n_vocab`` None is the vocabulary's own size. Raises OptionError for measures that do not fit together.
     """
     if architecture == "qwen3moe" and n_expert == 0:
@@ -134,7 +137,9 @@ def write_random_model(
     writer.add_custom_alignment(alignment)
     writer.add_name(name)
     _write_hyperparameters(writer, plan, context, rope_base, rope_scaling, n_expert_used)
-    words.write(writer)
+    if pooling_type is not None:
+        writer.add_uint32(f"{architecture}.pooling_type", pooling_type)
+    words.write(writer, add_eos=add_eos)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     _write_tensors(writer, Path(path), tensors, rope_freqs, seed)

@@ -33,7 +33,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
 
-    def write(self, writer: Any) -> None:
+    def write(self, writer: Any, *, add_eos: bool = False) -> None:
         """Add the metadata to a ``gguf.GGUFWriter``."""
         writer.add_tokenizer_model(self.model)
         if self.pre:
@@ -47,6 +47,8 @@ class Vocabulary:
         writer.add_bos_token_id(self.bos)
         writer.add_eos_token_id(self.eos)
         writer.add_add_bos_token(self.model == "llama")
+        if add_eos:
+            writer.add_add_eos_token(True)
 
 
 def make_vocabulary(kind: Kind, size: int | None = None) -> Vocabulary:

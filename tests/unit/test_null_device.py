@@ -188,6 +188,13 @@ class _WatchingDisturbs(NullEngine):
         return logits if logits is None else logits + np.float32(self._sequences[part.sequence].window)
 
 
+class _HiddenStatesForget(NullEngine):
+    def hidden(self, parts: Any) -> Any:
+        for part in parts:
+            self.truncate(part.sequence, 0)
+        return super().hidden(parts)
+
+
 class _KnowsAllMethods(NullEngine):
     def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
         return super().prune(sequence, keep, first=first, last=last)
@@ -219,6 +226,7 @@ FAULTS = {
     _PruningReachesOthers: "test_pruning_does_not_touch_what_was_shared",
     _WatchingDisturbs: "test_watching_changes_no_bit",
     _KnowsAllMethods: "test_nonsense_is_refused",
+    _HiddenStatesForget: "test_hidden_states_are_of_the_cells_that_logits_are_of",
     _ForgetsFirstToken: "test_logits_depend_on_every_token_before",
     _ChunkBorderSlips: "test_a_part_longer_than_a_chunk",
     _BatchMixesSequences: "test_several_sequences_in_one_step_equal_one_by_one",
@@ -323,7 +331,7 @@ def test_a_sequence_of_another_model_is_refused() -> None:
 def test_the_vocabulary_answers_all_that_libllamas_does() -> None:
     own = {"load", "adopt"}  # ways to make one from a file or a pointer
     names = {name for name in dir(Vocab) if not name.startswith("_")} - own
-    names |= {"n_tokens", "kind", "train_context", "bos", "eos", "eot", "nl", "add_bos"}
+    names |= {"n_tokens", "kind", "train_context", "bos", "eos", "eot", "nl", "add_bos", "add_eos"}
     assert names <= set(dir(NullVocab))
     for name, method in inspect.getmembers(Vocab, inspect.isfunction):
         if not name.startswith("_") and name not in own:

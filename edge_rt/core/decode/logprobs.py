@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, from the model's logits before any sampling."""
+"""Logits of a whole text, and log-probabilities of tokens, from the model's logits before any sampling."""
 
 from __future__ import annotations
 
@@ -7,10 +7,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_rt.core.engine import Part
 from edge_rt.errors import NativeError, OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.core.engine import Row
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    import numpy.typing as npt
+
+    from edge_rt.core.engine import Engine, Row
+
+LOGITS_CHUNK = 128
+"""Tokens per step when logits of every token are wanted: 128 x 49,152 float32 are 25 MB."""
+
+
+def text_logits(engine: Engine, lock: AbstractContextManager[object], tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Logits after every token of a text of its own: float32 [n_tokens, n_vocab]. Raises ContextError, OptionError."""
+    if not tokens:
+        raise OptionError("logits of no tokens were asked for; give at least one")
+    rows = []
+    with lock:
+        sequence = engine.new_sequence()
+        try:
+            for start in range(0, len(tokens), LOGITS_CHUNK):
+                (part,) = engine.step([Part(sequence, tokens[start : start + LOGITS_CHUNK], "all")])
+                assert part is not None, "all rows were asked for"
+                rows.append(np.array(part))
+        finally:
+            engine.free_sequence(sequence)
+    return np.concatenate(rows)
 
 
 def token_logprobs(row: Row, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -349,6 +349,13 @@ class Builder:
         up, gate = self.linear(x, f"{prefix}.ffn_up"), self.linear(x, f"{prefix}.ffn_gate")
         return self.linear(c.swiglu_split(self.ctx, gate, up), f"{prefix}.ffn_down")
 
+    def hidden(self, x: int) -> int:
+        """The last hidden states [E, R], normalised, as the graph's output."""
+        x = self.rms_norm(x, "output_norm.weight")
+        c.set_output(x)
+        self.expand(x)
+        return x
+
     def head(self, x: int) -> int:
         """Logits [V, R] from the last hidden states."""
         x = self.rms_norm(x, "output_norm.weight")

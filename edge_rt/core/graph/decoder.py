@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from edge_rt.core.graph.common import Builder, c
 from edge_rt.core.graph.moe import experts
@@ -25,10 +25,14 @@ FAMILIES = {
 }
 
 
-def build(b: Builder, family: Family, *, logits: bool) -> int | None:
-    """Build one step: x += attention(norm(x)); x += ffn(norm(x)) for each block, then the head. Returns the logits' address.
+Output = Literal["logits", "hidden"]
+"""What a step gives of each wanted token: logits [V], or the normalised hidden state [E] that they are made of."""
 
-    Without ``logits`` the last block only stores its keys and values: that is all a later step needs of this one.
+
+def build(b: Builder, family: Family, output: Output | None) -> int | None:
+    """Build one step: x += attention(norm(x)); x += ffn(norm(x)) for each block, then the head. Returns the output's address.
+
+    Without ``output`` the last block only stores its keys and values: that is all a later step needs of this one.
     """
     h = b.hyper
     factors = b.weights.get("rope_freqs.weight") if family.rope_factors else None
@@ -41,7 +45,7 @@ def build(b: Builder, family: Family, *, logits: bool) -> int | None:
         q, k, v = rotated(b, normed, prefix, family, factors)
         b.store(layer, k, v)
         b.keep_queries(layer, q)
-        if last and not logits:
+        if last and output is None:
             return None
         attended = b.linear(b.attend(layer, q), f"{prefix}.attn_output")
         if last:
@@ -50,6 +54,8 @@ def build(b: Builder, family: Family, *, logits: bool) -> int | None:
         normed = b.rms_norm(x, f"{prefix}.ffn_norm.weight")
         fed = experts(b, normed, prefix) if h.n_expert else b.swiglu(normed, prefix)
         x = c.add(b.ctx, fed, x)
+    if output == "hidden":  # the norm is always in memory: under a memory limit nothing waits for the head's weights
+        return b.hidden(x)
     return b.head(b.border(x, "head"))
 
 

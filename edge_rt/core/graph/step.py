@@ -15,6 +15,7 @@ from edge_rt.native import ggml
 from edge_rt.native.rows import Rows, elements
 
 if TYPE_CHECKING:
+    from edge_rt.core.graph.decoder import Output
     from edge_rt.native.rows import Kind
 
 c = ggml.c
@@ -57,7 +58,14 @@ class StepGraph:
     """Graph, inputs and output of one step shape. Every input is set before every evaluation."""
 
     def __init__(
-        self, hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], caches: Sequence[KvView], arena: ggml.Handle, split: bool
+        self,
+        hyper: Hyper,
+        weights: Weights,
+        shapes: Sequence[SlotShape],
+        caches: Sequence[KvView],
+        arena: ggml.Handle,
+        split: bool,
+        output: Output = "logits",
     ) -> None:
         self.shapes = shapes
         n_tokens, n_rows = sum(s.tokens for s in shapes), sum(s.rows for s in shapes)
@@ -77,10 +85,10 @@ class StepGraph:
         self._ctx = ggml.context(around + per_layer * hyper.n_layer, (size,) * n_graphs)
         builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, size, split, borders)
         family = decoder.FAMILIES[hyper.architecture]
-        logits = decoder.build(builder, family, logits=n_rows > 0)
+        found = decoder.build(builder, family, output if n_rows else None)
         self.segments: list[Segment] = builder.segments
         self._allocate(arena)
-        self.logits = None if logits is None else Rows.of(logits, n_rows, hyper.n_vocab)
+        self.output = None if found is None else Rows.of(found, n_rows, hyper.n_vocab if output == "logits" else hyper.n_embd)
         self.experts = [elements(e, "i", int(ggml.fields(e).ne[1]) * hyper.n_expert_used) for e in builder.experts]
 
     def _declare_inputs(self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool) -> tuple[Inputs, list[int]]:
@@ -185,14 +193,14 @@ class GraphCache:
         self._arena = ggml.allocator()
         self._size = 0
 
-    def get(self, shapes: Sequence[SlotShape], caches: Sequence[KvView]) -> StepGraph:
+    def get(self, shapes: Sequence[SlotShape], caches: Sequence[KvView], output: Output = "logits") -> StepGraph:
         """The graph for a step shape, built if need be. Raises OutOfMemory."""
-        key = (tuple(shapes), tuple(id(cache) for cache in caches))
+        key = (tuple(shapes), tuple(id(cache) for cache in caches), output)
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
             return graph
-        graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split)
+        graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split, output)
         size = int(c.gallocr_get_buffer_size(self._arena.address, 0))
         if size != self._size:  # the compute buffer moved: what was allocated in the old one is gone
             self._size = size

@@ -208,6 +208,21 @@ class LlamaCppEngine:
 
         Raises ContextError or OutOfMemory (then no sequence has changed), ModelChanged, NativeError.
         """
+        return list(self._step(parts))
+
+    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+        """The same with hidden states in place of logits, as ``EmbedsText`` says; libllama makes both."""
+        if not any(part.logits != "none" for part in parts):
+            return self._step(parts)
+        self._check_open()
+        self._lib.llama_set_embeddings(self._context, True)
+        try:
+            return self._step(parts, hidden=True)
+        finally:
+            self._lib.llama_set_embeddings(self._context, False)
+
+    def _step(self, parts: Sequence[Part], *, hidden: bool = False) -> list[npt.NDArray[np.float32] | None]:
+        """Any step."""
         self._check_open()
         self._model.check_unchanged()
         if len({part.sequence for part in parts}) < len(parts):
@@ -221,26 +236,29 @@ class LlamaCppEngine:
         positions = np.concatenate([self._positions[part.sequence].next + np.arange(len(array), dtype=np.int32) for part, array in pairs])
         slots = np.repeat([self._slots[part.sequence] for part, _ in pairs], [len(array) for _, array in pairs]).astype(np.int32)
         wanted = np.concatenate([_wanted(part, len(array)) for part, array in pairs])
-        logits = np.empty((int(wanted.sum()), self.info.n_vocab), dtype=np.float32)
+        found = np.empty((int(wanted.sum()), self.info.n_embd if hidden else self.info.n_vocab), dtype=np.float32)
         try:
             done = 0
             for chunk, binding in self._calls(pairs):
                 self._adapters.use(binding)
-                self._batch.fill(tokens[chunk], positions[chunk], slots[chunk], wanted[chunk])
                 rows = int(wanted[chunk].sum())
-                self._decode(logits[done : done + rows])
+                # With embeddings libllama gives those of all tokens, and warns where fewer are asked for.
+                self._batch.fill(tokens[chunk], positions[chunk], slots[chunk], True if hidden else wanted[chunk])
+                self._decode()
+                if rows:
+                    found[done : done + rows] = self._hidden(wanted[chunk]) if hidden else self._logits(rows)
                 done += rows
         except BaseException as error:
             lost = self._undo([part.sequence for part in parts])
             if lost and isinstance(error, EdgeError):
                 raise NativeError(f"{error}; this step's sessions are lost: {self.info.architecture} models cannot go back") from error
             raise
-        results: list[Logits | None] = [None] * len(parts)
+        results: list[npt.NDArray[np.float32] | None] = [None] * len(parts)
         row = 0
         for i, (part, array) in zip(order, pairs, strict=True):
             self._positions[part.sequence].append(len(array))
             rows = {"none": 0, "last": min(1, len(array)), "all": len(array)}[part.logits]
-            results[i] = logits[row : row + rows] if rows else None
+            results[i] = found[row : row + rows] if rows else None
             row += rows
         return results
 
@@ -272,8 +290,8 @@ class LlamaCppEngine:
             raise ContextError(f"{total} tokens do not fit the context of {self.info.max_context}; shorten the prompt or raise --ctx")
         return tokens.astype(np.int32)
 
-    def _decode(self, logits: npt.NDArray[np.float32]) -> None:
-        """Run the batch and copy its logits to ``logits`` [rows, n_vocab]. Raises OutOfMemory, NativeError."""
+    def _decode(self) -> None:
+        """Run the batch. Raises OutOfMemory, NativeError."""
         told = self._moved is not None and self._batch.native.n_tokens >= TOLD_FROM
         if told:
             self._lib.llama_set_abort_callback(self._context, self._moved, None)
@@ -286,10 +304,16 @@ class LlamaCppEngine:
         if code:
             why = (recent_native_errors() or ("no reason given",))[-1]
             raise NativeError(f"llama_decode failed with code {code}: {why}")
-        if len(logits):
-            # Rows come in the order of the batch, whatever order libllama computed them in.
-            pointer = self._lib.llama_get_logits(self._context)
-            logits[:] = np.ctypeslib.as_array(pointer, shape=logits.shape)
+
+    def _logits(self, rows: int) -> npt.NDArray[np.float32]:
+        """The batch's logits [rows, n_vocab], in place: in its order, whatever order libllama computed them in."""
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=(rows, self.info.n_vocab))
+
+    def _hidden(self, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+        """The hidden states [rows, n_embd] of the tokens that are wanted."""
+        pointer = self._lib.llama_get_embeddings(self._context)
+        every: npt.NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(len(wanted), self.info.n_embd))
+        return every[wanted]
 
     def _undo(self, sequences: Sequence[int]) -> bool:
         """After a failed step: take back what earlier chunks of it have added. True if some sequence had to be emptied instead."""

@@ -92,6 +92,7 @@ def _new_context(lib: Any, pointer: int, cells: int, options: EngineOptions) -> 
     parameters.kv_unified = True
     parameters.swa_full = True  # keep what lies outside a sliding window: a session may go back to it
     parameters.type_k = key_type
+    parameters.pooling_type = lib.LLAMA_POOLING_TYPE_NONE  # hidden states token by token, whatever the file says; edge-rt pools
     parameters.n_threads = parameters.n_threads_batch = options.threads or available_cpus()
     with _native_lines() as lines:
         context = lib.llama_init_from_model(pointer, parameters)
