@@ -24,6 +24,14 @@ class Engine(NullEngine):
         self.moved = moved
 
     def step(self, parts):
+        self.suffer(parts)
+        return super().step(parts)
+
+    def hidden(self, parts):
+        self.suffer(parts)
+        return super().hidden(parts)
+
+    def suffer(self, parts):
         for part in parts:
             for token in part.tokens:
                 if token in DEADLY and len(part.tokens) > 1:
@@ -35,7 +43,6 @@ class Engine(NullEngine):
                         time.sleep(0.1)
                         self.moved()
         time.sleep(DELAY)
-        return super().step(parts)
 
 class Factory(NullEngineFactory):
     def open(self, model, options):

@@ -15,7 +15,7 @@ from typing import Any
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.client import PAUSES, connected
-from edge_rt.daemon.conversation import GONE, Answers, Conversation, fields_of, hello_fields
+from edge_rt.daemon.conversation import GONE, Answers, Conversation, embed_fields, fields_of, hello_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -96,6 +96,26 @@ class AsyncClient:
             if not answers.over:
                 self._conversation.cancel(answers)
                 self._flush()
+
+    async def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        model: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+    ) -> list[list[float]]:
+        """Embeddings of texts, or of their tokens; see ``Client.embed``."""
+        answers = self._ask("embed", embed_fields(texts, model, pooling, normalize, dimensions))
+        try:
+            while not answers.over:
+                await self._wait()
+        finally:
+            if not answers.over and self._writer is not None:
+                self._ask("cancel", {"request": answers.request})
+        answers.result()
+        return answers.embeddings
 
     def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
         if self._writer is None:

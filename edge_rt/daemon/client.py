@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.conversation import Answers, Conversation, fields_of, hello_fields
+from edge_rt.daemon.conversation import Answers, Conversation, embed_fields, fields_of, hello_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -149,6 +149,27 @@ class Client:
                 self._socket.sendall(self._conversation.to_send())
             except OSError:
                 self._end_of(self._socket)
+
+    def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        model: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+    ) -> list[list[float]]:
+        """Embeddings of texts, or of their tokens; see ``edge_rt.embedding``. ``dimensions``: so many of the first numbers of each."""
+        answers = self._ask("embed", embed_fields(texts, model, pooling, normalize, dimensions))
+        try:
+            while not answers.over:
+                self._flush()
+                self._receive()
+        finally:
+            if not answers.over:
+                self._leave(answers)
+        answers.result()
+        return answers.embeddings
 
     def session(self, *, keep: bool = False, context: int | None = None, model: str | None = None) -> Session:
         """Open a session. ``keep``: it outlives this connection for a while. ``model``: the name of one, else the daemon's default."""

@@ -30,6 +30,8 @@ class Answers:
         self.seq = 0
         """Of the last event received."""
         self.events: deque[Event] = deque()
+        self.embeddings: list[list[float]] = []
+        """Of the texts, in their order."""
         self._end: Message | None = None
         self._acknowledged = 0
 
@@ -148,6 +150,8 @@ class Conversation:
             del self._asked[answers.request]
         elif message["event"] == "stream":
             answers.stream = message["stream"]
+        elif message["event"] == "embedding":
+            answers.embeddings.append(message["embedding"])
         elif (event := event_of(message)) is not None:
             answers.events.append(event)
         if answers.due(self._ack_every):
@@ -184,6 +188,20 @@ def fields_of(
     if options:
         fields["options"] = {name: _sendable(name, value) for name, value in options.items()}
     return fields
+
+
+def embed_fields(
+    texts: Sequence[str | Sequence[int]], model: str | None, pooling: str | None, normalize: bool, dimensions: int | None
+) -> Message:  # fmt: skip
+    """The fields of ``embed``. Raises OptionError for texts and tokens together."""
+    fields: Message
+    if all(isinstance(text, str) for text in texts):
+        fields = {"texts": list(texts)}
+    elif not any(isinstance(text, str) for text in texts):
+        fields = {"tokens": [list(tokens) for tokens in texts]}
+    else:
+        raise OptionError("some texts are given as text and some as tokens; ask for them one after the other")
+    return {**fields, "model": model, "pooling": pooling, "normalize": normalize, "dimensions": dimensions}
 
 
 def _sendable(name: str, value: Any) -> Any:

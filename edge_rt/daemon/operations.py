@@ -212,6 +212,17 @@ def _generate(connection: Channel, request: Request, size: int) -> None:
     connection.server.generate(connection, request, size, hosted, command, session)
 
 
+def _embed(connection: Channel, request: Request, size: int) -> None:
+    fields = request.fields
+    if ("texts" in fields) == ("tokens" in fields):
+        raise ProtocolError("bad_request", "embed takes texts, or tokens of each; give one of them")
+    if not fields.get("texts", fields.get("tokens")):
+        raise ProtocolError("option", "there is nothing to embed; give a text")
+    hosted = _hosted(connection, request)
+    command = {"op": "embed", **{name: value for name, value in fields.items() if name != "model"}}
+    connection.server.generate(connection, request, size, hosted, command, None)
+
+
 def _cancel(connection: Channel, request: Request, size: int) -> None:
     stream = connection.streams.get(request.fields["request"])
     if stream is not None and not stream.ended and not stream.cancelled:
@@ -264,6 +275,7 @@ _RUN: dict[str, Callable[[Channel, Request, int], None]] = {
     "save_session": _save_session,
     "restore_session": _restore_session,
     "generate": _generate,
+    "embed": _embed,
     "cancel": _cancel,
     "resume": _resume,
     "ack": _ack,

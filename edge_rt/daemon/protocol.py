@@ -77,6 +77,10 @@ def _ids(value: Any) -> bool:
     return isinstance(value, list) and all(map(_id, value))
 
 
+def _id_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_ids, value))
+
+
 def _json(value: Any) -> bool:
     """What JSON could say: no bytes anywhere, and texts as keys."""
     rest = [value]
@@ -116,6 +120,7 @@ KINDS: Mapping[str, Kind] = {
     "flag": Kind(_flag, "true or false"),
     "texts": Kind(_texts, "a list of texts"),
     "ids": Kind(_ids, "a list of whole numbers"),
+    "id lists": Kind(_id_lists, "a list of lists of whole numbers"),
     "map": Kind(_map, "a map as JSON has it"),
     "maps": Kind(_maps, "a list of maps as JSON has them"),
 }
@@ -130,6 +135,7 @@ OPS: Mapping[str, Mapping[str, str]] = {
     "generate": {
         "session": "text", "model": "text", "prompt": "text", "messages": "maps", "options": "map", "priority": "text", "resumable": "flag",
     },
+    "embed": {"texts": "texts", "tokens": "id lists", "model": "text", "pooling": "text", "normalize": "flag", "dimensions": "id"},
     "cancel": {"request": "id!"},
     "resume": {"stream": "text!", "after": "id!"},
     "ack": {"stream": "text!", "seq": "id!"},

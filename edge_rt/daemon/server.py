@@ -175,7 +175,7 @@ class Server:
     def generate(
         self, connection: Channel, request: Request, size: int, hosted: Hosted, command: Message, session: Known | None
     ) -> None:  # fmt: skip
-        """Start a generation. Raises ProtocolError."""
+        """Start a generation, or whatever else answers with events. Raises ProtocolError."""
         assert request.id is not None, "only ack has none"
         assert connection.user is not None, "nobody else comes as far as this"
         number, credits = request.id, self.config.credits
@@ -201,6 +201,8 @@ class Server:
         """The worker says something of a generation."""
         if message.get("event") == "delta":
             self.measures.tokens(stream, len(message["tokens"]), self.now())
+        elif message.get("event") == "embedding":
+            self.count("tokens", "embedded_tokens", message["tokens"])
         elif message.get("event") == "done":
             for kind in ("prompt_tokens", "completion_tokens"):
                 self.count("tokens", kind, message["usage"][kind])

@@ -22,6 +22,7 @@ from edge_rt.records import record
 
 if TYPE_CHECKING:
     from edge_rt.core.decode.batch import Batch, Running
+    from edge_rt.daemon.embeddings import Embeddings
     from edge_rt.rules import RuleFile
     from edge_rt.runtime import Model
     from edge_rt.session import Session
@@ -33,9 +34,9 @@ PROGRESS_EVERY = 0.05
 
 @dataclass(eq=False)
 class Asked:
-    """A generation: from the moment its command came until its last event was sent. ``credits``: events that may still be sent.
+    """A generation, or texts to embed: from the moment its command came until its last event was sent.
 
-    ``pieces``: log-probabilities come with the bytes of their tokens.
+    ``credits``: events that may still be sent. ``pieces``: log-probabilities come with the bytes of their tokens.
     """
 
     id: int
@@ -56,6 +57,7 @@ class Serving:
         self._send = send
         self._model: Model | None = None
         self._batch: Batch | None = None
+        self._embeddings: Embeddings | None = None
         self._rules: RuleFile | None = None
         self._sessions: dict[str, Session] = {}
         self._asked: dict[int, Asked] = {}
@@ -65,12 +67,15 @@ class Serving:
     @property
     def busy(self) -> bool:
         """Whether there is anybody to take a step for."""
-        return self._batch is not None and len(self._batch) > 0
+        return self._batch is not None and (len(self._batch) > 0 or (self._embeddings is not None and len(self._embeddings) > 0))
 
     def step(self) -> bool:
-        """One step for those who generate; False if nobody can go on."""
+        """One step for those who generate, and what fits beside it for those who embed; False if nobody can go on."""
         self.beats += 1
-        return self._batch is not None and self._batch.step()
+        if self._batch is None:
+            return False
+        stepped = self._batch.step()
+        return (self._embeddings is not None and self._embeddings.step(self._batch.room())) or stepped
 
     @property
     def expected(self) -> float | None:
@@ -207,7 +212,7 @@ class Serving:
     # ---- generation --------------------------------------------------------------------------------------------------
 
     def note(self, command: Message) -> None:
-        """A generation will be asked for; from now on it can be cancelled."""
+        """A generation, or embeddings, will be asked for; from now on that can be cancelled."""
         self._asked[command["id"]] = Asked(command["id"], command["credits"], command.get("pieces", False))
 
     def cancel(self, request: int) -> None:
@@ -290,10 +295,31 @@ class Serving:
             for entry in message.get("logprobs", ()):
                 entry["piece"] = self._piece(entry["token"])
                 entry["top_pieces"] = [self._piece(token) for token, _ in entry["top"]]
+        return self._say(one, message)
+
+    def _say(self, one: Asked, message: Message) -> bool:
+        """Send an event; whether another one may be sent."""
         self._send({"id": one.id, **message})
         with self._lock:
             one.credits -= 1
             return one.credits > 0
+
+    def _embed(self, command: Message) -> None:
+        one = self._asked[command["id"]]
+        if one.cancelled:
+            raise Cancelled("the request was cancelled")
+        if self._embeddings is None:
+            from edge_rt.daemon.embeddings import Embeddings
+
+            self._embeddings = Embeddings(self._opened, self._say, self._embedded)
+        self._embeddings.add(one, command)
+
+    def _embedded(self, command: Message, error: Exception | None, answer: Message) -> None:
+        if error is not None:
+            self._failed(command, error)
+            return
+        self._asked.pop(command["id"], None)
+        self._send({"id": command["id"], "ok": answer})
 
     def _piece(self, token: int) -> bytes:
         return self._opened.vocab.piece(token, special=True)
@@ -311,6 +337,7 @@ _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
     "save_session": Serving._save_session,
     "restore_session": Serving._restore_session,
     "generate": Serving._generate,
+    "embed": Serving._embed,
     "resume": Serving._resume,
     "cancel": Serving._cancel,
     "drop": Serving._drop,

@@ -91,7 +91,7 @@ class Worker:
                 waits = idle or (self._turns is not None and self._turns.waiting)
                 self._send({"beats": beats, "idle": waits, "expected": serving.expected})
             case op:
-                if op == "generate":
+                if op in ("generate", "embed"):
                     serving.note(command)
                 elif op == "resume":
                     serving.credit(command["request"], command["events"])

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from edge_rt.testing import protocol_checks, protocol_scripts, protocol_stream_checks
+from edge_rt.testing import protocol_checks, protocol_embedding_checks, protocol_scripts, protocol_stream_checks
 from edge_rt.testing.protocol_checks import Server
 from edge_rt.testing.protocol_peer import Broken
 
@@ -34,7 +34,7 @@ def wait_until_ready(server: Server, seconds: float = READY_SECONDS) -> None:
 
 def server_checks(server: Server) -> dict[str, Callable[[], None]]:
     """What a server must do, by name."""
-    checks = (*protocol_checks.CHECKS, *protocol_stream_checks.CHECKS)
+    checks = (*protocol_checks.CHECKS, *protocol_stream_checks.CHECKS, *protocol_embedding_checks.CHECKS)
     return {check.__name__.replace("_", " "): partial(check, server) for check in checks}
 
 

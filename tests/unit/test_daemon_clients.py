@@ -73,7 +73,7 @@ def in_threads(works):
 
 def test_hello_says_what_there_is(client):
     assert client.hello["version"] == 1
-    assert [op in client.hello["capabilities"] for op in ("generate", "embed")] == [True, False]
+    assert [op in client.hello["capabilities"] for op in ("generate", "embed", "sing")] == [True, True, False]
     status = client.status()
     assert (status["worker"]["state"], status["model"]["engine"]) == ("ready", "null")
 
@@ -375,7 +375,7 @@ def test_a_session_answers_one_request_at_a_time(daemon):
     ("op", "fields", "code"),
     [
         ("sing", {}, "unknown_op"),
-        ("embed", {"text": "x"}, "unknown_op"),
+        ("embed", {"text": "x"}, "bad_request"),
         ("generate", {}, "bad_request"),
         ("generate", {"prompt": "x", "messages": []}, "bad_request"),
         ("generate", {"prompt": 3}, "bad_request"),

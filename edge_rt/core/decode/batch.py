@@ -61,6 +61,7 @@ class Batch:
         self._a_prompt_token = 0.0  # seconds that one adds
         self.expected: float | None = None
         """Seconds that the step under way should take, after those before it; None while there is none, or nothing to go by."""
+        self._prompted = 0  # prompt tokens in the last step
 
     def __len__(self) -> int:
         return len(self._running)
@@ -141,9 +142,17 @@ class Batch:
             return LEAST_PROMPT
         return max(LEAST_PROMPT, min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token)))
 
+    def room(self) -> int:
+        """Tokens that other work may feed to the engine before the next step: while somebody decodes, what the last step left over of the
+        prompt tokens that it might have carried.
+        """
+        if not any(one.part is not None and not _reads(one) for one in self._running):
+            return self._engine.info.chunk
+        return max(LEAST_PROMPT, self._prompt_tokens() - self._prompted)
+
     def _learn(self, chosen: Sequence[tuple[Running, Part]], seconds: float) -> None:
         """Note how long a step took (a moving average over about eight)."""
-        prompt = sum(len(part.tokens) for one, part in chosen if _reads(one))
+        prompt = self._prompted = sum(len(part.tokens) for one, part in chosen if _reads(one))
         if not prompt:
             self._decoding += (seconds - self._decoding) / (8 if self._decoding else 1)
         else:

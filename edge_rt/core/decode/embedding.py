@@ -106,7 +106,9 @@ class TextReader:
         """Raises OptionError if the engine shows no hidden states."""
         if not isinstance(engine, EmbedsText):
             raise OptionError(f"the engine {engine.info.engine} makes no embeddings; choose another with --engine")
-        self._engine, self._hidden, self._relieve = engine, engine.hidden, relieve
+        self._engine: Engine = engine
+        self._shows: EmbedsText = engine
+        self._relieve = relieve
         self._sequence: int | None = None
         self._tokens: Sequence[int] = ()
         self._pooling: Pooling = "mean"
@@ -132,7 +134,7 @@ class TextReader:
         whole = self._fed + len(piece) == len(self._tokens)
         # Of the last piece always all rows: libllama pools that way, and kernels round otherwise for one row than for several.
         part = Part(self._sequence, piece, "all" if whole or self._pooling == "mean" else "none")
-        (rows,) = self._relieved(lambda: self._hidden([part]))
+        (rows,) = self._relieved(lambda: self._shows.hidden([part]))
         self._fed += len(piece)
         if self._pooling == "mean":
             assert rows is not None, "all were asked for"

@@ -1,0 +1,326 @@
+"""Texts to embed in the daemon: in turns, beside those who generate, and nothing of them is left when they end."""
+
+import asyncio
+import random
+import signal
+import socket
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from daemons import Daemon, write_plugin
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edge_rt
+from edge_rt.core.decode.batch import LEAST_PROMPT, Batch
+from edge_rt.daemon import embeddings as module
+from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.client import Client
+from edge_rt.daemon.embeddings import Embeddings
+from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
+from edge_rt.registry import Registry
+from edge_rt.testing.null_device import NullEngine, NullPlugin
+from edge_rt.testing.random_models import write_random_model
+from edge_rt.types import Delta, Done
+
+TEXTS = ["ab", "a river", "東京", "x" * 200, "ab"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
+    path = write_random_model(tmp_path_factory.mktemp("m") / "m.gguf")
+    with edge_rt.open(path, engine="null", device="null", registry=registry, context=512) as opened:
+        yield opened
+
+
+class Asks:
+    """Requests for embeddings, with what is said of each."""
+
+    def __init__(self, model):
+        self.model, self.said, self.ended, self.asked = model, {}, {}, {}
+        self.work = Embeddings(model, self.say, lambda command, error, answer: self.ended.update({command["id"]: error or answer}))
+
+    def say(self, asked, message):
+        assert asked.credits > 0
+        asked.credits -= 1
+        self.said[asked.id].append(message)
+
+    def add(self, name, credits=10**6, **command):
+        self.said[name], self.asked[name] = [], SimpleNamespace(id=name, credits=credits, cancelled=False)
+        self.work.add(self.asked[name], {"id": name, **command})
+
+    def rows(self, name):
+        assert [one["index"] for one in self.said[name]] == list(range(len(self.said[name])))
+        return np.array([one["embedding"] for one in self.said[name]], np.float32)
+
+    def finish(self, room=64):
+        while self.work.step(room):
+            pass
+        assert self.model.memory().cache == 0, "nothing is left behind"
+
+
+@pytest.fixture
+def asks(model):
+    return Asks(model)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_everyone_gets_what_they_would_get_alone(model, asks, seed):
+    chance = random.Random(seed)
+    wanted = {}
+    for name in range(chance.randrange(1, 7)):
+        texts = ["".join(chance.choices("abc ", k=chance.randrange(1, 150))) for _ in range(chance.randrange(1, 6))]
+        wanted[name] = texts, chance.choice(("mean", "cls", "last")), chance.choice((True, False))
+        asks.add(name, texts=texts, pooling=wanted[name][1], normalize=wanted[name][2])
+        for _ in range(chance.randrange(5)):
+            asks.work.step(chance.randrange(1, 64))
+    asks.finish(chance.randrange(1, 64))
+    for name, (texts, pooling, normalize) in wanted.items():
+        np.testing.assert_array_equal(asks.rows(name), model.embed(texts, pooling=pooling, normalize=normalize))
+        counts = [len(model.tokenize(text)) for text in texts]
+        assert [one["tokens"] for one in asks.said[name]] == counts
+        assert asks.ended[name] == {"pooling": pooling, "dimensions": 8, "tokens": sum(counts)}
+
+
+def test_requests_take_turns_text_by_text(asks):
+    asks.add("many", texts=["a"] * 50)
+    asks.add("few", texts=["b"] * 3)
+    order = []
+    asks.work._say = lambda asked, message: (order.append(asked.id), asks.say(asked, message))
+    asks.finish()
+    assert order[:6] == ["many", "few"] * 3
+
+
+def test_who_has_no_credits_waits_and_holds_up_nobody(asks):
+    asks.add("slow", credits=2, texts=TEXTS)
+    asks.add("quick", texts=TEXTS)
+    asks.finish()
+    assert (len(asks.said["slow"]), len(asks.said["quick"]), list(asks.ended)) == (2, 5, ["quick"])
+    asks.asked["slow"].credits = 100
+    asks.finish()
+    np.testing.assert_array_equal(asks.rows("slow"), asks.rows("quick"))
+
+
+def test_cancelling_in_the_middle_of_a_text(asks):
+    asks.add("long", texts=["x" * 300, "y"])
+    asks.add("other", texts=["ab"])
+    for _ in range(4):
+        asks.work.step(64)
+    assert asks.model.memory().cache, "it is being read"
+    asks.asked["long"].cancelled = True
+    asks.work.step(64)
+    assert isinstance(asks.ended["long"], Cancelled)
+    asks.finish()
+    assert (asks.said["long"], asks.ended["other"]["tokens"]) == ([], 3)
+
+
+def test_cancelling_another_leaves_the_text_that_is_read(asks, model):
+    asks.add("one", texts=["x" * 300])
+    asks.add("two", texts=["y"])
+    asks.work.step(64)
+    asks.work.step(64)
+    asks.asked["two"].cancelled = True
+    asks.finish()
+    np.testing.assert_array_equal(asks.rows("one"), model.embed(["x" * 300]))
+
+
+def test_many_texts_are_tokenised_a_few_at_a_time_and_checked_before_any_is_read(asks, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 10)
+    seen = []
+    monkeypatch.setattr(module, "tokens_of", lambda *given, real=module.tokens_of: seen.append(given[2]) or real(*given))
+    asks.add("good", texts=["12345"] * 6)
+    for done in (2, 4, 6):
+        assert asks.work.step(64)
+        assert (len(seen), asks.model.memory().cache) == (done, 0)
+    asks.add("bad", texts=["a", "b" * 600])
+    asks.finish()
+    assert isinstance(asks.ended["bad"], ContextOverflow)
+    assert (asks.said["bad"], len(asks.said["good"])) == ([], 6)
+
+
+def test_mistakes_end_a_request_and_no_other(asks, monkeypatch):
+    with pytest.raises(OptionError, match="no pooling"):
+        asks.add("pooling", texts=["a"], pooling="max")
+    asks.add("one", texts=["ab", "a river"])
+    asks.add("wide", texts=["ab"], dimensions=9)
+    asks.finish()
+    assert isinstance(asks.ended["wide"], OptionError)
+    assert asks.said["wide"] == []
+    hidden, fails = NullEngine.hidden, [True]
+
+    def failing(self, parts):
+        if fails.pop() if fails else False:
+            raise OutOfMemory("no cells are left")
+        return hidden(self, parts)
+
+    monkeypatch.setattr(NullEngine, "hidden", failing)
+    asks.add("unlucky", texts=["ab"])
+    asks.add("again", texts=["ab"])
+    asks.finish()
+    assert isinstance(asks.ended["unlucky"], OutOfMemory)
+    np.testing.assert_array_equal(asks.rows("again"), asks.rows("one")[:1])
+
+
+def test_an_engine_that_makes_none(model):
+    class Mute:
+        info = model.info
+
+    mute = SimpleNamespace(file=model.file, engine=Mute(), prefixes=model.prefixes)
+    with pytest.raises(OptionError, match="makes no embeddings"):
+        Embeddings(mute, None, None).add(None, {"texts": ["a"]})
+
+
+# ---- beside generations ----------------------------------------------------------------------------------------------
+
+
+def test_those_who_decode_wait_for_no_more_than_a_piece(model, monkeypatch):
+    log, hidden = [], NullEngine.hidden
+
+    def noted(self, parts):
+        log.append(sum(len(part.tokens) for part in parts))
+        return hidden(self, parts)
+
+    monkeypatch.setattr(NullEngine, "hidden", noted)
+    batch, asks, ended = Batch(model.engine, model.lock), Asks(model), []
+    with model.session() as session:
+        job, steps = session.begin("ab", max_tokens=60, temperature=0, ignore_eos=True)
+        batch.add(job, steps, lambda event: True, ended.append)
+        asks.add("texts", texts=["x" * 400] * 3)
+        batch.step()
+        while not ended:
+            room = batch.room()
+            before = len(log)
+            batch.step()
+            asks.work.step(batch.room())
+            assert len(log) <= before + 1
+            assert all(size <= max(room, batch.room(), LEAST_PROMPT) for size in log[before:])
+        session.end(job)
+        assert ended == [None]
+    assert log, "both went on"
+    model.prefixes.clear()
+    asks.finish()
+    assert len(asks.said["texts"]) == 3
+
+
+@given(decoding=st.floats(1e-4, 1), token=st.floats(1e-6, 1), prompted=st.integers(0, 600))
+def test_what_a_step_left_over(decoding, token, prompted):
+    batch = Batch(NullEngine(), None)
+    assert batch.room() == 64, "a whole chunk while nobody decodes"
+    batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
+    assert batch.room() == LEAST_PROMPT, "as long as nothing was measured"
+    batch._decoding, batch._a_prompt_token = decoding, token
+    most = batch.room()
+    assert LEAST_PROMPT <= most <= 64
+    batch._prompted = prompted
+    assert batch.room() == max(LEAST_PROMPT, most - prompted)
+    batch._running = [SimpleNamespace(part=SimpleNamespace(logits="last")), SimpleNamespace(part=None)]
+    assert batch.room() == 64, "who reads a prompt takes turns with us"
+
+
+# ---- the daemon ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory, random_model):
+    folder = tmp_path_factory.mktemp("daemon")
+    write_plugin(folder)
+    with Daemon(folder, config="credits = 8\nlimits.requests_per_second = 0\n", model=str(random_model()), delay=0.001) as found:
+        found.ready().close()
+        yield found
+
+
+@pytest.fixture
+def client(daemon):
+    with daemon.client() as found:
+        yield found
+
+
+def quiet(client):
+    until = time.monotonic() + 20
+    while client.status()["server"]["requests"]:
+        assert time.monotonic() < until, client.status()
+        time.sleep(0.01)
+
+
+def test_the_clients(daemon, client):
+    before = client.call("metrics")["tokens"].get("embedded_tokens", 0)
+    found = client.embed(TEXTS)
+    assert [len(row) for row in found] == [8] * 5
+    assert found[0] == found[4] != found[1]
+    assert client.call("metrics")["tokens"]["embedded_tokens"] == before + sum(len(text.encode()) + 1 for text in TEXTS)
+    assert client.embed([[256, 97, 98]]) == found[:1]
+    assert client.embed(["ab"], pooling="last", normalize=False, dimensions=3)[0] != found[0][:3]
+
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as mine:
+            return await asyncio.gather(*(mine.embed(TEXTS) for _ in range(6)))
+
+    assert asyncio.run(work()) == [found] * 6
+    for bad in (["a", [1]], [[1], "a"]):
+        with pytest.raises(OptionError, match="some texts are given as text"):
+            client.embed(bad)
+    with pytest.raises(DaemonError) as caught:
+        client.embed([])
+    assert caught.value.code == "option"
+    with pytest.raises(DaemonError) as caught:
+        client.embed(["x", "y" * 5000])
+    assert (caught.value.code, caught.value.fields) == ("context_overflow", {"needed": 5001, "available": 4096})
+
+
+def test_beside_generations(client, daemon):
+    options = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
+    alone = [event for event in client.generate("abc", **options) if isinstance(event, Delta)]
+    expected = client.embed(TEXTS)
+
+    async def write(mine):
+        return [event async for event in mine.generate("abc", **options) if isinstance(event, Delta)]
+
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as mine:
+            return await asyncio.gather(*(write(mine) for _ in range(3)), *(mine.embed(TEXTS) for _ in range(3)))
+
+    found = asyncio.run(work())
+    text = "".join(event.text for event in alone)
+    assert ["".join(event.text for event in one) for one in found[:3]] == [text] * 3
+    assert found[3:] == [expected] * 3
+
+
+def test_a_task_that_is_cancelled_ends_its_request(daemon, client):
+    async def work():
+        async with AsyncClient(str(daemon.socket)) as mine:
+            task = asyncio.create_task(mine.embed(["a river"] * 20000))
+            while not client.status()["server"]["requests"]:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(await mine.embed(["ab"])) == 1
+            quiet(client)
+
+    asyncio.run(work())
+
+
+def test_who_does_not_read_holds_up_nobody(daemon, client):
+    expected = client.embed(["a"] * 3)
+    with Client(str(daemon.socket), timeout=30) as slow:
+        answers = slow._ask("embed", {"texts": ["a"] * 20000})
+        while client.call("metrics")["tokens"]["embedded_tokens"] < 100:
+            time.sleep(0.01)
+        for _ in range(3):
+            assert client.embed(["a"] * 3) == expected
+        done = [event for event in client.generate("ab", max_tokens=5, ignore_eos=True) if isinstance(event, Done)]
+        assert len(done) == 1
+        assert not answers.over
+        slow._socket.shutdown(socket.SHUT_RDWR)
+    quiet(client)
+
+
+def test_a_worker_that_dies(daemon, client):
+    with pytest.raises(DaemonError) as caught:
+        client.embed(["fine", "\x01\x01"])
+    assert (caught.value.code, signal.SIGKILL.name in str(caught.value)) == ("worker_died", True)
+    daemon.ready().close()
+    assert len(client.embed(["fine"])) == 1
