@@ -433,6 +433,13 @@ class Client(private val dial: () -> Transport, private val key: String? = null)
         return Generation(this, ask("generate", fields))
     }
 
+    /** Embeddings of texts, in their order. [options]: `pooling`, `normalize`, `dimensions`. Throws EdgeRtException. */
+    fun embed(texts: List<String>, options: Message = emptyMap()): List<List<Double>> =
+        Generation(this, ask("embed", options + mapOf("texts" to texts))).asSequence()
+            .filter { it["event"] == "embedding" }
+            .map { event -> (event["embedding"] as List<*>).map { it as Double } }
+            .toList()
+
     /** Open a session. [keep]: it outlives this connection for a while. */
     fun openSession(keep: Boolean = false, context: Int? = null) =
         Session(this, call("open_session", mapOf("keep" to keep, "context" to context))["session"] as String)

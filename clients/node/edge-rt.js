@@ -444,6 +444,13 @@ class Client {
     return new Generation(this, { ...said, session, priority, resumable, options });
   }
 
+  /** Embeddings of texts, in their order: a list of numbers for each. `options`: `pooling`, `normalize`, `dimensions`. */
+  async embed(texts, options = {}) {
+    const found = [];
+    for await (const event of new Generation(this, { ...options, texts }, 'embed')) if (event.event === 'embedding') found.push(event.embedding);
+    return found;
+  }
+
   /** Open a session. `keep`: it outlives this connection for a while. */
   async openSession({ keep, context } = {}) {
     return new Session(this, (await this.call('open_session', { keep, context })).session);
@@ -555,9 +562,9 @@ class Client {
 /** The events of one answer, to be taken with `for await`, by one reader; the last is `done`. Leaving the loop cancels it. */
 class Generation {
   /** Use Client.generate. */
-  constructor(client, fields) {
+  constructor(client, fields, op = 'generate') {
     this.client = client;
-    this.asking = client.ask('generate', fields);
+    this.asking = client.ask(op, fields);
     this.asking.catch(() => {}); // whoever takes the first event hears of it
   }
 

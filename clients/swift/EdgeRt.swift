@@ -44,6 +44,8 @@ public enum Value: Equatable, Sendable {
 
     public var text: String? { if case .text(let found) = self { return found } else { return nil } }
     public var integer: Int64? { if case .integer(let found) = self { return found } else { return nil } }
+    public var number: Double? { if case .number(let found) = self { return found } else { return nil } }
+    public var list: [Value]? { if case .list(let found) = self { return found } else { return nil } }
     public var map: Message? { if case .map(let found) = self { return found } else { return nil } }
 }
 
@@ -462,6 +464,18 @@ public final class Client: @unchecked Sendable {
         fields["resumable"] = .flag(resumable)
         fields["options"] = .map(options)
         return Generation(self, try ask("generate", fields))
+    }
+
+    /// Embeddings of texts, in their order. `options`: `pooling`, `normalize`, `dimensions`.
+    public func embed(_ texts: [String], options: Message = [:]) throws -> [[Double]] {
+        var fields = options
+        fields["texts"] = .list(texts.map(Value.text))
+        let events = Generation(self, try ask("embed", fields))
+        var found: [[Double]] = []
+        while let event = try events.next() {
+            if event["event"] == "embedding" { found.append((event["embedding"]?.list ?? []).compactMap { $0.number }) }
+        }
+        return found
     }
 
     /// Open a session. `keep`: it outlives this connection for a while.

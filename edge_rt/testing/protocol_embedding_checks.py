@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 from edge_rt.testing.protocol_checks import Check, Server
 from edge_rt.testing.protocol_peer import Message, Peer, error_is, expect
+from edge_rt.testing.protocol_stream_checks import nothing_under_way
 
 TEXTS = ["Hello", "Once upon a time there was a river", "Hello", "東京"]
 MANY = 500
@@ -136,11 +136,7 @@ def leaving_ends_what_is_embedded(server: Server) -> None:
     with server.peer() as peer:
         number = peer.ask("embed", texts=TEXTS[1:2] * MANY)
         peer.message_of(number)
-    with server.peer() as peer:
-        until = time.monotonic() + server.seconds
-        while peer.ok("status")["server"]["requests"]:
-            expect(time.monotonic() < until, "what a client that left asked for is still being embedded")
-            time.sleep(0.02)
+    nothing_under_way(server, 5, "what a client that left wanted embedded")
 
 
 CHECKS: tuple[Check, ...] = (

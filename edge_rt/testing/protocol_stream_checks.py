@@ -58,7 +58,7 @@ def _numbered(messages: list[Message], after: int) -> int:
     return after + len(numbers)
 
 
-def _nothing_under_way(server: Server, seconds: float, what: str) -> None:
+def nothing_under_way(server: Server, seconds: float, what: str) -> None:
     """Wait until the server has no request. Raises Broken."""
     until = time.monotonic() + seconds
     with server.peer() as peer:
@@ -152,7 +152,7 @@ def requests_of_a_connection_are_limited(server: Server) -> None:
         found = _until(peer, lambda one: "error" in one)
         error_is(found[-1], "limit", f"request {most + 1} of {most} that may be under way")
         expect(found[-1]["id"] == numbers[-1], "of too many requests, not the last is refused")
-    _nothing_under_way(server, 10, "what a broken connection asked for")
+    nothing_under_way(server, 10, "what a broken connection asked for")
 
 
 def cancelling_ends_a_generation(server: Server) -> None:
@@ -192,7 +192,7 @@ def what_a_broken_connection_asked_for_ends(server: Server) -> None:
             if half:
                 peer.socket.shutdown(socket.SHUT_WR)
                 peer.ended()
-        _nothing_under_way(server, 5, "what a broken connection asked for")
+        nothing_under_way(server, 5, "what a broken connection asked for")
 
 
 # ---- streams that can be resumed -------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def a_stream_is_numbered_and_can_be_resumed_at_every_number(server: Server) -> N
             rest = _acknowledged(peer, again, stream)
             _numbered(found + rest, 0)
             expect(_text(found + rest) == expected, f"resumed after seq {after}, the text is another")
-    _nothing_under_way(server, 5, "a stream whose answer was acknowledged")
+    nothing_under_way(server, 5, "a stream whose answer was acknowledged")
 
 
 def _acknowledged(peer: Peer, number: int, stream: str, count: int | None = None) -> list[Message]:
@@ -281,7 +281,7 @@ def no_more_comes_than_there_are_credits(server: Server) -> None:
             if "seq" in message:
                 peer.send({"op": "ack", "stream": stream, "seq": message["seq"]})
         peer.send({"op": "ack", "stream": stream, "seq": message["seq"]})
-    _nothing_under_way(server, 5, "a stream that was cancelled")
+    nothing_under_way(server, 5, "a stream that was cancelled")
 
 
 def a_stream_moves(server: Server) -> None:
