@@ -18,8 +18,8 @@ def embeddings(
     """Each text's embedding, when it is asked for. Texts are tokenised as llama.cpp's embedding does it, or given as tokens.
 
     ``pooling``: mean, cls or last; left out: what the file says, else the mean. ``normalize``: to length 1.
-    Sessions on other threads go on between two chunks of a text. Raises OptionError for an empty text or an engine that makes none,
-    ContextOverflow for a text longer than the context, UnsupportedModel, OutOfMemory, NativeError.
+    Sessions on other threads go on between two chunks of a text. Raises OptionError for an empty text, and for a model or an engine that
+    makes none, ContextOverflow for a text longer than the context, OutOfMemory, NativeError.
     """
     how, info = pooling_of(model.file.header, pooling), model.info
     reader = TextReader(model.engine, model.prefixes.clear)

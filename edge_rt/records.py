@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import inf, isfinite
 from typing import Any, TypeVar
 
@@ -38,6 +38,11 @@ def event(found: Mapping[str, Any]) -> Event | None:
         made["post"] = tuple(_made(PostUse, one) for one in found.get("post", ()))
         return _made(Done, made)
     return None if kind is None else _made(kind, found)
+
+
+def singles(numbers: Iterable[float]) -> list[float]:
+    """Numbers of single precision for JSON: nine digits tell each from its neighbours, and the 17 of double precision say no more."""
+    return [float(f"{number:.9g}") for number in numbers]
 
 
 def _made(kind: type[_T], found: Mapping[str, Any]) -> _T:

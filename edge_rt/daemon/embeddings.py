@@ -56,7 +56,7 @@ class Embeddings:
         return len(self._requests)
 
     def add(self, asked: Asked, command: Message) -> None:
-        """Take up a request. Raises OptionError, UnsupportedModel."""
+        """Take up a request. Raises OptionError."""
         pooling = pooling_of(self._model.file.header, command.get("pooling"))
         self._reader = self._reader or TextReader(self._model.engine, self._model.prefixes.clear)
         self._requests.append(_Request(asked, command, pooling, command.get("texts") or command["tokens"]))

@@ -186,7 +186,7 @@ const { Client } = require(process.argv[1]);
 (async () => {
   const client = await Client.connect(process.argv[2]);
   const texts = Array.from({ length: 90 }, (_, i) => `Text ${i % 3}`);
-  const [found, text] = await Promise.all([client.embed(texts), client.generate('One two three', { temperature: 0, max_tokens: 8 }).text()]);
+  const [found, text] = await Promise.all([client.embed(texts), client.generate('One two', { max_tokens: 9 }).text()]);
   const short = await client.embed(texts.slice(0, 1), { pooling: 'last', dimensions: 4 });
   const failed = await client.embed(['']).catch((error) => error.code);
   console.log(JSON.stringify({ found, text, short, failed }));

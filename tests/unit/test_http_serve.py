@@ -174,7 +174,6 @@ def test_models(daemon, peer, random_model):
         ("GET", "/nothing", None, 404, "unknown_url"),
         ("GET", CHAT, None, 405, "method_not_allowed"),
         ("DELETE", "/v1/models/m", None, 405, "method_not_allowed"),
-        ("POST", "/v1/embeddings", {"input": "x"}, 501, "not_implemented"),
         ("POST", CHAT, b"{", 400, "malformed_json"),
         ("POST", CHAT, b"[]", 400, "malformed_json"),
         ("POST", CHAT, b"", 400, "malformed_json"),
@@ -194,7 +193,7 @@ def test_models(daemon, peer, random_model):
     ],
 )
 def test_errors(daemon, peer, method, path, body, status, code):
-    for stream in (False, True) if isinstance(body, dict) and path != "/v1/embeddings" else (False,):
+    for stream in (False, True) if isinstance(body, dict) else (False,):
         given = {**body, "stream": True} if stream else body
         reply = peer.ask(method, path, given)
         assert (reply.status, reply.code) == (status, code), reply.body

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from edge_rt.core.engine import EmbedsText, Engine, Part
-from edge_rt.errors import ContextOverflow, NativeError, OptionError, OutOfMemory, UnsupportedModel
+from edge_rt.errors import ContextOverflow, NativeError, OptionError, OutOfMemory
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -41,22 +41,22 @@ class Embedding(NamedTuple):
 def pooling_of(header: Header, asked: str | None = None) -> Pooling:
     """How a model's hidden states are pooled: as ``asked``, else as its file says, else by the mean.
 
-    Raises OptionError for a pooling that there is not, UnsupportedModel for a model whose embeddings are made in another way.
+    Raises OptionError for a pooling that there is not, and for a model whose embeddings are made in another way.
     """
     arch = header.architecture
     if header.get(f"{arch}.attention.causal", True) is False:
-        raise UnsupportedModel(f"{arch} models read a text in both directions, which is not done here; use a model such as Qwen3-Embedding")
+        raise OptionError(f"{arch} models read a text in both directions, which is not done here; use a model such as Qwen3-Embedding")
     if asked is not None:
         if asked not in POOLINGS:
             raise OptionError(f"there is no pooling {asked:.40}; choose from {', '.join(POOLINGS)}")
         return asked
     kind = header.get(f"{arch}.pooling_type")
     if kind == _RANK:
-        raise UnsupportedModel("the model ranks texts by a question and was not trained for embeddings; name a pooling to have some anyway")
+        raise OptionError("the model ranks texts by a question and was not trained for embeddings; name a pooling to have some anyway")
     if kind in (None, _NONE):
         return "mean"
     if not isinstance(kind, int) or not 1 <= kind <= len(POOLINGS):
-        raise UnsupportedModel(f"the model's pooling {kind!r:.40} is not known here; name one of {', '.join(POOLINGS)}")
+        raise OptionError(f"the model's pooling {kind!r:.40} is not known here; name one of {', '.join(POOLINGS)}")
     return POOLINGS[kind - 1]
 
 
@@ -90,10 +90,11 @@ def finished(pooled: Vector, *, normalize: bool = True, dimensions: int | None =
     if dimensions is not None and not 1 <= dimensions <= len(pooled):
         raise OptionError(f"an embedding of this model has {len(pooled)} numbers and not {dimensions}; ask for fewer")
     found = pooled[:dimensions]
-    length = math.sqrt(float(np.square(found, dtype=np.float64).sum()))
+    exact = found.astype(np.float64)
+    length = math.sqrt(float(exact @ exact))
     if not math.isfinite(length):
         raise NativeError("the hidden states hold numbers that are none; the model file or the computation is damaged")
-    return (found / length).astype(np.float32) if normalize and length else found
+    return (exact / length).astype(np.float32) if normalize and length else found
 
 
 class TextReader:

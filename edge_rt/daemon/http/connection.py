@@ -55,6 +55,7 @@ class HttpConnection(Channel):
         self._over_tcp = False
         self._lingering = False
         self._body = bytearray()
+        self._kept = 0
         self._number = 0
         self._forget()
 
@@ -226,8 +227,14 @@ class HttpConnection(Channel):
         self._route.work(self._exchange)
 
     def _drop_body(self) -> None:
-        self.server.hold(self, -len(self._body))
+        self.server.hold(self, -len(self._body) - self._kept)
         self._body.clear()
+        self._kept = 0
+
+    def keep(self, more: int) -> None:
+        """Bytes of an answer that are kept until it is whole. Raises ProtocolError: limit."""
+        self.server.hold(self, more)
+        self._kept += more
 
     # ---- of the daemon -----------------------------------------------------------------------------------------------
 

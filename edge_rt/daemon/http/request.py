@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 
 def chat(body: Mapping[str, Any]) -> Asked:
     """A request for ``/v1/chat/completions``. Raises ApiError, ProtocolError."""
-    given, rest = _fields(body, CHAT, ("stop", "tool_choice"))
+    given, rest = checked(body, CHAT, ("stop", "tool_choice"))
     options = _options(given, rest)
     if "max_completion_tokens" in given:
         if given.get("max_tokens", given["max_completion_tokens"]) != given["max_completion_tokens"]:
@@ -77,7 +77,7 @@ def chat(body: Mapping[str, Any]) -> Asked:
 
 def completion(body: Mapping[str, Any]) -> Asked:
     """A request for ``/v1/completions``. Raises ApiError, ProtocolError."""
-    given, rest = _fields(body, COMPLETION, ("stop", "prompt"))
+    given, rest = checked(body, COMPLETION, ("stop", "prompt"))
     prompt = rest.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -120,7 +120,7 @@ def _asked(
 # ---- fields ----------------------------------------------------------------------------------------------------------
 
 
-def _fields(body: Mapping[str, Any], kinds: Mapping[str, str], others: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def checked(body: Mapping[str, Any], kinds: Mapping[str, str], others: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields that are not null: those of a kind, and the ``others``. Raises ApiError."""
     given: dict[str, Any] = {}
     rest: dict[str, Any] = {}

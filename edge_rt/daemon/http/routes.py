@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from edge_rt.daemon.http import answer, body, metrics, request
-from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError
+from edge_rt.daemon.http import answer, body, embeddings, metrics, request
+from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from edge_rt.daemon.http.request import Asked
     from edge_rt.daemon.server import Server
 
-POINTER = b"edge-rt speaks OpenAI's API here: /v1/chat/completions, /v1/completions, /v1/models. Also /health and /metrics.\n"
+POINTER = (
+    b"edge-rt speaks OpenAI's API here: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models. Also /health and /metrics.\n"
+)
 MEMORY_SECONDS = 0.5
 """How long metrics wait for the worker to say what it holds."""
 
@@ -135,24 +137,33 @@ def _named(server: Server, name: str | None) -> tuple[Hosted, str | None]:
         raise ApiError(404, message, "model_not_found", param="model") from error
 
 
+def _answering(server: Server, name: str | None) -> tuple[Hosted, str | None]:
+    """The same, if it can answer soon. Raises ApiError while it is being opened and nobody waits for it yet."""
+    hosted, adapter = _named(server, name)
+    worker = hosted.status()["worker"]
+    if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
+        share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
+        message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
+        raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
+    return hosted, adapter
+
+
 def _embeddings(exchange: Exchange) -> None:
-    raise ApiError(501, "this daemon makes no embeddings yet", "not_implemented")
+    asked = embeddings.read(body.parse(exchange.body))
+    hosted, adapter = _answering(exchange.server, asked.model)
+    if adapter is not None:
+        raise wrong("model", f"embeddings come from a model without an adapter; name {hosted.name}")
+    embeddings.Embedding(exchange, asked, hosted.name).start()
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
 def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange) -> None:
-    server = exchange.server
     asked = read(body.parse(exchange.body))
-    hosted, adapter = _named(server, asked.model)
+    hosted, adapter = _answering(exchange.server, asked.model)
     if adapter is not None:
         asked = request.through(asked, hosted.name, adapter)
-    worker = hosted.status()["worker"]
-    if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
-        share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
-        message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
-        raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
     headers = (("Edge-RT-Ignored", ", ".join(asked.ignored)),) if asked.ignored else ()
     _Generation(exchange, asked, hosted.name, _called(hosted, adapter), headers).start()
 
