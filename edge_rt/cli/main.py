@@ -22,6 +22,7 @@ from edge_rt.errors import OptionError
 COMMANDS = {
     "run": "edge_rt.cli.run",
     "chat": "edge_rt.cli.chat",
+    "embed": "edge_rt.cli.embed",
     "post": "edge_rt.cli.post",
     "rules": "edge_rt.cli.rules",
     "pull": "edge_rt.cli.pull",

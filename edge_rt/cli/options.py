@@ -68,7 +68,7 @@ def option(
 
 
 def argument(default: Any = REQUIRED, *, help: str, metavar: str) -> Any:
-    """An option set by position; required without a default."""
+    """An option set by position; required without a default. The last may be a tuple of all words that are left."""
     return Spec(default, help, (), metavar)
 
 
@@ -199,9 +199,14 @@ def quick_parse(kind: type[C], argv: Sequence[str]) -> C | None:
         except ValueError:
             return None
         values[name] = (*values.get(name, ()), value) if annotation == "tuple[str, ...]" else value
-    if len(words) > len(positions) or any(options[name][0].default is REQUIRED for name in positions[len(words) :]):
+    given: dict[str, Any] = dict(zip(positions, words, strict=False))
+    if positions and options[positions[-1]][1] == "tuple[str, ...]":
+        given[positions[-1]] = tuple(words[len(positions) - 1 :])
+    elif len(words) > len(positions):
         return None
-    return kind(**values, **dict(zip(positions, words, strict=False)))
+    if any(options[name][0].default is REQUIRED for name in positions[len(words) :]):
+        return None
+    return kind(**values, **given)
 
 
 def check(options: CommandOptions) -> None:

@@ -10,6 +10,7 @@ import time
 import pytest
 from daemons import Daemon
 from http_peer import connect
+from meanings import PAIRS, closest
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed; pip install openai")
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
@@ -122,6 +123,20 @@ def test_tools_reach_the_template_and_what_is_no_call_stays_text(client, model):
     assert message.content or message.tool_calls
 
 
+def test_embeddings_of_close_texts_lie_close(client, daemon, model):
+    found = client.embeddings.create(model=model, input=[text for pair in PAIRS for text in pair])  # the client asks for base64
+    rows = [one.embedding for one in found.data]
+    assert [one.index for one in found.data] == list(range(len(rows)))
+    assert (found.model, {len(row) for row in rows}, found.usage.prompt_tokens > 30) == (model, {576}, True)
+    assert closest(rows) == [i ^ 1 for i in range(len(rows))], "each text's neighbour is the other one of its pair"
+    plain = client.embeddings.create(model=model, input=PAIRS[0][0], encoding_format="float").data[0].embedding
+    assert plain == pytest.approx(rows[0], abs=1e-3)
+    with daemon.client() as own:
+        assert own.embed([PAIRS[0][0]])[0] == pytest.approx(plain, abs=1e-3)
+    tokens = client.embeddings.create(model=model, input=[[5, 6, 7], [8]])
+    assert (len(tokens.data), tokens.usage.total_tokens) == (2, 4)
+
+
 def test_errors(client, daemon, model):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=model, messages=[{"role": "user", "content": "far " * 2000}])
@@ -136,9 +151,13 @@ def test_errors(client, daemon, model):
     with pytest.raises(openai.AuthenticationError) as caught:
         client.with_options(api_key="wrong").models.list()
     assert caught.value.code == "invalid_api_key"
-    with pytest.raises(openai.InternalServerError) as caught:
-        client.embeddings.create(model=model, input="x")
-    assert caught.value.status_code == 501
+    for wrong, code in (({"input": ""}, "invalid_value"), ({"input": "x", "dimensions": 100}, "unsupported_value")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.embeddings.create(model=model, **wrong)
+        assert (caught.value.code, caught.value.param) == (code, next(reversed(wrong)))
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model=model, input="far " * 2000)
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_closing_a_stream_cancels(client, daemon, model):
