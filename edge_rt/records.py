@@ -20,6 +20,8 @@ def record(event: Event) -> dict[str, Any]:
             found["logprobs"] = [_logprob(entry) for entry in event.logprobs]
         else:
             del found["logprobs"]
+        if not event.concealed:
+            del found["concealed"]
     if isinstance(event, Done):
         found["timings"]["total"] = event.timings.total
         found["timings"]["tokens_per_second"] = decode_rate(event)
@@ -31,7 +33,7 @@ def event(found: Mapping[str, Any]) -> Event | None:
     kind = next((kind for kind, name in _NAMES.items() if name == found["event"]), None)
     if kind is Delta:
         scores = tuple(_scored(entry) for entry in found.get("logprobs", ()))
-        return Delta(found["text"], tuple(found["tokens"]), scores)
+        return Delta(found["text"], tuple(found["tokens"]), scores, found.get("concealed", 0))
     if kind is Done:
         made = {**found, "usage": _made(Usage, found["usage"]), "timings": _made(Timings, found["timings"])}
         made["context"] = _made(ContextUse, found["context"])

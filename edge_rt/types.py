@@ -110,12 +110,13 @@ class PromptProgress(NamedTuple):
 
 class Delta(NamedTuple):
     """Text that can no longer change. ``tokens`` are the ids decoded since the last Delta (their text may still be held back); none where
-    a post-processor conceals what the model wrote, as redaction does.
+    a post-processor conceals what the model wrote, as redaction does: ``concealed`` is how many there were then.
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    concealed: int = 0
 
 
 class Notice(NamedTuple):

@@ -113,6 +113,7 @@ EVENTS = [
     PromptProgress(3, 4, 1),
     Delta("a\n", (1, 2), (TokenLogprob(1, "a", -0.5, ((1, -0.5), (2, -math.inf))),)),
     Delta(""),
+    Delta("b", concealed=1),
     Notice("note"),
     Done(
         "stop_string", Usage(1, 2, 3, 4, 5, 6), Timings(0.5, 0.25, 2.0), ContextUse(4, 5, "slide", 1), 7, "x",

@@ -218,7 +218,7 @@ def _emit(job: Job, token: int, logits: Row) -> tuple[FinishReason | None, Delta
 
         own, top = token_logprobs(logits, token, job.logprobs)
         scores = (TokenLogprob(token, job.vocab.piece(token).decode(errors="replace"), own, top),)
-    delta = Delta(text, () if job.writer.pipeline.conceals else (token,), scores)
+    delta = Delta(text, (), scores, 1) if job.writer.pipeline.conceals else Delta(text, (token,), scores)
     if job.writer.stop is not None:
         return "stop_string", delta
     if job.max_tokens is not None and job.completion >= job.max_tokens:
