@@ -80,8 +80,8 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress. An engine has all methods of one, or does without what it is
-    for.
+    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress, PredictsMemory. An engine has all methods of one, or does
+    without what it is for.
     """
 
     @property
@@ -274,5 +274,30 @@ class AppliesAdapters(Protocol):
 
         ``imported``: the sequence was opened by ``import_sequence``, and its cells were made with this adapter and scale.
         Raises ContextError if the sequence has other cells, as what was computed without the adapter must not be mixed with it.
+        """
+        ...
+
+
+@runtime_checkable
+class PredictsMemory(Protocol):
+    """Engines that say beforehand what a request will take, so that no more are let in than there is memory for (docs/daemon.md).
+
+    All are bytes, and upper bounds. An engine without this is not limited.
+    """
+
+    def sequence_bytes(self, sequence: int) -> int:
+        """What a sequence may hold as it is now, cells that are reserved and not used yet included."""
+        ...
+
+    def needed_bytes(self, sequence: int | None, cells: int, *, pruned: bool = False) -> int:
+        """The most that a sequence (None: a new one) holds on its way to ``cells`` cells, moves to larger memory included.
+
+        ``pruned``: with what ``PrunesCells`` takes beside the cells. Never less than ``sequence_bytes``.
+        """
+        ...
+
+    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+        """The most that steps hold beside the sequences, while none has more than ``cells`` cells and no step has more than ``parts``
+        parts and ``rows`` rows of logits. Never less than is held now. Raises OutOfMemory.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
@@ -15,10 +16,11 @@ from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.largest import Largest, largest
 from edge_rt.core.graph.lora import check_adapted
 from edge_rt.core.graph.pieces import Piece, in_pieces
 from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.graph.step import GraphCache, Slot
+from edge_rt.core.graph.step import GRAPH_BYTES, GraphCache, Slot
 from edge_rt.core.graph.support import key_type, unsupported
 from edge_rt.core.load.adapter_weights import AdapterWeights
 from edge_rt.core.load.pack_cache import open_packed
@@ -71,6 +73,7 @@ class GgmlEngine(GgmlSequences):
         self._exact: int | None = None
         self._moved: Callable[[], None] = lambda: None
         self._after_node: Any = None
+        self._largest: dict[tuple[int, int, int], Largest] = {}
         self._closed = False
         self.info = EngineInfo(
             engine="ggml", architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
@@ -230,6 +233,18 @@ class GgmlEngine(GgmlSequences):
             cache=sum(cache.nbytes for cache in self._sequences.values()),
             compute=self._graphs.nbytes,
         )
+
+    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+        """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for caches and rows up to twice as large."""
+        cells = min(padded(self.info.max_context), padded(1) << max(0, (padded(cells) // padded(1) - 1).bit_length()))
+        rows = 1 << max(0, rows - 1).bit_length()
+        found = self._largest.get((cells, parts, rows))
+        if found is None:
+            with closing(self._cache(cells)) as cache:
+                split = self._paging.streams
+                found = largest(self.hyper, self.weights, split, cache.view, CHUNK, parts, rows)
+            self._largest[cells, parts, rows] = found
+        return max(self._graphs.arena_bytes, found.arena) + GRAPH_BYTES + found.graph
 
     @property
     def pager(self) -> Pager | None:

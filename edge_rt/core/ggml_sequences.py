@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edge_rt.core.context.kv import KvCache, cell_bytes, next_capacity, padded
+from edge_rt.core.context.kv import KvCache, cell_bytes, largest_capacity, next_capacity, padded
 from edge_rt.core.context.kv_bytes import read_cells, write_cells
 from edge_rt.core.engine import Pruned
 from edge_rt.core.graph.decoder import FAMILIES
@@ -14,6 +14,7 @@ from edge_rt.core.graph.layout import transposed_decodes_faster
 from edge_rt.core.graph.lora import Applied
 from edge_rt.core.graph.rotate import rotate_keys
 from edge_rt.errors import ContextError, OptionError, SessionFileError
+from edge_rt.native.memory import PAGE
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import EngineInfo
@@ -232,3 +233,25 @@ class GgmlSequences:
     def mixed_cells(self, sequence: int) -> int:
         """How many leading cells hold another token in every head."""
         return self._sequences[sequence].n_mixed
+
+    # ---- what they will take -----------------------------------------------------------------------------------------
+
+    def sequence_bytes(self, sequence: int) -> int:
+        """What a sequence may hold as it is."""
+        return self._sequences[sequence].reserved
+
+    def needed_bytes(self, sequence: int | None, cells: int, *, pruned: bool = False) -> int:
+        """The most that a sequence holds on its way to ``cells`` cells; see ``PredictsMemory``."""
+        h, cache = self.hyper, None if sequence is None else self._sequences[sequence]
+        now = padded(1) if cache is None else cache.capacity
+        most = largest_capacity(now, min(cells, self.info.max_context), self.info.max_context)
+        found = most * self.cell_bytes + PAGE
+        if pruned or most > now:  # a move: of one layer both are held, and of each tensor the pages that it shares with others
+            found += found // h.n_layer + 4 * h.n_layer * PAGE
+        if pruned:  # the ring, and where the tokens of all heads stand, before a pass and after it
+            from edge_rt.core.context.pruning import WATCHED
+
+            found += 4 * h.n_layer * (h.n_head * h.head_dim * WATCHED + 2 * h.n_head_kv * most) + PAGE
+        elif cache is not None:
+            found += cache.beside
+        return found if cache is None else max(found, cache.reserved)

@@ -228,8 +228,12 @@ class Handle:
 
 def context(n_tensors: int, graph_sizes: tuple[int, ...] = ()) -> Handle:
     """A context for tensor descriptions (no data): room for ``n_tensors`` and for graphs of the given node counts."""
-    size = c.tensor_overhead() * n_tensors + sum(c.graph_overhead_custom(n, False) for n in graph_sizes)
-    return Handle(c.init(InitParams(size, None, True)), c.free, "a tensor context")
+    return Handle(c.init(InitParams(context_bytes(n_tensors, graph_sizes), None, True)), c.free, "a tensor context")
+
+
+def context_bytes(n_tensors: int, graph_sizes: tuple[int, ...] = ()) -> int:
+    """Bytes that such a context takes at most."""
+    return int(c.tensor_overhead() * n_tensors + sum(c.graph_overhead_custom(n, False) for n in graph_sizes))
 
 
 def cpu_backend(threads: int) -> Handle:

@@ -280,6 +280,18 @@ class NullEngine:
         self._get(sequence)
         return 0
 
+    def sequence_bytes(self, sequence: int) -> int:
+        """Its cells."""
+        return self.cell_bytes * self.length(sequence)
+
+    def needed_bytes(self, sequence: int | None, cells: int, *, pruned: bool = False) -> int:
+        """The cells, or those that it has if they are more."""
+        return self.cell_bytes * max(min(cells, self.info.max_context), 0 if sequence is None else self.length(sequence))
+
+    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+        """Nothing: logits are made anew each time."""
+        return 0
+
     def memory(self) -> MemoryReport:
         """The cells."""
         self._check_open()

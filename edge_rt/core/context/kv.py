@@ -42,6 +42,11 @@ def next_capacity(current: int, needed: int, limit: int) -> int:
     return min(padded(limit), max(padded(needed), padded(current + current // 4) if current else 0))
 
 
+def largest_capacity(current: int, cells: int, limit: int) -> int:
+    """The most that a cache of ``current`` cells comes to while it grows to ``cells``, however many are asked for at a time."""
+    return current if cells <= current else next_capacity(max(current, padded(cells) - STEP), cells, limit)
+
+
 def cell_bytes(hyper: Hyper, key_type: int) -> int:
     """Bytes one cell takes over all layers."""
     return int(hyper.n_layer * (ggml.c.row_size(key_type, hyper.kv_width) + 2 * hyper.kv_width))
@@ -110,8 +115,17 @@ class KvCache:
     def nbytes(self) -> int:
         """Bytes of the cells that hold memory, to within a page for each head, and of what is noted beside them."""
         self._touched = max(self._touched, self.length)
-        beside = (0 if self.mixed is None else self.mixed.nbytes) + (0 if self.ring is None else self.ring.nbytes)
-        return self._touched * cell_bytes(self._hyper, self._key_type) + beside
+        return self._touched * cell_bytes(self._hyper, self._key_type) + self.beside
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what is noted beside the cells."""
+        return (0 if self.mixed is None else self.mixed.nbytes) + (0 if self.ring is None else self.ring.nbytes)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that all its cells may come to hold, and what is noted beside them."""
+        return self.capacity * cell_bytes(self._hyper, self._key_type) + memory.PAGE + self.beside
 
     def watch(self, window: int) -> None:
         """Keep the last ``window`` queries from now on; 0 stops. Graphs over this cache must be dropped. Raises OutOfMemory."""
@@ -127,10 +141,28 @@ class KvCache:
         self.view = self.view._replace(queries=ring.tensors if ring else (), window=ring.window if ring else 0)
 
     def moved(self, capacity: int) -> KvCache:
-        """All of this one in a new cache of ``capacity`` cells, its ring included; close this one. Raises OutOfMemory."""
-        fresh = self.copy(self.length, capacity)
+        """All of this one in a new cache of ``capacity`` cells, its ring included. Raises OutOfMemory.
+
+        This one gives its memory back layer by layer as they move, and must be closed.
+        """
+        fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
+        for layer in self._copy_to(fresh, self.length):
+            self._leave(layer)
+        fresh.positions, fresh.mixed = self.positions.copy(self.length), self.mixed
         self._hand_ring(fresh)
         return fresh
+
+    def _copy_to(self, fresh: KvCache, length: int) -> Iterator[int]:
+        """Copy the first cells, layer by layer; gives each when it was."""
+        for layer in range(self._hyper.n_layer if length else 0):
+            fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
+            fresh.value_cells(layer)[:length] = self.value_cells(layer)[:length]
+            yield layer
+
+    def _leave(self, layer: int) -> None:
+        """A layer's cells have moved: give their memory back, so that never both caches are held."""
+        for tensor in (self.view.keys[layer], self.view.values[layer]):
+            memory.advise(*memory.inner_page_span(ggml.data_address(tensor), ggml.fields(tensor).nb[3]), "dontneed")
 
     def _hand_ring(self, fresh: KvCache) -> None:
         fresh._follow(self.ring)
@@ -143,9 +175,8 @@ class KvCache:
         """
         self._check_apart(length)
         fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
-        for layer in range(self._hyper.n_layer if length else 0):
-            fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
-            fresh.value_cells(layer)[:length] = self.value_cells(layer)[:length]
+        for _ in self._copy_to(fresh, length):
+            pass
         fresh.positions, fresh.mixed = self.positions.copy(length), self.mixed
         if not length:
             fresh._forget_mixed()
@@ -234,8 +265,7 @@ class KvCache:
             ):
                 for head, chosen in enumerate(kept[layer]):
                     np.take(cells[:, head], chosen, axis=0, out=target[:n, head], mode="clip")  # "clip" writes without a copy between
-            for tensor in (self.view.keys[layer], self.view.values[layer]):
-                memory.advise(*memory.inner_page_span(ggml.data_address(tensor), ggml.fields(tensor).nb[3]), "dontneed")
+            self._leave(layer)
         each = np.take_along_axis(self.each_position(), kept, axis=2)
         # Whether the tokens differ is seen in their positions, except where gaps between those of mixed cells were closed.
         differ = (each != each[0, 0]).any(axis=(0, 1)) | (kept < self.n_mixed).any(axis=(0, 1))

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 c = ggml.c
 _MINUS_INFINITY = {"H": b"\x00\xfc", "f": b"\x00\x00\x80\xff"}  # half and single precision, little-endian as GGUF is
 _NODES_PER_LAYER, _NODES_PER_QUERY, _NODES_PER_EXPERT = 64, 24, 3  # generous: libggml aborts when a context is full
-INPUT_BYTES = 48 * 1024 * 1024
-"""Cached graphs are dropped, oldest first, beyond this many bytes of inputs."""
+GRAPH_BYTES = 24 * 1024 * 1024
+"""Cached graphs are dropped, oldest first, beyond this many bytes. A graph of one sequence and 30 layers takes one MB, of 16 sequences six:
+descriptions of tensors are most of it."""
 
 
 class Slot(NamedTuple):
@@ -69,11 +70,11 @@ class StepGraph:
     ) -> None:
         self.shapes = shapes
         n_tokens, n_rows = sum(s.tokens for s in shapes), sum(s.rows for s in shapes)
-        self._input_ctx = ggml.context(5 + 4 * len(shapes))
+        n_inputs = 5 + 4 * len(shapes)
+        self._input_ctx = ggml.context(n_inputs)
         self._flash = [wants_flash(shape, cache) for shape, cache in zip(shapes, caches, strict=True)]
         inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, split)
         self._input_buffer = ggml.allocate_context(self._input_ctx)
-        self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address))
         self._bind(inputs, hyper, n_tokens, caches)
         queries = sum(1 if shape.together else shape.tokens for shape in shapes)
         per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
@@ -82,7 +83,9 @@ class StepGraph:
         around = 64 + 2 * adapted  # embedding and head
         size = around + per_layer * (3 if split else hyper.n_layer)
         n_graphs = hyper.n_layer + 2 if split else 1
-        self._ctx = ggml.context(around + per_layer * hyper.n_layer, (size,) * n_graphs)
+        room = around + per_layer * hyper.n_layer, (size,) * n_graphs
+        self._ctx = ggml.context(*room)
+        self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs) + ggml.context_bytes(*room)
         builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, size, split, borders)
         family = decoder.FAMILIES[hyper.architecture]
         found = decoder.build(builder, family, output if n_rows else None)
@@ -206,9 +209,14 @@ class GraphCache:
             self._size = size
             self.clear()
         self._graphs[key] = graph
-        while len(self._graphs) > 1 and sum(g.nbytes for g in self._graphs.values()) > INPUT_BYTES:
+        while len(self._graphs) > 1 and sum(g.nbytes for g in self._graphs.values()) > GRAPH_BYTES:
             self._graphs.popitem(last=False)[1].close()
         return graph
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the compute buffer."""
+        return self._size
 
     def forget(self, cache: KvView) -> None:
         """Drop the graphs over a cache that is about to move or go."""
@@ -223,7 +231,7 @@ class GraphCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the compute buffer and of cached graphs' inputs."""
+        """Bytes of the compute buffer and of cached graphs."""
         return self._size + sum(g.nbytes for g in self._graphs.values())
 
     def close(self) -> None:

@@ -1,0 +1,44 @@
+"""What the largest steps take beside the caches: found by building their graphs, which are thrown away before anything runs.
+
+As llama.cpp reserves its compute buffer (llama_context::graph_reserve), but without keeping it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edge_rt.core.graph.common import KvView, SlotShape, Weights
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.graph.step import StepGraph
+from edge_rt.native import ggml
+
+MARGIN = 8
+"""One part in so many is added to the compute buffer, for shapes between those that are built."""
+
+
+class Largest(NamedTuple):
+    """Bytes of the compute buffer, and of one graph with its inputs."""
+
+    arena: int
+    graph: int
+
+
+def largest(hyper: Hyper, weights: Weights, split: bool, cache: KvView, tokens: int, parts: int, rows: int) -> Largest:
+    """Of steps with so many ``tokens`` at most in so many ``parts``, each over a cache like this one, that want ``rows`` of logits.
+
+    One long prompt alone, one beside others that decode, and prompts that share a step. Raises OutOfMemory.
+    """
+    cells, first = cache.capacity, tokens - parts + 1
+    shapes = [[SlotShape(tokens, cells, min(tokens, rows))]]
+    if parts > 1 and first > 0:
+        shared = max(1, tokens // parts)
+        shapes.append([*[SlotShape(1, cells, 1)] * (parts - 1), SlotShape(first, cells, max(1, min(first, rows - parts + 1)))])
+        shapes.append([SlotShape(shared, cells, max(1, min(shared, rows // parts)))] * parts)
+    arena = graph = 0
+    for shape in shapes:
+        with ggml.allocator() as allocator:
+            built = StepGraph(hyper, weights, shape, [cache] * len(shape), allocator, split)
+            arena = max(arena, int(ggml.c.gallocr_get_buffer_size(allocator.address, 0)))
+            graph = max(graph, built.nbytes)
+            built.close()
+    return Largest(arena + arena // MARGIN, graph)

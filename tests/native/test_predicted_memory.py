@@ -1,0 +1,131 @@
+"""What a request will take is never less than what it takes: the caches, their moves, and the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_rt.core import ggml_engine
+from edge_rt.core.context import kv
+from edge_rt.core.engine import Part, PredictsMemory
+from edge_rt.core.ggml_engine import CHUNK, GgmlEngine
+from edge_rt.core.graph import step
+from edge_rt.core.load.model_file import ModelFile
+from edge_rt.hooks import EngineOptions
+from edge_rt.native import memory
+
+CONTEXT = 1500
+PARTS = 16
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["transposed", "by cell"])
+def engine(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> Iterator[GgmlEngine]:
+    options = EngineOptions(threads=1, context=CONTEXT, extra={"ggml.transposed_values": request.param})
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (step, ggml_engine):
+            patch.setattr(module, "GRAPH_BYTES", 1 << 20)  # so that graphs leave
+        with ModelFile.open(random_model("llama")) as file, closing(GgmlEngine(file, options)) as opened:
+            yield opened
+
+
+def free_all(engine: GgmlEngine) -> None:
+    for sequence in list(engine._sequences):
+        engine.free_sequence(sequence)
+
+
+def test_the_engines_that_predict(engine: GgmlEngine) -> None:
+    assert isinstance(engine, PredictsMemory)
+
+
+@given(data=st.data())
+def test_random_batches_hold_no_more_than_was_said(engine: GgmlEngine, data: st.DataObject) -> None:
+    rows = data.draw(st.sampled_from([PARTS, 60]))
+    asked = data.draw(st.lists(st.integers(1, CONTEXT), min_size=1, max_size=PARTS))
+    said = {}
+    for cells in asked:
+        said[engine.new_sequence()] = (cells, engine.needed_bytes(None, cells))
+    compute = engine.compute_bytes(max(asked), PARTS, rows)
+    try:
+        for _ in range(data.draw(st.integers(1, 12))):
+            room, left, parts = CHUNK, rows, []
+            for sequence, (cells, _) in said.items():
+                most = min(room, cells - engine.length(sequence))
+                if most > 0 and data.draw(st.booleans()):
+                    n = data.draw(st.sampled_from([1, 2, 9, 100, most]).filter(lambda n: n <= most))  # noqa: B023
+                    wanted = "all" if n <= left and n < 9 else "last" if left else "none"
+                    left -= min(left, n if wanted == "all" else 1)
+                    parts.append(Part(sequence, [1] * n, wanted))  # type: ignore[arg-type]
+                    room -= n
+            if parts:
+                engine.step(parts)
+            for sequence, (_, bytes_said) in said.items():
+                assert engine._sequences[sequence].nbytes <= engine.sequence_bytes(sequence) <= bytes_said
+            assert engine.memory().compute <= compute
+            assert engine.memory().cache <= sum(bytes_said for _, bytes_said in said.values())
+    finally:
+        free_all(engine)
+
+
+@pytest.mark.parametrize("sizes", [[1] * CONTEXT, [100] * 15, [CONTEXT], [300, 1, 700, 499]])
+def test_on_the_way_there_too(engine: GgmlEngine, monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> None:
+    """Pages that are really in memory, whenever one layer has moved to a larger cache; and where pruning moves them to a smaller."""
+    held: dict[int, int] = {}
+    peaks = [0]
+
+    def look() -> None:
+        peaks.append(sum(memory.resident_bytes(base, size) or 0 for base, size in held.items()))
+
+    class Watched:
+        PAGE, inner_page_span = memory.PAGE, staticmethod(memory.inner_page_span)
+
+        @staticmethod
+        def map_anonymous(size: int) -> int:
+            base = memory.map_anonymous(size)
+            held[base] = size
+            return base
+
+        @staticmethod
+        def unmap(base: int, size: int) -> None:
+            del held[base]
+            memory.unmap(base, size)
+
+        @staticmethod
+        def advise(*given: Any) -> bool:
+            look()
+            return memory.advise(*given)
+
+    monkeypatch.setattr(kv, "memory", Watched)
+    sequence = engine.new_sequence()
+    try:
+        said = engine.needed_bytes(sequence, CONTEXT)
+        for n in sizes:
+            engine.step([Part(sequence, [1] * n, "none")])
+        look()
+        assert len(peaks) > 2
+        assert max(peaks) <= said
+        engine.truncate(sequence, CONTEXT - 20)
+        said = engine.needed_bytes(sequence, CONTEXT, pruned=True)
+        engine.watch(sequence, 64)
+        engine.step([Part(sequence, [1] * 20, "none")])
+        peaks.clear()
+        engine.prune(sequence, 200, first=4, last=8)
+        look()
+        assert max(peaks) + engine._sequences[sequence].beside <= said
+        assert engine.sequence_bytes(sequence) < said / 2
+    finally:
+        free_all(engine)
+
+
+def test_a_request_without_room_to_grow_needs_what_is_there(engine: GgmlEngine) -> None:
+    sequence = engine.new_sequence()
+    engine.step([Part(sequence, [1] * 600, "none")])
+    assert engine.needed_bytes(sequence, 100) == engine.needed_bytes(sequence, 700) == engine.sequence_bytes(sequence)
+    assert engine.needed_bytes(sequence, 769) > engine.sequence_bytes(sequence)
+    assert engine.needed_bytes(None, 10**9) == engine.needed_bytes(None, CONTEXT)
+    free_all(engine)
