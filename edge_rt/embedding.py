@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from edge_rt.core.decode.embedding import Embedding, TextReader, finished, pooling_of, tokens_of
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def embeddings(
     model: Model, texts: Iterable[str | Sequence[int]], *, pooling: str | None = None, normalize: bool = True
-) -> Iterator[Embedding]:  # fmt: skip
+) -> Generator[Embedding, None, None]:  # fmt: skip
     """Each text's embedding, when it is asked for. Texts are tokenised as llama.cpp's embedding does it, or given as tokens.
 
     ``pooling``: mean, cls or last; left out: what the file says, else the mean. ``normalize``: to length 1.

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from math import inf, isfinite
 from typing import Any, TypeVar
 
-from edge_rt.types import ContextUse, Delta, Done, Event, Notice, PostUse, PromptProgress, Timings, TokenLogprob, Usage
+from edge_rt.types import ContextUse, Delta, Done, Event, Notice, PostUse, PromptProgress, Queued, Timings, TokenLogprob, Usage
 
 _T = TypeVar("_T")
-_NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: "notice", Done: "done"}
+_NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: "notice", Queued: "queued", Done: "done"}
 
 
 def record(event: Event) -> dict[str, Any]:

@@ -297,13 +297,13 @@ class Model:
         self._sessions.add(session)
         return session
 
-    def restore(self, path: str | Path, *, owner: str = "") -> Session:
+    def restore(self, path: str | Path, *, context: int | None = None, owner: str = "") -> Session:
         """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model, engine or adapter."""
         from edge_rt import saved
         from edge_rt.session import Session
 
         sequence, history, adapter = saved.load(Path(path), self)
-        session = Session(self, sequence, history, owner=owner, adapter=adapter)
+        session = Session(self, sequence, history, context=context, owner=owner, adapter=adapter)
         self._sessions.add(session)
         return session
 

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from edge_rt.runtime import Model
 
 
-def save(path: Path, model: Model, sequence: int | None, history: History, adapter: Adapter | None) -> None:
-    """Write a session that answers no request. Raises UserError if the disk says no."""
-    cells = b""
+def save(path: Path, model: Model, sequence: int | None, history: History, adapter: Adapter | None, *, durable: bool) -> None:
+    """Write a session that answers no request; ``durable``: see ``Session.save``. Raises UserError if the disk says no."""
+    cells: bytes | memoryview = b""
     if sequence is not None:
         with model.lock:
             cells = model.engine.export_sequence(sequence)
     made_with = None if adapter is None else session_file.MadeWith(adapter.name, adapter.key, adapter.scale)
-    session_file.save(path, session_file.SavedSession(model.info.engine, model.file.key(), history, cells, made_with))
+    session_file.save(path, session_file.SavedSession(model.info.engine, model.file.key(), history, cells, made_with), durable=durable)
 
 
 def load(path: Path, model: Model) -> tuple[int | None, History, Adapter | None]:

@@ -91,6 +91,16 @@ class Session:
         self._stream: weakref.ref[Stream] | None = None
 
     @property
+    def sequence(self) -> int | None:
+        """The engine's number for its cells, None while it has none."""
+        return self._sequence
+
+    @property
+    def context(self) -> int | None:
+        """Cells that its requests may use, None for as many as the model's."""
+        return self._context
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens in the session's cells."""
         return tuple(self._history.resident())
@@ -123,11 +133,18 @@ class Session:
         return stream
 
     def begin(
-        self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any
-    ) -> tuple[Job, loop.Steps[None]]:  # fmt: skip
+        self,
+        prompt: str | Sequence[Message],
+        options: GenerateOptions | None = None,
+        *,
+        tokens: list[int] | None = None,
+        room: int | None = None,
+        **overrides: Any,
+    ) -> tuple[Job, loop.Steps[None]]:
         """Prepare an answer whose steps someone else takes (``core.decode.batch.Batch``): the request, and its events and steps.
 
-        Whoever takes them calls ``end`` after the last. Raises what ``generate`` raises.
+        ``tokens`` of the prompt, if they are known (``Model.prompt_tokens``). ``room``: cells that there is memory for.
+        Whoever takes the steps calls ``end`` after the last. Raises what ``generate`` raises.
         """
         chosen = _override(options or GenerateOptions(), overrides)
         if self._closed:
@@ -135,7 +152,7 @@ class Session:
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering another request; wait for it, cancel it, or open another session")
         try:
-            job = self._prepare(prompt, chosen)
+            job = self._prepare(prompt, chosen, tokens, room)
         except BaseException:
             self._busy.release()
             raise
@@ -159,17 +176,18 @@ class Session:
         """End the running request at the next step (from any thread): it finishes with reason ``cancelled``."""
         self._cancelled.set()
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, durable: bool = True) -> None:
         """Write tokens and cells to a file. Raises UserError if the disk says no, OptionError while a request runs.
 
-        Cells of what left the context are not saved: if it is recalled after a restore, it is computed again.
+        ``durable``: so that they survive the end of the system's power. Cells of what left the context are not saved: if it is recalled
+        after a restore, it is computed again.
         """
         from edge_rt import saved
 
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering a request; save it when that is done")
         try:
-            saved.save(Path(path), self._model, self._sequence, self._history, self._adapter)
+            saved.save(Path(path), self._model, self._sequence, self._history, self._adapter, durable=durable)
         finally:
             self._busy.release()
 
@@ -192,8 +210,8 @@ class Session:
             self._busy.release()
         return other
 
-    def close(self) -> None:
-        """End the session; its cells may serve later prompts with the same beginning."""
+    def close(self, *, share: bool = True) -> None:
+        """End the session; ``share``: its cells may serve later prompts with the same beginning."""
         if self._closed:
             return
         self._closed = True
@@ -201,7 +219,7 @@ class Session:
         if self._stream is not None and (stream := self._stream()) is not None:
             stream.close()
         with self._busy:
-            self._model.end_session(self, self._sequence, self._history.whole())
+            self._model.end_session(self, self._sequence, self._history.whole() if share else [])
             self._sequence = None
             if self._recall:
                 self._recall.forget()
@@ -214,10 +232,11 @@ class Session:
 
     # ---- one request -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, prompt: str | Sequence[Message], options: GenerateOptions) -> Job:
+    def _prepare(self, prompt: str | Sequence[Message], options: GenerateOptions, tokens: list[int] | None, room: int | None) -> Job:
         """Check the request, then find the cells it can start from and make the prompt fit."""
         model = self._model
-        tokens = model.prompt_tokens(prompt, options.tools)
+        if tokens is None:
+            tokens = model.prompt_tokens(prompt, options.tools)
         if not tokens:
             raise OptionError("the prompt is empty; give some text")
         _check(options, model.info.max_context)
@@ -229,7 +248,7 @@ class Session:
             writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post, options.rules))
             if options.logprobs and writer.pipeline.conceals:
                 raise OptionError("log-probabilities tell the text that post-processing is to conceal; ask for one of them")
-            window = self._window(tokens, allowed, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools), adapter)
+            window = self._window(tokens, allowed, room, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools), adapter)
             window.fit()
             with model.lock:
                 exact = model.engine.exact_rows() if options.speculate else 1
@@ -249,7 +268,8 @@ class Session:
         )  # fmt: skip
 
     def _window(
-        self, tokens: list[int], allowed: int, options: GenerateOptions, pieces: Callable[[], list[Piece]], adapter: Adapter | None
+        self, tokens: list[int], allowed: int, room: int | None, options: GenerateOptions, pieces: Callable[[], list[Piece]],
+        adapter: Adapter | None,
     ) -> Window:  # fmt: skip
         """The sequence to continue, our own or one that shares more of the prompt, cut to what it shares; one token is left to feed."""
         model = self._model
@@ -268,9 +288,8 @@ class Session:
                 self._sequence = model.engine.new_sequence()
                 if adapter is not None and isinstance(model.engine, AppliesAdapters):
                     model.engine.adapt(self._sequence, adapter.number, adapter.scale)
-            free = affordable(model.engine, self._history.cells)
-            if free is not None:
-                allowed = max(1, min(allowed, free))
+            most = [cells for cells in (affordable(model.engine, self._history.cells), room) if cells is not None]
+            allowed = max(1, min([allowed, *most]))
             window = Window(
                 model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
                 keep=model.policy.keep, answer=options.max_tokens, pieces=pieces, grader=model.grader, text=model.detokenize,

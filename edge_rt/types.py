@@ -119,6 +119,14 @@ class Delta(NamedTuple):
     concealed: int = 0
 
 
+class Queued(NamedTuple):
+    """The request waits until there is memory for it: ``needed`` bytes, of which ``available`` could be had now. From a daemon only."""
+
+    reason: str
+    needed: int
+    available: int
+
+
 class Notice(NamedTuple):
     """Something a person should know and no one asked for: a fallback, a degraded mode."""
 
@@ -209,4 +217,4 @@ class Done(NamedTuple):
     answer: str | None = None
 
 
-Event = PromptProgress | Delta | Notice | Done
+Event = PromptProgress | Delta | Notice | Queued | Done

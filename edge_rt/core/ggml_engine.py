@@ -227,17 +227,13 @@ class GgmlEngine(GgmlSequences):
     def memory(self) -> MemoryReport:
         """Bytes held now."""
         resident = [self.weights.resident(), *(weights.resident() for weights in self._adapters.values())]
-        return MemoryReport(
-            weights_mapped=self.weights.size + sum(weights.size for weights in self._adapters.values()),
-            weights_resident=None if None in resident else sum(part or 0 for part in resident),
-            cache=sum(cache.nbytes for cache in self._sequences.values()),
-            compute=self._graphs.nbytes,
-        )
+        mapped = self.weights.size + sum(weights.size for weights in self._adapters.values())
+        return MemoryReport(mapped, None if None in resident else sum(part or 0 for part in resident), *self.held_bytes())
 
     def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
-        """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for caches and rows up to twice as large."""
+        """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for up to twice as much."""
         cells = min(padded(self.info.max_context), padded(1) << max(0, (padded(cells) // padded(1) - 1).bit_length()))
-        rows = 1 << max(0, rows - 1).bit_length()
+        parts, rows = (1 << max(0, n - 1).bit_length() for n in (parts, rows))
         found = self._largest.get((cells, parts, rows))
         if found is None:
             with closing(self._cache(cells)) as cache:

@@ -236,6 +236,10 @@ class GgmlSequences:
 
     # ---- what they will take -----------------------------------------------------------------------------------------
 
+    def held_bytes(self) -> tuple[int, int]:
+        """What all caches hold, and the compute buffer with the graphs."""
+        return sum(cache.nbytes for cache in self._sequences.values()), self._graphs.nbytes
+
     def sequence_bytes(self, sequence: int) -> int:
         """What a sequence may hold as it is."""
         return self._sequences[sequence].reserved

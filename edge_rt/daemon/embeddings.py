@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge_rt.core.decode.embedding import Pooling, TextReader, finished, pooling_of, tokens_of
+from edge_rt.daemon.account import Need, Promise
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import Cancelled
+from edge_rt.errors import Cancelled, OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edge_rt.core.decode.embedding import Vector
-    from edge_rt.daemon.serving import Asked
+    from edge_rt.daemon.account import Account
+    from edge_rt.daemon.generations import Asked
     from edge_rt.runtime import Model
 
 AT_ONCE = 1 << 14
@@ -46,11 +48,12 @@ class _Request:
 class Embeddings:
     """All requests for embeddings of one model. Not thread-safe: one thread adds and steps."""
 
-    def __init__(self, model: Model, say: Say, ended: Ended) -> None:
-        self._model, self._say, self._ended = model, say, ended
+    def __init__(self, model: Model, account: Account, say: Say, ended: Ended) -> None:
+        self._model, self._account, self._say, self._ended = model, account, say, ended
         self._requests: deque[_Request] = deque()
         self._reader: TextReader | None = None
         self._reading: _Request | None = None
+        self._promise: Promise | None = None
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -71,8 +74,10 @@ class Embeddings:
         try:
             if len(one.tokens) < len(one.texts):
                 self._tokenize(one)
-            else:
+            elif self._reading is not None or self._has_room(len(one.tokens[one.done])):
                 self._read(one, room)
+            else:
+                return moved  # those who hold the memory go on, and some end
         except Exception as error:
             self._rest()
             self._end(one, error)
@@ -96,6 +101,19 @@ class Embeddings:
             one.tokens.append(tokens_of(model.vocab, text, len(one.tokens), model.info.max_context))
             seen += len(text)
 
+    def _has_room(self, tokens: int) -> bool:
+        """Whether there is memory for a text now: it is promised then. Raises OutOfMemory if there will never be."""
+        account, need = self._account, Need(tokens, tokens)
+        if account.limited:
+            if not account.free_for(need, None):
+                if account.promises:
+                    return False
+                missing = account.missing(need, None)
+                raise OutOfMemory(f"a text of {tokens} tokens needs {missing:,} bytes more than there are; embed a shorter one")
+            self._promise = Promise(need, None, account.bytes(need, None))
+            account.promises.append(self._promise)
+        return True
+
     def _read(self, one: _Request, room: int) -> None:
         """A piece of the next text. Raises what the engine does."""
         assert self._reader is not None, "it was made with the first request"
@@ -106,7 +124,13 @@ class Embeddings:
             pooled = self._reader.read(room)
         if pooled is not None:
             self._reading = None
+            self._unpromise()
             self._made(one, pooled)
+
+    def _unpromise(self) -> None:
+        if self._promise is not None:
+            self._account.promises.remove(self._promise)
+            self._promise = None
 
     def _made(self, one: _Request, pooled: Vector) -> None:
         command = one.command
@@ -129,6 +153,7 @@ class Embeddings:
     def _rest(self) -> None:
         """Read no further, and free the cells."""
         self._reading = None
+        self._unpromise()
         if self._reader is not None:
             with self._model.lock:
                 self._reader.close()

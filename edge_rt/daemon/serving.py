@@ -1,68 +1,51 @@
 """What the worker process does: it owns a model, its sessions and the requests under way.
 
-Commands are maps as the protocol's, from the daemon, which has checked them. One thread calls everything but ``note``, ``cancel`` and
-``credit``, so that the model needs no lock.
+Commands are maps as the protocol's, from the daemon, which has checked them. One thread calls everything but ``generations``' ``note``,
+``cancel``, ``credit`` and ``unwanted``, so that the model needs no lock.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edge_rt.daemon import protocol
+from edge_rt.daemon.account import Account
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import Cancelled, ProtocolError
-from edge_rt.records import record
+from edge_rt.daemon.generations import LONG, Generations
+from edge_rt.daemon.store import Store
+from edge_rt.errors import ProtocolError, UserError
 
 if TYPE_CHECKING:
-    from edge_rt.core.decode.batch import Batch, Running
+    from edge_rt.core.decode.batch import Batch
     from edge_rt.daemon.embeddings import Embeddings
     from edge_rt.rules import RuleFile
     from edge_rt.runtime import Model
-    from edge_rt.session import Session
-    from edge_rt.types import Event
 
 PROGRESS_EVERY = 0.05
 """Seconds between two reports of one phase of opening."""
-
-
-@dataclass(eq=False)
-class Asked:
-    """A generation, or texts to embed: from the moment its command came until its last event was sent.
-
-    ``credits``: events that may still be sent. ``pieces``: log-probabilities come with the bytes of their tokens.
-    """
-
-    id: int
-    credits: int
-    pieces: bool = False
-    session: Session | None = None
-    running: Running | None = None
-    cancelled: bool = False
-    unwanted: bool = False
+TELL_EVERY = 0.2
+"""Seconds between two words about what is held, and by which share it must have changed."""
+NOTICEABLE = 1 / 32
 
 
 class Serving:
-    """See above. ``send`` takes messages to the daemon, on any thread."""
+    """See above. ``send`` takes messages to the daemon, ``later`` a command that is to be carried out in its turn; both on any thread."""
 
-    def __init__(self, send: Callable[[Message], None]) -> None:
+    def __init__(self, send: Callable[[Message], None], later: Callable[[Message], None]) -> None:
         self.beats = 0
         """Rises while something moves."""
+        self.generations = Generations(send, later)
         self._send = send
         self._model: Model | None = None
         self._batch: Batch | None = None
         self._embeddings: Embeddings | None = None
         self._rules: RuleFile | None = None
-        self._sessions: dict[str, Session] = {}
-        self._asked: dict[int, Asked] = {}
-        self._lock = threading.Lock()  # of credits
+        self._store: Store | None = None
         self._reported = ("", 0.0)
+        self._cool = False
+        self._held, self._held_due = (0, 0), 0.0
 
     @property
     def busy(self) -> bool:
@@ -74,8 +57,10 @@ class Serving:
         self.beats += 1
         if self._batch is None:
             return False
-        stepped = self._batch.step()
-        return (self._embeddings is not None and self._embeddings.step(self._batch.room())) or stepped
+        moved = self._batch.step()
+        if self._embeddings is not None:
+            moved = self._embeddings.step(self._batch.room()) or moved
+        return self._settle() or moved
 
     @property
     def expected(self) -> float | None:
@@ -91,18 +76,43 @@ class Serving:
             work = _WORK[command["op"]]
             answer = work(self, command)
         except Exception as error:
-            self._failed(command, error)
+            self.generations.failed(command, error)
         else:
             if answer is not None:
                 self._send({"id": command["id"], "ok": answer})
+        self._settle()
 
-    def _failed(self, command: Message, error: Exception) -> None:
-        found = protocol.failure(error)
-        if found["code"] == "internal":
-            logging.getLogger("edge_rt.daemon").error("%s failed", command["op"], exc_info=error)
-        if (number := command.get("id")) is not None:
-            self._asked.pop(number, None)
-            self._send({"id": number, "error": found})
+    def patience(self) -> float | None:
+        """Seconds until something is to be done though no command comes; then ``step``."""
+        if self._store is None:
+            return None
+        times = [self.generations.line.due(), self._held_due if self._changed_noticeably() else None]
+        return max(0.0, min(known) - time.monotonic()) if (known := [one for one in times if one is not None]) else None
+
+    def _settle(self) -> bool:
+        """Let in who fits since something changed; whether anybody did. Tell what is held, if that changed."""
+        if self._store is None:
+            return False
+        now, generations, started = time.monotonic(), self.generations, False
+        due = generations.line.due()
+        if generations.due or (due is not None and due <= now):
+            generations.due = False
+            started = generations.line.admit()
+        if now >= self._held_due:
+            self._held_due = now + TELL_EVERY
+            if self._changed_noticeably():
+                self._tell_held()
+        return started
+
+    def _tell_held(self) -> None:
+        self._held = self._bytes()
+        self._send(dict(zip(("held", "reserved"), self._held, strict=True)))
+
+    def _bytes(self) -> tuple[int, int]:
+        return self._account.held(), self._account.reserved()
+
+    def _changed_noticeably(self) -> bool:
+        return any(abs(now - told) > NOTICEABLE * told for now, told in zip(self._bytes(), self._held, strict=True))
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
@@ -118,10 +128,7 @@ class Serving:
 
             self._rules = RuleFile(command["rules"], registry, told=lambda _: self._tell_rules())
             self._tell_rules()
-        options = dict(command["options"])
-        adapters = options.pop("adapters", {})
-        model = self._model = open_model(command["model"], progress=self._report, registry=registry, **options)
-        model.adapters.declare(adapters)
+        model = self._model = open_model(command["model"], progress=self._report, registry=registry, **command["options"])
         self._report("warm-up", 0, 0)
         from edge_rt import session  # noqa: F401 - what a request needs
         from edge_rt.core.decode.batch import Batch
@@ -131,11 +138,14 @@ class Serving:
         if isinstance(model.engine, TellsProgress):
             model.engine.tell(self._beat)
         model.logits([model.vocab.bos or 0])
+        store = Store(model, self._send, command.get("parked"))
+        self._account = Account(model, store, command.get("allowance"))
+        self.generations.opened(model, self._batch, store, self._account, self._rules)
+        self._store = store
         info = model.info
         return {
             "path": str(model.file.path), "engine": info.engine, "device": info.device, "architecture": info.architecture,
             "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices),
-            "adapters": list(model.adapters.names),
         }  # fmt: skip
 
     def _report(self, phase: str, done: int, total: int) -> None:
@@ -167,162 +177,136 @@ class Serving:
             raise ProtocolError("unloaded", "the model could not be opened")
         return self._model
 
-    def _tokenize(self, command: Message) -> Message:
-        return {"tokens": self._opened.tokenize(command["text"], special=command.get("special", False))}
+    @property
+    def _sessions(self) -> Store:
+        if self._store is None:
+            raise ProtocolError("unloaded", "the model could not be opened")
+        return self._store
+
+    def _tokenize(self, command: Message) -> Message | None:
+        text, special = command["text"], command.get("special", False)
+        if len(text) < LONG:
+            return {"tokens": self._opened.tokenize(text, special=special)}
+        self.generations.on_another_thread(command, lambda: {"tokens": self._opened.tokenize(text, special=special)})
+        return None
+
+    def _found(self, command: Message) -> Message | None:
+        """Another thread is done."""
+        if isinstance(found := command["found"], Exception):
+            raise found
+        if command["command"]["op"] == "generate":
+            self.generations.arrived(command["command"], found)
+            return None
+        answer: Message = found
+        return answer
 
     def _detokenize(self, command: Message) -> Message:
         return {"text": self._opened.detokenize(command["tokens"])}
 
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
     def _memory(self, command: Message) -> Message:
-        return {**self._opened.memory()._asdict(), "sessions": len(self._sessions), "requests": len(self._asked)}
+        """Bytes by owner. ``by_session`` names sessions: it is for the daemon alone."""
+        from edge_rt.daemon.facts import memory
+
+        generations = self.generations
+        found = memory(self._opened, self._sessions, self._account)
+        return {**found, "requests": len(generations), "queued": len(generations.line)}
+
+    def _allow(self, command: Message) -> Message:
+        """Caches and steps may hold so many bytes from now on. Who runs is not cut."""
+        self._account.allowance = command["bytes"]
+        self._account.free(0)
+        self.generations.line.allowed()
+        self.generations.due = True
+        self._held = self._bytes()
+        return dict(zip(("held", "reserved"), self._held, strict=True))
+
+    def _cool_down(self, command: Message) -> Message:
+        """Give back all that can be had again, if nobody asks anything."""
+        if len(self.generations):
+            return {"busy": True}
+        from edge_rt.native.memory import trim
+
+        for name in self._sessions.idle():
+            if not self._sessions.park(name):
+                break
+        self._opened.prefixes.clear()
+        self._opened.cool()
+        trim()
+        self._cool = True
+        return {"held": self._account.held()}
+
+    def _park_session(self, command: Message) -> Message:
+        name, store = command["session"], self._sessions
+        store.known(name)
+        if self.generations.uses(name):
+            raise ProtocolError("busy", "the session answers a request; wait for it")
+        if name in store.idle() and not store.park(name):
+            raise UserError("the session cannot be parked; its folder is full, or there is none")
+        self.generations.due = True
+        return {"held": self._account.held()}
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
-    def _session(self, command: Message) -> Session:
-        found = self._sessions.get(command["session"])
-        if found is None:  # the daemon asks for sessions it knows of: one that could not be restored
-            raise ProtocolError("session_lost", "the session was lost with the worker; open another")
-        return found
-
     def _open_session(self, command: Message) -> Message:
-        self._sessions[command["session"]] = self._opened.session(context=command.get("context"), owner=command.get("owner", ""))
+        self._sessions.open(command["session"], command.get("context"), command.get("owner", ""))
         return {}
 
     def _close_session(self, command: Message) -> None:
-        session = self._sessions.pop(command["session"], None)
-        if session is not None:
-            for one in [one for one in list(self._asked.values()) if one.session is session]:
-                self._end(one)
-            session.close()
+        name = command["session"]
+        self.generations.end(name)
+        self._sessions.close(name)
+        self.generations.due = True
 
     def _clone_session(self, command: Message) -> Message:
-        self._sessions[command["new"]] = self._session(command).clone()
+        store, name = self._sessions, command["session"]
+        room = name not in store.live or self._has_room(store.live[name].history.cells, but=name)
+        store.clone(name, command["new"], room=room)
         return {}
 
+    def _has_room(self, cells: int, but: str | None = None) -> bool:
+        """Whether a session of so many cells fits, after others were parked if need be."""
+        return not self._account.limited or self._account.free(self._account.bytes_of(cells), but)
+
     def _save_session(self, command: Message) -> Message:
-        path = Path(command["path"])
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._session(command).save(path)
+        self._sessions.save(command["session"], Path(command["path"]))
         return {}
 
     def _restore_session(self, command: Message) -> Message:
-        self._sessions[command["session"]] = session = self._opened.restore(command["path"], owner=command.get("owner", ""))
-        return {"tokens": len(session.tokens)}
+        owner, path = command.get("owner", ""), Path(command["path"])
+        return {"tokens": self._sessions.restore(command["session"], path, owner, self._has_room)}
 
     # ---- generation --------------------------------------------------------------------------------------------------
 
-    def note(self, command: Message) -> None:
-        """A generation, or embeddings, will be asked for; from now on that can be cancelled."""
-        self._asked[command["id"]] = Asked(command["id"], command["credits"], command.get("pieces", False))
-
-    def cancel(self, request: int) -> None:
-        """End a generation at its next step; on any thread. ``_cancel`` follows."""
-        if one := self._asked.get(request):
-            one.cancelled = True
-            if (session := one.session) is not None:
-                session.cancel()
-
-    def credit(self, request: int, events: int) -> None:
-        """More events of a generation may be sent; on any thread. ``_resume`` follows."""
-        if one := self._asked.get(request):
-            with self._lock:
-                one.credits += events
-
-    def unwanted(self, request: int) -> None:
-        """Nobody wants a generation any more; on any thread. ``_drop`` follows."""
-        if one := self._asked.get(request):
-            one.unwanted = True
-        self.cancel(request)
-
-    def _resume(self, command: Message) -> None:
-        one = self._asked.get(command["request"])
-        if one is not None and one.running is not None and self._batch is not None and one.credits > 0:
-            self._batch.resume(one.running)
-
-    def _cancel(self, command: Message) -> None:
-        one = self._asked.get(command["request"])
-        if one is not None and one.running is not None and self._batch is not None:
-            self._batch.resume(one.running)  # it may be paused, and has no next step then
-
-    def _drop(self, command: Message) -> None:
-        if one := self._asked.get(command["request"]):
-            self._end(one)
-
-    def _end(self, one: Asked) -> None:
-        """Let go of a generation that runs."""
-        one.unwanted = True
-        if one.running is not None and self._batch is not None:
-            self._batch.drop(one.running)
-
     def _generate(self, command: Message) -> None:
-        one = self._asked[command["id"]]
-        if one.unwanted:
-            raise Cancelled("the request was dropped, or its session closed")
-        own = "session" not in command
-        session = self._opened.session(owner=command.get("owner", "")) if own else self._session(command)
-        try:
-            options: dict[str, Any] = protocol.options(command.get("options", {}))
-            prompt = command["prompt"] if "prompt" in command else command["messages"]
-            one.session = session
-            job, steps = session.begin(prompt, rules=self._rules, **options)
-        except BaseException:
-            if own:
-                session.close()
-            raise
-        if one.cancelled:  # before it began, which forgets that
-            session.cancel()
-
-        def ended(error: Exception | None) -> None:
-            session.end(job)
-            if own:
-                session.close()
-            if one.unwanted:
-                error = Cancelled("the request was dropped, or its session closed")
-            if error is None:
-                self._asked.pop(one.id, None)
-                self._send({"id": one.id, "ok": {}})
-            else:
-                self._failed(command, error)
-
-        assert self._batch is not None, "it was made with the model"
-        running = self._batch.add(job, steps, partial(self._deliver, one), ended, command.get("priority", "normal"))
-        if one.id in self._asked:
-            one.running = running
-
-    def _deliver(self, one: Asked, event: Event) -> bool:
-        message = record(event)
-        if one.pieces:
-            for entry in message.get("logprobs", ()):
-                entry["piece"] = self._piece(entry["token"])
-                entry["top_pieces"] = [self._piece(token) for token, _ in entry["top"]]
-        return self._say(one, message)
-
-    def _say(self, one: Asked, message: Message) -> bool:
-        """Send an event; whether another one may be sent."""
-        self._send({"id": one.id, **message})
-        with self._lock:
-            one.credits -= 1
-            return one.credits > 0
+        self._warm()
+        self.generations.generate(command)
 
     def _embed(self, command: Message) -> None:
-        one = self._asked[command["id"]]
-        if one.cancelled:
-            raise Cancelled("the request was cancelled")
+        one = self.generations.embedding(command)
+        self._warm()
         if self._embeddings is None:
             from edge_rt.daemon.embeddings import Embeddings
 
-            self._embeddings = Embeddings(self._opened, self._say, self._embedded)
+            self._embeddings = Embeddings(self._opened, self._account, self.generations.sent, self.generations.answered)
         self._embeddings.add(one, command)
 
-    def _embedded(self, command: Message, error: Exception | None, answer: Message) -> None:
-        if error is not None:
-            self._failed(command, error)
-            return
-        self._asked.pop(command["id"], None)
-        self._send({"id": command["id"], "ok": answer})
+    def _warm(self) -> None:
+        """Somebody asks again."""
+        model = self._opened
+        if self._cool:
+            self._cool = False
+            model.warm()
 
-    def _piece(self, token: int) -> bytes:
-        return self._opened.vocab.piece(token, special=True)
+    def _resume(self, command: Message) -> None:
+        self.generations.resume(command)
+
+    def _cancel(self, command: Message) -> None:
+        self.generations.cancelled(command)
+
+    def _drop(self, command: Message) -> None:
+        self.generations.drop(command)
 
 
 _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
@@ -330,7 +314,11 @@ _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
     "reload_rules": Serving._reload_rules,
     "tokenize": Serving._tokenize,
     "detokenize": Serving._detokenize,
+    "found": Serving._found,
     "memory": Serving._memory,
+    "allow": Serving._allow,
+    "cool": Serving._cool_down,
+    "park_session": Serving._park_session,
     "open_session": Serving._open_session,
     "close_session": Serving._close_session,
     "clone_session": Serving._clone_session,

@@ -32,7 +32,7 @@ class Worker:
         self._sending = threading.Lock()
         self._queue: SimpleQueue[Message] = SimpleQueue()
         self._idle = False
-        self._serving = Serving(self._send)
+        self._serving = Serving(self._send, self._queue.put)
 
     def run(self) -> None:
         """Work until the daemon is gone; does not return."""
@@ -48,12 +48,16 @@ class Worker:
             return self._serving.step()
 
     def _take(self, *, wait: bool) -> None:
-        """Carry out commands that have come; with ``wait``, at least one."""
+        """Carry out commands that have come; with ``wait``, at least one, unless it is time for something else."""
         until = time.monotonic() + BETWEEN_STEPS
         if wait:
             self._idle = True
-            command = self._queue.get()
-            self._idle = False
+            try:
+                command = self._queue.get(timeout=self._serving.patience())
+            except Empty:
+                return
+            finally:
+                self._idle = False
             self._serving.do(command)
         try:
             while time.monotonic() < until:
@@ -83,7 +87,7 @@ class Worker:
 
     def _took(self, command: Message) -> None:
         """A command has come. Some are for this thread, some for both."""
-        serving = self._serving
+        serving, generations = self._serving, self._serving.generations
         match command["op"]:
             case "ping":
                 idle = self._idle and self._queue.empty()
@@ -92,13 +96,13 @@ class Worker:
                 self._send({"beats": beats, "idle": waits, "expected": serving.expected})
             case op:
                 if op in ("generate", "embed"):
-                    serving.note(command)
-                elif op == "resume":
-                    serving.credit(command["request"], command["events"])
+                    generations.note(command)
                 elif op == "cancel":
-                    serving.cancel(command["request"])
+                    generations.cancel(command["request"])
+                elif op == "resume":
+                    generations.credit(command["request"], command["events"])
                 elif op == "drop":
-                    serving.unwanted(command["request"])
+                    generations.unwanted(command["request"])
                 self._queue.put(command)
 
 

@@ -141,6 +141,12 @@ def populate(address: int, size: int) -> bool:
     return sys.platform == "linux" and advise(address, size, "populate_read")
 
 
+def trim() -> None:
+    """Give what malloc holds and nobody uses back to the system, where the C library can (glibc)."""
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
+
+
 def read_ahead(fd: int, offset: int, size: int) -> None:
     """Ask for a file range to be read into the page cache, without waiting."""
     if hasattr(os, "posix_fadvise"):

@@ -280,6 +280,11 @@ class NullEngine:
         self._get(sequence)
         return 0
 
+    def held_bytes(self) -> tuple[int, int]:
+        """The cells."""
+        self._check_open()
+        return sum(self.cell_bytes * len(sequence.tokens) for sequence in self._sequences.values()), 0
+
     def sequence_bytes(self, sequence: int) -> int:
         """Its cells."""
         return self.cell_bytes * self.length(sequence)
@@ -294,8 +299,7 @@ class NullEngine:
 
     def memory(self) -> MemoryReport:
         """The cells."""
-        self._check_open()
-        return MemoryReport(0, 0, sum(self.cell_bytes * len(sequence.tokens) for sequence in self._sequences.values()), 0)
+        return MemoryReport(0, 0, *self.held_bytes())
 
     def close(self) -> None:
         """Forget everything; further calls but this one raise NativeError."""

@@ -330,9 +330,9 @@ class KvCache:
             start += target.nbytes
         return [(first, last, np.array([shift], dtype=np.int32)) for first, last, shift in moved]
 
-    def export(self, start: int, end: int) -> bytes:
+    def export(self, start: int, end: int) -> Iterator[bytes]:
         """Cells [start, end) as bytes: per layer the keys, then the values, by cell in either layout."""
-        return b"".join(cells[start:end].tobytes() for cells in self._all_cells())
+        return (cells[start:end].tobytes() for cells in self._all_cells())
 
     def _all_cells(self) -> Iterator[npt.NDArray[Any]]:
         """Keys and values of every layer, cell by cell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,7 +37,12 @@ def write_cells(cache: KvCache, hyper: Hyper, key_type: int, start: int, end: in
     mixed = b"" if cache.mixed is None or not whole else cache.mixed.tobytes()
     counts = (end - start, len(runs), cache.positions.of(end), n_mixed if whole else 0)
     head = _HEADER.pack(_MAGIC, hyper.n_layer, hyper.kv_width, key_type, *counts)
-    return head + b"".join(_RUN.pack(*run) for run in runs) + mixed + cache.export(start, end)
+    out = io.BytesIO()  # written to piece by piece: joined, there would be two of all cells for a while
+    for piece in (head, *(_RUN.pack(*run) for run in runs), mixed):
+        out.write(piece)
+    for piece in cache.export(start, end):
+        out.write(piece)
+    return out.getvalue()
 
 
 def read_cells(data: bytes | memoryview, hyper: Hyper, key_type: int) -> Cells:

@@ -90,6 +90,18 @@ class PrefixCache:
             return None
         return best.sequence, cut(self._engine, best.sequence, shared)
 
+    @property
+    def sequences(self) -> list[int]:
+        """Those that are kept, least recently used first."""
+        return [kept.sequence for kept in self._kept]
+
+    def drop(self) -> bool:
+        """Free the least recently used; whether there was one."""
+        if not self._kept:
+            return False
+        self._engine.free_sequence(self._kept.pop(0).sequence)
+        return True
+
     def clear(self) -> bool:
         """Free everything kept; whether there was anything."""
         found = bool(self._kept)

@@ -34,12 +34,15 @@ class SavedSession(NamedTuple):
     engine: str
     model: str
     history: History
-    cells: bytes
+    cells: bytes | memoryview
     adapter: MadeWith | None = None
 
 
-def save(path: Path, session: SavedSession) -> None:
-    """Write a session file beside its name, then rename it into place. Raises UserError if the disk says no."""
+def save(path: Path, session: SavedSession, *, durable: bool = True) -> None:
+    """Write a session file beside its name, then rename it into place. Raises UserError if the disk says no.
+
+    ``durable``: it is on the disk then, and not only with the system.
+    """
     import msgpack
 
     header = msgpack.packb(
@@ -53,16 +56,18 @@ def save(path: Path, session: SavedSession) -> None:
             "adapter": session.adapter,
         }
     )
-    digest = hashlib.sha256(header + session.cells).digest()
+    digest = hashlib.sha256(header)
+    digest.update(session.cells)  # not joined: there may be as many bytes of them as there is memory
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(descriptor, "wb") as out:
-            out.write(_PREFIX.pack(_MAGIC, len(header), digest))
+            out.write(_PREFIX.pack(_MAGIC, len(header), digest.digest()))
             out.write(header)
             out.write(session.cells)
-            out.flush()
-            os.fsync(out.fileno())
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
         os.replace(temporary, path)
     except OSError as error:
         if temporary and os.path.exists(temporary):
@@ -75,13 +80,13 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
     import msgpack
 
     try:
-        data = path.read_bytes()
+        data = memoryview(path.read_bytes())
     except OSError as error:
         raise SessionFileError(f"cannot read the session {path}: {error.strerror}") from error
     if len(data) < _PREFIX.size or data[:8] != _MAGIC:
         raise SessionFileError(f"{path} is not a saved session; choose a file written by --session or Session.save")
     _, length, digest = _PREFIX.unpack_from(data)
-    if length > len(data) - _PREFIX.size or hashlib.sha256(memoryview(data)[_PREFIX.size :]).digest() != digest:
+    if length > len(data) - _PREFIX.size or hashlib.sha256(data[_PREFIX.size :]).digest() != digest:
         raise SessionFileError(f"the session {path} is damaged or cut short; start a new session")
     try:
         header = msgpack.unpackb(data[_PREFIX.size : _PREFIX.size + length])

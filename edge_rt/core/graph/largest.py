@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from edge_rt.core.graph.common import KvView, SlotShape, Weights
+from edge_rt.core.graph.common import FLASH_FROM, KvView, SlotShape, Weights
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.core.graph.step import StepGraph
+from edge_rt.core.graph.step import StepGraph, description_bytes
 from edge_rt.native import ggml
 
 MARGIN = 8
@@ -26,7 +26,8 @@ class Largest(NamedTuple):
 def largest(hyper: Hyper, weights: Weights, split: bool, cache: KvView, tokens: int, parts: int, rows: int) -> Largest:
     """Of steps with so many ``tokens`` at most in so many ``parts``, each over a cache like this one, that want ``rows`` of logits.
 
-    One long prompt alone, one beside others that decode, and prompts that share a step. Raises OutOfMemory.
+    One long prompt alone, one beside others that decode, and prompts that share a step. The largest descriptions are those of short
+    parts, whose tokens go through attention one by one. Raises OutOfMemory.
     """
     cells, first = cache.capacity, tokens - parts + 1
     shapes = [[SlotShape(tokens, cells, min(tokens, rows))]]
@@ -34,11 +35,12 @@ def largest(hyper: Hyper, weights: Weights, split: bool, cache: KvView, tokens: 
         shared = max(1, tokens // parts)
         shapes.append([*[SlotShape(1, cells, 1)] * (parts - 1), SlotShape(first, cells, max(1, min(first, rows - parts + 1)))])
         shapes.append([SlotShape(shared, cells, max(1, min(shared, rows // parts)))] * parts)
-    arena = graph = 0
+    arena = inputs = 0
     for shape in shapes:
         with ggml.allocator() as allocator:
             built = StepGraph(hyper, weights, shape, [cache] * len(shape), allocator, split)
             arena = max(arena, int(ggml.c.gallocr_get_buffer_size(allocator.address, 0)))
-            graph = max(graph, built.nbytes)
+            inputs = max(inputs, built.input_bytes)
             built.close()
-    return Largest(arena + arena // MARGIN, graph)
+    shapes.append([SlotShape(min(tokens, FLASH_FROM - 1), cells, 1)] * parts)
+    return Largest(arena + arena // MARGIN, inputs + max(description_bytes(hyper, shape, split) for shape in shapes))

@@ -55,6 +55,22 @@ class _SlotMemory(NamedTuple):
     window: int
 
 
+def _room(hyper: Hyper, shapes: Sequence[SlotShape], split: bool) -> tuple[int, tuple[int, ...]]:
+    """How many tensors the graph of a step may have, and how many nodes each of its segments."""
+    queries = sum(1 if shape.together else shape.tokens for shape in shapes)
+    per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
+    adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
+    per_layer += lora.PRODUCTS_PER_LAYER * adapted
+    around = 64 + 2 * adapted  # embedding and head
+    size = around + per_layer * (3 if split else hyper.n_layer)
+    return around + per_layer * hyper.n_layer, (size,) * (hyper.n_layer + 2 if split else 1)
+
+
+def description_bytes(hyper: Hyper, shapes: Sequence[SlotShape], split: bool) -> int:
+    """Bytes of the tensors' descriptions of the graph of a step."""
+    return ggml.context_bytes(*_room(hyper, shapes, split))
+
+
 class StepGraph:
     """Graph, inputs and output of one step shape. Every input is set before every evaluation."""
 
@@ -76,17 +92,11 @@ class StepGraph:
         inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, split)
         self._input_buffer = ggml.allocate_context(self._input_ctx)
         self._bind(inputs, hyper, n_tokens, caches)
-        queries = sum(1 if shape.together else shape.tokens for shape in shapes)
-        per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
-        adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
-        per_layer += lora.PRODUCTS_PER_LAYER * adapted
-        around = 64 + 2 * adapted  # embedding and head
-        size = around + per_layer * (3 if split else hyper.n_layer)
-        n_graphs = hyper.n_layer + 2 if split else 1
-        room = around + per_layer * hyper.n_layer, (size,) * n_graphs
-        self._ctx = ggml.context(*room)
-        self.nbytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs) + ggml.context_bytes(*room)
-        builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, size, split, borders)
+        tensors, graphs = _room(hyper, shapes, split)
+        self._ctx = ggml.context(tensors, graphs)
+        self.input_bytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs)
+        self.nbytes = self.input_bytes + description_bytes(hyper, shapes, split)
+        builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, graphs[0], split, borders)
         family = decoder.FAMILIES[hyper.architecture]
         found = decoder.build(builder, family, output if n_rows else None)
         self.segments: list[Segment] = builder.segments

@@ -1,0 +1,294 @@
+"""The worker's generations: from the command, through waiting for memory and the steps, to the last event."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edge_rt.daemon import protocol
+from edge_rt.daemon.account import Account, Promise, need
+from edge_rt.daemon.admission import Line, Waiting
+from edge_rt.daemon.frames import Message
+from edge_rt.errors import Cancelled
+from edge_rt.records import record
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from edge_rt.core.decode.batch import Batch, Running
+    from edge_rt.daemon.store import Store
+    from edge_rt.rules import RuleFile
+    from edge_rt.runtime import Model
+    from edge_rt.session import Session
+    from edge_rt.types import Event
+
+LONG = 1 << 16
+"""Characters of a prompt from which it is tokenised on another thread: a MB takes 0.15 seconds, in which nobody else would get a token."""
+_DROPPED = "the request was dropped, or its session closed"
+
+
+@dataclass(eq=False)
+class Asked:
+    """A generation, or texts to embed: from the moment its command came until its last event was sent.
+
+    ``credits``: events that may still be sent. ``pieces``: log-probabilities come with the bytes of their tokens. ``name``: of its
+    session, None for one of its own.
+    """
+
+    id: int
+    credits: int
+    pieces: bool = False
+    name: str | None = None
+    session: Session | None = None
+    running: Running | None = None
+    waiting: Waiting | None = None
+    cancelled: bool = False
+    unwanted: bool = False
+
+
+class Generations:
+    """``send`` takes messages to the daemon, ``later`` a command that is to be carried out in its turn; both on any thread.
+
+    ``note``, ``cancel``, ``credit`` and ``unwanted`` are called on any thread, also before there is a model (``opened``).
+    """
+
+    def __init__(self, send: Callable[[Message], None], later: Callable[[Message], None]) -> None:
+        self._send, self._later = send, later
+        self._asked: dict[int, Asked] = {}
+        self._lock = threading.Lock()  # of credits
+        self._aside: Executor | None = None
+        self.due = False
+        """Something changed, and somebody who waits may fit now: ``Line.admit``."""
+
+    def opened(self, model: Model, batch: Batch, store: Store, account: Account, rules: RuleFile | None) -> None:
+        """There is a model, and with it all that belongs to it."""
+        self._model, self._batch, self._store, self._account, self._rules = model, batch, store, account, rules
+        self.line = Line(account, self._start, self._refuse, self._queued, lambda short: self._send({"short": short}))
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def uses(self, name: str) -> bool:
+        """Whether a session has a request under way."""
+        return any(one.name == name for one in self._asked.values())
+
+    def end(self, name: str) -> None:
+        """A session closes: let go of what runs or waits in it."""
+        for one in [one for one in list(self._asked.values()) if one.name == name]:
+            self._end(one)
+
+    def failed(self, command: Message, error: Exception) -> None:
+        """Answer a command with an error."""
+        found = protocol.failure(error)
+        if found["code"] == "internal":
+            logging.getLogger("edge_rt.daemon").error("%s failed", command["op"], exc_info=error)
+        if (number := command.get("id")) is not None:
+            self._asked.pop(number, None)
+            self._send({"id": number, "error": found})
+
+    def on_another_thread(self, command: Message, work: Callable[[], Any]) -> None:
+        """Do something long; ``found`` follows.
+
+        Others go on meanwhile: libllama's tokenizer may be called on any thread, and Python's lock is free while it works.
+        """
+        if self._aside is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._aside = ThreadPoolExecutor(1, "edge-rt tokens")
+
+        def run() -> None:
+            try:
+                found = work()
+            except Exception as error:
+                found = error
+            self._later({"op": "found", "id": command["id"], "command": command, "found": found})
+
+        self._aside.submit(run)
+
+    def note(self, command: Message) -> None:
+        """A generation, or embeddings, will be asked for; from now on that can be cancelled."""
+        self._asked[command["id"]] = Asked(command["id"], command["credits"], command.get("pieces", False))
+
+    def cancel(self, request: int) -> None:
+        """End a generation at its next step; on any thread."""
+        if one := self._asked.get(request):
+            one.cancelled = True
+            if (session := one.session) is not None:
+                session.cancel()
+
+    def credit(self, request: int, events: int) -> None:
+        """More events of a generation may be sent; on any thread. ``resume`` follows."""
+        if one := self._asked.get(request):
+            with self._lock:
+                one.credits += events
+
+    def unwanted(self, request: int) -> None:
+        """Nobody wants a generation any more; on any thread. ``drop`` follows."""
+        if one := self._asked.get(request):
+            one.unwanted = True
+        self.cancel(request)
+
+    def resume(self, command: Message) -> None:
+        """More events of a generation may be sent: go on."""
+        one = self._asked.get(command["request"])
+        if one is None or one.credits <= 0:
+            return
+        if one.running is not None:
+            self._batch.resume(one.running)
+        self.due |= one.waiting is not None
+
+    def cancelled(self, command: Message) -> None:
+        """A generation was cancelled: one that waits, for memory or for credits, has no step at which it would notice."""
+        one = self._asked.get(command["request"])
+        if one is None:
+            return
+        if one.waiting is not None:
+            self.line.leave(one.waiting, Cancelled("the request was cancelled before it began"))
+        if one.running is not None:
+            self._batch.resume(one.running)
+
+    def drop(self, command: Message) -> None:
+        """Nobody wants a generation any more."""
+        if one := self._asked.get(command["request"]):
+            self._end(one)
+
+    def _end(self, one: Asked) -> None:
+        """Let go of a generation that runs or waits."""
+        one.unwanted = True
+        if one.waiting is not None:
+            self.line.leave(one.waiting, Cancelled(_DROPPED))
+        if one.running is not None:
+            self._batch.drop(one.running)
+
+    def generate(self, command: Message) -> None:
+        """Begin with the prompt's tokens: by them it is known what the request needs."""
+        one = self._asked[command["id"]]
+        one.name = command.get("session")
+        if one.name is not None:
+            self._store.known(one.name)
+        prompt, tools = _prompt(command), command.get("options", {}).get("tools") or ()
+        protocol.options(command.get("options", {}))
+        if (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
+            self.arrived(command, self._model.prompt_tokens(prompt, tools))
+        else:
+            self.on_another_thread(command, lambda: self._model.prompt_tokens(prompt, tools))
+
+    def arrived(self, command: Message, tokens: list[int]) -> None:
+        """A request whose tokens are known: it begins when there is memory for it."""
+        one, model = self._asked[command["id"]], self._model
+        if one.unwanted:
+            raise Cancelled(_DROPPED)
+        options: dict[str, Any] = protocol.options(command.get("options", {}))
+        context = None if one.name is None else self._store.known(one.name).context
+        asked = min(options.get("context") or context or model.info.max_context, model.info.max_context)
+        drafts = 0
+        if (speculate := options.get("speculate", 0)) > 0:
+            with model.lock:
+                drafts = min(speculate, model.engine.exact_rows() - 1)
+        needed = need(len(tokens), max(1, asked), options.get("max_tokens"), options.get("prune"), model.engine, drafts)
+        one.waiting = Waiting(command, tokens, options, needed, one.name, lambda: one.credits > 0)
+        self.line.add(one.waiting)
+        self.due = True
+
+    def _refuse(self, waiting: Waiting, error: Exception) -> None:
+        self._asked[waiting.command["id"]].waiting = None
+        self.failed(waiting.command, error)
+
+    def _queued(self, waiting: Waiting, event: Message) -> None:
+        self.sent(self._asked[waiting.command["id"]], event)
+
+    def _start(self, waiting: Waiting, room: int | None) -> None:
+        """There is memory for it: ``room`` cells, None for all that it asks for."""
+        one = self._asked[waiting.command["id"]]
+        one.waiting = None
+        try:
+            self._begin(one, waiting, room)
+        except Exception as error:
+            self.due = True
+            self.failed(waiting.command, error)
+
+    def _begin(self, one: Asked, waiting: Waiting, room: int | None) -> None:
+        command, name, account, store = waiting.command, waiting.name, self._account, self._store
+        needed = waiting.need if room is None else waiting.need._replace(cells=room)
+        promised = account.bytes(needed, name) if account.limited else 0
+        session = store.use(name) if name is not None else self._model.session(owner=command.get("owner", ""))
+        promise = Promise(needed, session, promised)
+        account.promises.append(promise)
+        if name is not None:
+            store.busy.add(name)
+
+        def over() -> None:
+            account.promises.remove(promise)
+            if name is None:
+                session.close()
+            else:
+                store.busy.discard(name)
+            self.due = True
+
+        one.session = session
+        try:
+            job, steps = session.begin(_prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
+        except BaseException:
+            over()
+            raise
+        if one.cancelled:  # before it began, which forgets that
+            session.cancel()
+
+        def ended(error: Exception | None) -> None:
+            session.end(job)
+            over()
+            if one.unwanted:
+                error = Cancelled(_DROPPED)
+            if error is None:
+                self._asked.pop(one.id, None)
+                self._send({"id": one.id, "ok": {}})
+            else:
+                self.failed(command, error)
+
+        running = self._batch.add(job, steps, partial(self._deliver, one), ended, command.get("priority", "normal"))
+        if one.id in self._asked:
+            one.running = running
+
+    def _deliver(self, one: Asked, event: Event) -> bool:
+        message = record(event)
+        if one.pieces:
+            for entry in message.get("logprobs", ()):
+                entry["piece"] = self._piece(entry["token"])
+                entry["top_pieces"] = [self._piece(token) for token, _ in entry["top"]]
+        if message["event"] == "done" and one.name is not None:
+            self._store.noted(one.name, message["context"])
+        return self.sent(one, message)
+
+    def embedding(self, command: Message) -> Asked:
+        """Texts to embed, which have no session. Raises Cancelled."""
+        one = self._asked[command["id"]]
+        if one.cancelled:
+            raise Cancelled("the request was cancelled")
+        return one
+
+    def answered(self, command: Message, error: Exception | None, answer: Message) -> None:
+        """A request that has no session is over."""
+        self.due = True
+        if error is not None:
+            self.failed(command, error)
+            return
+        self._asked.pop(command["id"], None)
+        self._send({"id": command["id"], "ok": answer})
+
+    def sent(self, one: Asked, message: Message) -> bool:
+        """Send an event; whether another may follow."""
+        self._send({"id": one.id, **message})
+        with self._lock:
+            one.credits -= 1
+            return one.credits > 0
+
+    def _piece(self, token: int) -> bytes:
+        return self._model.vocab.piece(token, special=True)
+
+
+def _prompt(command: Message) -> Any:
+    return command["prompt"] if "prompt" in command else command["messages"]

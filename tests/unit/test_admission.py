@@ -1,0 +1,432 @@
+"""Requests and the memory of the worker: who begins, who waits, who is parked, and that nothing is lost or promised twice."""
+
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_rt.core.engine import PredictsMemory
+from edge_rt.daemon import admission
+from edge_rt.daemon.serving import Serving
+from edge_rt.registry import Registry
+from edge_rt.testing.null_device import NullEngine, NullPlugin
+
+CELL = NullEngine.cell_bytes
+CONTEXT = 4096
+
+
+class Host:
+    """A worker's Serving without the process. It hears what the daemon would."""
+
+    def __init__(self, model, allowance=None, parked=None, **more):
+        self.said, self.news, self.queue, self.number = {}, [], [], 0
+        self.serving = Serving(self._send, self.queue.append)
+        options = {"engine": "null", "device": "null"}
+        self.do("open", model=str(model), options=options, rules=None, allowance=allowance, parked=parked and str(parked), **more)
+        assert "ok" in self.said[0][-1], self.said
+        self.engine, self.account = self.serving._opened.engine, self.serving._account
+
+    def _send(self, message):
+        if "id" in message:
+            self.said.setdefault(message["id"], []).append(message)
+        else:
+            self.news.append(message)
+
+    def do(self, op, **fields):
+        """Carry out a command; its number."""
+        number = self.number
+        self.number += 1
+        command = {"op": op, "id": number, **fields}
+        if op == "generate":
+            self.serving.generations.note(command)
+        self.serving.do(command)
+        return number
+
+    def ask(self, prompt, session=None, credits=100_000, priority="normal", **options):
+        given = {} if session is None else {"session": session}
+        options = {"temperature": 0, "ignore_eos": True, **options}
+        return self.do("generate", prompt=prompt, credits=credits, options=options, priority=priority, owner="o", **given)
+
+    def tell(self, op, request):
+        getattr(self.serving.generations, {"cancel": "cancel", "drop": "unwanted"}[op])(request)
+        self.do(op, request=request)
+
+    def step(self):
+        while self.queue:
+            self.serving.do(self.queue.pop(0))
+        return self.serving.step()
+
+    def answer(self, number):
+        """The answer, None as long as there is none."""
+        last = self.said.get(number, [{"event": ""}])[-1]
+        return None if "event" in last else last
+
+    def until(self, *numbers, seconds=20):
+        """Go on until these are answered; their answers."""
+        end = time.monotonic() + seconds
+        while any(self.answer(number) is None for number in numbers):
+            assert time.monotonic() < end, "nothing moves"
+            if not self.step():
+                time.sleep(0.001)
+        return [self.answer(number) for number in numbers]
+
+    def events(self, number, kind):
+        return [one for one in self.said.get(number, []) if one.get("event") == kind]
+
+    def text(self, number):
+        return "".join(one["text"] for one in self.events(number, "delta"))
+
+    def used(self, number):
+        return self.events(number, "done")[0]["usage"]
+
+    def ok(self, op, **fields):
+        return self.answer(self.do(op, **fields))["ok"]
+
+
+@pytest.fixture(scope="module")
+def host(random_model):
+    with pytest.MonkeyPatch.context() as patch:
+        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
+        patch.setattr(Registry, "load", lambda: registry)
+        patch.setattr(admission, "PATIENCE", 0.05)
+        model = random_model()
+        yield lambda *given, **more: Host(model, *given, **more)
+
+
+def test_the_null_engine_predicts():
+    assert isinstance(NullEngine(), PredictsMemory)
+
+
+def test_without_an_allowance_all_begin(host):
+    one = host()
+    asked = [one.ask("a" * 100, max_tokens=50) for _ in range(20)]
+    memory = one.ok("memory")
+    assert (memory["requests"], memory["queued"], memory["allowance"]) == (20, 0, None)
+    one.until(*asked)
+    assert not any(one.events(number, "queued") for number in asked)
+
+
+def test_who_does_not_fit_waits_and_is_told(host):
+    one = host(allowance=300 * CELL)
+    first = one.ask("a" * 99, max_tokens=100)  # 200 cells
+    second = one.ask("b" * 99, max_tokens=100)
+    third = one.ask("c" * 39, max_tokens=20)  # 60 fit beside the first
+    one.step()
+    (queued,) = one.events(second, "queued")
+    assert (queued["needed"], queued["available"]) == (200 * CELL, 100 * CELL)
+    assert not one.events(first, "queued") + one.events(third, "queued")
+    assert {"short": 100 * CELL} in one.news
+    one.until(first, second, third)
+    assert [told for told in one.news if "short" in told][-1] == {"short": 0}
+    assert one.used(second)["completion_tokens"] == 100
+
+
+def test_what_never_fits_is_refused_with_numbers(host):
+    one = host(allowance=300 * CELL)
+    number = one.ask("a" * 299, max_tokens=100)
+    assert one.answer(number) is None  # the daemon may allow more
+    assert {"short": 100 * CELL} in one.news
+    error = one.until(number)[0]["error"]
+    assert (error["code"], error["needed"], error["available"]) == ("out_of_memory", 400 * CELL, 300 * CELL)
+    assert "max_tokens" in error["message"]
+
+
+def test_more_may_be_allowed_in_time_or_not(host):
+    one = host(allowance=300 * CELL)
+    number = one.ask("a" * 299, max_tokens=100)
+    assert one.ok("allow", bytes=400 * CELL)["held"] == 0
+    assert one.until(number) == [{"id": number, "ok": {}}]
+    other = one.ask("b" * 399, max_tokens=100)
+    one.do("allow", bytes=400 * CELL)
+    assert one.answer(other)["error"]["code"] == "out_of_memory"  # at once
+
+
+def test_an_answer_of_unknown_length_takes_what_there_is(host):
+    one = host(allowance=300 * CELL)
+    number = one.ask("a" * 99)
+    one.until(number)
+    notice = one.events(number, "notice")[0]["message"]
+    assert "free memory allows a context of 300 tokens and not 4,096" in notice
+    assert one.events(number, "done")[0]["reason"] == "context_full"
+    assert one.until(one.ask("b" * 290))[0]["error"]["code"] == "out_of_memory"  # too few cells for an answer
+
+
+def test_idle_sessions_are_parked_and_come_back_the_same(host, tmp_path):
+    plain, short = host(), host(allowance=300 * CELL, parked=tmp_path / "p")
+    texts = []
+    for one in (plain, short):
+        for name in "xyz":
+            one.do("open_session", session=name, owner=name)
+        for turn in range(3):
+            for name in "xyz":
+                number = one.ask(name * (50 + 40 * turn), name, max_tokens=40)
+                one.until(number)
+                texts.append((one is short, one.text(number), one.used(number)["reused_tokens"]))
+    assert [rest for is_short, *rest in texts if is_short] == [rest for is_short, *rest in texts if not is_short]
+    assert len({one["parked"] for one in short.news if "parked" in one}) == 3
+    assert (tmp_path / "p").stat().st_mode & 0o777 == 0o700
+    memory = short.ok("memory")
+    assert memory["sessions"] == 3
+    assert memory["parked"] >= 1
+    assert memory["held"] <= memory["reserved"] <= 300 * CELL
+    assert sum(one["bytes"] for one in memory["by_session"].values()) == memory["cache"]
+
+
+def test_the_least_recently_used_goes_first_and_shared_beginnings_before(host, tmp_path):
+    one = host(allowance=400 * CELL, parked=tmp_path)
+    for name in "xy":
+        one.do("open_session", session=name)
+        one.until(one.ask(name * 79, name, max_tokens=20))
+    one.until(one.ask("shared" * 10, max_tokens=10))  # its session ends, its cells stay
+    assert one.ok("memory")["promised"] == {"idle": 198 * CELL, "shared": 70 * CELL, "running": 0, "compute": 0}
+    one.until(one.ask("a" * 149, max_tokens=50))
+    assert not [told for told in one.news if "parked" in told]
+    one.until(one.ask("b" * 249, max_tokens=50))
+    assert [told["parked"] for told in one.news if "parked" in told] == ["x"]
+
+
+def test_parked_sessions_are_cloned_saved_and_closed(host, tmp_path):
+    one = host(parked=tmp_path / "p")
+    one.do("open_session", session="x", owner="me", context=500)
+    first = one.ask("hello", "x", max_tokens=30)
+    one.until(first)
+    prompt = "hello" + "more"
+    assert one.ok("park_session", session="x") == {"held": 0}
+    assert one.ok("park_session", session="x") == {"held": 0}
+    one.ok("clone_session", session="x", new="y")
+    one.ok("save_session", session="x", path=str(tmp_path / "s" / "saved"))
+    assert one.ok("restore_session", session="z", path=str(tmp_path / "s" / "saved"), owner="me") == {"tokens": 35}
+    numbers = [one.ask(prompt, name, max_tokens=9) for name in "xyz"]
+    one.until(*numbers)
+    assert len({one.text(number) for number in numbers}) == 1
+    assert all(one.used(number)["reused_tokens"] == 6 for number in numbers)
+    assert one.events(numbers[0], "done")[0]["context"]["allowed"] == 500
+    for name in "xyz":
+        one.do("close_session", session=name)
+    assert not list((tmp_path / "p").iterdir())
+    assert one.ok("memory")["sessions"] == 0
+
+
+def test_what_does_not_fit_when_it_is_cloned_or_restored_is_parked_at_once(host, tmp_path):
+    one = host(allowance=250 * CELL, parked=tmp_path / "p")
+    one.do("open_session", session="x")
+    one.until(one.ask("x" * 100, "x", max_tokens=50))
+    one.ok("save_session", session="x", path=str(tmp_path / "saved"))
+    one.ok("clone_session", session="x", new="y")
+    assert one.ok("memory")["by_session"]["y"]["parked"]
+    assert one.ok("restore_session", session="z", path=str(tmp_path / "saved")) == {"tokens": 150}
+    assert one.account.reserved() <= 250 * CELL
+    assert one.ok("memory")["sessions"] == 3
+
+
+def test_a_full_disk_loses_nothing(host, tmp_path, monkeypatch):
+    one = host(allowance=300 * CELL, parked=tmp_path)
+    one.do("open_session", session="x")
+    first = one.ask("x" * 100, "x", max_tokens=50)
+    one.until(first)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_rt.core.context.session_file.os.replace", full)
+        other = one.ask("y" * 150, max_tokens=50)
+        assert one.until(other)[0]["error"]["code"] == "out_of_memory"
+    assert not list(tmp_path.iterdir())
+    again = one.ask("x" * 100 + "?", "x", max_tokens=5)
+    one.until(again)
+    assert one.used(again)["reused_tokens"] == 101
+
+
+def test_a_file_that_is_damaged_costs_time_only(host, tmp_path):
+    one = host(parked=tmp_path)
+    one.do("open_session", session="x")
+    first = one.ask("x" * 100, "x", max_tokens=50)
+    one.until(first)
+    one.do("park_session", session="x")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    prompt = "x" * 100 + "?"
+    again, fresh = one.ask(prompt, "x", max_tokens=5), one.ask(prompt, max_tokens=5)
+    one.until(again, fresh)
+    assert one.text(again) == one.text(fresh)
+
+
+def test_leftovers_go_but_those_that_are_wanted(host, tmp_path):
+    one = host(parked=tmp_path)
+    for name in "xy":
+        one.do("open_session", session=name)
+        one.until(one.ask(name * 30, name, max_tokens=5))
+        one.do("park_session", session=name)
+    paths = {told["parked"]: told["path"] for told in one.news if "parked" in told}
+    (tmp_path / "other").touch()
+    two = host(parked=tmp_path, keep=[paths["x"]])
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([paths["x"], str(tmp_path / "other")])
+    two.ok("restore_session", session="x", path=paths["x"])
+    two.serving.end()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_cooling_down_and_waking(host, tmp_path):
+    one = host(parked=tmp_path)
+    one.do("open_session", session="x")
+    first = one.ask("x" * 100, "x", max_tokens=50)
+    one.step()
+    assert one.ok("cool") == {"busy": True}
+    one.until(first)
+    assert one.ok("cool") == {"held": 0}
+    again = one.ask("x" * 100 + "?", "x", max_tokens=5)
+    one.until(again)
+    assert one.used(again)["reused_tokens"] == 101
+
+
+@pytest.mark.parametrize("how", ["cancel", "drop", "close"])
+def test_who_waits_may_leave(host, how):
+    one = host(allowance=300 * CELL)
+    one.do("open_session", session="x")
+    first, second = one.ask("a" * 99, max_tokens=150), one.ask("b" * 99, "x", max_tokens=150)
+    one.step()
+    if how == "close":
+        one.do("close_session", session="x")
+    else:
+        one.tell(how, second)
+    assert one.answer(second)["error"]["code"] == "cancelled"
+    third = one.ask("c" * 99, max_tokens=150)
+    one.until(first, third)
+    assert one.ok("memory")["requests"] == 0
+
+
+def test_nobody_is_passed_for_ever(host):
+    """While small urgent requests come without end, a large one of low priority waits for a part of them only."""
+    one = host(allowance=300 * CELL)
+    running = [one.ask("s" * 50, max_tokens=20, priority="high") for _ in range(4)]
+    large = one.ask("l" * 199, max_tokens=100, priority="low")
+    passed = 0
+    while one.answer(large) is None:
+        one.step()
+        while sum(one.answer(number) is None for number in running) < 4:
+            running.append(one.ask("s" * 50, max_tokens=20, priority="high"))
+        passed += 1
+        assert passed < 2000, "it starves"
+    one.until(*running)
+    assert all("ok" in one.answer(number) for number in running)
+    assert sum(number > large and number < one.number for number in running) >= admission.PASSES
+
+
+def test_events_that_nobody_takes_are_not_sent(host):
+    one = host(allowance=300 * CELL)
+    first, second = one.ask("a" * 99, max_tokens=150), one.ask("b" * 99, max_tokens=150, credits=1)
+    one.until(first)
+    for _ in range(5):
+        one.step()
+    assert [message["event"] for message in one.said[second]] == ["queued"]
+    one.serving.generations.credit(second, 1000)
+    one.serving.do({"op": "resume", "request": second, "events": 1000})
+    one.until(second)
+    assert one.used(second)["completion_tokens"] == 150
+
+
+def test_pruned_requests_need_less(host):
+    one = host(allowance=1000 * CELL)
+    number = one.ask("a" * 900, max_tokens=900, prune={"budget": 100})
+    one.until(number)
+    assert one.events(number, "done")[0]["context"]["pruned_cells"] > 1000
+    assert one.until(one.ask("a" * 900, max_tokens=900))[0]["error"]["needed"] == 1801 * CELL
+
+
+def test_long_texts_are_tokenised_aside(host):
+    one = host()
+    other = one.ask("b" * 10, max_tokens=10)
+    number, tokens = one.ask("a" * 100_000, max_tokens=3), one.do("tokenize", text="a" * 100_000)
+    assert one.answer(number) is one.answer(tokens) is None
+    one.until(other, number, tokens)
+    assert len(one.answer(tokens)["ok"]["tokens"]) == 100_001
+    assert one.used(number)["prompt_tokens"] == 100_001
+    bad = one.do("generate", messages=[{"role": "user", "content": "x" * 100_000}], credits=9, options={"grammar": "root ::= ("})
+    assert one.until(bad)[0]["error"]["code"] in ("constraint", "native", "context_overflow")
+
+
+# ---- at random -------------------------------------------------------------------------------------------------------
+
+NAMES = ["s0", "s1", "s2", "s3"]
+asking = st.tuples(
+    st.just("ask"), st.sampled_from([None, *NAMES]), st.integers(1, 250), st.sampled_from([None, 1, 30, 120]),
+    st.sampled_from(["low", "normal", "high"]), st.integers(0, 3),
+)  # fmt: skip
+other = st.one_of(
+    st.tuples(st.just("step"), st.integers(1, 60)),
+    st.tuples(st.sampled_from(["cancel", "drop"]), st.integers(0, 100)),
+    st.tuples(st.just("allow"), st.integers(100, 900)),
+    st.tuples(st.sampled_from(["close", "park", "clone"]), st.sampled_from(NAMES)),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(first=st.integers(100, 700), moves=st.lists(st.one_of(asking, asking, other), min_size=5, max_size=40))
+def test_whatever_comes_nothing_is_promised_twice_or_lost(host, tmp_path_factory, first, moves):
+    one = host(allowance=first * CELL, parked=tmp_path_factory.mktemp("parked"))
+    plain = host()
+    account, limit = one.account, [first * CELL]
+
+    def check():
+        held, reserved = account.held(), account.reserved()
+        assert held <= reserved <= limit[0], "promised twice"
+        limit[0] = max(account.allowance, min(limit[0], reserved))  # what ran when less was allowed may end
+
+    step = one.engine.step
+
+    def checked_step(parts):
+        found = step(parts)
+        assert account.held() <= limit[0]
+        return found
+
+    one.engine.step = checked_step
+    asked, opened = {}, set()
+
+    def ask(name, prompt, max_tokens, priority, kind):
+        if name is not None and name not in opened:
+            one.do("open_session", session=name, owner="o")
+            opened.add(name)
+        if name is not None and any(one.answer(n) is None and session == name for n, (session, *_) in asked.items()):
+            return  # the daemon lets in one at a time
+        text = "abcd"[kind] * prompt
+        number = one.ask(text, name, max_tokens=max_tokens, priority=priority, seed=1)
+        asked[number] = (name, text, max_tokens)
+
+    for op, *given in moves:
+        if op == "ask":
+            ask(*given)
+        elif op == "step":
+            for _ in range(given[0]):
+                one.step()
+                check()
+        elif op in ("cancel", "drop") and asked:
+            one.tell(op, sorted(asked)[given[0] % len(asked)])
+        elif op == "allow":
+            allowed = one.ok("allow", bytes=given[0] * CELL)
+            limit[0] = max(given[0] * CELL, allowed["reserved"])
+        elif op == "close" and given[0] in opened:
+            one.do("close_session", session=given[0])
+            opened.discard(given[0])
+        elif op == "park" and given[0] in opened:
+            one.do("park_session", session=given[0])
+        elif op == "clone" and given[0] in opened and "c" not in opened:
+            if any(one.answer(n) is None and session == given[0] for n, (session, *_) in asked.items()):
+                continue
+            one.ok("clone_session", session=given[0], new="c")
+            opened.add("c")
+        check()
+    one.until(*asked)
+    check()
+    for number, (_, text, max_tokens) in asked.items():
+        answers = [message for message in one.said[number] if "event" not in message]
+        assert len(answers) == 1
+        if "error" in answers[0]:
+            assert answers[0]["error"]["code"] in ("cancelled", "out_of_memory")
+        elif max_tokens is not None and one.events(number, "done")[0]["reason"] != "cancelled":
+            same = plain.ask(text, max_tokens=max_tokens, seed=1)
+            plain.until(same)
+            assert one.text(number) == plain.text(same)
+    memory = one.ok("memory")
+    assert (memory["requests"], memory["queued"], memory["promised"]["running"]) == (0, 0, 0)
