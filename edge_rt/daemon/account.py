@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOOKED_AHEAD = 32
 """Tokens of a question that a pruning pass feeds before their turn, beyond the context (``LONGEST`` of core/context/pruner.py)."""
+LITTLE = 512
+"""Cells of a request as small as many are."""
 WORTH_ANSWERING = 64
 """Cells for an answer of unknown length that are fewer than it was offered: with fewer than these it waits."""
 
@@ -79,6 +81,13 @@ class Account:
     def reserved(self) -> int:
         """Bytes that all there is now may come to hold: never less than ``held``."""
         return 0 if self._engine is None else self._idle() + self._shared() + self._promised() + self._compute(())
+
+    def least(self) -> int:
+        """Bytes without which hardly any request can be answered: for one of ``LITTLE`` cells; 0 if that is not known."""
+        if self._engine is None:
+            return 0
+        cells = min(LITTLE, self._model.info.max_context)
+        return self._engine.needed_bytes(None, cells) + self._engine.compute_bytes(cells, 1, 1)
 
     def parts(self) -> dict[str, int]:
         """``reserved`` by what it is for."""

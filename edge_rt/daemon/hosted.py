@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
     from edge_rt.daemon.parking import Parking
 
-_PROCESS, _WORKING = 48 << 20, 24 << 20
+_PROCESS, _WORKING = 48 << 20, 48 << 20
 
 
 class Needs(NamedTuple):
@@ -40,13 +40,13 @@ def foreseen(spec: Spec) -> Needs:
     """What a model will need, told from the size of its file. The worker says it exactly when the model is open.
 
     The process: 33 MB, and its vocabulary, which is a larger part of a small model (135M with 49,152 tokens: 41 MB at all).
-    Working: a few hundred cells and the buffers of a prompt's step, which grow with the model's width (135M: 24 MB).
+    Working: a few hundred cells and the buffers of a prompt's step, which grow with the model's width (135M: 54 MB).
     """
     size = Path(spec.model).stat().st_size
     limit = spec.options.get("memory")
     weights = min(size, limit) if limit else size
     weights += sum(path.stat().st_size for path in map(Path, spec.options.get("adapters", {}).values()) if path.exists())
-    return Needs(weights, _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 32)
+    return Needs(weights, _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 16)
 
 
 class Hosted:

@@ -216,8 +216,9 @@ class Models:
             self._nudge()
         elif "opened" in message:
             self._rest(one)
-            if self.free < 0:
-                self._wants.setdefault(one, 0)
+            more = max(0, one.needs.working - one.allowance)
+            if more or self.free < 0:
+                self._wants.setdefault(one, more)
             self._nudge()
         else:
             self._told(one, message)

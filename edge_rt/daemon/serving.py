@@ -145,8 +145,18 @@ class Serving:
         info = model.info
         return {
             "path": str(model.file.path), "engine": info.engine, "device": info.device, "architecture": info.architecture,
-            "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices),
+            "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices), "needs": self._needs(command),
         }  # fmt: skip
+
+    def _needs(self, command: Message) -> Message:
+        """Bytes of weights at most, of the process beside them, and the least to work with, as far as that is known."""
+        from edge_rt.daemon.facts import anonymous
+
+        mapped, limit = self._opened.memory().weights_mapped, command["options"].get("memory")
+        process, held = anonymous(), self._account.held()
+        found = {"weights": min(mapped, limit) if limit else mapped, "process": None if process is None else max(0, process - held)}
+        found["working"] = self._account.least() or None
+        return {name: size for name, size in found.items() if size is not None}
 
     def _report(self, phase: str, done: int, total: int) -> None:
         """Progress of opening; on any thread."""
