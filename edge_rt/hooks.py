@@ -91,35 +91,14 @@ hookimpl = pluggy.HookimplMarker("edge_rt")
 Basis = Literal["measured", "simulated", "projected", "unknown"]
 """What a stated capability rests on: run on this hardware, run on a model of it, worked out on paper, or not known."""
 
-# What plugins may use of the core but few need: imported when first asked for, because it costs start-up time.
-_LAZY = {
-    "AhoCorasick": ("edge_rt.core.assemble.aho_corasick", "AhoCorasick"),
-    "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
-    "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
-    "Contribution": ("edge_rt.core.context.grading", "Contribution"),
-    "Grade": ("edge_rt.core.context.grading", "Grade"),
-    "LoraFile": ("edge_rt.core.load.adapter", "LoraFile"),
-    "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
-    "Positions": ("edge_rt.core.context.positions", "Positions"),
-    "Rules": ("edge_rt.core.assemble.rules", "Rules"),
-    "Run": ("edge_rt.core.context.positions", "Run"),
-    "Segment": ("edge_rt.core.context.segments", "Segment"),
-    "available_cpus": ("edge_rt.config", "available_cpus"),
-    "content_grader": ("edge_rt.core.context.grading", "content_grader"),
-    "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),
-    "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
-    "keep_graded": ("edge_rt.core.context.policies", "keep_graded"),
-    "keep_slide": ("edge_rt.core.context.policies", "keep_slide"),
-    "keep_strict": ("edge_rt.core.context.policies", "keep_strict"),
-    "install_native_log": ("edge_rt.native.logs", "install"),
-    "recent_native_errors": ("edge_rt.native.logs", "recent_errors"),
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    """What few plugins need is imported when it is first asked for, because it costs start-up time."""
+    from edge_rt.hook_names import HOMES
+
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _LAZY[name]
+    module, attribute = HOMES[name]
     value = globals()[name] = getattr(importlib.import_module(module), attribute)  # the next look-up is an ordinary one
     return value
 
