@@ -6,6 +6,7 @@ HOMES = {
     "AhoCorasick": ("edge_rt.core.assemble.aho_corasick", "AhoCorasick"),
     "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
     "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
+    "HALF_WIDTH": ("edge_rt.core.assemble.width", "HALF_WIDTH"),
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
     "LoraFile": ("edge_rt.core.load.adapter", "LoraFile"),

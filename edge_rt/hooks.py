@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from edge_rt.core.assemble.aho_corasick import AhoCorasick
     from edge_rt.core.assemble.code_spans import CodeSpans
     from edge_rt.core.assemble.rules import Rules
+    from edge_rt.core.assemble.width import HALF_WIDTH
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
     from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
@@ -308,6 +309,7 @@ class HookSpecs:
 __all__ = [
     "API_VERSION",
     "ENTRY_POINT_GROUP",
+    "HALF_WIDTH",
     "AbiMismatch",
     "AhoCorasick",
     "AppliesAdapters",

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from edge_rt.core.assemble.width import HALF_WIDTH
 from edge_rt.core.context import lexicon
 
 
@@ -58,7 +59,7 @@ def features(text: str) -> Features:
     """Count what a text is made of. Full-width letters and digits count as the ordinary ones."""
     counts = dict.fromkeys(Features._fields[1:], 0)
     if not text.isascii() and _FULL_WIDTH.search(text):
-        text = text.translate(_NARROW)
+        text = text.translate(HALF_WIDTH)
     counts["punctuation"] = len(_PUNCTUATION.findall(text))
     counts["quotes"] = len(_QUOTED.findall(text))
     text, urls = _URL.subn(" ", text)
@@ -72,7 +73,6 @@ def features(text: str) -> Features:
 
 
 _FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ]")
-_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 _PUNCTUATION = re.compile(r"[,;:()，；：（）、]|\n[ \t]{0,8}(?:[-*•]|\d{1,3}[.)])[ \t]")
 _QUOTED = re.compile(r'"[^"\n]{1,80}"|“[^“”\n]{1,80}”|「[^「」\n]{1,80}」|『[^『』\n]{1,80}』|《[^《》\n]{1,80}》|`[^`\n]{1,80}`')
 _URL = re.compile(r"://[!-~]{1,400}")  # from here on, so that a search need not try every letter; the word before it tells nothing

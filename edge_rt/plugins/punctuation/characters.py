@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from edge_rt.hooks import HALF_WIDTH
+
 HAN = "\u3005-\u3007\u3040-\u30ff\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Letters that are written with full-width marks: Han, kana, bopomofo. For a character class of a pattern."""
 NARROW = "0-9A-Za-z\u00c0-\u024f\u0300-\u036f\u0370-\u03ff\u0400-\u04ff\u1e00-\u1eff\uac00-\ud7a3"
@@ -12,9 +14,7 @@ NARROW = "0-9A-Za-z\u00c0-\u024f\u0300-\u036f\u0370-\u03ff\u0400-\u04ff\u1e00-\u
 HAN_LETTER = re.compile(f"[{HAN}]")
 WORD_START = re.compile(f"(?<![{NARROW}])(?<![{NARROW}]['’.,:])[{NARROW[3:]}]")  # numbers are of no language
 FULL_WIDTH_ALNUM = re.compile("[０-９Ａ-Ｚａ-ｚ]")
-TO_ASCII = {code: code - 0xFEE0 for code in map(ord, "０１２３４５６７８９")} | {
-    code + shift: code + shift - 0xFEE0 for code in range(0xFF21, 0xFF3B) for shift in (0, 32)
-}
+TO_ASCII = {code: half for code, half in HALF_WIDTH.items() if chr(half).isalnum()}
 
 FULL = dict(zip(",.?!:;()", "，。？！：；（）", strict=True))
 HALF = {full: half for half, full in FULL.items()}

@@ -6,7 +6,9 @@ import re
 from functools import lru_cache
 from unicodedata import category
 
-_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0xA0: 0x20}
+from edge_rt.hooks import HALF_WIDTH
+
+_WIDTH = {**HALF_WIDTH, 0xA0: 0x20}
 _CASED = (range(0x41, 0x2E00), range(0xA640, 0xA800), range(0x10400, 0x10430))  # where letters have an upper and a lower case
 _LOWER = {code: ord(low) for codes in _CASED for code in codes if len(low := chr(code).lower()) == 1 and ord(low) != code}
 _FOLD = _LOWER | {code: _LOWER.get(half, half) for code, half in _WIDTH.items()}
