@@ -128,7 +128,10 @@ class Serving:
 
             self._rules = RuleFile(command["rules"], registry, told=lambda _: self._tell_rules())
             self._tell_rules()
-        model = self._model = open_model(command["model"], progress=self._report, registry=registry, **command["options"])
+        options = dict(command["options"])
+        adapters = options.pop("adapters", {})
+        model = self._model = open_model(command["model"], progress=self._report, registry=registry, **options)
+        model.adapters.declare(adapters)
         self._report("warm-up", 0, 0)
         from edge_rt import session  # noqa: F401 - what a request needs
         from edge_rt.core.decode.batch import Batch
@@ -145,7 +148,8 @@ class Serving:
         info = model.info
         return {
             "path": str(model.file.path), "engine": info.engine, "device": info.device, "architecture": info.architecture,
-            "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices), "needs": self._needs(command),
+            "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices),
+            "adapters": list(model.adapters.names), "needs": self._needs(command),
         }  # fmt: skip
 
     def _needs(self, command: Message) -> Message:

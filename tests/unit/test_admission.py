@@ -253,19 +253,21 @@ def test_a_file_that_is_damaged_costs_time_only(host, tmp_path):
     assert one.text(again) == one.text(fresh)
 
 
-def test_leftovers_go_but_those_that_are_wanted(host, tmp_path):
+def test_another_worker_goes_on_with_what_was_parked(host, tmp_path):
     one = host(parked=tmp_path)
     for name in "xy":
         one.do("open_session", session=name)
         one.until(one.ask(name * 30, name, max_tokens=5))
         one.do("park_session", session=name)
     paths = {told["parked"]: told["path"] for told in one.news if "parked" in told}
-    (tmp_path / "other").touch()
-    two = host(parked=tmp_path, keep=[paths["x"]])
-    assert sorted(map(str, tmp_path.iterdir())) == sorted([paths["x"], str(tmp_path / "other")])
-    two.ok("restore_session", session="x", path=paths["x"])
-    two.serving.end()
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    two = host(parked=tmp_path)
+    assert two.ok("restore_session", session="x", path=paths["x"])["tokens"] > 30
+    again = two.ask("x" * 30 + "?", "x", max_tokens=5)
+    two.until(again)
+    assert two.used(again)["reused_tokens"] >= 30
+    for name in "xy":
+        two.do("close_session", session=name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cooling_down_and_waking(host, tmp_path):
@@ -388,33 +390,33 @@ def test_whatever_comes_nothing_is_promised_twice_or_lost(host, tmp_path_factory
         if name is not None and name not in opened:
             one.do("open_session", session=name, owner="o")
             opened.add(name)
-        if name is not None and any(one.answer(n) is None and session == name for n, (session, *_) in asked.items()):
+        if name is not None and any(one.answer(n) is None and given[0] == name for n, given in asked.items()):
             return  # the daemon lets in one at a time
         text = "abcd"[kind] * prompt
         number = one.ask(text, name, max_tokens=max_tokens, priority=priority, seed=1)
         asked[number] = (name, text, max_tokens)
 
-    for op, *given in moves:
+    for op, *words in moves:
         if op == "ask":
-            ask(*given)
+            ask(*words)
         elif op == "step":
-            for _ in range(given[0]):
+            for _ in range(words[0]):
                 one.step()
                 check()
         elif op in ("cancel", "drop") and asked:
-            one.tell(op, sorted(asked)[given[0] % len(asked)])
+            one.tell(op, sorted(asked)[words[0] % len(asked)])
         elif op == "allow":
-            allowed = one.ok("allow", bytes=given[0] * CELL)
-            limit[0] = max(given[0] * CELL, allowed["reserved"])
-        elif op == "close" and given[0] in opened:
-            one.do("close_session", session=given[0])
-            opened.discard(given[0])
-        elif op == "park" and given[0] in opened:
-            one.do("park_session", session=given[0])
-        elif op == "clone" and given[0] in opened and "c" not in opened:
-            if any(one.answer(n) is None and session == given[0] for n, (session, *_) in asked.items()):
+            allowed = one.ok("allow", bytes=words[0] * CELL)
+            limit[0] = max(words[0] * CELL, allowed["reserved"])
+        elif op == "close" and words[0] in opened:
+            one.do("close_session", session=words[0])
+            opened.discard(words[0])
+        elif op == "park" and words[0] in opened:
+            one.do("park_session", session=words[0])
+        elif op == "clone" and words[0] in opened and "c" not in opened:
+            if any(one.answer(n) is None and session == words[0] for n, (session, *_) in asked.items()):
                 continue
-            one.ok("clone_session", session=given[0], new="c")
+            one.ok("clone_session", session=words[0], new="c")
             opened.add("c")
         check()
     one.until(*asked)

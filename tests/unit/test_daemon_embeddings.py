@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 import edge_rt
 from edge_rt.core.decode.batch import LEAST_PROMPT, Batch
 from edge_rt.daemon import embeddings as module
+from edge_rt.daemon.account import Account
 from edge_rt.daemon.aclient import AsyncClient
 from edge_rt.daemon.client import Client
 from edge_rt.daemon.embeddings import Embeddings
+from edge_rt.daemon.store import Store
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
 from edge_rt.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
@@ -36,12 +38,20 @@ def model(tmp_path_factory):
         yield opened
 
 
+def unlimited(model):
+    """An account of memory of which there is enough."""
+    return Account(model, Store(model, lambda message: None), None)
+
+
 class Asks:
     """Requests for embeddings, with what is said of each."""
 
     def __init__(self, model):
         self.model, self.said, self.ended, self.asked = model, {}, {}, {}
-        self.work = Embeddings(model, self.say, lambda command, error, answer: self.ended.update({command["id"]: error or answer}))
+        self.work = Embeddings(model, unlimited(model), self.say, self.end)
+
+    def end(self, command, error, answer):
+        self.ended[command["id"]] = error or answer
 
     def say(self, asked, message):
         assert asked.credits > 0
@@ -170,7 +180,7 @@ def test_an_engine_that_makes_none(model):
 
     mute = SimpleNamespace(file=model.file, engine=Mute(), prefixes=model.prefixes)
     with pytest.raises(OptionError, match="makes no embeddings"):
-        Embeddings(mute, None, None).add(None, {"texts": ["a"]})
+        Embeddings(mute, None, None, None).add(None, {"texts": ["a"]})
 
 
 # ---- beside generations ----------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_check_says_what_would_happen(tmp_path, random_model, capsys):
     assert re.fullmatch(r"would let models have [\d,.]+[MG] together", said[-1])
     assert list(tmp_path.iterdir()) == []
     assert cli.main([*words, "-m", str(random_model())]) == 0
-    assert f"would open {random_model()}, architecture llama, which needs about 7" in capsys.readouterr().err
+    assert f"would open {random_model()}, architecture llama, which needs about 9" in capsys.readouterr().err
     config = tmp_path / "d.toml"
     config.write_text(f'memory = "1.5G"\n[models.small]\nfile = "{random_model()}"\ncontext = 99\n')
     assert cli.main([*words, "--config", str(config)]) == 0

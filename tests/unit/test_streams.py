@@ -21,7 +21,7 @@ class Wire:
         self.left, self.credits = list(texts), CREDITS
         self.stream = Stream(1, True, CREDITS, self._credit)
         self.client, self.got, self.down = Conversation(), [], b""
-        self.answers = self.client.ask("generate", fields_of("x", None, "normal", True, {}))
+        self.answers = self.client.ask("generate", fields_of("x", None, None, "normal", True, {}))
         self.client.to_send()
         self.down = pack({"id": 1, "event": "stream", "stream": self.stream.token})
         self.deliver(len(self.down))
@@ -144,10 +144,11 @@ def test_what_was_cancelled_is_cancelled_in_the_next_connection_too():
 
 
 def test_options_as_the_protocol_has_them():
-    fields = fields_of("x", "s", "low", False, {"logit_bias": {3: 1.5}, "prune": Pruning(8), "stop": ("a",), "seed": 1})
+    fields = fields_of("x", "s", "m", "low", False, {"logit_bias": {3: 1.5}, "prune": Pruning(8), "stop": ("a",), "seed": 1})
     assert fields == {
         "prompt": "x",
         "session": "s",
+        "model": "m",
         "priority": "low",
         "options": {
             "logit_bias": {"3": 1.5},
@@ -157,4 +158,4 @@ def test_options_as_the_protocol_has_them():
         },
     }
     with pytest.raises(OptionError, match="the daemon takes no rules"):
-        fields_of("x", None, "normal", False, {"rules": {}})
+        fields_of("x", None, None, "normal", False, {"rules": {}})
