@@ -21,7 +21,7 @@ from edge_rt.daemon.config import Config, Http
 from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.hosted import Hosted
-from edge_rt.daemon.measures import Measures
+from edge_rt.daemon.measures import Measures, count_done
 from edge_rt.daemon.models import Models, most_of_what_is_free
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
@@ -56,7 +56,7 @@ class Server:
         self._under_way = 0
         self._held = 0
         self._listeners: list[tuple[Listener, asyncio.Server]] = []
-        self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens")}
+        self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens", "context")}
         """How often what happened, since the start."""
         self.measures = Measures()
         self._started = time.time()
@@ -200,12 +200,11 @@ class Server:
     def _streamed(self, stream: Stream, session: Known | None, message: Message) -> None:
         """The worker says something of a generation."""
         if message.get("event") == "delta":
-            self.measures.tokens(stream, len(message["tokens"]), self.now())
+            self.measures.tokens(stream, len(message["tokens"]) + message.get("concealed", 0), self.now())
         elif message.get("event") == "embedding":
             self.count("tokens", "embedded_tokens", message["tokens"])
         elif message.get("event") == "done":
-            for kind in ("prompt_tokens", "completion_tokens"):
-                self.count("tokens", kind, message["usage"][kind])
+            count_done(self.counts, message)
         sent = stream.add(message)
         connection = stream.connection
         if connection is not None:

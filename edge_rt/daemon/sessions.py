@@ -53,7 +53,7 @@ class Sessions:
 
     def add(self, user: int, hosted: Hosted, keep: bool, connection: Channel, saved: Path | None = None) -> Known:
         """A new session. Raises ProtocolError: limit."""
-        if sum(one.user == user for one in self._known.values()) >= self._per_user:
+        if len(self.of(user)) >= self._per_user:
             raise ProtocolError("limit", f"a user may have {self._per_user} sessions; close one")
         one = Known(user, hosted, keep, hosted.supervisor.epoch, connection, saved)
         self._known[one.id] = one
@@ -70,6 +70,10 @@ class Sessions:
             one.expiry.cancel()
             one.expiry = None
         return one
+
+    def of(self, user: int) -> list[Known]:
+        """The sessions of one user, the oldest first."""
+        return [one for one in self._known.values() if one.user == user]
 
     def close(self, one: Known) -> None:
         """Forget a session."""

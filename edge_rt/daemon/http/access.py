@@ -23,8 +23,8 @@ def check_host(http: Http, headers: Mapping[str, str]) -> None:
 
 def check_origin(http: Http, headers: Mapping[str, str]) -> str | None:
     """The origin of the page that asks, None if no page does or its origin is our own. Raises ApiError for pages of others."""
-    origin = headers.get("origin")
-    if origin is None or origin == f"http://{headers.get('host')}":
+    origin, host = headers.get("origin"), headers.get("host")
+    if origin is None or origin in (f"http://{host}", f"https://{host}"):  # TLS is a proxy's before us
         return None
     if origin not in http.origins:
         raise ApiError(403, "pages of this origin may not use the daemon; add it to origins in [http]", "origin_not_allowed")

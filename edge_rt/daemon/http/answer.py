@@ -35,6 +35,8 @@ class Answer:
         self._logprobs: list[Json] = []
         self._offset = 0
         self._notices: list[str] = []
+        self._tokens = {"prompt_tokens": 0, "completion_tokens": 0}
+        """So far."""
         self._done: Json = {}
 
     def begin(self) -> list[Json]:
@@ -44,9 +46,12 @@ class Answer:
     def event(self, message: Mapping[str, Any]) -> list[Json]:
         """Take an event; the chunks it makes. Raises ApiError if the generation was broken off."""
         kind = message["event"]
-        if kind == "notice":
+        if kind == "prompt":
+            self._tokens["prompt_tokens"] = message["total"]
+        elif kind == "notice":
             self._notices.append(message["message"])
         elif kind == "delta":
+            self._tokens["completion_tokens"] += len(message["tokens"]) + message.get("concealed", 0)
             return list(self._delta(message))
         elif kind == "done":
             return self._end(dict(message))
@@ -107,7 +112,9 @@ class Answer:
         else:
             choice["text"] = delta.get("content", "")
         chunk = {**self._head, "choices": [choice]}
-        return {**chunk, "usage": None} if self._asked.include_usage else chunk
+        if not self._asked.include_usage:
+            return chunk
+        return {**chunk, "usage": {**self._tokens, "total_tokens": sum(self._tokens.values())} if self._asked.usage_so_far else None}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 

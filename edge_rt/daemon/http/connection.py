@@ -223,7 +223,7 @@ class HttpConnection(Channel):
         body = bytes(self._body)
         self._drop_body()
         self._ahead = len(self._h11.trailing_data[0])
-        self._exchange = routes.Exchange(self, self._path, body)
+        self._exchange = routes.Exchange(self, self._path, body, self._headers)
         self._route.work(self._exchange)
 
     def _drop_body(self) -> None:
@@ -266,7 +266,7 @@ class HttpConnection(Channel):
 
     def respond(self, status: int, body: bytes, content_type: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         """Answer the request, and go on with the next."""
-        length = (("Content-Length", str(len(body))),) if status != 204 else ()
+        length = (("Content-Length", str(len(body))),) if status not in (204, 304) else ()
         kind = (("Content-Type", content_type),) if body else ()
         self._start(status, (*kind, *length, *headers))
         self._write_body(body)

@@ -17,6 +17,7 @@ _COUNTERS = (
     ("requests", "op", "Requests by operation of the protocol, those over HTTP too"),
     ("errors", "code", "Errors by the protocol's code"),
     ("tokens", "kind", "Tokens of prompts and of answers"),
+    ("context", "kind", "What left the context of requests and came back to it"),
 )
 _GAUGES = (
     ("connections", "connections_open", "Clients that are connected"),

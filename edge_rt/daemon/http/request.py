@@ -22,6 +22,8 @@ CHAT: Mapping[str, str] = {
 }  # fmt: skip
 COMPLETION: Mapping[str, str] = {**BOTH, "logprobs": "integer"}
 """Kinds of fields, as the protocol's; ``stop``, ``prompt`` and ``tool_choice`` may be of several."""
+STREAM: Mapping[str, str] = {"include_usage": "flag", "continuous_usage_stats": "flag", "include_obfuscation": "flag"}
+"""Fields of ``stream_options``. ``continuous_usage_stats`` is vLLM's."""
 
 ONLY: Mapping[str, Sequence[Any]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "parallel_tool_calls": (True,), "modalities": (["text"],),
@@ -44,6 +46,7 @@ MOST_RIVALS = 20
 class Asked(NamedTuple):
     """A request that was checked. ``fields``: of ``generate``. ``rivals``: to be shown with each token, None without log-probabilities.
 
+    ``include_usage``: in a chunk of its own; ``usage_so_far``: and in each before.
     ``tools``: names of functions that may be called. ``session``: the client's name for it. ``ignored``: fields that were.
     """
 
@@ -52,6 +55,7 @@ class Asked(NamedTuple):
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
+    usage_so_far: bool = False
     rivals: int | None = None
     tools: frozenset[str] = frozenset()
     session: str | None = None
@@ -100,9 +104,7 @@ def _asked(
         raise wrong("edge_rt.session", "the name of a session has 1 to 256 characters")
     if priority is not None:
         fields["priority"] = priority
-    stream_options = protocol.fields(
-        given.get("stream_options", {}), {"include_usage": "flag", "include_obfuscation": "flag"}, "stream_options"
-    )  # fmt: skip
+    stream_options = protocol.fields(given.get("stream_options", {}), STREAM, "stream_options")
     if stream_options and not given.get("stream"):
         raise wrong("stream_options", "stream_options are only for a stream; set stream too")
     return Asked(
@@ -111,6 +113,7 @@ def _asked(
         model=given.get("model"),
         stream=given.get("stream", False),
         include_usage=stream_options.get("include_usage", False),
+        usage_so_far=stream_options.get("continuous_usage_stats", False),
         session=session,
         ignored=tuple(name for name in IGNORED if body.get(name) is not None),
         **more,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from edge_rt.daemon.http import answer, body, embeddings, metrics, request
+from edge_rt.daemon.http import answer, body, embeddings, facts, files, metrics, request
 from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
 from edge_rt.errors import ProtocolError
 
@@ -22,18 +22,12 @@ if TYPE_CHECKING:
     from edge_rt.daemon.http.request import Asked
     from edge_rt.daemon.server import Server
 
-POINTER = (
-    b"edge-rt speaks OpenAI's API here: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models. Also /health and /metrics.\n"
-)
-MEMORY_SECONDS = 0.5
-"""How long metrics wait for the worker to say what it holds."""
-
 
 class Exchange:
-    """A request and its answer. ``heard`` takes what the daemon says of it."""
+    """A request and its answer. ``headers``: names in lower case. ``heard`` takes what the daemon says of it."""
 
-    def __init__(self, connection: HttpConnection, path: str, body: bytes) -> None:
-        self.connection, self.path, self.body = connection, path, body
+    def __init__(self, connection: HttpConnection, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self.connection, self.path, self.body, self.headers = connection, path, body, headers
         self.heard: Callable[[Message], None] = lambda message: None
         self.left: Callable[[], None] = lambda: None
         """Called if the client is gone before the answer."""
@@ -55,7 +49,7 @@ class Route(NamedTuple):
 
 def find(method: str, path: str) -> Route:
     """Raises ApiError: there is no such path, or not with this method."""
-    known = [route for route in ROUTES if re.fullmatch(route.path.replace("{model}", ".+"), path)]
+    known = [route for route in ROUTES if re.fullmatch(re.sub(r"\{\w+\}", ".+", route.path), path)]
     for route in known:
         if route.method == method or (method == "HEAD" and route.method == "GET"):
             return route
@@ -66,10 +60,6 @@ def find(method: str, path: str) -> Route:
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
-
-
-def _pointer(exchange: Exchange) -> None:
-    exchange.connection.respond(200, POINTER, "text/plain; charset=utf-8")
 
 
 def _preflight(exchange: Exchange) -> None:
@@ -87,16 +77,9 @@ def _health(exchange: Exchange) -> None:
 
 def _metrics(exchange: Exchange) -> None:
     """With what the workers hold, if they say so soon."""
-    server = exchange.server
-
-    async def work() -> None:
-        memory = await server.models.memory(MEMORY_SECONDS)
-        if waiting:
-            exchange.connection.respond(200, metrics.text(server, memory).encode(), metrics.TYPE)
-
-    waiting = [exchange]
-    exchange.left = waiting.clear
-    server.spawn(work())
+    facts.with_memory(
+        exchange, lambda memory: exchange.connection.respond(200, metrics.text(exchange.server, memory).encode(), metrics.TYPE)
+    )
 
 
 def _shown(hosted: Hosted, adapter: str | None = None) -> dict[str, Any]:
@@ -240,9 +223,11 @@ class _Generation:
 
 
 ROUTES = (
-    Route("/", "GET", _pointer, needs_key=False),
+    Route("/", "GET", files.root, needs_key=False),
+    Route(f"{files.PREFIX}{{file}}", "GET", files.part, needs_key=False),
     Route("/health", "GET", _health, needs_key=False),
     Route("/metrics", "GET", _metrics),
+    Route("/edge-rt/status", "GET", facts.status),
     Route("/v1/models", "GET", _models),
     Route("/v1/models/{model}", "GET", _one_model),
     Route("/v1/chat/completions", "POST", partial(_generate, request.chat)),
