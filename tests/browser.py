@@ -63,8 +63,9 @@ class Browser:
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         self._connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
-        found = json.loads(self._connection.getresponse().read())["value"]
-        if isinstance(found, dict) and "error" in found:
+        response = self._connection.getresponse()
+        found = json.loads(response.read())["value"]
+        if response.status != 200:
             raise AssertionError(f"{path}: {found['error']}: {found['message']}")
         return found
 
