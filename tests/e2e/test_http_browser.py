@@ -94,7 +94,7 @@ def settings(page, **values):
 
 
 def ask(page, text, how="button"):
-    if len(text) > 100:  # typing takes a while
+    if len(text) > 40:  # typing takes a while
         page.run("document.querySelector('#prompt').value = arguments[0]", text)
     else:
         page.type("#prompt", text + (ENTER if how == "enter" else ""))
@@ -219,16 +219,16 @@ def test_a_worker_that_dies_is_told(page, daemon):
 
 
 def test_units_are_as_large_as_the_model(page, daemon):
-    memory = Peer(daemon.port).get("/edge-rt/status").json["memory"]
-    page.until("return document.querySelectorAll('#units tr').length > 30")
-    script = "return [...document.querySelectorAll('#units tr')].map((row) => [row.dataset.unit, +row.dataset.bytes])"
+    (memory,) = Peer(daemon.port).get("/edge-rt/status").json["memory"].values()
+    page.until("return document.querySelectorAll('.units tr').length > 30")
+    script = "return [...document.querySelectorAll('.units tr')].map((row) => [row.dataset.unit, +row.dataset.bytes])"
     units = page.run(script)
-    assert units == [[unit["name"], unit["bytes"]] for unit in memory["units"]]
+    assert units == [[unit["name"], unit["nbytes"]] for unit in memory["units"]]
     assert sum(size for _, size in units) == memory["weights_mapped"]
     widths = page.run("return [...document.querySelectorAll('.strip .unit')].map((one) => one.offsetWidth)")
     assert len(widths) == len(units)
     assert widths.index(max(widths)) == [size for _, size in units].index(max(size for _, size in units))
-    filled = page.run("return [...document.querySelectorAll('#units .full')].map((one) => parseFloat(one.style.width))")
+    filled = page.run("return [...document.querySelectorAll('.units .full')].map((one) => parseFloat(one.style.width))")
     assert all(0 <= one <= 100 for one in filled)
     assert sum(filled) > 0
 
@@ -249,19 +249,25 @@ def test_rules_that_change_on_the_disk_are_shown_and_broken_ones_told(page, daem
     page.until(lambda: (page.text("#rules-version"), page.run("return document.querySelector('#rules-error').hidden")) == (before, True))
 
 
+STANDS = "window.said = { models: facts.models.map((one) => ({ ...one, model: null, worker: arguments[0] })) }"
+
+
 def test_how_far_the_model_is_opened_and_why_it_cannot_be(page):
     """What the daemon says is exchanged on its way: a small model is open before anybody sees how."""
     page.run("window.said = {}; window.asking = window.fetch")
     page.run("""window.fetch = async (path, options) => {
         const found = await window.asking(path, options);
-        return path === "edge-rt/status" ? Response.json({ ...(await found.json()), ...window.said }) : found;
+        if (path !== "edge-rt/status") return found;
+        window.facts = await found.json();
+        return Response.json({ ...facts, ...window.said });
     }""")
-    page.run("window.said = {model: null, worker: {state: 'starting', phase: 'prefetch', done: 25, total: 100, deaths: 0, pid: 1}}")
+    page.until("return Boolean(window.facts)")
+    page.run(STANDS, {"state": "starting", "phase": "prefetch", "done": 25, "total": 100, "pid": 1})
     page.until("return document.querySelector('#state').textContent === 'reading ahead'")
     assert page.text("#opening-text") == "The model is being opened: reading ahead 25 %"
     assert page.run("return document.querySelector('#opening').checkVisibility()")
     assert page.run("return document.querySelector('#opening-bar').value") == 0.25
-    page.run("window.said = {model: null, worker: {state: 'failed', reason: 'the file is damaged', deaths: 1, pid: null}}")
+    page.run(STANDS, {"state": "failed", "reason": "the file is damaged", "pid": None})
     page.until("return document.querySelector('#opening-text').textContent === 'failed: the file is damaged'")
     assert not page.run("return document.querySelector('#opening-bar').checkVisibility()")
     page.run("window.said = {}")
