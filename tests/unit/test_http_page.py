@@ -195,7 +195,7 @@ def test_nobody_sees_anothers_sessions(peer, other):
     assert b"by_session" not in mine.body
     assert mine.json["sessions"]["open"] == yours.json["sessions"]["open"] >= 2
     for one in mine.json["sessions"]["own"]:
-        assert set(one) == {"name", "model", "busy", "cells", "bytes", "parked"}, "its id would let others of the user in, and is nobody's business"
+        assert set(one) == {"name", "model", "busy", "cells", "bytes", "parked"}, "its id is nobody's business"
 
 
 def test_what_leaves_the_context_is_counted(daemon, peer):

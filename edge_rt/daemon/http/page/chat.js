@@ -76,6 +76,7 @@ export async function send(question) {
     running = null;
     change(turn, { over: true });
     showRunning(false);
+    window.dispatchEvent(new Event("answered")); // and the daemon's facts are others
   }
 }
 

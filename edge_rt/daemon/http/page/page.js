@@ -93,6 +93,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) stop();
 });
 document.addEventListener("visibilitychange", poll);
+window.addEventListener("answered", poll);
 $("stop").addEventListener("click", () => {
   stop();
   $("prompt").focus();
