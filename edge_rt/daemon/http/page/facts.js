@@ -4,7 +4,7 @@ import { element, session } from "./chat.js";
 import { duration, known, number, part, say, size, translate } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-const OWNERS = ["cache", "compute", "held", "reserved", "allowance", "taken"];
+const OWNERS = ["cache", "compute", "allowance", "held", "reserved", "taken"];
 
 /** The model that answers: the chosen one, of which an adapter may be meant too, else the daemon's default; undefined without any. */
 function answering({ models }) {
