@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
 from edge_rt.core.engine import AppliesAdapters
 from edge_rt.errors import OptionError
-from edge_rt.types import Event, GenerateOptions, Message, Notice, Pruning, SamplingParams
+from edge_rt.options import check, check_context, override
+from edge_rt.types import Event, GenerateOptions, Message, Notice
 
 if TYPE_CHECKING:
     from edge_rt.adapters import Adapter
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from edge_rt.native.llama import Vocab
     from edge_rt.runtime import Model
 
-_SAMPLING_FIELDS = frozenset(SamplingParams._fields)
 
 
 class Stream(Iterator[Event]):
@@ -82,7 +81,7 @@ class Session:
         self._history = history if history is not None else History()
         self._adapter = adapter
         self._context = context
-        _check_context(context, model.info.max_context)
+        check_context(context, model.info.max_context)
         self._memory_told = False
         self._recall: Recall | None = None
         self._busy = threading.Lock()
@@ -146,7 +145,7 @@ class Session:
         ``tokens`` of the prompt, if they are known (``Model.prompt_tokens``). ``room``: cells that there is memory for.
         Whoever takes the steps calls ``end`` after the last. Raises what ``generate`` raises.
         """
-        chosen = _override(options or GenerateOptions(), overrides)
+        chosen = override(options or GenerateOptions(), overrides)
         if self._closed:
             raise OptionError("the session was closed; open another with model.session()")
         if not self._busy.acquire(blocking=False):
@@ -239,7 +238,7 @@ class Session:
             tokens = model.prompt_tokens(prompt, options.tools)
         if not tokens:
             raise OptionError("the prompt is empty; give some text")
-        _check(options, model.info.max_context)
+        check(options, model.info.max_context)
         adapter = model.adapters.chosen(options.adapter, options.adapter_scale)
         constraint = _constraint(model.vocab, options)
         allowed = self._asked(options)
@@ -356,52 +355,8 @@ def _drafter(prompt: Sequence[int]) -> NgramDrafter:
     return drafter
 
 
-def _override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOptions:
-    """Apply keywords to options and to their sampling parameters. Raises OptionError for an unknown one."""
-    sampling = {k: overrides.pop(k) for k in list(overrides) if k in _SAMPLING_FIELDS}
-    unknown = sorted(set(overrides) - set(GenerateOptions._fields))
-    if unknown:
-        raise OptionError(f"generate has no option {unknown[0]!r}; see edge_rt.types.GenerateOptions")
-    chosen = options._replace(**overrides)
-    return chosen._replace(sampling=chosen.sampling._replace(**sampling)) if sampling else chosen
-
-
 def _pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
     """The prompt's segments; most requests fit, and do not pay for the import."""
     from edge_rt.core.context.transcript import pieces
 
     return pieces(vocab, prompt, tokens, tools)
-
-
-def _check_context(context: int | None, most: int) -> None:
-    """Raise OptionError for a context that the model cannot give."""
-    if context is not None and not 1 <= context <= most:
-        raise OptionError(f"a context of {context} tokens is out of range; give 1 to {most}, or open the model with a larger one")
-
-
-def _check_pruning(pruning: Pruning) -> None:
-    """Raise OptionError for a budget or an interval that is none."""
-    if not 0 < pruning.budget < math.inf or (pruning.unit == "share" and pruning.budget > 1):
-        most = "up to 1" if pruning.unit == "share" else "more than 0"
-        raise OptionError(f"a pruning budget of {pruning.budget} {pruning.unit} is out of range; give {most}")
-    if pruning.every < 0:
-        raise OptionError(f"pruning every {pruning.every} tokens makes no sense; give at least 1, or 0 for never")
-
-
-def _check(options: GenerateOptions, max_context: int) -> None:
-    """Raise OptionError for values out of range (sampling parameters are checked by the sampler)."""
-    _check_context(options.context, max_context)
-    if options.prune is not None:
-        _check_pruning(options.prune)
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise OptionError(f"max_tokens is {options.max_tokens}; give at least 1, or leave it out")
-    if not 0 <= options.logprobs <= 100:
-        raise OptionError(f"logprobs is {options.logprobs}; give 0 to 100")
-    if not 0 <= options.speculate <= 64:
-        raise OptionError(f"speculate is {options.speculate}; give 0 to 64")
-    if isinstance(options.post, str):
-        raise OptionError(f"post is the text {options.post!r}; give a list of names")
-    if isinstance(options.rules, (str, Path)):
-        raise OptionError(f"rules is the name {str(options.rules)!r}; open it with edge_rt.rules.RuleFile")
-    if options.grammar is not None and options.json_schema is not None:
-        raise OptionError("a grammar and a JSON schema contradict each other; give one of them")

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.hooks import (
     API_VERSION,
@@ -39,6 +39,7 @@ from edge_rt.hooks import (
     SessionFileError,
     hookimpl,
 )
+from edge_rt.testing.noise import mix, noise
 from edge_rt.testing.null_vocab import DEFAULT_CONTEXT, EOS, N_VOCAB, NullVocab
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class NullEngine:
         for token in part.tokens:
             before = sequence.states[-1] if sequence.states else self._origin
             sequence.tokens.append(int(token))
-            sequence.states.append(_mix(before ^ (int(token) + 1) ^ sequence.salt))
+            sequence.states.append(mix(before ^ (int(token) + 1) ^ sequence.salt))
         end = len(sequence.tokens)
         sequence.positions.append(end - first)
         wanted = {"none": range(0), "last": range(max(first, end - 1), end), "all": range(first, end)}[part.logits]
@@ -149,14 +150,14 @@ class NullEngine:
 
     def _logits(self, sequence: _Sequence, at: int) -> npt.NDArray[np.float32]:
         """Logits after the token at an index: float32 [n_vocab], noise in [-4, 4)."""
-        logits = _noise(sequence.states[at], N_VOCAB)
+        logits = noise(sequence.states[at], N_VOCAB)
         if self._reply is not None:
             logits[self._continuation(sequence.tokens[: at + 1], self._reply)] = 32
         return logits
 
     def _hidden(self, sequence: _Sequence, at: int) -> npt.NDArray[np.float32]:
         """The hidden state after the token at an index: float32 [n_embd]."""
-        return _noise(~sequence.states[at] & 0xFFFFFFFFFFFFFFFF, self.info.n_embd)
+        return noise(~sequence.states[at] & 0xFFFFFFFFFFFFFFFF, self.info.n_embd)
 
     @staticmethod
     def _continuation(tokens: list[int], reply: bytes) -> int:
@@ -327,36 +328,6 @@ class NullEngine:
         if not 0 <= length <= len(found.tokens):
             raise ValueError(f"sequence {sequence} has {len(found.tokens)} cells, not {length}")
         return found
-
-
-def _mix(value: int) -> int:
-    """splitmix64's finaliser: every bit of the result depends on every bit of the value."""
-    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return value ^ (value >> 31)
-
-
-def _noise(state: int, count: int) -> npt.NDArray[np.float32]:
-    """Float32 [count] in [-4, 4), by chance and always the same for a state."""
-    import numpy as np
-
-    bits = _mix_array(np.uint64(state) + np.arange(1, count + 1, dtype=np.uint64))
-    noise: npt.NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 21) - np.float32(4)
-    return noise
-
-
-def _mix_array(values: Any) -> Any:
-    """``_mix`` of a uint64 array; unsigned arithmetic wraps around by itself."""
-    import numpy as np
-
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-# ---- plugin ----------------------------------------------------------------------------------------------------------
 
 
 class NullDevice(NamedTuple):

@@ -359,10 +359,10 @@ def test_a_step_that_fails_half_way_is_undone(tiny: ModelFile) -> None:
     sequence, lib = engine.new_sequence(), engine._lib
     engine.step([Part(sequence, tokens(10), "none")])
     before = engine.export_sequence(sequence)
-    engine._lib = _Failing(lib, 2, -3)
+    engine._call._lib = _Failing(lib, 2, -3)
     with pytest.raises(NativeError, match="failed with code -3"):
         engine.step([Part(sequence, tokens(600, 2))])
-    engine._lib = lib
+    engine._call._lib = lib
     assert engine.length(sequence) == 10
     assert engine.export_sequence(sequence) == before
     engine.close()
@@ -373,10 +373,10 @@ def test_a_state_that_cannot_be_undone_is_dropped(tmp_path: Path) -> None:
         engine: Any = LlamaCpp().open(model, EngineOptions(context=640, threads=1))
         sequence, lib = engine.new_sequence(), engine._lib
         engine.step([Part(sequence, tokens(10), "none")])
-        engine._lib = _Failing(lib, 2, -3)
+        engine._call._lib = _Failing(lib, 2, -3)
         with pytest.raises(NativeError, match="lost"):
             engine.step([Part(sequence, tokens(600, 2))])
-        engine._lib = lib
+        engine._call._lib = lib
         assert engine.length(sequence) == 0
         engine.step([Part(sequence, tokens(10), "none")])
         engine.close()

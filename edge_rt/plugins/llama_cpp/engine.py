@@ -24,20 +24,15 @@ from edge_rt.hooks import (
     Positions,
     Run,
     SessionFileError,
-    recent_native_errors,
 )
 from edge_rt.plugins.llama_cpp.adapters import ContextAdapters
+from edge_rt.plugins.llama_cpp.calls import CHUNK, Calls
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.hooks import LoraFile, ModelFile
     from edge_rt.plugins.llama_cpp.adapters import Binding
-
-CHUNK = 512
-"""Tokens a call of llama_decode takes: its default physical batch."""
-TOLD_FROM = 32
-"""Tokens in a call from which on it says that it goes on."""
 
 # magic, layout version, cells, bytes of payload (runs of positions, then libllama's state), digests of it and of what it belongs to
 _HEADER = struct.Struct("<8sIIQ16s16s")
@@ -69,8 +64,8 @@ class LlamaCppEngine:
         self._key_type = key_type
         self._context = context
         self._buffers = buffers
-        self._batch = _Batch(lib.llama_batch_init(CHUNK, 0, 1))
-        self._release = weakref.finalize(self, _release, lib, self._batch.native, context, pointer)
+        self._call = Calls(lib, context)
+        self._release = weakref.finalize(self, _release, lib, self._call.batch, context, pointer)
         self._cells = lib.llama_get_memory(context)
         # A state of fixed size instead of cells: it cannot be cut, only dropped.
         self._indivisible = lib.llama_model_is_recurrent(pointer) or lib.llama_model_is_hybrid(pointer)
@@ -78,7 +73,6 @@ class LlamaCppEngine:
         self._free_slots = list(range(lib.llama_n_seq_max(context) - 1, -1, -1))
         self._slots: dict[int, int] = {}  # sequence -> libllama's number for it
         self._positions: dict[int, Positions] = {}
-        self._moved: Any = None
         self._adapters = ContextAdapters(lib, pointer, context)
         self._next = 0  # numbers are never handed out twice: use of a freed sequence is an error, not someone else's text
 
@@ -243,10 +237,12 @@ class LlamaCppEngine:
                 self._adapters.use(binding)
                 rows = int(wanted[chunk].sum())
                 # With embeddings libllama gives those of all tokens, and warns where fewer are asked for.
-                self._batch.fill(tokens[chunk], positions[chunk], slots[chunk], True if hidden else wanted[chunk])
-                self._decode()
+                self._call.fill(tokens[chunk], positions[chunk], slots[chunk], True if hidden else wanted[chunk])
+                held, capacity = sum(one.length for one in self._positions.values()), self.info.max_context
+                self._call.decode(f"the sequences' {held} tokens fill the shared cache of {capacity}; close a session or raise --ctx")
                 if rows:
-                    found[done : done + rows] = self._hidden(wanted[chunk]) if hidden else self._logits(rows)
+                    width = found.shape[1]
+                    found[done : done + rows] = self._call.hidden(wanted[chunk], width) if hidden else self._call.logits(rows, width)
                 done += rows
         except BaseException as error:
             lost = self._undo([part.sequence for part in parts])
@@ -264,12 +260,7 @@ class LlamaCppEngine:
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call ``moved`` after each node of libllama's graph in calls of many tokens."""
-
-        def callback(_: int | None) -> bool:
-            moved()
-            return False  # and go on
-
-        self._moved = self._lib.ggml_abort_callback(callback)
+        self._call.tell(moved)
 
     def _calls(self, pairs: Sequence[tuple[Part, npt.NDArray[np.int32]]]) -> Iterator[tuple[slice, Binding]]:
         """The calls that the tokens of some parts take, one behind the other: at most 512 tokens in each, all through one adapter."""
@@ -289,31 +280,6 @@ class LlamaCppEngine:
         if total > self.info.max_context:
             raise ContextError(f"{total} tokens do not fit the context of {self.info.max_context}; shorten the prompt or raise --ctx")
         return tokens.astype(np.int32)
-
-    def _decode(self) -> None:
-        """Run the batch. Raises OutOfMemory, NativeError."""
-        told = self._moved is not None and self._batch.native.n_tokens >= TOLD_FROM
-        if told:
-            self._lib.llama_set_abort_callback(self._context, self._moved, None)
-        code = self._lib.llama_decode(self._context, self._batch.native)
-        if told:
-            self._lib.llama_set_abort_callback(self._context, self._lib.ggml_abort_callback(), None)
-        if code == 1:
-            held, capacity = sum(p.length for p in self._positions.values()), self.info.max_context
-            raise OutOfMemory(f"the sequences' {held} tokens fill the shared cache of {capacity}; close a session or raise --ctx")
-        if code:
-            why = (recent_native_errors() or ("no reason given",))[-1]
-            raise NativeError(f"llama_decode failed with code {code}: {why}")
-
-    def _logits(self, rows: int) -> npt.NDArray[np.float32]:
-        """The batch's logits [rows, n_vocab], in place: in its order, whatever order libllama computed them in."""
-        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=(rows, self.info.n_vocab))
-
-    def _hidden(self, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-        """The hidden states [rows, n_embd] of the tokens that are wanted."""
-        pointer = self._lib.llama_get_embeddings(self._context)
-        every: npt.NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(len(wanted), self.info.n_embd))
-        return every[wanted]
 
     def _undo(self, sequences: Sequence[int]) -> bool:
         """After a failed step: take back what earlier chunks of it have added. True if some sequence had to be emptied instead."""
@@ -392,27 +358,6 @@ class LlamaCppEngine:
     def close(self) -> None:
         """Release everything; calling it again does nothing."""
         self._release()
-
-
-class _Batch:
-    """NumPy views of a ``llama_batch``'s arrays."""
-
-    def __init__(self, native: Any) -> None:
-        self.native = native
-        shape = (CHUNK,)
-        self._tokens = np.ctypeslib.as_array(native.token, shape)
-        self._positions = np.ctypeslib.as_array(native.pos, shape)
-        self._wanted = np.ctypeslib.as_array(native.logits, shape)
-        np.ctypeslib.as_array(native.n_seq_id, shape)[:] = 1  # every token belongs to one sequence
-        self._slots = np.full(shape, -1, dtype=np.int32)  # what native.seq_id holds: writing it costs a loop
-
-    def fill(self, tokens: Any, positions: Any, slots: Any, wanted: Any) -> None:
-        """Set the batch to arrays of n <= 512 elements."""
-        n = self.native.n_tokens = len(tokens)
-        self._tokens[:n], self._positions[:n], self._wanted[:n] = tokens, positions, wanted
-        for i in np.flatnonzero(self._slots[:n] != slots).tolist():
-            self.native.seq_id[i][0] = int(slots[i])
-        self._slots[:n] = slots
 
 
 def _wanted(part: Part, n: int) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.hooks import EngineOptions, NativeError, OptionError, OutOfMemory, UnsupportedModel, available_cpus, install_native_log
-from edge_rt.plugins.llama_cpp.engine import CHUNK, LlamaCppEngine
+from edge_rt.plugins.llama_cpp.calls import CHUNK
+from edge_rt.plugins.llama_cpp.engine import LlamaCppEngine
 
 if TYPE_CHECKING:
     from edge_rt.hooks import ModelFile
