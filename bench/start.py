@@ -16,7 +16,7 @@ _HIGH, _LOW = "a llama-cpp-python script", "a low-level script"
 
 
 def run(settings: Settings) -> list[Result]:
-    """The default model (Q4_1), and Q4_0, which libllama repacks at every start, and Q8_0, which nobody packs."""
+    """The default model (Q4_1), and Q4_0, which libllama repacks at every start, and Q8_0, which only a CPU with AMX packs."""
     return [_run(settings, kind) for kind in ("Q4_1", "Q4_0", "Q8_0")]
 
 

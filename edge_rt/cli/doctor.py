@@ -75,6 +75,7 @@ def facts(rules: str | None = None) -> dict[str, Any]:
 
 
 def _library() -> dict[str, Any]:
+    from edge_rt.core.load.packing import layouts
     from edge_rt.native import abi
 
     report = abi.report()
@@ -84,6 +85,7 @@ def _library() -> dict[str, Any]:
         "commit": report.ggml_commit,
         "known": list(abi.KNOWN_VERSIONS),
         "features": list(report.cpu_features),
+        "layouts": [] if report.problem else list(layouts()),
         "verdict": report.problem or "as expected",
     }
 
@@ -187,6 +189,7 @@ def _text(found: dict[str, Any]) -> str:
             ("ggml", f"{library['ggml']} ({library['commit']}); known: {', '.join(library['known'])}"),
             ("verdict", library["verdict"]),
             ("built for", ", ".join(library["features"]) or "nothing beyond the baseline"),
+            ("packs for", ", ".join(library["layouts"]) or "nothing: it runs weights as they are in the file"),
         ],
         "Processors": [
             ("machine", cpus["machine"]),

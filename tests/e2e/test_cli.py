@@ -19,6 +19,7 @@ import pytest
 import edge_rt as api
 from edge_rt import __version__, catalog
 from edge_rt.config import packed_dir
+from edge_rt.core.load import packing
 
 PROGRAM = [sys.executable, "-m", "edge_rt.cli.main"]
 GREEDY = ["--temp", "0", "-n", "12"]
@@ -507,12 +508,13 @@ def test_doctor():
     assert found["versions"]["edge-rt"] == __version__
     assert found["library"]["verdict"] == "as expected"
     assert found["library"]["ggml"] in found["library"]["known"]
+    assert found["library"]["layouts"] == list(packing.layouts())
     cpu = found["devices"][0]
     assert (cpu["name"], cpu["usable"], cpu["basis"]) == ("cpu", True, "measured")
     assert found["cache"]["writable"]
     assert found["memory"]["available"] <= found["memory"]["total"]
     shown = edge_rt("doctor").stdout
-    assert all(title in shown for title in ("Versions\n", "Native library\n", "Devices\n", "Plugins\n", "Cache\n"))
+    assert all(title in shown for title in ("Versions\n", "Native library\n", "  packs for  ", "Devices\n", "Plugins\n", "Cache\n"))
     assert "Problems" not in shown
 
 
