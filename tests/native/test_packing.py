@@ -121,6 +121,16 @@ def test_a_changed_model_is_packed_anew_and_the_old_pack_goes(model: Path, rando
     assert packs()[0] != old
 
 
+def test_a_pack_of_an_older_format_goes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "FORMAT", packing.FORMAT - 1)
+        run(model)
+    (old,) = packs()
+    run(model)
+    assert len(packs()) == 1
+    assert packs()[0] != old
+
+
 def test_a_full_disk_runs_unpacked_and_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

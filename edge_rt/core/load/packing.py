@@ -105,14 +105,15 @@ def _sources(header: Header) -> dict[str, TensorInfo]:
 
 def _kernels(sources: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int]]:
     """The layout of each weight that has a packed kernel, and its bytes there. Float weights would only be copied: they have none."""
-    buffers = {name: ggml.buffer(type_, 0) for name, type_ in layouts().items()}
+    types = layouts()
+    buffers = {layout: ggml.buffer(type_, 0) for layout, type_ in types.items()}
     found: dict[str, tuple[str, int]] = {}
     try:
         for name, info in sources.items():
             if not name.endswith(".weight") or len(info.shape) not in (2, 3) or not ggml.c.is_quantized(info.type):
                 continue
             for layout, buffer in buffers.items():
-                if (nbytes := _packed_size(info, layouts()[layout], buffer.address)) is not None:
+                if (nbytes := _packed_size(info, types[layout], buffer.address)) is not None:
                     found[name] = layout, nbytes
                     break
     finally:
@@ -173,16 +174,26 @@ def _body(entries: Sequence[Entry], size: int, key: str, model: str, data_offset
 
 
 def made_for(path: Path) -> str | None:
-    """Path of the model a packed file was made from, None if it cannot be read."""
+    """Path of the model a packed file of whatever format was made from, None if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return str(_read_body(file.fileno())["model"])
+            return str(_read_header(file.fileno())["model"])
     except (OSError, PackDamaged):
         return None
 
 
 def _read_body(fd: int) -> dict[str, Any]:
-    """The JSON header. Raises PackDamaged."""
+    """The JSON header of a whole file of this format. Raises PackDamaged."""
+    fields = _read_header(fd)
+    if fields["format"] != FORMAT:
+        raise PackDamaged("the packed file is of another format")
+    if os.fstat(fd).st_size != fields["data_offset"] + fields["size"]:
+        raise PackDamaged("the packed file is cut short")
+    return fields
+
+
+def _read_header(fd: int) -> dict[str, Any]:
+    """The JSON header, of this or an older format. Raises PackDamaged."""
     prefix = os.pread(fd, _PREFIX.size, 0)
     if len(prefix) < _PREFIX.size:
         raise PackDamaged("the packed file is cut short")
@@ -192,12 +203,7 @@ def _read_body(fd: int) -> dict[str, Any]:
     body = os.pread(fd, length, _PREFIX.size)
     if len(body) != length or zlib.crc32(body) != crc:
         raise PackDamaged("the packed file's header is damaged")
-    fields = json.loads(body)
-    if fields["format"] != FORMAT:
-        raise PackDamaged("the packed file is of another format")
-    if os.fstat(fd).st_size != fields["data_offset"] + fields["size"]:
-        raise PackDamaged("the packed file is cut short")
-    return dict(fields)
+    return dict(json.loads(body))
 
 
 class PackedFile:
