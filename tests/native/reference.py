@@ -11,6 +11,7 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
+from edge_rt.core.load import packing
 from edge_rt.native import ggml
 
 _QUIET = llama.llama_log_callback(lambda *_: None)
@@ -19,15 +20,15 @@ _QUIET = llama.llama_log_callback(lambda *_: None)
 class Reference:
     """One model and one context of libllama; ``flash`` chooses its attention.
 
-    ``layouts``: the packed buffer types it may put weights into (None: all the CPU has, as by default). Each has kernels of its own,
-    so that bits are the same only where both programs use the same layouts.
+    ``layouts``: the packed buffer types it may put weights into (None: those that edge-rt uses here, which on x86 are all it would
+    use by itself). Each has kernels of its own, so that bits are the same only where both programs use the same layouts.
     """
 
     def __init__(
         self, path: Path, *, flash: bool, threads: int = 1, context: int = 512, key_type: int = 1, layouts: Sequence[str] | None = None
     ) -> None:
         llama.llama_log_set(_QUIET, ctypes.c_void_p(0))
-        with _offered(tuple(ggml.extra_buffer_types()) if layouts is None else layouts):
+        with _offered(tuple(packing.layouts()) if layouts is None else layouts):
             self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         assert self._model, f"libllama cannot load {path}"
         params = llama.llama_context_default_params()
