@@ -41,22 +41,14 @@ SCALE = 0.7
 
 
 class WithAdapter(Reference):
-    """libllama with an adapter; weights in plain buffers, where its kernels are ours."""
+    """libllama with an adapter, and with weights packed as ours are or not at all."""
 
     def __init__(self, path: Path, adapter: Path, scale: float, *, pack: bool) -> None:
-        defaults = llama.llama_model_default_params
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(llama, "llama_model_default_params", lambda: _extra(defaults(), pack))
-            super().__init__(path, flash=True)
+        super().__init__(path, flash=True, layouts=None if pack else ())
         found = llama.llama_adapter_lora_init(self._model, str(adapter).encode())
         assert found, "libllama refuses the adapter"
         adapters, scales = (llama.llama_adapter_lora_p_ctypes * 1)(found), (ctypes.c_float * 1)(scale)
         assert llama.llama_set_adapters_lora(self._context, adapters, 1, scales) == 0
-
-
-def _extra(params: Any, wanted: bool) -> Any:
-    params.use_extra_bufts = wanted
-    return params
 
 
 @contextmanager
