@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import RESULTS, Result, Settings, load_all, save, to_json
+from edge_rt.errors import EdgeError
 
 BENCHMARKS = {
     "equality": ("equality", "run"),
@@ -37,8 +38,14 @@ BENCHMARKS = {
     "redaction-leaks": ("post.leaking", "run"),
     "redaction-presidio": ("post.presidio", "run"),
     "post-overhead": ("post.overhead", "run"),
+    "serve-start": ("serve.starting", "run"),
+    "serve-idle": ("serve.idle", "run"),
+    "serve-faults": ("serve.faults", "run"),
+    "serve-isolation": ("serve.isolation", "run"),
+    "serve-hostile": ("serve.hostile", "run"),
+    "serve-soak": ("serve.soak", "run"),
 }
-"""Name -> module and function. Each ends by itself within ten minutes."""
+"""Name -> module and function. Each ends by itself within ten minutes, or within its limit of ``LIMITS``."""
 QUALITY = (
     "context-conversations", "context-retrieval", "context-perplexity", "pruning-retrieval", "pruning-unasked", "pruning-perplexity",
     "pruning",
@@ -46,8 +53,12 @@ QUALITY = (
 """Those of context handling."""
 POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
 """Those of post-processing."""
-SCORES = (*QUALITY[:-1], POST[0])
+SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
+"""Those of the daemon."""
+SCORES = (*QUALITY[:-1], POST[0], "serve-isolation")
 """Those whose figures are scores, which a busy machine does not change."""
+LIMITS = {"serve-isolation": 3600, "serve-soak": 3600}
+"""Seconds of those that take longer than others by what they are to show."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
 _LIMIT = 590
@@ -67,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = False
     for name in options.names or BENCHMARKS:
         try:
-            with _at_most(_LIMIT):
+            with _at_most(LIMITS.get(name, _LIMIT)):
                 found = _measure(name, options)
-        except (TimeoutError, RuntimeError, OSError) as error:  # one benchmark that cannot run must not cost the others
+        except (TimeoutError, RuntimeError, OSError, EdgeError) as error:  # one benchmark that cannot run must not cost the others
             print(f"FAIL {name}: {error}", file=sys.stderr)
             failed = True
             continue
@@ -108,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct Q4_1, instead of the one that edge-rt pull fetches")
     parser.add_argument("--memory-group", type=Path, help="directory of a memory cgroup in which `limited` may make groups")
     parser.add_argument("--items", type=int, help="texts, conversations or secrets that a benchmark of scores uses")
+    parser.add_argument("--minutes", type=float, help="how long the daemon is soaked (default: 20)")
+    parser.add_argument("--peer-python", type=Path, help="a Python with the package xllamacpp, whose llama-server stands beside the daemon")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
     return parser
 
@@ -124,7 +137,8 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     print(f"--- {name}" + (f" ({warning})" if warning else ""), flush=True)
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
-    results = run(Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items))
+    settings = Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items)
+    results = run(replace(settings, minutes=options.minutes, peer_python=options.peer_python))
     if warning:
         results = [replace(result, notes=[*result.notes, warning]) for result in results]
     from bench.report import plain
@@ -140,7 +154,7 @@ def _report() -> int:
     from bench.report import DOCS, pages, render
 
     stored = load_all()
-    for page in pages(QUALITY, POST, [name for name in BENCHMARKS if name not in QUALITY + POST]):
+    for page in pages(QUALITY, POST, [name for name in BENCHMARKS if name not in QUALITY + POST + SERVE], SERVE):
         if not any(name in stored for name in page.benchmarks):
             continue
         try:
