@@ -48,15 +48,15 @@ def held(pid: int) -> Held:
 class Served:
     """The daemon; a context manager, in which it listens. ``asked`` is the time at which it was started (``time.perf_counter``)."""
 
-    def __init__(self, model: Path | str, *words: str, config: str = "", **environment: str) -> None:
-        """``config``: lines of the configuration file, whose paths are relative to ``folder``."""
+    def __init__(self, model: Path | str, *words: str, config: str = "", http: bool = False, **environment: str) -> None:
+        """``http``: at a socket too. ``config``: lines of the configuration file, whose paths are relative to ``folder``."""
         self.folder = Path(tempfile.mkdtemp(prefix="edge-rt-"))
         self.socket, self.http, self.state = self.folder / "d.sock", self.folder / "h.sock", self.folder / "state"
         (self.folder / "daemon.toml").write_text(config)
         self._environment = {**os.environ, "EDGE_RT_STATE": str(self.state), **environment}
         program = [str(CONSOLE_SCRIPT)] if CONSOLE_SCRIPT.exists() else [sys.executable, "-m", "edge_rt.cli.main"]
         self._words = [*program, "serve", "--listen", str(self.socket), "--config", str(self.folder / "daemon.toml"), "-m", str(model)]
-        self._words += words
+        self._words += [*(["--http", str(self.http)] if http else []), *words]
         self._log = self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self.asked = 0.0
