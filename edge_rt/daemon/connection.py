@@ -142,7 +142,7 @@ class Connection(Channel):
 
     def send(self, message: Message) -> None:
         """Write a message; the client may be gone."""
-        if self._closed:
+        if self._closed or self._transport.is_closing():  # the loop knows before it tells, and complains of each write until then
             return
         self._transport.write(pack_answer(message))
         self._idle()

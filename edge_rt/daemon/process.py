@@ -84,7 +84,7 @@ class Process(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         if self._transport is None:
             self._early.append(data)
-        else:
+        elif not self._transport.is_closing():  # it has died, which we are told in a moment
             self._transport.write(data)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -187,6 +187,21 @@ def test_who_closes_half_of_it_has_left(daemon):
     connection.close()
 
 
+def test_who_vanishes_mid_stream_is_not_complained_of(tmp_path, random_model):
+    """A log that nobody reads fills its pipe in the end, and then who writes to it stands still."""
+    write_plugin(tmp_path)
+    with Daemon(tmp_path, config=CONFIG, model=str(random_model())) as found:
+        found.ready().close()
+        for number in range(100):
+            connection = connect(found, greet=True)
+            send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": {"max_tokens": 4000, "ignore_eos": True}}))
+            read(connection, 2 + number % 7)
+            connection.close()
+        with found.client() as client:
+            assert client.status()["worker"]["deaths"] == 0
+        assert not select.select([found.process.stderr], [], [], 0)[0], found.line()
+
+
 def test_another_version(daemon):
     connection = connect(daemon)
     send(connection, pack({"id": 7, "op": "hello", "versions": [2, 3]}))

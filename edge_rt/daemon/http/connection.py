@@ -304,7 +304,7 @@ class HttpConnection(Channel):
 
     def _write(self, event: h11.Event) -> None:
         data = self._h11.send(event)
-        if data and not self._closed:
+        if data and not self._closed and not self._transport.is_closing():
             self._transport.write(data)
 
     def _finish(self) -> None:
