@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -125,7 +126,8 @@ class Client:
                 if error.code != "disconnected" or not answers.resumable:
                     raise
                 self._connect_again()
-        self._flush()
+        with suppress(DaemonError):  # the answer is whole; the connection may go before we could say so
+            self._flush()
         answers.result()
 
     def _leave(self, answers: Answers) -> None:

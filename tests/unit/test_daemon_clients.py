@@ -282,6 +282,17 @@ def test_a_stream_goes_on_after_drops(daemon, client, seed):
     quiet(client)
 
 
+def test_an_answer_that_is_whole_is_not_lost_with_the_connection(daemon):
+    with daemon.client() as client:
+        events = client.generate("whole", max_tokens=5, ignore_eos=True, resumable=True)
+        next(events)
+        time.sleep(0.3)  # the rest, and the answer, have come
+        while not isinstance(next(events), Done):
+            pass
+        client._socket.shutdown(socket.SHUT_RDWR)
+        assert list(events) == []
+
+
 def test_a_stream_is_its_users_and_ends_if_nobody_comes(daemon, client):
     conversation, connection = raw(daemon)
     answers = conversation.ask("generate", {"prompt": "f", "options": LONG, "resumable": True})
