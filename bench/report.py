@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, docs/quality.md and docs/postprocessing-quality.md from the stored results."""
+"""Writes docs/performance.md, docs/quality.md, docs/postprocessing-quality.md and docs/serving.md from the stored results."""
 
 from __future__ import annotations
 
@@ -50,6 +50,30 @@ any four letters or digits of another secret, that come out and stand nowhere el
 Texts come in tokens of one to eight characters, in pieces of characters, and in the tokens of SmolLM2, to their end or cut off by the
 token limit, a stop string or a cancel close to a secret. Of a secret that was cut off nothing may come out once four of its digits or
 letters had come (an e-mail: the @; an address: its house number or street). Names are those of a list, which Presidio is given too.
+"""
+SERVE_HEAD = """# What the daemon stands
+
+Measured with `python -m bench` and written by `python -m bench report`. What it is about is in [the daemon](daemon.md).
+
+Each benchmark starts the real `edge-rt serve` with SmolLM2-135M-Instruct (Q4_1) and comes to it as clients do, over its sockets. What is
+required stands beside what was measured.
+
+- `serve-start`: from the start of the process until the socket answers `status`, until the model is open, until the first token of who
+  asked at once. `--peer-python` names a Python with the package xllamacpp, whose llama-server then takes turns with the daemon.
+- `serve-idle`: a model that has cooled down gave its weights back: they left the process, and stay in the system's page cache until
+  somebody needs the memory. The first token after that stands against a warm one; each prompt is another from its first token on.
+  When the system has taken the weights, they are read from disk, and that takes what the disk takes.
+- `serve-faults`: the worker is ended by a signal while streams are under way, `--items` times. Who was answered by it is told so, and
+  what came before is the beginning of the right answer; the next answer is the same as ever; a saved session goes on. A client that
+  vanishes is measured by another's tokens, as each is a step that has ended.
+- `serve-isolation`: eight conversations of three users, each with a word that no other may hear, in `--items` turns, several at a time,
+  with clones, saves, pruning, eviction, cancels and deaths. All that anybody is told is searched for the others' words. Each user also asks
+  with the others' words: no token of them may be there already. A fresh process then looks at every token of answers whose conversation
+  was whole in the context.
+- `serve-hostile`: attacks from another process, at the lowest priority and as another user where that may be, while a client that does no
+  harm is answered all the time: its gaps between tokens are judged, and the daemon's memory, descriptors and life.
+- `serve-soak`: a mixed load for `--minutes`. Once a minute everybody pauses; what is held then is compared between the first and the last
+  third of the time after the warm-up.
 """
 SPEED_WHY_NOT = """## What the published run does not meet, and why
 
@@ -118,12 +142,13 @@ def rows(results: Iterable[Result]) -> list[list[str]]:
     return lines
 
 
-def pages(quality: Sequence[str], post: Sequence[str], speed: Sequence[str]) -> list[Page]:
+def pages(quality: Sequence[str], post: Sequence[str], speed: Sequence[str], serve: Sequence[str] = ()) -> list[Page]:
     """All pages, each with its benchmarks."""
     return [
         Page("performance.md", speed, SPEED_HEAD, SPEED_WHY_NOT, "\n".join([TAIL, *_programs()])),
         Page("quality.md", quality, QUALITY_HEAD, QUALITY_WHY_NOT, ""),
         Page("postprocessing-quality.md", post, POST_HEAD, "", ""),
+        Page("serving.md", serve, SERVE_HEAD, "", ""),
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 import edge_rt
 from bench import models, pages
 from bench.results import OURS, Bound, Result, Settings, compare
-from bench.serve.served import NO_RATE, Served, say, wait_for, worker
+from bench.serve.served import NO_RATE, Served, mapped, refused, say, wait_for, worker
 from bench.timing import interleave
-from edge_rt.errors import UserError
 from edge_rt.runtime import Model
 
 LIMIT = 1.3
@@ -109,22 +107,13 @@ def _evict(files: Sequence[Path]) -> None:
             raise RuntimeError(f"{left:.0%} of {path.name} stays in memory; close what uses it")
 
 
-def mapped(pid: int) -> int:
-    """Bytes of files in a process's page table. Raises RuntimeError where the system does not say."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
-    except (OSError, StopIteration) as error:
-        raise RuntimeError("this system does not say what a process has mapped") from error
-
-
 # ---- the daemon ------------------------------------------------------------------------------------------------------
 
 
 def _through_the_daemon(model: Path, settings: Settings) -> Result:
     """The daemon cools by itself. That it did is seen from the worker's page table."""
     name, config = f"{COOLED}, through the daemon", f"{NO_RATE}cool_after = {COOL_AFTER}\n"
-    if (why := _refused(config)) is not None:
+    if (why := refused(config)) is not None:
         return Result(name, "", "s", [], shown="skipped", notes=[f"this daemon does not cool down: {why}"])
     samples: dict[str, list[float]] = {OURS: [], _WARM: []}
     with Served(model, "-c", str(_CONTEXT), config=config) as daemon, daemon.ready() as client:
@@ -142,17 +131,3 @@ def _through_the_daemon(model: Path, settings: Settings) -> Result:
             first_token()
             samples[_WARM].append(first_token())
     return compare(name, "s", samples, [Bound(_WARM, "at most", LIMIT)], [f"after {COOL_AFTER:g} s without a request"])
-
-
-def _refused(config: str) -> str | None:
-    """Why a configuration is none, None if it is one."""
-    from edge_rt.daemon import config as configuration
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "daemon.toml"
-        path.write_text(config)
-        try:
-            configuration.read(path)
-        except UserError as error:
-            return str(getattr(error, "reason", error))
-    return None

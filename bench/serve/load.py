@@ -138,6 +138,13 @@ def _http(daemon: Served, method: str, path: str, body: Any) -> tuple[int, bytes
         return answer.status, answer.read()
 
 
+def metrics(daemon: Served) -> str:
+    """What is told to monitors. Raises Unexpected."""
+    status, answer = _http(daemon, "GET", "/metrics", None)
+    _expect(status == 200, f"HTTP {status}")
+    return answer.decode()
+
+
 def watches(daemon: Served, chance: random.Random) -> None:
     """A monitor: status and metrics; now and then it changes the rules of post-processing."""
     with daemon.client() as client:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from bench.processes import CONSOLE_SCRIPT
 from edge_rt.daemon.client import Client
 from edge_rt.daemon.frames import Frames, pack
+from edge_rt.errors import UserError
 from edge_rt.types import Delta, Done, Event
 
 GREEDY: Mapping[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -43,6 +44,29 @@ def held(pid: int) -> Held:
         return Held(anonymous, len(os.listdir(f"/proc/{pid}/fd")), int(fields["Threads"]))
     except (OSError, KeyError) as error:
         raise RuntimeError(f"what process {pid} holds cannot be told: {error}") from error
+
+
+def mapped(pid: int) -> int:
+    """Bytes of files in a process's page table. Raises RuntimeError where the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+    except (OSError, StopIteration) as error:
+        raise RuntimeError("this system does not say what a process has mapped") from error
+
+
+def refused(config: str) -> str | None:
+    """Why a configuration is none, None if it is one."""
+    from edge_rt.daemon import config as configuration
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "daemon.toml"
+        path.write_text(config)
+        try:
+            configuration.read(path)
+        except UserError as error:
+            return str(getattr(error, "reason", error))
+    return None
 
 
 class Served:

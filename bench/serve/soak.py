@@ -1,11 +1,14 @@
 """`serve-soak`: a mixed load for twenty minutes, and whether anything grows.
 
-Once a minute all clients pause and close their sessions. What the daemon and its worker hold then, they hold for nobody.
+Once a minute all clients pause and close their sessions, and the model cools down, where the daemon does that. What the daemon and its
+worker hold then, they hold for nobody. Where it does not, the worker keeps caches and graphs for whoever comes next: what it names as
+these is not counted.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +17,8 @@ from typing import NamedTuple
 
 from bench import models
 from bench.results import Result, Settings
-from bench.serve.load import ACTORS, Unexpected, write_rules
-from bench.serve.served import NO_RATE, Held, Served, held, wait_for, worker
+from bench.serve.load import ACTORS, Unexpected, metrics, write_rules
+from bench.serve.served import NO_RATE, Held, Served, held, mapped, refused, wait_for, worker
 from bench.serve.tally import Tally
 from edge_rt.daemon.client import Client
 from edge_rt.errors import DaemonError
@@ -27,22 +30,24 @@ WARM_UP = 0.25
 """The part of the time, and five minutes at most, in which caches fill and allocators find their size."""
 _MOST_WARM_UP = 300.0
 _CONTEXT = 2048
+_LITTLE = 60 << 20
+"""Bytes of files in the worker's page table: more than its libraries, less than the model."""
+_COOL = "cool_after = 3\n"
 _QUIET = 60.0
 """Seconds in which clients come to the end of what they are at."""
 
 
 class Sample(NamedTuple):
-    """What was held while nobody asked for anything. ``at``: seconds of the soak. ``tokens``: made since the last sample, a second."""
+    """What was held while nobody asked for anything. ``at``: seconds of the soak. ``tokens``: made since the last sample, a second.
+
+    ``named``: bytes that the worker says are caches and graphs; 0 where they were given back.
+    """
 
     at: float
     daemon: Held
     worker: Held
     tokens: float
-
-    @property
-    def bytes(self) -> int:
-        """Of both processes."""
-        return self.daemon.anonymous + self.worker.anonymous
+    named: int = 0
 
 
 class Gate:
@@ -105,7 +110,9 @@ class Actor(threading.Thread):
 def run(settings: Settings) -> list[Result]:
     """Soak a daemon, and judge what was sampled."""
     minutes = settings.minutes or settings.pick(MINUTES, 1.0)
-    daemon = Served(models.smollm2(settings, "Q4_1"), "-c", str(_CONTEXT), http=True, config=f'rules = "rules.toml"\n{NO_RATE}')
+    cools = refused(_COOL) is None
+    config = f'rules = "rules.toml"\n{NO_RATE}{_COOL if cools else ""}'
+    daemon = Served(models.smollm2(settings, "Q4_1"), "-c", str(_CONTEXT), http=True, config=config)
     write_rules(daemon, "beacon")
     with daemon, daemon.ready() as client:
         gate = Gate()
@@ -113,7 +120,7 @@ def run(settings: Settings) -> list[Result]:
         for one in actors:
             one.start()
         try:
-            samples = _soak(daemon, client, gate, minutes * 60, every=settings.pick(60.0, 10.0) if minutes >= 5 else 10.0)
+            samples = _soak(daemon, client, gate, minutes * 60, every=60.0 if minutes >= 10 else 15.0, cools=cools)
         finally:
             gate.shut(over=True)
         for one in actors:
@@ -122,10 +129,11 @@ def run(settings: Settings) -> list[Result]:
     return [*judge(samples), _errors(actors, deaths, log)]
 
 
-def _soak(daemon: Served, client: Client, gate: Gate, seconds: float, every: float) -> list[Sample]:
+def _soak(daemon: Served, client: Client, gate: Gate, seconds: float, every: float, *, cools: bool) -> list[Sample]:
     """Load, pause, sample; a line is printed for each sample."""
     samples: list[Sample] = []
-    begin, loaded = time.monotonic(), 0.0
+    begin = time.monotonic()
+    pid = worker(client)["pid"]
     made = _completed(client)
     while (now := time.monotonic() - begin) < seconds:
         gate.open()
@@ -135,15 +143,24 @@ def _soak(daemon: Served, client: Client, gate: Gate, seconds: float, every: flo
         loaded = time.monotonic() - started
         wait_for(lambda: _quiet(client), _QUIET, "the daemon does not come to rest", 0.05)
         done = _completed(client)
-        one = Sample(time.monotonic() - begin, held(daemon.pid), held(worker(client)["pid"]), (done - made) / loaded)
+        if cools:
+            wait_for(lambda: mapped(pid) < _LITTLE, _QUIET, "the model has not cooled down", 0.05)
+        one = Sample(time.monotonic() - begin, held(daemon.pid), held(pid), (done - made) / loaded, 0 if cools else _named(daemon))
         made = done
         samples.append(one)
         print(
-            f"    {one.at / 60:5.1f} min: daemon {one.daemon.anonymous / 2**20:.2f} MiB, worker {one.worker.anonymous / 2**20:.2f} MiB, "
+            f"    {one.at / 60:5.1f} min: daemon {one.daemon.anonymous / 2**20:.2f} MiB, worker {one.worker.anonymous / 2**20:.2f} MiB "
+            f"({one.named / 2**20:.1f} of it caches and graphs), "
             f"descriptors {one.daemon.descriptors} + {one.worker.descriptors}, threads {one.daemon.threads} + {one.worker.threads}, "
             f"{one.tokens:.0f} tokens/s", flush=True,
         )  # fmt: skip
     return samples
+
+
+def _named(daemon: Served) -> int:
+    """Bytes of the worker's caches and graphs, as it tells them to monitors."""
+    text = metrics(daemon)
+    return sum(int(found) for found in re.findall(r'^edge_rt_memory_bytes\{owner="(?:cache|compute)"\} (\d+)$', text, re.MULTILINE))
 
 
 def _completed(client: Client) -> int:
@@ -169,8 +186,7 @@ def judge(samples: Sequence[Sample]) -> list[Result]:
     first, last = settled[:third], settled[-third:]
     span = f"{end / 60:.1f} minutes, the first {min(WARM_UP * end, _MOST_WARM_UP) / 60:.1f} of them warm-up"
     results = []
-    for name, of in (("daemon and worker", Sample.bytes.fget), ("daemon", _daemon), ("worker", _worker)):
-        assert of is not None, "a property has a getter"
+    for name, of in (("daemon and worker", _both), ("daemon", _daemon), ("worker", _worker)):
         grown = median(map(of, last)) - median(map(of, first))
         slope = linear_regression([one.at / 60 for one in settled], [of(one) for one in settled]).slope
         both = name == "daemon and worker"
@@ -189,7 +205,11 @@ def _daemon(one: Sample) -> int:
 
 
 def _worker(one: Sample) -> int:
-    return one.worker.anonymous
+    return one.worker.anonymous - one.named
+
+
+def _both(one: Sample) -> int:
+    return _daemon(one) + _worker(one)
 
 
 def _constant(samples: Sequence[Sample], what: str) -> Result:
