@@ -29,6 +29,7 @@ CREDITS = 64
 def _events(texts: Sequence[str] = TEXTS) -> list[Message]:
     """A generation as it is told, without ids: all kinds of events, one of a later version, and the answer."""
     found: list[Message] = [{"event": "prompt", "done": 4, "total": 4, "reused": 0, "later": {"a": [None]}}, {"event": "mood", "text": "?"}]
+    found.insert(0, {"event": "queued", "reason": "memory", "needed": 2**33, "available": 0})
     found += [{"event": "delta", "text": text, "tokens": [n, 200, 70_000]} for n, text in enumerate(texts)]
     found += [{"event": "notice", "message": "a notice"}, _done("max_tokens", len(texts)), {"ok": {}}]
     return found

@@ -19,6 +19,7 @@ from edge_rt.types import (
     PostUse,
     PromptProgress,
     Pruning,
+    Queued,
     SamplingParams,
     Timings,
     TokenLogprob,
@@ -115,6 +116,7 @@ EVENTS = [
     Delta(""),
     Delta("b", concealed=1),
     Notice("note"),
+    Queued("memory", 1 << 40, 0),
     Done(
         "stop_string", Usage(1, 2, 3, 4, 5, 6), Timings(0.5, 0.25, 2.0), ContextUse(4, 5, "slide", 1), 7, "x",
         (PostUse("redaction", {"mail": 2}, None, conceals=True),), "abcd", "text",

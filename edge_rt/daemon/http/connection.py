@@ -282,10 +282,17 @@ class HttpConnection(Channel):
 
     def stream(self, event: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         """Send a server-sent event; the first begins the answer, with these headers."""
+        self._stream_line(f"data: {event}", headers)
+
+    def comment(self, text: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        """Send a line that clients pass over: the answer is still to come."""
+        self._stream_line(f": {text}", headers)
+
+    def _stream_line(self, line: str, headers: tuple[tuple[str, str], ...]) -> None:
         if not self._streaming:
             self._streaming = True
             self._start(200, (*EVENTS, *headers))
-        self._write_body(f"data: {event}\n\n".encode())
+        self._write_body(f"{line}\n\n".encode())
 
     def stream_end(self) -> None:
         """There are no more events."""

@@ -27,6 +27,16 @@ _GAUGES = (
     ("uptime", "uptime_seconds", "Seconds since the daemon's start"),
 )
 
+_WORKERS = {
+    "memory_held_bytes": "Bytes of caches and steps",
+    "memory_reserved_bytes": "Bytes that caches and steps may come to hold for the sessions and requests that there are",
+    "memory_allowance_bytes": "Bytes that caches and steps may hold",
+    "memory_anonymous_bytes": "Bytes of the process with the model that no file stands behind, swapped ones included",
+    "queued": "Requests that wait for memory",
+    "parked": "Sessions whose cells are in files",
+}
+"""Gauges of each model."""
+
 
 def text(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> str:
     """All of them. ``memory``: bytes by owner, of each model whose worker has said."""
@@ -68,6 +78,11 @@ def _lines(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> Iterator[
         for owner in ("weights_mapped", "weights_resident", "cache", "compute"):
             if owners.get(owner) is not None:
                 yield f'edge_rt_memory_bytes{{model="{name}",owner="{owner}"}} {owners[owner]}'
+    for field, help_text in _WORKERS.items():
+        yield from _head(f"edge_rt_{field}", "gauge", help_text)
+        for name, facts in memory.items():
+            if (value := facts.get(field.removeprefix("memory_").removesuffix("_bytes"))) is not None:
+                yield f'edge_rt_{field}{{model="{name}"}} {value}'
 
 
 def _head(name: str, kind: str, help_text: str) -> tuple[str, str]:

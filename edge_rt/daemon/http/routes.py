@@ -212,6 +212,9 @@ class _Generation:
             if "event" not in message:
                 self._connection.respond_json(self._answer.whole(), headers=self._headers)
             return
+        if message.get("event") == "queued":
+            self._connection.comment(f"queued: {message['reason']}", self._headers)
+            return
         if not self._begun:
             self._begun = True
             chunks = self._answer.begin() + chunks
