@@ -1,87 +1,19 @@
 """Requests and the memory of the worker: who begins, who waits, who is parked, and that nothing is lost or promised twice."""
 
-import time
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from worker_host import Host
 
 from edge_rt.core.engine import PredictsMemory
 from edge_rt.daemon import admission
-from edge_rt.daemon.serving import Serving
+from edge_rt.daemon.account import Need
+from edge_rt.daemon.admission import Line, Waiting
 from edge_rt.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 
 CELL = NullEngine.cell_bytes
 CONTEXT = 4096
-
-
-class Host:
-    """A worker's Serving without the process. It hears what the daemon would."""
-
-    def __init__(self, model, allowance=None, parked=None, **more):
-        self.said, self.news, self.queue, self.number = {}, [], [], 0
-        self.serving = Serving(self._send, self.queue.append)
-        options = {"engine": "null", "device": "null"}
-        self.do("open", model=str(model), options=options, rules=None, allowance=allowance, parked=parked and str(parked), **more)
-        assert "ok" in self.said[0][-1], self.said
-        self.engine, self.account = self.serving._opened.engine, self.serving._account
-
-    def _send(self, message):
-        if "id" in message:
-            self.said.setdefault(message["id"], []).append(message)
-        else:
-            self.news.append(message)
-
-    def do(self, op, **fields):
-        """Carry out a command; its number."""
-        number = self.number
-        self.number += 1
-        command = {"op": op, "id": number, **fields}
-        if op == "generate":
-            self.serving.generations.note(command)
-        self.serving.do(command)
-        return number
-
-    def ask(self, prompt, session=None, credits=100_000, priority="normal", **options):
-        given = {} if session is None else {"session": session}
-        options = {"temperature": 0, "ignore_eos": True, **options}
-        return self.do("generate", prompt=prompt, credits=credits, options=options, priority=priority, owner="o", **given)
-
-    def tell(self, op, request):
-        getattr(self.serving.generations, {"cancel": "cancel", "drop": "unwanted"}[op])(request)
-        self.do(op, request=request)
-
-    def step(self):
-        while self.queue:
-            self.serving.do(self.queue.pop(0))
-        return self.serving.step()
-
-    def answer(self, number):
-        """The answer, None as long as there is none."""
-        last = self.said.get(number, [{"event": ""}])[-1]
-        return None if "event" in last else last
-
-    def until(self, *numbers, seconds=20):
-        """Go on until these are answered; their answers."""
-        end = time.monotonic() + seconds
-        while any(self.answer(number) is None for number in numbers):
-            assert time.monotonic() < end, "nothing moves"
-            if not self.step():
-                time.sleep(0.001)
-        return [self.answer(number) for number in numbers]
-
-    def events(self, number, kind):
-        return [one for one in self.said.get(number, []) if one.get("event") == kind]
-
-    def text(self, number):
-        return "".join(one["text"] for one in self.events(number, "delta"))
-
-    def used(self, number):
-        return self.events(number, "done")[0]["usage"]
-
-    def ok(self, op, **fields):
-        return self.answer(self.do(op, **fields))["ok"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +23,7 @@ def host(random_model):
         patch.setattr(Registry, "load", lambda: registry)
         patch.setattr(admission, "PATIENCE", 0.05)
         model = random_model()
-        yield lambda *given, **more: Host(model, *given, **more)
+        yield lambda *given, **more: Host(model, *given, engine="null", device="null", **more)
 
 
 def test_the_null_engine_predicts():
@@ -299,21 +231,67 @@ def test_who_waits_may_leave(host, how):
     assert one.ok("memory")["requests"] == 0
 
 
-def test_nobody_is_passed_for_ever(host):
-    """While small urgent requests come without end, a large one of low priority waits for a part of them only."""
-    one = host(allowance=300 * CELL)
-    running = [one.ask("s" * 50, max_tokens=20, priority="high") for _ in range(4)]
-    large = one.ask("l" * 199, max_tokens=100, priority="low")
-    passed = 0
-    while one.answer(large) is None:
-        one.step()
-        while sum(one.answer(number) is None for number in running) < 4:
-            running.append(one.ask("s" * 50, max_tokens=20, priority="high"))
-        passed += 1
-        assert passed < 2000, "it starves"
-    one.until(*running)
-    assert all("ok" in one.answer(number) for number in running)
-    assert sum(number > large and number < one.number for number in running) >= admission.PASSES
+class Units:
+    """An account of ten units, each cell one."""
+
+    def __init__(self):
+        self.used = 0
+
+    def missing(self, asked, name):
+        return self.used + asked.cells - 10
+
+    def missing_at_best(self, asked, name, *, alone):
+        return asked.cells - 10 + (0 if alone else self.used)
+
+    def free_for(self, asked, name):
+        return self.missing(asked, name) <= 0
+
+    def bytes(self, asked, name):
+        return asked.cells
+
+
+def test_nobody_is_passed_for_ever():
+    units, begun = Units(), []
+
+    def begin(one, room):
+        begun.append(one.name)
+        units.used += one.need.cells
+
+    line = Line(units, begin, lambda one, error: begun.append(error), lambda one, event: None, lambda short: None)
+
+    def come(name, cells, priority="normal"):
+        line.add(Waiting({"priority": priority}, [], {}, Need(cells, cells), name, lambda: True))
+        line.admit()
+
+    def end(cells):
+        units.used -= cells
+        line.admit()
+
+    come("first", 8)
+    come("large", 10, "low")
+    for number in range(12):
+        come(number, 2, "high")
+        if number < admission.PASSES:
+            assert begun[-1] == number
+            end(2)
+    assert begun == ["first", *range(8)], "the others wait, though they would fit"
+    end(8)
+    assert begun[-1] == "large"
+    come("late", 1, "high")
+    end(10)
+    assert begun[10:] == [8, 9, 10, 11, "late"]
+
+
+def test_the_urgent_go_first_and_then_the_first():
+    units, begun = Units(), []
+    line = Line(units, lambda one, room: begun.append(one.name), lambda one, error: None, lambda one, event: None, lambda short: None)
+    units.used = 10
+    for name, priority in (("a", "low"), ("b", "normal"), ("c", "high"), ("d", "normal")):
+        line.add(Waiting({"priority": priority}, [], {}, Need(1, 1), name, lambda: True))
+    assert not line.admit()
+    units.used = 0
+    assert line.admit()
+    assert begun == ["c", "b", "d", "a"]
 
 
 def test_events_that_nobody_takes_are_not_sent(host):
