@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from meanings import PAIRS, closest
 
 import edge_rt as api
 from edge_rt import __version__, catalog
@@ -58,6 +59,39 @@ def answer() -> str:
     assert done.stdout.strip()
     assert done.stdout.endswith("\n")
     return done.stdout
+
+
+# ---- embed -----------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_of_close_texts_lie_close():
+    texts = [text for pair in PAIRS for text in pair]
+    done = edge_rt("embed", "-v", input="".join(f"{text}\n" for text in texts))
+    found = events(done.stdout)
+    assert (done.returncode, [one["index"] for one in found]) == (0, list(range(len(texts)))), done.stderr
+    assert re.search(rf"^\[{len(texts)} texts, {sum(one['tokens'] for one in found)} tokens \(\d+/s\)\]$", done.stderr, re.MULTILINE)
+    rows = [one["embedding"] for one in found]
+    assert closest(rows) == [i ^ 1 for i in range(len(rows))], "each text's neighbour is the other one of its pair"
+    again = events(edge_rt("embed", *texts[:2], "--no-normalize", "--pooling", "mean").stdout)
+    for one, row in zip(again, rows, strict=False):
+        length = sum(x * x for x in one["embedding"]) ** 0.5
+        assert length > 2
+        assert [x / length for x in one["embedding"]] == pytest.approx(row, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (b"a\n\nb\n", "text 2 is empty and has no embedding"),
+        (b"a\n\xff\n", "line 2 is not UTF-8 (byte 0)"),
+        (b"a\nb" + b" far" * 100, "text 2 has 101 tokens and the context 64"),
+    ],
+)
+def test_what_cannot_be_embedded_is_said_after_what_could(given, said):
+    with start("embed", "-c", "64", stdin=subprocess.PIPE) as process:
+        out, err = process.communicate(given, timeout=240)
+    assert (process.returncode, len(events(out.decode()))) == (1, 1)
+    assert said in err.decode()
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ GOOD = [
     ("run", ["--seed", " 7 ", "--session", "s.bin", "--logprobs", "3", "--post", "a,b", "--speculate", "8", "--ignore-eos", "-f", "p.txt"]),
     ("chat", ["--system", "Be brief", "--load", "talk.json"]),
     ("chat", ["--tools", "tools.json"]),
+    ("embed", []),
+    ("embed", ["one", "--pooling", "last", "two", "--no-normalize", "--", "-3"]),
     ("pull", ["smollm2"]),
     ("pull", ["--sha256", "00", "https://example.org/x.gguf"]),
     ("models", ["--json"]),
@@ -50,6 +52,7 @@ WRONG = [
     ("inspect", ["--json"]),
     ("context", ["explain"]),
     ("chat", ["hello"]),
+    ("embed", ["one", "-2"]),
 ]
 
 
