@@ -298,11 +298,11 @@ class Session:
         return window
 
     def _choose(self, adapter: Adapter | None) -> None:
-        """Nothing that was made with another adapter is gone on from; requests that choose that one again may. The lock is held."""
+        """Nothing that was made with another adapter is gone on from: its memory is what the request was let in with. The lock is held."""
         if adapter == self._adapter:
             return
         if self._sequence is not None:
-            self._model.prefixes.give(self._sequence, self._history.whole(), self.shares_with)
+            self._model.engine.free_sequence(self._sequence)
         if self._recall:
             self._recall.forget()
         self._sequence, self._history, self._recall, self._adapter = None, History(), None, adapter

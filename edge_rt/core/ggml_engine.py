@@ -17,7 +17,7 @@ from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.largest import Largest, largest
-from edge_rt.core.graph.lora import check_adapted
+from edge_rt.core.graph.lora import check_adapted, widest
 from edge_rt.core.graph.pieces import Piece, in_pieces
 from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GRAPH_BYTES, GraphCache, Slot
@@ -222,6 +222,7 @@ class GgmlEngine(GgmlSequences):
         check_adapted(adapter)
         number = len(self._adapters) + 1
         self._adapters[number] = AdapterWeights(adapter)
+        self._largest.clear()
         return number
 
     def memory(self) -> MemoryReport:
@@ -238,7 +239,7 @@ class GgmlEngine(GgmlSequences):
         if found is None:
             with closing(self._cache(cells)) as cache:
                 split = self._paging.streams
-                found = largest(self.hyper, self.weights, split, cache.view, CHUNK, parts, rows)
+                found = largest(self.hyper, self.weights, split, cache.view, CHUNK, parts, rows, widest(self._adapters.values()))
             self._largest[cells, parts, rows] = found
         return max(self._graphs.arena_bytes, found.arena) + GRAPH_BYTES + found.graph
 

@@ -171,7 +171,9 @@ class Generations:
         if one.name is not None:
             self._store.known(one.name)
         prompt, tools = _prompt(command), command.get("options", {}).get("tools") or ()
-        protocol.options(command.get("options", {}))
+        options = protocol.options(command.get("options", {}))
+        # What it needs depends on its adapter, which is opened here if it is the first to ask for it.
+        self._model.adapters.chosen(options.get("adapter"), options.get("adapter_scale", 1.0))
         if (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
             self.arrived(command, self._model.prompt_tokens(prompt, tools))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from edge_rt.core.context import kv
 from edge_rt.core.engine import Part, PredictsMemory
 from edge_rt.core.ggml_engine import CHUNK, GgmlEngine
 from edge_rt.core.graph import step
+from edge_rt.core.load.adapter import open_lora
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import memory
+from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
 
 CONTEXT = 1500
 PARTS = 6
@@ -34,6 +36,19 @@ def engine(request: pytest.FixtureRequest, random_model: Callable[..., Path]) ->
             yield opened
 
 
+@pytest.fixture(scope="module")
+def adapters(engine: GgmlEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Two that change other weights than each other, one of them all that there are."""
+    folder, header = tmp_path_factory.mktemp("adapters"), engine._file.header
+    targets = (LINEAR, r"blk\.\d+\.ffn_(up|gate)\.weight")
+    files = [write_random_adapter(folder / f"{i}.gguf", header, rank=64, target=target) for i, target in enumerate(targets)]
+    found = [open_lora(file, header) for file in files]
+    yield [engine.open_adapter(one) for one in found]
+    engine.close()
+    for one in found:
+        one.file.close()
+
+
 def free_all(engine: GgmlEngine) -> None:
     for sequence in list(engine._sequences):
         engine.free_sequence(sequence)
@@ -46,11 +61,16 @@ def test_the_engines_that_predict(engine: GgmlEngine) -> None:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_random_batches_hold_no_more_than_was_said(engine: GgmlEngine, data: st.DataObject) -> None:
+    hold_no_more(engine, data, [None])
+
+
+def hold_no_more(engine: GgmlEngine, data: st.DataObject, adapters: Sequence[int | None]) -> None:
     rows = data.draw(st.sampled_from([PARTS, 60]))
     asked = data.draw(st.lists(st.integers(1, CONTEXT), min_size=1, max_size=PARTS))
     said = {}
     for cells in asked:
-        said[engine.new_sequence()] = (cells, engine.needed_bytes(None, cells))
+        said[sequence := engine.new_sequence()] = (cells, engine.needed_bytes(None, cells))
+        engine.adapt(sequence, data.draw(st.sampled_from(adapters)), 0.3)
     compute = engine.compute_bytes(max(asked), len(asked), rows)
     try:
         for _ in range(data.draw(st.integers(1, 6))):
@@ -130,3 +150,18 @@ def test_a_request_without_room_to_grow_needs_what_is_there(engine: GgmlEngine) 
     assert engine.needed_bytes(sequence, 769) > engine.sequence_bytes(sequence)
     assert engine.needed_bytes(None, 10**9) == engine.needed_bytes(None, CONTEXT)
     free_all(engine)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_batches_through_adapters_hold_no_more_either(engine: GgmlEngine, adapters: list[int], data: st.DataObject) -> None:
+    hold_no_more(engine, data, [None, *adapters])
+
+
+def test_adapters_are_foreseen_as_soon_as_they_are_open(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    with ModelFile.open(random_model("llama")) as file:
+        adapter = open_lora(write_random_adapter(tmp_path / "a.gguf", file.header), file.header)
+        with adapter.file, closing(GgmlEngine(file, EngineOptions(threads=1, context=CONTEXT))) as engine:
+            said = engine.compute_bytes(CONTEXT, PARTS, PARTS)
+            engine.open_adapter(adapter)
+            assert engine.compute_bytes(CONTEXT, PARTS, PARTS) > said

@@ -8,7 +8,7 @@ prompt, go through together, as all do in llama.cpp.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.load.adapter import EMBEDDING
@@ -42,6 +42,15 @@ class Applied(NamedTuple):
 
     weights: AdapterWeights
     scale: float
+
+
+def widest(adapters: Iterable[AdapterWeights]) -> list[Applied]:
+    """Of the adapters that change the same weights the largest: what steps take depends on no more than that."""
+    found: dict[frozenset[str], AdapterWeights] = {}
+    for weights in adapters:
+        names = frozenset(pair.base for pair in weights.lora.pairs)
+        found[names] = max(weights, found.get(names, weights), key=lambda one: one.size)
+    return [Applied(weights, 0.5) for weights in found.values()]
 
 
 class Run(NamedTuple):
