@@ -175,7 +175,7 @@ def slow_loris(target: Target) -> None:
 
 def wrong_versions(target: Target) -> None:
     """Hello with no version in common, twice, or not first."""
-    words = [{"versions": [2, 3]}, {"versions": []}, {"versions": "1"}, {"versions": [2**60]}, {}]
+    words: list[dict[str, Any]] = [{"versions": [2, 3]}, {"versions": []}, {"versions": "1"}, {"versions": [2**60]}, {}]
     while not target.over:
         with contextlib.suppress(OSError), _connect(target, greet=False) as made:
             _send(made, pack({"id": 1, "op": "hello", **target.chance.choice(words)}))

@@ -91,7 +91,9 @@ class Conversation:
         if self.user == "http":
             return _over_http(self, messages, {**options, "stream": leave_after is not None}, leave_after)
         assert self.client is not None, "it is open"
-        text, ids, heard, done = "", [], [], None
+        text, done = "", None
+        ids: list[int] = []
+        heard: list[str] = []
         events = self.client.generate(messages, session=session or self.session, **options)
         try:
             for number, event in enumerate(events):

@@ -173,7 +173,7 @@ def _settled(daemon: Served, client: Client) -> Held:
 
     def quiet() -> bool:
         server = client.status()["server"]
-        return server["connections"] <= 2 and server["requests"] <= 1 and server["held_bytes"] < 4096
+        return bool(server["connections"] <= 2 and server["requests"] <= 1 and server["held_bytes"] < 4096)
 
     wait_for(quiet, 60, "the daemon keeps what attackers left", 0.1)
     return held(daemon.pid)

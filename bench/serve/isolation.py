@@ -213,8 +213,8 @@ def _talk(soak: Soak, client: Client, turns: int) -> None:
                 time.sleep(chance.random() * 0.5)
                 os.kill(worker(client)["pid"], signal.SIGKILL)
                 soak.did["worker killed"] += 1
-            for one in waiting:
-                one.result()
+            for turn in waiting:
+                turn.result()
             soak.did.update(what)
             done += len(chosen)
             if chance.random() < 0.2:
