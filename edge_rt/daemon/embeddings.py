@@ -70,6 +70,7 @@ class Embeddings:
         one = self._reading or self._next()
         if one is None:
             self._rest()
+        if one is None or not room:
             return moved
         try:
             if len(one.tokens) < len(one.texts):

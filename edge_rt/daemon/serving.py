@@ -59,7 +59,9 @@ class Serving:
             return False
         moved = self._batch.step()
         if self._embeddings is not None:
-            moved = self._embeddings.step(self._batch.room()) or moved
+            room, started = self._batch.room(), time.perf_counter()
+            moved = self._embeddings.step(room) or moved
+            self._batch.waited(time.perf_counter() - started)
         return self._settle() or moved
 
     @property

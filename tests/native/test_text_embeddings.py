@@ -220,10 +220,11 @@ def test_beside_a_session_that_generates(random_model: Callable[..., Path]) -> N
 
 
 def test_both_engines_agree(random_model: Callable[..., Path]) -> None:
-    path = random_model("llama", pooling_type=LAST, add_eos=True)
+    path = random_model("llama", pooling_type=LAST, add_eos=True, context=1024)
+    texts = [*TEXTS, [7, 300, 41, 5] * 200]  # the last in several chunks
     with edge_rt.open(path, threads=1, pack=False) as ours, edge_rt.open(path, engine="llama_cpp", threads=1, pack=False) as theirs:
         for pooling in (None, "mean", "cls"):
-            np.testing.assert_allclose(ours.embed(TEXTS, pooling=pooling), theirs.embed(TEXTS, pooling=pooling), atol=5e-3)
+            np.testing.assert_allclose(ours.embed(texts, pooling=pooling), theirs.embed(texts, pooling=pooling), atol=5e-3)
 
 
 def test_the_fallback_still_writes_after_it_embedded(random_model: Callable[..., Path]) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edge_rt
-from edge_rt.core.decode.batch import LEAST_PROMPT, Batch
+from edge_rt.core.decode import batch as batch_module
+from edge_rt.core.decode.batch import LEAST_OTHER, Batch
 from edge_rt.daemon import embeddings as module
 from edge_rt.daemon.account import Account
 from edge_rt.daemon.aclient import AsyncClient
@@ -186,48 +187,63 @@ def test_an_engine_that_makes_none(model):
 # ---- beside generations ----------------------------------------------------------------------------------------------
 
 
-def test_those_who_decode_wait_for_no_more_than_a_piece(model, monkeypatch):
-    log, hidden = [], NullEngine.hidden
+def test_those_who_decode_share_the_time_with_those_who_embed(model, monkeypatch):
+    """By a clock of the test's own: a token costs as much in either kind of work."""
+    now, log = [0.0], []
+    monkeypatch.setattr(batch_module.time, "perf_counter", lambda: now[0])
 
-    def noted(self, parts):
-        log.append(sum(len(part.tokens) for part in parts))
-        return hidden(self, parts)
+    def costly(kind, real):
+        def taken(self, parts):
+            tokens = sum(len(part.tokens) for part in parts)
+            now[0] += 5.0 + tokens
+            log.append((kind, tokens))
+            return real(self, parts)
 
-    monkeypatch.setattr(NullEngine, "hidden", noted)
+        return taken
+
+    for kind in ("step", "hidden"):
+        monkeypatch.setattr(NullEngine, kind, costly(kind, getattr(NullEngine, kind)))
     batch, asks, ended = Batch(model.engine, model.lock), Asks(model), []
     with model.session() as session:
-        job, steps = session.begin("ab", max_tokens=60, temperature=0, ignore_eos=True)
+        job, steps = session.begin("ab", max_tokens=100, temperature=0, ignore_eos=True)
         batch.add(job, steps, lambda event: True, ended.append)
         asks.add("texts", texts=["x" * 400] * 3)
-        batch.step()
         while not ended:
-            room = batch.room()
-            before = len(log)
             batch.step()
-            asks.work.step(batch.room())
-            assert len(log) <= before + 1
-            assert all(size <= max(room, batch.room(), LEAST_PROMPT) for size in log[before:])
+            room, started = batch.room(), now[0]
+            before = len(log)
+            asks.work.step(room)
+            batch.waited(now[0] - started)
+            assert [tokens <= room for _, tokens in log[before:]] in ([], [True]), "one piece, not larger than there was room for"
         session.end(job)
-        assert ended == [None]
-    assert log, "both went on"
+    assert ended == [None]
+    spent = {kind: sum(5.0 + tokens for what, tokens in log if what == kind) for kind in ("step", "hidden")}
+    assert 0.7 * spent["step"] < spent["hidden"] <= spent["step"] + 13.0, "half of the time each, up to the last piece"
     model.prefixes.clear()
     asks.finish()
     assert len(asks.said["texts"]) == 3
 
 
-@given(decoding=st.floats(1e-4, 1), token=st.floats(1e-6, 1), prompted=st.integers(0, 600))
-def test_what_a_step_left_over(decoding, token, prompted):
+@given(decoding=st.floats(1e-4, 1), token=st.floats(1e-6, 1), other=st.floats(1e-6, 10))
+def test_room_beside_a_batch(decoding, token, other):
     batch = Batch(NullEngine(), None)
     assert batch.room() == 64, "a whole chunk while nobody decodes"
     batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
-    assert batch.room() == LEAST_PROMPT, "as long as nothing was measured"
+    assert batch.room() == LEAST_OTHER, "as long as nothing was measured"
     batch._decoding, batch._a_prompt_token = decoding, token
-    most = batch.room()
-    assert LEAST_PROMPT <= most <= 64
-    batch._prompted = prompted
-    assert batch.room() == max(LEAST_PROMPT, most - prompted)
+    assert LEAST_OTHER <= batch.room() <= 64
+    batch.waited(other)
+    assert batch.room() == 0
+    batch._learn([], other / 2)
+    assert batch.room() == 0, "half of its time was made up for"
+    batch._learn([], other)
+    assert batch.room() > 0
+    decoding = batch._running
     batch._running = [SimpleNamespace(part=SimpleNamespace(logits="last")), SimpleNamespace(part=None)]
     assert batch.room() == 64, "who reads a prompt takes turns with us"
+    batch.waited(other)
+    batch._running = decoding
+    assert batch.room() > 0, "what was done while nobody decoded is not held against us"
 
 
 # ---- the daemon ------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ STRETCH = 2.0
 """How much longer than without prompt tokens a step may take while anyone decodes."""
 LEAST_PROMPT = 8
 """Prompt tokens in a step, whatever they cost: kernels take so many columns at once."""
+LEAST_OTHER = 4
+"""The same for other work between two steps, which reads all weights once more and so makes the wait longer."""
 
 Deliver = Callable[[Event], bool]
 """Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``, unless it was cancelled: the few
@@ -61,7 +63,7 @@ class Batch:
         self._a_prompt_token = 0.0  # seconds that one adds
         self.expected: float | None = None
         """Seconds that the step under way should take, after those before it; None while there is none, or nothing to go by."""
-        self._prompted = 0  # prompt tokens in the last step
+        self._ahead = 0.0  # seconds that other work has had beyond its share
 
     def __len__(self) -> int:
         return len(self._running)
@@ -136,23 +138,32 @@ class Batch:
         # In the same order every time: an engine may keep what it built for a step of these sequences.
         return sorted(chosen, key=lambda entry: entry[1].sequence)
 
-    def _prompt_tokens(self) -> int:
+    def _prompt_tokens(self, least: int = LEAST_PROMPT) -> int:
         """How many prompt tokens a step may carry while somebody decodes."""
         if not self._decoding or not self._a_prompt_token:
-            return LEAST_PROMPT
-        return max(LEAST_PROMPT, min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token)))
+            return least
+        return max(least, min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token)))
 
     def room(self) -> int:
-        """Tokens that other work may feed to the engine before the next step: while somebody decodes, what the last step left over of the
-        prompt tokens that it might have carried.
+        """Tokens that other work may feed to the engine now: while somebody decodes, about as many as a step may carry of prompts, and none
+        as long as that work has made the steps take more than ``STRETCH`` times as long on average.
         """
-        if not any(one.part is not None and not _reads(one) for one in self._running):
+        if not self._somebody_decodes:
             return self._engine.info.chunk
-        return max(LEAST_PROMPT, self._prompt_tokens() - self._prompted)
+        return 0 if self._ahead > 0 else self._prompt_tokens(LEAST_OTHER)
+
+    def waited(self, seconds: float) -> None:
+        """Other work took so long since the last step."""
+        self._ahead = self._ahead + seconds if self._somebody_decodes else 0.0
+
+    @property
+    def _somebody_decodes(self) -> bool:
+        return any(one.part is not None and not _reads(one) for one in self._running)
 
     def _learn(self, chosen: Sequence[tuple[Running, Part]], seconds: float) -> None:
         """Note how long a step took (a moving average over about eight)."""
-        prompt = self._prompted = sum(len(part.tokens) for one, part in chosen if _reads(one))
+        self._ahead = max(0.0, self._ahead - (STRETCH - 1) * seconds)
+        prompt = sum(len(part.tokens) for one, part in chosen if _reads(one))
         if not prompt:
             self._decoding += (seconds - self._decoding) / (8 if self._decoding else 1)
         else:
