@@ -112,6 +112,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of weights would hide our death from the daemon for long
     logging.basicConfig(level=(os.environ.get("EDGE_RT_LOG") or "warning").upper(), format="%(levelname)s %(name)s: %(message)s")
+    from edge_rt.native.memory import steady_malloc
+
+    steady_malloc()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     Worker(connection, Turns(int(sys.argv[2])) if len(sys.argv) > 2 else None).run()

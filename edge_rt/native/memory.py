@@ -141,6 +141,22 @@ def populate(address: int, size: int) -> bool:
     return sys.platform == "linux" and advise(address, size, "populate_read")
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
+_ARENAS, _APART = 2, 256 << 10
+
+
+def steady_malloc() -> None:
+    """Have malloc give freed memory back, where it is glibc's: for processes that run for weeks.
+
+    By itself it raises the size from which memory is mapped apart whenever such memory is freed, up to 32 MB, and has eight arenas a
+    CPU. Then graphs and buffers of some 100 KB to MBs that come and go leave holes: 55 MB in place of 39 after 600 requests of a model
+    that holds 25.
+    """
+    if hasattr(_libc(), "mallopt"):
+        for option, value in ((_M_TRIM_THRESHOLD, _APART), (_M_MMAP_THRESHOLD, _APART), (_M_ARENA_MAX, _ARENAS)):
+            _libc().mallopt(option, value)
+
+
 def trim() -> None:
     """Give what malloc holds and nobody uses back to the system, where the C library can (glibc)."""
     if hasattr(_libc(), "malloc_trim"):
