@@ -264,20 +264,20 @@ def _lose_the_stream(stage: Stage) -> None:
 
 
 def _cancel(stage: Stage, breaks: bool = False) -> None:
-    events = _numbered([*_events()[:3], _done("cancelled", 1), {"ok": {}}])
+    events = _numbered([*_events()[:4], _done("cancelled", 1), {"ok": {}}])
     caller = stage.call()
     caller.hello()
     number = caller.generate(resumable=True)
-    caller.events(number, events[:3])
+    caller.events(number, events[:4])
     cancel = caller.request("cancel")
     if breaks:
         caller.peer.close()
         caller = stage.call()
         caller.hello()
-        number, cancel = caller.resume(3), caller.request("cancel")
+        number, cancel = caller.resume(4), caller.request("cancel")
     expect(cancel.get("request") == number, f"{cancel} does not cancel request {number}")
     caller.send({"id": cancel["id"], "ok": {"found": True}})
-    caller.events(number, events[3:])
+    caller.events(number, events[4:])
     caller.acknowledge(len(events))
     caller.farewell()
 
@@ -287,15 +287,15 @@ def _cancel_what_breaks(stage: Stage) -> None:
 
 
 def _leave(stage: Stage) -> None:
-    events = _numbered([*_events()[:5], _done("cancelled", 3), {"ok": {}}])
+    events = _numbered([*_events()[:6], _done("cancelled", 3), {"ok": {}}])
     caller = stage.call()
     caller.hello()
     number = caller.generate(resumable=True)
-    caller.events(number, events[:3])
+    caller.events(number, events[:4])
     cancel = caller.request("cancel")
     expect(cancel.get("request") == number, f"{cancel} does not cancel request {number}")
     caller.send({"id": cancel["id"], "ok": {"found": True}})
-    caller.events(number, events[3:])
+    caller.events(number, events[4:])
     caller.farewell()
     expect(caller.acknowledged == len(events), f"of {len(events)} messages {caller.acknowledged} were acknowledged")
 

@@ -307,6 +307,26 @@ def test_events_that_nobody_takes_are_not_sent(host):
     assert one.used(second)["completion_tokens"] == 150
 
 
+def test_a_parked_session_comes_back_as_large_as_it_was(host, tmp_path):
+    one = host(allowance=300 * CELL, parked=tmp_path)
+    one.do("open_session", session="x")
+    one.until(one.ask("x" * 149, "x", max_tokens=50))
+    one.do("park_session", session="x")
+    other = one.ask("a" * 99, max_tokens=100)
+    short = one.ask("x" * 9, "x", max_tokens=10)  # 20 cells would fit, and not the 199 that come back first
+    assert one.events(short, "queued")[0]["needed"] == 200 * CELL
+    one.until(other, short)
+
+
+def test_a_shared_beginning_that_is_copied_is_counted_beside_what_the_session_has(host):
+    one = host(allowance=320 * CELL)
+    one.until(one.ask("P" * 59 + "Q" * 80, max_tokens=11))  # 150 cells are kept
+    one.do("open_session", session="x", owner="o")
+    one.until(one.ask("z" * 89, "x", max_tokens=10))
+    one.ask("P" * 59 + "R" * 80, "x", max_tokens=20)  # 60 of the 150 would be copied
+    assert one.account.held() <= one.account.reserved() <= 320 * CELL
+
+
 def test_pruned_requests_need_less(host):
     one = host(allowance=1000 * CELL)
     number = one.ask("a" * 900, max_tokens=900, prune={"budget": 100})
