@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from edge_rt.session import Session
     from edge_rt.types import Pruning
 
-LOOKED_AHEAD = 32
-"""Tokens of a question that a pruning pass feeds before their turn, beyond the context (``LONGEST`` of core/context/pruner.py)."""
 LITTLE = 512
 """Cells of a request as small as many are."""
 WORTH_ANSWERING = 64
@@ -43,10 +41,11 @@ def need(prompt: int, asked: int, max_tokens: int | None, prune: Pruning | None,
     cells = asked if max_tokens is None else min(asked, prompt + max(1, max_tokens))
     least = cells if max_tokens is not None else min(cells, prompt + WORTH_ANSWERING)
     if prune is not None:
+        from edge_rt.core.context.pruner import LONGEST
         from edge_rt.core.context.pruning import budget_cells
 
         keep = max(1, min(budget_cells(prune, cells, getattr(engine, "cell_bytes", None)), cells))
-        cells = min(cells, keep + spare(keep) + engine.info.chunk) + LOOKED_AHEAD
+        cells = min(cells, keep + spare(keep) + engine.info.chunk) + LONGEST  # of the question, fed for a pass before their turn
         least = cells
     return Need(cells, least, prune is not None, 1 + drafts)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.errors import ProtocolError
+from edge_rt.errors import Cancelled, ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.account import Account, Need
@@ -28,7 +28,9 @@ _RANKS = {"high": 0, "normal": 1, "low": 2}
 
 @dataclass(eq=False)
 class Waiting:
-    """A request that has not begun. ``name`` of its session, None for one of its own. ``ready``: whether its events can be sent."""
+    """A request that has not begun. ``name`` of its session, None for one of its own. ``ready``: whether its events can be sent.
+    ``cancelled``: whether it was, before it came here.
+    """
 
     command: Message
     tokens: list[int]
@@ -36,6 +38,7 @@ class Waiting:
     need: Need
     name: str | None
     ready: Callable[[], bool]
+    cancelled: Callable[[], bool] = lambda: False
     order: int = 0
     passed: int = 0
     told: bool = False
@@ -92,6 +95,8 @@ class Line:
                     other.passed += other.order < one.order
                 self._start(one, room if room < one.need.cells else None)
                 started = True
+            elif one.cancelled():
+                self.leave(one, Cancelled("the request was cancelled before it began"))
             elif not self._waits(one):
                 continue
             elif one.passed >= PASSES:

@@ -192,7 +192,7 @@ class Generations:
             with model.lock:
                 drafts = min(speculate, model.engine.exact_rows() - 1)
         needed = need(len(tokens), max(1, asked), options.get("max_tokens"), options.get("prune"), model.engine, drafts)
-        one.waiting = Waiting(command, tokens, options, needed, one.name, lambda: one.credits > 0)
+        one.waiting = Waiting(command, tokens, options, needed, one.name, lambda: one.credits > 0, lambda: one.cancelled)
         self.line.add(one.waiting)
         self.due = True
 

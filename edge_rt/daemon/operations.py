@@ -102,7 +102,7 @@ def _session(connection: Channel, request: Request) -> Known:
         raise ProtocolError("option", f"the session is of the model {one.hosted.name}; leave the model out, or open another session")
     if server.models.known(one.hosted) and one.epoch == one.hosted.supervisor.epoch:
         return one
-    source = next((path for path in (one.parked, one.saved) if path is not None and path.exists()), None)
+    source = one.last_save
     if source is None or not server.models.known(one.hosted):
         raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
     command = {"op": "restore_session", "session": one.id, "path": str(source), "owner": str(one.user)}

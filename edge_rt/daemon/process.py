@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -17,12 +16,6 @@ from edge_rt.errors import ProtocolError
 
 Took = Callable[[Message], None]
 """Takes the answer to a command: any number of events, then ``{"ok": ...}`` or ``{"error": ...}``."""
-
-
-_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-"""For glibc, which keeps buffers of up to 32 MiB that were freed, once it has seen one of that size: caches and graphs go back to the
-system when they are freed (mallopt(3)).
-"""
 
 
 class Ended(NamedTuple):
@@ -56,9 +49,8 @@ class Process(asyncio.Protocol):
         program = [sys.executable, "-m", "edge_rt.daemon.worker", *map(str, inherited)]
         try:
             self._process = subprocess.Popen(
-                program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True,
-                env={**_GIVE_BACK, **os.environ},
-            )  # fmt: skip
+                program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True
+            )
         except BaseException:
             ours.close()
             raise

@@ -37,6 +37,11 @@ class Known:
     expiry: asyncio.TimerHandle | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
 
+    @property
+    def last_save(self) -> Path | None:
+        """What it goes on from when the worker has died."""
+        return self.parked if self.parked is not None and self.parked.exists() else self.saved
+
 
 class Sessions:
     """``forget(session)`` is called for each that closes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worker_host import Host
 
 from edge_rt.core import ggml_engine
 from edge_rt.core.context import kv
@@ -165,3 +167,36 @@ def test_adapters_are_foreseen_as_soon_as_they_are_open(random_model: Callable[.
             said = engine.compute_bytes(CONTEXT, PARTS, PARTS)
             engine.open_adapter(adapter)
             assert engine.compute_bytes(CONTEXT, PARTS, PARTS) > said
+
+
+def test_requests_of_all_kinds_hold_no_more_than_they_were_promised(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    host, chance = Host(random_model("llama"), 1 << 30, tmp_path, context=CONTEXT, threads=1), random.Random(4)
+    account, engine, step = host.account, host.engine, host.engine.step
+    checked = []
+
+    def checked_step(parts: Any) -> Any:
+        found = step(parts)
+        for promise in account.promises:
+            assert promise.session.sequence is not None
+            assert engine.sequence_bytes(promise.session.sequence) <= promise.bytes
+            checked.append(promise.need.pruned)
+        assert engine.held_bytes()[1] <= account.parts()["compute"]
+        return found
+
+    engine.step = checked_step
+    for name in "xyz":
+        host.do("open_session", session=name, owner="o")
+    running: list[int] = []
+    for turn in range(40):
+        busy = {one.name for one in host.serving.generations._asked.values()}
+        name = chance.choice([None, *(set("xyz") - busy)])
+        options = chance.choice(
+            [{}, {}, {"speculate": 4}, {"context": 300}, {"prune": {"budget": 100}}, {"prune": {"budget": 0.3, "unit": "share"}}]
+        )
+        prompt = " ".join(chance.choice("abcdefgh") * chance.randint(1, 6) for _ in range(chance.randint(1, 250)))
+        running.append(host.ask(prompt, name, max_tokens=chance.choice([1, 10, 40]), **options))
+        if turn % 4 == 3:
+            answers = host.until(*running, seconds=120)
+            assert all("ok" in answer for answer in answers), answers
+    assert {True, False} == set(checked)
+    host.serving._opened.close()

@@ -250,6 +250,16 @@ class Units:
         return asked.cells
 
 
+def test_who_was_cancelled_before_does_not_wait(host):
+    one = host(allowance=300 * CELL)
+    one.ask("a" * 99, max_tokens=150)
+    command = {"op": "generate", "id": 77, "prompt": "b" * 99, "credits": 9, "options": {"max_tokens": 150}}
+    one.serving.generations.note(command)
+    one.serving.generations.cancel(77)
+    one.serving.do(command)
+    assert one.answer(77)["error"]["code"] == "cancelled"
+
+
 def test_nobody_is_passed_for_ever():
     units, begun = Units(), []
 

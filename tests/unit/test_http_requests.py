@@ -4,6 +4,7 @@ import ast
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from edge_rt.daemon import protocol
 from edge_rt.daemon.http import body, request
 from edge_rt.daemon.http.answer import Answer
 from edge_rt.daemon.http.errors import STATUS, ApiError, api_error
+from edge_rt.daemon.http.routes import _Generation
 from edge_rt.daemon.http.tool_calls import Call, ToolCalls
 from edge_rt.errors import ContextOverflow, ProtocolError
 
@@ -284,6 +286,35 @@ def answered(texts, stream, **fields):
     chunks += answer.event({"event": "notice", "message": "so"})
     chunks += answer.event(DONE)
     return answer, chunks
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_waits_for_memory_gets_a_comment_in_the_stream(stream):
+    said = []
+
+    class Connection:
+        def comment(self, text, headers=()):
+            said.append(f": {text}")
+
+        def stream(self, event, headers=()):
+            said.append(event)
+
+        def stream_end(self):
+            said.append("end")
+
+        def respond_json(self, found, headers=()):
+            said.append(found["choices"][0]["message"]["content"])
+
+    exchange = SimpleNamespace(connection=Connection())
+    generation = _Generation(exchange, request.chat({"messages": HELLO, "stream": stream}), "m", "m", ())
+    queued = {"event": "queued", "reason": "so", "needed": 2, "available": 1}
+    for message in (queued, {"event": "delta", "text": "a", "tokens": (1,)}, DONE, {"ok": {}}):
+        generation._heard(message)
+    if stream:
+        assert said[0] == ": queued: so"
+        assert [json.loads(one)["choices"][0]["delta"].get("content") for one in said[1:-2]] == ["", "a", None]
+    else:
+        assert said == ["a"]
 
 
 @given(st.lists(st.sampled_from(["I ", "add", "\n", call(), "<tool_call>"]), max_size=6))
