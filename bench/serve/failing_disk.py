@@ -38,7 +38,7 @@ def _full(model: Path) -> Result:
     tally = Tally()
     with Served(model, "-c", "1024", config=NO_RATE + 'state = "disk"\n') as daemon, contextlib.ExitStack() as stack:
         folder = daemon.folder / "disk"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # the daemon may have made it
         how = stack.enter_context(_small_disk(folder))
         if how is None:
             return Result("disk full when a session is saved", "", "failures", [], shown="skipped", notes=["no disk can be mounted here"])
