@@ -145,6 +145,7 @@ def _soak(daemon: Served, client: Client, gate: Gate, seconds: float, every: flo
         done = _completed(client)
         if cools:
             wait_for(lambda: mapped(pid) < _LITTLE, _QUIET, "the model has not cooled down", 0.05)
+            time.sleep(0.5)  # sessions are parked, and buffers freed, about then
         one = Sample(time.monotonic() - begin, held(daemon.pid), held(pid), (done - made) / loaded, 0 if cools else _named(daemon))
         made = done
         samples.append(one)
