@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from types import TracebackType
 
+LATELY = 1.0
+"""Seconds that one who was met counts as being there."""
 _DOOR, _ROOM = 0, 1
 
 
@@ -35,15 +38,25 @@ class Turns:
         self._descriptor = descriptor
         self.waiting = False
         """Somebody else has the turn."""
+        self._met = float("-inf")
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody else computes just now, too."""
+        return time.monotonic() - self._met < LATELY
 
     def __enter__(self) -> None:
         import fcntl
 
-        self.waiting = True
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, _DOOR)
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, _ROOM)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _DOOR)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _ROOM)
+        except OSError:
+            self.waiting = True
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, _DOOR)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, _ROOM)
+            self.waiting, self._met = False, time.monotonic()
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _DOOR)
-        self.waiting = False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         import fcntl

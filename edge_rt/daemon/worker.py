@@ -45,7 +45,7 @@ class Worker:
         if self._turns is None or not self._serving.busy:
             return self._serving.step()
         with self._turns:
-            return self._serving.step()
+            return self._serving.step(crowded=self._turns.crowded)
 
     def _take(self, *, wait: bool) -> None:
         """Carry out commands that have come; with ``wait``, at least one, unless it is time for something else."""
