@@ -151,7 +151,7 @@ class Soak:
             self.tally.check("another user's session refused", code in refused, f"{one.user} {op} of {other.user}'s: {code}")
 
     def again(self, index: int) -> None:
-        """End a conversation. Its user's next request with that beginning is quick, which shows that the probe could see it."""
+        """End a conversation. Its beginning, asked again by its user, is quick, which shows that the probe could see it."""
         one = self.conversations[index]
         client, kind = one.client, one.user
         for other in self.conversations:
@@ -161,7 +161,8 @@ class Soak:
             one.session.close()
             one.session = None
             try:
-                turn = one.fresh(one.messages)
+                one.fresh(one.messages[:2])  # what was in the session may be pruned, or its beginning evicted
+                turn = one.fresh(one.messages[:2])
                 self.tally.check("one's own beginning reused", turn.reused >= 16, f"{turn.reused} tokens")
             except Refused as error:
                 self._mend(one, error.code)
