@@ -44,6 +44,8 @@ BENCHMARKS = {
     "serve-isolation": ("serve.isolation", "run"),
     "serve-hostile": ("serve.hostile", "run"),
     "serve-soak": ("serve.soak", "run"),
+    "serve-throughput": ("serve.throughput", "run"),
+    "serve-fairness": ("serve.fairness", "run"),
 }
 """Name -> module and function. Each ends by itself within ten minutes, or within its limit of ``LIMITS``."""
 QUALITY = (
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--items", type=int, help="texts, conversations or secrets that a benchmark of scores uses")
     parser.add_argument("--minutes", type=float, help="how long the daemon is soaked (default: 20)")
     parser.add_argument("--peer-python", type=Path, help="a Python with the package xllamacpp, whose llama-server stands beside the daemon")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's own llama-server, to stand there too (default: the one on PATH)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
     return parser
 
@@ -138,7 +141,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
     settings = Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items)
-    results = run(replace(settings, minutes=options.minutes, peer_python=options.peer_python))
+    results = run(replace(settings, minutes=options.minutes, peer_python=options.peer_python, llama_server=options.llama_server))
     if warning:
         results = [replace(result, notes=[*result.notes, warning]) for result in results]
     from bench.report import plain

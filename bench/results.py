@@ -22,7 +22,8 @@ class Settings:
     ``quick`` proves that everything runs, with figures that mean nothing. ``threads``: CPUs to use. ``deadline``: when no further
     round begins (``time.monotonic``). ``model``: SmolLM2-135M-Instruct Q4_1, None fetches it. ``memory_group``: directory of a memory
     cgroup in which groups may be made. ``items``: how many texts, conversations, secrets, faults or turns a benchmark uses, None: its own
-    number. ``minutes``: how long the daemon is soaked. ``peer_python``: a Python that has llama-server.
+    number. ``minutes``: how long the daemon is soaked. ``peer_python``: a Python that has llama-server. ``llama_server``: the
+    program itself.
     """
 
     quick: bool
@@ -33,6 +34,7 @@ class Settings:
     items: int | None = None
     minutes: float | None = None
     peer_python: Path | None = None
+    llama_server: Path | None = None
 
     def pick(self, full: T, quick: T) -> T:
         """One of two values."""
