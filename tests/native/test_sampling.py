@@ -193,6 +193,22 @@ def test_ends_can_be_banned(vocab):
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bias", [{}, {5: -1.0, 7: -float("inf")}, {5: -0.0}, {9: 0.5}], ids=["none", "lower", "zero", "higher"])
+def test_the_short_way_past_biases_takes_what_the_samplers_take(vocab, bias, monkeypatch):
+    """The likeliest token is the choice where biases only take away, and not from it; among equals, too."""
+    params = SamplingParams(temperature=0, logit_bias=bias)
+    rows = np.random.default_rng(0).integers(0, 3, (60, vocab.n_tokens)).astype(np.float32)
+    rows[:, [5, 7, 9, *vocab.eog_tokens()]] += np.random.default_rng(1).integers(0, 4, (60, 1)).astype(np.float32)
+    quick, slow = Sampler(vocab, params, ban_eog=True), Sampler(vocab, params, ban_eog=True)
+    monkeypatch.setattr(slow, "_lowered", None)
+    expected = [slow.sample(row) for row in rows]
+    assert [quick.sample(row) for row in rows] == expected
+    assert len(set(expected)) > 4
+    quick.close()
+    with pytest.raises(NativeError, match="closed"):
+        quick.sample(rows[0])
+
+
 def test_the_seed_decides(vocab, logits):
     first = draw(Sampler(vocab, SamplingParams(seed=5)), logits)
     assert draw(Sampler(vocab, SamplingParams(seed=5)), logits) == first

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -103,22 +104,30 @@ class Sampler:
         self.seed: int = int.from_bytes(os.urandom(8), "little") % samplers.DEFAULT_SEED if fresh else int(params.seed)  # type: ignore[arg-type]
         self._greedy = params.temperature < GREEDY_BELOW
         self._constraint = constraint.clone() if constraint is not None else None
-        stages, self._remembers = self._history_stages(context or vocab.train_context or 4096, ban_eog)
+        biases = self._biases(ban_eog)
+        stages, self._remembers = self._history_stages(context or vocab.train_context or 4096, biases)
         self._chain: Chain | None = None
         if not self._greedy or stages or self._constraint is not None:
             self._chain = Chain.of([*stages, *self._choice_stages()], vocab.keep_alive)
         self._argmax = self._greedy and not stages
-        self._candidates = Candidates(self._n_vocab) if self._chain is not None else None
+        # Where nothing but biases that take away changes logits, the likeliest token is the choice unless it has one.
+        only_lower = self._greedy and len(stages) == bool(biases) and all(bias <= 0 for bias in biases.values())
+        self._lowered = biases.keys() if only_lower else None
+        self._candidates: Candidates | None = None  # made when they are needed: that takes two milliseconds
         self._sampled: int | None = None  # what the constraint is known to allow next
         self._began = False
 
-    def _history_stages(self, context: int, ban_eog: bool) -> tuple[list[int], bool]:
-        """Samplers that change logits, and whether any of them looks back."""
-        p, stages, remembers = self.params, [], False
-        biases = {int(token): float(bias) for token, bias in p.logit_bias.items()}
+    def _biases(self, ban_eog: bool) -> dict[int, float]:
+        """What is added to the logits of some tokens."""
+        biases = {int(token): float(bias) for token, bias in self.params.logit_bias.items()}
         biases.update(dict.fromkeys(self._vocab.suppressed_tokens(), -math.inf))
         if ban_eog:
             biases.update(dict.fromkeys(self._vocab.eog_tokens(), -math.inf))
+        return biases
+
+    def _history_stages(self, context: int, biases: Mapping[int, float]) -> tuple[list[int], bool]:
+        """Samplers that change logits, and whether any of them looks back."""
+        p, stages, remembers = self.params, [], False
         if biases:
             stages.append(samplers.logit_bias(self._n_vocab, biases))
         last_n = _window(p.repeat_last_n, context)
@@ -157,7 +166,8 @@ class Sampler:
         Raises NativeError if the logits hold NaN or +inf or nothing else than -inf, ConstraintError if the grammar allows none.
         """
         best = self._best(logits)
-        token = best if self._argmax else self._choose(logits)
+        plain = self._argmax or (self._lowered is not None and best not in self._lowered)
+        token = best if plain else self._choose(logits)
         if self._constraint is not None and not self._constraint.allows(token):
             token = self._choose_allowed(logits)
         self._sampled = token
@@ -187,8 +197,10 @@ class Sampler:
         return self._apply(chain, candidates)
 
     def _scratch(self) -> tuple[Candidates, Chain]:
-        if self._candidates is None or self._chain is None:
+        if self._chain is None:
             raise NativeError("this sampler was closed")
+        if self._candidates is None:
+            self._candidates = Candidates(self._n_vocab)
         return self._candidates, self._chain
 
     @staticmethod
@@ -224,7 +236,7 @@ class Sampler:
         copy.params = self.params
         copy._constraint = self._constraint.clone() if self._constraint is not None else None
         copy._chain = self._chain.clone() if self._chain is not None else None
-        copy._candidates = Candidates(self._n_vocab) if self._chain is not None else None
+        copy._candidates = None
         return copy
 
     def reset(self) -> None:
@@ -241,4 +253,4 @@ class Sampler:
             self._chain.close()
         if self._constraint is not None:
             self._constraint.close()
-        self._chain = self._constraint = self._candidates = None
+        self._chain = self._constraint = self._candidates = self._lowered = None
