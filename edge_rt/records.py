@@ -14,14 +14,14 @@ _NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: 
 
 def record(event: Event) -> dict[str, Any]:
     """An event as JSON: its fields and ``event``, its kind. Times are in seconds."""
-    found = {"event": _NAMES[type(event)], **_plain(event)}
-    if isinstance(event, Delta):
+    if isinstance(event, Delta):  # most events by far
+        delta: dict[str, Any] = {"event": "delta", "text": event.text, "tokens": event.tokens}
         if event.logprobs:
-            found["logprobs"] = [_logprob(entry) for entry in event.logprobs]
-        else:
-            del found["logprobs"]
-        if not event.concealed:
-            del found["concealed"]
+            delta["logprobs"] = [_logprob(entry) for entry in event.logprobs]
+        if event.concealed:
+            delta["concealed"] = event.concealed
+        return delta
+    found = {"event": _NAMES[type(event)], **_plain(event)}
     if isinstance(event, Done):
         found["timings"]["total"] = event.timings.total
         found["timings"]["tokens_per_second"] = decode_rate(event)

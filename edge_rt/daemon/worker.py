@@ -30,6 +30,8 @@ class Worker:
     def __init__(self, connection: socket.socket, turns: Turns | None = None) -> None:
         self._connection, self._turns = connection, turns
         self._sending = threading.Lock()
+        self._together: list[bytes] | None = None  # what a step has to say, until it is over
+        self._thread = threading.get_ident()
         self._queue: SimpleQueue[Message] = SimpleQueue()
         self._idle = False
         self._serving = Serving(self._send, self._queue.put)
@@ -42,10 +44,16 @@ class Worker:
 
     def _step(self) -> bool:
         """A step, when it is our turn; whether there was one to take."""
-        if self._turns is None or not self._serving.busy:
-            return self._serving.step()
-        with self._turns:
-            return self._serving.step(crowded=self._turns.crowded)
+        self._together = []
+        try:
+            if self._turns is None or not self._serving.busy:
+                return self._serving.step()
+            with self._turns:
+                return self._serving.step(crowded=self._turns.crowded)
+        finally:
+            said, self._together = self._together, None
+            if said:
+                self._write(b"".join(said))
 
     def _take(self, *, wait: bool) -> None:
         """Carry out commands that have come; with ``wait``, at least one, unless it is time for something else."""
@@ -66,7 +74,16 @@ class Worker:
             return
 
     def _send(self, message: Message) -> None:
+        """On any thread. What the main thread says in a step goes out with its end: each write would wake the daemon, beside the threads
+        that compute.
+        """
         data = pack_answer(message)
+        if self._together is not None and threading.get_ident() == self._thread:
+            self._together.append(data)
+        else:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
         try:
             with self._sending:
                 self._connection.sendall(data)

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -196,3 +197,43 @@ def test_whether_anything_moves(start):
         time.sleep(0.05)
     assert beats[0] == beats[1]
     assert beats[0]["idle"] is False
+
+
+def test_events_of_several_generations_come_in_order(start):
+    """Each answer after its events."""
+    worker = start()
+    for number in (1, 2, 3):
+        worker.tell(op="generate", id=number, prompt="abc", options={"max_tokens": 20, "temperature": 0, "ignore_eos": True}, credits=100)
+    for number in (1, 2, 3):
+        said = worker.until(number)
+        assert [one.get("event") for one in said[-2:]] == ["done", None]
+        assert sum(len(one["tokens"]) for one in said if one.get("event") == "delta") == 20
+
+
+def test_writes_of_a_step_go_out_when_it_is_over():
+    from edge_rt.daemon.worker import Worker as Work
+
+    ours, theirs = socket.socketpair()
+    ours.settimeout(5)
+    work, frames, heard = Work(theirs), Frames(), []
+
+    class Serving:
+        busy = False
+
+        def step(self):
+            for number in range(3):
+                work._send({"id": number})
+            other = threading.Thread(target=work._send, args=({"beats": 1},))
+            other.start()
+            other.join()
+            heard.extend(frames.feed(ours.recv(1 << 16)))
+            return True
+
+    work._serving = Serving()
+    assert work._step()
+    assert heard == [{"beats": 1}], "what another thread says does not wait"
+    assert list(frames.feed(ours.recv(1 << 16))) == [{"id": 0}, {"id": 1}, {"id": 2}]
+    work._send({"id": 4})
+    assert list(frames.feed(ours.recv(1 << 16))) == [{"id": 4}]
+    ours.close()
+    theirs.close()
