@@ -14,6 +14,7 @@ from reference import Reference
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.graph import layout as chosen_layout
+from edge_rt.core.graph.common import TILES_FROM
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.hooks import EngineOptions
@@ -86,10 +87,13 @@ def layout(transposed: bool) -> dict[str, Any]:
 
 
 @LAYOUTS
-def test_prefill_is_libllamas_flash_attention_bit_for_bit(model: Path, transposed: bool) -> None:
-    with opened(model, **layout(transposed)) as engine, closing(libllama_like(engine, model, flash=True)) as libllama:
-        tokens, sequence = random_tokens(engine, 60), engine.new_sequence()
-        for part in (tokens[:40], tokens[40:]):  # the second chunk attends over the first
+@pytest.mark.parametrize("sizes", [(40, 20), (70, 64)], ids=["pieces", "tiles"])
+def test_prefill_is_libllamas_bit_for_bit(model: Path, transposed: bool, sizes: tuple[int, int]) -> None:
+    """Its flash attention; over transposed values its plain attention as long as flash attention would take query by query."""
+    flash, (first, second) = not transposed or min(sizes) >= TILES_FROM, sizes
+    with opened(model, **layout(transposed)) as engine, closing(libllama_like(engine, model, flash=flash)) as libllama:
+        tokens, sequence = random_tokens(engine, first + second), engine.new_sequence()
+        for part in (tokens[:first], tokens[first:]):  # the second attends over the first
             same_bits(feed(engine, sequence, part), libllama.feed(part))
 
 
@@ -127,7 +131,7 @@ def test_growing_through_many_steps_changes_nothing(random_model: Callable[..., 
     """600 cells: the cache moves to larger buffers on the way, prefill and decode by turns; libllama has all its cells at once."""
     path = random_model("llama", context=1024)
     options = {"context": 1024, **layout(transposed)}
-    with opened(path, **options) as engine, closing(libllama_like(engine, path, flash=True, context=1024)) as libllama:
+    with opened(path, **options) as engine, closing(libllama_like(engine, path, flash=not transposed, context=1024)) as libllama:
         tokens, sequence = random_tokens(engine, 600), engine.new_sequence()
         for start in range(0, 600, 50):
             same_bits(feed(engine, sequence, tokens[start : start + 50]), libllama.feed(tokens[start : start + 50]))

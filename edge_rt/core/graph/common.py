@@ -16,7 +16,11 @@ from edge_rt.native import ggml
 
 c = ggml.c
 FLASH_FROM = 9
-"""Tokens of one sequence from which they go through attention together, as flash attention; fewer go one by one."""
+"""Tokens of one sequence from which they go through attention together; fewer go one by one."""
+TILES_FROM = 64
+"""Tokens from which ggml's flash attention takes many queries at once. Up to there it goes query by query, which is as slow for each as
+it is when decoding: 63 tokens behind 1,500 cells took ten times as long as 64 (135M, one thread, AVX-512).
+"""
 
 
 class Weights(Protocol):
@@ -78,7 +82,7 @@ class SlotInputs(NamedTuple):
 
 def wants_flash(shape: SlotShape, cache: KvView) -> bool:
     """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
-    return shape.together or not cache.transposed
+    return not cache.transposed or shape.tokens >= TILES_FROM
 
 
 class Inputs(NamedTuple):
@@ -277,6 +281,8 @@ class Builder:
         key = c.row_size(cache.key_type, h.head_dim)
         k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, key, key * cache.capacity, 0)  # [D, N, G]
         v = self._values(layer, shape, cache)
+        if shape.together and not wants_flash(shape, cache):
+            return self.matmuls(q, k, v, slot.mask)
         if shape.together:
             rows = c.cont(ctx, c.transpose(ctx, v)) if cache.transposed else v  # [D, N, G]
             return self._flash(q, k, rows, slot.mask, shape.tokens)
@@ -286,7 +292,7 @@ class Builder:
         columns, row = [], 4 * shape.cells
         for i in range(shape.tokens):
             mask = c.view_2d(ctx, slot.mask, shape.cells, 1, row, row * i)
-            columns.append(self._matmuls(q=self._queries(q, i, 1), k=k, v=v, mask=mask))
+            columns.append(self.matmuls(self._queries(q, i, 1), k, v, mask))
         return self._side_by_side(columns)
 
     def _values(self, layer: int, shape: SlotShape, cache: KvView) -> int:
@@ -328,14 +334,17 @@ class Builder:
             found = self._masks[mask] = int(c.reshape_3d(self.ctx, repeated, shape.cells, 1, group * shape.tokens))
         return found
 
-    def _matmuls(self, q: int, k: int, v: int, mask: int) -> int:
-        """Attention of one query [D, H, 1] over keys [D, N, G] and transposed values [N, D, G]; returns [H*D, 1]."""
+    def matmuls(self, q: int, k: int, v: int, mask: int) -> int:
+        """Attention of queries [D, H, t, S] over keys [D, N, G, S] and transposed values [N, D, G, S], t or S 1; returns [H*D, t*S]."""
         h, ctx = self.hyper, self.ctx
-        scores = c.mul_mat(ctx, k, c.permute(ctx, q, 0, 2, 1, 3))  # [N, 1, H]
+        tokens, sequences = ggml.fields(q).ne[2:4]
+        scores = c.mul_mat(ctx, k, c.permute(ctx, q, 0, 2, 1, 3))  # [N, t, H, S]
         c.prec_set_acc(scores, ggml.PRECISION_F32)
         weights = c.soft_max_ext(ctx, scores, mask, h.attention_scale, 0.0)
-        out = c.mul_mat(ctx, v, weights)  # [D, 1, H]
-        return int(c.cont_2d(ctx, c.permute(ctx, out, 0, 2, 1, 3), h.n_head * h.head_dim, 1))
+        out = c.mul_mat(ctx, v, weights)  # [D, t, H, S]
+        if tokens > 1:
+            return int(c.cont_2d(ctx, c.permute(ctx, out, 0, 2, 1, 3), h.n_head * h.head_dim, tokens))
+        return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, sequences))
 
     def wanted_rows(self, x: int) -> int:
         """Keep only the rows that get logits."""

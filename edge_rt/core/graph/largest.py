@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from edge_rt.core.graph.common import FLASH_FROM, KvView, SlotShape, Weights
+from edge_rt.core.graph.common import FLASH_FROM, TILES_FROM, KvView, SlotShape, Weights
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.core.graph.lora import Applied
 from edge_rt.core.graph.step import StepGraph, description_bytes
@@ -30,11 +30,12 @@ def largest(
 ) -> Largest:
     """Of steps with so many ``tokens`` at most in so many ``parts``, each over a cache like this one, that want ``rows`` of logits.
 
-    One long prompt alone, one beside others that decode, and prompts that share a step. The largest descriptions are those of short
+    One long prompt alone, the longest piece of one that goes through attention as matmuls (which hold all scores; those of a stack are
+    fewer), one prompt beside others that decode, and prompts that share a step. The largest descriptions are those of short
     parts, whose tokens go through attention one by one. ``adapters``: what sequences may go through. Raises OutOfMemory.
     """
     cells, first = cache.capacity, tokens - parts + 1
-    shapes = [[SlotShape(tokens, cells, min(tokens, rows))]]
+    shapes = [[SlotShape(n, cells, min(n, rows))] for n in {tokens, min(tokens, TILES_FROM - 1)}]
     if parts > 1 and first > 0:
         shared = max(1, tokens // parts)
         shapes.append([*[SlotShape(1, cells, 1)] * (parts - 1), SlotShape(first, cells, max(1, min(first, rows - parts + 1)))])
