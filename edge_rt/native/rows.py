@@ -53,9 +53,12 @@ class Rows:
         """Some of the rows, in place."""
         return Rows(self._memory[first * self._width : (first + count) * self._width], self._width)
 
-    def copy(self) -> Rows:
-        """The same in memory of its own."""
-        return Rows(memoryview(bytearray(self._memory)).cast("f"), self._width)
+    def copy(self, into: Rows | None = None) -> Rows:
+        """The same in memory of its own: that of ``into``, an earlier copy, if it is as large. New memory takes longer than copying."""
+        if into is None or len(into._memory) != len(self._memory):
+            return Rows(memoryview(bytearray(self._memory)).cast("f"), self._width)
+        into._memory[:] = self._memory
+        return into
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.float32]:
         import numpy as np

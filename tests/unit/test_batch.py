@@ -117,13 +117,13 @@ def test_who_decodes_is_not_held_up_by_a_long_prompt(requests, monkeypatch):
     requests.batch.step()
     requests.batch.step()
     seen = sizes(monkeypatch)
-    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, 0.1  # a prompt token costs a tenth of a step
+    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, 0.17  # eleven prompt tokens may come, or eight at a time
     monkeypatch.setattr(Batch, "_learn", lambda *_: None)
     requests.add("long", "q" * 100, max_tokens=5)
     requests.finish()
     both = [step for step in seen if len(step) == 2]
-    assert [sorted(step) for step in both[:6]] == [[1, 10]] * 6
-    assert max(map(max, both)) == 10
+    assert [sorted(step) for step in both[:6]] == [[1, 8]] * 6
+    assert max(map(max, both)) == 8
     assert len([step for step in seen if step == [1]]) > 30
 
 
@@ -277,3 +277,10 @@ def test_how_long_a_step_should_take_is_known_while_it_is_under_way(requests, mo
     assert seen[3] == 1.0 + 4 * 0.25
     assert 0 < seen[4] <= 1.0
     assert requests.batch.expected is None
+
+
+@pytest.mark.parametrize(("may", "come"), [(3, 8), (8, 8), (15, 8), (17, 16), (40, 40), (63, 56), (64, 64), (100, 64), (1000, 64)], ids=str)
+def test_prompt_tokens_come_in_few_different_numbers(requests, may, come):
+    """An engine keeps what it builds for a step: as many as may come, rounded down, at least eight and at most its chunk."""
+    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, (batch.STRETCH - 1) / (may + 0.5)
+    assert requests.batch._prompt_tokens() == come

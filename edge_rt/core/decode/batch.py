@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt.core.engine import Part
 from edge_rt.errors import Cancelled, OutOfMemory
+from edge_rt.native.rows import Rows
 from edge_rt.types import PRIORITIES, Event
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 16
 """Requests in one step; the others wait a turn."""
-STRETCH = 2.0
+STRETCH = 3.0
 """How much longer than without prompt tokens a step may take while anyone decodes."""
 LEAST_PROMPT = 8
-"""Prompt tokens in a step, whatever they cost: kernels take so many columns at once."""
+"""Prompt tokens in a step, whatever they cost: kernels take so many columns at once. More come in multiples of it."""
 TURN = 0.1
 """Seconds that a step may take in which nobody decodes, where other engines wait for their turn."""
 LEAST_OTHER = 4
@@ -42,7 +43,7 @@ events with which it ends are taken all the same."""
 
 @dataclass(eq=False)
 class Running:
-    """A request under way. ``part`` is the step that it waits for, None while it is paused before that."""
+    """A request under way. ``part`` is the step that it waits for, None while it is paused before that. ``logits``: its last ones."""
 
     job: Job
     steps: Steps[None]
@@ -53,6 +54,7 @@ class Running:
     part: Part | None = None
     fed: int = 0
     paused: bool = False
+    logits: Logits | None = None
 
 
 class Batch:
@@ -146,7 +148,9 @@ class Batch:
         """How many prompt tokens a step may carry while somebody decodes."""
         if not self._decoding or not self._a_prompt_token:
             return least
-        return max(least, min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token)))
+        most = min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token))
+        # Few different numbers: what the engine builds for a step then serves those after it.
+        return max(least, most - most % max(LEAST_PROMPT, 1 << max(0, most.bit_length() - 3)))
 
     def _turn(self) -> int:
         """How many tokens a step may carry while nobody decodes."""
@@ -194,7 +198,11 @@ class Batch:
         """One step of the engine. The lock is held."""
         results = self._engine.step([part for _, part in chosen])
         # One request's eviction may use the engine before the next has read its logits, and so may a session that is not in the batch.
-        return [None if logits is None else logits.copy() for logits in results]
+        # Each copy is read before the same request takes another step.
+        for (one, _), logits in zip(chosen, results, strict=True):
+            if logits is not None:
+                one.logits = logits.copy(one.logits) if isinstance(logits, Rows) and isinstance(one.logits, Rows) else logits.copy()
+        return [None if logits is None else one.logits for (one, _), logits in zip(chosen, results, strict=True)]
 
     def _alone(self, one: Running, part: Part) -> None:
         """A step failed: each request takes its own, and the one whose fault it is fails."""
