@@ -20,7 +20,7 @@ from edge_rt.core.graph.largest import Largest, largest
 from edge_rt.core.graph.lora import check_adapted, widest
 from edge_rt.core.graph.pieces import Piece, in_pieces
 from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.graph.step import GRAPH_BYTES, GraphCache, Slot
+from edge_rt.core.graph.step import GRAPH_BYTES, GraphCache, Slot, StepGraph, stacked
 from edge_rt.core.graph.support import key_type, unsupported
 from edge_rt.core.load.adapter_weights import AdapterWeights
 from edge_rt.core.load.pack_cache import open_packed
@@ -85,9 +85,8 @@ class GgmlEngine(GgmlSequences):
 
     def step(self, parts: Sequence[Part]) -> list[Logits | None]:
         """Feed every part; see ``Engine.step``."""
-        if len(parts) == 1 and (logits := self._repeat(parts[0])) is not None:
-            return [logits]
-        return list(self._step(parts, "logits"))
+        repeated = self._repeat(parts)
+        return list(self._step(parts, "logits")) if repeated is None else repeated
 
     def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
         """The same with hidden states in place of logits; see ``EmbedsText``."""
@@ -99,10 +98,13 @@ class GgmlEngine(GgmlSequences):
         """Any step, as several graph runs if it is long."""
         self._file.check_unchanged()
         self._check(parts)
-        pending = in_pieces(parts, CHUNK, self._order(parts) if self._adapted else None)
+        for part in parts:
+            self._room(part.sequence, len(part.tokens))
+        pending = in_pieces(parts, CHUNK, self._order(parts) if len(parts) > 1 else None)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
-            found = self._run(run, output)
+            graph = self._run(run, output)
+            found = graph.output
             if found is None:
                 continue
             row = 0
@@ -111,42 +113,65 @@ class GgmlEngine(GgmlSequences):
                     rows = found.part(row, len(piece.rows))
                     results[piece.part].append(rows if number == len(pending) - 1 else rows.copy())
                     row += len(piece.rows)
-        return [None if not r else r[0] if len(r) == 1 else Rows.joined(r) for r in results]
+        given = [None if not r else r[0] if len(r) == 1 else Rows.joined(r) for r in results]
+        if len(pending) == 1 and output == "logits":
+            self._remember(parts, pending[0], graph, given)
+        return given
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call ``moved`` after each unit whose weights are streamed, and after each node of the graph in steps of many tokens."""
         self._moved, self._after_node = moved, ggml.after_node(moved)
 
-    def _repeat(self, part: Part) -> Rows | None:
-        """The step after the last: one more token of the one sequence that was decoding, through the same graph.
+    def _repeat(self, parts: Sequence[Part]) -> list[Logits | None] | None:
+        """The step after the last: one more token of each of the sequences that were decoding, through the same graph.
 
         Nearly all steps are this one, and Python's share of a step is what it touches: its caches are cold after a whole model
         passed through them. None if this is another kind of step.
         """
         last = self._last
-        if last is None or part.sequence != last.sequence or len(part.tokens) != 1 or part.logits == "none":
+        if last is None or not last.left or [part.sequence for part in parts] != last.sequences:
             return None
-        cell = last.next
-        if cell != last.cache.length or cell >= last.limit or not 0 <= part.tokens[0] < self.info.n_vocab:
-            return None
+        tokens, cells = [0] * len(parts), [0] * len(parts)
+        for part, cache, cell, column in zip(parts, last.caches, last.cells, last.columns, strict=True):
+            if len(part.tokens) != 1 or part.logits == "none" or cell != cache.length or not 0 <= part.tokens[0] < self.info.n_vocab:
+                return None
+            tokens[column], cells[column] = part.tokens[0], cell
         self._file.check_unchanged()
-        if last.adapter:
-            last.adapter.weights.check_unchanged()
-        last.graph.advance(part.tokens[0], cell, cell + last.ahead)
+        for weights in last.adapters:
+            weights.check_unchanged()
+        last.graph.advance(tokens, cells)
         self._choose_threads()
         ggml.compute(self._backend, last.graph.segments[0].graph)
-        last.cache.positions.append(1)
-        last.next = cell + 1
-        return last.graph.output
+        for cache in last.caches:
+            cache.positions.append(1)
+        last.cells, last.left = [cell + 1 for cell in last.cells], last.left - 1
+        return last.rows
+
+    def _remember(self, parts: Sequence[Part], run: Sequence[Piece], graph: StepGraph, rows: list[Rows | None]) -> None:
+        """Note what the next step needs to repeat this one, if it was one token of each."""
+        if len(graph.segments) > 1 or graph.experts or any(len(piece.tokens) != 1 or not piece.rows for piece in run):
+            return
+        columns = [0] * len(run)
+        for column, piece in enumerate(run):
+            columns[piece.part] = column
+        caches = [self._sequences[part.sequence] for part in parts]
+        left = min(min(padded(cache.length), self.info.max_context) - cache.length for cache in caches)
+        adapters = {applied.weights for part in parts if (applied := self._adapted.get(part.sequence))}
+        sequences, cells = [part.sequence for part in parts], [cache.length for cache in caches]
+        self._last = Decoding(sequences, caches, cells, columns, list(rows), graph, left, adapters)
 
     def _order(self, parts: Sequence[Part]) -> list[int]:
-        """Tokens of one adapter side by side, those that go through it one by one first: then one product is enough for them."""
+        """Tokens of one adapter side by side, those that go through it one by one first: then one product is enough for them.
+
+        Of these, those of one token by where their caches are, so that neighbours can be one in the graph.
+        """
         numbers = {id(weights): number for number, weights in self._adapters.items()}
 
-        def key(index: int) -> tuple[int, float, bool]:
+        def key(index: int) -> tuple[int, float, bool, bool, int, int]:
             part = parts[index]
-            found = self._adapted.get(part.sequence)
-            return (numbers[id(found.weights)], found.scale, len(part.tokens) >= FLASH_FROM) if found else (0, 0.0, False)
+            found, cache = self._adapted.get(part.sequence), self._sequences[part.sequence].view
+            adapter = (numbers[id(found.weights)], found.scale) if found else (0, 0.0)
+            return *adapter, len(part.tokens) >= FLASH_FROM, len(part.tokens) > 1, cache.capacity, cache.address
 
         return sorted(range(len(parts)), key=key)
 
@@ -167,15 +192,21 @@ class GgmlEngine(GgmlSequences):
         if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.info.n_vocab:
             raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
 
-    def _run(self, run: Sequence[Piece], output: Output) -> Rows | None:
-        """Evaluate one graph; its output is valid until the next."""
+    def _slots(self, run: Sequence[Piece]) -> tuple[list[SlotShape], list[Slot]]:
+        """What the pieces are to a graph: each a slot, but neighbours that decode are one together."""
         shapes, slots = [], []
         for piece in run:
-            cache = self._room(piece.sequence, len(piece.tokens))
+            cache = self._sequences[piece.sequence]
             applied = self._adapted.get(piece.sequence)
             shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows), applied))
             column = cache.ring.column(cache.length) if cache.ring else 0
-            slots.append(Slot(cache.view, cache.length, cache.positions.next, piece.tokens, piece.rows, column))
+            slots.append(Slot(cache.view, (cache.length,), (cache.positions.next,), piece.tokens, piece.rows, column))
+        return stacked(shapes, slots) if len(run) > 1 else (shapes, slots)
+
+    def _run(self, run: Sequence[Piece], output: Output) -> StepGraph:
+        """Evaluate one graph; its output is valid until the next."""
+        self._last = None
+        shapes, slots = self._slots(run)
         graph = self._graphs.get(shapes, [slot.cache for slot in slots], output)
         graph.set_inputs(slots)
         self._choose_threads()
@@ -187,14 +218,7 @@ class GgmlEngine(GgmlSequences):
         for piece in run:
             self._sequences[piece.sequence].positions.append(len(piece.tokens))
         self._paging.experts_used(graph.experts)
-        self._last = None
-        single = len(run) == 1 and shapes[0].tokens == shapes[0].rows == 1
-        if single and output == "logits" and len(graph.segments) == 1 and not graph.experts:
-            cache = self._sequences[run[0].sequence]
-            limit = min(shapes[0].cells, cache.capacity, self.info.max_context)
-            ahead = cache.positions.next - cache.length
-            self._last = Decoding(run[0].sequence, cache, graph, cache.length, limit, ahead, shapes[0].adapter)
-        return graph.output
+        return graph
 
     def _choose_threads(self) -> None:
         """Follow the governor, unless the user fixed the number."""

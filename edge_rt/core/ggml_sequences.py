@@ -17,7 +17,7 @@ from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.native.memory import PAGE
 
 if TYPE_CHECKING:
-    from edge_rt.core.engine import EngineInfo
+    from edge_rt.core.engine import EngineInfo, Logits
     from edge_rt.core.graph.hyper import Hyper
     from edge_rt.core.graph.rotate import Move
     from edge_rt.core.graph.step import GraphCache, StepGraph
@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Decoding:
-    """What is needed to repeat the last step one cell on: ``next`` is the cell it would fill, below ``limit``.
+    """What is needed to repeat the last step one cell on, ``left`` times at most.
 
-    ``ahead``: by how much positions are ahead of cells. ``adapter``: what the sequence goes through beside the model.
+    In the order of the step's parts: ``sequences``, their ``caches``, the ``cells`` that the next step would fill, the ``columns`` that
+    they have in the graph, their rows of its output. ``adapters``: what some of them go through beside the model.
     """
 
-    sequence: int
-    cache: KvCache
+    sequences: list[int]
+    caches: list[KvCache]
+    cells: list[int]
+    columns: list[int]
+    rows: list[Logits | None]
     graph: StepGraph
-    next: int
-    limit: int
-    ahead: int
-    adapter: Applied | None = None
+    left: int
+    adapters: set[AdapterWeights]
 
 
 class GgmlSequences:

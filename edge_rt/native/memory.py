@@ -85,6 +85,16 @@ def map_anonymous(size: int, address: int | None = None) -> int:
     return int(mapped)
 
 
+def reserve(size: int, address: int | None = None) -> int:
+    """An address range without memory; over ``address`` if given, whose memory goes. Raises OutOfMemory."""
+    anonymous = 0x1000 if sys.platform == "darwin" else 0x20
+    flags = 0x02 | anonymous | (_MAP_FIXED if address is not None else 0)  # MAP_PRIVATE
+    mapped = _libc().mmap(address, size, 0, flags, -1, 0)  # PROT_NONE
+    if mapped in (None, C.c_void_p(-1).value):
+        raise OutOfMemory(f"cannot get {size >> 20} MB of address space ({os.strerror(C.get_errno())}); lower --ctx or close sessions")
+    return int(mapped)
+
+
 def map_large(size: int) -> int:
     """``map_anonymous``, in huge pages from the first on where the system has them. Raises OutOfMemory."""
     mapped = map_anonymous(size + _HUGE)

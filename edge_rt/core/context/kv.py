@@ -19,7 +19,7 @@ from edge_rt.core.context.positions import Positions
 from edge_rt.core.graph.common import KvView
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import ContextError, SessionFileError
-from edge_rt.native import ggml, memory
+from edge_rt.native import ggml, memory, places
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,8 +69,8 @@ class KvCache:
         key_row = ggml.c.row_size(key_type, hyper.kv_width)
         key_size, value_size = capacity * key_row, capacity * 2 * hyper.kv_width
         size = -(-hyper.n_layer * (key_size + value_size) // memory.PAGE) * memory.PAGE
-        base = memory.map_anonymous(size)
-        self._release = weakref.finalize(self, memory.unmap, base, size)
+        base, nbytes = places.take(size), size
+        self._release = weakref.finalize(self, places.give, base, size)
         self._buffer = ggml.buffer_from_address(base, size)
         self._ctx = ggml.context(2 * hyper.n_layer)
         keys: list[int] = []
@@ -86,7 +86,7 @@ class KvCache:
                 ggml.place(tensor, self._buffer.address, address)
                 tensors.append(tensor)
                 address += size
-        self.view = KvView(tuple(keys), tuple(values), capacity, key_type, transposed)
+        self.view = KvView(tuple(keys), tuple(values), capacity, key_type, transposed, address=base, size=nbytes)
 
     def key_cells(self, layer: int) -> npt.NDArray[np.uint8]:
         """Keys of a layer as bytes [capacity, G, bytes of a head]; a view."""

@@ -6,11 +6,11 @@ H heads, G key-value heads, D head size, E embedding width, KV = G*D.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from edge_rt.core.graph import lora
+from edge_rt.core.graph import lora, stack
 from edge_rt.core.graph.hyper import Hyper, Rope
 from edge_rt.native import ggml
 
@@ -42,7 +42,9 @@ class Weights(Protocol):
 class KvView(NamedTuple):
     """One sequence's cache as tensors: per layer keys [D, capacity, G] and values the same or, ``transposed``, [capacity, D, G].
 
-    ``queries``: per layer the ring [D*H, window] that keeps its last queries; none where nobody watches.
+    ``queries``: per layer the ring [D*H, window] that keeps its last queries; none where nobody watches. ``address`` and ``size``: of the
+    memory that all of it is in. Of a stack (stack.py) it is the first, and the others, ``members`` in all, follow ``apart`` bytes from
+    each other; a member is known by the id of its own view.
     """
 
     keys: tuple[int, ...]
@@ -52,26 +54,35 @@ class KvView(NamedTuple):
     transposed: bool
     queries: tuple[int, ...] = ()
     window: int = 0
+    address: int = 0
+    size: int = 0
+    apart: int = 0
+    members: tuple[int, ...] = ()
 
 
 class SlotShape(NamedTuple):
-    """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted, and its adapter."""
+    """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted, and its adapter.
+
+    Or that of a stack of several ``sequences``, with a token and a row for each.
+    """
 
     tokens: int
     cells: int
     rows: int
     adapter: lora.Applied | None = None
+    sequences: int = 1
 
     @property
     def together(self) -> bool:
         """Whether the tokens go through attention together (prefill) or one by one (decode)."""
-        return self.tokens >= FLASH_FROM
+        return self.sequences == 1 and self.tokens >= FLASH_FROM
 
 
 class SlotInputs(NamedTuple):
     """Input tensors of one sequence: cell of each token [t], element of each transposed value [t*KV] (0: by cell), mask [N, t].
 
     ``columns``: where the last queries go in the ring [min(t, window)] (0: nobody watches).
+    Of a stack: the row of each key [G, S], where a head's rows are its cells, element of each transposed value [KV, S], mask [N, 1, 1, S].
     """
 
     cells: int
@@ -82,7 +93,7 @@ class SlotInputs(NamedTuple):
 
 def wants_flash(shape: SlotShape, cache: KvView) -> bool:
     """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
-    return not cache.transposed or shape.tokens >= TILES_FROM
+    return not cache.transposed or (shape.sequences == 1 and shape.tokens >= TILES_FROM)
 
 
 class Inputs(NamedTuple):
@@ -103,7 +114,10 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class Builder:
-    """Builds segments in ``ctx``. ``split`` starts a new graph at every unit, so that units can be paged between graphs."""
+    """Builds segments in ``ctx``. ``split`` starts a new graph at every unit, so that units can be paged between graphs.
+
+    ``buffers``: over the memory of each stack, by its members.
+    """
 
     ctx: int
     hyper: Hyper
@@ -114,6 +128,7 @@ class Builder:
     graph_size: int
     split: bool = False
     borders: Sequence[int] = ()
+    buffers: Mapping[tuple[int, ...], int] = field(default_factory=dict)
     segments: list[Segment] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     _masks: dict[int, int] = field(default_factory=dict)
@@ -228,6 +243,10 @@ class Builder:
         """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""
         kv, first = self.hyper.kv_width, 0
         for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
+            if cache.members:
+                stack.store(self, layer, k, v, first, shape, slot, cache)
+                first += shape.tokens
+                continue
             self.expand(c.set_rows(self.ctx, cache.keys[layer], self._by_head(k, first, shape.tokens), slot.cells))
             if cache.transposed:
                 token = int(ggml.fields(v).nb[2])
@@ -263,8 +282,11 @@ class Builder:
         """Attention of queries [D, H, T], each sequence over its own cells; returns [H*D, T]."""
         first, outputs = 0, []
         for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
-            own = self._queries(q, first, shape.tokens) if len(self.shapes) > 1 else q
-            outputs.append(self._attend_one(layer, own, shape, slot, cache))
+            if cache.members:
+                outputs.append(stack.attend(self, layer, q, first, shape, slot, cache))
+            else:
+                own = self._queries(q, first, shape.tokens) if len(self.shapes) > 1 else q
+                outputs.append(self._attend_one(layer, own, shape, slot, cache))
             first += shape.tokens
         return self._side_by_side(outputs)
 
@@ -285,10 +307,10 @@ class Builder:
             return self.matmuls(q, k, v, slot.mask)
         if shape.together:
             rows = c.cont(ctx, c.transpose(ctx, v)) if cache.transposed else v  # [D, N, G]
-            return self._flash(q, k, rows, slot.mask, shape.tokens)
+            return self.flash(q, k, rows, slot.mask, shape.tokens)
         # Each token as if alone: a product over several queries may add up in another order, and drafts must not change a bit.
         if not cache.transposed:
-            return self._flash(q, k, v, slot.mask, 1) if shape.tokens == 1 else self._flash_each(q, k, v, slot.mask, shape)
+            return self.flash(q, k, v, slot.mask, 1) if shape.tokens == 1 else self._flash_each(q, k, v, slot.mask, shape)
         columns, row = [], 4 * shape.cells
         for i in range(shape.tokens):
             mask = c.view_2d(ctx, slot.mask, shape.cells, 1, row, row * i)
@@ -304,12 +326,12 @@ class Builder:
         row = 2 * h.head_dim
         return int(c.view_3d(self.ctx, cache.values[layer], h.head_dim, shape.cells, h.n_head_kv, row, row * cache.capacity, 0))
 
-    def _flash(self, q: int, k: int, v: int, mask: int, tokens: int) -> int:
-        """Flash attention of queries [D, H, tokens] over keys and values [D, N, G]; returns [H*D, tokens]."""
+    def flash(self, q: int, k: int, v: int, mask: int, columns: int) -> int:
+        """Flash attention of queries [D, H, t, S] over keys and values [D, N, G, S], t or S 1; returns [H*D, columns]."""
         h, ctx = self.hyper, self.ctx
-        out = c.flash_attn_ext(ctx, c.permute(ctx, q, 0, 2, 1, 3), k, v, mask, h.attention_scale, 0.0, 0.0)  # [D, H, tokens]
+        out = c.flash_attn_ext(ctx, c.permute(ctx, q, 0, 2, 1, 3), k, v, mask, h.attention_scale, 0.0, 0.0)  # [D, H, t, S]
         c.prec_set_acc(out, ggml.PRECISION_F32)
-        return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, tokens))
+        return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, columns))
 
     def _flash_each(self, q: int, k: int, v: int, mask: int, shape: SlotShape) -> int:
         """The same for several tokens, each exactly as if alone: the tokens of a group's heads count as so many heads of one token."""

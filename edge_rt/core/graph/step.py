@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.graph import decoder, lora
+from edge_rt.core.graph import decoder, lora, stack
 from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights, wants_flash
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import OutOfMemory
@@ -29,15 +29,32 @@ descriptions of tensors are most of it."""
 class Slot(NamedTuple):
     """One sequence's part of a step: its cache, first free cell, position there, tokens, and the rows of them that get logits.
 
-    ``column``: where in the ring the first free cell's query goes, if it is watched.
+    ``column``: where in the ring the first free cell's query goes, if it is watched. Of a stack: ``starts`` and ``positions`` of all.
     """
 
     cache: KvView
-    start: int
-    position: int
+    starts: Sequence[int]
+    positions: Sequence[int]
     tokens: Sequence[int]
     rows: Sequence[int]
     column: int = 0
+
+
+def stacked(shapes: Sequence[SlotShape], slots: Sequence[Slot]) -> tuple[list[SlotShape], list[Slot]]:
+    """The same step with those side by side that can be one stack: one token each, equal caches at equal distances."""
+    new_shapes: list[SlotShape] = []
+    new_slots: list[Slot] = []
+    for first, last in stack.runs(shapes, [slot.cache for slot in slots]):
+        if last == first:
+            new_shapes.append(shapes[first])
+            new_slots.append(slots[first])
+            continue
+        own, n = slots[first : last + 1], last + 1 - first
+        cells = max(shape.cells for shape in shapes[first : last + 1])
+        new_shapes.append(SlotShape(n, cells, n, shapes[first].adapter, n))
+        starts, positions = [slot.starts[0] for slot in own], [slot.positions[0] for slot in own]
+        new_slots.append(Slot(stack.joined([slot.cache for slot in own]), starts, positions, [slot.tokens[0] for slot in own], range(n)))
+    return new_shapes, new_slots
 
 
 class _SlotMemory(NamedTuple):
@@ -45,9 +62,10 @@ class _SlotMemory(NamedTuple):
 
     ``mask_rows`` is N times "may be seen" and then N times "may not": each row of a mask is a piece of it.
     ``columns`` [min(t, window)] only where the sequence is watched.
+    Of a stack, ``cells`` is a NumPy array [S, G], and t is S.
     """
 
-    cells: memoryview[int]
+    cells: Any
     elements: Any
     mask: memoryview[Any]
     mask_rows: memoryview[Any]
@@ -57,7 +75,7 @@ class _SlotMemory(NamedTuple):
 
 def _room(hyper: Hyper, shapes: Sequence[SlotShape], split: bool) -> tuple[int, tuple[int, ...]]:
     """How many tensors the graph of a step may have, and how many nodes each of its segments."""
-    queries = sum(1 if shape.together else shape.tokens for shape in shapes)
+    queries = sum(1 if shape.together or shape.sequences > 1 else shape.tokens for shape in shapes)
     per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
     adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
     per_layer += lora.PRODUCTS_PER_LAYER * adapted
@@ -96,7 +114,9 @@ class StepGraph:
         self._ctx = ggml.context(tensors, graphs)
         self.input_bytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs)
         self.nbytes = self.input_bytes + description_bytes(hyper, shapes, split)
-        builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, graphs[0], split, borders)
+        self._over = {cache.members: ggml.buffer_from_address(*stack.span(cache)) for cache in caches if cache.members}
+        over = {members: buffer.address for members, buffer in self._over.items()}
+        builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, graphs[0], split, borders, over)
         family = decoder.FAMILIES[hyper.architecture]
         found = decoder.build(builder, family, output if n_rows else None)
         self.segments: list[Segment] = builder.segments
@@ -106,15 +126,20 @@ class StepGraph:
 
     def _declare_inputs(self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool) -> tuple[Inputs, list[int]]:
         ctx = self._input_ctx.address
-        slots = [
-            SlotInputs(
-                cells=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens),
-                elements=c.new_tensor_1d(ctx, ggml.TYPE_I64, shape.tokens * hyper.kv_width) if cache.transposed else 0,
-                mask=c.new_tensor_2d(ctx, ggml.TYPE_F16 if flash else ggml.TYPE_F32, shape.cells, shape.tokens),
-                columns=c.new_tensor_1d(ctx, ggml.TYPE_I64, min(shape.tokens, cache.window)) if cache.window else 0,
+        slots = []
+        for shape, cache, flash in zip(self.shapes, caches, self._flash, strict=True):
+            n, stacked = shape.tokens, bool(cache.members)
+            cells = (hyper.n_head_kv, n) if stacked else (n,)
+            where = (hyper.kv_width, n) if stacked else (n * hyper.kv_width,)
+            seen = (shape.cells, 1, 1, n) if stacked else (shape.cells, n)
+            slots.append(
+                SlotInputs(
+                    cells=ggml.new_tensor(ctx, ggml.TYPE_I64, cells),
+                    elements=ggml.new_tensor(ctx, ggml.TYPE_I64, where) if cache.transposed else 0,
+                    mask=ggml.new_tensor(ctx, ggml.TYPE_F16 if flash else ggml.TYPE_F32, seen),
+                    columns=c.new_tensor_1d(ctx, ggml.TYPE_I64, min(n, cache.window)) if cache.window else 0,
+                )
             )
-            for shape, cache, flash in zip(self.shapes, caches, self._flash, strict=True)
-        ]
         inputs = Inputs(
             tokens=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_tokens),
             positions=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_tokens),
@@ -132,14 +157,15 @@ class StepGraph:
         self._slots = []
         for shape, slot, flash, cache in zip(self.shapes, inputs.slots, self._flash, caches, strict=True):
             kind: Kind = "H" if flash else "f"
+            n = shape.tokens
             unseen = _MINUS_INFINITY[kind] * shape.cells
             self._slots.append(
                 _SlotMemory(
-                    cells=elements(slot.cells, "q", shape.tokens),
-                    elements=ggml.view(slot.elements, "i8", (shape.tokens, hyper.kv_width)) if slot.elements else None,
-                    mask=elements(slot.mask, kind, shape.tokens * shape.cells),
+                    cells=ggml.view(slot.cells, "i8", (n, hyper.n_head_kv)) if cache.members else elements(slot.cells, "q", n),
+                    elements=ggml.view(slot.elements, "i8", (n, hyper.kv_width)) if slot.elements else None,
+                    mask=elements(slot.mask, kind, n * shape.cells),
                     mask_rows=memoryview(bytes(len(unseen)) + unseen).cast(kind),
-                    columns=elements(slot.columns, "q", min(shape.tokens, cache.window)) if slot.columns else None,
+                    columns=elements(slot.columns, "q", min(n, cache.window)) if slot.columns else None,
                     window=cache.window,
                 )
             )
@@ -152,26 +178,41 @@ class StepGraph:
             if not c.gallocr_alloc_graph(arena.address, segment.graph):
                 raise OutOfMemory("no memory for the compute buffer; lower --ctx or close other programs")
 
-    def advance(self, token: int, cell: int, position: int) -> None:
-        """Set the inputs of a step of one token that goes into ``cell``, when the last step filled the cell before it."""
-        cells, where, mask, _, columns, window = self._slots[0]
-        self._tokens[0], self._positions[0], cells[0] = token, position, cell
-        if where is not None:
-            where += 1
-        mask[cell] = 0
-        if columns is not None:
-            columns[0] = (columns[0] + 1) % window
+    def advance(self, tokens: Sequence[int], cells: Sequence[int]) -> None:
+        """Set the inputs of a step of one token for each sequence, in the order of columns, each into the cell after that of the last
+        step.
+        """
+        column = 0
+        for shape, memory in zip(self.shapes, self._slots, strict=True):
+            if shape.sequences > 1:
+                where = memory.cells
+                where += 1
+            else:
+                memory.cells[0] += 1
+            if (where := memory.elements) is not None:
+                where += 1
+            if memory.columns is not None:
+                memory.columns[0] = (memory.columns[0] + 1) % memory.window
+            for i in range(shape.sequences):
+                memory.mask[i * shape.cells + cells[column]] = 0
+                self._tokens[column] = tokens[column]
+                self._positions[column] += 1
+                column += 1
 
     def set_inputs(self, slots: Sequence[Slot]) -> None:
         """Fill every input for the given slots, which must have this graph's shapes."""
         first = row = 0
         for slot, shape, memory in zip(slots, self.shapes, self._slots, strict=True):
-            n, here = shape.tokens, range(slot.start, slot.start + shape.tokens)
+            n, here, positions = shape.tokens, slot.starts, slot.positions
+            if shape.sequences > 1:
+                _fill_indices(memory.cells, here, slot.cache.capacity)
+            else:
+                here, positions = range(here[0], here[0] + n), range(positions[0], positions[0] + n)
+                memory.cells[:] = array("q", here)
             self._tokens[first : first + n] = array("i", slot.tokens)
-            self._positions[first : first + n] = array("i", range(slot.position, slot.position + n))
-            memory.cells[:] = array("q", here)
+            self._positions[first : first + n] = array("i", positions)
             if memory.elements is not None:
-                _fill_elements(memory.elements, here, slot.cache.capacity)
+                _fill_indices(memory.elements, here, slot.cache.capacity)
             if memory.columns is not None:
                 last = range(slot.column + n - len(memory.columns), slot.column + n)
                 memory.columns[:] = array("q", [column % memory.window for column in last])
@@ -188,13 +229,15 @@ class StepGraph:
         self._ctx.close()
         self._input_buffer.close()
         self._input_ctx.close()
+        for buffer in self._over.values():
+            buffer.close()
 
 
-def _fill_elements(elements: Any, cells: range, capacity: int) -> None:
-    """Where each value of each token goes in transposed values [KV, capacity]. With NumPy: these are t * KV numbers a step."""
+def _fill_indices(indices: Any, cells: Sequence[int], capacity: int) -> None:
+    """Where each head's key, or each transposed value, of each token goes in [heads or KV, capacity]. With NumPy: they are many."""
     import numpy as np
 
-    np.add.outer(np.arange(cells.start, cells.stop), np.arange(elements.shape[1]) * capacity, out=elements)
+    np.add.outer(np.array(cells), np.arange(indices.shape[1]) * capacity, out=indices)
 
 
 class GraphCache:
@@ -208,7 +251,7 @@ class GraphCache:
 
     def get(self, shapes: Sequence[SlotShape], caches: Sequence[KvView], output: Output = "logits") -> StepGraph:
         """The graph for a step shape, built if need be. Raises OutOfMemory."""
-        key = (tuple(shapes), tuple(id(cache) for cache in caches), output)
+        key = (tuple(shapes), tuple(one for cache in caches for one in cache.members or (id(cache),)), output)
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)

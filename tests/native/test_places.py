@@ -1,0 +1,66 @@
+"""Places for caches: side by side, zeroed, the first free one first, and gone when nobody uses them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from edge_rt.errors import OutOfMemory
+from edge_rt.native import memory, places
+from edge_rt.native.memory import PAGE
+
+SIZE = 3 * PAGE
+
+
+def test_pieces_lie_side_by_side_and_the_first_free_one_is_taken() -> None:
+    taken = [places.take(SIZE) for _ in range(5)]
+    assert [b - a for a, b in itertools.pairwise(taken)] == [SIZE] * 4
+    places.give(taken[3], SIZE)
+    places.give(taken[1], SIZE)
+    assert places.take(SIZE) == taken[1]
+    for one in (*taken[:3], taken[4]):
+        places.give(one, SIZE)
+    assert SIZE not in places._ranges or not places._ranges[SIZE]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_piece_is_taken_twice_and_each_is_zeroed(seed: int) -> None:
+    """More than one range, in any order; what was written into one is in no other, nor in the next that lies there."""
+    chance, held = random.Random(seed), dict[int, int]()
+    from edge_rt.native import ggml
+
+    for number in range(200):
+        if held and chance.random() < 0.45:
+            address = chance.choice(sorted(held))
+            assert set(ggml.memory_at(address, SIZE)) == {held.pop(address)}
+            places.give(address, SIZE)
+        else:
+            address = places.take(SIZE)
+            assert address not in held
+            piece = ggml.memory_at(address, SIZE)
+            assert set(piece) == {0}
+            held[address] = number % 255 + 1
+            piece[:] = bytes([held[address]]) * SIZE
+    for address in held:
+        places.give(address, SIZE)
+    assert not places._ranges[SIZE]
+
+
+def test_what_cannot_be_had_is_an_error_and_leaves_the_place_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = places.take(SIZE)
+
+    def none(*_: object) -> int:
+        raise OutOfMemory("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "map_anonymous", none)
+        with pytest.raises(OutOfMemory):
+            places.take(SIZE)
+    second = places.take(SIZE)
+    assert second == first + SIZE
+    places.give(first, SIZE)
+    places.give(second, SIZE)
+    with pytest.raises(OutOfMemory, match="address space"):
+        places.take(1 << 46)
