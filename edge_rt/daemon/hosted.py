@@ -104,6 +104,7 @@ class Hosted:
             self._tell(self, {"opened": True})
         elif self.supervisor.state in ("waiting", "failed"):
             self.used = 0
+            self._tell(self, {"ended": True})
         self._changed(self)
 
     def _told(self, message: Message) -> None:
@@ -123,6 +124,9 @@ class Hosted:
 
     async def allow(self, allowance: int) -> None:
         """Let the worker have so many bytes. Less than it uses now is reached when requests end."""
+        if self.supervisor.state != "ready":  # the next worker is opened with it
+            self.allowance = allowance
+            return
         before, self.allowance = self.allowance, max(self.allowance, allowance)
         answer = await self.ask({"op": "allow", "bytes": allowance})
         if "ok" in answer:

@@ -58,6 +58,7 @@ class Models:
         self._tasks: set[asyncio.Task[None]] = set()
         self.evictions = 0
         """How many models have left for others."""
+        self._deaths = 0  # of models that are not known any more
 
     def __iter__(self) -> Iterator[Hosted]:
         return iter(self._known.values())
@@ -66,12 +67,18 @@ class Models:
 
     def know(self, name: str, spec: Spec) -> Hosted:
         """A model that may be asked for, from now on. What was known by the name is forgotten; it must not be loaded."""
+        if (before := self._known.get(name)) is not None:
+            self.forget(before)
         self._known[name] = one = Hosted(name, spec, self._hung_after, self._turns, self._parking, self._changed, self._hear)
         return one
 
     def forget(self, one: Hosted) -> None:
-        """A model is not known any more; it must not be loaded."""
+        """A model is not known any more; it must not be loaded. Who has asked for it while it left gets an error."""
         self._known.pop(one.name, None)
+        self._wants.pop(one, None)
+        one.stop_timer()
+        one.supervisor.abandon()
+        self._deaths += one.supervisor.deaths
         if self.default == one.name:
             self.default = ""
 
@@ -93,6 +100,15 @@ class Models:
     def known(self, one: Hosted) -> bool:
         """Whether it is the model of its name still."""
         return self._known.get(one.name) is one
+
+    def named(self, name: str) -> Hosted | None:
+        """The model of a name, else one whose file is called so."""
+        return self._known.get(name) or next((one for one in self if name in one.names), None)
+
+    @property
+    def deaths(self) -> int:
+        """How often a worker has died."""
+        return self._deaths + sum(one.supervisor.deaths for one in self)
 
     def loaded(self) -> list[Hosted]:
         """Those that can answer at once."""
@@ -132,7 +148,7 @@ class Models:
 
     def _rest(self, one: Hosted) -> None:
         """A model may have nothing to do: after a while it cools down."""
-        if not one.under_way:
+        if not one.under_way and one.placed:  # else its timer is of its waiting for room
             one.idle_since = _now()
             if self._cool_after:
                 one.start_timer(self._cool_after, partial(self._cool, one))
@@ -167,9 +183,9 @@ class Models:
     async def close(self, why: Ended) -> None:
         """End all workers."""
         self._wants.clear()
-        if self._task is not None:
-            self._task.cancel()
         await asyncio.gather(*(self.unload(one, why) for one in self))
+        if self._task is not None:  # it may be ending another worker, and finds nothing more to do
+            await self._task
         self._parking.close()
         if self._turns is not None:
             os.close(self._turns)
@@ -198,9 +214,11 @@ class Models:
 
     def _give_up(self, one: Hosted) -> None:
         """A model has waited for room as long as it may."""
+        if self._wants.pop(one, None) is None:  # it has just found some
+            return
         needed, free = one.needs.total, max(0, self.free)
         message = f"the model {one.name} needs {shown(needed)} and {shown(free)} are free, as other models are in use; ask again later"
-        self._spawn(self.unload(one, Ended("out_of_memory", message)))
+        self._spawn(self.unload(one, Ended("out_of_memory", message, {"needed": needed, "available": free})))
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -219,6 +237,8 @@ class Models:
             more = max(0, one.needs.working - one.allowance)
             if more or self.free < 0:
                 self._wants.setdefault(one, more)
+            self._nudge()
+        elif "ended" in message:
             self._nudge()
         else:
             self._told(one, message)
@@ -243,11 +263,14 @@ class Models:
                 if one not in self._wants:  # it has left meanwhile
                     continue
                 enough = await self._make_room(one, wanted)
+                if self._wants.get(one) != wanted:  # it has left meanwhile, or wants more
+                    continue
                 if one.placed:
-                    self._wants.pop(one, None)
+                    del self._wants[one]
                     # The worker waits for an answer, also if there is no more: then it can refuse.
-                    await one.allow(one.allowance + min(self.free, wanted + MORE if wanted else 0))
-                elif enough and one in self._wants and not one.leaving:
+                    if one.supervisor.state != "starting":
+                        await one.allow(one.allowance + min(self.free, wanted + MORE if wanted else 0))
+                elif enough and not one.leaving:
                     del self._wants[one]
                     self._place(one)
 
@@ -267,14 +290,16 @@ class Models:
 
     async def _unused(self, one: Hosted, wanted: int) -> None:
         """Lower an allowance to what is in use, at most by what is wanted."""
-        least = max(one.needs.working, one.used)
-        if one.allowance > least:
-            await one.allow(max(least, one.allowance - (wanted - self.free)))
+        await self._lower(one, max(one.needs.working, one.used), wanted)
 
     async def _parked_sessions(self, one: Hosted, wanted: int) -> None:
         """Lower it further: sessions that nobody uses just now leave the worker's memory."""
-        if one.allowance > one.needs.working:
-            await one.allow(max(one.needs.working, one.allowance - (wanted - self.free)))
+        await self._lower(one, one.needs.working, wanted)
+
+    async def _lower(self, one: Hosted, least: int, wanted: int) -> None:
+        """One that is being opened answers when it is open, and is asked then: others need not wait for that."""
+        if one.allowance > least and one.supervisor.state != "starting":
+            await one.allow(max(least, one.allowance - (wanted - self.free)))
 
     async def _leave_cooled(self, one: Hosted, wanted: int) -> None:
         if one.cooled:
@@ -286,7 +311,7 @@ class Models:
             return
         if one.supervisor.state == "ready":
             await one.ask({"op": "cool"})
-        if one.idle:  # nobody has asked meanwhile
+        if one.idle and not one.leaving:  # nobody has asked meanwhile, or unloaded it
             self.evictions += 1
             await self.unload(one, LEFT)
 
@@ -308,6 +333,12 @@ class Models:
     def status(self) -> list[Message]:
         """What is the case with each now."""
         return [{**one.status(), "default": one.name == self.default, "heat": round(self._heat.value(one.name), 2)} for one in self]
+
+
+def name_of(model: str, spec: Spec) -> str:
+    """What a model is called that is asked for by a name, or by its file: by that name, or like its file."""
+    path = Path(spec.model)
+    return model if Path(model).name == model and model != path.name else path.stem
 
 
 def most_of_what_is_free() -> int:

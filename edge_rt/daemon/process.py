@@ -23,6 +23,12 @@ class Ended(NamedTuple):
 
     code: str
     message: str
+    fields: Message = {}  # noqa: RUF012 - nobody changes it
+
+    @property
+    def error(self) -> Message:
+        """What those hear who were to be answered."""
+        return {"code": self.code, "message": self.message, **self.fields}
 
 
 class Process(asyncio.Protocol):
@@ -147,7 +153,7 @@ class Process(asyncio.Protocol):
         pending, self.pending = self.pending, {}
         self._ended(self, verdict)
         for took in pending.values():
-            self._pass_on(took, {"error": {"code": verdict.code, "message": verdict.message}})
+            self._pass_on(took, {"error": verdict.error})
         self._gone.set()
 
     async def _dead(self, seconds: float) -> bool:

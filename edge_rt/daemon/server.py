@@ -22,7 +22,7 @@ from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.measures import Measures, count_done
-from edge_rt.daemon.models import Models, most_of_what_is_free
+from edge_rt.daemon.models import Models, most_of_what_is_free, name_of
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
@@ -61,6 +61,7 @@ class Server:
         self.measures = Measures()
         self._started = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._exchange: asyncio.Task[None] | None = None  # of models
 
     @staticmethod
     def now() -> float:
@@ -95,10 +96,10 @@ class Server:
 
     def _by_default(self, model: str, spec: Spec) -> Hosted:
         """From now on, a model is asked where a request names none. It is called as it was asked for, or like its file."""
-        path = Path(spec.model)
-        name = model if Path(model).name == model and model != path.name else path.stem
+        name = name_of(model, spec)
+        one = self.models.know(name, spec)
         self.models.default = name
-        return self.models.know(name, spec)
+        return one
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
@@ -288,11 +289,9 @@ class Server:
             else:
                 connection.answer(request.id, {"model": spec.model})
 
-        name = Path(model).name if Path(model).name == model else Path(spec.model).stem
-        before = next((one for one in self.models if name in one.names), None)
-        if before is not None:
-            self._idle(before)
-        self.spawn(work())
+        before = self.models.named(name_of(model, spec))
+        self._idle(before)
+        self._exchange = self.spawn(work())
 
     def unload_model(self, connection: Channel, request: Request, hosted: Hosted) -> None:
         """End a model's worker, and forget the model. Raises ProtocolError."""
@@ -303,18 +302,19 @@ class Server:
             self.models.forget(hosted)
             connection.answer(request.id, {})
 
-        self.spawn(work())
+        self._exchange = self.spawn(work())
 
-    def _idle(self, hosted: Hosted) -> None:
-        """Raises ProtocolError while a model's worker may not go."""
-        if not hosted.idle or self._tasks:
+    def _idle(self, hosted: Hosted | None) -> None:
+        """Raises ProtocolError while a model's worker may not go, or another just does."""
+        if (hosted is not None and not hosted.idle) or (self._exchange is not None and not self._exchange.done()):
             raise ProtocolError("busy", "requests are under way; wait for them, or cancel them")
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Let something go on; the loop itself keeps no task alive."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class Server:
         """What is the case now."""
         models = self.models.status()
         default = next((one for one in models if one["default"]), None)
-        rules = [one.supervisor.rules for one in self.models if one.supervisor.rules is not None]
+        rules = [one.supervisor.rules for one in (*self.models.loaded(), *self.models) if one.supervisor.rules is not None]
         return {
             "server": {"version": __version__, "pid": os.getpid(), "uptime": time.time() - self._started, "draining": self.draining,
                        "connections": len(self._connections), "sessions": len(self.sessions), "requests": self._under_way,
@@ -337,13 +337,8 @@ class Server:
         """Counts since the start."""
         return {
             **{what: dict(counts) for what, counts in self.counts.items()},
-            "worker_deaths": self.deaths, "evictions": self.models.evictions, "uptime": time.time() - self._started,
+            "worker_deaths": self.models.deaths, "evictions": self.models.evictions, "uptime": time.time() - self._started,
         }  # fmt: skip
-
-    @property
-    def deaths(self) -> int:
-        """How often a worker has died."""
-        return sum(one.supervisor.deaths for one in self.models)
 
     def _changed(self, hosted: Hosted) -> None:
         """A worker's state is another."""

@@ -141,14 +141,19 @@ class Supervisor:
 
     async def unload(self, why: Ended = UNLOADED) -> None:
         """End the worker; what it is at gets an error."""
-        self.spec, self.model = None, None
         process, self._process = self._process, None
+        self.abandon(why)
+        if process is not None:
+            await process.stop(why)
+
+    def abandon(self, why: Ended = UNLOADED) -> None:
+        """There is no worker, and will be none before ``load``: what waits for one gets an error."""
+        assert self._process is None, "it is ended by unload"
+        self.spec, self.model = None, None
         self.epoch += 1  # what sessions have in the worker goes with it
         self._set("none")
         self._forget_timers()
         self._fail_held(why)
-        if process is not None:
-            await process.stop(why)
 
     def _start(self) -> None:
         assert self.spec is not None, "a worker is started for a model"
@@ -220,7 +225,7 @@ class Supervisor:
     def _fail_held(self, how: Ended) -> None:
         held, self._held = self._held, []
         for took in [took for _, _, took in held if took is not None]:
-            took({"error": {"code": how.code, "message": how.message}})
+            took({"error": how.error})
 
     def _set(self, state: str, reason: str = "") -> None:
         self.state, self.reason = state, reason

@@ -279,6 +279,108 @@ def test_one_that_needs_more_than_was_foreseen_makes_others_shrink(tmp_path: Pat
     asyncio.run(main())
 
 
+def test_who_asks_again_for_a_model_that_nobody_waited_for_any_more_is_told_too(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 60, "b": 60}, patience=0.05, cool_after=60.0)
+        here.models.load(here.models.find("a"))
+        here.models.find("a").under_way += 1  # for good
+        first, b = here.ask("b"), here.models.find("b")
+        b.supervisor.cancel(1)
+        assert (await here.answer(first))["error"]["code"] == "cancelled"
+        error = (await here.answer(here.ask("b")))["error"]
+        assert error["code"] == "out_of_memory"
+        assert error["needed"] == 70 * MB
+        assert error["available"] == here.models.free
+
+    asyncio.run(main())
+
+
+def test_who_asks_for_a_model_that_leaves_for_good_is_told_and_no_worker_is_started_for_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 60})
+        await here.answer(here.ask("a"))
+        a = here.models.find("a")
+        leaving = asyncio.ensure_future(here.models.unload(a))
+        await asyncio.sleep(0)
+        late = here.ask("a")
+        await leaving
+        again = here.models.know("a", a.spec)  # as load_model does
+        assert (await here.answer(late))["error"]["code"] == "unloaded"
+        assert await here.answer(here.ask("a")) == {"ok": {}}
+        assert [one.pid for one in Worker.alive] == [again.supervisor.pid]
+        assert (a.placed, a.under_way, a.supervisor.state) == (False, 0, "none")
+        await here.models.unload(again)
+        here.models.forget(again)
+        assert Worker.alive == []
+
+    asyncio.run(main())
+
+
+def test_one_that_cannot_be_opened_makes_room_for_who_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 60, "b": 60})
+        monkeypatch.setattr(Worker, "_do", lambda *_: None)
+        here.models.load(here.models.find("a"))
+        asked = here.ask("b")
+        await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        monkeypatch.setattr(supervisor, "Process", Worker)
+        (opening,) = Worker.alive
+        opening._answer(0, {"error": {"code": "model_file", "message": "it is damaged"}})
+        assert await here.answer(asked) == {"ok": {}}
+
+    asyncio.run(main())
+
+
+def test_an_allowance_is_lowered_without_a_worker_to_tell(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 20, "b": 20})
+        a = here.models.find("a")
+        await here.answer(here.ask("a"))
+        a.supervisor._failures = supervisor.GIVES_UP_AFTER
+        a.supervisor._served = False
+        Worker.alive[0].die(Ended("worker_died", "again"))
+        assert a.supervisor.state == "failed"
+        a.supervisor._started = float("-inf")  # long ago: what is asked of it would start a worker
+        assert await here.answer(here.ask("b", 30 * MB)) == {"ok": {}}
+        assert [one.pid for one in Worker.alive] == [here.models.find("b").supervisor.pid]
+        assert len(Worker.alive) == 1
+
+    asyncio.run(main())
+
+
+def test_what_a_worker_wants_meanwhile_is_not_forgotten(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 130, {"a": 10, "b": 10, "c": 10})
+        for name in ("a", "b", "c"):
+            await here.answer(here.ask(name))
+        a, b = here.models.find("a"), here.models.find("b")
+        before, worker = b.allowance, b.supervisor._process
+        assert a.allowance > 60 * MB
+        worker.told({"short": 2 * MB})
+        await asyncio.sleep(0)  # another is being asked for it
+        worker.told({"short": 30 * MB})
+        for _ in range(1000):
+            await asyncio.sleep(0.001)
+            if b.allowance >= before + 30 * MB:
+                break
+        assert b.allowance >= before + 30 * MB
+
+    asyncio.run(main())
+
+
+def test_deaths_stay_counted_when_their_model_is_forgotten(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 10})
+        await here.answer(here.ask("a"))
+        Worker.alive[0].die(Ended("worker_died", "it died"))
+        await here.models.unload(here.models.find("a"))
+        here.models.forget(here.models.find("a"))
+        assert here.models.deaths == 1
+
+    asyncio.run(main())
+
+
 MODELS = {"a": 20, "b": 35, "c": 50}
 STEPS = st.lists(
     st.tuples(st.sampled_from(sorted(MODELS)), st.integers(1, 40)) | st.just("wait") | st.integers(0, 2), min_size=1, max_size=40

@@ -58,7 +58,7 @@ def _lines(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> Iterator[
     yield from _head("edge_rt_connections_total", "counter", "Clients that came")
     yield f"edge_rt_connections_total {counts['connections']['all']}"
     yield from _head("edge_rt_worker_deaths_total", "counter", "Times that the process with the model died")
-    yield f"edge_rt_worker_deaths_total {server.deaths}"
+    yield f"edge_rt_worker_deaths_total {server.models.deaths}"
     yield from _histogram("edge_rt_first_token_seconds", "From a request to the first token of its answer", server.measures.first_token)
     yield from _histogram("edge_rt_between_tokens_seconds", "Between two tokens of an answer", server.measures.between_tokens)
     for field, name, help_text in _GAUGES:

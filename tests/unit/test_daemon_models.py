@@ -1,0 +1,68 @@
+"""Models that are exchanged while others are there, and what becomes of sessions whose model left before they were used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+
+from daemons import Daemon, write_plugin
+
+from edge_rt.daemon.frames import Frames, pack
+
+OPTIONS = {"engine": "null", "device": "null", "context": 128}
+NULL = 'engine = "null"\ndevice = "null"\n'
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_model_of_a_name_is_exchanged_and_not_one_whose_file_is_called_so(tmp_path, random_model):
+    write_plugin(tmp_path)
+    one, other = tmp_path / "one" / "m.gguf", tmp_path / "other" / "m.gguf"
+    for path in (one, other):
+        path.parent.mkdir()
+        shutil.copy(random_model(), path)
+    with Daemon(tmp_path, config=f'[models.code]\nfile = "{one}"\n{NULL}', model=str(other)) as daemon, daemon.ready() as client:
+        first = client.status()["worker"]["pid"]
+        client.call("load_model", model=str(other), options=OPTIONS)
+        assert gone(first), "the worker of the model that was replaced"
+        assert {model["name"] for model in client.status()["models"]} == {"code", "m"}
+        assert list(client.generate("x", max_tokens=2))
+
+
+def test_two_who_load_at_once_do_not_leave_a_worker_behind(tmp_path, random_model):
+    write_plugin(tmp_path)
+    asked = [{"op": "hello", "versions": [1]}, *[{"op": "load_model", "model": str(random_model()), "options": OPTIONS}] * 2]
+    with Daemon(tmp_path) as daemon, socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(str(daemon.socket))
+        connection.sendall(b"".join(pack({"id": number, **message}) for number, message in enumerate(asked)))
+        frames, found = Frames(), {}
+        while len(found) < len(asked):
+            found |= {message["id"]: message for message in frames.feed(connection.recv(1 << 16))}
+        assert found[2]["error"]["code"] == "busy"
+        assert "ok" in found[1]
+
+
+def test_who_asks_for_facts_keeps_nobody_from_exchanging_a_model(tmp_path, random_model):
+    write_plugin(tmp_path)
+    http = tmp_path / "h.sock"
+    with Daemon(tmp_path, "--http", str(http), model=str(random_model())) as daemon, daemon.ready() as client:
+        os.kill(client.status()["worker"]["pid"], signal.SIGSTOP)  # it does not say what it holds
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(http))
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(0.1)
+            client.call("unload_model")
