@@ -103,15 +103,15 @@ def _session(connection: Channel, request: Request) -> Known:
     if server.models.known(one.hosted) and one.epoch == one.hosted.supervisor.epoch:
         return one
     source = one.last_save
-    if source is None or not server.models.known(one.hosted):
+    if (source is None and one.used) or not server.models.known(one.hosted):
         raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
-    command = {"op": "restore_session", "session": one.id, "path": str(source), "owner": str(one.user)}
-    server.call(one.hosted, command, partial(_restored, one, source))
+    how = {"op": "open_session"} if source is None else {"op": "restore_session", "path": str(source)}
+    server.call(one.hosted, {**how, "session": one.id, "owner": str(one.user), "context": one.context}, partial(_restored, one, source))
     one.epoch = one.hosted.supervisor.epoch
     return one
 
 
-def _restored(one: Known, source: Path, message: Message) -> None:
+def _restored(one: Known, source: Path | None, message: Message) -> None:
     """After the worker had left or died; if that failed, what is asked of the session says so.
 
     A file that cannot be read is not tried again. If it was the worker that failed, the next request tries again.
@@ -158,14 +158,18 @@ def _new(connection: Channel, request: Request, size: int, hosted: Hosted, make:
 
 
 def _open_session(connection: Channel, request: Request, size: int) -> None:
-    context = {"context": request.fields["context"]} if "context" in request.fields else {}
-    hosted = _hosted(connection, request)
-    _new(connection, request, size, hosted, lambda one: {"op": "open_session", "session": one.id, "owner": str(one.user), **context})
+    context, hosted = request.fields.get("context"), _hosted(connection, request)
+
+    def opening(one: Known) -> Message:
+        return {"op": "open_session", "session": one.id, "owner": str(one.user), "context": context}
+
+    _new(connection, request, size, hosted, opening, context=context)
 
 
 def _clone_session(connection: Channel, request: Request, size: int) -> None:
     source = _session(connection, request)
-    _new(connection, request, size, source.hosted, lambda one: {"op": "clone_session", "session": source.id, "new": one.id})
+    own = {"context": source.context, "used": source.used}
+    _new(connection, request, size, source.hosted, lambda one: {"op": "clone_session", "session": source.id, "new": one.id}, **own)
 
 
 def _restore_session(connection: Channel, request: Request, size: int) -> None:
@@ -173,7 +177,7 @@ def _restore_session(connection: Channel, request: Request, size: int) -> None:
     if not path.exists():
         raise ProtocolError("session_file", f"there is no saved session {request.fields['name']}; save one with save_session")
     command = {"op": "restore_session", "path": str(path), "owner": str(_user(connection))}
-    _new(connection, request, size, _hosted(connection, request), lambda one: {**command, "session": one.id}, saved=path)
+    _new(connection, request, size, _hosted(connection, request), lambda one: {**command, "session": one.id}, saved=path, used=True)
 
 
 def _save_session(connection: Channel, request: Request, size: int) -> None:
@@ -210,6 +214,8 @@ def _generate(connection: Channel, request: Request, size: int) -> None:
     rest = {name: value for name, value in fields.items() if name not in ("resumable", "model")}
     command = {"op": "generate", "owner": str(_user(connection)), **rest}
     connection.server.generate(connection, request, size, hosted, command, session)
+    if session is not None:
+        session.used = True
 
 
 def _embed(connection: Channel, request: Request, size: int) -> None:

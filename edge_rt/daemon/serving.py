@@ -297,7 +297,8 @@ class Serving:
 
     def _restore_session(self, command: Message) -> Message:
         owner, path = command.get("owner", ""), Path(command["path"])
-        return {"tokens": self._sessions.restore(command["session"], path, owner, self._has_room)}
+        tokens = self._sessions.restore(command["session"], path, owner, self._has_room, context=command.get("context"))
+        return {"tokens": tokens}
 
     # ---- generation --------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Known:
     """A session. ``epoch``: the life of the worker that has it. ``saved``: where it was saved last. ``busy``: it answers a request.
 
-    ``parked``: where the worker put it when nobody asked anything of it.
+    ``parked``: where the worker put it when nobody asked anything of it. ``context``: cells that it was opened with. ``used``: there is
+    something in it that could be lost.
     """
 
     user: int
@@ -32,7 +33,10 @@ class Known:
     epoch: int
     connection: Channel | None
     saved: Path | None = None
+    context: int | None = None
+    used: bool = False
     parked: Path | None = None
+    saved_later: bool = False
     busy: bool = False
     expiry: asyncio.TimerHandle | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
@@ -40,7 +44,8 @@ class Known:
     @property
     def last_save(self) -> Path | None:
         """What it goes on from when the worker has died."""
-        return self.parked if self.parked is not None and self.parked.exists() else self.saved
+        parked = self.parked if self.parked is not None and self.parked.exists() else None
+        return self.saved if parked is None or (self.saved_later and self.saved is not None) else parked
 
 
 class Sessions:
@@ -56,11 +61,14 @@ class Sessions:
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
-    def add(self, user: int, hosted: Hosted, keep: bool, connection: Channel, saved: Path | None = None) -> Known:
+    def add(
+        self, user: int, hosted: Hosted, keep: bool, connection: Channel, *,
+        saved: Path | None = None, context: int | None = None, used: bool = False,
+    ) -> Known:  # fmt: skip
         """A new session. Raises ProtocolError: limit."""
         if len(self.of(user)) >= self._per_user:
             raise ProtocolError("limit", f"a user may have {self._per_user} sessions; close one")
-        one = Known(user, hosted, keep, hosted.supervisor.epoch, connection, saved)
+        one = Known(user, hosted, keep, hosted.supervisor.epoch, connection, saved, context, used)
         self._known[one.id] = one
         return one
 
@@ -94,12 +102,12 @@ class Sessions:
         for other in self._known.values():
             if other.saved == path:
                 other.saved = None
-        one.saved = path
+        one.saved, one.saved_later = path, True
 
     def parked(self, name: str, path: Path) -> None:
         """A worker has put a session there."""
         if (one := self._known.get(name)) is not None:
-            one.parked = path
+            one.parked, one.saved_later = path, False
 
     def left(self, connection: Channel) -> None:
         """A connection has ended: its sessions close, those to be kept after a while."""

@@ -143,7 +143,7 @@ class Store:
         else:
             source.save(path)
 
-    def restore(self, name: str, path: Path, owner: str, room: Callable[[int], bool]) -> int:
+    def restore(self, name: str, path: Path, owner: str, room: Callable[[int], bool], *, context: int | None = None) -> int:
         """A session from a file; returns how many tokens its cells have. Raises SessionFileError, UserError, OutOfMemory.
 
         ``room`` says whether there is memory for so many cells; else it is parked at once.
@@ -154,11 +154,11 @@ class Store:
         cells, own = saved.history.cells, self._folder is not None and path == self._path(name)
         del saved
         if self._folder is None or room(cells):
-            self.live[name] = self._model.restore(path, owner=owner)
+            self.live[name] = self._model.restore(path, context=context, owner=owner)
         else:
             if not own:
                 _copied(path, self._path(name))
-            self._is_parked(name, Parked(owner, None, cells))
+            self._is_parked(name, Parked(owner, context, cells))
         return cells
 
     def noted(self, name: str, context: Message) -> None:

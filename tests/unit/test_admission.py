@@ -1,5 +1,7 @@
 """Requests and the memory of the worker: who begins, who waits, who is parked, and that nothing is lost or promised twice."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from edge_rt.core.engine import PredictsMemory
 from edge_rt.daemon import admission
 from edge_rt.daemon.account import Need
 from edge_rt.daemon.admission import Line, Waiting
+from edge_rt.daemon.sessions import Sessions
 from edge_rt.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 
@@ -200,6 +203,27 @@ def test_another_worker_goes_on_with_what_was_parked(host, tmp_path):
     for name in "xy":
         two.do("close_session", session=name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_saved_later_is_gone_on_from_and_not_what_was_parked_before(tmp_path):
+    parked, saved = tmp_path / "parked", tmp_path / "saved"
+    for path in (parked, saved):
+        path.touch()
+    sessions = Sessions(9, 1.0, lambda one: None)
+    hosted = SimpleNamespace(supervisor=SimpleNamespace(epoch=0))
+    one = sessions.add(1, hosted, False, None)
+    assert one.last_save is None
+    sessions.parked(one.id, parked)
+    assert one.last_save == parked
+    sessions.saved(one, saved)
+    assert one.last_save == saved
+    sessions.saved(sessions.add(1, hosted, False, None), saved)  # another, in the same place
+    assert one.last_save == parked
+    sessions.saved(one, saved)
+    sessions.parked(one.id, parked)
+    assert one.last_save == parked
+    parked.unlink()
+    assert one.last_save == saved
 
 
 def test_cooling_down_and_waking(host, tmp_path):

@@ -8,9 +8,11 @@ import signal
 import socket
 import time
 
+import pytest
 from daemons import Daemon, write_plugin
 
 from edge_rt.daemon.frames import Frames, pack
+from edge_rt.errors import DaemonError
 
 OPTIONS = {"engine": "null", "device": "null", "context": 128}
 NULL = 'engine = "null"\ndevice = "null"\n'
@@ -66,3 +68,31 @@ def test_who_asks_for_facts_keeps_nobody_from_exchanging_a_model(tmp_path, rando
             connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
             time.sleep(0.1)
             client.call("unload_model")
+
+
+def test_a_session_keeps_its_context_when_its_model_left_also_before_it_was_used(tmp_path, random_model):
+    write_plugin(tmp_path)
+    with Daemon(tmp_path, model=str(random_model())) as daemon, daemon.ready() as client:
+        fresh, saved = client.session(context=24), client.session(context=24)
+        assert allowed(saved, "ab") == 24
+        saved.save("kept")
+        for deaths in (1, 2):
+            os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+            until = time.monotonic() + 20
+            while client.status()["worker"]["deaths"] < deaths:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            assert allowed(saved, "abc") == 24
+            if deaths == 1:
+                assert allowed(fresh, "ab") == 24
+                with pytest.raises(DaemonError) as caught:
+                    client.session(context=1 << 40)
+                assert caught.value.code == "option"
+        with pytest.raises(DaemonError) as caught:
+            allowed(fresh, "abc")
+        assert caught.value.code == "session_lost", "it was used, and never saved"
+
+
+def allowed(session, prompt):
+    """Cells that a request in a session may use."""
+    return list(session.generate(prompt, max_tokens=3, ignore_eos=True))[-1].context.allowed
