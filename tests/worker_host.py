@@ -27,7 +27,7 @@ class Host:
         number = self.number
         self.number += 1
         command = {"op": op, "id": number, **fields}
-        if op == "generate":
+        if op in ("generate", "embed"):
             self.serving.generations.note(command)
         self.serving.do(command)
         return number

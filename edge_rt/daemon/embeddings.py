@@ -5,12 +5,14 @@ One text is read at a time, whoever's it is, so that one text's cells are all th
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge_rt.core.decode.embedding import Pooling, TextReader, finished, pooling_of, tokens_of
+from edge_rt.daemon import admission
 from edge_rt.daemon.account import Need, Promise
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import Cancelled, OutOfMemory
@@ -48,8 +50,11 @@ class _Request:
 class Embeddings:
     """All requests for embeddings of one model. Not thread-safe: one thread adds and steps."""
 
-    def __init__(self, model: Model, account: Account, say: Say, ended: Ended) -> None:
-        self._model, self._account, self._say, self._ended = model, account, say, ended
+    def __init__(self, model: Model, account: Account, say: Say, ended: Ended, short: Callable[[int], None] = lambda short: None) -> None:
+        """``short`` tells the daemon by how many bytes the allowance is too small for a text."""
+        self._model, self._account, self._say, self._ended, self._short = model, account, say, ended, short
+        self.due: float | None = None
+        """When ``step`` is to be called at the latest, on the monotonic clock: a text that waits for a larger allowance is refused then."""
         self._requests: deque[_Request] = deque()
         self._reader: TextReader | None = None
         self._reading: _Request | None = None
@@ -63,6 +68,11 @@ class Embeddings:
         pooling = pooling_of(self._model.file.header, command.get("pooling"))
         self._reader = self._reader or TextReader(self._model.engine, self._model.prefixes.clear)
         self._requests.append(_Request(asked, command, pooling, command.get("texts") or command["tokens"]))
+
+    def allowed(self) -> None:
+        """The allowance was set, for a text too that hoped for more of it."""
+        if self.due is not None:
+            self.due = 0.0
 
     def step(self, room: int) -> bool:
         """Do a piece of the work, with at most ``room`` tokens for the engine; False if there is none that could be done."""
@@ -110,10 +120,20 @@ class Embeddings:
                 if account.promises:
                     return False
                 missing = account.missing(need, None)
+                if self._hopes(missing):
+                    return False
                 raise OutOfMemory(f"a text of {tokens} tokens needs {missing:,} bytes more than there are; embed a shorter one")
+            self.due = None
             self._promise = Promise(need, None, account.bytes(need, None))
             account.promises.append(self._promise)
         return True
+
+    def _hopes(self, missing: int) -> bool:
+        """Whether the daemon may allow more yet, which it is asked for once."""
+        if self.due is None:
+            self.due = time.monotonic() + admission.PATIENCE
+            self._short(missing)
+        return time.monotonic() < self.due
 
     def _read(self, one: _Request, room: int) -> None:
         """A piece of the next text. Raises what the engine does."""
@@ -146,6 +166,7 @@ class Embeddings:
 
     def _end(self, one: _Request, error: Exception | None) -> None:
         self._requests.remove(one)
+        self.due = None
         if one is self._reading:
             self._rest()
         answer = {"pooling": one.pooling, "dimensions": one.width, "tokens": sum(map(len, one.tokens))} if error is None else {}

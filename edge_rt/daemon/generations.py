@@ -67,10 +67,14 @@ class Generations:
     def opened(self, model: Model, batch: Batch, store: Store, account: Account, rules: RuleFile | None) -> None:
         """There is a model, and with it all that belongs to it."""
         self._model, self._batch, self._store, self._account, self._rules = model, batch, store, account, rules
-        self.line = Line(account, self._start, self._refuse, self._queued, lambda short: self._send({"short": short}))
+        self.line = Line(account, self._start, self._refuse, self._queued, self.short)
 
     def __len__(self) -> int:
         return len(self._asked)
+
+    def short(self, missing: int) -> None:
+        """Tell the daemon by how many bytes the allowance is too small."""
+        self._send({"short": missing})
 
     def uses(self, name: str) -> bool:
         """Whether a session has a request under way."""

@@ -77,6 +77,28 @@ def test_more_may_be_allowed_in_time_or_not(host):
     assert one.answer(other)["error"]["code"] == "out_of_memory"  # at once
 
 
+def test_more_may_be_allowed_for_a_text_to_embed_in_time_or_not(host):
+    one = host(allowance=20 * CELL)
+    asked = one.do("embed", texts=["x" * 100], credits=10)
+    one.step()  # its tokens
+    one.step()
+    (short,) = (told["short"] for told in one.news if "short" in told)
+    assert short > 80 * CELL
+    one.do("allow", bytes=20 * CELL + short)
+    one.until(asked)
+    assert "ok" in one.answer(asked), one.answer(asked)
+    one.do("allow", bytes=20 * CELL)
+    asked = one.do("embed", texts=["x" * 100], credits=10)
+    one.step()  # its tokens
+    one.step()
+    assert one.serving.patience() <= admission.PATIENCE
+    one.do("allow", bytes=30 * CELL)  # there is no more
+    one.step()
+    assert one.answer(asked)["error"]["code"] == "out_of_memory"
+    assert not one.account.promises
+    assert len(one.serving.generations) == 0
+
+
 def test_an_answer_of_unknown_length_takes_what_there_is(host):
     one = host(allowance=300 * CELL)
     number = one.ask("a" * 99)
