@@ -137,7 +137,10 @@ class Store:
     def save(self, name: str, path: Path) -> None:
         """Write a session to a file, wherever it is. Raises ProtocolError, UserError."""
         source = self.known(name)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot save the session to {path}: {error.strerror}; choose another place or free space") from error
         if isinstance(source, Parked):
             _copied(self._path(name), path)
         else:

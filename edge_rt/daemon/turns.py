@@ -6,6 +6,7 @@ once on two CPUs gave a third of the tokens that they gave by turns.)
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -17,13 +18,15 @@ _DOOR, _ROOM = 0, 1
 
 
 def shared() -> int | None:
-    """A descriptor that workers inherit, None where the system has no locks of this kind."""
+    """A descriptor that workers inherit, None where the system has no locks of this kind, or no place for their file."""
     try:
         import fcntl  # noqa: F401 - whether there is one
-    except ImportError:
+
+        descriptor, path = tempfile.mkstemp(prefix="edge-rt-turns-")
+        os.unlink(path)
+    except (ImportError, OSError) as error:
+        logging.getLogger("edge_rt.daemon").warning("models do not compute by turns: %s", error)
         return None
-    descriptor, path = tempfile.mkstemp(prefix="edge-rt-turns-")
-    os.unlink(path)
     return descriptor
 
 

@@ -196,6 +196,13 @@ def test_a_full_disk_loses_nothing(host, tmp_path, monkeypatch):
     assert one.used(again)["reused_tokens"] == 101
 
 
+def test_a_session_is_not_saved_where_there_can_be_no_folder(host, tmp_path):
+    one = host(parked=tmp_path / "p")
+    one.do("open_session", session="x")
+    (tmp_path / "file").touch()
+    assert one.answer(one.do("save_session", session="x", path=str(tmp_path / "file" / "a.session")))["error"]["code"] == "failed"
+
+
 def test_a_file_that_is_damaged_costs_time_only(host, tmp_path):
     one = host(parked=tmp_path)
     one.do("open_session", session="x")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,3 +62,9 @@ def test_who_dies_with_the_turn_gives_it_back(tmp_path: Path) -> None:
     with Turns(descriptor) as _:
         pass
     os.close(descriptor)
+
+
+def test_where_there_is_no_place_for_the_file_nobody_takes_turns(monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere at all")
+    assert turns.shared() is None
+    assert "do not compute by turns" in caplog.text
