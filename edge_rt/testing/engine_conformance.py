@@ -326,6 +326,7 @@ class EngineConformance(AdaptersConformance):
             engine.hidden([Part(sequence, [(tokens[0] + 1) % engine.info.n_vocab, *tokens[1:]], "none")])
             (other,) = engine.hidden([Part(sequence, more, "last")])
             assert other is not None
+            other = np.array(other)  # it is valid until the next call
             assert not np.array_equal(other, hidden_after(engine, [*tokens, *more])), "the first token makes no difference"
             for bad in (-1, engine.info.n_vocab):
                 with pytest.raises(OptionError):
