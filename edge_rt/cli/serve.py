@@ -174,7 +174,7 @@ def _check_models(config: Config) -> None:
     from edge_rt.core.load.adapter import open_lora
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.daemon.hosted import foreseen
-    from edge_rt.daemon.models import most_of_what_is_free
+    from edge_rt.daemon.models import check_name, most_of_what_is_free
     from edge_rt.daemon.supervisor import Spec
 
     budget = config.memory or most_of_what_is_free()
@@ -185,7 +185,10 @@ def _check_models(config: Config) -> None:
         path = resolve(model)
         with ModelFile.open(path) as file:
             checked.check_metadata(file)
-            needs = foreseen(Spec(str(path), options)).total
+            spec = Spec(str(path), options)
+            if model is config.model:
+                check_name(model, spec, config.models)
+            needs = foreseen(spec).total
             say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {sizes.shown(needs)}")
             for name, adapter in options.get("adapters", {}).items():
                 with open_lora(adapter, file.header).file:

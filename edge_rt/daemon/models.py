@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.parking import Parking
 from edge_rt.daemon.process import Ended
 from edge_rt.daemon.supervisor import UNLOADED, Spec
-from edge_rt.errors import ProtocolError
+from edge_rt.errors import OptionError, ProtocolError
 from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ class Models:
         if (before := self._known.get(name)) is not None:
             self.forget(before)
         self._known[name] = one = Hosted(name, spec, self._hung_after, self._turns, self._parking, self._changed, self._hear)
+        return one
+
+    def know_default(self, model: str, spec: Spec) -> Hosted:
+        """From now on, a model is asked where a request names none. It is called as it was asked for, or like its file."""
+        one = self.know(name_of(model, spec), spec)
+        self.default = one.name
         return one
 
     def forget(self, one: Hosted) -> None:
@@ -339,6 +345,12 @@ def name_of(model: str, spec: Spec) -> str:
     """What a model is called that is asked for by a name, or by its file: by that name, or like its file."""
     path = Path(spec.model)
     return model if Path(model).name == model and model != path.name else path.stem
+
+
+def check_name(model: str, spec: Spec, others: Container[str]) -> None:
+    """Raises OptionError if the default model would be called as one of the others."""
+    if (name := name_of(model, spec)) in others:
+        raise OptionError(f"two models are called {name}: the one to be opened and [models.{name}]; give the latter another name")
 
 
 def most_of_what_is_free() -> int:

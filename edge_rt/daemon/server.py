@@ -22,7 +22,7 @@ from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.measures import Measures, count_done
-from edge_rt.daemon.models import Models, most_of_what_is_free, name_of
+from edge_rt.daemon.models import Models, check_name, most_of_what_is_free, name_of
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
@@ -86,20 +86,15 @@ class Server:
         for name, (model, options) in self.config.models.items():
             self.models.know(name, self.spec(model, options))
         if self.config.model is not None:
-            self.models.load(self._by_default(self.config.model, self.spec(self.config.model, self.config.model_options)))
+            spec = self.spec(self.config.model, self.config.model_options)
+            check_name(self.config.model, spec, self.config.models)
+            self.models.load(self.models.know_default(self.config.model, spec))
 
     def spec(self, model: str, options: dict[str, Any]) -> Spec:
         """What a worker is to open. Raises ModelFileError if there is no such model."""
         from edge_rt.catalog import resolve
 
         return Spec(str(resolve(model).absolute()), options, self.config.rules)
-
-    def _by_default(self, model: str, spec: Spec) -> Hosted:
-        """From now on, a model is asked where a request names none. It is called as it was asked for, or like its file."""
-        name = name_of(model, spec)
-        one = self.models.know(name, spec)
-        self.models.default = name
-        return one
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 
@@ -283,7 +278,7 @@ class Server:
             try:
                 if before is not None:
                     await self.models.unload(before)
-                self.models.load(self._by_default(model, spec))
+                self.models.load(self.models.know_default(model, spec))
             except ProtocolError as error:
                 connection.refuse(request.id, error)
             else:
@@ -332,6 +327,11 @@ class Server:
             "models": models,
             "rules": rules[0] if rules else None,
         }  # fmt: skip
+
+    def health(self) -> str:
+        """What the default model is at, in a word: ``asleep`` is one that comes into memory with its next request."""
+        state: str = self.status()["worker"]["state"]
+        return "draining" if self.draining else "asleep" if state == "none" and self.models.default else state
 
     def metrics(self) -> Message:
         """Counts since the start."""

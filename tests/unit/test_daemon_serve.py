@@ -150,6 +150,10 @@ def test_check_says_what_would_happen(tmp_path, random_model, capsys):
     *_, model, budget = capsys.readouterr().err.splitlines()
     assert model.startswith(f"would know small: {random_model()}, architecture llama, which needs about ")
     assert budget == "would let models have 1,536M together"
+    same = f'[model]\nfile = "{random_model()}"\n[models.{random_model().stem}]\nfile = "{random_model()}"\n'
+    config.write_text(same)
+    assert cli.main([*words, "--config", str(config)]) == 1
+    assert f"two models are called {random_model().stem}" in capsys.readouterr().err
     config.write_text(f'memory = "50M"\n[models.small]\nfile = "{random_model()}"\n')
     assert cli.main([*words, "--config", str(config)]) == 1
     assert "and all models may have 50M; raise memory" in capsys.readouterr().err

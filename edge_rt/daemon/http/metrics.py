@@ -64,8 +64,8 @@ def _lines(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> Iterator[
     for field, name, help_text in _GAUGES:
         yield from _head(f"edge_rt_{name}", "gauge", help_text)
         yield f"edge_rt_{name} {status['server'][field]}"
-    yield from _head("edge_rt_ready", "gauge", "1 if the model is open")
-    yield f"edge_rt_ready {int(status['worker']['state'] == 'ready')}"
+    yield from _head("edge_rt_ready", "gauge", "1 if the default model answers, or comes into memory with its next request")
+    yield f"edge_rt_ready {int(server.health() in ('ready', 'asleep'))}"
     yield from _head("edge_rt_memory_budget_bytes", "gauge", "Bytes that all models may have")
     yield f"edge_rt_memory_budget_bytes {status['server']['memory']}"
     yield from _head("edge_rt_evictions_total", "counter", "Models that left memory for others")

@@ -67,11 +67,11 @@ def _preflight(exchange: Exchange) -> None:
 
 
 def _health(exchange: Exchange) -> None:
-    """200 if a request would be answered now; else the phase."""
-    worker, draining = exchange.server.status()["worker"], exchange.server.draining
-    status = "draining" if draining else worker["state"]
+    """200 if a request would be answered now, or as soon as the model is back in memory; else the phase."""
+    server = exchange.server
+    worker, status = server.status()["worker"], server.health()
     found = {"status": status, **{name: worker[name] for name in ("reason", "phase", "done", "total") if worker.get(name)}}
-    ready = status == "ready"
+    ready = status in ("ready", "asleep")
     exchange.connection.respond_json(found, 200 if ready else 503, () if ready else TRY_AGAIN)
 
 
