@@ -56,7 +56,6 @@ class GgmlSequences:
     _backend: ggml.Handle
     _graphs: GraphCache
     _key_type: int
-    _threads: int
 
     def __init__(self, transposed: bool | None) -> None:
         """``transposed``: the layout of values, None for what is faster here."""
@@ -109,7 +108,7 @@ class GgmlSequences:
     def transposed_values(self) -> bool:
         """Whether cached values are transposed and decoding uses matmuls, not flash attention: what is faster here, timed once."""
         if self._transposed is None:
-            self._transposed = transposed_decodes_faster(self.hyper, self._key_type, self._threads, self._backend)
+            self._transposed = transposed_decodes_faster(self.hyper, self._key_type)
         return self._transposed
 
     def _cache(self, capacity: int) -> KvCache:

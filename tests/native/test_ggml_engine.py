@@ -13,7 +13,6 @@ from reference import Reference
 
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph import layout as chosen_layout
 from edge_rt.core.graph.common import TILES_FROM
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ContextError, OptionError, SessionFileError
@@ -225,31 +224,6 @@ def test_sessions_move_between_layouts(random_model: Callable[..., Path]) -> Non
         assert transposed.export_sequence(moved) == data
         a, b = feed(by_cell, source, tokens[:1]), feed(transposed, moved, tokens[:1])
         assert np.abs(a - b).mean() / np.abs(a).mean() < 2e-3
-
-
-def test_the_layout_is_chosen_by_time_and_remembered(
-    random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path))
-    asked: list[bool] = []
-
-    def time_of(*_: Any, transposed: bool) -> float:
-        asked.append(transposed)
-        return 0.2 if transposed else 1.0
-
-    monkeypatch.setattr(chosen_layout, "_fastest", time_of)
-    for _ in range(2):
-        with opened(random_model("llama")) as engine:
-            sequence = engine.new_sequence()
-            feed(engine, sequence, [1, 2, 3])
-            assert engine._sequences[sequence].view.transposed
-    assert asked == [False, True]
-
-
-def test_both_layouts_can_be_timed_here(random_model: Callable[..., Path]) -> None:
-    with opened(random_model("llama")) as engine:
-        for transposed in (False, True):
-            assert 0 < chosen_layout._fastest(engine.hyper._replace(n_layer=1), 1, engine._backend, transposed=transposed) < 1
 
 
 def test_exact_rows_is_remembered_for_other_models_of_the_same_kinds(
