@@ -8,6 +8,7 @@ import pytest
 import edge_rt
 from edge_rt.core.decode import batch
 from edge_rt.core.decode.batch import Batch
+from edge_rt.core.engine import Part
 from edge_rt.errors import OptionError, OutOfMemory
 from edge_rt.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
@@ -117,7 +118,7 @@ def test_who_decodes_is_not_held_up_by_a_long_prompt(requests, monkeypatch):
     requests.batch.step()
     requests.batch.step()
     seen = sizes(monkeypatch)
-    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, 0.17  # eleven prompt tokens may come, or eight at a time
+    requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, 0.2  # ten prompt tokens may come, or eight at a time
     monkeypatch.setattr(Batch, "_learn", lambda *_: None)
     requests.add("long", "q" * 100, max_tokens=5)
     requests.finish()
@@ -270,7 +271,7 @@ def test_how_long_a_step_should_take_is_known_while_it_is_under_way(requests, mo
     monkeypatch.setattr(NullEngine, "step", noted)
     requests.add("first", "a", max_tokens=3)
     requests.finish()
-    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, 0.25
+    requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, 0.25
     requests.add("second", "abc", max_tokens=2)
     requests.finish()
     assert seen[:2] == [None, None], "there was none of its kind"
@@ -282,5 +283,23 @@ def test_how_long_a_step_should_take_is_known_while_it_is_under_way(requests, mo
 @pytest.mark.parametrize(("may", "come"), [(3, 8), (8, 8), (15, 8), (17, 16), (40, 40), (63, 56), (64, 64), (100, 64), (1000, 64)], ids=str)
 def test_prompt_tokens_come_in_few_different_numbers(requests, may, come):
     """An engine keeps what it builds for a step: as many as may come, rounded down, at least eight and at most its chunk."""
-    requests.batch._decoding, requests.batch._a_prompt_token = 1.0, (batch.STRETCH - 1) / (may + 0.5)
+    requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, (batch.STRETCH - 1) / (may + 0.5)
+    requests.add("decodes", "a", max_tokens=60)
+    requests.batch._running[0].part = Part(0, [1], "all")
     assert requests.batch._prompt_tokens() == come
+
+
+def test_who_decodes_alone_is_slowed_as_if_those_who_wait_decoded_already(requests):
+    """Their prompts are read the sooner, and then all decode together. How long such a step takes is known, or guessed from others."""
+    found = []
+    for number in range(4):
+        requests.add(number, "a", max_tokens=60)
+        requests.batch._running[number].part = Part(number, [1] if number == 0 else [1] * 50, "none" if number else "all")
+        requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, 0.05
+        guessed = requests.batch._prompt_tokens()
+        requests.batch._decoding[number + 1] = 1.0
+        found.append((guessed, requests.batch._prompt_tokens()))
+    guessed, known = zip(*found, strict=True)
+    assert guessed == tuple(sorted(guessed))
+    assert guessed[-1] > guessed[0]
+    assert known == (24, 24, 24, 24), "such steps take no longer here"

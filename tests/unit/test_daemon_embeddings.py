@@ -230,7 +230,7 @@ def test_room_beside_a_batch(decoding, token, other):
     assert batch.room() == 64, "a whole chunk while nobody decodes"
     batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
     assert batch.room() == LEAST_OTHER, "as long as nothing was measured"
-    batch._decoding, batch._a_prompt_token = decoding, token
+    batch._decoding, batch._a_prompt_token = {1: decoding}, token
     assert LEAST_OTHER <= batch.room() <= 64
     batch.waited(other)
     assert batch.room() == 0

@@ -1,9 +1,9 @@
 """Continuous batching: many requests on one engine, each step carrying the next tokens of as many as have some.
 
 Who decodes gives one token a step (or a few, with drafts), who reads a prompt many. So that nobody waits long for another's prompt, the
-prompt tokens of a step are limited while anyone decodes: to as many as make the step ``STRETCH`` times as long as one without. How long
-that is, is measured all the time. Turns are given by stride scheduling (Waldspurger and Weihl 1995): each request has a clock that its
-tokens advance, the slower the more weight it has, and the ones furthest behind go first.
+prompt tokens of a step are limited while anyone decodes: to as many as make the step ``STRETCH`` times as long as one in which all who are
+there decode. How long that is, is measured all the time. Turns are given by stride scheduling (Waldspurger and Weihl 1995): each request
+has a clock that its tokens advance, the slower the more weight it has, and the ones furthest behind go first.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 16
 """Requests in one step; the others wait a turn."""
-STRETCH = 3.0
-"""How much longer than without prompt tokens a step may take while anyone decodes."""
+STRETCH = 2.5
+"""How much longer than with all decoding a step with prompt tokens may take while anyone decodes."""
+WEIGHTS_COST = 3
+"""Reading all weights takes a step about as long as the tokens of so many requests."""
 LEAST_PROMPT = 8
 """Prompt tokens in a step, whatever they cost: kernels take so many columns at once. More come in multiples of it."""
 TURN = 0.1
@@ -63,7 +65,7 @@ class Batch:
     def __init__(self, engine: Engine, lock: AbstractContextManager[object]) -> None:
         self._engine, self._lock = engine, lock
         self._running: list[Running] = []
-        self._decoding = 0.0  # seconds of a step without prompt tokens, lately
+        self._decoding: dict[int, float] = {}  # seconds of a step without prompt tokens, lately, by how many take part
         self._a_prompt_token = 0.0  # seconds that one adds
         self.expected: float | None = None
         """Seconds that the step under way should take, after those before it; None while there is none, or nothing to go by."""
@@ -148,7 +150,9 @@ class Batch:
         """How many prompt tokens a step may carry while somebody decodes."""
         if not self._decoding or not self._a_prompt_token:
             return least
-        most = min(self._engine.info.chunk, int((STRETCH - 1) * self._decoding / self._a_prompt_token))
+        waiting = [one for one in self._running if one.part is not None]
+        long = STRETCH * self._seconds(len(waiting)) - self._seconds(sum(not _reads(one) for one in waiting))
+        most = min(self._engine.info.chunk, max(0, int(long / self._a_prompt_token)))
         # Few different numbers: what the engine builds for a step then serves those after it.
         return max(least, most - most % max(LEAST_PROMPT, 1 << max(0, most.bit_length() - 3)))
 
@@ -161,7 +165,7 @@ class Batch:
 
     def room(self) -> int:
         """Tokens that other work may feed to the engine now: while somebody decodes, about as many as a step may carry of prompts, and none
-        as long as that work has made the steps take more than ``STRETCH`` times as long on average.
+        as long as that work has taken more time than the steps.
         """
         if not self._somebody_decodes:
             return self._turn()
@@ -171,18 +175,28 @@ class Batch:
         """Other work took so long since the last step."""
         self._ahead = self._ahead + seconds if self._somebody_decodes else 0.0
 
+    def _seconds(self, n: int) -> float:
+        """How long a step takes in which so many decode, after the nearest number that was seen; 0 before any was."""
+        n = min(n, MAX_PARTS)
+        if not n or not self._decoding:
+            return 0.0
+        seen = min(self._decoding, key=lambda other: (abs(other - n), other))
+        return self._decoding[seen] * (WEIGHTS_COST + n) / (WEIGHTS_COST + seen)
+
     @property
     def _somebody_decodes(self) -> bool:
         return any(one.part is not None and not _reads(one) for one in self._running)
 
     def _learn(self, chosen: Sequence[tuple[Running, Part]], seconds: float) -> None:
         """Note how long a step took (a moving average over about eight)."""
-        self._ahead = max(0.0, self._ahead - (STRETCH - 1) * seconds)
+        self._ahead = max(0.0, self._ahead - seconds)
         prompt = sum(len(part.tokens) for one, part in chosen if _reads(one))
-        if not prompt:
-            self._decoding += (seconds - self._decoding) / (8 if self._decoding else 1)
-        else:
-            each = max(0.0, seconds - (self._decoding if len(chosen) > 1 else 0.0)) / prompt
+        decoding = sum(not _reads(one) for one, _ in chosen)
+        if decoding and not prompt:
+            before = self._decoding.get(decoding, seconds)
+            self._decoding[decoding] = before + (seconds - before) / 8
+        elif prompt:
+            each = max(0.0, seconds - self._seconds(decoding)) / prompt
             self._a_prompt_token += (each - self._a_prompt_token) / (8 if self._a_prompt_token else 1)
 
     def _expect(self, chosen: Sequence[tuple[Running, Part]]) -> float | None:
@@ -190,7 +204,7 @@ class Batch:
         prompt = sum(len(part.tokens) for one, part in chosen if _reads(one))
         if not self._decoding or (prompt and not self._a_prompt_token):
             return None
-        return self._decoding + prompt * self._a_prompt_token
+        return self._seconds(max(1, sum(not _reads(one) for one, _ in chosen))) + prompt * self._a_prompt_token
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
