@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from edge_rt.hooks import EngineOptions
 
 CHUNK = 512
-TOLD_FROM = 32
-"""Tokens in a graph from which on it says that it goes on; one that is done in no time need not."""
+TOLD_FROM = 1 << 35
+"""Tokens times bytes of weights from which on a graph says within that it goes on: half a second on two cores, and ten where they are
+slow. Python takes 20 us for it after each node, which made a step of 32 tokens half as long again (135M).
+"""
 
 
 class GgmlEngine(GgmlSequences):
@@ -119,7 +121,7 @@ class GgmlEngine(GgmlSequences):
         return given
 
     def tell(self, moved: Callable[[], None]) -> None:
-        """Call ``moved`` after each unit whose weights are streamed, and after each node of the graph in steps of many tokens."""
+        """Call ``moved`` after each graph, of which there is one for each unit whose weights are streamed; of long ones after each node."""
         self._moved, self._after_node = moved, ggml.after_node(moved)
 
     def _repeat(self, parts: Sequence[Part]) -> list[Logits | None] | None:
@@ -171,7 +173,8 @@ class GgmlEngine(GgmlSequences):
             part = parts[index]
             found, cache = self._adapted.get(part.sequence), self._sequences[part.sequence].view
             adapter = (numbers[id(found.weights)], found.scale) if found else (0, 0.0)
-            return *adapter, len(part.tokens) >= FLASH_FROM, len(part.tokens) > 1, cache.capacity, cache.address
+            n = len(part.tokens)
+            return *adapter, n >= FLASH_FROM or (n > 1 and part.logits != "all"), n > 1, cache.capacity, cache.address
 
         return sorted(range(len(parts)), key=key)
 
@@ -210,7 +213,7 @@ class GgmlEngine(GgmlSequences):
         graph = self._graphs.get(shapes, [slot.cache for slot in slots], output)
         graph.set_inputs(slots)
         self._choose_threads()
-        after = self._after_node if sum(shape.tokens for shape in shapes) >= TOLD_FROM else None
+        after = self._after_node if sum(shape.tokens for shape in shapes) * self.weights.size >= TOLD_FROM else None
         for segment in graph.segments:
             with self._paging.holding(segment.unit):
                 ggml.compute(self._backend, segment.graph, after)

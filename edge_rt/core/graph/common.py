@@ -16,7 +16,7 @@ from edge_rt.native import ggml
 
 c = ggml.c
 FLASH_FROM = 9
-"""Tokens of one sequence from which they go through attention together; fewer go one by one."""
+"""Tokens of one sequence from which they go through attention together. Fewer go one by one if all are to have logits, as drafts are."""
 TILES_FROM = 64
 """Tokens from which ggml's flash attention takes many queries at once. Up to there it goes query by query, which is as slow for each as
 it is when decoding: 63 tokens behind 1,500 cells took ten times as long as 64 (135M, one thread, AVX-512).
@@ -75,7 +75,7 @@ class SlotShape(NamedTuple):
     @property
     def together(self) -> bool:
         """Whether the tokens go through attention together (prefill) or one by one (decode)."""
-        return self.sequences == 1 and self.tokens >= FLASH_FROM
+        return self.sequences == 1 and (self.tokens >= FLASH_FROM or self.tokens > max(1, self.rows))
 
 
 class SlotInputs(NamedTuple):
