@@ -152,7 +152,7 @@ def populate(address: int, size: int) -> bool:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
-_ARENAS, _APART = 2, 1 << 20  # logits of a vocabulary of 152,000 are not mapped anew for each token
+_ARENAS, _APART = 2, 128 << 10
 
 
 def steady_malloc() -> None:
