@@ -72,6 +72,12 @@ required stands beside what was measured.
   was whole in the context.
 - `serve-hostile`: attacks from another process, at the lowest priority and as another user where that may be, while a client that does no
   harm is answered all the time: its gaps between tokens are judged, and the daemon's memory, descriptors and life.
+- `serve-throughput`: one to eight clients each ask for 128 tokens at once, with other prompts of about 80 tokens in each round; what counts
+  is the tokens a second of all together. The clients are one thread of one process, which costs every server the same.
+- `serve-fairness`: three sessions decode when a fourth brings a prompt of 2,000 tokens. Their waits until it has its first token stand
+  against the median of those before it came.
+- both beside llama.cpp's server (`--llama-server PROGRAM`, `--peer-python`), with the same threads, file, context and greedy sampling, in
+  the best setting of those that are tried at the start: flash attention, one buffer of cells or one for each session, repacked weights.
 - `serve-soak`: a mixed load for `--minutes`. Once a minute everybody pauses; what is held then is compared between the first and the last
   third of the time after the warm-up.
 """

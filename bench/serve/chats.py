@@ -82,7 +82,8 @@ class HttpChat:
         for line in lines:
             if line.startswith(b"data: {"):
                 self._event(json.loads(line[6:]), now)
-        self.ended = self.ended or not data or b"data: [DONE]\n" in data
+            self.ended |= line.startswith(b"data: [DONE]")
+        self.ended |= not data
         if self.ended and not self.tokens:
             raise RuntimeError("a server broke an answer off")
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from bench import models
 from bench.results import Result, Settings
 from bench.serve.chats import prompt, talk
+from bench.serve.served import quantile
 from bench.serve.servers import PEER, Serving, line_up
 
 MOST = 4.0
@@ -31,7 +32,7 @@ def run(settings: Settings) -> list[Result]:
     """Rounds by turns; what counts is the 99th percentile while the prompt is read, over the median before it."""
     waits: dict[str, list[Waits]] = {}
     texts = itertools.count(1)
-    with line_up(models.smollm2(settings, "Q4_0"), settings) as line:
+    with line_up(models.smollm2(settings, "Q4_1"), settings) as line:
         for number in range(settings.pick(_ROUNDS, 1)):
             if number >= 2 and time.monotonic() > settings.deadline:
                 break
@@ -61,9 +62,9 @@ def _measure(server: Serving, seed: int, settings: Settings) -> Waits:
 
 def _result(name: str, rounds: Sequence[Waits], notes: Sequence[str]) -> Result:
     """The median over the rounds of every figure."""
-    ratios = [_percentile(one.during, 99) / statistics.median(one.before) for one in rounds]
+    ratios = [quantile(one.during, 0.99) / statistics.median(one.before) for one in rounds]
     figures = [statistics.median(statistics.median(one.before) for one in rounds)]
-    figures += [statistics.median(_percentile(one.during, share) for one in rounds) for share in (50, 99, 100)]
+    figures += [statistics.median(quantile(one.during, share) for one in rounds) for share in (0.5, 0.99, 1.0)]
     first, ratio = statistics.median(one.first for one in rounds), statistics.median(ratios)
     shown = "median {:.1f} ms, while the prompt is read {:.1f}, 99 % within {:.1f}, longest {:.1f}".format(*figures)
     return Result(
@@ -75,8 +76,3 @@ def _result(name: str, rounds: Sequence[Waits], notes: Sequence[str]) -> Result:
         shown=f"{ratio:.1f} × the median ({shown}); the fourth's first token after {first:.2f} s",
         notes=list(notes),
     )
-
-
-def _percentile(values: Sequence[float], share: int) -> float:
-    """The value that so many of a hundred do not exceed."""
-    return sorted(values)[max(0, -(-len(values) * share // 100) - 1)]

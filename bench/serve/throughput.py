@@ -13,21 +13,16 @@ from bench.timing import interleave
 
 CLIENTS = {1: None, 2: None, 4: 1.1, 8: 1.1}
 """How many at once, and what the ratio to the peer must be."""
-KINDS = ("Q4_0", "Q4_1")
-_TOKENS, _ROUNDS = 128, 4
+_TOKENS, _ROUNDS = 128, 5
 
 
 def run(settings: Settings) -> list[Result]:
     """Chats of about 64 tokens of prompt, each round another text, and 128 tokens of answer whatever they say."""
-    results = []
-    for kind in settings.pick(KINDS, KINDS[:1]):
-        with line_up(models.smollm2(settings, kind), settings) as line:
-            for clients, bound in CLIENTS.items():
-                results += _together(line, kind, clients, bound, settings)
-    return results
+    with line_up(models.smollm2(settings, "Q4_1"), settings) as line:
+        return [result for clients, bound in CLIENTS.items() for result in _together(line, clients, bound, settings)]
 
 
-def _together(line: LineUp, kind: str, clients: int, bound: float | None, settings: Settings) -> list[Result]:
+def _together(line: LineUp, clients: int, bound: float | None, settings: Settings) -> list[Result]:
     """The two ways to ask ours, against the peer: two results of one measurement."""
     tokens, rounds = settings.pick(_TOKENS, 8), settings.pick(_ROUNDS, 1)
     texts = itertools.count(1000 * clients)  # nobody is asked the same twice
@@ -42,12 +37,12 @@ def _together(line: LineUp, kind: str, clients: int, bound: float | None, settin
     contenders = {name: partial(rate, name, server) for name, server in line.servers.items()}
     samples = interleave(contenders, rounds=rounds, most=settings.pick(2 * rounds, rounds), deadline=settings.deadline)
     used = ", ".join(f"{name} {statistics.median(values[1:] or values):.2f} ms" for name, values in cpu.items())
-    title = f"{clients} client{'s' if clients > 1 else ''}, {kind}"
+    title = f"{clients} client{'s' if clients > 1 else ''}"
     found = []
     for way in (OURS, OVER_HTTP):
         ours = {OURS: samples[way], **({PEER: samples[PEER]} if PEER in samples else {})}
         bounds = [Bound(PEER, "at least", bound)] if bound and PEER in samples else []
         notes = [*line.notes, f"CPU time a token: {used}"] if way == OURS else []
-        name = f"serving {title}, {'its own socket' if way == OURS else 'HTTP'}"
+        name = f"serving {title}, over {'its own socket' if way == OURS else 'HTTP'}"
         found.append(compare(name, "tokens/s", ours, bounds, notes))
     return found

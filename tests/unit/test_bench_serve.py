@@ -27,7 +27,7 @@ def test_every_bench_of_the_daemon_has_its_place_on_the_page() -> None:
     assert {name for name in BENCHMARKS if name.startswith("serve-")} == set(SERVE)
     text = render({}, pages([], [], [], SERVE)[-1])
     assert text.startswith("# What the daemon stands")
-    assert all(f"`serve-{name}`" in text for name in ("start", "idle", "faults", "isolation", "hostile", "soak"))
+    assert all(f"`serve-{name}`" in text for name in ("start", "idle", "faults", "isolation", "hostile", "soak", "throughput", "fairness"))
 
 
 def test_a_tally_counts_and_shows_what_failed() -> None:
