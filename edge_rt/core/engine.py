@@ -22,11 +22,15 @@ Wanted = Literal["none", "last", "all"]
 
 
 class Part(NamedTuple):
-    """One sequence's share of a step: ``tokens`` go to its end; ``logits`` says for which of them logits come back."""
+    """One sequence's share of a step: ``tokens`` go to its end; ``logits`` says for which of them logits come back.
+
+    ``more``: so many tokens are to follow in later steps. An engine that must make room may do so for them, too.
+    """
 
     sequence: int
     tokens: Sequence[int]
     logits: Wanted = "last"
+    more: int = 0
 
 
 class Logits(Protocol):

@@ -101,7 +101,7 @@ class GgmlEngine(GgmlSequences):
         self._file.check_unchanged()
         self._check(parts)
         for part in parts:
-            self._room(part.sequence, len(part.tokens))
+            self._room(part.sequence, len(part.tokens), part.more)
         pending = in_pieces(parts, CHUNK, self._order(parts) if len(parts) > 1 else None)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):

@@ -125,13 +125,13 @@ class GgmlSequences:
         if needed > self.info.max_context:
             raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
 
-    def _room(self, sequence: int, tokens: int) -> KvCache:
-        """The sequence's cache, moved to a larger one if ``tokens`` more do not fit."""
+    def _room(self, sequence: int, tokens: int, more: int = 0) -> KvCache:
+        """The sequence's cache, moved to a larger one if ``tokens`` more do not fit: one for all that are to come, as moving takes time."""
         cache = self._sequences[sequence]
         needed = cache.length + tokens
         if needed <= cache.capacity:
             return cache
-        larger = cache.moved(next_capacity(cache.capacity, needed, self.info.max_context))
+        larger = cache.moved(next_capacity(cache.capacity, needed + more, self.info.max_context))
         self._replace(sequence, larger)
         return larger
 

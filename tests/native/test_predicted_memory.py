@@ -202,3 +202,14 @@ def test_requests_of_all_kinds_hold_no_more_than_they_were_promised(random_model
             assert all("ok" in answer for answer in answers), answers
     assert {True, False} == set(checked)
     host.serving._opened.close()
+
+
+def test_a_prompt_in_pieces_moves_once_and_no_further_than_said(engine: GgmlEngine) -> None:
+    sequence, tokens = engine.new_sequence(), 900
+    said, caches = engine.needed_bytes(None, tokens), set()
+    for fed in range(0, tokens, 30):
+        engine.step([Part(sequence, [1] * 30, "none", tokens - fed - 30)])
+        caches.add(id(engine._sequences[sequence]))
+        assert engine.sequence_bytes(sequence) <= said
+    assert len(caches) == 2, "the first one, and one for all"
+    free_all(engine)

@@ -90,7 +90,7 @@ class Window:
     def fit(self) -> None:
         """Make the prompt fit, with room for the answer: at most a quarter of the context. Raises ContextOverflow, PluginError."""
         least = 1 if self.answer is None else max(1, min(self.answer, self.allowed // 4))
-        self._bring_back(min(self.allowed - least, self._held))
+        self._bring_back(min(self.allowed - least, self.held))
         asked_for = self._asked_for()
         if self._pruner:
             self._return(asked_for)
@@ -187,7 +187,7 @@ class Window:
         )  # fmt: skip
 
     @property
-    def _held(self) -> int:
+    def held(self) -> int:
         """Cells for what was said before: all that are allowed, or those that pruning leaves."""
         return self._pruner.keep if self._pruner else self.allowed
 
@@ -378,7 +378,7 @@ class Window:
 
         needed = [gone.start for gone in history.evicted[:1] if len(history.tokens) <= room]
         if not needed:
-            protected = [part for part in parts(self._prompt_pieces(), min(self.allowed, self._held)) if part.protections]
+            protected = [part for part in parts(self._prompt_pieces(), min(self.allowed, self.held)) if part.protections]
             needed = [gone.start for part in protected for gone in overlapping(history.evicted, part.start, part.end)]
         if needed:
             back = min(needed)

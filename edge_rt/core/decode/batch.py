@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 16
 """Requests in one step; the others wait a turn."""
-STRETCH = 2.5
+STRETCH = 2.25
 """How much longer than with all decoding a step with prompt tokens may take while anyone decodes."""
 WEIGHTS_COST = 3
 """Reading all weights takes a step about as long as the tokens of so many requests."""
@@ -141,8 +141,8 @@ class Batch:
                     continue
                 rest = rest[:room]
                 room -= len(rest)
-            last = one.fed + len(rest) == len(one.part.tokens)
-            chosen.append((one, Part(one.part.sequence, rest, one.part.logits if last else "none")))
+            left = len(one.part.tokens) - one.fed - len(rest)
+            chosen.append((one, Part(one.part.sequence, rest, "none" if left else one.part.logits, one.part.more + left)))
         # In the same order every time: an engine may keep what it built for a step of these sequences.
         return sorted(chosen, key=lambda entry: entry[1].sequence)
 

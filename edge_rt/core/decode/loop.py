@@ -162,7 +162,8 @@ def _chunk(job: Job, wanted: Wanted) -> Steps[Logits | None]:
     coming = job.window.ready(min(job.engine.info.chunk, _coming(history)))
     job.window.settle(coming)  # it may want more to be fed than before
     tokens, end = history.pending(coming)
-    logits = yield _part(job, tokens, wanted if end == len(history.tokens) else "none")
+    more = min(_coming(history), job.window.held - history.cells) - len(tokens)
+    logits = yield _part(job, tokens, wanted if end == len(history.tokens) else "none", max(0, more))
     history.advance(end)
     return logits
 
@@ -184,11 +185,11 @@ def _rows(job: Job, tokens: Sequence[int]) -> Steps[Logits]:
     return rows
 
 
-def _part(job: Job, tokens: Sequence[int], wanted: Wanted) -> Part:
+def _part(job: Job, tokens: Sequence[int], wanted: Wanted, more: int = 0) -> Part:
     """What a step is to feed; the history is to follow it. Raises Cancelled."""
     if job.cancelled():
         raise Cancelled("the request was cancelled")
-    return Part(job.window.sequence, tokens, wanted)
+    return Part(job.window.sequence, tokens, wanted, more)
 
 
 def _step(job: Job, part: Part) -> Logits | None:
