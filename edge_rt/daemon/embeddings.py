@@ -60,9 +60,6 @@ class Embeddings:
         self._reading: _Request | None = None
         self._promise: Promise | None = None
 
-    def __len__(self) -> int:
-        return len(self._requests)
-
     def add(self, asked: Asked, command: Message) -> None:
         """Take up a request. Raises OptionError."""
         pooling = pooling_of(self._model.file.header, command.get("pooling"))

@@ -53,7 +53,7 @@ class Hosted:
     """``allowance``: bytes that its worker may use for caches and compute. ``used``: what it does, at least, as far as it has told."""
 
     def __init__(
-        self, name: str, spec: Spec, hung_after: float, turns: int | None, parking: Parking,
+        self, name: str, spec: Spec, hung_after: float, parking: Parking,
         changed: Callable[[Hosted], None], told: Callable[[Hosted, Message], None],
     ) -> None:  # fmt: skip
         """Raises OSError if the file is gone."""
@@ -68,7 +68,7 @@ class Hosted:
         self.idle_since = 0.0
         self._parking, self._changed, self._tell = parking, changed, told
         self._timer: asyncio.TimerHandle | None = None
-        self.supervisor = Supervisor(hung_after, self._state, self._told, self._grant, turns)
+        self.supervisor = Supervisor(hung_after, self._state, self._told, self._grant)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,14 +9,12 @@ for which there is still no room waits, with a reason, until another is idle.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Container, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.core.load.heat import Heat
-from edge_rt.daemon import turns
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.parking import Parking
 from edge_rt.daemon.process import Ended
@@ -51,7 +49,6 @@ class Models:
         self._hung_after, self._cool_after, self._patience, self._parking = hung_after, cool_after, patience, Parking(state)
         self._changed, self._told = changed, told
         self._heat = Heat(HALF_LIFE)
-        self._turns = turns.shared()
         self._wants: dict[Hosted, int] = {}  # bytes, in the order in which they were asked for
         self._nudged = False
         self._task: asyncio.Task[None] | None = None
@@ -69,7 +66,7 @@ class Models:
         """A model that may be asked for, from now on. What was known by the name is forgotten; it must not be loaded."""
         if (before := self._known.get(name)) is not None:
             self.forget(before)
-        self._known[name] = one = Hosted(name, spec, self._hung_after, self._turns, self._parking, self._changed, self._hear)
+        self._known[name] = one = Hosted(name, spec, self._hung_after, self._parking, self._changed, self._hear)
         return one
 
     def know_default(self, model: str, spec: Spec) -> Hosted:
@@ -193,9 +190,6 @@ class Models:
         if self._task is not None:  # it may be ending another worker, and finds nothing more to do
             await self._task
         self._parking.close()
-        if self._turns is not None:
-            os.close(self._turns)
-            self._turns = None
 
     def _bring(self, one: Hosted) -> None:
         needed = one.needs.total

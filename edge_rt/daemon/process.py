@@ -37,8 +37,8 @@ class Process(asyncio.Protocol):
     ``told`` takes what the process says of itself, ``ended`` is called once. Nothing of a process that has ended is passed on.
     """
 
-    def __init__(self, told: Callable[[Message], None], ended: Callable[[Process, Ended], None], turns: int | None = None) -> None:
-        """``turns``: the descriptor of turns.py, which it inherits. Raises OSError."""
+    def __init__(self, told: Callable[[Message], None], ended: Callable[[Process, Ended], None]) -> None:
+        """Raises OSError."""
         self._told, self._ended = told, ended
         self.pending: dict[int, Took] = {}
         self._frames = Frames()
@@ -51,11 +51,10 @@ class Process(asyncio.Protocol):
         self._tasks: set[asyncio.Task[None]] = set()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        inherited = [theirs.fileno()] if turns is None else [theirs.fileno(), turns]
-        program = [sys.executable, "-m", "edge_rt.daemon.worker", *map(str, inherited)]
+        program = [sys.executable, "-m", "edge_rt.daemon.worker", str(theirs.fileno())]
         try:
             self._process = subprocess.Popen(
-                program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True
+                program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
             )
         except BaseException:
             ours.close()

@@ -47,20 +47,11 @@ class Serving:
         self._cool = False
         self._held, self._held_due = (0, 0), 0.0
 
-    @property
-    def busy(self) -> bool:
-        """Whether there is anybody to take a step for."""
-        return self._batch is not None and (len(self._batch) > 0 or (self._embeddings is not None and len(self._embeddings) > 0))
-
-    def step(self, *, crowded: bool = False) -> bool:
-        """One step for those who generate, and what fits beside it for those who embed; False if nobody can go on.
-
-        ``crowded``: other models wait for their steps.
-        """
+    def step(self) -> bool:
+        """One step for those who generate, and what fits beside it for those who embed; False if nobody can go on."""
         self.beats += 1
         if self._batch is None:
             return False
-        self._batch.crowded = crowded
         moved = self._batch.step()
         if self._embeddings is not None:
             room, started = self._batch.room(), time.perf_counter()

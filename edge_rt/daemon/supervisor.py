@@ -40,14 +40,13 @@ class Supervisor:
 
     def __init__(
         self, hung_after: float, changed: Callable[[], None], told: Callable[[Message], None], grant: Callable[[], Message],
-        turns: int | None = None,
     ) -> None:  # fmt: skip
         """``told``: takes what the worker says of its memory and sessions. ``grant``: what each is opened with, beside the model."""
         self.state, self.reason, self.epoch, self.deaths = "none", "", 0, 0
         self.phase: Message = {}
         self.model: Message | None = None
         self.rules: Message | None = None
-        self._hung_after, self._changed, self._tell_others, self._grant, self._turns = hung_after, changed, told, grant, turns
+        self._hung_after, self._changed, self._tell_others, self._grant = hung_after, changed, told, grant
         self.spec: Spec | None = None
         self._process: Process | None = None
         self._numbers = itertools.count(1)
@@ -160,7 +159,7 @@ class Supervisor:
         self._retry, self._served, self._started = None, False, _now()
         self.phase = {"phase": "starting", "done": 0, "total": 0}
         try:
-            self._process = process = Process(self._told, self._ended, self._turns)
+            self._process = process = Process(self._told, self._ended)
         except OSError as error:
             self._died(Ended("worker_died", f"the worker cannot be started: {(error.strerror or str(error)).lower()}"))
             return

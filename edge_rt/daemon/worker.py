@@ -1,4 +1,4 @@
-"""The worker process: ``python -m edge_rt.daemon.worker DESCRIPTOR [TURNS]``, started by the daemon with one end of a pair of sockets.
+"""The worker process: ``python -m edge_rt.daemon.worker DESCRIPTOR``, started by the daemon with one end of a pair of sockets.
 
 A thread reads commands, and applies at once what cannot wait for a step: cancelling, credits, the question whether anything moves. The
 main thread owns the model. When the daemon is gone, the process ends, whatever it is at.
@@ -18,7 +18,6 @@ from queue import Empty, SimpleQueue
 
 from edge_rt.daemon.frames import Frames, Message, pack_answer
 from edge_rt.daemon.serving import Serving
-from edge_rt.daemon.turns import Turns
 
 BETWEEN_STEPS = 0.005
 """Seconds for commands between two steps, while somebody generates; what is left over then waits for the next."""
@@ -27,8 +26,8 @@ BETWEEN_STEPS = 0.005
 class Worker:
     """Commands in, answers out."""
 
-    def __init__(self, connection: socket.socket, turns: Turns | None = None) -> None:
-        self._connection, self._turns = connection, turns
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         self._sending = threading.Lock()
         self._together: list[bytes] | None = None  # what a step has to say, until it is over
         self._thread = threading.get_ident()
@@ -43,13 +42,10 @@ class Worker:
             self._take(wait=not self._step())
 
     def _step(self) -> bool:
-        """A step, when it is our turn; whether there was one to take."""
+        """A step; whether there was one to take. What it has to say goes out in one write."""
         self._together = []
         try:
-            if self._turns is None or not self._serving.busy:
-                return self._serving.step()
-            with self._turns:
-                return self._serving.step(crowded=self._turns.crowded)
+            return self._serving.step()
         finally:
             said, self._together = self._together, None
             if said:
@@ -109,8 +105,7 @@ class Worker:
             case "ping":
                 idle = self._idle and self._queue.empty()
                 beats = serving.beats + resource.getrusage(resource.RUSAGE_SELF).ru_majflt  # who waits for a disk gets on, too
-                waits = idle or (self._turns is not None and self._turns.waiting)
-                self._send({"beats": beats, "idle": waits, "expected": serving.expected})
+                self._send({"beats": beats, "idle": idle, "expected": serving.expected})
             case op:
                 if op in ("generate", "embed"):
                     generations.note(command)
@@ -124,7 +119,7 @@ class Worker:
 
 
 def main() -> None:
-    """Serve the daemon at the other end of the descriptor that is the first argument; the second is that of turns.py."""
+    """Serve the daemon at the other end of the descriptor that is the first argument."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group; the daemon says what becomes of us
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of weights would hide our death from the daemon for long
@@ -134,7 +129,7 @@ def main() -> None:
     steady_malloc()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    Worker(connection, Turns(int(sys.argv[2])) if len(sys.argv) > 2 else None).run()
+    Worker(connection).run()
 
 
 if __name__ == "__main__":

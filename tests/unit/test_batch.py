@@ -135,20 +135,6 @@ def test_a_prompt_alone_is_read_as_fast_as_the_engine_can(requests, monkeypatch)
     assert max(map(max, seen)) == requests.model.info.chunk == 64
 
 
-def test_a_prompt_is_read_in_turns_where_other_models_wait(requests, monkeypatch):
-    taken = sizes(monkeypatch)
-    requests.batch._a_prompt_token = batch.TURN / 20
-    requests.batch.crowded = True
-    requests.add("long", "x" * 100, max_tokens=1)
-    requests.batch._a_prompt_token = batch.TURN / 20
-    requests.batch.step()
-    assert max(taken[0]) == 20
-    requests.batch.crowded = False
-    requests.batch.step()
-    assert taken[1] == [44], "the rest of a chunk"
-    requests.finish()
-
-
 def test_more_requests_than_a_step_carries_take_turns(requests, monkeypatch):
     monkeypatch.setattr(batch, "MAX_PARTS", 3)
     seen = sizes(monkeypatch)

@@ -26,7 +26,7 @@ class Worker:
 
     alive: list[Worker] = []  # noqa: RUF012 - all there are
 
-    def __init__(self, told: Any, ended: Any, turns: int | None = None) -> None:
+    def __init__(self, told: Any, ended: Any) -> None:
         self.told, self.ended, self.pending, self.over, self.pid = told, ended, {}, False, 1
         self.allowance = self.running = self.kept = 0
         self.waiting: list[tuple[int, int]] = []

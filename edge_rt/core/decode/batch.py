@@ -33,8 +33,6 @@ WEIGHTS_COST = 3
 """Reading all weights takes a step about as long as the tokens of so many requests."""
 LEAST_PROMPT = 8
 """Prompt tokens in a step, whatever they cost: kernels take so many columns at once. More come in multiples of it."""
-TURN = 0.1
-"""Seconds that a step may take in which nobody decodes, where other engines wait for their turn."""
 LEAST_OTHER = 4
 """The same for other work between two steps, which reads all weights once more and so makes the wait longer."""
 
@@ -70,8 +68,6 @@ class Batch:
         self.expected: float | None = None
         """Seconds that the step under way should take, after those before it; None while there is none, or nothing to go by."""
         self._ahead = 0.0  # seconds that other work has had beyond its share
-        self.crowded = False
-        """Other engines wait for their turn on the same CPUs."""
 
     def __len__(self) -> int:
         return len(self._running)
@@ -129,7 +125,7 @@ class Batch:
         """Whose tokens the next step carries: the furthest behind first."""
         waiting = sorted((one for one in self._running if one.part is not None), key=lambda one: one.clock)
         decoding = [one for one in waiting if not _reads(one)]
-        room = self._prompt_tokens() if decoding else self._turn()
+        room = self._prompt_tokens() if decoding else self._engine.info.chunk
         chosen: list[tuple[Running, Part]] = []
         for one in waiting:
             if len(chosen) == MAX_PARTS:
@@ -156,19 +152,12 @@ class Batch:
         # Few different numbers: what the engine builds for a step then serves those after it.
         return max(least, most - most % max(LEAST_PROMPT, 1 << max(0, most.bit_length() - 3)))
 
-    def _turn(self) -> int:
-        """How many tokens a step may carry while nobody decodes."""
-        most = self._engine.info.chunk
-        if not self.crowded or not self._a_prompt_token:
-            return most
-        return max(LEAST_PROMPT, min(most, int(TURN / self._a_prompt_token)))
-
     def room(self) -> int:
         """Tokens that other work may feed to the engine now: while somebody decodes, about as many as a step may carry of prompts, and none
         as long as that work has taken more time than the steps.
         """
         if not self._somebody_decodes:
-            return self._turn()
+            return self._engine.info.chunk
         return 0 if self._ahead > 0 else self._prompt_tokens(LEAST_OTHER)
 
     def waited(self, seconds: float) -> None:
