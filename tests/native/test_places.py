@@ -8,7 +8,7 @@ import random
 import pytest
 
 from edge_rt.errors import OutOfMemory
-from edge_rt.native import memory, places
+from edge_rt.native import ggml, memory, places
 from edge_rt.native.memory import PAGE
 
 SIZE = 3 * PAGE
@@ -22,15 +22,13 @@ def test_pieces_lie_side_by_side_and_the_first_free_one_is_taken() -> None:
     assert places.take(SIZE) == taken[1]
     for one in (*taken[:3], taken[4]):
         places.give(one, SIZE)
-    assert SIZE not in places._ranges or not places._ranges[SIZE]
+    assert SIZE not in places._ranges, "the range goes with its last piece"
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_piece_is_taken_twice_and_each_is_zeroed(seed: int) -> None:
     """More than one range, in any order; what was written into one is in no other, nor in the next that lies there."""
     chance, held = random.Random(seed), dict[int, int]()
-    from edge_rt.native import ggml
-
     for number in range(200):
         if held and chance.random() < 0.45:
             address = chance.choice(sorted(held))
@@ -45,7 +43,7 @@ def test_no_piece_is_taken_twice_and_each_is_zeroed(seed: int) -> None:
             piece[:] = bytes([held[address]]) * SIZE
     for address in held:
         places.give(address, SIZE)
-    assert not places._ranges[SIZE]
+    assert SIZE not in places._ranges
 
 
 def test_what_cannot_be_had_is_an_error_and_leaves_the_place_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,5 +60,22 @@ def test_what_cannot_be_had_is_an_error_and_leaves_the_place_free(monkeypatch: p
     assert second == first + SIZE
     places.give(first, SIZE)
     places.give(second, SIZE)
-    with pytest.raises(OutOfMemory, match="address space"):
+    with pytest.raises(OutOfMemory, match="cannot get"):
         places.take(1 << 46)
+
+
+def test_where_addresses_are_short_each_piece_has_a_range_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = memory.reserve
+
+    def short(size: int, address: int | None = None) -> int:
+        if size > SIZE:
+            raise OutOfMemory("no such range")
+        return reserve(size, address)
+
+    monkeypatch.setattr(memory, "reserve", short)
+    taken = [places.take(SIZE) for _ in range(3)]
+    assert [one.places for one in places._ranges[SIZE]] == [1, 1, 1]
+    for address in taken:
+        ggml.memory_at(address, SIZE)[:] = b"x" * SIZE
+        places.give(address, SIZE)
+    assert SIZE not in places._ranges

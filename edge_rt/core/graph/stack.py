@@ -1,8 +1,8 @@
 """Sequences that decode one token each, as one: their caches lie at equal distances, so that one operation serves them all.
 
-Each still goes over its own cells with the kernels, and so to the bits, that it would go with alone. Products of many small matrices
-are one operation in ggml, whose threads meet after each: eight sequences take 13 operations a layer less seven eighths of the work of
-asking for them, and the heads of all are divided among threads, not those of one.
+Each still goes over its own cells with the kernels, and so to the bits, that it would go with alone. But products of many small matrices
+are one operation of ggml's, whose threads meet after each: a layer of eight sequences takes 17 operations instead of 59, and threads
+divide the heads of all among them, not those of one.
 """
 
 from __future__ import annotations
