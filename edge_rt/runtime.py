@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from edge_rt.core.assemble.pipeline import Pipeline
     from edge_rt.core.context.recall import Recall
+    from edge_rt.core.context.session_file import SavedSession
     from edge_rt.core.engine import Engine, EngineInfo, MemoryReport
     from edge_rt.guarded import PluginContextPolicy, PluginEmbedder
     from edge_rt.hooks import EngineOptions, Grade, Segment
@@ -297,12 +298,18 @@ class Model:
         self._sessions.add(session)
         return session
 
-    def restore(self, path: str | Path, *, context: int | None = None, owner: str = "") -> Session:
-        """Open a session saved with ``Session.save``. Raises SessionFileError if it is damaged or from another model, engine or adapter."""
+    def restore(
+        self, path: str | Path, *, context: int | None = None, owner: str = "", read: SavedSession | None = None
+    ) -> Session:  # fmt: skip
+        """Open a session saved with ``Session.save``; ``read``: what ``saved.read`` has made of the file, if it was read already.
+
+        Raises SessionFileError if it is damaged or from another model, engine or adapter.
+        """
         from edge_rt import saved
         from edge_rt.session import Session
 
-        sequence, history, adapter = saved.load(Path(path), self)
+        where = Path(path)
+        sequence, history, adapter = saved.place(read or saved.read(where, self), where, self)
         session = Session(self, sequence, history, context=context, owner=owner, adapter=adapter)
         self._sessions.add(session)
         return session

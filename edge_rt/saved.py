@@ -25,9 +25,13 @@ def save(path: Path, model: Model, sequence: int | None, history: History, adapt
     session_file.save(path, session_file.SavedSession(model.info.engine, model.file.key(), history, cells, made_with), durable=durable)
 
 
-def load(path: Path, model: Model) -> tuple[int | None, History, Adapter | None]:
-    """A saved session's sequence, history and adapter. Raises SessionFileError, and what opening the adapter raises."""
-    saved = session_file.load(path, engine=model.info.engine, model=model.file.key())
+def read(path: Path, model: Model) -> session_file.SavedSession:
+    """A saved session of this model. Raises SessionFileError."""
+    return session_file.load(path, engine=model.info.engine, model=model.file.key())
+
+
+def place(saved: session_file.SavedSession, path: Path, model: Model) -> tuple[int | None, History, Adapter | None]:
+    """Its sequence, history and adapter. Raises SessionFileError, and what opening the adapter raises."""
     adapter, engine = model.adapters.saved(*saved.adapter) if saved.adapter is not None else None, model.engine
     sequence = None
     with model.lock:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.core.context.session_file import not_saved
 from edge_rt.errors import OptionError, ProtocolError, SessionFileError, UserError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Store:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot save the session to {path}: {error.strerror}; choose another place or free space") from error
+            raise not_saved(path, error) from error
         if isinstance(source, Parked):
             _copied(self._path(name), path)
         else:
@@ -151,15 +152,14 @@ class Store:
 
         ``room`` says whether there is memory for so many cells; else it is parked at once.
         """
-        from edge_rt.core.context import session_file
+        from edge_rt import saved
 
-        saved = session_file.load(path, engine=self._model.info.engine, model=self._model.file.key())
-        cells, own = saved.history.cells, self._folder is not None and path == self._path(name)
-        del saved
+        read = saved.read(path, self._model)
+        cells = read.history.cells
         if self._folder is None or room(cells):
-            self.live[name] = self._model.restore(path, context=context, owner=owner)
+            self.live[name] = self._model.restore(path, context=context, owner=owner, read=read)
         else:
-            if not own:
+            if path != self._path(name):
                 _copied(path, self._path(name))
             self._is_parked(name, Parked(owner, context, cells))
         return cells
@@ -184,7 +184,7 @@ def _copied(source: Path, target: Path) -> None:
         os.replace(beside, target)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot save the session to {target}: {error.strerror}; choose another place or free space") from error
+        raise not_saved(target, error) from error
 
 
 def _private(folder: Path) -> Path:

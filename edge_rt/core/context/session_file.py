@@ -72,7 +72,12 @@ def save(path: Path, session: SavedSession, *, durable: bool = True) -> None:
     except OSError as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(f"cannot save the session to {path}: {error.strerror}; choose another place or free space") from error
+        raise not_saved(path, error) from error
+
+
+def not_saved(path: Path, error: OSError) -> UserError:
+    """The disk says no."""
+    return UserError(f"cannot save the session to {path}: {error.strerror}; choose another place or free space")
 
 
 def load(path: Path, *, engine: str, model: str) -> SavedSession:
