@@ -6,7 +6,7 @@ nobody runs out of memory in the middle of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -146,10 +146,7 @@ class Account:
 
     def free(self, wanted: int, but: str | None = None) -> bool:
         """Free shared beginnings, then park idle sessions (``but`` this one) until ``wanted`` more bytes fit; whether they do now."""
-        while self.over(wanted) > 0:
-            if not self._model.prefixes.drop() and not self._park(but):
-                return False
-        return True
+        return self._free(lambda: self.over(wanted), but)
 
     def over(self, more: int) -> int:
         """By how many bytes the allowance would be exceeded with ``more``."""
@@ -157,8 +154,11 @@ class Account:
 
     def free_for(self, asked: Need, name: str | None) -> bool:
         """The same for a request."""
-        while self.missing(asked, name) > 0:
-            if not self._model.prefixes.drop() and not self._park(name):
+        return self._free(lambda: self.missing(asked, name), name)
+
+    def _free(self, missing: Callable[[], int], but: str | None) -> bool:
+        while missing() > 0:
+            if not self._model.prefixes.drop() and not self._park(but):
                 return False
         return True
 

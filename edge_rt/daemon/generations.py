@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class Asked:
     credits: int
     pieces: bool = False
     name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     session: Session | None = None
     running: Running | None = None
     waiting: Waiting | None = None
@@ -175,7 +176,7 @@ class Generations:
         if one.name is not None:
             self._store.known(one.name)
         prompt, tools = _prompt(command), command.get("options", {}).get("tools") or ()
-        options = protocol.options(command.get("options", {}))
+        one.options = options = protocol.options(command.get("options", {}))
         # What it needs depends on its adapter, which is opened here if it is the first to ask for it.
         self._model.adapters.chosen(options.get("adapter"), options.get("adapter_scale", 1.0))
         if (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
@@ -188,7 +189,7 @@ class Generations:
         one, model = self._asked[command["id"]], self._model
         if one.unwanted:
             raise Cancelled(_DROPPED)
-        options: dict[str, Any] = protocol.options(command.get("options", {}))
+        options = one.options
         context = None if one.name is None else self._store.known(one.name).context
         asked = min(options.get("context") or context or model.info.max_context, model.info.max_context)
         drafts = 0

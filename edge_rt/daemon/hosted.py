@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.daemon.protocol import failure
 from edge_rt.daemon.supervisor import Spec, Supervisor
 from edge_rt.errors import ProtocolError
 
@@ -45,8 +46,12 @@ def foreseen(spec: Spec) -> Needs:
     size = Path(spec.model).stat().st_size
     limit = spec.options.get("memory")
     weights = min(size, limit) if limit else size
-    weights += sum(path.stat().st_size for path in map(Path, spec.options.get("adapters", {}).values()) if path.exists())
-    return Needs(weights, _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 16)
+    return Needs(weights + _adapter_bytes(spec), _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 16)
+
+
+def _adapter_bytes(spec: Spec) -> int:
+    """Of all adapters: a worker opens them when they are first asked for, and does not count them before."""
+    return sum(path.stat().st_size for path in map(Path, spec.options.get("adapters", {}).values()) if path.exists())
 
 
 class Hosted:
@@ -100,7 +105,7 @@ class Hosted:
         if self.supervisor.state == "ready" and self.supervisor.model is not None:
             opened = self.supervisor.model.pop("needs", None)
             if opened is not None:
-                self.needs = self.needs._replace(**opened)
+                self.needs = self.needs._replace(**{**opened, "weights": opened["weights"] + _adapter_bytes(self.spec)})
             self._tell(self, {"opened": True})
         elif self.supervisor.state in ("waiting", "failed"):
             self.used = 0
@@ -119,7 +124,7 @@ class Hosted:
         try:
             self.supervisor.call(command, partial(_settle, answer))
         except ProtocolError as error:
-            return {"error": {"code": error.code, "message": str(error)}}
+            return {"error": failure(error)}
         return await answer
 
     async def allow(self, allowance: int) -> None:
@@ -155,7 +160,7 @@ class Hosted:
         return {
             "name": self.name,
             "file": self.spec.model,
-            "worker": {"state": worker.state, "reason": worker.reason, "pid": worker.pid, "deaths": worker.deaths, **worker.phase},
+            "worker": worker.status(),
             "model": worker.model,
             "memory": {**self.needs._asdict(), "allowance": self.allowance if self.placed else 0, "used": self.used, "taken": self.taken},
             "requests": self.under_way,

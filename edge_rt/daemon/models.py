@@ -9,16 +9,17 @@ for which there is still no room waits, with a reason, until another is idle.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Coroutine, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_rt.core.load.heat import Heat
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.parking import Parking
 from edge_rt.daemon.process import Ended
 from edge_rt.daemon.supervisor import UNLOADED, Spec
+from edge_rt.daemon.tasks import Tasks
 from edge_rt.errors import OptionError, ProtocolError
 from edge_rt.sizes import shown
 
@@ -52,7 +53,7 @@ class Models:
         self._wants: dict[Hosted, int] = {}  # bytes, in the order in which they were asked for
         self._nudged = False
         self._task: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self.evictions = 0
         """How many models have left for others."""
         self._deaths = 0  # of models that are not known any more
@@ -93,9 +94,7 @@ class Models:
             if not self.default:
                 raise ProtocolError("no_model", f"the request names no model, and none is the default; name one of {self.names}")
             return self._known[self.default]
-        if name in self._known:
-            return self._known[name]
-        alike = [one for one in self if name in one.names]
+        alike = self._called(name)
         if len(alike) != 1:
             raise ProtocolError("no_model", f"there is no model {name:.80}; name one of {self.names}")
         return alike[0]
@@ -106,7 +105,10 @@ class Models:
 
     def named(self, name: str) -> Hosted | None:
         """The model of a name, else one whose file is called so."""
-        return self._known.get(name) or next((one for one in self if name in one.names), None)
+        return next(iter(self._called(name)), None)
+
+    def _called(self, name: str) -> list[Hosted]:
+        return [self._known[name]] if name in self._known else [one for one in self if name in one.names]
 
     @property
     def deaths(self) -> int:
@@ -159,7 +161,7 @@ class Models:
     def _cool(self, one: Hosted) -> None:
         """Nobody has asked anything for long."""
         if one.idle and one.supervisor.state == "ready":
-            self._spawn(self._cooled(one))
+            self._tasks.spawn(self._cooled(one))
 
     async def _cooled(self, one: Hosted) -> None:
         answer = await one.ask({"op": "cool"})
@@ -218,7 +220,7 @@ class Models:
             return
         needed, free = one.needs.total, max(0, self.free)
         message = f"the model {one.name} needs {shown(needed)} and {shown(free)} are free, as other models are in use; ask again later"
-        self._spawn(self.unload(one, Ended("out_of_memory", message, {"needed": needed, "available": free})))
+        self._tasks.spawn(self.unload(one, Ended("out_of_memory", message, {"needed": needed, "available": free})))
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -247,7 +249,7 @@ class Models:
         """Something may be possible that was not."""
         self._nudged = bool(self._wants)
         if self._nudged and self._task is None:
-            self._task = self._spawn(self._share())
+            self._task = self._tasks.spawn(self._share())
             self._task.add_done_callback(self._shared)
 
     def _shared(self, task: asyncio.Task[None]) -> None:
@@ -314,12 +316,6 @@ class Models:
         if one.idle and not one.leaving:  # nobody has asked meanwhile, or unloaded it
             self.evictions += 1
             await self.unload(one, LEFT)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 

@@ -84,10 +84,9 @@ def _tokenize(connection: Channel, request: Request, size: int) -> None:
 
 def _reload_rules(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
-    first, *others = connection.server.models.loaded() or [_hosted(connection, request)]
+    first, *_ = connection.server.models.loaded() or [_hosted(connection, request)]
     _pass_on(connection, request, size, first, {"op": "reload_rules"})
-    for one in others:  # all have the same file
-        one.supervisor.call({"op": "reload_rules"}, lambda message: None)
+    connection.server.reload_rules(but=first)
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

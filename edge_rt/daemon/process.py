@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.daemon.tasks import Tasks
 from edge_rt.errors import ProtocolError
 
 Took = Callable[[Message], None]
@@ -48,7 +49,7 @@ class Process(asyncio.Protocol):
         self.over = False
         """It has ended; ``ended`` is called in a moment."""
         self._gone = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         program = [sys.executable, "-m", "edge_rt.daemon.worker", str(theirs.fileno())]
@@ -61,7 +62,7 @@ class Process(asyncio.Protocol):
             raise
         finally:
             theirs.close()
-        self._spawn(self._connect(ours))
+        self._tasks.spawn(self._connect(ours))
 
     @property
     def pid(self) -> int:
@@ -91,12 +92,6 @@ class Process(asyncio.Protocol):
             self._early.append(data)
         elif not self._transport.is_closing():  # it has died, which we are told in a moment
             self._transport.write(data)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Keep a task while it runs: the loop does not."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, ours: socket.socket) -> None:
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
@@ -141,7 +136,7 @@ class Process(asyncio.Protocol):
         """It has ended, or does now."""
         if not self.over:
             self.over = True
-            self._spawn(self._bury())
+            self._tasks.spawn(self._bury())
 
     async def _bury(self) -> None:
         """Wait for the status, which comes a moment after the connection ends, then tell everybody."""

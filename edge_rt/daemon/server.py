@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
 from edge_rt.daemon.supervisor import Spec
+from edge_rt.daemon.tasks import Tasks
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Server:
         """How often what happened, since the start."""
         self.measures = Measures()
         self._started = time.time()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks = Tasks()
         self._exchange: asyncio.Task[None] | None = None  # of models
 
     @staticmethod
@@ -286,7 +287,7 @@ class Server:
 
         before = self.models.named(name_of(model, spec))
         self._idle(before)
-        self._exchange = self.spawn(work())
+        self._exchange = self.tasks.spawn(work())
 
     def unload_model(self, connection: Channel, request: Request, hosted: Hosted) -> None:
         """End a model's worker, and forget the model. Raises ProtocolError."""
@@ -297,19 +298,12 @@ class Server:
             self.models.forget(hosted)
             connection.answer(request.id, {})
 
-        self._exchange = self.spawn(work())
+        self._exchange = self.tasks.spawn(work())
 
     def _idle(self, hosted: Hosted | None) -> None:
         """Raises ProtocolError while a model's worker may not go, or another just does."""
         if (hosted is not None and not hosted.idle) or (self._exchange is not None and not self._exchange.done()):
             raise ProtocolError("busy", "requests are under way; wait for them, or cancel them")
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Let something go on; the loop itself keeps no task alive."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 
@@ -330,8 +324,10 @@ class Server:
 
     def health(self) -> str:
         """What the default model is at, in a word: ``asleep`` is one that comes into memory with its next request."""
-        state: str = self.status()["worker"]["state"]
-        return "draining" if self.draining else "asleep" if state == "none" and self.models.default else state
+        if self.draining:
+            return "draining"
+        state = self.models.find().supervisor.state if self.models.default else None
+        return "none" if state is None else "asleep" if state == "none" else state
 
     def metrics(self) -> Message:
         """Counts since the start."""
@@ -352,9 +348,11 @@ class Server:
         if "parked" in message:
             self.sessions.parked(message["parked"], Path(message["path"]))
 
-    def reload_rules(self) -> None:
-        """Read the rules again; whether that could be is in the status."""
+    def reload_rules(self, but: Hosted | None = None) -> None:
+        """Read the rules again, all have the same file; whether that could be is in the status. ``but``: who is asked already."""
         for one in self.models.loaded():  # others read them when they start
+            if one is but:
+                continue
             one.supervisor.call({"op": "reload_rules"}, lambda message: None)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -373,7 +371,7 @@ class Server:
 
     async def _quiet(self, seconds: float) -> None:
         until = self.now() + seconds
-        while (self._under_way or self._tasks) and self.now() < until:
+        while (self._under_way or self.tasks) and self.now() < until:
             await asyncio.sleep(0.02)
 
     def stop_listening(self) -> None:

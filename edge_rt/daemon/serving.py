@@ -155,10 +155,8 @@ class Serving:
         from edge_rt.daemon.facts import anonymous
 
         mapped, limit = self._opened.memory().weights_mapped, command["options"].get("memory")
-        adapters = sum(path.stat().st_size for path in map(Path, command["options"].get("adapters", {}).values()) if path.exists())
         process, held = anonymous(), self._account.held()
-        weights = (min(mapped, limit) if limit else mapped) + adapters  # those are opened later
-        found = {"weights": weights, "process": None if process is None else max(0, process - held)}
+        found = {"weights": min(mapped, limit) if limit else mapped, "process": None if process is None else max(0, process - held)}
         found["working"] = self._account.least() or None
         return {name: size for name, size in found.items() if size is not None}
 

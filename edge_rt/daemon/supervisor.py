@@ -64,6 +64,10 @@ class Supervisor:
         """Of the worker, None while there is none."""
         return self._process.pid if self._process else None
 
+    def status(self) -> Message:
+        """What is the case now."""
+        return {"state": self.state, "reason": self.reason, "pid": self.pid, "deaths": self.deaths, **self.phase}
+
     # ---- commands ----------------------------------------------------------------------------------------------------
 
     def call(self, command: Message, took: Took) -> int:
@@ -132,11 +136,6 @@ class Supervisor:
         """Hold commands until ``load``: the model is going to be loaded, and waits for something."""
         self.spec = spec
         self._set("waiting", why)
-
-    @property
-    def awaited(self) -> bool:
-        """Whether commands are held for a worker."""
-        return bool(self._held)
 
     async def unload(self, why: Ended = UNLOADED) -> None:
         """End the worker; what it is at gets an error."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.daemon import protocol
 from edge_rt.daemon.http.errors import wrong
-from edge_rt.daemon.http.request import IGNORED, checked
+from edge_rt.daemon.http.request import IGNORED, checked, headers
 from edge_rt.records import singles
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Embedding:
     def _heard(self, message: Message) -> None:
         """An embedding, or the end. Raises ApiError, ProtocolError."""
         if "event" not in message:
-            self._exchange.connection.respond(200, self._answer(), "application/json", self._headers())
+            self._exchange.connection.respond(200, self._answer(), "application/json", headers(self._asked.ignored))
             return
         row = message["embedding"]
         wanted = self._asked.dimensions
@@ -102,9 +102,6 @@ class Embedding:
         usage = {"prompt_tokens": self._tokens, "total_tokens": self._tokens}
         rest = json.dumps({"model": self._model, "usage": usage}, ensure_ascii=False, separators=(",", ":"))
         return f'{{"object":"list","data":[{",".join(self._data)}],{rest[1:]}'.encode()
-
-    def _headers(self) -> tuple[tuple[str, str], ...]:
-        return (("Edge-RT-Ignored", ", ".join(self._asked.ignored)),) if self._asked.ignored else ()
 
 
 def _packed(row: Sequence[float]) -> str:

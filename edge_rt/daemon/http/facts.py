@@ -26,7 +26,7 @@ def with_memory(exchange: Exchange, work: Callable[[dict[str, Message]], None]) 
 
     waiting = [exchange]
     exchange.left = waiting.clear
-    server.spawn(go_on())
+    server.tasks.spawn(go_on())
 
 
 def status(exchange: Exchange) -> None:

@@ -248,3 +248,8 @@ def through(asked: Asked, model: str, adapter: str) -> Asked:
     if options.get("adapter", adapter) != adapter:
         raise wrong("edge_rt.adapter", "the model and edge_rt.adapter name different adapters; give one of them")
     return asked._replace(fields={**asked.fields, "model": model, "options": {**options, "adapter": adapter}})
+
+
+def headers(ignored: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Of the answer: which fields of the request changed nothing."""
+    return (("Edge-RT-Ignored", ", ".join(ignored)),) if ignored else ()

@@ -69,7 +69,7 @@ def _preflight(exchange: Exchange) -> None:
 def _health(exchange: Exchange) -> None:
     """200 if a request would be answered now, or as soon as the model is back in memory; else the phase."""
     server = exchange.server
-    worker, status = server.status()["worker"], server.health()
+    status, worker = server.health(), server.models.find().supervisor.status() if server.models.default else {}
     found = {"status": status, **{name: worker[name] for name in ("reason", "phase", "done", "total") if worker.get(name)}}
     ready = status in ("ready", "asleep")
     exchange.connection.respond_json(found, 200 if ready else 503, () if ready else TRY_AGAIN)
@@ -123,7 +123,7 @@ def _named(server: Server, name: str | None) -> tuple[Hosted, str | None]:
 def _answering(server: Server, name: str | None) -> tuple[Hosted, str | None]:
     """The same, if it can answer soon. Raises ApiError while it is being opened and nobody waits for it yet."""
     hosted, adapter = _named(server, name)
-    worker = hosted.status()["worker"]
+    worker = hosted.supervisor.status()
     if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
         share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
         message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
@@ -147,8 +147,7 @@ def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange) -> No
     hosted, adapter = _answering(exchange.server, asked.model)
     if adapter is not None:
         asked = request.through(asked, hosted.name, adapter)
-    headers = (("Edge-RT-Ignored", ", ".join(asked.ignored)),) if asked.ignored else ()
-    _Generation(exchange, asked, hosted.name, _called(hosted, adapter), headers).start()
+    _Generation(exchange, asked, hosted.name, _called(hosted, adapter), request.headers(asked.ignored)).start()
 
 
 class _Generation:
