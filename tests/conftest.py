@@ -121,3 +121,10 @@ def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Any]]
     yield make
     for model in opened:
         model.close()
+
+
+@pytest.fixture
+def client(daemon: Any) -> Iterator[Any]:
+    """A client of the ``daemon`` that a test module starts."""
+    with daemon.client() as found:
+        yield found

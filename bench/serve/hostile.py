@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
-import socket
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from bench import models
 from bench.results import Result, Settings
 from bench.serve.attacks import ATTACKS, attack
-from bench.serve.served import GREEDY, Held, Served, held, quantile, say, wait_for, worker
+from bench.serve.served import GREEDY, Held, Served, free_port, held, quantile, say, wait_for, worker
 from bench.serve.tally import Tally
 from edge_rt.daemon.client import Client
 from edge_rt.errors import DaemonError
@@ -94,8 +93,7 @@ class Hurt(NamedTuple):
 
 def run(settings: Settings) -> list[Result]:
     """One attack after another on one daemon."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     name = f"edge-rt-bench-{secrets.token_hex(8)}"
     config = f'users = ["{os.getuid()}", "{_KNOWN}"]\n[http]\nopen = true\nlisten = ["tcp:127.0.0.1:{port}"]\n'
     model = models.smollm2(settings, "Q4_1")

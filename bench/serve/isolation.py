@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import edge_rt
 from bench import models
 from bench.results import Result, Settings
 from bench.serve.conversations import KEYS, Conversation, Refused, Turn, begin, metrics
-from bench.serve.served import NO_RATE, Served, quantile, worker
+from bench.serve.served import NO_RATE, Served, free_port, quantile, worker
 from bench.serve.tally import Tally
 from edge_rt.daemon.client import Client
 from edge_rt.errors import DaemonError
@@ -184,8 +183,7 @@ _OFTEN = (10, 2, 2, 3, 3)
 def run(settings: Settings) -> list[Result]:
     """Turns, several at a time; then every answer is looked at by a fresh process."""
     turns, model = settings.items or settings.pick(TURNS, 48), models.smollm2(settings, "Q4_1")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     config = f'key_file = "tcp.key"\n{NO_RATE}[http]\nkey_file = "http.key"\n'
     daemon = Served(model, "-c", str(_CONTEXT), "--listen", f"tcp:127.0.0.1:{port}", http=True, config=config)
     for name, key in KEYS.items():

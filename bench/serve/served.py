@@ -69,6 +69,12 @@ def refused(config: str) -> str | None:
     return None
 
 
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens at just now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
 class Served:
     """The daemon; a context manager, in which it listens. ``asked`` is the time at which it was started (``time.perf_counter``)."""
 

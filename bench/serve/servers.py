@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import IO, NamedTuple
 from bench.processes import PROGRAMS
 from bench.results import OURS, Settings
 from bench.serve.chats import Chat, HttpChat, OwnChat, prompt, talk
-from bench.serve.served import Served
+from bench.serve.served import Served, free_port
 
 SLOTS, CONTEXT = 8, 4096
 """Sessions at once, and cells of each."""
@@ -85,7 +84,7 @@ def line_up(path: Path, settings: Settings) -> Iterator[LineUp]:
 @contextlib.contextmanager
 def ours(path: Path, threads: int) -> Iterator[tuple[Serving, Serving]]:
     """The daemon, as one asks it over HTTP and over its socket."""
-    port = _free_port()
+    port = free_port()
     config = f'[http]\nlisten = ["tcp:127.0.0.1:{port}"]\nopen = true\n'
     with Served(path, "--threads", str(threads), "--ctx", str(CONTEXT), config=config) as daemon:
         daemon.ready().close()
@@ -113,7 +112,7 @@ def _name(command: Sequence[str]) -> str:
 def llama_server(command: Sequence[str], path: Path, threads: int, variant: Variant) -> Iterator[Serving]:
     """llama.cpp's server in one setting. Raises RuntimeError if it does not start."""
     more = {"ignore_eos": True, "samplers": ["temperature"]}  # temperature 0 takes the likeliest; other samplers would only cost time
-    flash, port = "on" if variant.flash else "off", _free_port()
+    flash, port = "on" if variant.flash else "off", free_port()
     if len(command) > 1:
         cells, weights = "unified" if variant.unified else "apart", "repacked" if variant.repack else "plain"
         program = [*command, str(path), str(port), str(threads), str(CONTEXT), str(SLOTS), flash, cells, weights]
@@ -187,11 +186,6 @@ def _wait(process: subprocess.Popen[bytes], port: int) -> None:
                 return
         time.sleep(0.1)
     raise RuntimeError(f"a server was not ready within {_STARTS_WITHIN:g} s")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def _cpu_seconds(pid: int) -> float:

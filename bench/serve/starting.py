@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -16,7 +15,7 @@ from statistics import median
 from bench import models, pages
 from bench.processes import PROGRAMS
 from bench.results import OURS, Result, Settings
-from bench.serve.served import NO_RATE, Served, listen, milliseconds, user, wait_for, worker
+from bench.serve.served import NO_RATE, Served, free_port, listen, milliseconds, user, wait_for, worker
 from bench.timing import spread
 
 LIMIT = 0.3
@@ -109,8 +108,7 @@ def _ours(model: Path, threads: int) -> Times:
 def _llama(python: Path, model: Path, threads: int) -> Times:
     """The same of llama-server, over HTTP, which is what it has. Raises RuntimeError."""
     found: Times = {}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     words = [str(python), str(PROGRAMS / "llama_server_start.py"), str(model), str(port), str(threads), str(_CONTEXT)]
     asked = time.perf_counter()
     with _process(words) as process:

@@ -11,6 +11,7 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
+from bits import feed, random_tokens, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Reference
@@ -71,25 +72,10 @@ def adapter_for(model: Path, folder: Path, seed: int = 0, **measures: Any) -> Pa
         return write_random_adapter(folder / f"adapter-{seed}.gguf", file.header, seed=seed, **measures)
 
 
-def feed(engine: GgmlEngine, sequence: int, tokens: list[int]) -> Any:
-    (logits,) = engine.step([Part(sequence, tokens, "all")])
-    return np.array(logits)
-
-
 def adapted(engine: GgmlEngine, adapter: int | None, scale: float = 1.0) -> int:
     sequence = engine.new_sequence()
     engine.adapt(sequence, adapter, scale)
     return sequence
-
-
-def random_tokens(engine: GgmlEngine, n: int, seed: int = 0) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed).integers(0, engine.info.n_vocab, n)]
-
-
-def same_bits(ours: Any, theirs: Any) -> None:
-    assert np.isfinite(theirs).all()
-    assert theirs.std() > 1e-3
-    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
 # ---- one adapter -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bits import feed, random_tokens, same_bits
 from reference import Reference
 
 from edge_rt.core.engine import Part
@@ -53,23 +54,6 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
 def libllama_like(engine: GgmlEngine, path: Path, **options: Any) -> Reference:
     """libllama with the engine's layouts: float weights, which it would put among the packed ones, are never packed here."""
     return Reference(path, layouts=None if any(unit.packed for unit in engine.units()) else (), **options)
-
-
-def feed(engine: GgmlEngine, sequence: int, tokens: list[int]) -> Any:
-    """Logits of every token, as a copy."""
-    (logits,) = engine.step([Part(sequence, tokens, "all")])
-    return np.array(logits)
-
-
-def random_tokens(engine: GgmlEngine, n: int, seed: int = 0) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed).integers(0, engine.info.n_vocab, n)]
-
-
-def same_bits(ours: Any, theirs: Any) -> None:
-    """Equal to the last bit, and not trivially so."""
-    assert np.isfinite(theirs).all()
-    assert theirs.std() > 1e-3
-    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
 @pytest.fixture(params=MODELS, ids=list(MODELS))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bits import random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +34,6 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
     given = {"threads": 1, "context": 1024, "extra": {"ggml.transposed_values": False}, **options}
     with ModelFile.open(path) as file, closing(GgmlEngine(file, EngineOptions(**given))) as engine:
         yield engine
-
-
-def random_tokens(engine: GgmlEngine, n: int, seed: int = 0) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed).integers(0, engine.info.n_vocab, n)]
 
 
 def feed(engine: GgmlEngine, sequence: int, tokens: list[int], size: int | None = None) -> Any:

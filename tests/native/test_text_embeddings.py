@@ -12,6 +12,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
+from bits import random_tokens, same_bits
 from reference import _QUIET
 
 import edge_rt
@@ -71,17 +72,6 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
     given = {"threads": 1, "context": 512, "pack": False, "extra": {"ggml.transposed_values": False}, **options}
     with ModelFile.open(path) as file, closing(GgmlEngine(file, EngineOptions(**given))) as engine:
         yield engine
-
-
-def random_tokens(engine: Engine, n: int, seed: int = 0) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed).integers(0, engine.info.n_vocab, n)]
-
-
-def same_bits(ours: Any, theirs: Any) -> None:
-    """Equal to the last bit, and not trivially so."""
-    assert np.isfinite(theirs).all()
-    assert theirs.std() > 1e-3
-    np.testing.assert_array_equal(np.asarray(ours).view(np.uint32), theirs.view(np.uint32))
 
 
 @pytest.fixture(params=MODELS, ids=list(MODELS))

@@ -48,12 +48,6 @@ listen = ["{folder}/h.sock"]
         yield found
 
 
-@pytest.fixture
-def client(daemon):
-    with daemon.client() as found:
-        yield found
-
-
 @pytest.fixture(scope="module")
 def peer(daemon):
     return Peer(str(daemon.folder / "h.sock"))

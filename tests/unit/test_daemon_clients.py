@@ -32,12 +32,6 @@ def daemon(tmp_path_factory, random_model):
         yield found
 
 
-@pytest.fixture
-def client(daemon):
-    with daemon.client() as found:
-        yield found
-
-
 def text(events):
     return "".join(event.text for event in events if isinstance(event, Delta))
 

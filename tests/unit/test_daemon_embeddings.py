@@ -258,12 +258,6 @@ def daemon(tmp_path_factory, random_model):
         yield found
 
 
-@pytest.fixture
-def client(daemon):
-    with daemon.client() as found:
-        yield found
-
-
 def quiet(client):
     until = time.monotonic() + 20
     while client.status()["server"]["requests"]:
