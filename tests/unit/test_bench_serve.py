@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import random
 import threading
@@ -42,7 +43,8 @@ def test_a_tally_counts_and_shows_what_failed() -> None:
 
 def test_what_a_process_holds() -> None:
     before = held(os.getpid())
-    kept = bytearray(os.urandom(8 * MIB))
+    kept = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may have as much left from earlier tests
+    kept.write(os.urandom(8 * MIB))
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
