@@ -11,7 +11,8 @@ from edge_rt.core.context.kv import padded
 from edge_rt.core.decode.governor import Governor
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.ggml_sequences import Decoding, GgmlSequences
-from edge_rt.core.graph.common import FLASH_FROM, SlotShape
+from edge_rt.core.graph.attention import FLASH_FROM
+from edge_rt.core.graph.common import SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns

@@ -14,7 +14,7 @@ from reference import Reference
 
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph.common import TILES_FROM
+from edge_rt.core.graph.attention import TILES_FROM
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.hooks import EngineOptions

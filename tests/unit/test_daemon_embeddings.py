@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import edge_rt
 from edge_rt.core.decode import batch as batch_module
-from edge_rt.core.decode.batch import LEAST_OTHER, Batch
+from edge_rt.core.decode.batch import LEAST, Batch
 from edge_rt.daemon import embeddings as module
 from edge_rt.daemon.account import Account
 from edge_rt.daemon.aclient import AsyncClient
@@ -229,9 +229,9 @@ def test_room_beside_a_batch(decoding, token, other):
     batch = Batch(NullEngine(), None)
     assert batch.room() == 64, "a whole chunk while nobody decodes"
     batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
-    assert batch.room() == LEAST_OTHER, "as long as nothing was measured"
+    assert batch.room() == LEAST, "as long as nothing was measured"
     batch._decoding, batch._a_prompt_token = {1: decoding}, token
-    assert LEAST_OTHER <= batch.room() <= 64
+    assert LEAST <= batch.room() <= 64
     batch.waited(other)
     assert batch.room() == 0
     batch._learn([], other / 2)

@@ -31,10 +31,10 @@ STRETCH = 2.25
 """How much longer than with all decoding a step with prompt tokens may take while anyone decodes."""
 WEIGHTS_COST = 3
 """Reading all weights takes a step about as long as the tokens of so many requests."""
-LEAST_PROMPT = 8
-"""Prompt tokens in a step, whatever they cost: kernels take so many columns at once. More come in multiples of it."""
-LEAST_OTHER = 4
-"""The same for other work between two steps, which reads all weights once more and so makes the wait longer."""
+LEAST = 4
+"""Prompt tokens in a step, or tokens of other work between two, whatever they cost: kernels take so many columns at once. More come in
+multiples of it. Behind 2,000 cells eight are half as much again as ``STRETCH`` allows (135M, two threads).
+"""
 
 Deliver = Callable[[Event], bool]
 """Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``, unless it was cancelled: the few
@@ -142,15 +142,15 @@ class Batch:
         # In the same order every time: an engine may keep what it built for a step of these sequences.
         return sorted(chosen, key=lambda entry: entry[1].sequence)
 
-    def _prompt_tokens(self, least: int = LEAST_PROMPT) -> int:
+    def _prompt_tokens(self) -> int:
         """How many prompt tokens a step may carry while somebody decodes."""
         if not self._decoding or not self._a_prompt_token:
-            return least
+            return LEAST
         waiting = [one for one in self._running if one.part is not None]
         long = STRETCH * self._seconds(len(waiting)) - self._seconds(sum(not _reads(one) for one in waiting))
         most = min(self._engine.info.chunk, max(0, int(long / self._a_prompt_token)))
         # Few different numbers: what the engine builds for a step then serves those after it.
-        return max(least, most - most % max(LEAST_PROMPT, 1 << max(0, most.bit_length() - 3)))
+        return max(LEAST, most - most % max(LEAST, 1 << max(0, most.bit_length() - 3)))
 
     def room(self) -> int:
         """Tokens that other work may feed to the engine now: while somebody decodes, about as many as a step may carry of prompts, and none
@@ -158,7 +158,7 @@ class Batch:
         """
         if not self._somebody_decodes:
             return self._engine.info.chunk
-        return 0 if self._ahead > 0 else self._prompt_tokens(LEAST_OTHER)
+        return 0 if self._ahead > 0 else self._prompt_tokens()
 
     def waited(self, seconds: float) -> None:
         """Other work took so long since the last step."""

@@ -10,17 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from edge_rt.core.graph import lora, stack
+from edge_rt.core.graph import attention, lora, stack
 from edge_rt.core.graph.hyper import Hyper, Rope
 from edge_rt.native import ggml
 
 c = ggml.c
-FLASH_FROM = 9
-"""Tokens of one sequence from which they go through attention together. Fewer go one by one if all are to have logits, as drafts are."""
-TILES_FROM = 64
-"""Tokens from which ggml's flash attention takes many queries at once. Up to there it goes query by query, which is as slow for each as
-it is when decoding: 63 tokens behind 1,500 cells took ten times as long as 64 (135M, one thread, AVX-512).
-"""
 
 
 class Weights(Protocol):
@@ -75,7 +69,7 @@ class SlotShape(NamedTuple):
     @property
     def together(self) -> bool:
         """Whether the tokens go through attention together (prefill) or one by one (decode)."""
-        return self.sequences == 1 and (self.tokens >= FLASH_FROM or self.tokens > max(1, self.rows))
+        return self.sequences == 1 and (self.tokens >= attention.FLASH_FROM or self.tokens > max(1, self.rows))
 
 
 class SlotInputs(NamedTuple):
@@ -89,11 +83,6 @@ class SlotInputs(NamedTuple):
     elements: int
     mask: int
     columns: int = 0
-
-
-def wants_flash(shape: SlotShape, cache: KvView) -> bool:
-    """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
-    return not cache.transposed or (shape.sequences == 1 and shape.tokens >= TILES_FROM)
 
 
 class Inputs(NamedTuple):
@@ -131,7 +120,7 @@ class Builder:
     buffers: Mapping[tuple[int, ...], int] = field(default_factory=dict)
     segments: list[Segment] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
-    _masks: dict[int, int] = field(default_factory=dict)
+    masks: dict[int, int] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -141,7 +130,7 @@ class Builder:
     def begin(self, unit: str) -> None:
         """Start the first graph, or in split mode one more."""
         if self.split or not self.segments:
-            self._masks.clear()  # what one graph computed does not outlive it
+            self.masks.clear()  # what one graph computed does not outlive it
             self.segments.append(Segment(c.new_graph_custom(self.ctx, self.graph_size, False), unit))
 
     def border(self, x: int, unit: str) -> int:
@@ -273,7 +262,7 @@ class Builder:
         nb = ggml.fields(x).nb
         return int(c.view_3d(self.ctx, x, self.hyper.head_dim, tokens, self.hyper.n_head_kv, nb[2], nb[1], nb[2] * first))
 
-    def _queries(self, q: int, first: int, tokens: int) -> int:
+    def queries(self, q: int, first: int, tokens: int) -> int:
         """Some tokens of queries [D, H, T]: [D, H, tokens]."""
         nb = ggml.fields(q).nb
         return int(c.view_3d(self.ctx, q, self.hyper.head_dim, self.hyper.n_head, tokens, nb[1], nb[2], nb[2] * first))
@@ -285,88 +274,17 @@ class Builder:
             if cache.members:
                 outputs.append(stack.attend(self, layer, q, first, shape, slot, cache))
             else:
-                own = self._queries(q, first, shape.tokens) if len(self.shapes) > 1 else q
-                outputs.append(self._attend_one(layer, own, shape, slot, cache))
+                own = self.queries(q, first, shape.tokens) if len(self.shapes) > 1 else q
+                outputs.append(attention.attend(self, layer, own, shape, slot, cache))
             first += shape.tokens
-        return self._side_by_side(outputs)
+        return self.side_by_side(outputs)
 
-    def _side_by_side(self, columns: Sequence[int]) -> int:
+    def side_by_side(self, columns: Sequence[int]) -> int:
         """Join [E, a], [E, b], ... to [E, a + b + ...]."""
         joined = columns[0]
         for column in columns[1:]:
             joined = c.concat(self.ctx, joined, column, 1)
         return joined
-
-    def _attend_one(self, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KvView) -> int:
-        """Attention of one sequence's queries [D, H, t] over its cells; returns [H*D, t]."""
-        h, ctx = self.hyper, self.ctx
-        key = c.row_size(cache.key_type, h.head_dim)
-        k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, key, key * cache.capacity, 0)  # [D, N, G]
-        v = self._values(layer, shape, cache)
-        if shape.together and not wants_flash(shape, cache):
-            return self.matmuls(q, k, v, slot.mask)
-        if shape.together:
-            rows = c.cont(ctx, c.transpose(ctx, v)) if cache.transposed else v  # [D, N, G]
-            return self.flash(q, k, rows, slot.mask, shape.tokens)
-        # Each token as if alone: a product over several queries may add up in another order, and drafts must not change a bit.
-        if not cache.transposed:
-            return self.flash(q, k, v, slot.mask, 1) if shape.tokens == 1 else self._flash_each(q, k, v, slot.mask, shape)
-        columns, row = [], 4 * shape.cells
-        for i in range(shape.tokens):
-            mask = c.view_2d(ctx, slot.mask, shape.cells, 1, row, row * i)
-            columns.append(self.matmuls(self._queries(q, i, 1), k, v, mask))
-        return self._side_by_side(columns)
-
-    def _values(self, layer: int, shape: SlotShape, cache: KvView) -> int:
-        """Cached values by head: [D, N, G], or [N, D, G] where they are transposed."""
-        h = self.hyper
-        if cache.transposed:
-            row = 2 * cache.capacity
-            return int(c.view_3d(self.ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv, row, row * h.head_dim, 0))
-        row = 2 * h.head_dim
-        return int(c.view_3d(self.ctx, cache.values[layer], h.head_dim, shape.cells, h.n_head_kv, row, row * cache.capacity, 0))
-
-    def flash(self, q: int, k: int, v: int, mask: int, columns: int) -> int:
-        """Flash attention of queries [D, H, t, S] over keys and values [D, N, G, S], t or S 1; returns [H*D, columns]."""
-        h, ctx = self.hyper, self.ctx
-        out = c.flash_attn_ext(ctx, c.permute(ctx, q, 0, 2, 1, 3), k, v, mask, h.attention_scale, 0.0, 0.0)  # [D, H, t, S]
-        c.prec_set_acc(out, ggml.PRECISION_F32)
-        return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, columns))
-
-    def _flash_each(self, q: int, k: int, v: int, mask: int, shape: SlotShape) -> int:
-        """The same for several tokens, each exactly as if alone: the tokens of a group's heads count as so many heads of one token."""
-        h, ctx, n = self.hyper, self.ctx, shape.tokens
-        group, nb = h.n_head // h.n_head_kv, ggml.fields(q).nb
-        size = 4 * h.head_dim
-        by_token = c.view_4d(ctx, q, h.head_dim, group, h.n_head_kv, n, size, size * group, nb[2], 0)
-        by_group = c.cont(ctx, c.permute(ctx, by_token, 0, 1, 3, 2))  # [D, group, tokens, G]
-        heads = c.reshape_3d(ctx, by_group, h.head_dim, 1, h.n_head * n)
-        out = c.flash_attn_ext(ctx, heads, k, v, self._mask_each(mask, group, shape), h.attention_scale, 0.0, 0.0)
-        c.prec_set_acc(out, ggml.PRECISION_F32)
-        by_group = c.view_4d(ctx, out, h.head_dim, group, n, h.n_head_kv, size, size * group, size * group * n, 0)
-        by_token = c.cont(ctx, c.permute(ctx, by_group, 0, 1, 3, 2))
-        return int(c.reshape_2d(ctx, by_token, h.n_head * h.head_dim, n))
-
-    def _mask_each(self, mask: int, group: int, shape: SlotShape) -> int:
-        """A mask [N, t] as [N, 1, t * group], each row as often as a group has heads; made once for all layers."""
-        found = self._masks.get(mask)
-        if found is None:
-            rows = c.reshape_3d(self.ctx, mask, shape.cells, 1, shape.tokens)
-            repeated = c.repeat_4d(self.ctx, rows, shape.cells, group, shape.tokens, 1)
-            found = self._masks[mask] = int(c.reshape_3d(self.ctx, repeated, shape.cells, 1, group * shape.tokens))
-        return found
-
-    def matmuls(self, q: int, k: int, v: int, mask: int) -> int:
-        """Attention of queries [D, H, t, S] over keys [D, N, G, S] and transposed values [N, D, G, S], t or S 1; returns [H*D, t*S]."""
-        h, ctx = self.hyper, self.ctx
-        tokens, sequences = ggml.fields(q).ne[2:4]
-        scores = c.mul_mat(ctx, k, c.permute(ctx, q, 0, 2, 1, 3))  # [N, t, H, S]
-        c.prec_set_acc(scores, ggml.PRECISION_F32)
-        weights = c.soft_max_ext(ctx, scores, mask, h.attention_scale, 0.0)
-        out = c.mul_mat(ctx, v, weights)  # [D, t, H, S]
-        if tokens > 1:
-            return int(c.cont_2d(ctx, c.permute(ctx, out, 0, 2, 1, 3), h.n_head * h.head_dim, tokens))
-        return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, sequences))
 
     def wanted_rows(self, x: int) -> int:
         """Keep only the rows that get logits."""

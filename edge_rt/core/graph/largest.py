@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from edge_rt.core.graph.common import FLASH_FROM, TILES_FROM, KvView, SlotShape, Weights
+from edge_rt.core.graph.attention import FLASH_FROM, TILES_FROM
+from edge_rt.core.graph.common import KvView, SlotShape, Weights
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.core.graph.lora import Applied
 from edge_rt.core.graph.step import StepGraph, description_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edge_rt.core.graph.attention import flash, matmuls
 from edge_rt.native import ggml
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def attend(b: Builder, layer: int, q: int, first: int, shape: SlotShape, slot: S
     by_cell = (h.head_dim, shape.cells, h.n_head_kv, n)
     k = _over(b, stack.keys[layer], by_cell, stack)
     v = _over(b, stack.values[layer], (shape.cells, h.head_dim, h.n_head_kv, n) if stack.transposed else by_cell, stack)
-    return b.matmuls(own, k, v, slot.mask) if stack.transposed else b.flash(own, k, v, slot.mask, n)
+    return matmuls(b, own, k, v, slot.mask) if stack.transposed else flash(b, own, k, v, slot.mask, n)
 
 
 def _over(b: Builder, tensor: int, shape: tuple[int, ...], stack: KvView) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.graph import decoder, lora, stack
-from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights, wants_flash
+from edge_rt.core.graph.attention import wants_flash
+from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import OutOfMemory
 from edge_rt.native import ggml
