@@ -64,17 +64,14 @@ class Soak:
         chance = random.Random(seed)
         try:
             _TURNS[what](self, one, chance)
-        except Refused as error:
+        except (Refused, DaemonError) as error:
             self.heard(one, str(error))
-            self._mend(one, error.code)
-        except DaemonError as error:
-            self.heard(one, str(error))
-            self._mend(one, error.code)
+            self._mend(one, error)
 
-    def _mend(self, one: Conversation, code: str) -> None:
-        self.did[f"({code})"] += 1
-        self.tally.check("errors as expected", code in _EXPECTED, f"{one.user}: {code}")
-        if code == "session_lost":
+    def _mend(self, one: Conversation, error: Refused | DaemonError) -> None:
+        self.did[f"({error.code})"] += 1
+        self.tally.check("errors as expected", error.code in _EXPECTED, f"{one.user}: {error.code}: {error}")
+        if error.code == "session_lost":
             one.open()
 
     def _took(self, one: Conversation, turn: Turn) -> None:
@@ -130,7 +127,7 @@ class Soak:
         try:
             turn = one.fresh(other.messages)
         except Refused as error:
-            self._mend(one, error.code)
+            self._mend(one, error)
             return
         self.tally.check("0 tokens reused of another user's", turn.reused == 0, f"{one.user} asked {other.user}'s: {turn.reused}")
         if one.client is None or other.session is None:
@@ -164,7 +161,7 @@ class Soak:
                 turn = one.fresh(one.messages[:2])
                 self.tally.check("one's own beginning reused", turn.reused >= 16, f"{turn.reused} tokens")
             except Refused as error:
-                self._mend(one, error.code)
+                self._mend(one, error)
         one.close()
         self.conversations[index] = self._new(kind)
 
