@@ -41,6 +41,7 @@ from edge_rt.core.engine import (
     TellsProgress,
     Wanted,
 )
+from edge_rt.device_profile import Cache, Cores, HasProfile, Health, Profile, TellsHealth
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -135,7 +136,10 @@ class Refusal(NamedTuple):
 
 @runtime_checkable
 class Device(Protocol):
-    """Hardware that can run a model. ``probe`` must have no side effects and return in well under a second."""
+    """Hardware that can run a model. ``probe`` must have no side effects and return in well under a second.
+
+    What only some devices can is in protocols of its own: HasProfile, TellsHealth.
+    """
 
     @property
     def name(self) -> str:
@@ -314,6 +318,7 @@ __all__ = [
     "AhoCorasick",
     "AppliesAdapters",
     "Basis",
+    "Cache",
     "Cancelled",
     "Candidate",
     "CodeSpans",
@@ -321,6 +326,7 @@ __all__ = [
     "ContextOverflow",
     "ContextPolicy",
     "Contribution",
+    "Cores",
     "CountsWork",
     "Device",
     "EdgeError",
@@ -334,6 +340,8 @@ __all__ = [
     "Grade",
     "GraderFactory",
     "HandlesCut",
+    "HasProfile",
+    "Health",
     "HoldsText",
     "HookSpecs",
     "Logits",
@@ -352,6 +360,7 @@ __all__ = [
     "PostProcessor",
     "PostProcessorFactory",
     "PredictsMemory",
+    "Profile",
     "Pruned",
     "PrunesCells",
     "Refusal",
@@ -361,6 +370,7 @@ __all__ = [
     "Run",
     "Segment",
     "SessionFileError",
+    "TellsHealth",
     "TellsProgress",
     "UnsupportedModel",
     "UserError",
