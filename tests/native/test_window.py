@@ -584,6 +584,30 @@ def test_positions_never_pass_what_the_model_was_trained_for(open_null: Callable
     assert 100 < highest <= 128
 
 
+def test_what_comes_back_among_pruned_cells_leaves_room_for_all_that_is_fed_again(
+    open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    model = open_null("ok", context=4096)  # so that positions are no limit
+    most, step, length = 0, model.engine.step, model.engine.length
+
+    def watched(parts: Any) -> Any:
+        nonlocal most
+        found = step(parts)
+        most = max(most, *(length(part.sequence) for part in parts))
+        return found
+
+    monkeypatch.setattr(model.engine, "step", watched)
+    messages = [say("user", "zebras vex quick fjords"), say("assistant", "Yes."), *talk(7, 20)[1:-1]]
+    with model.session(context=256) as session:
+        for text, prune in (("go on", None), ("17 + 4?", Pruning(60)), ("zebras vex quick fjords?", None)):
+            messages.append(say("user", text))
+            use = done_of(list(session.generate(messages, max_tokens=4, prune=prune, **GREEDY))).context
+            messages.append(say("assistant", "ok"))
+        assert use.recalled_segments == 1
+        assert most <= 256
+        check_cells(model, session)
+
+
 @pytest.mark.parametrize(
     ("text", "comes_back"), [("zebras vex quick fjords", 1), ("On 3 June 2023 Ms. Zebra met Mr. Fjord in Quux, Texas.", 0)]
 )

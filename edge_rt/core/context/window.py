@@ -99,7 +99,9 @@ class Window:
                 self._cut(start)
             return
         more = sum(gone.end - gone.start for gone in asked_for)
-        if self.history.cell(self.prompt) + more > self.allowed - least:
+        condensed = self.history.condensed
+        apart = all(gone.start >= condensed.tokens for gone in asked_for)  # else the pruned cells go, and all their tokens are fed again
+        if self.history.cell(self.prompt) + more + (0 if apart else condensed.missing) > self.allowed - least:
             wanted = self.allowed - (spare(self.allowed) if self.answer is None else least)
             try:
                 self._leave(wanted - more, more)
