@@ -88,14 +88,15 @@ COMES_BACK_TO_A_FULL_CONTEXT = [
 ]
 
 
-@pytest.mark.parametrize("ability", ["removes", "cannot remove", "cannot renumber", "cannot go back", "cannot prune"])
+@pytest.mark.parametrize("ability", ["removes", "has positions to spare", "cannot remove", "cannot renumber", "cannot go back", "cannot prune"])
 def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, ability: str) -> None:
-    model = open_null(context=256)
+    model = open_null(context=4096 if ability == "has positions to spare" else 256)
     engine = model.engine
     truncate, length = engine.truncate, engine.length
+    most = watched(model, monkeypatch)
     if ability == "cannot prune":
         monkeypatch.setattr(engine, "prune", None)  # so that it is no PrunesCells
-    if ability not in ("removes", "cannot prune"):
+    if ability.startswith("cannot") and ability != "cannot prune":
 
         def refuse(*args: Any) -> Any:
             raise ContextError("not with this model")
@@ -114,14 +115,16 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
     @given(st.lists(TURN, min_size=1, max_size=7))
     @example(COMES_BACK_TO_A_FULL_CONTEXT)
     def check(turns: list[dict[str, Any]]) -> None:
-        with model.session() as session:
+        with model.session(context=256) as session:
             messages: list[dict[str, str]] = []
             for turn in turns:
                 del messages[max(0, len(messages) - turn["back"]) :]
                 messages.append(say(turn["role"], turn["text"]))
                 if ability == "cannot go back":
                     turn = {**turn, "prune": None}
+                most[0] = 0
                 request(model, session, messages, turn)
+                assert turn["prune"] or most[0] <= (turn["context"] or 256)
         assert len(engine._sequences) == len(model.prefixes._kept)  # type: ignore[attr-defined]
         for kept in model.prefixes._kept:  # as if nothing had ever left: the states say what a token has seen
             held, fresh = engine._sequences[kept.sequence], engine.new_sequence()  # type: ignore[attr-defined]
@@ -132,6 +135,19 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
             engine.free_sequence(fresh)
 
     check()
+
+
+def watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The most cells that a sequence has had after a step."""
+    most, step = [0], model.engine.step
+
+    def watching(parts: Any) -> Any:
+        found = step(parts)
+        most[0] = max(most[0], *(model.engine.length(part.sequence) for part in parts))
+        return found
+
+    monkeypatch.setattr(model.engine, "step", watching)
+    return most
 
 
 def request(model: Model, session: Any, messages: list[dict[str, str]], turn: dict[str, Any]) -> None:
@@ -588,15 +604,7 @@ def test_what_comes_back_among_pruned_cells_leaves_room_for_all_that_is_fed_agai
     open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     model = open_null("ok", context=4096)  # so that positions are no limit
-    most, step, length = 0, model.engine.step, model.engine.length
-
-    def watched(parts: Any) -> Any:
-        nonlocal most
-        found = step(parts)
-        most = max(most, *(length(part.sequence) for part in parts))
-        return found
-
-    monkeypatch.setattr(model.engine, "step", watched)
+    most = watched(model, monkeypatch)
     messages = [say("user", "zebras vex quick fjords"), say("assistant", "Yes."), *talk(7, 20)[1:-1]]
     with model.session(context=256) as session:
         for text, prune in (("go on", None), ("17 + 4?", Pruning(60)), ("zebras vex quick fjords?", None)):
@@ -604,7 +612,7 @@ def test_what_comes_back_among_pruned_cells_leaves_room_for_all_that_is_fed_agai
             use = done_of(list(session.generate(messages, max_tokens=4, prune=prune, **GREEDY))).context
             messages.append(say("assistant", "ok"))
         assert use.recalled_segments == 1
-        assert most <= 256
+        assert most[0] <= 256
         check_cells(model, session)
 
 
