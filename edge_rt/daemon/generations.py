@@ -248,6 +248,7 @@ class Generations:
         def ended(error: Exception | None) -> None:
             session.end(job)
             over()
+            one.session = one.running = None  # each knows of the other: memory would wait for Python's collector
             if one.unwanted:
                 error = Cancelled(_DROPPED)
             if error is None:

@@ -6,6 +6,7 @@ Commands are maps as the protocol's, from the daemon, which has checked them. On
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,7 @@ class Serving:
                 break
         self._opened.prefixes.clear()
         self._opened.cool()
+        gc.collect()
         trim()
         self._cool = True
         return {"held": self._account.held()}

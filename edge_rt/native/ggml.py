@@ -282,6 +282,10 @@ def fields(tensor: int) -> TensorStruct:
     return TensorStruct.from_address(tensor)
 
 
+_WRITABLE = 0x200  # PyBUF_WRITE
+_memory_view = C.PYFUNCTYPE(C.py_object, C.c_void_p, C.c_ssize_t, C.c_int)(("PyMemoryView_FromMemory", C.pythonapi))
+
+
 def data_address(tensor: int) -> int:
     """Address of a tensor's data."""
     return TensorStruct.from_address(tensor).data or 0
@@ -292,14 +296,14 @@ def view(tensor: int, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArr
     import numpy as np
 
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = (C.c_char * size).from_address(data_address(tensor))
-    array: npt.NDArray[Any] = np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
+    array: npt.NDArray[Any] = np.frombuffer(memory_at(data_address(tensor), size), dtype=dtype).reshape(shape)
     return array
 
 
 def memory_at(address: int, size: int) -> memoryview:
-    """Writable bytes at an address."""
-    return memoryview((C.c_ubyte * size).from_address(address)).cast("B")
+    """Writable bytes at an address. Not by an array of ctypes: each size is a type of its own, a cycle that only the collector frees."""
+    view: memoryview = _memory_view(address, size, _WRITABLE)
+    return view
 
 
 def after_node(moved: Callable[[], None]) -> Any:

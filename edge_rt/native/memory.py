@@ -184,10 +184,10 @@ def resident_bytes(address: int, size: int) -> int | None:
     if size == 0:
         return 0
     pages = -(-size // PAGE)
-    vector = (C.c_ubyte * pages)()
-    if _libc().mincore(address, size, vector) != 0:
+    vector = bytearray(pages)
+    if _libc().mincore(address, size, address_of(vector)) != 0:
         return None
-    return bytes(vector).translate(_LOW_BIT).count(1) * PAGE
+    return vector.translate(_LOW_BIT).count(1) * PAGE
 
 
 def lock(address: int, size: int) -> bool:

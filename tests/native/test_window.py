@@ -88,7 +88,9 @@ COMES_BACK_TO_A_FULL_CONTEXT = [
 ]
 
 
-@pytest.mark.parametrize("ability", ["removes", "has positions to spare", "cannot remove", "cannot renumber", "cannot go back", "cannot prune"])
+@pytest.mark.parametrize(
+    "ability", ["removes", "has positions to spare", "cannot remove", "cannot renumber", "cannot go back", "cannot prune"]
+)
 def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, ability: str) -> None:
     model = open_null(context=4096 if ability == "has positions to spare" else 256)
     engine = model.engine

@@ -1,5 +1,7 @@
 """Requests and the memory of the worker: who begins, who waits, who is parked, and that nothing is lost or promised twice."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +42,26 @@ def test_without_an_allowance_all_begin(host):
     assert (memory["requests"], memory["queued"], memory["allowance"]) == (20, 0, None)
     one.until(*asked)
     assert not any(one.events(number, "queued") for number in asked)
+
+
+def test_what_is_over_is_free_at_once_and_waits_for_no_collector(host):
+    one = host()
+    one.until(one.ask("a", max_tokens=3))
+    gc.collect()
+    gc.disable()
+    try:
+        generations = one.serving.generations
+        first, second = one.ask("a" * 30, max_tokens=5), one.ask("b" * 30, max_tokens=100)
+        one.step()
+        asked = [weakref.ref(generations._asked[number]) for number in (first, second)]
+        running = [weakref.ref(generations._asked[number].running) for number in (first, second)]
+        assert all(ref() for ref in (*asked, *running))
+        one.step()
+        one.tell("drop", second)
+        one.until(first, second)
+        assert [ref() for ref in (*asked, *running)] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_who_does_not_fit_waits_and_is_told(host):

@@ -93,9 +93,8 @@ class Batch:
     def drop(self, one: Running) -> None:
         """End a request whose events nobody wants; nothing more is delivered."""
         if one in self._running:
-            self._running.remove(one)
             one.steps.close()
-            one.ended(None)
+            self._over(one, None)
 
     def step(self) -> bool:
         """One step of the engine with the tokens of those who have some; False if nobody has."""
@@ -247,13 +246,9 @@ class Batch:
             try:
                 made = go_on()
             except StopIteration:
-                self._running.remove(one)
-                one.ended(None)
-                return
+                return self._over(one, None)
             except Exception as error:
-                self._running.remove(one)
-                one.ended(error)
-                return
+                return self._over(one, error)
             if isinstance(made, Part):
                 one.part = made
                 return
@@ -261,6 +256,12 @@ class Batch:
                 one.paused = True
                 return
             go_on = partial(next, one.steps)
+
+    def _over(self, one: Running, error: Exception | None) -> None:
+        """A request has ended. Its logits go at once: a row is a MB for a large vocabulary, and who asked may keep ``one``."""
+        self._running.remove(one)
+        one.logits = None
+        one.ended(error)
 
 
 def _reads(one: Running) -> bool:
