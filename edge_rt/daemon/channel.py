@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from edge_rt.daemon import protocol
+from edge_rt.daemon.bucket import Bucket
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import ProtocolError
 
@@ -41,7 +42,8 @@ class Channel(asyncio.Protocol):
         self.held = 0
         """Bytes of the request that has begun and of requests not answered yet; see ``Server.hold``."""
         self._sizes: dict[int, int] = {}
-        self._tokens, self._refilled = 2 * server.config.limits.requests_per_second, server.now()
+        rate = server.config.limits.requests_per_second
+        self._requests = Bucket(rate, 2 * rate, server.now())
         self._writing = True
         self._owing: list[Stream] = []
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -80,16 +82,23 @@ class Channel(asyncio.Protocol):
 
     def _take_token(self) -> None:
         """Requests by the second, as a bucket that holds those of two. Raises ProtocolError: limit."""
-        rate = self.server.config.limits.requests_per_second
-        if not rate:
-            return
-        now = self.server.now()
-        self._tokens = min(2 * rate, self._tokens + (now - self._refilled) * rate)
-        self._refilled = now
-        if self._tokens < 1:
-            wait = (1 - self._tokens) / rate
+        if wait := self._requests.take(self.server.now()):
+            rate = self.server.config.limits.requests_per_second
             raise ProtocolError("limit", f"there may be {rate:g} requests a second; ask again a little later", retry_after=wait)
-        self._tokens -= 1
+
+    def _fault(self) -> None:
+        """A request was refused: a user who asks for such things again and again is not heard for a moment after each."""
+        if (seconds := self.server.fault(self.user)) and not self._closed and "deaf" not in self._timers:
+            self._transport.pause_reading()
+            self._timers["deaf"] = asyncio.get_running_loop().call_later(seconds, self._hear)
+
+    def _hear(self) -> None:
+        del self._timers["deaf"]
+        self._read_on()
+
+    @property
+    def _deaf(self) -> bool:
+        return "deaf" in self._timers
 
     def greet(self, key: str | None) -> None:
         """Hello was said. Raises ProtocolError: not_allowed."""

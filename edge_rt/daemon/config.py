@@ -19,6 +19,7 @@ class Limits(NamedTuple):
 
     connections: int = 256
     connections_per_user: int = 128
+    connections_per_second: float = 500.0
     requests: int = 256
     requests_per_connection: int = 32
     requests_per_second: float = 100.0
@@ -174,7 +175,7 @@ def _named_model(table: Rules, name: str, folder: Path) -> tuple[str, dict[str, 
 def _limits(table: Rules) -> Limits:
     found: dict[str, Any] = {}
     for name, value in Limits._field_defaults.items():
-        least = 0 if name.endswith("seconds") or name == "requests_per_second" else 1
+        least = 0 if name.endswith(("seconds", "_per_second")) else 1
         if isinstance(value, float):
             found[name] = table.number(name, value, least, 1e6)
         else:

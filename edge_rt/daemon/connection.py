@@ -66,7 +66,7 @@ class Connection(Channel):
 
     def _go_on(self) -> None:
         """Handle messages that have come, some at a time, and as long as the client reads what it is answered."""
-        if self._closed or self._messages is None:
+        if self._closed or self._deaf or self._messages is None:
             return
         try:
             for _ in range(AT_ONCE):
@@ -80,7 +80,7 @@ class Connection(Channel):
                     self._note_begun()
                     return
                 self._handle(message)
-                if self._closed:
+                if self._closed or self._deaf:
                     return
         except ProtocolError as error:
             self.end(error)
@@ -107,6 +107,7 @@ class Connection(Channel):
             self._admit(request)
         except ProtocolError as error:
             self.refuse(number if isinstance(number, int) else None, error)
+            self._fault()
             return
         try:
             self.server.count("requests", request.op)
@@ -117,6 +118,7 @@ class Connection(Channel):
             if request.id is not None:
                 self.done(request.id)
             self.refuse(request.id, error)
+            self._fault()
 
     def _admit(self, request: Request) -> None:
         """Raises ProtocolError for what may not be asked now."""

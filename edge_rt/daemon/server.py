@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from edge_rt import __version__
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Listener
+from edge_rt.daemon.bucket import Bucket
 from edge_rt.daemon.channel import Channel
 from edge_rt.daemon.config import Config, Http
 from edge_rt.daemon.connection import Connection
+from edge_rt.daemon.door import Door
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.measures import Measures, count_done
@@ -33,9 +34,9 @@ from edge_rt.errors import ProtocolError
 if TYPE_CHECKING:
     from edge_rt.daemon.protocol import Request
 
-_LEAVE_THE_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-"""A socket that systemd listens at is not ours to remove; ours is removed by its Listener."""
 TOO_MANY = "there are too many connections; close one, or come back later"
+FAULTS, DEAF_SECONDS = 200, 1.0
+"""Refused requests of a user a second from which on its connections are not heard for a while after each, and for how long at most."""
 CANCEL_SECONDS = 2.0
 """Seconds that requests have to end after they were cancelled because the daemon ends."""
 
@@ -56,7 +57,8 @@ class Server:
         self._running: set[Stream] = set()
         self._under_way = 0
         self._held = 0
-        self._listeners: list[tuple[Listener, asyncio.Server]] = []
+        self._listeners: list[tuple[Listener, Door]] = []
+        self._faults: dict[int, Bucket] = {}  # by user
         self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens", "context")}
         """How often what happened, since the start."""
         self.measures = Measures()
@@ -71,7 +73,6 @@ class Server:
 
     async def listen(self, listeners: Sequence[Listener]) -> None:
         """Let clients in, and load the model of the configuration."""
-        loop = asyncio.get_running_loop()
         speaks: dict[bool, Callable[[], Channel]] = {False: partial(Connection, self)}
         if any(one.http for one in listeners):
             from edge_rt.daemon.http.connection import HttpConnection
@@ -79,11 +80,8 @@ class Server:
             speaks[True] = partial(HttpConnection, self, self.config.http or Http(), {})
         for one in listeners:
             one.socket.setblocking(False)
-            if one.address.kind == "tcp":
-                serving = await loop.create_server(speaks[one.http], sock=one.socket)
-            else:
-                serving = await loop.create_unix_server(speaks[one.http], sock=one.socket, **_LEAVE_THE_FILE)
-            self._listeners.append((one, serving))
+            limits = self.config.limits
+            self._listeners.append((one, Door(one.socket, speaks[one.http], limits.connections_per_second, limits.connections)))
         for name, (model, options) in self.config.models.items():
             self.models.know(name, self.spec(model, options))
         if self.config.model is not None:
@@ -120,6 +118,14 @@ class Server:
 
     def _crowded(self, user: int) -> bool:
         return sum(one.user == user for one in self._connections) >= self.config.limits.connections_per_user
+
+    def fault(self, user: int | None) -> float:
+        """A client has asked for what cannot be. Returns seconds for which it is not heard: more than 0 if its user does so often."""
+        if user is None:
+            return 0.0
+        if user not in self._faults:
+            self._faults[user] = Bucket(FAULTS, 2 * FAULTS, self.now())
+        return self._faults[user].owe(self.now(), DEAF_SECONDS)
 
     def left(self, connection: Channel) -> None:
         """A client has gone: nobody works for it any more, unless it may come back for a stream."""
@@ -376,8 +382,8 @@ class Server:
 
     def stop_listening(self) -> None:
         """Let nobody in any more."""
-        for one, serving in self._listeners:
-            serving.close()
+        for one, door in self._listeners:
+            door.close()
             one.close()
         self._listeners.clear()
 

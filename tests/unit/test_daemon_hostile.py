@@ -334,3 +334,25 @@ def test_who_asks_nothing_is_sent_away_and_who_waits_is_not(tmp_path, random_mod
         started = time.monotonic()
         assert ended(connection) == "limit"
         assert 0.3 < time.monotonic() - started < 5
+
+
+def test_who_is_refused_again_and_again_is_not_heard_for_a_while_and_others_are(daemon):
+    connection = connect(daemon, greet=True)
+    connection.setblocking(False)
+    asked, answered, frames = 1500, 0, Frames()
+    data = b"".join(pack({"id": number + 2, "op": "nonsense"}) for number in range(asked))
+    sent = connection.send(data)
+    assert sent == len(data), "they fit the socket"
+    until = time.monotonic() + 10
+    while answered < 100:
+        assert time.monotonic() < until
+        if select.select([connection], [], [], 1)[0]:
+            answered += sum(1 for _ in frames.feed(connection.recv(1 << 20)))
+    with daemon.client() as client:
+        assert client.status()["server"]["connections"] == 2
+        refused = client.call("metrics")["errors"]["bad_request"]
+        time.sleep(0.1)
+        later = client.call("metrics")["errors"]["bad_request"]
+    assert refused < asked, "not all of them were looked at"
+    assert later - refused < asked / 4
+    connection.close()

@@ -114,7 +114,7 @@ class HttpConnection(Channel):
     def _go_on(self) -> None:
         """Take what has come, some at a time, as long as the client reads what it is answered."""
         for _ in range(AT_ONCE):
-            if self._closed or self._lingering or self._exchange is not None:
+            if self._closed or self._lingering or self._deaf or self._exchange is not None:
                 return
             if self._transport.get_write_buffer_size() > UNREAD:
                 self._transport.pause_reading()
@@ -355,6 +355,8 @@ class HttpConnection(Channel):
             self.stream(json.dumps(found.body(), ensure_ascii=False))
             self._finish()
         elif self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            if found.status < 500:
+                self._fault()
             self.respond_json(found.body(), found.status, found.headers)
         else:
             self._transport.abort()
