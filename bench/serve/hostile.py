@@ -21,8 +21,8 @@ from edge_rt.types import Delta
 
 _KNOWN, _UNKNOWN = 65_534, 65_533
 """Users that the attacks run as, if this process may choose: one whom the daemon lets in, and one whom it does not."""
-_SHARING = ("32 long generations",)
-"""Attacks that are none: what they ask for is theirs, and costs others a share of the steps."""
+_SHARING = ("32 long generations", "half-open connections", "huge prompts")
+"""Attacks that ask for texts or for prompts to be read: that is their right, and costs others a share of the steps. Judged by p99 alone."""
 P99, MEDIAN = 4.0, 1.25
 """How long another client's gaps between tokens may get: the 99th in a hundred in medians of its own, the median in undisturbed ones."""
 PEAK, LEFT = 96 << 20, 8 << 20
