@@ -16,6 +16,7 @@ HOMES = {
     "Run": ("edge_rt.core.context.positions", "Run"),
     "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
+    "cpu_topology": ("edge_rt.topology", "cpu_topology"),
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
     "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
+    from edge_rt.topology import cpu_topology
 
 API_VERSION = 1
 """Raised when a hook or type here changes so that an existing plugin would break. A plugin declares ``EDGE_RT_API = 1``."""
@@ -377,6 +378,7 @@ __all__ = [
     "Wanted",
     "available_cpus",
     "content_grader",
+    "cpu_topology",
     "ggml_unsupported",
     "hookimpl",
     "hookspec",

@@ -1,0 +1,50 @@
+"""Reads the small files of /sys and /proc, under any root: what is missing, unreadable or malformed is None, never an exception."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def read_text(path: Path) -> str | None:
+    """What a file says, without surrounding white space and the zero byte that device trees end strings with."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
+    except (OSError, ValueError):  # ValueError: a path with a zero byte in it
+        return None
+
+
+def read_int(path: Path) -> int | None:
+    """A whole number, decimal or ``0x...``."""
+    try:
+        return int(read_text(path) or "", 0)
+    except ValueError:
+        return None
+
+
+_MOST = 1 << 16
+"""No system has as many CPUs: a list with larger numbers is none, and would take long to write out."""
+
+
+def number_list(text: str | None) -> tuple[int, ...]:
+    """The numbers of a list as the kernel writes it (``0-3,8``), rising; () for what is none."""
+    found: set[int] = set()
+    try:
+        for part in (text or "").replace("\n", ",").split(","):
+            if part.strip():
+                first, dash, last = part.partition("-")
+                start, end = int(first), int(last if dash else first)
+                if not 0 <= start <= end < _MOST:
+                    return ()
+                found.update(range(start, end + 1))
+    except ValueError:
+        return ()
+    return tuple(sorted(found))
+
+
+def subfolders(folder: Path, prefix: str) -> list[Path]:
+    """What is in a folder and called ``prefix`` and a number, by that number."""
+    try:
+        found = [path for path in folder.iterdir() if path.name.startswith(prefix) and path.name[len(prefix) :].isdecimal()]
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: int(path.name[len(prefix) :]))

@@ -1,0 +1,200 @@
+"""The clusters of the CPU: which cores are of one kind, how fast they are, and what caches they have, from /sys and /proc.
+
+Files as documented in the kernel's Documentation/ABI/testing/sysfs-devices-system-cpu and Documentation/admin-guide/cputopology.rst.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from edge_rt.cpuinfo import ARM_PARTS, Processor, processors
+from edge_rt.device_profile import Cache, Cores
+from edge_rt.system_files import number_list, read_int, read_text, subfolders
+
+_CPUS = "sys/devices/system/cpu"
+_ALIKE = 0.9
+"""Cores of one model are of one kind down to this share of the fastest one's speed: "favoured" cores of x86 clock some percent higher,
+while the same Cortex in a phone's big and prime cluster differs by 13 % and more."""
+_PMU_KINDS = {"cpu_core": "performance cores", "cpu_atom": "efficiency cores", "cpu_lowpower": "low-power cores"}
+"""Folders of /sys/devices in which x86 hybrids list the processors of each kind, fast ones first."""
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_MODELS = tuple(ARM_PARTS)
+
+
+class _Cpu(NamedTuple):
+    """One logical CPU. ``core``: the CPUs that share its core. ``shares``: for each cache, the CPUs that share it. ``clock``: Hz."""
+
+    number: int
+    core: tuple[int, ...]
+    kind: str
+    model: str
+    rank: int
+    features: tuple[str, ...]
+    capacity: int
+    clock: float | None
+    caches: tuple[tuple[int, int], ...]
+    shares: tuple[tuple[int, ...], ...]
+
+    @property
+    def speed(self) -> tuple[int, int, float]:
+        """Sorts fast ones high. A model says more than a clock: there are Cortex-A53 that clock higher than the Cortex-A73 beside them."""
+        return self.capacity, self.rank, self.clock or 0.0
+
+
+def cpu_topology(root: Path = Path("/")) -> tuple[Cores, ...]:
+    """The CPU's clusters, fastest first, without what this process may not use; () where the system does not say (it is not Linux).
+
+    Cores are of one kind if they have the same model and caches and about the same speed. ``number`` counts whole cores, ``cpus`` has all
+    their hardware threads. If a cgroup's quota allows fewer CPUs, ``number`` is less, at the slow end. ``root``: of a recorded tree.
+    """
+    allowed = allowed_cpus(root)
+    found = {cpu.number: cpu for cpu in _cpus(root, allowed)}
+    clusters = sorted(_clusters(list(found.values())), key=lambda cluster: cluster[0].speed, reverse=True)
+    named = [_cores(cluster, _core_of(root)) for cluster in clusters]
+    quota = cpu_quota(root)
+    return tuple(_within(named, quota)) if quota is not None else tuple(named)
+
+
+def allowed_cpus(root: Path = Path("/")) -> tuple[int, ...]:
+    """The numbers of the CPUs that are online and in the affinity of the calling thread, which cpusets narrow too; () if unknown."""
+    online = number_list(read_text(root / _CPUS / "online"))
+    if not online:
+        online = tuple(int(path.name[3:]) for path in subfolders(root / _CPUS, "cpu")) or tuple(one.number for one in processors(root))
+    status = read_text(root / "proc/thread-self/status") or read_text(root / "proc/self/status") or ""
+    for line in status.splitlines():
+        if line.startswith("Cpus_allowed_list:"):
+            affinity = number_list(line.partition(":")[2])
+            return tuple(cpu for cpu in online if cpu in affinity) or online
+    return online
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Whole CPUs (1 at least) that the cgroup of this process and those it is in allow it by their quotas; None without one."""
+    quotas = []
+    for folder in _cgroups(root):
+        text = read_text(folder / "cpu.max")  # version 2: quota and period
+        if text is None:
+            text = f"{read_text(folder / 'cpu.cfs_quota_us')} {read_text(folder / 'cpu.cfs_period_us')}"
+        quota, _, period = text.partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period):  # neither "max" nor "-1"
+            quotas.append(max(1, int(quota) // int(period)))
+    return min(quotas, default=None)
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """The folders of this process's cgroup and all it is in, of version 2 and of the CPU controller of version 1."""
+    base = root / "sys/fs/cgroup"
+    paths = {base: "", base / "cpu": ""}  # what a container sees as the root has its limits
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            paths[base] = path
+        elif "cpu" in controllers.split(","):
+            paths[base / "cpu"] = path
+    for folder, path in paths.items():
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield folder.joinpath(*parts[:depth])
+
+
+def _cpus(root: Path, numbers: Sequence[int]) -> Iterator[_Cpu]:
+    told = {one.number: one for one in processors(root)}
+    first = next(iter(told.values()), Processor(0, "", None, ()))  # some kernels describe one for all
+    kinds = {cpu: kind for kind in _PMU_KINDS for cpu in number_list(read_text(root / "sys/devices" / kind / "cpus"))}
+    for number in numbers:
+        folder = root / _CPUS / f"cpu{number}"
+        info, kind = told.get(number, first), kinds.get(number, "")
+        rank = _MODELS.index(info.part) if info.part in ARM_PARTS else -list(_PMU_KINDS).index(kind) if kind else 0
+        clock = read_int(folder / "cpufreq/cpuinfo_max_freq")  # kHz
+        caches = sorted(_caches(folder))
+        yield _Cpu(
+            number,
+            number_list(read_text(folder / "topology/thread_siblings_list")) or (number,),
+            kind,
+            _model(info),
+            rank,
+            info.features,
+            read_int(folder / "cpu_capacity") or 0,
+            clock * 1e3 if clock else None,
+            tuple((level, size) for level, size, _ in caches),
+            tuple(cpus or (number,) for _, _, cpus in caches),
+        )
+
+
+def _model(info: Processor) -> str:
+    if info.part is None:
+        return info.model
+    return ARM_PARTS.get(info.part) or f"ARM core {info.part[1]:#05x} of implementer {info.part[0]:#04x}"
+
+
+def _caches(folder: Path) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """(level, bytes, CPUs that share it) of each cache of a CPU that holds data and whose size is known."""
+    for index in subfolders(folder / "cache", "index"):
+        level, size = read_int(index / "level"), _size(read_text(index / "size") or "")
+        if level is not None and size and read_text(index / "type") in ("Data", "Unified"):
+            yield level, size, number_list(read_text(index / "shared_cpu_list"))
+
+
+def _size(text: str) -> int:
+    """Bytes of ``32K``; 0 for what is none."""
+    unit = _UNITS.get(text[-1:], 1)
+    digits = text[:-1] if text[-1:] in _UNITS else text
+    return int(digits) * unit if digits.isdecimal() else 0
+
+
+def _clusters(cpus: Sequence[_Cpu]) -> list[list[_Cpu]]:
+    """CPUs of one kind together, the fastest of each first."""
+    alike: dict[tuple[object, ...], list[_Cpu]] = {}
+    for cpu in cpus:
+        alike.setdefault((cpu.kind, cpu.model, cpu.features, cpu.caches), []).append(cpu)
+    clusters: list[list[_Cpu]] = []
+    for same in alike.values():
+        start = len(clusters)
+        for cpu in sorted(same, key=lambda cpu: (*(-part for part in cpu.speed), cpu.number)):
+            fits = (one for one in clusters[start:] if _as_fast(cpu, one[0]))
+            cluster = next(fits, None)
+            if cluster is None:
+                clusters.append([cpu])
+            else:
+                cluster.append(cpu)
+    return clusters
+
+
+def _as_fast(cpu: _Cpu, fastest: _Cpu) -> bool:
+    return cpu.capacity >= _ALIKE * fastest.capacity and (cpu.clock or 0) >= _ALIKE * (fastest.clock or 0)
+
+
+def _core_of(root: Path) -> Mapping[int, tuple[int, ...]]:
+    """The CPUs of the core that each CPU of the system is of, those that this process may not use too: they share caches."""
+    found: dict[int, tuple[int, ...]] = {}
+    for folder in subfolders(root / _CPUS, "cpu"):
+        number = int(folder.name[3:])
+        found[number] = number_list(read_text(folder / "topology/thread_siblings_list")) or (number,)
+    return found
+
+
+def _cores(cluster: Sequence[_Cpu], core_of: Mapping[int, tuple[int, ...]]) -> Cores:
+    first = cluster[0]
+    # Where cores of one kind share caches in groups of unlike size, most have it so.
+    shared = [Counter(len({core_of.get(n, (n,)) for n in cpu.shares[i]}) for cpu in cluster) for i in range(len(first.caches))]
+    caches = (Cache(level, size, count.most_common(1)[0][0]) for (level, size), count in zip(first.caches, shared, strict=True))
+    return Cores(
+        name=", ".join(part for part in (first.model, _PMU_KINDS.get(first.kind)) if part) or "CPU",
+        number=len({cpu.core for cpu in cluster}),
+        cpus=tuple(sorted(cpu.number for cpu in cluster)),
+        features=first.features,
+        clock=first.clock,
+        caches=tuple(caches),
+    )
+
+
+def _within(clusters: Sequence[Cores], quota: int) -> Iterator[Cores]:
+    """As many cores as a quota has CPUs; they stay free to run on all CPUs of their clusters."""
+    for cores in clusters:
+        if quota > 0:
+            yield cores._replace(number=min(quota, cores.number))
+        quota -= cores.number
