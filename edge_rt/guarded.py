@@ -6,7 +6,7 @@ called in the token loop, and raise errors of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from edge_rt.errors import EdgeError, PluginError
@@ -18,10 +18,14 @@ from edge_rt.hooks import (
     EngineFactory,
     EngineOptions,
     GraderFactory,
+    HasProfile,
+    Health,
     Offer,
     PostProcessor,
     PostProcessorFactory,
+    Profile,
     Refusal,
+    TellsHealth,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +71,31 @@ class PluginDevice(NamedTuple):
     def probe(self) -> Offer | Refusal:
         """Look at the hardware. Raises PluginError."""
         return _call(self.plugin, f"probing device {self.name}", (Offer, Refusal), self.device.probe)
+
+    def profile(self) -> Profile | None:
+        """What it is like, None if it does not say; may measure for half a second. Raises the errors of ``edge_rt.errors``."""
+        if not isinstance(self.device, HasProfile):
+            return None
+        from edge_rt.profile_check import profile_faults
+
+        profile = _call(self.plugin, f"the profile of device {self.name}", Profile, self.device.profile)
+        self._refuse("the profile", profile_faults(profile))
+        return profile
+
+    def health(self) -> Health | None:
+        """How it is now, None if it does not say. Raises PluginError."""
+        if not isinstance(self.device, TellsHealth):
+            return None
+        from edge_rt.profile_check import health_faults
+
+        health = _call(self.plugin, f"the health of device {self.name}", Health, self.device.health)
+        self._refuse("the health", health_faults(health))
+        return health
+
+    def _refuse(self, what: str, faults: Iterable[str]) -> None:
+        """Raise PluginError for figures that cannot be true, which all that plan with them would carry on."""
+        if fault := next(iter(faults), None):
+            raise PluginError(f"plugin {self.plugin}: {what} of device {self.name} cannot be true: {fault}")
 
 
 class PluginEngineFactory(NamedTuple):

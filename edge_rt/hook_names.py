@@ -4,6 +4,7 @@ from __future__ import annotations
 
 HOMES = {
     "AhoCorasick": ("edge_rt.core.assemble.aho_corasick", "AhoCorasick"),
+    "CpuSensors": ("edge_rt.sensors", "CpuSensors"),
     "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
     "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
     "HALF_WIDTH": ("edge_rt.core.assemble.width", "HALF_WIDTH"),
@@ -16,6 +17,9 @@ HOMES = {
     "Run": ("edge_rt.core.context.positions", "Run"),
     "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
+    "board_name": ("edge_rt.cpuinfo", "board"),
+    "cpu_processors": ("edge_rt.cpuinfo", "processors"),
+    "cpu_profile": ("edge_rt.cpu_profile", "cpu_profile"),
     "cpu_topology": ("edge_rt.topology", "cpu_topology"),
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
     "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),

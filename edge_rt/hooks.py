@@ -80,8 +80,12 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.support import unsupported as ggml_unsupported
     from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.cpu_profile import cpu_profile
+    from edge_rt.cpuinfo import board as board_name
+    from edge_rt.cpuinfo import processors as cpu_processors
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
+    from edge_rt.sensors import CpuSensors
     from edge_rt.topology import cpu_topology
 
 API_VERSION = 1
@@ -329,6 +333,7 @@ __all__ = [
     "Contribution",
     "Cores",
     "CountsWork",
+    "CpuSensors",
     "Device",
     "EdgeError",
     "Embedder",
@@ -377,7 +382,10 @@ __all__ = [
     "UserError",
     "Wanted",
     "available_cpus",
+    "board_name",
     "content_grader",
+    "cpu_processors",
+    "cpu_profile",
     "cpu_topology",
     "ggml_unsupported",
     "hookimpl",

@@ -48,3 +48,11 @@ def subfolders(folder: Path, prefix: str) -> list[Path]:
     except OSError:
         return []
     return sorted(found, key=lambda path: int(path.name[len(prefix) :]))
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What is in a folder under names of a pattern, sorted; [] where there is none, or it cannot be looked into."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:  # a device that goes away meanwhile
+        return []

@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import size, table, write, write_json
-
-if TYPE_CHECKING:
-    from edge_rt.registry import Registry
 
 HELP = """Show what edge-rt found on this machine.
 
 Versions, the native library, processors, memory, devices, plugins, cache.
-Every device says what its figures rest on: measured on such a device, simulated, or projected from data sheets.
+Every device says how it is now, and what its figures rest on: measured on this device, simulated, or projected from data sheets.
 The exit status is 1 if no model can run here.
 
 \b
 Examples:
   edge-rt doctor
+  edge-rt doctor --probe
   edge-rt doctor --json > report.json
   edge-rt doctor --rules rules.toml
 """
@@ -30,12 +29,13 @@ Examples:
 class Options(JsonOption):
     """The command's options."""
 
+    probe: bool = option(False, "--probe", "Measure how fast each device is: takes all of it for half a second.")
     rules: str | None = option(None, "--rules FILE", "Look at these rules for post-processors too.")
 
 
 def run(options: Options) -> int:
     """Look and print."""
-    found = facts(options.rules)
+    found = facts(options.rules, options.probe)
     if options.json:
         write_json(found, indent=2)
     else:
@@ -43,8 +43,11 @@ def run(options: Options) -> int:
     return 1 if found["problems"] else 0
 
 
-def facts(rules: str | None = None) -> dict[str, Any]:
-    """Everything the command shows; ``problems`` are what keeps every model from running, or the rules from being used. Sizes in bytes."""
+def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
+    """Everything the command shows; ``problems`` are what keeps every model from running, or the rules from being used. Sizes in bytes.
+
+    ``probe``: measure how fast devices are.
+    """
     from edge_rt.cli.plugins import facts as plugin_facts
     from edge_rt.cli.plugins import silence_warnings
     from edge_rt.cli.report import versions
@@ -58,7 +61,7 @@ def facts(rules: str | None = None) -> dict[str, Any]:
         "library": _library(),
         "processors": _processors(),
         "memory": _memory(),
-        "devices": _devices(registry),
+        "devices": devices(registry, probe),
         "plugins": plugin_facts(registry)["plugins"],
         "cache": _cache(),
         "rules": rule_facts(rules, registry) if rules is not None else None,
@@ -137,17 +140,6 @@ def _lockable() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
-def _devices(registry: Registry) -> list[dict[str, Any]]:
-    from edge_rt.hooks import Refusal
-
-    found = []
-    for name, device in registry.devices().items():
-        answer = registry.probe(name)
-        usable = not isinstance(answer, Refusal)
-        found.append({"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()})
-    return found
-
-
 def _cache() -> dict[str, Any]:
     from edge_rt import catalog
     from edge_rt.config import cache_dir, models_dir, packed_dir
@@ -201,7 +193,7 @@ def _text(found: dict[str, Any]) -> str:
             ("cgroup limit", size(memory["cgroup_limit"]) if memory["cgroup_limit"] is not None else "none"),
             ("lockable", size(memory["lockable"]) if memory["lockable"] is not None else "no limit"),
         ],
-        "Devices": [row for device in found["devices"] for row in _device_rows(device)],
+        "Devices": [row for device in found["devices"] for row in device_rows(device)],
         "Plugins": [(plugin["name"], plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])) for plugin in found["plugins"]],
         "Cache": [
             ("folder", cache["folder"] + ("" if cache["writable"] else "  NOT WRITABLE: set EDGE_RT_CACHE to another folder")),
@@ -222,11 +214,3 @@ def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
     rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", ", ".join(one["name"] for one in rules["pipeline"]))]
     return [*rows, *(("names", file) for file in rules["files"])]
 
-
-def _device_rows(device: dict[str, Any]) -> list[tuple[str, ...]]:
-    if not device["usable"]:
-        return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
-    return [
-        (device["name"], f"{device['description']}, {size(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
-        ("", f"engines {', '.join(device['engines'])}; features {', '.join(device['features']) or 'none stated'}"),
-    ]

@@ -1,4 +1,7 @@
-"""The device ``cpu``: always there, with the instruction sets its kernels profit from, and the memory this process may use."""
+"""The device ``cpu``: always there, with the instruction sets its kernels profit from, and the memory this process may use.
+
+What it is like is measured by edge_rt/cpu_profile.py, how it is now is read by edge_rt/sensors.py.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,25 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_rt.hooks import Device, Offer, Refusal, available_cpus, hookimpl
+from edge_rt.hooks import (
+    Device,
+    Health,
+    Offer,
+    Profile,
+    Refusal,
+    available_cpus,
+    board_name,
+    cpu_processors,
+    hookimpl,
+)
+
+if TYPE_CHECKING:
+    from edge_rt.hooks import CpuSensors
 
 EDGE_RT_API = 1
 
-# The kernel's name for a feature -> ours. x86 lists them under "flags", ARM under "Features".
-_FEATURES = {
-    "sse4_2": "sse4_2",
-    "avx": "avx",
-    "f16c": "f16c",
-    "fma": "fma",
-    "avx2": "avx2",
-    "avx_vnni": "avx_vnni",
-    "avx512f": "avx512f",
-    "avx512vl": "avx512vl",
-    "avx512_vnni": "avx512_vnni",
-    "avx512_bf16": "avx512_bf16",
-    "amx_int8": "amx_int8",
-    "neon": "neon",  # 32-bit kernels say neon, 64-bit ones asimd
-    "asimd": "neon",
-    "asimdhp": "fp16",
-    "asimddp": "dotprod",
-    "i8mm": "i8mm",
-    "bf16": "bf16",
-    "sve": "sve",
-    "sve2": "sve2",
-    "sme": "sme",
-}
 # sysctl's names on macOS, under hw.optional.
 _MACOS_FEATURES = {
     "AdvSIMD": "neon",
@@ -54,6 +48,9 @@ class Cpu:
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        self._sensors: CpuSensors | None = None
+
     def probe(self) -> Offer | Refusal:
         """Always an offer. Reads a few small files; on macOS it runs sysctl once."""
         model, features = _macos() if sys.platform == "darwin" else _proc()
@@ -71,6 +68,20 @@ class Cpu:
             basis="measured",
         )
 
+    def profile(self) -> Profile:
+        """The cores, and how fast they read and multiply: takes about half a second of all of them. Raises NativeError, OutOfMemory."""
+        from edge_rt.hooks import cpu_profile  # only now: it and the sensors cost start-up time
+
+        return cpu_profile(self.name, _memory())
+
+    def health(self) -> Health:
+        """What the sensors of Linux say; elsewhere nothing. Power from counters is known from the second call on."""
+        if self._sensors is None:
+            from edge_rt.hooks import CpuSensors
+
+            self._sensors = CpuSensors()
+        return self._sensors.health()
+
 
 @hookimpl
 def edge_rt_devices() -> Iterable[Device]:
@@ -78,24 +89,10 @@ def edge_rt_devices() -> Iterable[Device]:
     return [Cpu()]
 
 
-def _proc(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = Path("/proc/device-tree/model")) -> tuple[str, tuple[str, ...]]:
+def _proc(root: Path = Path("/")) -> tuple[str, tuple[str, ...]]:
     """(name, features) of the first processor as Linux states them; empty elsewhere."""
-    fields: dict[str, str] = {}
-    try:
-        with cpuinfo.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                key, _, value = line.partition(":")
-                if not line.strip() and "processor" in fields:
-                    break  # the first processor is done; reading on takes long on machines with many
-                fields.setdefault(key.strip().lower(), value.strip())
-    except OSError:
-        pass  # not Linux: the caller has other names
-    try:
-        name = fields.get("model name") or board.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        name = ""
-    flags = (fields.get("flags") or fields.get("features") or "").split()
-    return name, tuple(dict.fromkeys(_FEATURES[flag] for flag in flags if flag in _FEATURES))
+    first = next(cpu_processors(root), None)  # reading on takes long on machines with many
+    return (first.model or board_name(root), first.features) if first else ("", ())
 
 
 def _macos() -> tuple[str, tuple[str, ...]]:

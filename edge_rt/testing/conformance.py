@@ -12,9 +12,6 @@ They need pytest and hypothesis (``pip install "edge-rt[dev]"``).
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -24,7 +21,8 @@ import numpy as np
 import pytest
 
 from edge_rt.guarded import PluginEmbedder
-from edge_rt.hooks import Device, Embedder, Refusal
+from edge_rt.hooks import Embedder
+from edge_rt.testing.device_conformance import DeviceConformance
 from edge_rt.testing.engine_conformance import EngineConformance
 from edge_rt.testing.post_processor_conformance import TEXTS, PostProcessorConformance
 
@@ -32,45 +30,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = ["DeviceConformance", "EmbedderConformance", "EngineConformance", "PostProcessorConformance"]
-
-
-# ---- devices ---------------------------------------------------------------------------------------------------------
-
-
-class DeviceConformance:
-    """Subclass with a fixture ``device``. It passes with and without the hardware, and says which it saw."""
-
-    @pytest.fixture
-    def device(self) -> Device:
-        """The device under test."""
-        raise NotImplementedError("define the fixture device in your subclass")
-
-    def test_probe_offers_or_refuses(self, device: Device) -> None:
-        assert isinstance(device, Device)
-        assert device.name
-        assert device.name == device.name.strip().lower()
-        answer = device.probe()
-        if isinstance(answer, Refusal):
-            assert answer.reason
-            assert answer.remedy, "a refusal must say what the user can do"
-            return
-        assert math.isfinite(answer.score)
-        assert answer.description
-        assert answer.memory_bytes > 0
-        assert answer.engines
-        assert answer.basis in ("measured", "simulated", "projected", "unknown")
-        assert all(feature and feature == feature.lower() for feature in answer.features)
-        assert len(set(answer.features)) == len(answer.features)
-
-    def test_probing_is_quick_repeatable_and_leaves_no_trace(self, device: Device, capfd: pytest.CaptureFixture[str]) -> None:
-        before = dict(os.environ), os.getcwd()
-        first = device.probe()
-        start = time.perf_counter()
-        second = device.probe()
-        assert time.perf_counter() - start < 1.0
-        assert first == second
-        assert (dict(os.environ), os.getcwd()) == before
-        assert capfd.readouterr() == ("", "")
 
 
 # ---- embedders -------------------------------------------------------------------------------------------------------

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from edge_rt.hooks import (
     API_VERSION,
+    Cache,
     ContextError,
+    Cores,
     Device,
     Engine,
     EngineFactory,
     EngineInfo,
     EngineOptions,
+    Health,
     Logits,
     MemoryReport,
     NativeError,
@@ -33,6 +36,7 @@ from edge_rt.hooks import (
     OptionError,
     Part,
     Positions,
+    Profile,
     Pruned,
     Refusal,
     Run,
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.hooks import LoraFile, ModelFile
+    from edge_rt.hooks import Basis, LoraFile, ModelFile
 
 _HEADER = struct.Struct("<8sI16s16s")  # magic, cells, digest of the tokens, identity of the model
 _MAGIC = b"ERTNULL1"
@@ -330,14 +334,30 @@ class NullEngine:
         return found
 
 
+_MEMORY = 1 << 30
+
+
 class NullDevice(NamedTuple):
-    """Always there, and used only when asked for by name."""
+    """Always there, and used only when asked for by name. ``state``: what it says of how it is now."""
 
     name: str = "null"
+    state: Health = Health()
 
     def probe(self) -> Offer | Refusal:
         """An offer with score 0."""
-        return Offer(score=0, description="no hardware, for tests", memory_bytes=1 << 30, engines=("null", "*"), basis="simulated")
+        return Offer(score=0, description="no hardware, for tests", memory_bytes=_MEMORY, engines=("null", "*"), basis="simulated")
+
+    def profile(self) -> Profile:
+        """One core of round figures, all simulated."""
+        cores = Cores("simulated core", 1, clock=1e9, caches=(Cache(1, 32 << 10), Cache(2, 1 << 20)))
+        told = dict.fromkeys(("cores", "memory", "bandwidth", "operations", "storage", "hottest"), "simulated")
+        basis = cast("Mapping[str, Basis]", told)
+        rates = {"int8": 8e9, "f16": 4e9, "f32": 2e9}
+        return Profile(self.name, "cpu", (cores,), _MEMORY, {1: 1e9}, rates, storage=1e8, hottest=80.0, basis=basis)
+
+    def health(self) -> Health:
+        """As it was made."""
+        return self.state
 
 
 class NullEngineFactory(NamedTuple):

@@ -46,10 +46,11 @@ class TestCpu(DeviceConformance):
 
 
 def read(tmp_path: Path, cpuinfo: str, board: bytes | None = None) -> tuple[str, tuple[str, ...]]:
-    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
     if board is not None:
-        (tmp_path / "model").write_bytes(board)
-    return cpu._proc(tmp_path / "cpuinfo", tmp_path / "model")
+        (tmp_path / "proc/device-tree/model").write_bytes(board)
+    return cpu._proc(tmp_path)
 
 
 def test_x86(tmp_path: Path) -> None:
@@ -58,12 +59,12 @@ def test_x86(tmp_path: Path) -> None:
 
 def test_arm_boards_have_their_name_elsewhere(tmp_path: Path) -> None:
     assert read(tmp_path, PI_5, b"Raspberry Pi 5 Model B Rev 1.0\0") == ("Raspberry Pi 5 Model B Rev 1.0", ("neon", "fp16", "dotprod"))
-    (tmp_path / "model").unlink()
-    assert read(tmp_path, PI_5) == ("", ("neon", "fp16", "dotprod"))
+    (tmp_path / "proc/device-tree/model").unlink()
+    assert cpu._proc(tmp_path) == ("", ("neon", "fp16", "dotprod"))
 
 
 def test_no_proc(tmp_path: Path) -> None:
-    assert cpu._proc(tmp_path / "none", tmp_path / "none") == ("", ())
+    assert cpu._proc(tmp_path / "none") == ("", ())
 
 
 def test_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
