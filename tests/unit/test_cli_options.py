@@ -39,6 +39,7 @@ GOOD = [
     ("context", ["explain", "-", "--json", "--grader", "content"]),
     ("plugins", []),
     ("doctor", ["--json"]),
+    ("doctor", ["--probe"]),
     ("bench", ["-p", "64", "-n", "8", "-r", "1", "-m", "x", "--json"]),
 ]
 WRONG = [
