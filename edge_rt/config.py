@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from edge_rt.system_files import cpu_quota
+
 
 def cache_dir() -> Path:
     """Directory for what can be made again: models, packed weights. ``EDGE_RT_CACHE`` overrides it.
@@ -48,21 +50,6 @@ def packed_dir() -> Path:
 
 
 def available_cpus() -> int:
-    """CPUs this process may run on: affinity, then the cgroup's quota, whichever is less; at least 1."""
+    """CPUs this process may run on: affinity, then the cgroups' quotas, whichever is less; at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, _cgroup_cpus() or affinity))
-
-
-def _cgroup_cpus() -> int | None:
-    """Whole CPUs the cgroup's quota allows (v2, then v1), None without a quota."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if quota in ("max", "-1"):
-        return None
-    return max(1, int(quota) // max(1, int(period)))
+    return max(1, min(affinity, cpu_quota() or affinity))

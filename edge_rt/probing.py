@@ -25,14 +25,19 @@ _T = TypeVar("_T")
 _Result = TypeVar("_Result")
 _BEYOND = 2
 """Memory is read in runs of so many times the last-level cache, so that little of it is still there the next time."""
-_LEAST, _MOST = 16 << 20, 384 << 20
-"""Bytes of that memory, whatever the cache: above, filling it takes too long."""
-_ROW, _PART = 4096, 8 << 20
-"""Numbers in a row, and bytes that are read in one run at most: short enough to fall between a busy neighbour's turns."""
+_LEAST, _MOST = 64 << 20, 384 << 20
+"""Bytes of that memory, whatever the cache: phones and virtual machines have some that they do not tell of, and filling more takes long."""
+_ROW, _PART = 16 << 10, 8 << 20
+"""Bytes of a row, and bytes that are read in one run at most: short enough to fall between a busy neighbour's turns."""
+_READ_AS = {ggml.TYPE_F16: 2, ggml.TYPE_F32: 4}
+"""Types whose products cost little but their reading, and the bytes of a number."""
+_TRIAL = 0.1
+"""The share of its time that a trial of each of them takes."""
 _UNDISTURBED = 0.75
 """The share of runs that may be slower than what counts."""
-_SIDE, _COLUMNS = 1024, 128
-"""Rows and columns of a weight that fits a core's cache, and the tokens of a prompt that are multiplied with it."""
+_ROUNDS = 3
+_SIDE, _COLUMNS = 1024, 32
+"""Rows and columns of a weight that fits a core's cache, and the columns it is multiplied with: a run is short."""
 _OPERANDS: Mapping[str, tuple[int, ...]] = {"int8": (2, ggml.TYPE_Q8_0), "f16": (ggml.TYPE_F16,), "f32": (ggml.TYPE_F32,)}
 """What is multiplied -> ggml's types of weights that are multiplied as that (2: Q4_0), whose best counts."""
 _BLOCK = 1 << 20
@@ -40,27 +45,28 @@ _ALIGNMENT = 64
 
 
 def memory_bandwidth(threads: Sequence[int], cache: int, seconds: float = 0.12) -> dict[int, float]:
-    """Bytes a second at which so many threads together read weights that no cache holds, as when a token is decoded.
+    """Bytes a second at which so many threads together read weights that no cache holds: what decoding a token cannot exceed.
 
-    Matrices of float32 in small pages, as files are mapped in, are multiplied by a vector, which costs next to nothing but its reading.
-    ``threads``: the numbers to try, the most important first. ``cache``: bytes of the last-level caches together. ``seconds`` of reading:
-    to get the memory takes some more. Raises NativeError, OutOfMemory.
+    Matrices are multiplied by a vector, of the type that this CPU reads fastest so (float16 or float32), which costs little but its
+    reading. They lie in large pages, as files do where the system has large folios. ``threads``: the numbers to try, the most important
+    first. ``cache``: bytes of the last-level caches together. ``seconds`` of reading: to get the memory takes some more. Raises
+    NativeError, OutOfMemory.
     """
-    size, most = max(_LEAST, min(_MOST, _BEYOND * cache, _available() // 8)), max(threads, default=1)
-    rows = max(1, min(_PART, size // (2 * most)) // (_ROW * 4))
-    part, found = rows * _ROW * 4, dict[int, float]()
-    parts = max(2 * most, size // part)
+    size, most = min(max(_LEAST, min(_MOST, _BEYOND * cache)), _available() // 4), max(threads, default=1)
+    part = max(_ROW, min(_PART, size // (2 * most)) // _ROW * _ROW)
+    parts, found = max(2 * most, size // part), dict[int, float]()
     with muted(), ExitStack() as stack:
         address = stack.enter_context(_pages(parts * part, most))
-        weights = [stack.enter_context(_plain(ggml.TYPE_F32, (_ROW, rows), address + i * part)) for i in range(parts)]
-        products = [_product(stack, weight, (_ROW, rows), 1) for weight in weights]
+        starts = range(address, address + parts * part, part)
+        readers = {type_: [_reader(stack, type_, start, part) for start in starts] for type_ in _READ_AS}
         deadline = time.perf_counter() + seconds
+        best = max(_READ_AS, key=lambda type_: _together([readers[type_]], time.perf_counter() + seconds * _TRIAL))
         for at, number in enumerate(threads):
             now = time.perf_counter()
             if found and now >= deadline:
                 break
             until = now + (deadline - now) / (len(threads) - at)
-            found[number] = part * _together([products[i::number] for i in range(number)], until)
+            found[number] = part * _together([readers[best][i::number] for i in range(number)], until)
     return dict(sorted(found.items()))
 
 
@@ -69,9 +75,11 @@ def operations(threads: int, seconds: float = 0.12) -> dict[str, float]:
 
     The weights are in the packed layout of this CPU where there is one, as those of models are. Raises NativeError, OutOfMemory.
     """
-    share = seconds / sum(map(len, _OPERANDS.values()))
+    share = seconds / sum(map(len, _OPERANDS.values())) / _ROUNDS
     with muted():
-        return {name: max(_rate(type_, threads, share) for type_ in types) for name, types in _OPERANDS.items()}
+        # In rounds, so that a neighbour who is busy for a while does not spoil all of one type.
+        rounds = [{name: max(_rate(type_, threads, share) for type_ in types) for name, types in _OPERANDS.items()} for _ in range(_ROUNDS)]
+    return {name: max(found[name] for found in rounds) for name in _OPERANDS}
 
 
 def storage_bandwidth(folders: Sequence[Path], seconds: float = 0.05) -> float | None:
@@ -169,17 +177,16 @@ def _rate(type_: int, threads: int, seconds: float) -> float:
         weight = _packed(stack, type_, shape)
         with ggml.cpu_backend(1) as backend:  # some machines, and emulated ones, are too slow for many columns
             one = _undisturbed([_product(stack, weight, shape, 1)], backend, time.perf_counter() + seconds / 4)
-        columns = max(1, min(_COLUMNS, int(seconds / 8 / one)))
+        columns = max(1, min(_COLUMNS, int(seconds / 2 / one)))
         graphs = [_product(stack, weight, shape, columns) for _ in range(threads)]
         return 2.0 * _SIDE * _SIDE * columns * _together([[graph] for graph in graphs], deadline)
 
 
 @contextmanager
 def _pages(size: int, threads: int) -> Iterator[int]:
-    """The address of memory that is really there, in small pages."""
-    address = memory.map_anonymous(size)
+    """The address of memory that is really there, in large pages where the system has them."""
+    address = memory.map_large(size)
     try:
-        memory.advise(address, size, "nohugepage")
         part = -(-size // threads // memory.PAGE) * memory.PAGE
         # Pages that were only read would all be the same one.
         _on_threads(lambda start: memory.fill_zero(address + start, min(part, size - start)), range(0, size, part))
@@ -212,6 +219,12 @@ def _plain(type_: int, shape: tuple[int, int], address: int) -> Iterator[int]:
         weight = ggml.new_tensor(ctx.address, type_, shape)
         ggml.place(weight, buffer.address, address)
         yield weight
+
+
+def _reader(stack: ExitStack, type_: int, address: int, size: int) -> int:
+    """A graph that reads memory as a matrix of a type, whatever is there."""
+    columns = _ROW // _READ_AS[type_]
+    return _product(stack, stack.enter_context(_plain(type_, (columns, size // _ROW), address)), (columns, size // _ROW), 1)
 
 
 def _product(stack: ExitStack, weight: int, shape: tuple[int, int], columns: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -56,3 +57,33 @@ def matching(folder: Path, pattern: str) -> list[Path]:
         return sorted(folder.glob(pattern))
     except OSError:  # a device that goes away meanwhile
         return []
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Whole CPUs (1 at least) that the cgroup of this process and those it is in allow it by their quotas; None without one."""
+    quotas = []
+    for folder in _cgroups(root):
+        text = read_text(folder / "cpu.max")  # version 2: quota and period
+        if text is None:
+            text = f"{read_text(folder / 'cpu.cfs_quota_us')} {read_text(folder / 'cpu.cfs_period_us')}"
+        quota, _, period = text.partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period):  # neither "max" nor "-1"
+            quotas.append(max(1, int(quota) // int(period)))
+    return min(quotas, default=None)
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """The folders of this process's cgroup and all it is in, of version 2 and of the CPU controller of version 1."""
+    base = root / "sys/fs/cgroup"
+    paths = {base: "", base / "cpu": ""}  # what a container sees as the root has its limits
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            paths[base] = path
+        elif "cpu" in controllers.split(","):
+            paths[base / "cpu"] = path
+    for folder, path in paths.items():
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield folder.joinpath(*parts[:depth])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from edge_rt.cpuinfo import ARM_PARTS, Processor, processors
 from edge_rt.device_profile import Cache, Cores
-from edge_rt.system_files import number_list, read_int, read_text, subfolders
+from edge_rt.system_files import cpu_quota, number_list, read_int, read_text, subfolders
 
 _CPUS = "sys/devices/system/cpu"
 _ALIKE = 0.9
@@ -69,36 +69,6 @@ def allowed_cpus(root: Path = Path("/")) -> tuple[int, ...]:
             affinity = number_list(line.partition(":")[2])
             return tuple(cpu for cpu in online if cpu in affinity) or online
     return online
-
-
-def cpu_quota(root: Path = Path("/")) -> int | None:
-    """Whole CPUs (1 at least) that the cgroup of this process and those it is in allow it by their quotas; None without one."""
-    quotas = []
-    for folder in _cgroups(root):
-        text = read_text(folder / "cpu.max")  # version 2: quota and period
-        if text is None:
-            text = f"{read_text(folder / 'cpu.cfs_quota_us')} {read_text(folder / 'cpu.cfs_period_us')}"
-        quota, _, period = text.partition(" ")
-        if quota.isdecimal() and period.isdecimal() and int(period):  # neither "max" nor "-1"
-            quotas.append(max(1, int(quota) // int(period)))
-    return min(quotas, default=None)
-
-
-def _cgroups(root: Path) -> Iterator[Path]:
-    """The folders of this process's cgroup and all it is in, of version 2 and of the CPU controller of version 1."""
-    base = root / "sys/fs/cgroup"
-    paths = {base: "", base / "cpu": ""}  # what a container sees as the root has its limits
-    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not controllers:
-            paths[base] = path
-        elif "cpu" in controllers.split(","):
-            paths[base / "cpu"] = path
-    for folder, path in paths.items():
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts), -1, -1):
-            yield folder.joinpath(*parts[:depth])
 
 
 def _cpus(root: Path, numbers: Sequence[int]) -> Iterator[_Cpu]:

@@ -13,10 +13,7 @@ from edge_rt.errors import NativeError, OutOfMemory
 
 PAGE = mmap.PAGESIZE
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
-_ADVICE = {
-    "normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4,
-    "hugepage": 14, "nohugepage": 15, "cold": 20, "populate_read": 22,
-}  # fmt: skip
+_ADVICE = {"normal": 0, "random": 1, "sequential": 2, "willneed": 3, "dontneed": 4, "populate_read": 22, "hugepage": 14, "cold": 20}
 _FADV_WILLNEED, _FADV_DONTNEED = 3, 4
 _HUGE = 2 << 20
 """The usual size of a huge page. Where it is another, pages are merely smaller."""
