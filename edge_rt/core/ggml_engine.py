@@ -64,7 +64,8 @@ class GgmlEngine(GgmlSequences):
         self.hyper: Hyper = read_hyper(file.header)
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = key_type(options.key_type, self.hyper)
-        packed, notice = open_packed(file, options.progress) if options.pack else (None, None)
+        centre = bool(options.extra.get("ggml.centred", True))
+        packed, notice = open_packed(file, options.progress, centre) if options.pack else (None, None)
         if notice:
             self.notices.append(notice)
         self.weights = WeightStore(file, self.hyper, packed)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 P, I32, I64, SIZE, F32, BOOL, STR = C.c_void_p, C.c_int, C.c_int64, C.c_size_t, C.c_float, C.c_bool, C.c_char_p
 
-TYPE_F32, TYPE_F16, TYPE_Q8_0, TYPE_I32, TYPE_I64 = 0, 1, 8, 26, 27
+TYPE_F32, TYPE_F16, TYPE_Q4_0, TYPE_Q4_1, TYPE_Q8_0, TYPE_I32, TYPE_I64 = 0, 1, 2, 3, 8, 26, 27
 ROPE_NORMAL, ROPE_NEOX = 0, 2
 PRECISION_F32 = 10
 STATUS_SUCCESS, STATUS_ALLOC_FAILED = 0, -2
@@ -94,6 +94,8 @@ c.declare("div", P, P, P, P)
 c.declare("clamp", P, P, P, F32, F32)
 # struct ggml_tensor * ggml_sum_rows(ctx, a);
 c.declare("sum_rows", P, P, P)
+# struct ggml_tensor * ggml_pad(ctx, a, int p0, int p1, int p2, int p3);
+c.declare("pad", P, P, P, C.c_int, C.c_int, C.c_int, C.c_int)
 # struct ggml_tensor * ggml_mul_mat(ctx, a, b);
 c.declare("mul_mat", P, P, P, P)
 # struct ggml_tensor * ggml_mul_mat_id(ctx, as, b, ids);

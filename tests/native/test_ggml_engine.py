@@ -46,8 +46,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @contextmanager
 def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
-    """An engine on one thread: the models are tiny, and results do not depend on the number."""
-    with ModelFile.open(path) as file, closing(GgmlEngine(file, EngineOptions(**{"threads": 1, "context": 512, **options}))) as engine:
+    """An engine on one thread: the models are tiny, and results do not depend on the number. Weights lie as libllama has them."""
+    extra = {"ggml.centred": False, **options.pop("extra", {})}
+    settings = EngineOptions(**{"threads": 1, "context": 512, "extra": extra, **options})
+    with ModelFile.open(path) as file, closing(GgmlEngine(file, settings)) as engine:
         yield engine
 
 

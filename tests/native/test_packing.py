@@ -233,7 +233,7 @@ def test_each_layout_gives_the_bits_it_gives_in_libllama(
     """A prompt, single tokens, and few at once, which may have kernels of their own."""
     only(monkeypatch, layout)
     path = random_model("llama", type=type_, n_embd=256, n_ff=512, n_head=4, n_head_kv=2)
-    options = EngineOptions(threads=2, context=512, extra={"ggml.transposed_values": False})
+    options = EngineOptions(threads=2, context=512, extra={"ggml.transposed_values": False, "ggml.centred": False})
     with (
         ModelFile.open(path) as file,
         closing(GgmlEngine(file, options)) as engine,

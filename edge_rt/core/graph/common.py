@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from edge_rt.core.graph import attention, lora, stack
+from edge_rt.core.graph import attention, lora, offsets, stack
 from edge_rt.core.graph.hyper import Hyper, Rope
+from edge_rt.core.load.centred import offsets_name
 from edge_rt.native import ggml
 
 c = ggml.c
@@ -29,7 +30,12 @@ class Weights(Protocol):
         ...
 
     def joined(self, names: tuple[str, ...]) -> int | None:
-        """One tensor over the rows of several that lie side by side, None if they do not."""
+        """One tensor over the rows of several that lie side by side, None if they do not. Weights with offsets and without never do."""
+        ...
+
+    @property
+    def centred(self) -> bool:
+        """Whether some lie as Q4_0 and offsets."""
         ...
 
 
@@ -157,6 +163,9 @@ class Builder:
     def product(self, weight: int, x: int, *names: str) -> int:
         """``weight`` x, with what adapters add: the weights of these names, one below the other, are in it."""
         y = int(c.mul_mat(self.ctx, weight, x))
+        apart = tuple(map(offsets_name, names))
+        if (more := self.weights.get(apart[0]) if len(apart) == 1 else self.weights.joined(apart)) is not None:
+            y = int(c.add(self.ctx, y, offsets.product(self.ctx, more, x)))
         # Behind ``wanted_rows`` there are fewer columns.
         counts = [shape.tokens if ggml.fields(x).ne[1] == self.n_tokens else shape.rows for shape in self.shapes]
         return lora.add_terms(self, lora.runs(self.shapes, counts), y, x, names)

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from edge_rt import config
+from edge_rt.core.graph import offsets
 from edge_rt.core.graph.once import computed
+from edge_rt.core.load.centred import BLOCK, OFFSETS
 from edge_rt.core.remember import Remembered
 from edge_rt.native import ggml
 
@@ -39,7 +41,7 @@ def exact_columns(matrices: Iterable[int], backend: ggml.Handle, most: int) -> i
     limit = most
     for matrix in matrices:
         fields = ggml.fields(matrix)
-        layout = c.backend_buffer_name(fields.buffer).decode() if fields.extra else "plain"
+        layout = c.backend_buffer_name(fields.buffer).decode() if fields.extra else "offsets" if _are_offsets(matrix) else "plain"
         kind = f"{fields.type} {layout} {list(fields.ne)} {most}"
         found = known.get(kind)
         if found is None:  # a probe takes up to a second
@@ -53,7 +55,7 @@ def _exact_columns(matrix: int, backend: ggml.Handle, most: int) -> int:
     """The same for one matrix, by trying."""
     import numpy as np
 
-    width = int(ggml.fields(matrix).ne[0])
+    width = int(ggml.fields(matrix).ne[0]) * (BLOCK if _are_offsets(matrix) else 1)
     data = np.random.default_rng(0).standard_normal((most, width)).astype(np.float32)
     singles = [_product(matrix, column[None], backend)[0] for column in data]
     for n in range(2, most + 1):
@@ -71,5 +73,11 @@ def _product(matrix: int, columns: npt.NDArray[np.float32], backend: ggml.Handle
         with ggml.allocate_context(inputs):
             ggml.view(x, "f4", (n, width))[:] = columns
             shape = (n, int(ggml.fields(matrix).ne[1]))
-            product: npt.NDArray[np.float32] = computed(lambda ctx: int(c.mul_mat(ctx, matrix, x)), shape, backend, arena).copy()
+            multiply = offsets.product if _are_offsets(matrix) else c.mul_mat
+            product: npt.NDArray[np.float32] = computed(lambda ctx: int(multiply(ctx, matrix, x)), shape, backend, arena).copy()
             return product
+
+
+def _are_offsets(matrix: int) -> bool:
+    """Whether a matrix is multiplied with sums, by its name."""
+    return bool(ggml.fields(matrix).name.endswith(OFFSETS.encode()))

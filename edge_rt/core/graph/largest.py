@@ -51,4 +51,4 @@ def largest(
             built.close()
     shapes.append([SlotShape(min(tokens, FLASH_FROM - 1), cells, 1)] * parts)
     shapes += [[one._replace(adapter=through[-1]) for one in shape] for shape in shapes]
-    return Largest(arena + arena // MARGIN, inputs + max(description_bytes(hyper, shape, split) for shape in shapes))
+    return Largest(arena + arena // MARGIN, inputs + max(description_bytes(hyper, weights, shape, split) for shape in shapes))

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.graph import decoder, lora, stack
+from edge_rt.core.graph import decoder, lora, offsets, stack
 from edge_rt.core.graph.attention import wants_flash
 from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
 from edge_rt.core.graph.hyper import Hyper
@@ -74,20 +74,20 @@ class _SlotMemory(NamedTuple):
     window: int
 
 
-def _room(hyper: Hyper, shapes: Sequence[SlotShape], split: bool) -> tuple[int, tuple[int, ...]]:
+def _room(hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool) -> tuple[int, tuple[int, ...]]:
     """How many tensors the graph of a step may have, and how many nodes each of its segments."""
     queries = sum(1 if shape.together or shape.sequences > 1 else shape.tokens for shape in shapes)
     per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
     adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
-    per_layer += lora.PRODUCTS_PER_LAYER * adapted
+    per_layer += lora.PRODUCTS_PER_LAYER * (adapted + (offsets.NODES if weights.centred else 0))
     around = 64 + 2 * adapted  # embedding and head
     size = around + per_layer * (3 if split else hyper.n_layer)
     return around + per_layer * hyper.n_layer, (size,) * (hyper.n_layer + 2 if split else 1)
 
 
-def description_bytes(hyper: Hyper, shapes: Sequence[SlotShape], split: bool) -> int:
+def description_bytes(hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool) -> int:
     """Bytes of the tensors' descriptions of the graph of a step."""
-    return ggml.context_bytes(*_room(hyper, shapes, split))
+    return ggml.context_bytes(*_room(hyper, weights, shapes, split))
 
 
 class StepGraph:
@@ -111,10 +111,10 @@ class StepGraph:
         inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, split)
         self._input_buffer = ggml.allocate_context(self._input_ctx)
         self._bind(inputs, hyper, n_tokens, caches)
-        tensors, graphs = _room(hyper, shapes, split)
+        tensors, graphs = _room(hyper, weights, shapes, split)
         self._ctx = ggml.context(tensors, graphs)
         self.input_bytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs)
-        self.nbytes = self.input_bytes + description_bytes(hyper, shapes, split)
+        self.nbytes = self.input_bytes + description_bytes(hyper, weights, shapes, split)
         self._over = {cache.members: ggml.buffer_from_address(*stack.span(cache)) for cache in caches if cache.members}
         over = {members: buffer.address for members, buffer in self._over.items()}
         builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, graphs[0], split, borders, over)

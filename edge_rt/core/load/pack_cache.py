@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt import config
 from edge_rt.core.load import packing
+from edge_rt.core.load.centred import TooLarge
 from edge_rt.core.load.packing import PackDamaged, PackedFile
 from edge_rt.native import ggml, memory
 
@@ -20,26 +21,26 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-def cache_key(file: ModelFile) -> str:
+def cache_key(file: ModelFile, centre: bool = True) -> str:
     """Identify model content, library build and CPU: a packed file is good only for all three.
 
     Of the CPU: features, vector length, and the layouts it may use now, for a system can withhold AMX from a process.
     """
     build = (ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(ggml.vector_length()))
-    return "|".join((file.key(), *build, *packing.layouts(), str(packing.FORMAT)))
+    return "|".join((file.key(), *build, *packing.layouts(), str(packing.FORMAT), *(() if centre else ("as in the file",))))
 
 
-def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[PackedFile | None, str | None]:
-    """Open the packed weights of a model, making them first if need be.
+def open_packed(file: ModelFile, progress: Progress | None = None, centre: bool = True) -> tuple[PackedFile | None, str | None]:
+    """Open the packed weights of a model, making them first if need be. ``centre``: as ``packing.plan`` has it.
 
     Returns (packed, notice): packed None runs from the GGUF, and the notice says why if that is not simply
     because the model has nothing to pack.
     """
-    key = cache_key(file)
+    key = cache_key(file, centre)
     path = config.packed_dir() / f"{Path(file.path).stem}-{zlib.crc32(key.encode()):08x}.pack"
     if found := _open_sound(path, key):
         return found, None
-    plan = packing.plan(file.header)
+    plan = packing.plan(file.header, centre)
     if plan is None:
         return None, None
     try:
@@ -47,7 +48,12 @@ def open_packed(file: ModelFile, progress: Progress | None = None) -> tuple[Pack
         with _only_builder(path):
             if found := _open_sound(path, key):  # the other process made it while we waited
                 return found, None
-            _build(file, plan, path, key, progress)
+            try:
+                _build(file, plan, path, key, progress)
+            except TooLarge:
+                if (plan := packing.plan(file.header, centre=False)) is None:
+                    return None, None
+                _build(file, plan, path, key, progress)
         return PackedFile(path, key), None
     except OSError as error:
         reason = error.strerror or str(error)

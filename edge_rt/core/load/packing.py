@@ -12,10 +12,11 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edge_rt.core.load import centred
 from edge_rt.core.load.units import Span, unit_name
 from edge_rt.errors import EdgeError
 from edge_rt.native import ggml, memory
@@ -23,7 +24,7 @@ from edge_rt.native import ggml, memory
 if TYPE_CHECKING:
     from edge_rt.core.load.header import Header, TensorInfo
 
-FORMAT = 3
+FORMAT = 4
 MAGIC = b"EDGEPACK"
 LAYOUTS = ("AMX", "CPU_REPACK")
 """Buffer types whose memory is an ordinary allocation, over which a file may be mapped; a weight takes the first that has a kernel.
@@ -67,10 +68,15 @@ def layouts() -> dict[str, int]:
     return {name: found[name] for name in LAYOUTS if name in found}
 
 
-def plan(header: Header) -> Plan | None:
-    """Decide what to pack: every quantised 2-D or expert weight for which the library has a kernel. None if there is nothing."""
+def plan(header: Header, centre: bool = True) -> Plan | None:
+    """Decide what to pack: every quantised 2-D or expert weight for which the library has a kernel. None if there is nothing.
+
+    ``centre``: what it has none for as Q4_1 lies as Q4_0 and offsets, if it has one for that (centred.py).
+    """
     sources = _sources(header)
     kernels = _kernels(sources)
+    apart = _kernels(_as_q4_0(sources, kernels)) if centre else {}
+    kernels |= apart
     if not kernels:
         return None
     units: dict[str, list[str]] = {}
@@ -80,13 +86,31 @@ def plan(header: Header) -> Plan | None:
     position = 0
     for names in units.values():
         position = -(-position // memory.PAGE) * memory.PAGE
-        for name in sorted(names, key=_rank):
-            info = sources[name]
-            if name in kernels or (info.nbytes <= SMALL and name != "token_embd.weight"):
-                layout, nbytes = kernels.get(name, ("", info.nbytes))
-                entries.append(Entry(name, info.type, info.shape, position, nbytes, layout))
-                position = -(-(position + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        for blank in _unit(sorted(names, key=_rank), sources, kernels, apart):
+            entries.append(blank._replace(offset=position))
+            position = -(-(position + blank.nbytes) // _ALIGNMENT) * _ALIGNMENT
     return Plan(tuple(entries), -(-position // memory.PAGE) * memory.PAGE)
+
+
+def _as_q4_0(sources: Mapping[str, TensorInfo], kernels: Container[str]) -> dict[str, TensorInfo]:
+    """Weights of Q4_1 that have no kernel, as what is asked for instead."""
+    lacking = {name: info for name, info in sources.items() if info.type == ggml.TYPE_Q4_1 and name not in kernels}
+    return {name: info._replace(type=ggml.TYPE_Q4_0) for name, info in lacking.items() if len(info.shape) == 2}
+
+
+def _unit(
+    names: Sequence[str], sources: Mapping[str, TensorInfo], kernels: Mapping[str, tuple[str, int]], apart: Container[str]
+) -> Iterator[Entry]:
+    """What of a unit is packed, in order, without a place: its weights, and behind them the offsets of those that lie ``apart``."""
+    for name in names:
+        info = sources[name]
+        if name in kernels or (info.nbytes <= SMALL and name != "token_embd.weight"):
+            layout, nbytes = kernels.get(name, ("", info.nbytes))
+            yield Entry(name, ggml.TYPE_Q4_0 if name in apart else info.type, info.shape, 0, nbytes, layout)
+    for name in names:
+        if name in apart:
+            wide, rows = shape = centred.offsets_shape(sources[name].shape)
+            yield Entry(centred.offsets_name(name), ggml.TYPE_F16, shape, 0, 2 * wide * rows, "")
 
 
 def _rank(name: str) -> int:
@@ -97,7 +121,9 @@ def _rank(name: str) -> int:
 
 def _sources(header: Header) -> dict[str, TensorInfo]:
     """Tensors a packed file may hold, with a tied head as a tensor of its own, in file order."""
-    sources = {name: info for name, info in header.tensors.items() if name != "token_embd.weight"}
+    sources = {
+        name: info for name, info in header.tensors.items() if name != "token_embd.weight" and not name.endswith(centred.OFFSETS)
+    }
     if "output.weight" not in sources and "token_embd.weight" in header.tensors:
         sources["output.weight"] = header.tensors["token_embd.weight"]
     return sources
@@ -137,9 +163,13 @@ def _packed_size(info: TensorInfo, type_: int, buffer: int) -> int | None:
 
 
 def pack_tensors(plan_: Plan, header: Header, base: int) -> Iterator[tuple[Entry, bytes]]:
-    """Repack one tensor at a time (memory: the largest one) from the mapped model at ``base``."""
+    """Repack one tensor at a time (memory: the largest one) from the mapped model at ``base``. Raises centred.TooLarge."""
     types, sources = layouts(), _sources(header)
     for entry in plan_.entries:
+        if entry.name.endswith(centred.OFFSETS):
+            source = sources[centred.weight_name(entry.name)]
+            yield entry, centred.offsets(ggml.memory_at(base + source.offset, source.nbytes), source.shape).tobytes()
+            continue
         source = sources[entry.name]
         if not entry.layout:
             yield entry, bytes(ggml.memory_at(base + source.offset, entry.nbytes))
@@ -150,7 +180,11 @@ def pack_tensors(plan_: Plan, header: Header, base: int) -> Iterator[tuple[Entry
             place = -(-ggml.c.backend_buffer_get_base(scratch.address) // _ALIGNMENT) * _ALIGNMENT
             tensor = ggml.new_tensor(ctx.address, entry.type, entry.shape)
             ggml.place(tensor, scratch.address, place)
-            ggml.c.backend_tensor_set(tensor, base + source.offset, 0, source.nbytes)
+            if entry.type == source.type:
+                ggml.c.backend_tensor_set(tensor, base + source.offset, 0, source.nbytes)
+            else:
+                quants = centred.quants(ggml.memory_at(base + source.offset, source.nbytes))
+                ggml.c.backend_tensor_set(tensor, quants.ctypes.data, 0, quants.nbytes)
             yield entry, bytes(ggml.memory_at(place, entry.nbytes))
         finally:
             scratch.close()

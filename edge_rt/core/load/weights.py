@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.load.centred import OFFSETS, offsets_name
 from edge_rt.core.load.packing import PackedFile
 from edge_rt.core.load.units import Span, Unit, merge, unit_name
 from edge_rt.errors import ModelFileError
@@ -34,7 +35,7 @@ class WeightStore:
         for name, (tensor, span) in packed_names.items():
             self._tensors[name], self._spans[name] = tensor, span
         for name, info in file.header.tensors.items():
-            if name in self._tensors:
+            if name in self._tensors or name.endswith(OFFSETS):  # of no model: what packing adds must not come from a file
                 continue
             tensor = ggml.new_tensor(self._ctx.address, info.type, info.shape)
             ggml.c.set_name(tensor, name.encode())
@@ -69,6 +70,8 @@ class WeightStore:
         parts = [ggml.fields(tensor) for tensor in tensors if tensor]
         if len(parts) < len(names):
             return None
+        if len({offsets_name(name) in self._tensors for name in names}) > 1:
+            return None
         first, rank = parts[0], 1 if all(part.ne[1] == 1 for part in parts) else 2
         end = first.data
         for name, part in zip(names, parts, strict=True):
@@ -91,6 +94,11 @@ class WeightStore:
         for name, tensor in self._tensors.items():
             if ggml.fields(tensor).ne[1] > 1 and (tied or name != "token_embd.weight"):
                 yield tensor
+
+    @property
+    def centred(self) -> bool:
+        """Whether some weights lie as Q4_0 and offsets (centred.py)."""
+        return any(offsets_name(name) in self._tensors for name in self._packed_names)
 
     @property
     def size(self) -> int:
