@@ -448,6 +448,15 @@ class Client(private val dial: () -> Transport, private val key: String? = null)
     fun restoreSession(name: String, keep: Boolean = false) =
         Session(this, call("restore_session", mapOf("name" to name, "keep" to keep))["session"] as String)
 
+    /** The user's saved sessions: `name`, `bytes`, and when each was `saved`, in seconds since 1970. */
+    fun savedSessions(): List<Message> =
+        (call("list_saved")["saved"] as List<*>).map { one -> (one as Map<*, *>).entries.associate { it.key as String to it.value } }
+
+    /** Delete what was saved under a name. */
+    fun deleteSaved(name: String) {
+        call("delete_saved", mapOf("name" to name))
+    }
+
     /** What the daemon is at. */
     fun status() = call("status")
 

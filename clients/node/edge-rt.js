@@ -461,6 +461,16 @@ class Client {
     return new Session(this, (await this.call('restore_session', { name, keep })).session);
   }
 
+  /** The user's saved sessions: `name`, `bytes`, and when each was `saved`, in seconds since 1970. */
+  async savedSessions() {
+    return (await this.call('list_saved')).saved;
+  }
+
+  /** Delete what was saved under a name. */
+  async deleteSaved(name) {
+    await this.call('delete_saved', { name });
+  }
+
   /** What the daemon is at. */
   status() {
     return this.call('status');

@@ -489,6 +489,16 @@ public final class Client: @unchecked Sendable {
         Session(self, try call("restore_session", ["name": .text(name), "keep": .flag(keep)])["session"]?.text ?? "")
     }
 
+    /// The user's saved sessions: `name`, `bytes`, and when each was `saved`, in seconds since 1970.
+    public func savedSessions() throws -> [Message] {
+        (try call("list_saved")["saved"]?.list ?? []).compactMap { $0.map }
+    }
+
+    /// Delete what was saved under a name.
+    public func deleteSaved(_ name: String) throws {
+        _ = try call("delete_saved", ["name": .text(name)])
+    }
+
     /// What the daemon is at.
     public func status() throws -> Message { try call("status") }
 

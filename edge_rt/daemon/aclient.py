@@ -117,6 +117,15 @@ class AsyncClient:
         answers.result()
         return answers.embeddings
 
+    async def saved(self) -> list[Message]:
+        """The user's saved sessions; see ``Client.saved``."""
+        found: list[Message] = (await self.call("list_saved"))["saved"]
+        return found
+
+    async def delete_saved(self, name: str) -> None:
+        """Delete what was saved under a name."""
+        await self.call("delete_saved", name=name)
+
     def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
         if self._writer is None:
             raise DaemonError("disconnected", "the connection was closed; connect again")

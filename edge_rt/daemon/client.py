@@ -181,6 +181,15 @@ class Client:
         """Open a session that was saved under a name."""
         return Session(self, self.call("restore_session", name=name, keep=keep, model=model)["session"])
 
+    def saved(self) -> list[Message]:
+        """The user's saved sessions by name: ``name``, ``bytes``, and when it was ``saved``, in seconds since 1970."""
+        found: list[Message] = self.call("list_saved")["saved"]
+        return found
+
+    def delete_saved(self, name: str) -> None:
+        """Delete what was saved under a name."""
+        self.call("delete_saved", name=name)
+
     def status(self) -> Message:
         """What the daemon is at."""
         return self.call("status")

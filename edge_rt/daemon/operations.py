@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import __version__
-from edge_rt.daemon import protocol
+from edge_rt.daemon import protocol, saves
 from edge_rt.daemon.frames import MAX_DEPTH, Message
 from edge_rt.daemon.protocol import Request
-from edge_rt.daemon.sessions import Known, file_of
+from edge_rt.daemon.sessions import Known
 from edge_rt.errors import ProtocolError
 from edge_rt.types import PRIORITIES
 
@@ -172,18 +172,17 @@ def _clone_session(connection: Channel, request: Request, size: int) -> None:
 
 
 def _restore_session(connection: Channel, request: Request, size: int) -> None:
-    path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
+    path = _saved(connection, request)
     if not path.exists():
-        raise ProtocolError("session_file", f"there is no saved session {request.fields['name']}; save one with save_session")
+        raise saves.nothing_saved(request.fields["name"])
     command = {"op": "restore_session", "path": str(path), "owner": str(_user(connection))}
     _new(connection, request, size, _hosted(connection, request), lambda one: {**command, "session": one.id}, saved=path, used=True)
 
 
 def _save_session(connection: Channel, request: Request, size: int) -> None:
-    path = file_of(connection.server.config.state, _user(connection), request.fields["name"])
-    most = connection.server.config.limits.saved_per_user
-    if not path.exists() and len(list(path.parent.glob("*.session"))) >= most:
-        raise ProtocolError("limit", f"a user may have {most} saved sessions; save under a name that has one")
+    path, most = _saved(connection, request), connection.server.config.limits.saved_per_user
+    if not path.exists() and len(_saves(connection)) >= most:
+        raise ProtocolError("limit", f"a user may have {most} saved sessions; delete one, or save under a name that has one")
     one = _session(connection, request)
 
     def saved(found: Message) -> Message:
@@ -191,6 +190,25 @@ def _save_session(connection: Channel, request: Request, size: int) -> None:
         return found
 
     _pass_on(connection, request, size, one.hosted, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
+
+
+def _list_saved(connection: Channel, request: Request, size: int) -> None:
+    connection.answer(request.id, {"saved": [one._asdict() for one in _saves(connection)]})
+
+
+def _delete_saved(connection: Channel, request: Request, size: int) -> None:
+    path = _saved(connection, request)
+    saves.delete(path, request.fields["name"])
+    connection.server.sessions.unsaved(path)
+    connection.answer(request.id, {})
+
+
+def _saved(connection: Channel, request: Request) -> Path:
+    return saves.file_of(connection.server.config.state, _user(connection), request.fields["name"])
+
+
+def _saves(connection: Channel) -> list[saves.Save]:
+    return saves.saves_of(connection.server.config.state, _user(connection))
 
 
 def _close_session(connection: Channel, request: Request, size: int) -> None:
@@ -279,6 +297,8 @@ _RUN: dict[str, Callable[[Channel, Request, int], None]] = {
     "clone_session": _clone_session,
     "save_session": _save_session,
     "restore_session": _restore_session,
+    "list_saved": _list_saved,
+    "delete_saved": _delete_saved,
     "generate": _generate,
     "embed": _embed,
     "cancel": _cancel,

@@ -132,6 +132,8 @@ OPS: Mapping[str, Mapping[str, str]] = {
     "clone_session": {"session": "text!", "keep": "flag"},
     "save_session": {"session": "text!", "name": "text!"},
     "restore_session": {"name": "text!", "keep": "flag", "model": "text"},
+    "list_saved": {},
+    "delete_saved": {"name": "text!"},
     "generate": {
         "session": "text", "model": "text", "prompt": "text", "messages": "maps", "options": "map", "priority": "text", "resumable": "flag",
     },

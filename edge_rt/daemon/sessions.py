@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +14,6 @@ from edge_rt.errors import ProtocolError
 if TYPE_CHECKING:
     from edge_rt.daemon.channel import Channel
     from edge_rt.daemon.hosted import Hosted
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(eq=False)
@@ -99,10 +96,14 @@ class Sessions:
 
     def saved(self, one: Known, path: Path) -> None:
         """A session was saved; what another saved there is no more."""
-        for other in self._known.values():
-            if other.saved == path:
-                other.saved = None
+        self.unsaved(path)
         one.saved, one.saved_later = path, True
+
+    def unsaved(self, path: Path) -> None:
+        """What was saved there is no more: nobody goes on from it."""
+        for one in self._known.values():
+            if one.saved == path:
+                one.saved = None
 
     def parked(self, name: str, path: Path) -> None:
         """A worker has put a session there."""
@@ -127,10 +128,3 @@ class Sessions:
             self._expire_later(one)
         else:
             self.close(one)
-
-
-def file_of(state: Path, user: int, name: str) -> Path:
-    """Where a user's session of a name is saved. Raises ProtocolError: option."""
-    if not _NAME.fullmatch(name):
-        raise ProtocolError("option", "the name of a saved session is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or a digit")
-    return state / str(user) / f"{name}.session"

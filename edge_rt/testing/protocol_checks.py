@@ -12,7 +12,7 @@ from edge_rt.testing.protocol_peer import Broken, Message, Peer, encode, error_i
 
 OPS = (
     "hello", "generate", "cancel", "resume", "ack", "open_session", "close_session", "clone_session", "save_session", "restore_session",
-    "tokenize", "detokenize", "embed", "status", "metrics", "reload_rules", "load_model", "unload_model",
+    "list_saved", "delete_saved", "tokenize", "detokenize", "embed", "status", "metrics", "reload_rules", "load_model", "unload_model",
 )  # fmt: skip
 LIMITS = ("frame_bytes", "requests_per_connection", "requests_per_second", "credits", "resume_within")
 BEFORE_HELLO = 4096

@@ -312,6 +312,11 @@ def sessions_go_on_and_are_cloned(server: Server) -> None:
         expect(clone != session, "a clone has its origin's id")
         peer.ok("save_session", session=session, name="protocol-conformance")
         restored = peer.ok("restore_session", name="protocol-conformance")["session"]
+        names = [one["name"] for one in peer.ok("list_saved")["saved"]]
+        expect("protocol-conformance" in names, f"a saved session is not among those that list_saved names: {names}")
+        peer.ok("delete_saved", name="protocol-conformance")
+        peer.refused("session_file", "restore_session", name="protocol-conformance")
+        peer.refused("session_file", "delete_saved", name="protocol-conformance")
         for name in (session, clone, restored):
             found = _answer(peer, _generate(peer, FEW, longer, session=name))
             expect(_text(found) == alone, "in a session, a prompt has another answer than without")

@@ -276,7 +276,7 @@ def test_saved_sessions_are_limited(daemon):
     with daemon.client() as client, client.session() as session:
         for name in ("one", "two", "one"):
             session.save(name)
-        with pytest.raises(DaemonError, match="a user may have 2 saved sessions; save under a name that has one") as caught:
+        with pytest.raises(DaemonError, match="a user may have 2 saved sessions; delete one, or save under a name that has one") as caught:
             session.save("three")
         assert caught.value.code == "limit"
         session.save("two")

@@ -1,0 +1,140 @@
+"""Saved sessions are listed and deleted, by their own user alone, with every client that runs here."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from daemons import Daemon, write_plugin
+
+from edge_rt.daemon import saves
+from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.client import Client
+from edge_rt.errors import DaemonError, ProtocolError, UserError
+
+NODE = Path(__file__).parents[2] / "clients" / "node" / "edge-rt.js"
+PROGRAM = """
+const { Client } = require(process.argv[1]);
+Client.connect(process.argv[2]).then(async (client) => {
+  const names = async () => (await client.savedSessions()).map((one) => one.name);
+  const found = [await names()];
+  await client.deleteSaved('a');
+  found.push(await names(), await client.deleteSaved('a').catch((error) => error.code));
+  client.close();
+  console.log(JSON.stringify(found));
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory, random_model):
+    folder = tmp_path_factory.mktemp("saves")
+    write_plugin(folder)
+    (folder / "key").write_text("0123456789abcdef\n")
+    (folder / "key").chmod(0o600)
+    config = f'key_file = "key"\nlisten = ["tcp:127.0.0.1:0", "{folder}/d.sock"]\nlimits.saved_per_user = 2\n'
+    found = Daemon(folder, config=config, model=str(random_model()))
+    found.words = [word for word in found.words if word not in ("--listen", str(found.socket))]
+    with found:
+        found.port = int(found.said.decode().split("tcp:127.0.0.1:")[1].split(",")[0])
+        found.ready().close()
+        yield found
+
+
+def say(session, prompt="hello"):
+    return list(session.generate(prompt, max_tokens=4, ignore_eos=True))[-1]
+
+
+def test_they_are_listed_and_deleted_and_others_do_not_see_them(daemon):
+    with daemon.client() as client, client.session() as session:
+        assert client.saved() == []
+        say(session)
+        for name in ("b", "a"):
+            session.save(name)
+        first, second = client.saved()
+        assert (first["name"], second["name"]) == ("a", "b")
+        assert first["bytes"] == second["bytes"] > 0
+        assert abs(first["saved"] - time.time()) < 60
+        with pytest.raises(DaemonError, match="a user may have 2 saved sessions; delete one, or save under a name that has one"):
+            session.save("c")
+        with Client(f"tcp:127.0.0.1:{daemon.port}", key="0123456789abcdef") as other:
+            assert other.saved() == []
+            with pytest.raises(DaemonError) as caught:
+                other.delete_saved("a")
+            assert caught.value.code == "session_file"
+        client.delete_saved("a")
+        session.save("c")
+        assert [one["name"] for one in client.saved()] == ["b", "c"]
+        with pytest.raises(DaemonError, match="there is no saved session a; list_saved says which there are") as caught:
+            client.restore("a")
+        assert caught.value.code == "session_file"
+        with pytest.raises(DaemonError) as caught:
+            client.delete_saved("../b")
+        assert caught.value.code == "option"
+        for name in ("b", "c"):
+            client.delete_saved(name)
+
+
+def test_with_asyncio(daemon):
+    async def run():
+        async with AsyncClient(str(daemon.socket)) as client:
+            session = (await client.call("open_session"))["session"]
+            await client.call("save_session", session=session, name="one")
+            found = await client.saved()
+            await client.delete_saved("one")
+            return found, await client.saved()
+
+    before, after = asyncio.run(run())
+    assert ([one["name"] for one in before], after) == (["one"], [])
+
+
+def test_with_node(daemon):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    with daemon.client() as client, client.session() as session:
+        for name in ("a", "b"):
+            session.save(name)
+        done = subprocess.run([node, "-e", PROGRAM, str(NODE), str(daemon.socket)], capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        assert json.loads(done.stdout) == [["a", "b"], ["b"], "session_file"]
+        client.delete_saved("b")
+
+
+def test_nobody_goes_on_from_what_was_deleted(daemon):
+    with daemon.client() as client:
+        session = client.session()
+        say(session)
+        session.save("gone")
+        client.delete_saved("gone")
+        deaths = client.status()["worker"]["deaths"]
+        os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+        while client.status()["worker"]["deaths"] == deaths:
+            time.sleep(0.01)
+        with pytest.raises(DaemonError) as caught:
+            say(session)
+        assert caught.value.code == "session_lost"
+        session.close()
+
+
+def test_what_is_no_saved_session_is_not_listed_and_a_disk_that_says_no_is_told(tmp_path):
+    assert saves.saves_of(tmp_path, 7) == []
+    folder = tmp_path / "7"
+    folder.mkdir()
+    for name in ("a.session", "a.sessionx1.tmp", ".session", "b.txt", "c d.session"):
+        (folder / name).write_bytes(b"123")
+    assert [(one.name, one.bytes) for one in saves.saves_of(tmp_path, 7)] == [("a", 3)]
+    (folder / "d.session").mkdir()
+    with pytest.raises(UserError, match="the saved session d cannot be deleted: is a directory"):
+        saves.delete(folder / "d.session", "d")
+    with pytest.raises(ProtocolError) as caught:
+        saves.delete(folder / "e.session", "e")
+    assert caught.value.code == "session_file"
+    (tmp_path / "8").write_text("")
+    with pytest.raises(UserError, match="saved sessions cannot be listed: not a directory"):
+        saves.saves_of(tmp_path, 8)
