@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.daemon.protocol import failure
 from edge_rt.daemon.supervisor import Spec, Supervisor
-from edge_rt.errors import ProtocolError
+from edge_rt.errors import ModelFileError, ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
@@ -42,8 +42,13 @@ def foreseen(spec: Spec) -> Needs:
 
     The process: 33 MB, and its vocabulary, which is a larger part of a small model (135M with 49,152 tokens: 41 MB at all).
     Working: a few hundred cells and the buffers of a prompt's step, which grow with the model's width (135M: 54 MB).
+
+    Raises ModelFileError if the file is gone.
     """
-    size = Path(spec.model).stat().st_size
+    try:
+        size = Path(spec.model).stat().st_size
+    except OSError as error:
+        raise ModelFileError(f"{spec.model} cannot be opened: {(error.strerror or str(error)).lower()}; check the path") from error
     limit = spec.options.get("memory")
     weights = min(size, limit) if limit else size
     return Needs(weights + _adapter_bytes(spec), _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 16)
@@ -61,7 +66,7 @@ class Hosted:
         self, name: str, spec: Spec, hung_after: float, parking: Parking,
         changed: Callable[[Hosted], None], told: Callable[[Hosted, Message], None],
     ) -> None:  # fmt: skip
-        """Raises OSError if the file is gone."""
+        """Raises ModelFileError if the file is gone."""
         self.name, self.spec, self.needs = name, spec, foreseen(spec)
         self.allowance = self.used = self.under_way = 0
         self.placed = False

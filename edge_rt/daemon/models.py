@@ -64,10 +64,14 @@ class Models:
     # ---- names -------------------------------------------------------------------------------------------------------
 
     def know(self, name: str, spec: Spec) -> Hosted:
-        """A model that may be asked for, from now on. What was known by the name is forgotten; it must not be loaded."""
+        """A model that may be asked for, from now on. What was known by the name is forgotten; it must not be loaded.
+
+        Raises ModelFileError if the file is gone: then nothing is forgotten.
+        """
+        one = Hosted(name, spec, self._hung_after, self._parking, self._changed, self._hear)
         if (before := self._known.get(name)) is not None:
             self.forget(before)
-        self._known[name] = one = Hosted(name, spec, self._hung_after, self._parking, self._changed, self._hear)
+        self._known[name] = one
         return one
 
     def know_default(self, model: str, spec: Spec) -> Hosted:

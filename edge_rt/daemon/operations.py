@@ -276,12 +276,12 @@ def _metrics(connection: Channel, request: Request, size: int) -> None:
 def _load_model(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
     options = protocol.fields(request.fields.get("options", {}), protocol.MODEL_OPTIONS, "the options", "option")
-    connection.server.load_model(connection, request, request.fields["model"], options)
+    connection.server.exchange.load(connection, request, request.fields["model"], options)
 
 
 def _unload_model(connection: Channel, request: Request, size: int) -> None:
     _operator(connection)
-    connection.server.unload_model(connection, request, _hosted(connection, request))
+    connection.server.exchange.unload(connection, request, _hosted(connection, request))
 
 
 def _operator(connection: Channel) -> None:

@@ -20,10 +20,11 @@ from edge_rt.daemon.channel import Channel
 from edge_rt.daemon.config import Config, Http
 from edge_rt.daemon.connection import Connection
 from edge_rt.daemon.door import Door
+from edge_rt.daemon.exchange import Exchange
 from edge_rt.daemon.frames import Message
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.measures import Measures, count_done
-from edge_rt.daemon.models import Models, check_name, most_of_what_is_free, name_of
+from edge_rt.daemon.models import Models, check_name, most_of_what_is_free
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
 from edge_rt.daemon.streams import Stream
@@ -64,7 +65,7 @@ class Server:
         self.measures = Measures()
         self._started = time.time()
         self.tasks = Tasks()
-        self._exchange: asyncio.Task[None] | None = None  # of models
+        self.exchange = Exchange(self.models, self.spec, self.tasks)
 
     @staticmethod
     def now() -> float:
@@ -274,42 +275,6 @@ class Server:
     def _stream(self, connection: Channel, token: str) -> Stream | None:
         stream = self._streams.get(token)
         return stream if stream is not None and stream.user == connection.user else None
-
-    # ---- models ------------------------------------------------------------------------------------------------------
-
-    def load_model(self, connection: Channel, request: Request, model: str, options: dict[str, Any]) -> None:
-        """Load a model, which is the default from now on; answered when it is started. Raises ProtocolError, ModelFileError."""
-        spec = self.spec(model, options)
-
-        async def work() -> None:
-            try:
-                if before is not None:
-                    await self.models.unload(before)
-                self.models.load(self.models.know_default(model, spec))
-            except ProtocolError as error:
-                connection.refuse(request.id, error)
-            else:
-                connection.answer(request.id, {"model": spec.model})
-
-        before = self.models.named(name_of(model, spec))
-        self._idle(before)
-        self._exchange = self.tasks.spawn(work())
-
-    def unload_model(self, connection: Channel, request: Request, hosted: Hosted) -> None:
-        """End a model's worker, and forget the model. Raises ProtocolError."""
-        self._idle(hosted)
-
-        async def work() -> None:
-            await self.models.unload(hosted)
-            self.models.forget(hosted)
-            connection.answer(request.id, {})
-
-        self._exchange = self.tasks.spawn(work())
-
-    def _idle(self, hosted: Hosted | None) -> None:
-        """Raises ProtocolError while a model's worker may not go, or another just does."""
-        if (hosted is not None and not hosted.idle) or (self._exchange is not None and not self._exchange.done()):
-            raise ProtocolError("busy", "requests are under way; wait for them, or cancel them")
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 

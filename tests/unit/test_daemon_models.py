@@ -96,3 +96,27 @@ def test_a_session_keeps_its_context_when_its_model_left_also_before_it_was_used
 def allowed(session, prompt):
     """Cells that a request in a session may use."""
     return list(session.generate(prompt, max_tokens=3, ignore_eos=True))[-1].context.allowed
+
+
+def test_who_loads_a_model_whose_file_vanishes_meanwhile_is_told_and_the_daemon_goes_on(tmp_path, random_model):
+    write_plugin(tmp_path)
+    path = tmp_path / "m.gguf"
+    shutil.copy(random_model(), path)
+    with Daemon(tmp_path, model=str(path)) as daemon, daemon.ready() as client, socket.socket(socket.AF_UNIX) as other:
+        other.settimeout(30)
+        other.connect(str(daemon.socket))
+        os.kill(client.status()["worker"]["pid"], signal.SIGSTOP)  # it ends only after a second
+        hello, load = {"id": 0, "op": "hello", "versions": [1]}, {"id": 1, "op": "load_model", "model": str(path), "options": OPTIONS}
+        other.sendall(pack(hello) + pack(load))
+        until = time.monotonic() + 20
+        while client.status()["worker"]["state"] != "none":
+            assert time.monotonic() < until
+        path.unlink()
+        frames, found = Frames(), []
+        while len(found) < 2:
+            found += frames.feed(other.recv(1 << 16))
+        assert found[1]["error"]["code"] == "model_file"
+        assert "m.gguf cannot be opened: no such file or directory" in found[1]["error"]["message"]
+        shutil.copy(random_model(), path)
+        client.call("load_model", model=str(path), options=OPTIONS)
+        assert list(client.generate("x", max_tokens=2))
