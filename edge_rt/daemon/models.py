@@ -9,6 +9,7 @@ for which there is still no room waits, with a reason, until another is idle.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
@@ -200,9 +201,8 @@ class Models:
     def _bring(self, one: Hosted) -> None:
         needed = one.needs.total
         if needed > self.budget:
-            most = shown(self.budget)
-            message = f"the model {one.name} needs {shown(needed)} and all models may have {most}; raise memory, or limit the model's own"
-            raise ProtocolError("out_of_memory", message, needed=needed, available=self.budget)
+            refusal = self._too_large(one)
+            raise ProtocolError(refusal.code, refusal.message, **refusal.fields)
         if self._task is None and not one.leaving and self.free >= needed:
             self._place(one)
             return
@@ -210,6 +210,21 @@ class Models:
         one.start_timer(self._patience, partial(self._give_up, one))
         self._wants[one] = needed
         self._nudge()
+
+    def _too_large(self, one: Hosted) -> Ended:
+        """Why a model is not loaded however much the others give."""
+        needed, most = one.needs.total, self.budget
+        message = (
+            f"the model {one.name} needs {shown(needed)} and all models may have {shown(most)}; raise memory, or limit the model's own"
+        )
+        return Ended("out_of_memory", message, {"needed": needed, "available": most})
+
+    def _put_out(self, one: Hosted) -> None:
+        """A model that is open needs more than was foreseen, and more than all may have: it does not stay."""
+        refusal = self._too_large(one)
+        logging.getLogger("edge_rt.daemon").warning("%s", refusal.message)
+        one.leaving = True
+        self._tasks.spawn(self.unload(one, refusal))
 
     def _place(self, one: Hosted) -> None:
         """There is room: load it."""
@@ -236,8 +251,11 @@ class Models:
     def _hear(self, one: Hosted, message: Message) -> None:
         """A worker says something of itself; or it is open, or has ended."""
         if "short" in message:
-            self._wants[one] = message["short"]
-            self._nudge()
+            if not one.leaving:
+                self._wants[one] = message["short"]
+                self._nudge()
+        elif "opened" in message and one.needs.total > self.budget:
+            self._put_out(one)
         elif "opened" in message:
             self._rest(one)
             more = max(0, one.needs.working - one.allowance)

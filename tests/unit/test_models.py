@@ -96,7 +96,7 @@ class Worker:
         pending, self.pending = self.pending, {}
         self.ended(self, why)
         for took in pending.values():
-            took({"error": {"code": why.code, "message": why.message}})
+            took({"error": why.error})
 
     kill = die
 
@@ -275,6 +275,37 @@ def test_one_that_needs_more_than_was_foreseen_makes_others_shrink(tmp_path: Pat
                 break
         here.check()
         assert here.models.find("b").needs.weights == 40 * MB
+
+    asyncio.run(main())
+
+
+def test_one_that_turns_out_too_large_for_all_the_memory_leaves_and_is_refused_in_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    async def main() -> None:
+        here = host(tmp_path, 50, {"a": 20, "b": 60})
+        b = here.models.find("b")
+        b.needs = Needs(10 * MB, 6 * MB, 4 * MB)  # its worker knows better
+        here.models.load(here.models.find("a"))
+        await here.answer(here.ask("a"))
+        refused = {"code": "out_of_memory", "needed": 69 * MB, "available": 50 * MB}
+        here.asked += 1
+        here.models.call(b, {"op": "generate", "bytes": 40 * MB}, lambda message: here.answers.setdefault(here.asked, message))
+        while here.asked not in here.answers:  # for this moment, more is taken than may be
+            await asyncio.sleep(0.001)
+        error = here.answers[here.asked]["error"]
+        assert {name: error[name] for name in refused} == refused
+        assert error["message"].startswith("the model b needs 69M and all models may have 50M; raise memory")
+        assert error["message"] in caplog.text
+        while b.leaving:
+            await asyncio.sleep(0.001)
+        assert (b.placed, b.supervisor.state, here.models.free) == (False, "none", 50 * MB - here.models.find("a").taken)
+        with pytest.raises(ProtocolError, match="needs 69M") as caught:  # from now on it is known beforehand
+            here.ask("b")
+        assert {"code": caught.value.code, **caught.value.fields} == refused
+        assert await here.answer(here.ask("a")) == {"ok": {}}
+        await here.models.close(Ended("draining", "over"))
+        assert Worker.alive == []
 
     asyncio.run(main())
 
