@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edge_rt.daemon import protocol
@@ -39,6 +40,8 @@ class Channel(asyncio.Protocol):
         """Generations by the client's number."""
         self.waiting: set[int] = set()
         """Other requests that were not answered yet."""
+        self.withdraw: dict[int, Callable[[], object]] = {}
+        """How to take back each of these, as long as its model waits for memory."""
         self.held = 0
         """Bytes of the request that has begun and of requests not answered yet; see ``Server.hold``."""
         self._sizes: dict[int, int] = {}
@@ -116,6 +119,7 @@ class Channel(asyncio.Protocol):
     def done(self, number: int) -> None:
         """A request was answered, or could not be begun."""
         self.waiting.discard(number)
+        self.withdraw.pop(number, None)
         self.server.hold(self, -self._sizes.pop(number, 0))
 
     # ---- out ---------------------------------------------------------------------------------------------------------

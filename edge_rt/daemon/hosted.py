@@ -71,6 +71,10 @@ class Hosted:
         self.allowance = self.used = self.under_way = 0
         self.placed = False
         """It has its place in memory."""
+        self.awaited = 0
+        """Requests for whose sake it comes into memory."""
+        self.bidden = False
+        """It is to come also if nobody asks anything."""
         self.cooled = False
         """Its weights were given back, as nobody has asked anything for long."""
         self.leaving = False

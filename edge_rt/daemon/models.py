@@ -32,6 +32,7 @@ HALF_LIFE = 64.0
 """Requests, to any model, after which one counts half."""
 MORE = 16 << 20
 """Bytes that a worker gets beyond those it is short of, if there are any: the next request is not far."""
+UNWANTED = Ended("unloaded", "the model waited for memory, and nobody waits for it any more; ask again")
 LEFT = Ended("unloaded", "the model left memory for another; ask again")
 
 
@@ -131,18 +132,23 @@ class Models:
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def call(self, one: Hosted, command: Message, took: Took) -> int:
-        """Let a model's worker answer, after it was loaded if need be; the command's number. Raises ProtocolError."""
+    def call(self, one: Hosted, command: Message, took: Took, *, awaits: bool = True) -> int:
+        """Let a model's worker answer, after it was loaded if need be; the command's number. Raises ProtocolError.
+
+        ``awaits``: somebody waits for the answer, so that the model waits for room as long as they do.
+        """
         if one.supervisor.spec is None:
             self._bring(one)
 
         def answered(message: Message) -> None:
             if "event" not in message:
+                one.awaited -= awaits
                 self._done(one)
             took(message)
 
         number = one.supervisor.call(command, answered)
         one.under_way += 1
+        one.awaited += awaits
         one.cooled = False
         if one.placed:
             one.stop_timer()
@@ -152,9 +158,17 @@ class Models:
 
     def _done(self, one: Hosted) -> None:
         one.under_way -= 1
+        if one in self._wants and not one.placed and not one.awaited and not one.bidden:
+            self._nobody_waits(one)
         self._rest(one)
         if self._wants:
             self._nudge()
+
+    def _nobody_waits(self, one: Hosted) -> None:
+        """Who asked for a model that waits for room is gone: nobody is to leave for it any more."""
+        del self._wants[one]
+        one.stop_timer()
+        one.supervisor.abandon(UNWANTED)
 
     def _rest(self, one: Hosted) -> None:
         """A model may have nothing to do: after a while it cools down."""
@@ -178,6 +192,7 @@ class Models:
         """Bring a model into memory before anybody asks. Raises ProtocolError: out_of_memory."""
         if one.supervisor.spec is None:
             self._bring(one)
+        one.bidden = not one.placed
 
     async def unload(self, one: Hosted, why: Ended = UNLOADED) -> None:
         """End a model's worker; what it is at gets an error."""
@@ -187,7 +202,7 @@ class Models:
         try:
             await one.supervisor.unload(why)
         finally:
-            one.placed, one.cooled, one.used, one.leaving = False, False, 0, False
+            one.placed, one.cooled, one.used, one.leaving, one.bidden = False, False, 0, False, False
             self._nudge()
 
     async def close(self, why: Ended) -> None:
@@ -229,7 +244,7 @@ class Models:
     def _place(self, one: Hosted) -> None:
         """There is room: load it."""
         one.stop_timer()
-        one.placed, one.cooled, one.used = True, False, 0
+        one.placed, one.cooled, one.used, one.bidden = True, False, 0, False
         one.allowance = max(one.needs.working, self.free - one.needs.fixed)
         one.supervisor.load(one.spec)
 
@@ -302,8 +317,8 @@ class Models:
         """Free so many bytes for a model, at the expense of others; whether that could be."""
         for way in (self._unused, self._leave_cooled, self._parked_sessions, self._leave):
             for other in self._heat_order(one):
-                if self.free >= wanted:
-                    return True
+                if self.free >= wanted or one not in self._wants:  # there is enough, or nobody waits for it any more
+                    break
                 await way(other, wanted)
         return self.free >= wanted
 

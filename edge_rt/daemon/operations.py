@@ -63,7 +63,13 @@ def _pass_on(
             connection.refuse(number, _error(message["error"]))
 
     connection.begin(number, size)
-    connection.server.call(hosted, command, took)
+    _passed(connection, number, hosted, connection.server.call(hosted, command, took))
+
+
+def _passed(connection: Channel, number: int, hosted: Hosted, command: int) -> None:
+    """A request is with a model, as a command of this number; who leaves takes it back, if it has not begun."""
+    if number in connection.waiting:  # else it was answered at once
+        connection.withdraw[number] = partial(hosted.supervisor.withdraw, command)
 
 
 def _error(found: Message) -> ProtocolError:
@@ -105,7 +111,8 @@ def _session(connection: Channel, request: Request) -> Known:
     if (source is None and one.used) or not server.models.known(one.hosted):
         raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
     how = {"op": "open_session"} if source is None else {"op": "restore_session", "path": str(source)}
-    server.call(one.hosted, {**how, "session": one.id, "owner": str(one.user), "context": one.context}, partial(_restored, one, source))
+    command = {**how, "session": one.id, "owner": str(one.user), "context": one.context}
+    server.call(one.hosted, command, partial(_restored, one, source), awaits=False)
     one.epoch = one.hosted.supervisor.epoch
     return one
 
@@ -149,7 +156,7 @@ def _new(connection: Channel, request: Request, size: int, hosted: Hosted, make:
 
     try:
         connection.begin(number, size)
-        server.call(hosted, make(one), took)
+        _passed(connection, number, hosted, server.call(hosted, make(one), took))
         one.epoch = hosted.supervisor.epoch  # of the worker that the call may just have started
     except ProtocolError:
         server.sessions.close(one)

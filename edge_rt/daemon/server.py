@@ -141,6 +141,8 @@ class Server:
             else:
                 stream.expiry = asyncio.get_running_loop().call_later(self.config.resume_within, self._abandon, stream)
         connection.streams.clear()
+        for withdraw in list(connection.withdraw.values()):
+            withdraw()
         self.sessions.left(connection)
 
     def hold(self, connection: Channel, more: int) -> None:
@@ -156,8 +158,8 @@ class Server:
 
     # ---- the worker --------------------------------------------------------------------------------------------------
 
-    def call(self, hosted: Hosted, command: Message, took: Took) -> int:
-        """Let a model's worker answer. Raises ProtocolError."""
+    def call(self, hosted: Hosted, command: Message, took: Took, *, awaits: bool = True) -> int:
+        """Let a model's worker answer; see ``Models.call``. Raises ProtocolError."""
         if self._under_way >= self.config.limits.requests:
             raise ProtocolError("busy", "as many requests are under way as may be; ask again a little later")
 
@@ -166,7 +168,7 @@ class Server:
                 self._under_way -= 1
             took(message)
 
-        number = self.models.call(hosted, command, answered)
+        number = self.models.call(hosted, command, answered, awaits=awaits)
         self._under_way += 1
         return number
 

@@ -96,12 +96,17 @@ class Supervisor:
 
     def cancel(self, number: int, *, drop: bool = False) -> None:
         """End a generation. ``drop``: nobody wants the rest of its events."""
+        if not self.withdraw(number):
+            self.tell({"op": "drop" if drop else "cancel", "request": number})
+
+    def withdraw(self, number: int) -> bool:
+        """Answer a command that waits for a worker with ``cancelled``; False if it does not wait."""
         for one in self._held:
             if one[0] == number and one[2] is not None:
                 self._held.remove(one)
                 one[2]({"error": {"code": "cancelled", "message": "the request was cancelled before it began"}})
-                return
-        self.tell({"op": "drop" if drop else "cancel", "request": number})
+                return True
+        return False
 
     @property
     def _living(self) -> Process | None:

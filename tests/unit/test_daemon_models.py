@@ -120,3 +120,30 @@ def test_who_loads_a_model_whose_file_vanishes_meanwhile_is_told_and_the_daemon_
         shutil.copy(random_model(), path)
         client.call("load_model", model=str(path), options=OPTIONS)
         assert list(client.generate("x", max_tokens=2))
+
+
+def test_nothing_waits_for_memory_for_a_client_that_has_gone(tmp_path, random_model):
+    write_plugin(tmp_path)
+    config = 'memory = "150M"\n' + "".join(f'[models.{name}]\nfile = "{random_model()}"\n{NULL}' for name in ("a", "b"))
+    with Daemon(tmp_path, config=config, delay=0.01) as daemon, daemon.client() as client:
+
+        def state():
+            return {one["name"]: one["worker"]["state"] for one in client.status()["models"]}["b"]
+
+        events = client.generate("x", model="a", max_tokens=3000, ignore_eos=True)
+        next(events)
+        asked = [{"op": "hello", "versions": [1]}, {"op": "tokenize", "text": "x", "model": "b"}, {"op": "open_session", "model": "b"}]
+        asked.append({"op": "generate", "prompt": "x", "model": "b"})
+        with socket.socket(socket.AF_UNIX) as other:
+            other.settimeout(30)
+            other.connect(str(daemon.socket))
+            other.sendall(b"".join(pack({"id": number, **message}) for number, message in enumerate(asked)))
+            until = time.monotonic() + 20
+            while state() != "waiting" or client.status()["server"]["requests"] < 4:
+                assert time.monotonic() < until, client.status()
+        while state() != "none":
+            assert time.monotonic() < until, client.status()
+        assert client.status()["server"]["requests"] == 1
+        assert client.status()["server"]["sessions"] == 0
+        events.close()
+        assert list(client.generate("x", model="b", max_tokens=2))

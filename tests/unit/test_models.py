@@ -326,6 +326,35 @@ def test_who_asks_again_for_a_model_that_nobody_waited_for_any_more_is_told_too(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("bidden", [False, True])
+def test_a_model_waits_for_room_as_long_as_somebody_waits_for_it(tmp_path: Path, bidden: bool) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 60, "b": 60})
+        a, b = here.models.find("a"), here.models.find("b")
+        await here.answer(here.ask("a"))
+        a.under_way += 1
+        restored: list[dict[str, Any]] = []
+        here.models.call(b, {"op": "generate", "bytes": MB}, restored.append, awaits=False)  # as what brings a session back
+        first, second = here.ask("b"), here.ask("b")
+        if bidden:
+            here.models.load(b)
+        assert b.supervisor.state == "waiting"
+        b.supervisor.cancel(2)
+        assert b.supervisor.state == "waiting"
+        b.supervisor.cancel(3)
+        for number in (first, second):
+            assert (await here.answer(number))["error"]["code"] == "cancelled"
+        assert [one["error"]["code"] for one in restored] == ([] if bidden else ["unloaded"])
+        assert b.supervisor.state == ("waiting" if bidden else "none")
+        a.under_way -= 1
+        here.models._nudge()  # as when its request has ended
+        await asyncio.sleep(0.05)
+        assert (a.placed, b.placed, here.models.evictions) == (not bidden, bidden, int(bidden))
+        assert await here.answer(here.ask("b")) == {"ok": {}}
+
+    asyncio.run(main())
+
+
 def test_who_asks_for_a_model_that_leaves_for_good_is_told_and_no_worker_is_started_for_it(tmp_path: Path) -> None:
     async def main() -> None:
         here = host(tmp_path, 100, {"a": 60})
