@@ -117,7 +117,7 @@ class Hosted:
                 self.needs = self.needs._replace(**{**opened, "weights": opened["weights"] + _adapter_bytes(self.spec)})
             self._tell(self, {"opened": True})
         elif self.supervisor.state in ("waiting", "failed"):
-            self.used = 0
+            self.used, self.cooled = 0, False  # the next worker is warm
             self._tell(self, {"ended": True})
         self._changed(self)
 

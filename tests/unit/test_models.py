@@ -355,6 +355,24 @@ def test_a_model_waits_for_room_as_long_as_somebody_waits_for_it(tmp_path: Path,
     asyncio.run(main())
 
 
+def test_the_next_worker_is_warm_after_one_that_had_cooled_down_died(tmp_path: Path) -> None:
+    async def main() -> None:
+        here = host(tmp_path, 100, {"a": 10}, cool_after=0.02)
+        a = here.models.find("a")
+        await here.answer(here.ask("a"))
+        while not a.cooled:
+            await asyncio.sleep(0.001)
+        Worker.alive[0].die(Ended("worker_died", "it died"))
+        assert not a.cooled
+        while a.supervisor.state != "ready":
+            assert not a.cooled
+            await asyncio.sleep(0.001)
+        while not a.cooled:  # in time it cools down, too
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+
+
 def test_who_asks_for_a_model_that_leaves_for_good_is_told_and_no_worker_is_started_for_it(tmp_path: Path) -> None:
     async def main() -> None:
         here = host(tmp_path, 100, {"a": 60})
