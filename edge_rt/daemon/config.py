@@ -21,12 +21,14 @@ class Limits(NamedTuple):
     connections_per_user: int = 128
     connections_per_second: float = 500.0
     requests: int = 256
+    requests_per_user: int = 128
     requests_per_connection: int = 32
     requests_per_second: float = 100.0
     sessions_per_user: int = 64
     saved_per_user: int = 64
     frame_bytes: int = 4 << 20
     held_bytes: int = 64 << 20
+    held_bytes_per_user: int = 32 << 20
     hello_seconds: float = 5.0
     frame_seconds: float = 30.0
     idle_seconds: float = 0.0

@@ -63,7 +63,7 @@ def _pass_on(
             connection.refuse(number, _error(message["error"]))
 
     connection.begin(number, size)
-    _passed(connection, number, hosted, connection.server.call(hosted, command, took))
+    _passed(connection, number, hosted, connection.server.call(_user(connection), hosted, command, took))
 
 
 def _passed(connection: Channel, number: int, hosted: Hosted, command: int) -> None:
@@ -112,7 +112,7 @@ def _session(connection: Channel, request: Request) -> Known:
         raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
     how = {"op": "open_session"} if source is None else {"op": "restore_session", "path": str(source)}
     command = {**how, "session": one.id, "owner": str(one.user), "context": one.context}
-    server.call(one.hosted, command, partial(_restored, one, source), awaits=False)
+    server.call(one.user, one.hosted, command, partial(_restored, one, source), awaits=False)
     one.epoch = one.hosted.supervisor.epoch
     return one
 
@@ -156,7 +156,7 @@ def _new(connection: Channel, request: Request, size: int, hosted: Hosted, make:
 
     try:
         connection.begin(number, size)
-        _passed(connection, number, hosted, server.call(hosted, make(one), took))
+        _passed(connection, number, hosted, server.call(one.user, hosted, make(one), took))
         one.epoch = hosted.supervisor.epoch  # of the worker that the call may just have started
     except ProtocolError:
         server.sessions.close(one)

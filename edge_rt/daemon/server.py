@@ -27,6 +27,7 @@ from edge_rt.daemon.measures import Measures, count_done
 from edge_rt.daemon.models import Models, check_name, most_of_what_is_free
 from edge_rt.daemon.process import Ended, Took
 from edge_rt.daemon.sessions import Known, Sessions
+from edge_rt.daemon.shares import Shares
 from edge_rt.daemon.streams import Stream
 from edge_rt.daemon.supervisor import Spec
 from edge_rt.daemon.tasks import Tasks
@@ -56,8 +57,7 @@ class Server:
         self._connections: set[Channel] = set()
         self._streams: dict[str, Stream] = {}  # that can be resumed, by token
         self._running: set[Stream] = set()
-        self._under_way = 0
-        self._held = 0
+        self.shares = Shares(config.limits)
         self._listeners: list[tuple[Listener, Door]] = []
         self._faults: dict[int, Bucket] = {}  # by user
         self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens", "context")}
@@ -115,6 +115,8 @@ class Server:
         if user != connection.user:
             if self._crowded(user):
                 raise ProtocolError("limit", TOO_MANY)
+            if connection.user is not None:
+                self.shares.move(connection.held, connection.user, user)
             connection.user = user
 
     def _crowded(self, user: int) -> bool:
@@ -133,7 +135,7 @@ class Server:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
-        self._held -= connection.held
+        self.hold(connection, -connection.held)
         for stream in list(connection.streams.values()):
             stream.connection = None
             if stream.token is None or self.draining:
@@ -147,10 +149,9 @@ class Server:
 
     def hold(self, connection: Channel, more: int) -> None:
         """A client's bytes are held, or (less than 0) no more. Raises ProtocolError: limit."""
-        if more > 0 and self._held + more > self.config.limits.held_bytes:
-            raise ProtocolError("limit", "the daemon holds as much of requests as it may; ask again a little later")
-        connection.held += more
-        self._held += more
+        if connection.user is not None:  # else it was not let in, and nothing of it is kept
+            self.shares.hold(connection.user, more)
+            connection.held += more
 
     def count(self, what: str, kind: str, more: int = 1) -> None:
         """Note that something happened."""
@@ -158,19 +159,20 @@ class Server:
 
     # ---- the worker --------------------------------------------------------------------------------------------------
 
-    def call(self, hosted: Hosted, command: Message, took: Took, *, awaits: bool = True) -> int:
-        """Let a model's worker answer; see ``Models.call``. Raises ProtocolError."""
-        if self._under_way >= self.config.limits.requests:
-            raise ProtocolError("busy", "as many requests are under way as may be; ask again a little later")
+    def call(self, user: int, hosted: Hosted, command: Message, took: Took, *, awaits: bool = True) -> int:
+        """Let a model's worker answer a user; see ``Models.call``. Raises ProtocolError."""
+        self.shares.begin(user)
 
         def answered(message: Message) -> None:
             if "event" not in message:
-                self._under_way -= 1
+                self.shares.end(user)
             took(message)
 
-        number = self.models.call(hosted, command, answered, awaits=awaits)
-        self._under_way += 1
-        return number
+        try:
+            return self.models.call(hosted, command, answered, awaits=awaits)
+        except BaseException:
+            self.shares.end(user)
+            raise
 
     def _forget_session(self, one: Known) -> None:
         if one.epoch == one.hosted.supervisor.epoch:
@@ -189,7 +191,7 @@ class Server:
         stream = Stream(connection.user, resumable, credits, lambda events: self._credit(stream, events))
         connection.begin(number, size)
         stream.hosted = hosted
-        stream.number = self.call(hosted, {**command, "credits": credits}, partial(self._streamed, stream, session))
+        stream.number = self.call(connection.user, hosted, {**command, "credits": credits}, partial(self._streamed, stream, session))
         connection.waiting.discard(number)
         stream.request, stream.connection, stream.moved = number, connection, self.now()
         connection.streams[number] = stream
@@ -287,8 +289,8 @@ class Server:
         rules = [one.supervisor.rules for one in (*self.models.loaded(), *self.models) if one.supervisor.rules is not None]
         return {
             "server": {"version": __version__, "pid": os.getpid(), "uptime": time.time() - self._started, "draining": self.draining,
-                       "connections": len(self._connections), "sessions": len(self.sessions), "requests": self._under_way,
-                       "held_bytes": self._held, "memory": self.models.budget, "memory_free": self.models.free},
+                       "connections": len(self._connections), "sessions": len(self.sessions), "requests": self.shares.requests,
+                       "held_bytes": self.shares.held, "memory": self.models.budget, "memory_free": self.models.free},
             "worker": default["worker"] if default else {"state": "none", "reason": "", "pid": None, "deaths": 0},
             "model": default and default["model"],
             "models": models,
@@ -344,7 +346,7 @@ class Server:
 
     async def _quiet(self, seconds: float) -> None:
         until = self.now() + seconds
-        while (self._under_way or self.tasks) and self.now() < until:
+        while (self.shares.requests or self.tasks) and self.now() < until:
             await asyncio.sleep(0.02)
 
     def stop_listening(self) -> None:
