@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
     from edge_rt.runtime import Model
 
 
-def save(path: Path, model: Model, sequence: int | None, history: History, adapter: Adapter | None, *, durable: bool) -> None:
-    """Write a session that answers no request; ``durable``: see ``Session.save``. Raises UserError if the disk says no."""
+def save(
+    path: Path, model: Model, sequence: int | None, history: History, adapter: Adapter | None, *, durable: bool,
+    moved: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Write a session that answers no request; ``durable``, ``moved``: see ``Session.save``. Raises UserError if the disk says no."""
     cells: bytes | memoryview = b""
     if sequence is not None:
         with model.lock:
             cells = model.engine.export_sequence(sequence)
     made_with = None if adapter is None else session_file.MadeWith(adapter.name, adapter.key, adapter.scale)
-    session_file.save(path, session_file.SavedSession(model.info.engine, model.file.key(), history, cells, made_with), durable=durable)
+    found = session_file.SavedSession(model.info.engine, model.file.key(), history, cells, made_with)
+    session_file.save(path, found, durable=durable, moved=moved)
 
 
-def read(path: Path, model: Model) -> session_file.SavedSession:
-    """A saved session of this model. Raises SessionFileError."""
-    return session_file.load(path, engine=model.info.engine, model=model.file.key())
+def read(path: Path, model: Model, moved: Callable[[], None] = lambda: None) -> session_file.SavedSession:
+    """A saved session of this model; ``moved`` is called after each piece of the file. Raises SessionFileError."""
+    return session_file.load(path, engine=model.info.engine, model=model.file.key(), moved=moved)
 
 
 def place(saved: session_file.SavedSession, path: Path, model: Model) -> tuple[int | None, History, Adapter | None]:

@@ -175,18 +175,18 @@ class Session:
         """End the running request at the next step (from any thread): it finishes with reason ``cancelled``."""
         self._cancelled.set()
 
-    def save(self, path: str | Path, *, durable: bool = True) -> None:
+    def save(self, path: str | Path, *, durable: bool = True, moved: Callable[[], None] = lambda: None) -> None:
         """Write tokens and cells to a file. Raises UserError if the disk says no, OptionError while a request runs.
 
-        ``durable``: so that they survive the end of the system's power. Cells of what left the context are not saved: if it is recalled
-        after a restore, it is computed again.
+        ``durable``: so that they survive the end of the system's power. ``moved`` is called while that goes on. Cells of what left the
+        context are not saved: if it is recalled after a restore, it is computed again.
         """
         from edge_rt import saved
 
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering a request; save it when that is done")
         try:
-            saved.save(Path(path), self._model, self._sequence, self._history, self._adapter, durable=durable)
+            saved.save(Path(path), self._model, self._sequence, self._history, self._adapter, durable=durable, moved=moved)
         finally:
             self._busy.release()
 

@@ -140,7 +140,7 @@ class Serving:
         if isinstance(model.engine, TellsProgress):
             model.engine.tell(self._beat)
         model.logits([model.vocab.bos or 0])
-        store = Store(model, self._send, command.get("parked"))
+        store = Store(model, self._send, command.get("parked"), self._beat)
         self._account = Account(model, store, command.get("allowance"))
         self.generations.opened(model, self._batch, store, self._account, self._rules)
         self._store = store

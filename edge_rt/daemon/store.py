@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.core.context import session_file
 from edge_rt.core.context.session_file import not_saved
 from edge_rt.errors import OptionError, ProtocolError, SessionFileError, UserError
 
@@ -42,12 +43,14 @@ class Store:
     ``tell`` says where it is.
     """
 
-    def __init__(self, model: Model, tell: Callable[[Message], None], folder: str | None = None) -> None:
-        """``folder``: None if sessions cannot be parked. Raises OptionError."""
+    def __init__(
+        self, model: Model, tell: Callable[[Message], None], folder: str | None = None, moved: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        """``folder``: None if sessions cannot be parked. ``moved`` is called while files are written and read. Raises OptionError."""
         self.live: dict[str, Session] = {}
         self.parked: dict[str, Parked] = {}
         self.busy: set[str] = set()
-        self._model, self._tell = model, tell
+        self._model, self._tell, self._moved = model, tell, moved
         self.counts: dict[str, dict[str, int]] = {}
         self._folder = None if folder is None else _private(Path(folder))
         self._full_until = float("-inf")
@@ -85,8 +88,12 @@ class Store:
 
     def _back(self, name: str, parked: Parked) -> Session:
         """From its file. A file that is damaged costs time, and no more: requests bring the whole conversation."""
+        from edge_rt import saved
+
         try:
-            session = self._model.restore(self._path(name), context=parked.context, owner=parked.owner)
+            path = self._path(name)
+            read = saved.read(path, self._model, self._moved)
+            session = self._model.restore(path, context=parked.context, owner=parked.owner, read=read)
         except SessionFileError as error:
             logging.getLogger("edge_rt.daemon").warning("a parked session is computed again: %s", error)
             session = self._model.session(context=parked.context, owner=parked.owner)
@@ -99,7 +106,7 @@ class Store:
             return False
         session, path = self.live[name], self._path(name)
         try:
-            session.save(path, durable=False)
+            session.save(path, durable=False, moved=self._moved)
         except UserError as error:
             logging.getLogger("edge_rt.daemon").warning("a session cannot be parked: %s", error)
             self._full_until = time.monotonic() + FULL_SECONDS
@@ -127,12 +134,12 @@ class Store:
         """Another session that goes on from there; ``room``: there is memory for its cells. Raises ProtocolError, UserError."""
         source = self.known(name)
         if isinstance(source, Parked):
-            _copied(self._path(name), self._path(new))
+            self._copy(self._path(name), self._path(new))
             self._is_parked(new, source)
         elif room or self._folder is None:
             self.live[new] = source.clone()
         else:
-            source.save(self._path(new), durable=False)
+            source.save(self._path(new), durable=False, moved=self._moved)
             self._is_parked(new, Parked(source.owner, source.context, source.history.cells))
 
     def save(self, name: str, path: Path) -> None:
@@ -143,9 +150,9 @@ class Store:
         except OSError as error:
             raise not_saved(path, error) from error
         if isinstance(source, Parked):
-            _copied(self._path(name), path)
+            self._copy(self._path(name), path, durable=True)
         else:
-            source.save(path)
+            source.save(path, moved=self._moved)
 
     def restore(self, name: str, path: Path, owner: str, room: Callable[[int], bool], *, context: int | None = None) -> int:
         """A session from a file; returns how many tokens its cells have. Raises SessionFileError, UserError, OutOfMemory.
@@ -154,13 +161,13 @@ class Store:
         """
         from edge_rt import saved
 
-        read = saved.read(path, self._model)
+        read = saved.read(path, self._model, self._moved)
         cells = read.history.cells
         if self._folder is None or room(cells):
             self.live[name] = self._model.restore(path, context=context, owner=owner, read=read)
         else:
             if path != self._path(name):
-                _copied(path, self._path(name))
+                self._copy(path, self._path(name))
             self._is_parked(name, Parked(owner, context, cells))
         return cells
 
@@ -170,21 +177,21 @@ class Store:
         for field in COUNTED:
             sums[field] += context[field]
 
+    def _copy(self, source: Path, target: Path, *, durable: bool = False) -> None:
+        """Raises UserError if the disk says no."""
+        beside = target.with_name(target.name + ".tmp")
+        try:
+            with source.open("rb") as file, beside.open("wb") as out:
+                session_file.write(out, iter(partial(file.read, session_file.PIECE), b""), durable=durable, moved=self._moved)
+            os.replace(beside, target)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise not_saved(target, error) from error
+
     def _path(self, name: str) -> Path:
         """Its name says nothing: a session's own is a secret."""
         assert self._folder is not None, "asked only where sessions can be parked"
         return self._folder / (hashlib.sha256(name.encode()).hexdigest()[:32] + _SUFFIX)
-
-
-def _copied(source: Path, target: Path) -> None:
-    """Raises UserError if the disk says no."""
-    beside = target.with_name(target.name + ".tmp")
-    try:
-        shutil.copyfile(source, beside)
-        os.replace(beside, target)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise not_saved(target, error) from error
 
 
 def _private(folder: Path) -> Path:

@@ -9,6 +9,8 @@ import hashlib
 import os
 import struct
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from io import BufferedWriter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,17 @@ from edge_rt.errors import SessionFileError, UserError
 FORMAT = 4
 _PREFIX = struct.Struct("<8sI32s")
 _MAGIC = b"EDGESESS"
+PIECE = 4 << 20
+"""Bytes that are written, read or summed between two calls of ``moved``."""
+SYNC_EVERY = 16 * PIECE
+"""Bytes that the system may hold back from a disk that is to have them all, so that the last wait is no longer than the others."""
+
+Moved = Callable[[], None]
+"""Called while something long goes on."""
+
+
+def _nothing() -> None:
+    """Nobody watches."""
 
 
 class MadeWith(NamedTuple):
@@ -38,10 +51,10 @@ class SavedSession(NamedTuple):
     adapter: MadeWith | None = None
 
 
-def save(path: Path, session: SavedSession, *, durable: bool = True) -> None:
+def save(path: Path, session: SavedSession, *, durable: bool = True, moved: Moved = _nothing) -> None:
     """Write a session file beside its name, then rename it into place. Raises UserError if the disk says no.
 
-    ``durable``: it is on the disk then, and not only with the system.
+    ``durable``: it is on the disk then, and not only with the system. ``moved`` is called after each piece.
     """
     import msgpack
 
@@ -57,17 +70,16 @@ def save(path: Path, session: SavedSession, *, durable: bool = True) -> None:
         }
     )
     digest = hashlib.sha256(header)
-    digest.update(session.cells)  # not joined: there may be as many bytes of them as there is memory
+    for piece in pieces(session.cells):  # not joined with it: there may be as many bytes of them as there is memory
+        digest.update(piece)
+        moved()
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(descriptor, "wb") as out:
             out.write(_PREFIX.pack(_MAGIC, len(header), digest.digest()))
             out.write(header)
-            out.write(session.cells)
-            if durable:
-                out.flush()
-                os.fsync(out.fileno())
+            write(out, pieces(session.cells), durable=durable, moved=moved)
         os.replace(temporary, path)
     except OSError as error:
         if temporary and os.path.exists(temporary):
@@ -80,18 +92,18 @@ def not_saved(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot save the session to {path}: {error.strerror}; choose another place or free space")
 
 
-def load(path: Path, *, engine: str, model: str) -> SavedSession:
-    """Read and check a session file. Raises SessionFileError."""
+def load(path: Path, *, engine: str, model: str, moved: Moved = _nothing) -> SavedSession:
+    """Read and check a session file; ``moved`` is called after each piece. Raises SessionFileError."""
     import msgpack
 
     try:
-        data = memoryview(path.read_bytes())
+        data = _read(path, moved)
     except OSError as error:
         raise SessionFileError(f"cannot read the session {path}: {error.strerror}") from error
     if len(data) < _PREFIX.size or data[:8] != _MAGIC:
         raise SessionFileError(f"{path} is not a saved session; choose a file written by --session or Session.save")
     _, length, digest = _PREFIX.unpack_from(data)
-    if length > len(data) - _PREFIX.size or hashlib.sha256(data[_PREFIX.size :]).digest() != digest:
+    if length > len(data) - _PREFIX.size or _digest(data[_PREFIX.size :], moved) != digest:
         raise SessionFileError(f"the session {path} is damaged or cut short; start a new session")
     try:
         header = msgpack.unpackb(data[_PREFIX.size : _PREFIX.size + length])
@@ -109,6 +121,47 @@ def load(path: Path, *, engine: str, model: str) -> SavedSession:
     if found.model != model:
         raise SessionFileError(f"the session {path} belongs to another model; open that one, or start a new session")
     return found
+
+
+def pieces(data: bytes | memoryview) -> Iterator[memoryview]:
+    """The data, ``PIECE`` bytes at a time."""
+    view = memoryview(data).cast("B")
+    return (view[start : start + PIECE] for start in range(0, len(view), PIECE))
+
+
+def write(out: BufferedWriter, data: Iterable[bytes | memoryview], *, durable: bool = False, moved: Moved = _nothing) -> None:
+    """Write pieces to a file; ``durable``: they are on the disk then. ``moved`` is called after each, so that a slow disk is not taken
+    for one that hangs. Raises OSError.
+    """
+    since = 0
+    for piece in data:
+        out.write(piece)
+        since += len(piece)
+        if durable and since >= SYNC_EVERY:
+            out.flush()
+            os.fsync(out.fileno())
+            since = 0
+        moved()
+    out.flush()
+    if durable:
+        os.fsync(out.fileno())
+
+
+def _read(path: Path, moved: Moved) -> memoryview:
+    with path.open("rb") as file:
+        view, length = memoryview(bytearray(os.fstat(file.fileno()).st_size)), 0
+        while length < len(view) and (count := file.readinto(view[length : length + PIECE])):
+            length += count
+            moved()
+    return view[:length]
+
+
+def _digest(data: memoryview, moved: Moved) -> bytes:
+    found = hashlib.sha256()
+    for piece in pieces(data):
+        found.update(piece)
+        moved()
+    return found.digest()
 
 
 def _made_with(name: object, key: object, scale: object) -> MadeWith:
