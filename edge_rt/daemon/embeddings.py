@@ -15,7 +15,8 @@ from edge_rt.core.decode.embedding import Pooling, TextReader, finished, pooling
 from edge_rt.daemon import admission
 from edge_rt.daemon.account import Need, Promise
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import Cancelled, OutOfMemory
+from edge_rt.errors import Cancelled, ProtocolError
+from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,16 +111,21 @@ class Embeddings:
             seen += len(text)
 
     def _has_room(self, tokens: int) -> bool:
-        """Whether there is memory for a text now: it is promised then. Raises OutOfMemory if there will never be."""
+        """Whether there is memory for a text now: it is promised then. Raises ProtocolError: out_of_memory if there will never be."""
         account, need = self._account, Need(tokens, tokens)
         if account.limited:
             if not account.free_for(need, None):
                 if account.promises:
                     return False
-                missing = account.missing(need, None)
+                needed, missing = account.bytes(need, None), account.missing(need, None)
                 if self._hopes(missing):
                     return False
-                raise OutOfMemory(f"a text of {tokens} tokens needs {missing:,} bytes more than there are; embed a shorter one")
+                available = max(0, needed - missing)
+                raise ProtocolError(
+                    "out_of_memory",
+                    f"a text of {tokens} tokens needs {shown(needed)} of memory and can have {shown(available)}; embed a shorter one",
+                    needed=needed, available=available,
+                )  # fmt: skip
             self.due = None
             self._promise = Promise(need, None, account.bytes(need, None))
             account.promises.append(self._promise)

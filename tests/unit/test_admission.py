@@ -116,7 +116,9 @@ def test_more_may_be_allowed_for_a_text_to_embed_in_time_or_not(host):
     assert one.serving.patience() <= admission.PATIENCE
     one.do("allow", bytes=30 * CELL)  # there is no more
     one.step()
-    assert one.answer(asked)["error"]["code"] == "out_of_memory"
+    error = one.answer(asked)["error"]
+    assert (error["code"], error["needed"] - error["available"]) == ("out_of_memory", short - 10 * CELL)
+    assert error["message"].startswith("a text of 101 tokens needs ")
     assert not one.account.promises
     assert len(one.serving.generations) == 0
 
