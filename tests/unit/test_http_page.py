@@ -1,7 +1,10 @@
 """The built-in page and the daemon's facts behind it: files, headers, who may see what, and what is counted. The null engine answers."""
 
 import fnmatch
+import json
 import re
+import shutil
+import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -133,6 +136,37 @@ def test_every_word_is_there_in_both_languages_and_used():
         english, chinese = re.findall(r'"((?:[^"\\]|\\.)*)"', both)
         assert set(re.findall(r"\{(\w+)", english)) == set(re.findall(r"\{(\w+)", chinese)), name
         assert f'"{name}"' in page + code.replace(table, "") or name in _OF_THE_DAEMON, f"{name} is not used"
+
+
+STREAM = """
+globalThis.sessionStorage = { getItem: () => null, setItem() {} };
+Object.defineProperty(globalThis, "navigator", { value: { language: "en" }, configurable: true });
+const { events } = await import("./api.js");
+const found = [];
+for (const step of [1, 7, 1000]) { // whatever pieces it comes in
+  const text = JSON.parse(process.argv[2]);
+  const pieces = Array.from({ length: Math.ceil(text.length / step) }, (_, i) => text.slice(i * step, (i + 1) * step));
+  const body = ReadableStream.from(pieces).pipeThrough(new TextEncoderStream());
+  const here = [];
+  for await (const event of events(new Response(body))) here.push(event);
+  found.push(here);
+}
+console.log(JSON.stringify(found));
+"""
+
+
+def test_the_page_understands_that_a_request_waits_for_memory(tmp_path):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    for name in ("api.js", "words.js"):
+        shutil.copy(PAGE / name, tmp_path / name)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "run.js").write_text(STREAM)
+    said = ': queued: the memory is promised\n\n: something else\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n'
+    done = subprocess.run([node, "run.js", json.dumps(said)], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout) == [[{"queued": "the memory is promised"}, {"choices": []}]] * 3
 
 
 def test_all_that_is_no_python_is_in_the_wheel():

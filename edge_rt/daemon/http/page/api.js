@@ -3,6 +3,7 @@
 import { say } from "./words.js";
 
 const STORE = "edge-rt-key";
+const QUEUED = ": queued: ";
 let key = sessionStorage.getItem(STORE) ?? "";
 
 /** Use this key from now on, until the tab is closed. */
@@ -38,7 +39,7 @@ export async function ask(path, body, signal) {
   throw error;
 }
 
-/** The events of a stream, as they come, up to its end. Throws ApiError if it ends with an error, or not at all. */
+/** The events of a stream, as they come, up to its end; `{ queued: why }` while the request waits for memory. Throws ApiError if it ends with an error, or not at all. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = ""; ; ) {
@@ -50,6 +51,10 @@ export async function* events(response) {
     const parts = (held + value).split("\n\n");
     held = parts.pop();
     for (const part of parts) {
+      if (part.startsWith(":")) { // a comment, which is no event of the API
+        if (part.startsWith(QUEUED)) yield { queued: part.slice(QUEUED.length) };
+        continue;
+      }
       const data = part.slice("data: ".length);
       if (data === "[DONE]") return;
       const event = JSON.parse(data);

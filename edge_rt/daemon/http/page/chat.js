@@ -81,6 +81,11 @@ export async function send(question) {
 }
 
 function take(turn, event) {
+  if (event.queued) {
+    change(turn, { busy: false, queued: true });
+    return;
+  }
+  turn.queued = false;
   const choice = event.choices[0];
   const text = choice?.delta.content;
   turn.busy = false;
@@ -164,6 +169,7 @@ function meta(turn) {
   const found = [];
   const first = turn.end?.timings.first_token ?? (turn.first && (turn.first - turn.began) / 1000);
   if (turn.busy) found.push(say("busy"));
+  else if (turn.queued && !turn.over) found.push(say("queued"));
   else if (!turn.over && !turn.first) found.push(say("reading"));
   if (turn.tokens) found.push(say("tokens", { n: number(turn.tokens) }));
   if (speed(turn)) found.push(say("rate", { n: number(speed(turn), 1) }));

@@ -70,7 +70,7 @@ function showState({ server }, hosted) {
   else $("opening-bar").removeAttribute("value");
 }
 
-function showThroughput({ throughput, counts, server }) {
+function showThroughput({ throughput, counts, server, memory }) {
   const values = [...throughput.by_second, throughput.tokens_per_second];
   const peak = Math.max(...values);
   const top = Math.max(peak, 1);
@@ -85,6 +85,7 @@ function showThroughput({ throughput, counts, server }) {
     ["answered", number(counts.tokens.completion_tokens ?? 0)],
     ["read", number(counts.tokens.prompt_tokens ?? 0)],
     ["under_way", number(server.requests)],
+    ["queued_requests", number(Object.values(memory).reduce((sum, one) => sum + one.queued, 0))],
     ["clients", number(server.connections)],
   ]);
 }
