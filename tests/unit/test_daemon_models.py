@@ -98,33 +98,9 @@ def allowed(session, prompt):
     return list(session.generate(prompt, max_tokens=3, ignore_eos=True))[-1].context.allowed
 
 
-def test_who_loads_a_model_whose_file_vanishes_meanwhile_is_told_and_the_daemon_goes_on(tmp_path, random_model):
-    write_plugin(tmp_path)
-    path = tmp_path / "m.gguf"
-    shutil.copy(random_model(), path)
-    with Daemon(tmp_path, model=str(path)) as daemon, daemon.ready() as client, socket.socket(socket.AF_UNIX) as other:
-        other.settimeout(30)
-        other.connect(str(daemon.socket))
-        os.kill(client.status()["worker"]["pid"], signal.SIGSTOP)  # it ends only after a second
-        hello, load = {"id": 0, "op": "hello", "versions": [1]}, {"id": 1, "op": "load_model", "model": str(path), "options": OPTIONS}
-        other.sendall(pack(hello) + pack(load))
-        until = time.monotonic() + 20
-        while client.status()["worker"]["state"] != "none":
-            assert time.monotonic() < until
-        path.unlink()
-        frames, found = Frames(), []
-        while len(found) < 2:
-            found += frames.feed(other.recv(1 << 16))
-        assert found[1]["error"]["code"] == "model_file"
-        assert "m.gguf cannot be opened: no such file or directory" in found[1]["error"]["message"]
-        shutil.copy(random_model(), path)
-        client.call("load_model", model=str(path), options=OPTIONS)
-        assert list(client.generate("x", max_tokens=2))
-
-
 def test_nothing_waits_for_memory_for_a_client_that_has_gone(tmp_path, random_model):
     write_plugin(tmp_path)
-    config = 'memory = "150M"\n' + "".join(f'[models.{name}]\nfile = "{random_model()}"\n{NULL}' for name in ("a", "b"))
+    config = 'memory = "110M"\n' + "".join(f'[models.{name}]\nfile = "{random_model()}"\n{NULL}' for name in ("a", "b"))
     with Daemon(tmp_path, config=config, delay=0.01) as daemon, daemon.client() as client:
 
         def state():
@@ -141,8 +117,10 @@ def test_nothing_waits_for_memory_for_a_client_that_has_gone(tmp_path, random_mo
             until = time.monotonic() + 20
             while state() != "waiting" or client.status()["server"]["requests"] < 4:
                 assert time.monotonic() < until, client.status()
+                time.sleep(0.02)
         while state() != "none":
             assert time.monotonic() < until, client.status()
+            time.sleep(0.02)
         assert client.status()["server"]["requests"] == 1
         assert client.status()["server"]["sessions"] == 0
         events.close()

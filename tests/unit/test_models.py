@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rt.daemon import supervisor
+from edge_rt.daemon.exchange import Exchange
 from edge_rt.daemon.hosted import Needs, foreseen
 from edge_rt.daemon.models import Models
 from edge_rt.daemon.process import Ended
+from edge_rt.daemon.protocol import Request
 from edge_rt.daemon.supervisor import Spec
-from edge_rt.errors import ProtocolError
+from edge_rt.daemon.tasks import Tasks
+from edge_rt.errors import ModelFileError, ProtocolError
 
 MB = 1 << 20
 
@@ -390,6 +393,57 @@ def test_who_asks_for_a_model_that_leaves_for_good_is_told_and_no_worker_is_star
         await here.models.unload(again)
         here.models.forget(again)
         assert Worker.alive == []
+
+    asyncio.run(main())
+
+
+class Connection:
+    """Of a client that loads models."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def answer(self, number: int, result: dict[str, Any]) -> None:
+        self.said.append(result)
+
+    def refuse(self, number: int, error: Exception) -> None:
+        self.said.append(error)
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_who_loads_a_model_whose_file_vanishes_meanwhile_is_told_and_the_model_can_be_loaded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bug: bool
+) -> None:
+    if not bug:  # else what is in its place raises what nobody expects
+        monkeypatch.setattr("edge_rt.daemon.hosted.foreseen", foreseen)
+
+    async def main() -> None:
+        here, tasks, connection = host(tmp_path, 1000, {"a": 10}), Tasks(), Connection()
+        path, request = tmp_path / "a.gguf", Request(1, "load_model", {})
+        exchange = Exchange(here.models, lambda model, options: Spec(model, options), tasks)
+
+        async def load() -> Any:
+            exchange.load(connection, request, str(path), {})  # type: ignore[arg-type]
+            if path.exists() and not connection.said:
+                path.unlink()  # the worker is about to end
+            while tasks:
+                await asyncio.sleep(0.001)
+            return connection.said.pop()
+
+        await here.answer(here.ask("a"))
+        error = await load()
+        if bug:
+            assert isinstance(error, FileNotFoundError)
+            assert "load_model failed" in caplog.text
+        else:
+            assert isinstance(error, ModelFileError)
+            assert str(error) == f"{path} cannot be opened: no such file or directory; check the path"
+        assert (Worker.alive, connection.said) == ([], [])
+        connection.said.append("before")  # this time it stays
+        with path.open("wb") as file:
+            file.truncate(10 * MB)
+        assert await load() == {"model": str(path)}
+        assert await here.answer(here.ask("a")) == {"ok": {}}
 
     asyncio.run(main())
 
