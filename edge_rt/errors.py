@@ -9,7 +9,8 @@
     │   │   └── ContextOverflow      what must stay in it is too large, by how much it says
     │   ├── OptionError          an option's value is out of range, or options contradict
     │   ├── ConstraintError      a grammar, JSON schema or chat template that does not compile
-    │   ├── SessionFileError     a saved session that is damaged or from another model
+    │   ├── SessionFileError     a saved session that is damaged or cannot be read
+    │   │   └── SessionMismatch      a sound one of another model, engine or version
     │   ├── RuleError            rules of a post-processor that cannot be, with the file and the line
     │   ├── ProtocolError        a peer of the daemon said what the protocol does not allow
     │   ├── PluginError          a plugin asked for by name failed or does not exist
@@ -70,7 +71,11 @@ class ConstraintError(UserError):
 
 
 class SessionFileError(UserError):
-    """A saved session is damaged, or belongs to another model or version."""
+    """A saved session is damaged, or cannot be read."""
+
+
+class SessionMismatch(SessionFileError):
+    """A sound saved session of another model, engine or version: of no use here, also if the model's file was replaced since."""
 
 
 class RuleError(UserError):

@@ -108,8 +108,11 @@ def _session(connection: Channel, request: Request) -> Known:
     if server.models.known(one.hosted) and one.epoch == one.hosted.supervisor.epoch:
         return one
     source = one.last_save
-    if (source is None and one.used) or not server.models.known(one.hosted):
-        raise ProtocolError("session_lost", "the session was lost with its model, and never saved; open another")
+    if not server.models.known(one.hosted):
+        raise ProtocolError("session_lost", "the session ended with its model, which was unloaded or replaced; open another")
+    if source is None and one.used:
+        lost = {"code": "session_lost", "message": "the session was lost with its model, and never saved; open another"}
+        raise _error(one.explained(lost))
     how = {"op": "open_session"} if source is None else {"op": "restore_session", "path": str(source)}
     command = {**how, "session": one.id, "owner": str(one.user), "context": one.context}
     server.call(one.user, one.hosted, command, partial(_restored, one, source), awaits=False)
@@ -125,9 +128,8 @@ def _restored(one: Known, source: Path | None, message: Message) -> None:
     if "ok" in message:
         return
     one.epoch = -1
-    if message["error"]["code"] == "session_file":
-        one.saved = None if one.saved == source else one.saved
-        one.parked = None if one.parked == source else one.parked
+    if source is not None and message["error"]["code"] in ("session_file", "session_mismatch"):
+        one.lose(source, message["error"]["message"])
 
 
 def _known(connection: Channel, request: Request) -> Known:

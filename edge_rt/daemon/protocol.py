@@ -22,6 +22,7 @@ CODES: tuple[tuple[type[BaseException], str], ...] = (
     (errors.ModelFileError, "model_file"),
     (errors.OptionError, "option"),
     (errors.ConstraintError, "constraint"),
+    (errors.SessionMismatch, "session_mismatch"),
     (errors.SessionFileError, "session_file"),
     (errors.RuleError, "rule"),
     (errors.PluginError, "plugin"),

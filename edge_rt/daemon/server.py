@@ -207,6 +207,8 @@ class Server:
 
     def _streamed(self, stream: Stream, session: Known | None, message: Message) -> None:
         """The worker says something of a generation."""
+        if session is not None and "error" in message:
+            message = {**message, "error": session.explained(message["error"])}
         if message.get("event") == "delta":
             self.measures.tokens(stream, len(message["tokens"]) + message.get("concealed", 0), self.now())
         elif message.get("event") == "embedding":

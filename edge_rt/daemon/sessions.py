@@ -13,12 +13,15 @@ from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.channel import Channel
+    from edge_rt.daemon.frames import Message
     from edge_rt.daemon.hosted import Hosted
 
 
 @dataclass(eq=False)
 class Known:
     """A session. ``epoch``: the life of the worker that has it. ``saved``: where it was saved last. ``busy``: it answers a request.
+
+    ``lost``: why it could not go on from where it was saved, if it could not.
 
     ``parked``: where the worker put it when nobody asked anything of it. ``context``: cells that it was opened with. ``used``: there is
     something in it that could be lost.
@@ -33,6 +36,7 @@ class Known:
     context: int | None = None
     used: bool = False
     parked: Path | None = None
+    lost: str = ""
     saved_later: bool = False
     busy: bool = False
     expiry: asyncio.TimerHandle | None = None
@@ -43,6 +47,21 @@ class Known:
         """What it goes on from when the worker has died."""
         parked = self.parked if self.parked is not None and self.parked.exists() else None
         return self.saved if parked is None or (self.saved_later and self.saved is not None) else parked
+
+
+    def lose(self, source: Path, why: str) -> None:
+        """It cannot go on from this file, which is not tried again."""
+        self.lost = why
+        self.saved = None if self.saved == source else self.saved
+        if self.parked == source:
+            source.unlink(missing_ok=True)
+            self.parked = None
+
+    def explained(self, error: Message) -> Message:
+        """An error of a request in it, with why it was lost if it was."""
+        if error["code"] != "session_lost" or not self.lost:
+            return error
+        return {**error, "message": f"the session was lost: {self.lost}"}
 
 
 class Sessions:

@@ -151,7 +151,7 @@ def test_any_body_is_a_request_or_an_error_of_the_clients(found):
 
 def test_every_code_of_the_protocol_has_a_status():
     """Or is none that a request over HTTP can end with, or a failure of ours."""
-    others = {"session_file", "rule", "native", "failed", "internal"}
+    others = {"session_file", "session_mismatch", "rule", "native", "failed", "internal"}
     assert {code for _, code in protocol.CODES} - set(STATUS) <= others
     found = api_error(ContextOverflow("too long", 30, 20))
     assert (found.status, found.code) == (400, "context_length_exceeded")

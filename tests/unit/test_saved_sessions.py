@@ -17,6 +17,7 @@ from edge_rt.daemon.aclient import AsyncClient
 from edge_rt.daemon.client import Client
 from edge_rt.errors import DaemonError, ProtocolError, UserError
 
+WHY = r"the session was lost: .* belongs to another model, or to what this one's file was before"
 NODE = Path(__file__).parents[2] / "clients" / "node" / "edge-rt.js"
 PROGRAM = """
 const { Client } = require(process.argv[1]);
@@ -115,7 +116,7 @@ def test_nobody_goes_on_from_what_was_deleted(daemon):
         deaths = client.status()["worker"]["deaths"]
         os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
         while client.status()["worker"]["deaths"] == deaths:
-            time.sleep(0.01)
+            time.sleep(0.02)
         with pytest.raises(DaemonError) as caught:
             say(session)
         assert caught.value.code == "session_lost"
@@ -138,3 +139,37 @@ def test_what_is_no_saved_session_is_not_listed_and_a_disk_that_says_no_is_told(
     (tmp_path / "8").write_text("")
     with pytest.raises(UserError, match="saved sessions cannot be listed: not a directory"):
         saves.saves_of(tmp_path, 8)
+
+
+def test_what_was_saved_of_a_model_whose_file_was_replaced_says_so_and_can_be_deleted(tmp_path, random_model):
+    write_plugin(tmp_path)
+    model = tmp_path / "m.gguf"
+    shutil.copy(random_model(), model)
+    with Daemon(tmp_path, model=str(model)) as daemon, daemon.ready() as client:
+        session, idle = client.session(), client.session()
+        for one in (session, idle):
+            say(one)
+        session.save("kept")
+        client.call("save_session", session=idle.id, name="other")
+        shutil.copy(random_model(), tmp_path / "new.gguf")
+        (tmp_path / "new.gguf").replace(model)
+        os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
+        until = time.monotonic() + 20
+        while client.status()["worker"]["deaths"] < 1 or client.status()["worker"]["state"] != "ready":
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        for _ in range(2):
+            with pytest.raises(DaemonError, match=WHY) as caught:
+                say(session)
+            assert caught.value.code == "session_lost"
+        with pytest.raises(DaemonError) as caught:
+            client.restore("kept")
+        assert caught.value.code == "session_mismatch"
+        client.call("close_session", session=session.id)
+        for name in ("kept", "other"):
+            client.delete_saved(name)
+        assert client.saved() == []
+        client.call("load_model", model=str(model), options={"engine": "null", "device": "null"})
+        with pytest.raises(DaemonError, match="the session ended with its model, which was unloaded or replaced; open another"):
+            say(idle)
+        assert say(client.session())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_rt.core.context.history import Condensed, Evicted, History
-from edge_rt.errors import SessionFileError, UserError
+from edge_rt.errors import SessionFileError, SessionMismatch, UserError
 
 FORMAT = 4
 _PREFIX = struct.Struct("<8sI32s")
@@ -93,7 +93,7 @@ def not_saved(path: Path, error: OSError) -> UserError:
 
 
 def load(path: Path, *, engine: str, model: str, moved: Moved = _nothing) -> SavedSession:
-    """Read and check a session file; ``moved`` is called after each piece. Raises SessionFileError."""
+    """Read and check a session file; ``moved`` is called after each piece. Raises SessionFileError, SessionMismatch."""
     import msgpack
 
     try:
@@ -108,7 +108,7 @@ def load(path: Path, *, engine: str, model: str, moved: Moved = _nothing) -> Sav
     try:
         header = msgpack.unpackb(data[_PREFIX.size : _PREFIX.size + length])
         if header["format"] != FORMAT:
-            raise SessionFileError(f"the session {path} has format {header['format']}, this version reads {FORMAT}; start a new session")
+            raise SessionMismatch(f"the session {path} has format {header['format']}, this version reads {FORMAT}; start a new session")
         evicted = [Evicted(int(start), int(end), str(text), float(score)) for start, end, text, score in header["evicted"]]
         tokens, missing = header["condensed"]
         history = History([int(token) for token in header["tokens"]], evicted, Condensed(int(tokens), int(missing)))
@@ -117,9 +117,11 @@ def load(path: Path, *, engine: str, model: str, moved: Moved = _nothing) -> Sav
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         raise SessionFileError(f"the header of the session {path} is damaged; start a new session") from error
     if found.engine != engine:
-        raise SessionFileError(f"the session {path} was saved by the engine {found.engine}, not {engine}; open the model with it")
+        raise SessionMismatch(f"the session {path} was saved by the engine {found.engine}, not {engine}; open the model with it")
     if found.model != model:
-        raise SessionFileError(f"the session {path} belongs to another model; open that one, or start a new session")
+        raise SessionMismatch(
+            f"the session {path} belongs to another model, or to what this one's file was before; open that one, or start a new session"
+        )
     return found
 
 
