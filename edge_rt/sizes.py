@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them. K, M, G and T are powers of 1024."""
+"""Sizes in bytes as people write and read them. Written, K, M, G and T are powers of 1024; shown, kB, MB, GB and TB are powers of 1000."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def parse(text: str, what: str) -> int:
 
 
 def shown(size: float) -> str:
-    """Bytes for a person: ``93M``, ``1.5G``."""
-    if size < 10 << 30:
-        return f"{round(size / (1 << 20)):,}M"
-    return f"{size / (1 << 30):.1f}G"
+    """Bytes for a person: 98.4 MB. All that edge-rt writes has this form; its page in a browser, too."""
+    if abs(size) < 1000:
+        return f"{size:.0f} B"
+    for unit in "kMGT":
+        size /= 1000
+        if abs(size) < 999.95 or unit == "T":
+            break
+    return f"{size:.1f} {unit}B"

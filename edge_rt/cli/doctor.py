@@ -9,7 +9,8 @@ from typing import Any
 
 from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.cli.options import JsonOption, option
-from edge_rt.cli.output import size, table, write, write_json
+from edge_rt.cli.output import table, write, write_json
+from edge_rt.sizes import shown
 
 HELP = """Show what edge-rt found on this machine.
 
@@ -189,16 +190,16 @@ def _text(found: dict[str, Any]) -> str:
             ("load", f"{cpus['load']:.2f}" if cpus["load"] is not None else "unknown"),
         ],
         "Memory": [
-            ("available", f"{size(memory['available'])} of {size(memory['total'])}"),
-            ("cgroup limit", size(memory["cgroup_limit"]) if memory["cgroup_limit"] is not None else "none"),
-            ("lockable", size(memory["lockable"]) if memory["lockable"] is not None else "no limit"),
+            ("available", f"{shown(memory['available'])} of {shown(memory['total'])}"),
+            ("cgroup limit", shown(memory["cgroup_limit"]) if memory["cgroup_limit"] is not None else "none"),
+            ("lockable", shown(memory["lockable"]) if memory["lockable"] is not None else "no limit"),
         ],
         "Devices": [row for device in found["devices"] for row in device_rows(device)],
         "Plugins": [(plugin["name"], plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])) for plugin in found["plugins"]],
         "Cache": [
             ("folder", cache["folder"] + ("" if cache["writable"] else "  NOT WRITABLE: set EDGE_RT_CACHE to another folder")),
-            ("models", f"{size(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
-            ("packed weights", size(cache["packed"])),
+            ("models", f"{shown(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
+            ("packed weights", shown(cache["packed"])),
         ],
         "Rules": _rule_rows(found["rules"]),
         "Problems": [(problem,) for problem in found["problems"]],
@@ -213,4 +214,3 @@ def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
         return [("wrong", rules["message"])]
     rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", ", ".join(one["name"] for one in rules["pipeline"]))]
     return [*rows, *(("names", file) for file in rules["files"])]
-

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.cli.options import JsonOption, argument, option
-from edge_rt.cli.output import size, table, write, write_json
+from edge_rt.cli.output import table, write, write_json
+from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
     from edge_rt.core.load.header import Header, TensorInfo
@@ -187,9 +188,9 @@ def _page_runs(base: int, tensors: list[TensorInfo]) -> list[tuple[int, int]]:
 def _text(found: dict[str, Any]) -> str:
     units = found["units"]
     resident = [unit["resident"] for unit in units]
-    in_memory = "" if None in resident else f", {size(sum(resident))} of the weights in memory"
+    in_memory = "" if None in resident else f", {shown(sum(resident))} of the weights in memory"
     rows: list[tuple[str, ...]] = [
-        ("file", f"{found['path']}  ({size(found['bytes'])}{in_memory})"),
+        ("file", f"{found['path']}  ({shown(found['bytes'])}{in_memory})"),
         ("format", f"GGUF {found['gguf_version']}, tensors aligned to {found['alignment']}"),
         (
             "adapter" if "adapter" in found else "model",
@@ -198,16 +199,16 @@ def _text(found: dict[str, Any]) -> str:
         *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
         *((name, str(value)) for name, value in found["sizes"].items()),
         *([("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})")] if "adapter" not in found else []),
-        *(("packed weights", f"{p['path']}  ({size(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
+        *(("packed weights", f"{p['path']}  ({shown(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
         *([("chat template", "yes" if found["chat_template"] else "no; run with --raw")] if "adapter" not in found else []),
     ]
     text = table(rows) + "\n"
     text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"),
-                   *((t["type"], str(t["tensors"]), str(t["parameters"]), size(t["bytes"])) for t in found["types"])]) + "\n"  # fmt: skip
+                   *((t["type"], str(t["tensors"]), str(t["parameters"]), shown(t["bytes"])) for t in found["types"])]) + "\n"  # fmt: skip
     text += table([("UNIT", "TENSORS", "BLOCKS", "SIZE", "RESIDENT", "TYPES"), *map(_unit_row, units)])
     if "tensors" in found:
         text += "\n" + table([("TENSOR", "SHAPE", "TYPE", "OFFSET", "SIZE"),
-                              *((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), size(t["bytes"]))
+                              *((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), shown(t["bytes"]))
                                 for t in found["tensors"])])  # fmt: skip
     return text
 
@@ -221,7 +222,7 @@ def _of_adapter(adapter: dict[str, Any] | None) -> str:
 
 
 def _unit_row(unit: dict[str, Any]) -> tuple[str, ...]:
-    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), size(unit["bytes"]), _share(unit), " ".join(unit["types"]))
+    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), shown(unit["bytes"]), _share(unit), " ".join(unit["types"]))
 
 
 def _share(entry: dict[str, Any]) -> str:

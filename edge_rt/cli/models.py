@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from edge_rt.cli.options import JsonOption
-from edge_rt.cli.output import size, table, write, write_json
+from edge_rt.cli.output import table, write, write_json
+from edge_rt.sizes import shown
 
 HELP = """List models by name.
 
@@ -31,7 +32,9 @@ def run(options: Options) -> int:
         available = [known._asdict() for known in absent]
         write_json({"installed": installed, "available": available}, indent=2)
         return 0
-    rows = [(model.name, size(model.size), str(model.path)) for model in here]
-    rows += [(known.name, size(known.size), f"not here; edge-rt pull {known.name}  ({known.summary}, {known.licence})") for known in absent]
+    rows = [(model.name, shown(model.size), str(model.path)) for model in here]
+    rows += [
+        (known.name, shown(known.size), f"not here; edge-rt pull {known.name}  ({known.summary}, {known.licence})") for known in absent
+    ]
     write(table(rows))
     return 0

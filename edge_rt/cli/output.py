@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edge_rt.errors import UserError
+from edge_rt.sizes import shown
 
 
 class OutputClosed(Exception):
@@ -79,17 +80,6 @@ def terminal(stream: Any) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
 
 
-def size(count: float) -> str:
-    """Bytes for people: 98.4 MB."""
-    if abs(count) < 1000:
-        return f"{count:.0f} B"
-    for unit in "kMGT":
-        count /= 1000
-        if abs(count) < 999.95 or unit == "T":
-            break
-    return f"{count:.1f} {unit}B"
-
-
 class ProgressBar:
     """Shows (phase, done, total) on standard error: a bar on a terminal, elsewhere one line for a phase that takes a while.
 
@@ -116,7 +106,7 @@ class ProgressBar:
                 self._draw(phase, done, total)
                 self._due = now + 0.1
             else:
-                say(f"{phase}" + (f" {size(total)}" if total else "") + " ...")
+                say(f"{phase}" + (f" {shown(total)}" if total else "") + " ...")
                 self._due = float("inf")
 
     def finish(self) -> None:
@@ -128,7 +118,7 @@ class ProgressBar:
 
     def _draw(self, phase: str, done: int, total: int) -> None:
         share = min(1.0, done / total) if total else 0.0
-        facts = f"[{'#' * int(share * 30):<30}] {share:4.0%}  {size(done)} of {size(total)}" if total else size(done)
+        facts = f"[{'#' * int(share * 30):<30}] {share:4.0%}  {shown(done)} of {shown(total)}" if total else shown(done)
         self._write(f"\r\x1b[K{phase:<12} {facts}")
         self._drawn = True
 

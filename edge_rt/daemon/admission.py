@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.errors import Cancelled, ProtocolError
+from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
     from edge_rt.daemon.account import Account, Need
@@ -147,7 +148,7 @@ class Line:
         available = max(0, needed - missing)
         self.leave(one, ProtocolError(
             "out_of_memory",
-            f"the request needs {_mb(needed)} of memory and can have {_mb(available)}; "
+            f"the request needs {shown(needed)} of memory and can have {shown(available)}; "
             "ask for fewer max_tokens, shorten the prompt, or let the daemon use more memory",
             needed=needed, available=available,
         ))  # fmt: skip
@@ -161,7 +162,3 @@ class Line:
         if short != self._told:
             self._told = short
             self._short(short)
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import pytest
 
+from edge_rt import sizes
 from edge_rt.cli import output
 from edge_rt.cli.generation import cancelling, check_text, facts, read_text, show_json, show_text
 from edge_rt.errors import OptionError, UserError
@@ -188,7 +189,7 @@ def test_progress_on_a_terminal_that_went_away_is_no_error(monkeypatch, clock):
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (999_960, "1.0 MB"), (2e9, "2.0 GB"), (5e15, "5000.0 TB")],
 )
 def test_sizes(count, text):
-    assert output.size(count) == text
+    assert sizes.shown(count) == text
 
 
 def test_tables_align():

@@ -140,23 +140,23 @@ def test_check_says_what_would_happen(tmp_path, random_model, capsys):
         "would let in root" + (", you" if os.getuid() else ""),
         "would wait for a client to load a model",
     ]
-    assert re.fullmatch(r"would let models have [\d,.]+[MG] together", said[-1])
+    assert re.fullmatch(r"would let models have [\d,.]+ [MG]B together", said[-1])
     assert list(tmp_path.iterdir()) == []
     assert cli.main([*words, "-m", str(random_model())]) == 0
-    assert f"would open {random_model()}, architecture llama, which needs about 9" in capsys.readouterr().err
+    assert f"would open {random_model()}, architecture llama, which needs about 10" in capsys.readouterr().err
     config = tmp_path / "d.toml"
     config.write_text(f'memory = "1.5G"\n[models.small]\nfile = "{random_model()}"\ncontext = 99\n')
     assert cli.main([*words, "--config", str(config)]) == 0
     *_, model, budget = capsys.readouterr().err.splitlines()
     assert model.startswith(f"would know small: {random_model()}, architecture llama, which needs about ")
-    assert budget == "would let models have 1,536M together"
+    assert budget == "would let models have 1.6 GB together"
     same = f'[model]\nfile = "{random_model()}"\n[models.{random_model().stem}]\nfile = "{random_model()}"\n'
     config.write_text(same)
     assert cli.main([*words, "--config", str(config)]) == 1
     assert f"two models are called {random_model().stem}" in capsys.readouterr().err
     config.write_text(f'memory = "50M"\n[models.small]\nfile = "{random_model()}"\n')
     assert cli.main([*words, "--config", str(config)]) == 1
-    assert "and all models may have 50M; raise memory" in capsys.readouterr().err
+    assert "and all models may have 52.4 MB; raise memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_who_waits_too_long_is_told_how_much_is_missing(tmp_path: Path) -> None:
         here.models.find("a").under_way += 1  # for good
         error = (await here.answer(here.ask("b")))["error"]
         assert error["code"] == "out_of_memory"
-        assert "70M" in error["message"]
+        assert "73.4 MB" in error["message"]
         assert not here.models.find("b").placed
 
     asyncio.run(main())
@@ -298,12 +298,12 @@ def test_one_that_turns_out_too_large_for_all_the_memory_leaves_and_is_refused_i
             await asyncio.sleep(0.001)
         error = here.answers[here.asked]["error"]
         assert {name: error[name] for name in refused} == refused
-        assert error["message"].startswith("the model b needs 69M and all models may have 50M; raise memory")
+        assert error["message"].startswith("the model b needs 72.4 MB and all models may have 52.4 MB; raise memory")
         assert error["message"] in caplog.text
         while b.leaving:
             await asyncio.sleep(0.001)
         assert (b.placed, b.supervisor.state, here.models.free) == (False, "none", 50 * MB - here.models.find("a").taken)
-        with pytest.raises(ProtocolError, match="needs 69M") as caught:  # from now on it is known beforehand
+        with pytest.raises(ProtocolError, match=r"needs 72\.4 MB") as caught:  # from now on it is known beforehand
             here.ask("b")
         assert {"code": caught.value.code, **caught.value.fields} == refused
         assert await here.answer(here.ask("a")) == {"ok": {}}
