@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.errors import Cancelled, ProtocolError
 from edge_rt.sizes import shown
@@ -27,10 +27,20 @@ LOOK_EVERY = 1.0
 _RANKS = {"high": 0, "normal": 1, "low": 2}
 
 
+class Asker(NamedTuple):
+    """Whose request waits: ``start(request, room)`` begins one, in so many cells (None: no limit); ``refuse`` ends one with an error;
+    ``queued`` tells one's client.
+    """
+
+    start: Callable[[Waiting, int | None], None]
+    refuse: Callable[[Waiting, Exception], None]
+    queued: Callable[[Waiting, Message], None]
+
+
 @dataclass(eq=False)
 class Waiting:
     """A request that has not begun. ``name`` of its session, None for one of its own. ``ready``: whether its events can be sent.
-    ``cancelled``: whether it was, before it came here.
+    ``cancelled``: whether it was, before it came here. ``asker``: None for the line's own. ``advice``: what to do if it never fits.
     """
 
     command: Message
@@ -40,6 +50,8 @@ class Waiting:
     name: str | None
     ready: Callable[[], bool]
     cancelled: Callable[[], bool] = lambda: False
+    asker: Asker | None = None
+    advice: str = "ask for fewer max_tokens, shorten the prompt, or let the daemon use more memory"
     order: int = 0
     passed: int = 0
     told: bool = False
@@ -52,8 +64,8 @@ class Waiting:
 
 
 class Line:
-    """Requests that wait. ``start(request, room)`` begins one, in so many cells (None: no limit); ``refuse`` ends one with an error;
-    ``queued`` tells one's client, ``short`` the daemon by how many bytes the allowance is too small for the first.
+    """Requests that wait. ``start``, ``refuse`` and ``queued`` are of the ``Asker`` of those that have none of their own; ``short`` tells
+    the daemon by how many bytes the allowance is too small for the first.
     """
 
     def __init__(
@@ -64,7 +76,7 @@ class Line:
         queued: Callable[[Waiting, Message], None],
         short: Callable[[int], None],
     ) -> None:
-        self._account, self._start, self._refuse, self._queued, self._short = account, start, refuse, queued, short
+        self._account, self._asker, self._short = account, Asker(start, refuse, queued), short
         self.waiting: list[Waiting] = []
         self._orders = 0
         self._told = 0
@@ -81,7 +93,14 @@ class Line:
     def leave(self, one: Waiting, error: Exception) -> None:
         """It does not want to wait any longer."""
         self.waiting.remove(one)
-        self._refuse(one, error)
+        self._asker_of(one).refuse(one, error)
+
+    def withdraw(self, one: Waiting) -> None:
+        """Its asker does not want it to wait, and needs no error."""
+        self.waiting.remove(one)
+
+    def _asker_of(self, one: Waiting) -> Asker:
+        return one.asker or self._asker
 
     def admit(self) -> bool:
         """Let in whoever fits now; whether anybody did."""
@@ -94,7 +113,7 @@ class Line:
                 self.waiting.remove(one)
                 for other in self.waiting:
                     other.passed += other.order < one.order
-                self._start(one, room if room < one.need.cells else None)
+                self._asker_of(one).start(one, room if room < one.need.cells else None)
                 started = True
             elif one.cancelled():
                 self.leave(one, Cancelled("the request was cancelled before it began"))
@@ -138,7 +157,7 @@ class Line:
                 one.told = True
                 available = max(0, needed - account.missing_at_best(least, one.name, alone=False))
                 reason = "the memory is promised to other requests; it begins when some of them have ended"
-                self._queued(one, {"event": "queued", "reason": reason, "needed": needed, "available": available})
+                self._asker_of(one).queued(one, {"event": "queued", "reason": reason, "needed": needed, "available": available})
             return True
         now = time.monotonic()
         if one.until is None:
@@ -148,8 +167,7 @@ class Line:
         available = max(0, needed - missing)
         self.leave(one, ProtocolError(
             "out_of_memory",
-            f"the request needs {shown(needed)} of memory and can have {shown(available)}; "
-            "ask for fewer max_tokens, shorten the prompt, or let the daemon use more memory",
+            f"the request needs {shown(needed)} of memory and can have {shown(available)}; {one.advice}",
             needed=needed, available=available,
         ))  # fmt: skip
         return False

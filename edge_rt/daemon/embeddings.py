@@ -5,29 +5,29 @@ One text is read at a time, whoever's it is, so that one text's cells are all th
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge_rt.core.decode.embedding import Pooling, TextReader, finished, pooling_of, tokens_of
-from edge_rt.daemon import admission
 from edge_rt.daemon.account import Need, Promise
+from edge_rt.daemon.admission import Asker, Waiting
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import Cancelled, ProtocolError
-from edge_rt.sizes import shown
+from edge_rt.errors import Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edge_rt.core.decode.embedding import Vector
     from edge_rt.daemon.account import Account
+    from edge_rt.daemon.admission import Line
     from edge_rt.daemon.generations import Asked
     from edge_rt.runtime import Model
 
 AT_ONCE = 1 << 14
 """Characters of texts that are tokenised between two steps; a longer text is tokenised whole."""
+_ADVICE = "embed a shorter text, or let the daemon use more memory"
 
 Say = Callable[["Asked", Message], object]
 """Sends an event of a request, which takes one of its credits."""
@@ -37,13 +37,17 @@ Ended = Callable[[Message, "Exception | None", Message], None]
 
 @dataclass(eq=False)
 class _Request:
-    """A command under way. ``tokens``: of the texts that were tokenised so far; when those are all, ``done`` counts embeddings."""
+    """A command under way. ``told``: that it waits for memory.
+
+    ``tokens``: of the texts that were tokenised so far; when those are all, ``done`` counts embeddings.
+    """
 
     asked: Asked
     command: Message
     pooling: Pooling
     texts: Sequence[str | Sequence[int]]
     tokens: list[list[int]] = field(default_factory=list)
+    told: bool = False
     done: int = 0
     width: int = 0
 
@@ -51,15 +55,15 @@ class _Request:
 class Embeddings:
     """All requests for embeddings of one model. Not thread-safe: one thread adds and steps."""
 
-    def __init__(self, model: Model, account: Account, say: Say, ended: Ended, short: Callable[[int], None] = lambda short: None) -> None:
-        """``short`` tells the daemon by how many bytes the allowance is too small for a text."""
-        self._model, self._account, self._say, self._ended, self._short = model, account, say, ended, short
-        self.due: float | None = None
-        """When ``step`` is to be called at the latest, on the monotonic clock: a text that waits for a larger allowance is refused then."""
+    def __init__(self, model: Model, account: Account, line: Line, say: Say, ended: Ended) -> None:
+        """``line``: in which texts wait for memory, as generations do."""
+        self._model, self._account, self._line, self._say, self._ended = model, account, line, say, ended
         self._requests: deque[_Request] = deque()
         self._reader: TextReader | None = None
-        self._reading: _Request | None = None
+        self._turn: _Request | None = None  # of which a text waits for memory, or has it: one at a time
+        self._waiting: Waiting | None = None
         self._promise: Promise | None = None
+        self._reading = False
 
     def add(self, asked: Asked, command: Message) -> None:
         """Take up a request. Raises OptionError."""
@@ -67,15 +71,11 @@ class Embeddings:
         self._reader = self._reader or TextReader(self._model.engine, self._model.prefixes.clear)
         self._requests.append(_Request(asked, command, pooling, command.get("texts") or command["tokens"]))
 
-    def allowed(self) -> None:
-        """The allowance was set, for a text too that hoped for more of it."""
-        if self.due is not None:
-            self.due = 0.0
-
     def step(self, room: int) -> bool:
         """Do a piece of the work, with at most ``room`` tokens for the engine; False if there is none that could be done."""
         moved = self._stop_cancelled()
-        one = self._reading or self._next()
+        self._let_pass()
+        one = self._turn or self._next()
         if one is None:
             self._rest()
         if one is None or not room:
@@ -83,10 +83,12 @@ class Embeddings:
         try:
             if len(one.tokens) < len(one.texts):
                 self._tokenize(one)
-            elif self._reading is not None or self._has_room(len(one.tokens[one.done])):
-                self._read(one, room)
-            else:
+                return True
+            if self._turn is None:
+                self._ask(one)
+            if self._promise is None:
                 return moved  # those who hold the memory go on, and some end
+            self._read(one, room)
         except Exception as error:
             self._rest()
             self._end(one, error)
@@ -110,44 +112,53 @@ class Embeddings:
             one.tokens.append(tokens_of(model.vocab, text, len(one.tokens), model.info.max_context))
             seen += len(text)
 
-    def _has_room(self, tokens: int) -> bool:
-        """Whether there is memory for a text now: it is promised then. Raises ProtocolError: out_of_memory if there will never be."""
-        account, need = self._account, Need(tokens, tokens)
-        if account.limited:
-            if not account.free_for(need, None):
-                if account.promises:
-                    return False
-                needed, missing = account.bytes(need, None), account.missing(need, None)
-                if self._hopes(missing):
-                    return False
-                available = max(0, needed - missing)
-                raise ProtocolError(
-                    "out_of_memory",
-                    f"a text of {tokens} tokens needs {shown(needed)} of memory and can have {shown(available)}; embed a shorter one",
-                    needed=needed, available=available,
-                )  # fmt: skip
-            self.due = None
-            self._promise = Promise(need, None, account.bytes(need, None))
-            account.promises.append(self._promise)
-        return True
+    def _ask(self, one: _Request) -> None:
+        """A text's turn has come: it begins when there is memory for it, in one line with those who generate."""
+        tokens, asked = one.tokens[one.done], one.asked
+        self._turn = one
+        self._waiting = Waiting(
+            one.command, tokens, {}, Need(len(tokens), len(tokens)), None, lambda: asked.credits > 0, lambda: asked.cancelled,
+            asker=Asker(self._start, self._refuse, self._queued), told=one.told, advice=_ADVICE,
+        )  # fmt: skip
+        self._line.add(self._waiting)
+        self._line.admit()
 
-    def _hopes(self, missing: int) -> bool:
-        """Whether the daemon may allow more yet, which it is asked for once."""
-        if self.due is None:
-            self.due = time.monotonic() + admission.PATIENCE
-            self._short(missing)
-        return time.monotonic() < self.due
+    def _start(self, waiting: Waiting, room: int | None) -> None:
+        account, self._waiting = self._account, None
+        self._promise = Promise(waiting.need, None, account.bytes(waiting.need, None) if account.limited else 0)
+        account.promises.append(self._promise)
+
+    def _refuse(self, waiting: Waiting, error: Exception) -> None:
+        self._waiting = None
+        if self._turn is not None:
+            self._end(self._turn, error)
+
+    def _queued(self, waiting: Waiting, event: Message) -> None:
+        if self._turn is not None:
+            self._turn.told = True  # for all of its texts
+            self._say(self._turn.asked, event)
+
+    def _let_pass(self) -> None:
+        """Whose text waits and may send nothing holds up nobody."""
+        if self._waiting is not None and not self._waiting.ready():
+            self._leave_line()
+            self._turn = None
+
+    def _leave_line(self) -> None:
+        if self._waiting is not None:
+            self._line.withdraw(self._waiting)
+            self._waiting = None
 
     def _read(self, one: _Request, room: int) -> None:
         """A piece of the next text. Raises what the engine does."""
         assert self._reader is not None, "it was made with the first request"
         with self._model.lock:
-            if self._reading is None:
+            if not self._reading:
                 self._reader.begin(one.tokens[one.done], one.pooling)
-                self._reading = one
+                self._reading = True
             pooled = self._reader.read(room)
         if pooled is not None:
-            self._reading = None
+            self._turn, self._reading = None, False
             self._unpromise()
             self._made(one, pooled)
 
@@ -166,18 +177,19 @@ class Embeddings:
         else:
             self._requests.remove(one)
             self._requests.append(one)
+            self._line.admit()  # the text's memory is free; the next may have no credits to ask for it
 
     def _end(self, one: _Request, error: Exception | None) -> None:
         self._requests.remove(one)
-        self.due = None
-        if one is self._reading:
+        if one is self._turn:
             self._rest()
         answer = {"pooling": one.pooling, "dimensions": one.width, "tokens": sum(map(len, one.tokens))} if error is None else {}
         self._ended(one.command, error, answer)
 
     def _rest(self) -> None:
         """Read no further, and free the cells."""
-        self._reading = None
+        self._leave_line()
+        self._turn, self._reading = None, False
         self._unpromise()
         if self._reader is not None:
             with self._model.lock:

@@ -84,8 +84,7 @@ class Serving:
         """Seconds until something is to be done though no command comes; then ``step``."""
         if self._store is None:
             return None
-        texts = None if self._embeddings is None else self._embeddings.due
-        times = [texts, self.generations.line.due(), self._held_due if self._changed_noticeably() else None]
+        times = [self.generations.line.due(), self._held_due if self._changed_noticeably() else None]
         return max(0.0, min(known) - time.monotonic()) if (known := [one for one in times if one is not None]) else None
 
     def _settle(self) -> bool:
@@ -231,8 +230,6 @@ class Serving:
         self._account.allowance = command["bytes"]
         self._account.free(0)
         self.generations.line.allowed()
-        if self._embeddings is not None:
-            self._embeddings.allowed()
         self.generations.due = True
         self._held = self._bytes()
         return dict(zip(("held", "reserved"), self._held, strict=True))
@@ -306,8 +303,8 @@ class Serving:
         if self._embeddings is None:
             from edge_rt.daemon.embeddings import Embeddings
 
-            say, ended, short = self.generations.sent, self.generations.answered, self.generations.short
-            self._embeddings = Embeddings(self._opened, self._account, say, ended, short)
+            say, ended, line = self.generations.sent, self.generations.answered, self.generations.line
+            self._embeddings = Embeddings(self._opened, self._account, line, say, ended)
         self._embeddings.add(one, command)
 
     def _warm(self) -> None:

@@ -118,9 +118,45 @@ def test_more_may_be_allowed_for_a_text_to_embed_in_time_or_not(host):
     one.step()
     error = one.answer(asked)["error"]
     assert (error["code"], error["needed"] - error["available"]) == ("out_of_memory", short - 10 * CELL)
-    assert error["message"].startswith("a text of 101 tokens needs ")
+    assert error["message"].endswith("embed a shorter text, or let the daemon use more memory")
     assert not one.account.promises
     assert len(one.serving.generations) == 0
+
+
+def test_texts_wait_in_one_line_with_those_who_generate(host):
+    one = host(allowance=300 * CELL)
+    first = one.ask("a" * 99, max_tokens=100)  # 200 cells
+    texts = one.do("embed", texts=["x" * 150, "y" * 150], credits=10)
+    for _ in range(3):
+        one.step()
+    (queued,) = one.events(texts, "queued")
+    assert queued["needed"] > queued["available"] > 0
+    assert one.ok("memory")["queued"] == 1
+    later = one.ask("b" * 99, max_tokens=150)
+    one.until(first, texts, later)
+    assert len(one.events(texts, "queued")) == 1, "it is told once"
+    assert [message["index"] for message in one.events(texts, "embedding")] == [0, 1]
+    assert (one.account.promises, len(one.serving.generations.line)) == ([], 0)
+
+
+def test_a_text_that_waits_leaves_when_it_is_cancelled_and_holds_up_nobody_who_reads(host):
+    one = host(allowance=300 * CELL)
+    first = one.ask("a" * 99, max_tokens=100)
+    deaf = one.do("embed", texts=["x" * 150], credits=1)  # which the word that it waits uses up
+    small = one.do("embed", texts=["y" * 20], credits=10)
+    assert "ok" in one.until(small)[0]
+    assert one.answer(first) is None, "it fits beside the first"
+    gone = one.do("embed", texts=["z" * 150], credits=10)
+    one.step()
+    one.tell("cancel", gone)
+    one.step()
+    assert one.answer(gone)["error"]["code"] == "cancelled"
+    one.until(first)
+    one.serving.generations.credit(deaf, 5)
+    one.do("resume", request=deaf, events=5)
+    one.until(deaf)
+    assert "ok" in one.answer(deaf)
+    assert (one.account.promises, len(one.serving.generations), len(one.serving.generations.line)) == ([], 0, 0)
 
 
 def test_an_answer_of_unknown_length_takes_what_there_is(host):

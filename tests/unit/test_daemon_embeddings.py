@@ -19,6 +19,7 @@ from edge_rt.core.decode.batch import LEAST, Batch
 from edge_rt.daemon import embeddings as module
 from edge_rt.daemon.account import Account
 from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.admission import Line
 from edge_rt.daemon.client import Client
 from edge_rt.daemon.embeddings import Embeddings
 from edge_rt.daemon.store import Store
@@ -49,7 +50,8 @@ class Asks:
 
     def __init__(self, model):
         self.model, self.said, self.ended, self.asked = model, {}, {}, {}
-        self.work = Embeddings(model, unlimited(model), self.say, self.end)
+        account = unlimited(model)
+        self.work = Embeddings(model, account, Line(account, *[None] * 3, lambda short: None), self.say, self.end)
 
     def end(self, command, error, answer):
         self.ended[command["id"]] = error or answer
@@ -181,7 +183,7 @@ def test_an_engine_that_makes_none(model):
 
     mute = SimpleNamespace(file=model.file, engine=Mute(), prefixes=model.prefixes)
     with pytest.raises(OptionError, match="makes no embeddings"):
-        Embeddings(mute, None, None, None).add(None, {"texts": ["a"]})
+        Embeddings(mute, None, None, None, None).add(None, {"texts": ["a"]})
 
 
 # ---- beside generations ----------------------------------------------------------------------------------------------

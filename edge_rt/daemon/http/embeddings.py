@@ -88,6 +88,8 @@ class Embedding:
         if "event" not in message:
             self._exchange.connection.respond(200, self._answer(), "application/json", headers(self._asked.ignored))
             return
+        if message["event"] != "embedding":  # it waits for memory, which is nothing to tell in an answer that is whole
+            return
         row = message["embedding"]
         wanted = self._asked.dimensions
         if wanted is not None and wanted != len(row):
