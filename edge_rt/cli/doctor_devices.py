@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.cli.output import size
 from edge_rt.errors import EdgeError
 from edge_rt.profile_check import FIGURES
+from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
     from edge_rt.device_profile import Profile
@@ -76,7 +76,7 @@ def device_rows(device: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if not device["usable"]:
         return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
     return [
-        (device["name"], f"{device['description']}, {size(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
+        (device["name"], f"{device['description']}, {shown(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
         ("", f"engines {', '.join(device['engines'])}; features {', '.join(device['features']) or 'none stated'}"),
         *(("", f"{title:<11} {text}") for title, text in (*_health_rows(device), *_profile_rows(device))),
     ]
@@ -130,7 +130,7 @@ def _shown(field: str, value: Any) -> Iterator[str]:
     elif field == "operations":
         yield ", ".join(f"{kind} {rate / _GIGA:.4g} Gop/s" for kind, rate in value.items())
     elif field == "memory":
-        yield size(value)
+        yield shown(value)
     elif field in ("storage", "link"):
         yield _rate(value)
     else:
@@ -138,7 +138,7 @@ def _shown(field: str, value: Any) -> Iterator[str]:
 
 
 def _rate(value: float) -> str:
-    return f"{size(value)}/s"
+    return f"{shown(value)}/s"
 
 
 def _cores(cores: Mapping[str, Any]) -> str:
