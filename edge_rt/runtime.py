@@ -222,7 +222,7 @@ class Model:
         self.file, self.engine, self.registry, self.policy = file, engine, registry, policy
         self._embedder = None if embedder is None else (embedder.start(), embedder.relevant)
         self._vocabulary = vocabulary
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.notices = [*notices, *getattr(engine, "notices", ())]
         self.prefixes = PrefixCache(engine, budget=self.info.max_context)
         self.adapters = Adapters(self)

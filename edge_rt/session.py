@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from edge_rt.runtime import Model
 
 
-
 class Stream(Iterator[Event]):
     """The events of one request. The request ends with its last event, with ``close``, or when the stream is dropped."""
 
@@ -145,17 +144,42 @@ class Session:
         ``tokens`` of the prompt, if they are known (``Model.prompt_tokens``). ``room``: cells that there is memory for.
         Whoever takes the steps calls ``end`` after the last. Raises what ``generate`` raises.
         """
+        return self.start(prompt, options, tokens=tokens, room=room, **overrides)()
+
+    def start(
+        self,
+        prompt: str | Sequence[Message],
+        options: GenerateOptions | None = None,
+        *,
+        tokens: list[int] | None = None,
+        room: int | None = None,
+        **overrides: Any,
+    ) -> Callable[[], tuple[Job, loop.Steps[None]]]:
+        """``begin`` in two parts, for a prompt that may be far longer than the context. This is the first; it opens and frees sequences.
+
+        What it returns is the second, to be called once, on any thread: what leaves the context is chosen there, which takes a second
+        for a megabyte, and the engine's lock is taken for moments only. Until then, and then up to ``end``, the session is busy.
+        """
         chosen = override(options or GenerateOptions(), overrides)
         if self._closed:
             raise OptionError("the session was closed; open another with model.session()")
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering another request; wait for it, cancel it, or open another session")
         try:
-            job = self._prepare(prompt, chosen, tokens, room)
+            make = self._prepare(prompt, chosen, tokens, room)
         except BaseException:
             self._busy.release()
             raise
-        return job, self._run(job, chosen)
+
+        def rest() -> tuple[Job, loop.Steps[None]]:
+            try:
+                job = make()
+            except BaseException:
+                self._busy.release()
+                raise
+            return job, self._run(job, chosen)
+
+        return rest
 
     async def agenerate(
         self, prompt: str | Sequence[Message], options: GenerateOptions | None = None, **overrides: Any
@@ -231,8 +255,10 @@ class Session:
 
     # ---- one request -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, prompt: str | Sequence[Message], options: GenerateOptions, tokens: list[int] | None, room: int | None) -> Job:
-        """Check the request, then find the cells it can start from and make the prompt fit."""
+    def _prepare(
+        self, prompt: str | Sequence[Message], options: GenerateOptions, tokens: list[int] | None, room: int | None
+    ) -> Callable[[], Job]:
+        """Check the request, then find the cells it can start from; what is returned makes the prompt fit."""
         model = self._model
         if tokens is None:
             tokens = model.prompt_tokens(prompt, options.tools)
@@ -248,23 +274,35 @@ class Session:
             if options.logprobs and writer.pipeline.conceals:
                 raise OptionError("log-probabilities tell the text that post-processing is to conceal; ask for one of them")
             window = self._window(tokens, allowed, room, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools), adapter)
+        except BaseException:
+            self._give_up(sampler)
+            raise
+        return partial(self._job, options, tokens, window, sampler, writer)
+
+    def _job(self, options: GenerateOptions, tokens: list[int], window: Window, sampler: Sampler, writer: Writer) -> Job:
+        """Make the prompt fit."""
+        model = self._model
+        try:
             window.fit()
             with model.lock:
                 exact = model.engine.exact_rows() if options.speculate else 1
+            speculate = min(options.speculate, exact - 1)
+            drafter = _drafter(tokens) if speculate else None
+            sampler.read(tokens)
         except BaseException:
-            sampler.close()
-            self._history.truncate(self._history.fed)
+            self._give_up(sampler)
             raise
-        speculate = min(options.speculate, exact - 1)
-        drafter = _drafter(tokens) if speculate else None
-        for token in tokens:
-            sampler.accept(token, prompt=True)
         self._cancelled.clear()
         return Job(
             engine=model.engine, lock=model.lock, vocab=model.vocab, window=window, sampler=sampler, writer=writer,
             max_tokens=options.max_tokens, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
             ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
         )  # fmt: skip
+
+    def _give_up(self, sampler: Sampler) -> None:
+        """The request cannot be begun."""
+        sampler.close()
+        self._history.truncate(self._history.fed)
 
     def _window(
         self, tokens: list[int], allowed: int, room: int | None, options: GenerateOptions, pieces: Callable[[], list[Piece]],

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from edge_rt.core.context.allowance import spare
 from edge_rt.core.decode.batch import MAX_PARTS
 from edge_rt.core.engine import PredictsMemory
 
 if TYPE_CHECKING:
+    from typing import Concatenate, ParamSpec
+
     from edge_rt.core.engine import Engine
     from edge_rt.daemon.store import Store
     from edge_rt.runtime import Model
     from edge_rt.session import Session
     from edge_rt.types import Pruning
 
+    _P = ParamSpec("_P")
+
+_T = TypeVar("_T")
 LITTLE = 512
 """Cells of a request as small as many are."""
 WORTH_ANSWERING = 64
@@ -59,11 +65,22 @@ class Promise:
     bytes: int
 
 
+def _locked(method: Callable[Concatenate[Account, _P], _T]) -> Callable[Concatenate[Account, _P], _T]:
+    """Holds the engine's lock: a request that begins on another thread may be changing its cells."""
+
+    @wraps(method)
+    def call(self: Account, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Account:
-    """``allowance``: bytes for caches and compute, None for no limit."""
+    """``allowance``: bytes for caches and compute, None for no limit. ``lock`` is the engine's."""
 
     def __init__(self, model: Model, store: Store, allowance: int | None) -> None:
-        self.allowance = allowance
+        self.allowance, self.lock = allowance, model.lock
         self.promises: list[Promise] = []
         self._model, self._store = model, store
         self._engine = model.engine if isinstance(model.engine, PredictsMemory) else None
@@ -73,14 +90,17 @@ class Account:
         """Whether anything is refused."""
         return self.allowance is not None and self._engine is not None
 
+    @_locked
     def held(self) -> int:
         """Bytes that caches and steps hold now."""
         return 0 if self._engine is None else sum(self._engine.held_bytes())
 
+    @_locked
     def reserved(self) -> int:
         """Bytes that all there is now may come to hold: never less than ``held``."""
         return 0 if self._engine is None else self._idle() + self._shared() + self._promised() + self._compute(())
 
+    @_locked
     def least(self) -> int:
         """Bytes without which hardly any request can be answered: for one of ``LITTLE`` cells; 0 if that is not known."""
         if self._engine is None:
@@ -88,6 +108,7 @@ class Account:
         cells = min(LITTLE, self._model.info.max_context)
         return self._engine.needed_bytes(None, cells) + self._engine.compute_bytes(cells, 1, 1)
 
+    @_locked
     def parts(self) -> dict[str, int]:
         """``reserved`` by what it is for."""
         if self._engine is None:
@@ -96,6 +117,7 @@ class Account:
 
     # ---- what a request would add ------------------------------------------------------------------------------------
 
+    @_locked
     def missing(self, asked: Need, name: str | None) -> int:
         """Bytes that there are too few of for a request in the session of this name; 0 or less: it fits."""
         if self._engine is None or self.allowance is None:
@@ -106,6 +128,7 @@ class Account:
             total -= self._of(session)
         return total - self.allowance
 
+    @_locked
     def missing_at_best(self, asked: Need, name: str | None, *, alone: bool) -> int:
         """The same once all that can be freed or parked is; ``alone``: and once the requests that run have ended."""
         if self._engine is None or self.allowance is None:
@@ -116,6 +139,7 @@ class Account:
             return staying + busy + self._compute([asked], running=False) + self.bytes(asked, name) - self.allowance
         return staying + self._promised() + self._compute([asked]) + self.bytes(asked, name) - self.allowance
 
+    @_locked
     def bytes(self, asked: Need, name: str | None) -> int:
         """The most that a request holds."""
         assert self._engine is not None, "only engines that predict are asked"
@@ -138,6 +162,7 @@ class Account:
                 low = middle
         return low
 
+    @_locked
     def bytes_of(self, cells: int) -> int:
         """What a session of so many cells takes that nothing runs in."""
         return 0 if self._engine is None else self._engine.needed_bytes(None, cells + 1)

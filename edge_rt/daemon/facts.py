@@ -36,7 +36,8 @@ def _by_session(model: Model, store: Store) -> dict[str, Message]:
         found[name] = {"bytes": 0, "cells": parked.cells, "parked": True, **store.counts.get(name, {})}
     for name, session in store.live.items():
         sequence = session.sequence
-        size = 0 if sequence is None or engine is None else engine.sequence_bytes(sequence)
+        with model.lock:
+            size = 0 if sequence is None or engine is None else engine.sequence_bytes(sequence)
         found[name] = {"bytes": size, "cells": session.history.cells, "parked": False, **store.counts.get(name, {})}
     return found
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_rt.daemon import protocol
 from edge_rt.daemon.account import Account, Promise, need
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from edge_rt.core.decode.batch import Batch, Running
+    from edge_rt.core.decode.loop import Job, Steps
     from edge_rt.daemon.store import Store
     from edge_rt.rules import RuleFile
     from edge_rt.runtime import Model
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 LONG = 1 << 16
 """Characters of a prompt from which it is tokenised on another thread: a MB takes 0.15 seconds, in which nobody else would get a token."""
+LONG_TOKENS = 1 << 11
+"""Tokens of a prompt from which a request begins on another thread: what leaves the context is chosen then, and all may be graded."""
+_T = TypeVar("_T")
 _DROPPED = "the request was dropped, or its session closed"
 
 
@@ -49,6 +53,9 @@ class Asked:
     waiting: Waiting | None = None
     cancelled: bool = False
     unwanted: bool = False
+    beginning: bool = False
+    alone: bool = False
+    """Nobody else has its session: it ends with the request."""
 
 
 class Generations:
@@ -81,10 +88,13 @@ class Generations:
         """Whether a session has a request under way."""
         return any(one.name == name for one in self._asked.values())
 
-    def end(self, name: str) -> None:
-        """A session closes: let go of what runs or waits in it."""
-        for one in [one for one in list(self._asked.values()) if one.name == name]:
+    def end(self, name: str) -> bool:
+        """A session closes: let go of what runs or waits in it. False: a request begins in it on another thread, and then closes it."""
+        ending = [one for one in list(self._asked.values()) if one.name == name]
+        for one in ending:
             self._end(one)
+            one.alone |= one.beginning
+        return not any(one.beginning for one in ending)
 
     def failed(self, command: Message, error: Exception) -> None:
         """Answer a command with an error."""
@@ -95,24 +105,18 @@ class Generations:
             self._asked.pop(number, None)
             self._send({"id": number, "error": found})
 
-    def on_another_thread(self, command: Message, work: Callable[[], Any]) -> None:
-        """Do something long; ``found`` follows.
+    def on_another_thread(self, command: Message, work: Callable[[], _T], then: Callable[[Callable[[], _T]], Message | None]) -> None:
+        """Do something long; the command ``found`` follows, which calls ``then`` with what gives the result, or raises what went wrong.
 
-        Others go on meanwhile: libllama's tokenizer may be called on any thread, and Python's lock is free while it works.
+        Others go on meanwhile: libllama's tokenizer may be called on any thread, Python's lock is free while it works, and Python itself
+        changes threads often (worker.py).
         """
         if self._aside is None:
             from concurrent.futures import ThreadPoolExecutor
 
-            self._aside = ThreadPoolExecutor(1, "edge-rt tokens")
-
-        def run() -> None:
-            try:
-                found = work()
-            except Exception as error:
-                found = error
-            self._later({"op": "found", "id": command["id"], "command": command, "found": found})
-
-        self._aside.submit(run)
+            self._aside = ThreadPoolExecutor(1, "edge-rt prompts")
+        future = self._aside.submit(work)
+        future.add_done_callback(lambda done: self._later({"op": "found", "id": command["id"], "then": partial(then, done.result)}))
 
     def note(self, command: Message) -> None:
         """A generation, or embeddings, will be asked for; from now on that can be cancelled."""
@@ -182,7 +186,7 @@ class Generations:
         if (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
             self.arrived(command, self._model.prompt_tokens(prompt, tools))
         else:
-            self.on_another_thread(command, lambda: self._model.prompt_tokens(prompt, tools))
+            self.on_another_thread(command, lambda: self._model.prompt_tokens(prompt, tools), lambda found: self.arrived(command, found()))
 
     def arrived(self, command: Message, tokens: list[int]) -> None:
         """A request whose tokens are known: it begins when there is memory for it."""
@@ -230,25 +234,41 @@ class Generations:
 
         def over() -> None:
             account.promises.remove(promise)
-            if name is None:
-                session.close()
-            else:
+            if name is not None:
                 store.busy.discard(name)
+            if one.alone:
+                session.close()
+            one.session = one.running = None  # each knows of the other: memory would wait for Python's collector
             self.due = True
 
-        one.session = session
+        one.session, one.alone = session, name is None
         try:
-            job, steps = session.begin(_prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
+            begin = session.start(_prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
         except BaseException:
             over()
             raise
-        if one.cancelled:  # before it began, which forgets that
-            session.cancel()
+        begun = partial(self._begun, one, session, command, over)
+        if len(waiting.tokens) < LONG_TOKENS:
+            begun(begin)
+        else:
+            one.beginning = True
+            self.on_another_thread(command, begin, begun)
+
+    def _begun(
+        self, one: Asked, session: Session, command: Message, over: Callable[[], None], begin: Callable[[], tuple[Job, Steps[None]]]
+    ) -> None:
+        """A request takes its first step. ``begin`` gives it or raises why it cannot; ``over`` lets go of what it was promised."""
+        try:
+            job, steps = begin()
+        except BaseException:
+            over()
+            raise
+        finally:
+            one.beginning = False
 
         def ended(error: Exception | None) -> None:
             session.end(job)
             over()
-            one.session = one.running = None  # each knows of the other: memory would wait for Python's collector
             if one.unwanted:
                 error = Cancelled(_DROPPED)
             if error is None:
@@ -257,6 +277,11 @@ class Generations:
             else:
                 self.failed(command, error)
 
+        if one.unwanted:
+            steps.close()
+            return ended(None)
+        if one.cancelled:  # before it began, which forgets that
+            session.cancel()
         running = self._batch.add(job, steps, partial(self._deliver, one), ended, command.get("priority", "normal"))
         if one.id in self._asked:
             one.running = running

@@ -199,17 +199,12 @@ class Serving:
         text, special = command["text"], command.get("special", False)
         if len(text) < LONG:
             return {"tokens": self._opened.tokenize(text, special=special)}
-        self.generations.on_another_thread(command, lambda: {"tokens": self._opened.tokenize(text, special=special)})
+        self.generations.on_another_thread(command, lambda: {"tokens": self._opened.tokenize(text, special=special)}, lambda found: found())
         return None
 
     def _found(self, command: Message) -> Message | None:
         """Another thread is done."""
-        if isinstance(found := command["found"], Exception):
-            raise found
-        if command["command"]["op"] == "generate":
-            self.generations.arrived(command["command"], found)
-            return None
-        answer: Message = found
+        answer: Message | None = command["then"]()
         return answer
 
     def _detokenize(self, command: Message) -> Message:
@@ -268,8 +263,7 @@ class Serving:
 
     def _close_session(self, command: Message) -> None:
         name = command["session"]
-        self.generations.end(name)
-        self._sessions.close(name)
+        self._sessions.close(name, end=self.generations.end(name))
         self.generations.due = True
 
     def _clone_session(self, command: Message) -> Message:

@@ -120,12 +120,12 @@ class Store:
         self.parked[name] = parked
         self._tell({"parked": name, "path": str(self._path(name))})
 
-    def close(self, name: str) -> None:
-        """End a session, if there is one of that name; nothing of it runs."""
+    def close(self, name: str, *, end: bool = True) -> None:
+        """End a session, if there is one of that name; nothing of it runs. Not to ``end`` it forgets it, for what begins in it."""
         self.parked.pop(name, None)
         self.busy.discard(name)
         self.counts.pop(name, None)
-        if (session := self.live.pop(name, None)) is not None:
+        if (session := self.live.pop(name, None)) is not None and end:
             session.close()
         if self._folder is not None:
             self._path(name).unlink(missing_ok=True)

@@ -21,6 +21,10 @@ from edge_rt.daemon.serving import Serving
 
 BETWEEN_STEPS = 0.005
 """Seconds for commands between two steps, while somebody generates; what is left over then waits for the next."""
+SWITCH_EVERY = 0.0005
+"""Seconds that a thread may hold Python's lock while another wants it. A step lets go of it some ten times, and would wait as often for
+a thread that chooses what stays of a long prompt: by default 0.005 seconds each time, which is as long as a step.
+"""
 
 
 class Worker:
@@ -127,6 +131,7 @@ def main() -> None:
     from edge_rt.native.memory import steady_malloc
 
     steady_malloc()
+    sys.setswitchinterval(SWITCH_EVERY)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     Worker(connection).run()

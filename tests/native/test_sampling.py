@@ -385,3 +385,35 @@ def test_a_token_costs_little(vocab, logits):
             sampler.sample(row)
             times.append(time.perf_counter() - start)
         assert min(times) < bound
+
+
+@pytest.mark.parametrize("params", [
+    {}, {"repeat_penalty": 1.5, "repeat_last_n": 7}, {"frequency_penalty": 0.7, "repeat_last_n": -1},
+    {"dry_multiplier": 0.8, "dry_penalty_last_n": 5},
+    {"presence_penalty": 1.0, "repeat_last_n": 3, "dry_multiplier": 2.0, "dry_penalty_last_n": 20},
+])  # fmt: skip
+@pytest.mark.parametrize("length", [0, 1, 3, 6, 90])
+def test_a_prompt_read_at_once_is_one_accepted_token_by_token(vocab, params, length):
+    rng = np.random.default_rng(length)
+    prompt = list(map(int, rng.integers(0, 12, length)))
+    samplers = [Sampler(vocab, SamplingParams(temperature=0.9, seed=5, **params), context=64) for _ in range(2)]
+    samplers[0].read(prompt)
+    for token in prompt:
+        samplers[1].accept(token, prompt=True)
+    drawn = []
+    for sampler in samplers:
+        drawn.append([])
+        for step in range(12):
+            row = np.random.default_rng(step).standard_normal(vocab.n_tokens).astype(np.float32)
+            row[:12] += 4
+            drawn[-1].append(sampler.sample(row))
+            sampler.accept(drawn[-1][-1])
+        sampler.close()
+    assert drawn[0] == drawn[1]
+
+
+def test_a_prompt_with_a_token_out_of_range_is_refused(vocab):
+    sampler = Sampler(vocab, SamplingParams())
+    for bad in ([1, vocab.n_tokens], [-1, 2]):
+        with pytest.raises(OptionError, match="out of range"):
+            sampler.read(bad)

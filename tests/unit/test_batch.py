@@ -31,7 +31,7 @@ class Locked:
         self.engine, self.lock = engine, lock
 
     def __getattr__(self, name):
-        assert name == "info" or self.lock.locked(), f"{name} was called without the lock"
+        assert name == "info" or self.lock._is_owned(), f"{name} was called without the lock"
         return getattr(self.engine, name)
 
 

@@ -57,16 +57,22 @@ def candidates(
 ) -> list[Candidate]:
     """The candidates of a prompt and the answer so far, oldest first; what was evicted before is none.
 
-    ``fed`` tokens are dealt with, cells may number ``allowed``, the answer begins at token ``answer``.
+    ``fed`` tokens are dealt with, cells may number ``allowed``, the answer begins at token ``answer``. Nothing is graded where no grade
+    matters, because what must stay takes more cells than that: then every score but the answer's is 0.
     """
+    there = [(part, spans) for part in parts(pieces, allowed) if (spans := tuple(_without(part, evicted)))]
+    least = sum(end - start for part, spans in there if part.protections for start, end in spans)
     found = []
-    for part in parts(pieces, allowed):
-        spans = tuple(_without(part, evicted))
-        if spans:
-            resident = sum(max(0, min(end, fed) - start) for start, end in spans)
-            score = ANSWER_SCORE if part.start >= answer else grade(part.segment).score
-            found.append(Candidate(part.segment, spans, resident, score, part.protections))
+    for part, spans in there:
+        resident = sum(max(0, min(end, fed) - start) for start, end in spans)
+        score = ANSWER_SCORE if part.start >= answer else grade(part.segment).score if least <= allowed else 0.0
+        found.append(Candidate(part.segment, spans, resident, score, part.protections))
     return found
+
+
+def must_stay(candidates: Sequence[Candidate]) -> int:
+    """Cells of those that are protected."""
+    return sum(one.tokens for one in candidates if one.protections)
 
 
 def parts(pieces: Sequence[Piece], allowed: int) -> Iterator[Part]:

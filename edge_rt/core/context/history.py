@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import NamedTuple
 
 
@@ -49,11 +49,22 @@ class History:
         bounds = [at for gone in evicted for at in (gone.start, gone.end)]
         if bounds != sorted(bounds) or any(not 0 <= gone.start < gone.end <= len(tokens) for gone in evicted):
             raise ValueError(f"evicted spans do not rise within {len(tokens)} tokens")
-        self.tokens, self.evicted, self.fed, self.condensed = list(tokens), list(evicted), len(tokens), condensed
+        self.tokens, self.fed, self.condensed = list(tokens), len(tokens), condensed
+        self.evicted = evicted
         if condensed.tokens > len(tokens) or not 0 <= condensed.missing <= self.kept(condensed.tokens):
             raise ValueError(f"{condensed.missing} cells cannot be missing for {condensed.tokens} of {len(tokens)} tokens")
         self._absent = 0  # of the tokens dealt with
         self._count()
+
+    @property
+    def evicted(self) -> Sequence[Evicted]:
+        """What left the context, rising. There may be as many as there are lines in a book."""
+        return self._evicted
+
+    @evicted.setter
+    def evicted(self, evicted: Sequence[Evicted]) -> None:
+        self._evicted = tuple(evicted)
+        self._gone = [0, *accumulate(gone.end - gone.start for gone in self._evicted)]  # tokens of the first n
 
     @property
     def cells(self) -> int:
@@ -62,7 +73,8 @@ class History:
 
     def kept(self, at: int) -> int:
         """How many of the tokens before token ``at`` were not evicted."""
-        return at - sum(min(gone.end, at) - gone.start for gone in self.evicted if gone.start < at)
+        n = bisect_left(self._evicted, at, key=lambda gone: gone.start)
+        return at - self._gone[n] + (max(0, self._evicted[n - 1].end - at) if n else 0)
 
     def cell(self, at: int) -> int:
         """Cells that the tokens before token ``at`` take, once they are fed. It is none of the condensed but the first."""
@@ -103,19 +115,20 @@ class History:
         """The tokens up to the first that was evicted, none if some are condensed: their cells know of no other history."""
         if self.condensed.tokens:
             return []
-        return self.tokens[: min([self.fed, *(gone.start for gone in self.evicted)])]
+        return self.tokens[: min([self.fed, *(gone.start for gone in self.evicted[:1])])]
 
     def boundary(self, at: int) -> int:
         """The last token up to ``at`` that is not within an evicted span or among the condensed."""
         if at < self.condensed.tokens:
             return 0
-        return next((gone.start for gone in self.evicted if gone.start < at < gone.end), at)
+        return next((gone.start for gone in overlapping(self.evicted, at, at + 1)), at)
 
     def pending(self, most: int) -> tuple[list[int], int]:
         """At most ``most`` tokens to feed next, and what ``fed`` becomes when they are."""
         found: list[int] = []
         at = self.fed
-        for gone in [*self.evicted, Evicted(len(self.tokens), len(self.tokens), "", 0)]:
+        first = bisect_left(self._evicted, at, key=lambda gone: gone.end)
+        for gone in chain(islice(self._evicted, first, None), [Evicted(len(self.tokens), len(self.tokens), "", 0)]):
             if gone.end < at:
                 continue
             part = self.tokens[at : min(gone.start, at + most - len(found))]
@@ -138,7 +151,8 @@ class History:
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first ``length``."""
         del self.tokens[length:]
-        self.evicted = [gone._replace(end=min(gone.end, length)) for gone in self.evicted if gone.start < length]
+        if self.evicted and self.evicted[-1].end > length:
+            self.evicted = [gone._replace(end=min(gone.end, length)) for gone in self.evicted if gone.start < length]
         self.rewind(length)
 
     def rewind(self, at: int) -> None:
@@ -166,7 +180,7 @@ class History:
 
     def restore(self, gone: Evicted) -> None:
         """An evicted span is back in its cells, or will be fed in its turn."""
-        self.evicted.remove(gone)
+        self.evicted = [one for one in self.evicted if one != gone]
         self._count()
 
     def _count(self) -> None:

@@ -209,7 +209,7 @@ def choose_tokens(tokens: Sequence[int], question: Sequence[int], chosen: Plan, 
 
     n, distinct = len(tokens), sorted(set(tokens))
     place = {token: i for i, token in enumerate(distinct)}
-    near = np.asarray(similarity(question, distinct))[:, [place[token] for token in tokens]]
+    near = np.asarray(similarity(sorted({*question, *distinct}))(question, distinct))[:, [place[token] for token in tokens]]
     around = np.pad(near, ((0, 0), (NEIGHBOURS, NEIGHBOURS)), mode="edge")
     best = np.lib.stride_tricks.sliding_window_view(around, 2 * NEIGHBOURS + 1, axis=1).max(axis=2)
     scores = rarities(question, Counter(tokens), n) @ best

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.context.cell_store import CellStore
@@ -23,8 +24,10 @@ from edge_rt.errors import ContextError, SessionFileError
 if TYPE_CHECKING:
     from edge_rt.core.context.history import Evicted, History
 
-Similarity = Callable[[Sequence[int], Sequence[int]], Any]
+Compare = Callable[[Sequence[int], Sequence[int]], Any]
 """Of tokens [a] and [b]: float32 [a, b], 1 for the same token."""
+Similarity = Callable[[Sequence[int]], Compare]
+"""Given all tokens that will be compared, each once and rising: what compares them."""
 
 RELEVANT = 0.55
 """Relevance from which a segment comes back. In scripted conversations the right one had 0.58 to 0.85, the next best 0.5 on average."""
@@ -32,6 +35,10 @@ SHARE = 4
 """At most a quarter of the context comes back for one question."""
 LIMIT = 16_384
 """Summary vectors a session remembers, about a million tokens of conversation; beyond, those not needed for longest are made again."""
+AT_ONCE = 1 << 23
+"""Similarities of two tokens that are in memory together (32 MiB), and so is one product of matrices."""
+ROWS = 1 << 10
+"""Token embeddings that are read together: the engine takes no step meanwhile."""
 
 
 class Passage(NamedTuple):
@@ -41,25 +48,24 @@ class Passage(NamedTuple):
     text: str
 
 
-def same_tokens(a: Sequence[int], b: Sequence[int]) -> Any:
+def same_tokens(_: Sequence[int]) -> Compare:
     """Similarity for engines that do not show their embeddings: 1 for the same token, else 0."""
     import numpy as np
 
-    return (np.asarray(a)[:, None] == np.asarray(b)[None, :]).astype(np.float32)
+    return lambda a, b: (np.asarray(a)[:, None] == np.asarray(b)[None, :]).astype(np.float32)
 
 
 def embedded(vectors: Callable[[Sequence[int]], Any]) -> Similarity:
     """Cosines of token vectors, float32 [n, E], without the direction that all of them share."""
 
-    def similarity(a: Sequence[int], b: Sequence[int]) -> Any:
+    def similarity(tokens: Sequence[int]) -> Compare:
         import numpy as np
 
-        distinct = sorted({*a, *b})
-        found = np.asarray(vectors(distinct), dtype=np.float32)
-        found = found - found.mean(axis=0)
+        found = np.array(vectors(tokens), dtype=np.float32)
+        found -= found.mean(axis=0)
         found /= np.linalg.norm(found, axis=1, keepdims=True) + 1e-9
-        place = {token: i for i, token in enumerate(distinct)}
-        return found[[place[t] for t in a]] @ found[[place[t] for t in b]].T
+        place = {token: i for i, token in enumerate(tokens)}
+        return lambda a, b: found[[place[t] for t in a]] @ found[[place[t] for t in b]].T
 
     return similarity
 
@@ -79,16 +85,42 @@ def relevances(question: Sequence[int], segments: Sequence[Sequence[int]], simil
     if not question or not segments:
         return [0.0] * len(segments)
 
-    seen = Counter(token for text in segments for token in set(text))
-    n = len(segments)
-    weights = rarities(question, seen, n)
-    distinct = sorted({token for text in segments for token in text})
-    place = {token: i for i, token in enumerate(distinct)}
-    near = similarity(question, distinct)
+    words = [set(text) for text in segments]
+    seen = Counter(token for text in words for token in text)
+    weights = rarities(question, seen, len(words))
+    distinct = set().union(*words)
+    compare = similarity(sorted(distinct.union(question)))
     total = float(weights.sum())
-    return [
-        float(weights @ near[:, [place[t] for t in set(text)]].max(axis=1)) / total if text else 0.0 for text in segments
-    ]  # fmt: skip
+    groups: Iterable[Sequence[set[int]]] = [words]
+    if len(question) * len(distinct) > AT_ONCE:  # equal tokens of the question have equal neighbours
+        times = Counter(question)
+        question = sorted(times)
+        weights = rarities(question, seen, len(words)) * [times[token] for token in question]
+        groups = _groups(words, max(1, AT_ONCE // len(question)))
+    near = (one for group in groups for one in _nearest(question, group, compare))
+    return [0.0 if one is None else float(weights @ one) / total for one in near]
+
+
+def _nearest(question: Sequence[int], segments: Sequence[set[int]], compare: Compare) -> Iterator[Any]:
+    """For each segment, how similar each token of the question is to the most similar in it: float32 [len(question)]; None if empty."""
+    import numpy as np
+
+    distinct = sorted(set().union(*segments))
+    place = {token: i for i, token in enumerate(distinct)}
+    near = np.ascontiguousarray(compare(question, distinct).T) if distinct else None  # a token's row is in one place
+    for segment in segments:
+        yield near[[place[token] for token in segment]].max(axis=0) if near is not None and segment else None
+
+
+def _groups(segments: Sequence[set[int]], most: int) -> Iterator[Sequence[set[int]]]:
+    """Segments in a row that have ``most`` distinct tokens together, or one that has more."""
+    start, held = 0, set[int]()
+    for i, segment in enumerate(segments):
+        if i > start and len(held | segment) > most:
+            yield segments[start:i]
+            start, held = i, set()
+        held |= segment
+    yield segments[start:]
 
 
 class Summaries:
@@ -136,14 +168,23 @@ class Recall:
         """
         self._engine, self._lock, self._summaries = engine, lock, summaries
         self._store = CellStore() if store is None else store
-        self._similarity = embedded(engine.token_embeddings) if isinstance(engine, EmbedsTokens) else same_tokens
+        self._similarity = embedded(partial(self._embeddings, engine)) if isinstance(engine, EmbedsTokens) else same_tokens
 
     def relevances(self, question: Passage, segments: Sequence[Passage]) -> list[float]:
-        """How close each segment is to the question, up to 1. An embedder takes its time, and the engine's lock is free meanwhile."""
+        """How close each segment is to the question, up to 1. That takes its time, and the engine's lock is free meanwhile."""
         if self._summaries is not None and question.text and segments:
             return self._summaries.relevances(question.text, [segment.text for segment in segments])
-        with self._lock:
-            return relevances(question.tokens, [segment.tokens for segment in segments], self._similarity)
+        return relevances(question.tokens, [segment.tokens for segment in segments], self._similarity)
+
+    def _embeddings(self, engine: EmbedsTokens, tokens: Sequence[int]) -> Any:
+        """Of tokens, float32 [len(tokens), E]; a few at a time, so that others can take their steps."""
+        import numpy as np
+
+        found = []
+        for at in range(0, len(tokens), ROWS):
+            with self._lock:
+                found.append(engine.token_embeddings(tokens[at : at + ROWS]))
+        return np.concatenate(found)
 
     def keep(self, sequence: int, history: History, leaving: Sequence[Evicted]) -> None:
         """Keep the cells of tokens that are about to leave them. The engine's lock is held."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from datetime import datetime
 from typing import Any, NoReturn
@@ -38,6 +39,12 @@ class Refusal(Exception):
 def environment() -> Environment:
     """A fresh environment: one for each template, because it counts its steps."""
     return Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+
+
+class _Run(threading.local):
+    """What one run of a template has done so far; another thread may be at another."""
+
+    steps = 0
 
 
 class _Generation(Extension):
@@ -74,7 +81,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._steps = 0
+        self._run = _Run()
         kept = {name: self.filters[name] for name in _FILTERS}
         self.filters = {
             **kept, "tojson": _tojson, "join": self._join, "replace": self._replace, "indent": self._indent,
@@ -86,7 +93,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def run(self, template: Template, variables: Mapping[str, Any]) -> str:
         """The template's text. Raises Refusal, SecurityError for what is out of bounds, and whatever a template can provoke."""
-        self._steps, parts, length = 0, [], 0
+        parts, length = [], 0
+        self._run.steps = 0
         for part in template.generate(variables):
             parts.append(part)
             length += len(part)
@@ -99,8 +107,8 @@ class Environment(ImmutableSandboxedEnvironment):
             raise SecurityError(what)
 
     def _step(self, n: int = 1) -> None:
-        self._steps += n
-        self._check(self._steps <= MAX_STEPS, f"it takes more than {MAX_STEPS:,} steps")
+        self._run.steps += n
+        self._check(self._run.steps <= MAX_STEPS, f"it takes more than {MAX_STEPS:,} steps")
 
     # ---- what a template can do --------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,18 +147,18 @@ def _by_template(text: str, messages: Sequence[Message], render: Callable[[Seque
     """Where messages stand, by the template's own text around them; None if that does not explain the prompt."""
     if len(messages) > _MANY or re.search(f"[{chr(_STANDS_FOR)}-{chr(_STANDS_FOR + _MANY)}]", text):
         return None
-    numbers: dict[str, list[int]] = {}
+    numbers: dict[str, deque[int]] = {}
     for i, mark in enumerate(marks(messages)):
-        numbers.setdefault(mark, []).append(i)
+        numbers.setdefault(mark, deque()).append(i)
     parts = frame(messages, render)
     found, at = [], 0
     for i, part in enumerate(parts):
         if i % 2:
             same = numbers[part]
-            number = same.pop(0) if len(same) > 1 else same[0]
+            number = same.popleft() if len(same) > 1 else same[0]
             content = messages[number]["content"]
-            variants = (content, content.strip(), content.rstrip(), content.lstrip(), _escaped(content))
             after = parts[i + 1]
+            variants = (form(content) for form in (str, str.strip, str.rstrip, str.lstrip, _escaped))
             fitting = next((v for v in variants if text.startswith(v + after, at)), None)
             if fitting is None:
                 return None

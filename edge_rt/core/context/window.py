@@ -229,17 +229,17 @@ class Window:
         self._evict([candidate for i, candidate in enumerate(found) if i not in staying])
 
     def _candidates(self) -> list[Candidate]:
-        from edge_rt.core.context.candidates import answer_pieces, candidates
+        from edge_rt.core.context.candidates import answer_pieces, candidates, must_stay
         from edge_rt.core.context.transcript import answer_start
 
         history = self.history
         pieces = self._prompt_pieces()
         answer = answer_start(pieces)
         pieces = pieces + answer_pieces(pieces, len(history.tokens), lambda start, end: self._text(history.tokens[start:end]))
-        found = candidates(
-            pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self._grader(), answer=answer
-        )  # fmt: skip
+        found = candidates(pieces, history.evicted, fed=history.fed, allowed=self.allowed, grade=self._grader(), answer=answer)
         if self._recall is None or len(history.tokens) > self.prompt or all(map(self._of_question, pieces)):
+            return found
+        if must_stay(found) > self.allowed:  # no score would change that
             return found
         from edge_rt.core.context.recall import RELEVANT, Passage
 
@@ -363,7 +363,7 @@ class Window:
         """Forget the cells from token ``at`` on, or more where the engine needs that: they are fed again."""
         history = self.history
         at = min(at, history.fed) if at >= history.condensed.tokens else 0
-        cells, gaps = history.cell(at), bool(at and history.condensed.tokens) or any(gone.start < at for gone in history.evicted)
+        cells, gaps = history.cell(at), bool(at and history.condensed.tokens) or any(gone.start < at for gone in history.evicted[:1])
         left = cut(self.engine, self.sequence, cells, gaps=gaps)
         history.rewind(at - (cells - left) if left else 0)
 

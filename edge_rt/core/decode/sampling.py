@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class Sampler:
         self._greedy = params.temperature < GREEDY_BELOW
         self._constraint = constraint.clone() if constraint is not None else None
         biases = self._biases(ban_eog)
-        stages, self._remembers = self._history_stages(context or vocab.train_context or 4096, biases)
+        stages, self._looks_back = self._history_stages(context or vocab.train_context or 4096, biases)
         self._chain: Chain | None = None
         if not self._greedy or stages or self._constraint is not None:
             self._chain = Chain.of([*stages, *self._choice_stages()], vocab.keep_alive)
@@ -125,21 +125,21 @@ class Sampler:
             biases.update(dict.fromkeys(self._vocab.eog_tokens(), -math.inf))
         return biases
 
-    def _history_stages(self, context: int, biases: Mapping[int, float]) -> tuple[list[int], bool]:
-        """Samplers that change logits, and whether any of them looks back."""
-        p, stages, remembers = self.params, [], False
+    def _history_stages(self, context: int, biases: Mapping[int, float]) -> tuple[list[int], int]:
+        """Samplers that change logits, and on how many tokens they look back."""
+        p, stages, looks_back = self.params, [], 0
         if biases:
             stages.append(samplers.logit_bias(self._n_vocab, biases))
         last_n = _window(p.repeat_last_n, context)
         if last_n and (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0):
             check_llama_abi()  # its arguments differ between versions, and an adopted vocabulary's version may be unknown
             stages.append(c.sampler_init_penalties(self._n_vocab, last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty))
-            remembers = True
+            looks_back = last_n
         last_n = _window(p.dry_penalty_last_n, context)
         if last_n and p.dry_multiplier:
             stages.append(samplers.dry(self._vocab, p.dry_multiplier, p.dry_base, p.dry_allowed_length, last_n))
-            remembers = True
-        return stages, remembers
+            looks_back = max(looks_back, last_n)
+        return stages, looks_back
 
     def _choice_stages(self) -> list[int]:
         """Samplers that narrow the candidates and pick one."""
@@ -224,8 +224,16 @@ class Sampler:
                 raise ConstraintError(f"token {token} does not fit the grammar here")
             self._constraint.accept(token)
         self._sampled = None
-        if self._remembers and self._chain is not None:
+        if self._looks_back and self._chain is not None:
             self._chain.accept(token)
+
+    def read(self, prompt: Sequence[int]) -> None:
+        """Take a whole prompt: ``accept`` of each token, but for those on which nothing looks back. Raises OptionError."""
+        for token in (min(prompt, default=0), max(prompt, default=0)):
+            if not 0 <= token < self._n_vocab:
+                raise OptionError(f"token {token} is out of range; this model has tokens 0 to {self._n_vocab - 1}")
+        for token in prompt[max(0, len(prompt) - self._looks_back) :]:
+            self.accept(token, prompt=True)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,293 @@
+"""A prompt far longer than the context: what it costs, and that nobody else waits while it is made to fit."""
+
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worker_host import Host
+
+from edge_rt.core.context import recall
+from edge_rt.core.context.candidates import candidates, must_stay
+from edge_rt.core.context.history import Evicted, History
+from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
+from edge_rt.core.context.prefix import common_prefix
+from edge_rt.core.context.recall import embedded, rarities, relevances, same_tokens
+from edge_rt.core.context.segments import Segment
+from edge_rt.core.context.transcript import Piece
+from edge_rt.errors import ContextOverflow
+from edge_rt.hooks import Grade
+from edge_rt.registry import Registry
+from edge_rt.testing.null_device import NullPlugin
+
+HUGE = "".join(f"Line {i} says that {i * i} people came.\n\n" for i in range(700))  # some 30,000 tokens; the context has 4,096
+
+# ---- what is cheap gives what was dear -------------------------------------------------------------------------------
+
+
+def one_by_one(question, segments, similarity):
+    """``relevances`` as it is written down: all tokens of the question against all of the segments, in one matrix."""
+    if not question or not segments:
+        return [0.0] * len(segments)
+    seen = Counter(token for text in segments for token in set(text))
+    weights = rarities(question, seen, len(segments))
+    distinct = sorted({token for text in segments for token in text})
+    place = {token: i for i, token in enumerate(distinct)}
+    near = similarity(sorted({*question, *distinct}))(question, distinct)
+    total = float(weights.sum())
+    return [float(weights @ near[:, [place[t] for t in set(text)]].max(axis=1)) / total if text else 0.0 for text in segments]
+
+
+TOKENS = st.lists(st.integers(0, 30), max_size=12)
+
+
+@given(st.lists(TOKENS, max_size=8), TOKENS)
+def test_relevances_are_those_of_one_matrix(segments, question):
+    vectors = np.random.default_rng(0).standard_normal((31, 8)).astype(np.float32)
+    for similarity in (same_tokens, embedded(lambda tokens: vectors[list(tokens)])):
+        assert relevances(question, segments, similarity) == one_by_one(question, segments, similarity)
+
+
+@settings(max_examples=60)
+@given(st.lists(TOKENS, max_size=8), TOKENS, st.integers(0, 40))
+def test_relevances_in_groups_are_the_same_but_for_rounding(segments, question, at_once):
+    vectors = np.random.default_rng(0).standard_normal((31, 8)).astype(np.float32)
+    for similarity in (same_tokens, embedded(lambda tokens: vectors[list(tokens)])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recall, "AT_ONCE", at_once)
+            found = relevances(question, segments, similarity)
+        assert found == pytest.approx(one_by_one(question, segments, similarity), abs=1e-5)
+
+
+def test_no_matrix_is_larger_than_is_held_at_once():
+    sizes = []
+
+    def compare(a, b):
+        sizes.append(len(a) * len(b))
+        return np.zeros((len(a), len(b)), np.float32)
+
+    rng = np.random.default_rng(1)
+    segments = [list(map(int, rng.integers(0, 20_000, 300))) for _ in range(100)]
+    relevances(list(map(int, rng.integers(0, 5_000, 20_000))), segments, lambda tokens: compare)
+    assert len(sizes) > 1
+    assert max(sizes) <= recall.AT_ONCE
+
+
+@given(st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), max_size=20), st.integers(0, 3000))
+def test_a_common_beginning_is_found_in_blocks(a, b, same):
+    a, b = [7] * same + a, [7] * same + b
+    expected = next((i for i in range(min(len(a), len(b))) if a[i] != b[i]), min(len(a), len(b)))
+    assert common_prefix(a, b) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.integers(1, 500), st.integers(0, 3), st.booleans())
+def test_what_cannot_fit_is_refused_ungraded_as_it_was_graded(sizes, allowed, gone, ask):
+    pieces, start = [], 0
+    for i, size in enumerate(sizes):
+        role = "user" if i % 2 == 0 and (ask or i < len(sizes) - 1) else "assistant"
+        pieces.append(Piece(start, start + size, Segment(i, role, "x" * size, 0, size, "message")))
+        start += size
+    evicted = [Evicted(one.start, one.end, "", 0.0) for one in pieces[1 : 1 + gone] if one.segment.message < len(sizes) - 2]
+    graded = []
+
+    def grade(segment):
+        graded.append(segment)
+        return Grade(0.25 + segment.message / 100)
+
+    found = candidates(pieces, evicted, fed=0, allowed=allowed, grade=grade, answer=start)
+    fits = must_stay(found) <= allowed
+    assert len(graded) == (len(found) if fits else 0)
+    with_grades = [one._replace(score=grade(one.segment).score) for one in found]
+    assert fits is (found == with_grades)
+    for keep in (keep_strict, keep_slide, keep_graded):
+        outcomes = []
+        for given_candidates in (found, with_grades):
+            try:
+                outcomes.append(keep(given_candidates, allowed))
+            except ContextOverflow as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+
+
+def test_a_history_with_thousands_of_gaps_is_looked_up():
+    """Steps, not seconds: each question about a place looks at a few of the spans, whatever their number."""
+    looked = 0
+
+    class Counted(Evicted):
+        @property
+        def start(self):
+            nonlocal looked
+            looked += 1
+            return self[0]
+
+        @property
+        def end(self):
+            nonlocal looked
+            looked += 1
+            return self[1]
+
+    n = 4000
+    history = History(list(range(10 * n)), [Counted(10 * i, 10 * i + 5, "", 0.0) for i in range(n)])
+    looked = 0
+    assert history.kept(9 * n + 3) == 9 * n + 3 - 5 * (9 * n // 10) - 3
+    assert history.cell(10 * n) == 5 * n
+    assert history.boundary(20_002) == 20_000
+    assert len(history.whole()) == 0
+    assert history.pending(8) == ([], 10 * n)
+    history.truncate(10 * n)
+    assert looked < 200
+
+
+# ---- nobody waits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def host(random_model):
+    with pytest.MonkeyPatch.context() as patch:
+        registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
+        patch.setattr(Registry, "load", lambda: registry)
+        model = random_model()
+        yield lambda **more: Host(model, engine="null", device="null", **more)
+
+
+class Gate:
+    """A grader that waits at its first segment until it is let go."""
+
+    def __init__(self, host):
+        model = host.serving._opened
+        self._grade, self.reached, self.open = model.grader(), threading.Event(), threading.Event()
+        self.threads = set()
+        model._grade = self
+
+    def __call__(self, segment):
+        self.threads.add(threading.current_thread())
+        self.reached.set()
+        assert self.open.wait(20)
+        return self._grade(segment)
+
+
+def outcome(host, number):
+    """All that is said of a request but how long it took."""
+    return [{k: v for k, v in one.items() if k not in ("id", "timings", "seed")} for one in host.said[number]]
+
+
+def alone(host, prompt, **options):
+    """What a request is told when nobody else asks anything."""
+    one = host()
+    number = one.ask(prompt, max_tokens=20, **options)
+    one.until(number)
+    return outcome(one, number)
+
+
+def test_others_go_on_while_a_huge_prompt_begins(host):
+    one = host()
+    gate = Gate(one)
+    other = one.ask("b" * 30, max_tokens=3000)
+    huge = one.ask(HUGE, max_tokens=20)
+    while not gate.reached.is_set():
+        one.step()
+    before = len(one.events(other, "delta"))
+    for _ in range(200):
+        one.step()
+    assert len(one.events(other, "delta")) == before + 200
+    assert not one.events(huge, "prompt_progress")
+    assert gate.threads.isdisjoint({threading.current_thread()})
+    gate.open.set()
+    one.until(huge, other)
+    assert one.answer(huge)["ok"] == {}
+    assert outcome(one, huge) == alone(host, HUGE)
+    assert len(one.events(other, "delta")) == 3000
+
+
+@pytest.mark.parametrize("options", [{}, {"prune": {"budget": 300, "unit": "cells"}}, {"speculate": 4}, {"context": 700}])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_outcome_is_that_of_a_session_that_begins_at_once(host, options, chat):
+    one = host()
+    model = one.serving._opened
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": HUGE}, {"role": "assistant", "content": "So?"}]
+    prompt = [*messages, {"role": "user", "content": "How many came in line 77?"}] if chat else HUGE
+    fields = {"messages" if chat else "prompt": prompt}
+    asked = {"temperature": 0, "ignore_eos": True, "max_tokens": 20, **options}
+    number = one.do("generate", credits=100_000, options=asked, priority="normal", owner="o", **fields)
+    one.until(number)
+    given_options = dict(asked)
+    if "prune" in options:
+        from edge_rt.types import Pruning
+
+        given_options["prune"] = Pruning(300, "cells")
+    with model.session() as session:
+        events = list(session.generate(prompt, **given_options))
+        text = "".join(getattr(event, "text", "") for event in events)
+    assert one.text(number) == text
+    (done,) = one.events(number, "done")
+    assert done["context"] == events[-1].context._asdict()
+    notices = [event.message for event in events if type(event).__name__ == "Notice"]
+    assert [event["message"] for event in one.events(number, "notice")] == notices
+
+
+def test_a_question_longer_than_the_context_is_refused_as_before(host):
+    one = host()
+    number = one.do("generate", messages=[{"role": "user", "content": HUGE}], credits=10, options={"max_tokens": 5}, owner="o")
+    (answer,) = one.until(number)
+    with one.serving._opened.session() as session, pytest.raises(ContextOverflow) as refused:
+        session.generate([{"role": "user", "content": HUGE}], max_tokens=5)
+    assert (answer["error"]["code"], answer["error"]["message"]) == ("context_overflow", str(refused.value))
+    memory = one.ok("memory")
+    assert (memory["requests"], memory["sessions"], memory["promised"]["running"]) == (0, 0, 0)
+    one.until(one.ask("a", max_tokens=3))
+
+
+@pytest.mark.parametrize("what", ["cancel", "drop", "close"])
+def test_a_request_that_begins_can_be_ended(host, what):
+    one = host()
+    gate = Gate(one)
+    one.do("open_session", session="x", owner="o")
+    huge = one.ask(HUGE, "x", max_tokens=20)
+    while not gate.reached.is_set():
+        one.step()
+        time.sleep(0.001)
+    assert one.answer(one.do("park_session", session="x"))["error"]["code"] == "busy"
+    if what == "close":
+        one.do("close_session", session="x")
+        assert one.ok("memory")["sessions"] == 0
+    else:
+        one.tell(what, huge)
+    assert one.answer(huge) is None
+    gate.open.set()
+    (answer,) = one.until(huge)
+    if what == "cancel":
+        assert answer["ok"] == {}
+        assert one.events(huge, "done")[0]["reason"] == "cancelled"
+    else:
+        assert answer["error"]["code"] == "cancelled"
+    assert not one.events(huge, "delta")
+    assert not one.account.promises
+    if what != "close":
+        again = one.ask("a" * 50, "x", max_tokens=5)
+        one.until(again)
+        assert one.text(again)
+        one.do("close_session", session="x")
+    one.until(one.ask("b" * 50, max_tokens=5))
+    assert len(one.engine._sequences) == len(one.serving._opened.prefixes.sequences)
+    assert len(one.serving.generations) == 0
+
+
+def test_a_grader_that_fails_ends_its_own_request_alone(host):
+    one = host()
+    other = one.ask("b" * 30, max_tokens=500)
+
+    def broken(segment):
+        raise ZeroDivisionError("a bad grader")
+
+    one.serving._opened._grade = broken
+    huge = one.ask(HUGE, max_tokens=20)
+    (error,) = one.until(huge)
+    assert "error" in error
+    assert not [promise for promise in one.account.promises if promise.session is None or promise.need.cells > 1000]
+    one.until(other)
+    assert one.answer(other)["ok"] == {}
+    assert one.ok("memory")["requests"] == 0
