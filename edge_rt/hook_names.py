@@ -22,6 +22,7 @@ HOMES = {
     "cpu_profile": ("edge_rt.cpu_profile", "cpu_profile"),
     "cpu_topology": ("edge_rt.topology", "cpu_topology"),
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
+    "ggml_features": ("edge_rt.native.ggml", "cpu_features"),
     "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
     "keep_graded": ("edge_rt.core.context.policies", "keep_graded"),

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from edge_rt.cpu_profile import cpu_profile
     from edge_rt.cpuinfo import board as board_name
     from edge_rt.cpuinfo import processors as cpu_processors
+    from edge_rt.native.ggml import cpu_features as ggml_features
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
     from edge_rt.sensors import CpuSensors
@@ -122,6 +123,7 @@ class Offer(NamedTuple):
     ``memory_bytes``: what models may use of it, in bytes, free or not.
     ``engines``: names of the engines that can drive it, best first; ``"*"`` for any engine that does not refuse.
     ``features``: short lower-case names, e.g. ``avx2``, ``dotprod``.
+    ``cpus``: the system's numbers of the CPUs its threads are best kept on (fast cores beside slow ones), () for any.
     """
 
     score: float
@@ -130,6 +132,7 @@ class Offer(NamedTuple):
     features: tuple[str, ...] = ()
     engines: tuple[str, ...] = ("ggml",)
     basis: Basis = "unknown"
+    cpus: tuple[int, ...] = ()
 
 
 class Refusal(NamedTuple):
@@ -167,6 +170,7 @@ class EngineOptions(NamedTuple):
     ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
     ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
     ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
+    ``cpus``: compute on these only, () on any: what the device offers. An engine that cannot keep to them leaves them alone.
     """
 
     context: int | None = None
@@ -177,6 +181,7 @@ class EngineOptions(NamedTuple):
     device: str = "cpu"
     progress: Callable[[str, int, int], None] | None = None
     extra: Mapping[str, Any] = MappingProxyType({})
+    cpus: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -387,6 +392,7 @@ __all__ = [
     "cpu_processors",
     "cpu_profile",
     "cpu_topology",
+    "ggml_features",
     "ggml_unsupported",
     "hookimpl",
     "hookspec",

@@ -93,7 +93,7 @@ def open(
         chosen = None if embedder is None else plugins.embedder(embedder)
         if chosen is not None and not fitting.recalls:
             raise OptionError(f"the policy {policy} recalls nothing, so an embedder has no use; choose graded, or leave the embedder out")
-        options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress)
+        options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress, cpus=choice.offer.cpus)
         notices: list[str] = []
         engines = plugins.choose_engine(file, options, engine, choice.offer)
         opened = _open_engine(engines, file, options, notices, strict=engine is not None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
 from edge_rt.core.context.kv import padded
-from edge_rt.core.decode.governor import Governor
+from edge_rt.core.decode.governor import Governor, read_cpus
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.ggml_sequences import Decoding, GgmlSequences
 from edge_rt.core.graph.attention import FLASH_FROM
@@ -28,7 +29,7 @@ from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
 from edge_rt.errors import OptionError, UnsupportedModel
-from edge_rt.native import abi, ggml, logs
+from edge_rt.native import abi, affinity, ggml, logs
 from edge_rt.native.rows import Rows
 
 if TYPE_CHECKING:
@@ -70,9 +71,11 @@ class GgmlEngine(GgmlSequences):
             self.notices.append(notice)
         self.weights = WeightStore(file, self.hyper, packed)
         self._paging = Paging(self.weights, self.hyper, options.memory, options.progress)
-        self._governor = Governor(config.available_cpus()) if options.threads is None else None
-        self._threads = options.threads or config.available_cpus()
-        self._backend = ggml.cpu_backend(self._threads)
+        cpus = affinity.fitting(options.cpus, options.threads)
+        most = min(config.available_cpus(), len(cpus) or config.available_cpus())
+        self._governor = Governor(most, partial(read_cpus, cpus)) if options.threads is None else None
+        self._threads = options.threads or most
+        self._backend = ggml.cpu_backend(self._threads, cpus)
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
         self._exact: int | None = None
         self._moved: Callable[[], None] = lambda: None

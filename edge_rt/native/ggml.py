@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes as C
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.errors import NativeError, OutOfMemory
+from edge_rt.native.affinity import Affinity
 from edge_rt.native.libs import Bindings, function
 
 if TYPE_CHECKING:
@@ -238,9 +240,22 @@ def context_bytes(n_tensors: int, graph_sizes: tuple[int, ...] = ()) -> int:
     return int(c.tensor_overhead() * n_tensors + sum(c.graph_overhead_custom(n, False) for n in graph_sizes))
 
 
-def cpu_backend(threads: int) -> Handle:
-    """A CPU backend that computes with ``threads`` threads."""
-    backend = Handle(c.backend_cpu_init(), c.backend_free, "the CPU backend")
+_ANYWHERE = nullcontext()
+
+
+class CpuBackend(Handle):
+    """A CPU backend; ``kept`` holds what computes on it on some CPUs."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, cpus: Collection[int]) -> None:
+        super().__init__(c.backend_cpu_init(), c.backend_free, "the CPU backend")
+        self.kept = Affinity(cpus)
+
+
+def cpu_backend(threads: int, cpus: Collection[int] = ()) -> CpuBackend:
+    """A CPU backend that computes with ``threads`` threads. ``cpus``: on these alone, () on any."""
+    backend = CpuBackend(cpus)
     c.backend_cpu_set_n_threads(backend.address, threads)
     return backend
 
@@ -322,7 +337,8 @@ def compute(backend: Handle, graph: int, after: Any = None) -> None:
     """Run a graph; ``after``: made by ``after_node``, called after each node, at some 20 us (caches are cold). Raises NativeError."""
     if after is not None:
         c.backend_cpu_set_abort_callback(backend.address, after, None)
-    status = c.backend_graph_compute(backend.address, graph)
+    with backend.kept if isinstance(backend, CpuBackend) else _ANYWHERE:
+        status = c.backend_graph_compute(backend.address, graph)
     if after is not None:
         c.backend_cpu_set_abort_callback(backend.address, None, None)
     if status == STATUS_ALLOC_FAILED:
