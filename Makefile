@@ -5,9 +5,9 @@ BIN := .venv/bin
 # A mirror configured for pip is a mirror for the models too.
 INDEX = EDGE_RT_INDEX="$${EDGE_RT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}}"
 
-.PHONY: help run test check bench docs clean
+.PHONY: help run test test-arm check bench docs clean
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 14
 
 run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
 	@$(INDEX) $(BIN)/edge-rt pull smollm2 >/dev/null
@@ -16,6 +16,9 @@ run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
 
 test: .venv/.ready-dev  ## set up, run all tests
 	$(INDEX) $(BIN)/python -m pytest
+
+test-arm: .venv/.ready-dev  ## run edge-rt on emulated ARM cores, see plugins/arm/README.md (long; needs the tools it names)
+	$(INDEX) PYTHON=$(BIN)/python tools/test_arm.sh
 
 check: .venv/.ready-dev  ## lint, types, generated docs, links
 	$(BIN)/ruff check .

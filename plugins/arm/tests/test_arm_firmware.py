@@ -73,6 +73,6 @@ def test_a_program_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def hangs(*_: object, timeout: float, **__: object) -> None:
         raise subprocess.TimeoutExpired("vcgencmd", timeout)
 
-    monkeypatch.setattr(firmware.shutil, "which", lambda _: "/usr/bin/vcgencmd")
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/vcgencmd")
     monkeypatch.setattr(subprocess, "run", hangs)
     assert firmware.run("get_throttled") is None

@@ -1,0 +1,88 @@
+"""Compares what two processors computed.
+
+    python compare.py tokens REFERENCE.npz OTHER.npz [AGAIN.npz]   greedy tokens and logits, as logits.py saves them
+    python compare.py packed REFERENCE.npz OTHER.npz               packed bytes, as kernels.py saves them
+    python compare.py files A.pack B.pack                          packed files of a whole model: what each tensor's bytes are
+
+AGAIN is the reference's machine with its other kernels. Sums in another order move activations by a last bit, now and then that moves an
+8-bit quant of them by one, and thirty layers make more of it: how far these two are apart says what is rounding, and what is not.
+The exit status is 1 if it is not, or if bytes of one layout differ.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLOAT_APART = 0.25
+"""Logits of a model with float weights, the greatest of which is some 20: half-precision sums."""
+AS_FAR = 2.0
+"""Times as far on average as the reference's own kernels are apart."""
+SURE = 2.0
+"""Tokens may differ only where the two likeliest are closer than so many times what the logits there are apart."""
+
+
+def tokens(reference: str, other: str, again: str = "") -> bool:
+    """Where greedy tokens part, and how far the logits of the same text are apart."""
+    a, b = np.load(reference), np.load(other)
+    apart, most = np.abs(a["logits"] - b["logits"]), FLOAT_APART
+    if again:
+        own = np.abs(a["logits"] - np.load(again)["logits"])
+        print(f"  this machine's packed and plain kernels are apart at most {own.max():.3f}, on average {own.mean():.4f}")
+        most = AS_FAR * own.mean()
+    equal = a["tokens"] == b["tokens"]
+    parted = "" if equal.all() else f"; they part at token {int(equal.argmin())}"
+    print(f"  greedy tokens equal: {equal.sum()} of {len(equal)}{parted}")
+    print(f"  logits after {len(apart)} tokens: apart at most {apart.max():.3f}, on average {apart.mean():.4f}")
+    good = bool(apart.mean() < most) and all(_excused(a["logits"][at], apart[at], at) for at in _otherwise(a, b))
+    if not good:
+        print("  THAT IS MORE THAN ROUNDING")
+    return good
+
+
+def _otherwise(a: Any, b: Any) -> list[int]:
+    """Tokens of the text after which another one is likeliest."""
+    return [int(at) for at in np.flatnonzero(a["logits"].argmax(-1) != b["logits"].argmax(-1))]
+
+
+def _excused(logits: np.ndarray[Any, Any], apart: np.ndarray[Any, Any], at: int) -> bool:
+    second, first = np.sort(logits)[-2:]
+    print(f"  after token {at} another is likeliest: the reference's two likeliest are {first - second:.3f} apart, its logits from the "
+          f"others up to {apart.max():.3f}")  # fmt: skip
+    return bool(first - second < SURE * apart.max())
+
+
+def packed(reference: str, other: str) -> bool:
+    """Whether types that both pack in the same layout have the same bytes."""
+    a, b = np.load(reference), np.load(other)
+    both = sorted(set(a.files) & set(b.files))
+    unequal = [name for name in both if not np.array_equal(a[name], b[name])]
+    verdict = f"BYTES DIFFER: {', '.join(unequal)}" if unequal else "the bytes are equal"
+    print(f"  in one layout on both machines: {', '.join(both)}; {verdict}" if both else "  no layout is on both machines")
+    return not unequal
+
+
+def files(reference: str, other: str) -> bool:
+    """Whether two packed files have the same tensors, in the same layout, with the same bytes."""
+    a, b = _checksums(Path(reference)), _checksums(Path(other))
+    unequal = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    print(f"  {len(a)} packed tensors made here, " + (f"{len(unequal)} DIFFER, first {unequal[0]}" if unequal else "all bytes equal"))
+    return not unequal
+
+
+def _checksums(path: Path) -> dict[str, tuple[object, ...]]:
+    """Name -> (type, shape, layout, CRC-32) of a packed file's tensors (core/load/packing.py)."""
+    with path.open("rb") as file:
+        _, length, _ = struct.unpack("<8sII", file.read(16))
+        entries = json.loads(file.read(length))["entries"]
+    return {name: (kind, tuple(shape), layout, crc) for name, kind, shape, _, _, layout, crc in entries}
+
+
+if __name__ == "__main__":
+    compare = {"tokens": tokens, "packed": packed, "files": files}[sys.argv[1]]
+    sys.exit(0 if compare(*sys.argv[2:]) else 1)
