@@ -132,7 +132,7 @@ def main(out: str) -> int:
         print(f"{found.type:<7} {found.layout or '-':<4} {what}{'' if fine else '   NOT AS FORETOLD'}")
         if found.packed is not None:
             kept[f"{found.type}:{found.layout}"] = np.frombuffer(found.packed, np.uint8)
-    np.savez(Path(out), **kept)
+    np.savez(Path(out), **kept)  # type: ignore[arg-type]
     return 0 if good else 1
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import typer
 
 from edge_rt.hooks import Refusal
-from edge_rt_arm import sensors
 from edge_rt_arm.device import Arm, describe
 from edge_rt_arm.firmware import Answer, Firmware
 from edge_rt_arm.layouts import packed_layouts
@@ -48,7 +47,6 @@ def facts(root: Path, firmware: Firmware) -> dict[str, Any]:
         "figures": figures._asdict() if figures else None,
         "health": health._asdict(),
         "since_start": list(told.throttling.past) if told.throttling else None,
-        "slows_at": sensors.slows_at(sensors.cpu_zones(root)) or (figures.slows if figures else None),
         "library": library(seen.features, seen.vector_bytes),
     }
 
@@ -75,7 +73,7 @@ def as_text(found: dict[str, Any]) -> str:
         return f"refused  {found['refused']}"
     health, built = found["health"], found["library"]
     temperature = "unknown" if health["temperature"] is None else f"{health['temperature']:.1f} °C"
-    slows = "" if found["slows_at"] is None else f"; slowed down from {found['slows_at']:g} °C"
+    slows = f"; slowed down from {found['figures']['slows']:g} °C" if found["figures"] else ""
     packed = ", ".join(f"{kind} {layout}" for kind, layout in found["layouts"].items())
     rows = [
         ("board", found["board"]),

@@ -8,19 +8,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.hooks import Cores, Health, Offer, Profile, Refusal, cpu_topology
-from edge_rt_arm import sensors
 from edge_rt_arm.boards import Board, board
 from edge_rt_arm.files import read_int, read_text
-from edge_rt_arm.firmware import Firmware
+from edge_rt_arm.firmware import Firmware, under_voltage
 from edge_rt_arm.layouts import packed_layouts
 from edge_rt_arm.placement import Placement, place, speed
 
 if TYPE_CHECKING:
-    from edge_rt.hooks import Basis
+    from edge_rt.hooks import CpuSensors
 
 _USE_CPU = "the device cpu runs models here"
 _SCORE, _SCORE_KNOWING_NOTHING = 12.0, 5.0
-"""Above the device ``cpu`` (10), but below it where this one would do nothing better: one kind of core, and no sensor to read."""
+"""Above the device ``cpu`` (10), but below it where this one knows nothing more: one kind of core, on a board nobody has named."""
 
 
 class Facts(NamedTuple):
@@ -45,7 +44,8 @@ class Arm:
 
     def __init__(self, root: Path = Path("/"), firmware: Firmware | None = None, bits: int = 64 if sys.maxsize > 1 << 32 else 32) -> None:
         self._root, self._firmware, self._bits = root, firmware or Firmware(), bits
-        self._seen: tuple[Facts, tuple[Path, ...]] | None = None
+        self._sensors: CpuSensors | None = None
+        self._is_raspberry = False
 
     # ---- looking -----------------------------------------------------------------------------------------------------
 
@@ -55,8 +55,7 @@ class Arm:
         if refusal:
             return refusal
         facts = self.facts()
-        zones = sensors.cpu_zones(self._root)
-        knows = len(facts.clusters) > 1 or facts.board is not None or bool(zones)
+        knows = len(facts.clusters) > 1 or facts.board is not None
         return Offer(
             score=_SCORE if knows else _SCORE_KNOWING_NOTHING,
             description=describe(facts),
@@ -95,44 +94,37 @@ class Arm:
     # ---- what it is like ---------------------------------------------------------------------------------------------
 
     def profile(self) -> Profile:
-        """Cores as the kernel describes them; watts and temperatures from data sheets, where the board is known."""
-        facts = self.facts()
-        figures = facts.board.figures if facts.board else None
-        tripped = sensors.slows_at(sensors.cpu_zones(self._root))
-        hottest = min((degrees for degrees in (figures and figures.slows, tripped) if degrees), default=None)
-        basis: dict[str, Basis] = {"cores": "measured", "memory": "measured"}
-        if figures:
-            basis |= {"idle_power": "projected"} if figures.idle else {}
-            basis |= {"power": "projected"} if figures.load else {}
-        if hottest is not None:
-            basis["hottest"] = "measured" if hottest == tripped else "projected"
-        return Profile(
-            name=describe(facts),
-            kind="cpu",
-            cores=facts.clusters,
-            memory=memory(self._root),
-            idle_power=figures.idle if figures else None,
-            power=figures.load if figures else None,
-            hottest=hottest,
-            basis=MappingProxyType(basis),
-        )
+        """As the device ``cpu``, which measures; where the board is known, its watts and temperatures from data sheets beside that."""
+        from edge_rt.hooks import cpu_profile  # costs start-up time, as do the sensors
+
+        found = cpu_profile(self.name, memory(self._root), root=self._root)
+        known = board(self._root)
+        figures = known.figures if known else None
+        if figures is None:
+            return found
+        basis = dict(found.basis)
+        basis |= {"idle_power": "projected"} if figures.idle else {}
+        basis |= {"power": "projected"} if figures.load else {}
+        hottest = found.hottest
+        if basis.get("hottest") != "measured" or hottest is None or figures.slows < hottest:
+            hottest, basis["hottest"] = figures.slows, "projected"
+        return found._replace(idle_power=figures.idle, power=figures.load, hottest=hottest, basis=MappingProxyType(basis))
 
     def health(self) -> Health:
-        """Temperature, clock and what holds it down, now. The firmware of a Raspberry Pi answers one call late."""
-        if self._seen is None:
-            self._seen = self.facts(), sensors.cpu_zones(self._root)
-        facts, zones = self._seen
-        first = facts.clusters[0].cpus if facts.clusters else ()
-        now, most, design = sensors.clock(self._root, first)
-        answer = self._firmware.answer() if facts.board and facts.board.is_raspberry else None
-        reasons = list(answer.throttling.now) if answer and answer.throttling else []
-        if not reasons and sensors.under_voltage(self._root):
-            reasons.append("the supply's voltage is too low")
-        if sensors.cooling(self._root):
-            reasons.append("the kernel cools the processor by its clock")
-        if most and design and most < design:
-            reasons.append(f"the clock is limited to {most / 1e9:.2f} of {design / 1e9:.2f} GHz")
-        return Health(sensors.temperature(zones), answer.power if answer else None, now, most, tuple(reasons))
+        """As the device ``cpu``, and on a Raspberry Pi what its firmware says, which answers one call late."""
+        if self._sensors is None:
+            from edge_rt.hooks import CpuSensors
+
+            self._sensors = CpuSensors(self._root)
+            known = board(self._root)
+            self._is_raspberry = known is not None and known.is_raspberry
+        found = self._sensors.health()
+        if not self._is_raspberry:
+            return found
+        answer = self._firmware.answer()
+        reasons = answer.throttling.now if answer.throttling else under_voltage(self._root)
+        others = tuple(reason for reason in found.throttled if not reasons or "firmware" not in reason)
+        return found._replace(power=found.power if answer.power is None else answer.power, throttled=(*reasons, *others))
 
 
 def describe(facts: Facts) -> str:

@@ -1,7 +1,7 @@
 """What a Raspberry Pi's firmware says of power and throttling, through the program ``vcgencmd``.
 
-The kernel's file ``get_throttled`` in /sys is not read: the driver clears the bits of the past with each reading, and newer kernels warn
-about it (drivers/firmware/raspberrypi.c of the Raspberry Pi kernel; drivers/hwmon/raspberrypi-hwmon.c).
+It knows more than the files of the kernel: what has been since the board started (the kernel's own watch, raspberrypi-hwmon.c, clears these
+bits for itself when it looks), and on a Pi 5 what each rail takes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+from edge_rt_arm.files import folders, read_int, read_text
 
 Run = Callable[[str], "str | None"]
 """Runs ``vcgencmd`` with one argument: what it prints, None if it cannot be run."""
@@ -64,6 +67,13 @@ def board_power(text: str | None) -> float | None:
         return None
     factor, constant = _LOSSES
     return factor * sum(volts[rail] * amperes[rail] for rail in rails) + constant
+
+
+def under_voltage(root: Path) -> tuple[str, ...]:
+    """The reason, if the kernel's own watch over the supply (hwmon ``rpi_volt``) has its alarm raised: where vcgencmd cannot be run."""
+    chips = folders(root / "sys/class/hwmon", "hwmon")
+    raised = any(read_text(chip / "name") == "rpi_volt" and read_int(chip / "in0_lcrit_alarm") == 1 for chip in chips)
+    return _BITS[:1] if raised else ()
 
 
 def run(argument: str) -> str | None:
