@@ -1,6 +1,7 @@
 """Compares what two processors computed.
 
-    python compare.py tokens REFERENCE.npz OTHER.npz [AGAIN.npz]   greedy tokens and logits, as logits.py saves them
+    python compare.py answers REFERENCE.npz EVENTS                 greedy tokens: of logits.py, and of `edge-rt run --json`
+    python compare.py logits REFERENCE.npz OTHER.npz [AGAIN.npz]   logits after the same text, as logits.py saves them
     python compare.py packed REFERENCE.npz OTHER.npz               packed bytes, as kernels.py saves them
     python compare.py files A.pack B.pack                          packed files of a whole model: what each tensor's bytes are
 
@@ -27,17 +28,27 @@ SURE = 2.0
 """Tokens may differ only where the two likeliest are closer than so many times what the logits there are apart."""
 
 
-def tokens(reference: str, other: str, again: str = "") -> bool:
-    """Where greedy tokens part, and how far the logits of the same text are apart."""
+def answers(reference: str, events: str) -> bool:
+    """Where greedy tokens part. They may: whether by more than rounding is for ``logits`` to say."""
+    told = [json.loads(line) for line in Path(events).read_text(encoding="utf-8").splitlines()]
+    other = [token for event in told if event["event"] == "delta" for token in event["tokens"]]
+    expected = np.load(reference)["tokens"].tolist()[-len(other) :] if other else []
+    equal = [a == b for a, b in zip(expected, other, strict=True)]
+    times = told[-1]["timings"] if told[-1]["event"] == "done" else {}
+    print(f"  edge-rt run on {told[0]['device']}: {''.join(event['text'] for event in told if event['event'] == 'delta')!r}")
+    print(f"  {sum(equal)} of {len(equal)} greedy tokens equal" + ("" if all(equal) else f", the first {equal.index(False)} in a row")
+          + f"; first token after {times.get('first_token', 0):.1f} s, {times.get('tokens_per_second', 0):.2f} tokens/s")  # fmt: skip
+    return bool(other)
+
+
+def logits(reference: str, other: str, again: str = "") -> bool:
+    """How far the logits of the same text are apart."""
     a, b = np.load(reference), np.load(other)
     apart, most = np.abs(a["logits"] - b["logits"]), FLOAT_APART
     if again:
         own = np.abs(a["logits"] - np.load(again)["logits"])
         print(f"  this machine's packed and plain kernels are apart at most {own.max():.3f}, on average {own.mean():.4f}")
         most = AS_FAR * own.mean()
-    equal = a["tokens"] == b["tokens"]
-    parted = "" if equal.all() else f"; they part at token {int(equal.argmin())}"
-    print(f"  greedy tokens equal: {equal.sum()} of {len(equal)}{parted}")
     print(f"  logits after {len(apart)} tokens: apart at most {apart.max():.3f}, on average {apart.mean():.4f}")
     good = bool(apart.mean() < most) and all(_excused(a["logits"][at], apart[at], at) for at in _otherwise(a, b))
     if not good:
@@ -50,8 +61,8 @@ def _otherwise(a: Any, b: Any) -> list[int]:
     return [int(at) for at in np.flatnonzero(a["logits"].argmax(-1) != b["logits"].argmax(-1))]
 
 
-def _excused(logits: np.ndarray[Any, Any], apart: np.ndarray[Any, Any], at: int) -> bool:
-    second, first = np.sort(logits)[-2:]
+def _excused(row: np.ndarray[Any, Any], apart: np.ndarray[Any, Any], at: int) -> bool:
+    second, first = np.sort(row)[-2:]
     print(f"  after token {at} another is likeliest: the reference's two likeliest are {first - second:.3f} apart, its logits from the "
           f"others up to {apart.max():.3f}")  # fmt: skip
     return bool(first - second < SURE * apart.max())
@@ -84,5 +95,5 @@ def _checksums(path: Path) -> dict[str, tuple[object, ...]]:
 
 
 if __name__ == "__main__":
-    compare = {"tokens": tokens, "packed": packed, "files": files}[sys.argv[1]]
+    compare = {"answers": answers, "logits": logits, "packed": packed, "files": files}[sys.argv[1]]
     sys.exit(0 if compare(*sys.argv[2:]) else 1)
