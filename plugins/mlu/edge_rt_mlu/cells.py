@@ -1,0 +1,287 @@
+"""One sequence's key-value cache on the device: memory that follows what is kept.
+
+A layer is one tensor [2, G, capacity, D]: keys, then values, each head's cells side by side. Keys are rotated before they come here, so a
+cell carries no position, and a pruned cache may hold other tokens in every layer and head: its leading cells are then "mixed". They go or
+stay together. The rules are those of edge-rt's own cache (edge_rt/core/context/kv.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from edge_rt.hooks import ContextError, Positions, SessionFileError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from edge_rt_mlu.rope import Rope
+
+    Move = tuple[int, int, npt.NDArray[np.int32]]
+
+STEP = 256
+"""Cells: capacities are multiples of it."""
+
+
+def padded(cells: int) -> int:
+    """Cells rounded up to a whole step, at least one."""
+    return max(STEP, -(-cells // STEP) * STEP)
+
+
+def next_capacity(current: int, needed: int, limit: int) -> int:
+    """Grow by a quarter, at least one step: the waste stays under a quarter and copying stays linear in the end."""
+    return min(padded(limit), max(padded(needed), padded(current + current // 4) if current else 0))
+
+
+def largest_capacity(current: int, cells: int, limit: int) -> int:
+    """The most that a cache of ``current`` cells comes to while it grows to ``cells``, however many are asked for at a time."""
+    return current if cells <= current else next_capacity(max(current, padded(cells) - STEP), cells, limit)
+
+
+class Shape(NamedTuple):
+    """What all caches of a model have in common. ``queries``: heads of queries."""
+
+    layers: int
+    heads: int
+    size: int
+    queries: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one cell over all layers."""
+        return self.layers * 2 * self.heads * self.size * self.dtype.itemsize
+
+
+class Ring:
+    """The queries of the last ``window`` cells at most: per layer float32 [held, H, D], oldest first, scaled for attention."""
+
+    def __init__(self, shape: Shape, window: int) -> None:
+        self.window = window
+        self.layers = [torch.empty((0, shape.queries, shape.size), device=shape.device) for _ in range(shape.layers)]
+
+    @property
+    def held(self) -> int:
+        """How many of the last cells have their queries here."""
+        return min(len(layer) for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def keep(self, layer: int, queries: torch.Tensor) -> None:
+        """Queries [t, H, D] of cells that were just filled."""
+        old = self.layers[layer]
+        self.layers[layer] = torch.cat((old, queries.float()))[-self.window :].clone()
+
+    def drop(self, cells: int) -> None:
+        """The last cells are forgotten."""
+        self.layers = [layer[: max(0, len(layer) - cells)] for layer in self.layers]
+
+    def only(self, cells: int) -> None:
+        """Of no more than the last ``cells`` the queries still tell what they see: those before a place where cells moved are forgotten."""
+        self.layers = [layer[len(layer) - min(len(layer), max(0, cells)) :] for layer in self.layers]
+
+
+class Cells:
+    """Cells of one sequence; ``positions`` says which are in use and where their tokens stand.
+
+    ``mixed`` int32 [L, G, mixed cells]: the positions, rising, of the tokens in the leading cells that are not the same in all heads.
+    ``positions`` counts these cells as the last ones before the position of the newest of them.
+    """
+
+    def __init__(self, shape: Shape, capacity: int = 0) -> None:
+        self.shape, self.positions = shape, Positions()
+        self.mixed: npt.NDArray[np.int32] | None = None
+        self.ring: Ring | None = None
+        self.layers = [self._empty(capacity) for _ in range(shape.layers)]
+
+    def _empty(self, capacity: int) -> torch.Tensor:
+        s = self.shape
+        return torch.empty((2, s.heads, capacity, s.size), dtype=s.dtype, device=s.device)
+
+    @property
+    def length(self) -> int:
+        """Cells in use."""
+        return self.positions.length
+
+    @property
+    def capacity(self) -> int:
+        """Cells there is memory for."""
+        return int(self.layers[0].shape[2])
+
+    @property
+    def n_mixed(self) -> int:
+        """Leading cells that hold other tokens in every head."""
+        return 0 if self.mixed is None else int(self.mixed.shape[2])
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what is noted beside the cells."""
+        return (0 if self.mixed is None else self.mixed.nbytes) + (0 if self.ring is None else self.ring.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.capacity * self.shape.cell_bytes + self.beside
+
+    def put(self, layer: int, at: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keys and values [t, G, D] of tokens that go into cells from ``at`` on."""
+        end = at + len(keys)
+        self.layers[layer][0, :, at:end] = keys.transpose(0, 1)
+        self.layers[layer][1, :, at:end] = values.transpose(0, 1)
+
+    def resize(self, capacity: int) -> None:
+        """Move to memory for so many cells, layer by layer, so that never both are held."""
+        n = min(self.length, capacity)
+        for number, old in enumerate(self.layers):
+            fresh = self._empty(capacity)
+            fresh[:, :, :n] = old[:, :, :n]
+            self.layers[number] = fresh
+
+    def copy(self, length: int, capacity: int) -> Cells:
+        """The first ``length`` cells in memory of their own, not watched. Raises ContextError in the middle of mixed cells."""
+        self._check_apart(length)
+        fresh = Cells(self.shape, capacity)
+        for old, new in zip(self.layers, fresh.layers, strict=True):
+            new[:, :, :length] = old[:, :, :length]
+        fresh.positions, fresh.mixed = self.positions.copy(length), self.mixed
+        if not length:
+            fresh._forget_mixed()
+        return fresh
+
+    def _check_apart(self, cell: int) -> None:
+        if 0 < cell < self.n_mixed:
+            raise ContextError(
+                f"the first {self.n_mixed} cells were pruned head by head, so they go or stay together; start again from the first token"
+            )
+
+    def truncate(self, length: int) -> None:
+        """Forget the cells from ``length`` on. Raises ContextError in the middle of mixed cells."""
+        self._check_apart(length)
+        if self.ring:
+            self.ring.drop(max(0, self.length - length))
+        self.positions.truncate(length)
+        if not length:
+            self._forget_mixed()
+
+    def _forget_mixed(self) -> None:
+        """The next token stands where the first one of any head stood."""
+        if self.mixed is not None:
+            self.positions.next, self.mixed = int(self.mixed.min()), None
+
+    def remove(self, spans: Sequence[tuple[int, int]], limit: int) -> int:
+        """Forget cells [start, end) of each span (rising, apart); returns the bytes given back.
+
+        Raises ContextError for mixed cells, ValueError for spans that are none.
+        """
+        if self.n_mixed and any(start < self.n_mixed for start, _ in spans):
+            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head and cannot leave one by one; prune again")
+        before, held = self.length, self.nbytes
+        self.positions.remove(spans)
+        if self.length == before:
+            return 0
+        if self.ring:
+            self.ring.only(before - spans[-1][1])
+        kept = np.ones(before, bool)
+        for start, end in spans:
+            kept[start:end] = False
+        self._gather(torch.from_numpy(kept.nonzero()[0]), next_capacity(0, self.length + 1, limit))
+        return max(0, held - self.nbytes)
+
+    def _gather(self, kept: torch.Tensor, capacity: int) -> None:
+        """Cells ``kept``, the same of every head [n] or of each [L, G, n], move to the front of memory for ``capacity`` cells."""
+        kept, n = kept.to(self.shape.device), kept.shape[-1]
+        for number, old in enumerate(self.layers):
+            fresh = self._empty(capacity)
+            if kept.dim() == 1:
+                fresh[:, :, :n] = old.index_select(2, kept)
+            else:
+                index = kept[number][None, :, :, None].expand(2, -1, -1, self.shape.size)
+                fresh[:, :, :n] = old.gather(2, index)
+            self.layers[number] = fresh
+
+    def each_position(self) -> npt.NDArray[np.int32]:
+        """Where the token of every cell stands, head by head [L, G, length]."""
+        each = np.tile(self.positions.each(), (self.shape.layers, self.shape.heads, 1))
+        if self.mixed is not None:
+            each[:, :, : self.n_mixed] = self.mixed
+        return each
+
+    def prune(self, kept: npt.NDArray[np.intp], capacity: int) -> None:
+        """Keep cells ``kept`` [L, G, n] (rising), in memory for ``capacity``."""
+        n, before = kept.shape[2], self.length
+        each = np.take_along_axis(self.each_position(), kept, axis=2)
+        # Whether the tokens differ is seen in their positions, except where gaps between those of mixed cells were closed.
+        differ = (each != each[0, 0]).any(axis=(0, 1)) | (kept < self.n_mixed).any(axis=(0, 1))
+        self._gather(torch.from_numpy(kept.astype(np.int64)), capacity)
+        self._note(each, int(differ.nonzero()[0].max(initial=-1)) + 1, self.positions.next)
+        if self.ring:
+            whole = (kept == np.arange(before - n, before)).all(axis=(0, 1))  # kept by every head, with all that follow
+            self.ring.only(int(whole[::-1].cumprod().sum()))
+
+    def _note(self, each: npt.NDArray[np.int32], n_mixed: int, following: int) -> None:
+        """Note where the tokens of all cells [L, G, n] stand, of which the first are mixed, and the token to come."""
+        line = each[0, 0].copy()
+        self.mixed = each[:, :, :n_mixed].copy() if n_mixed else None
+        if self.mixed is not None:
+            line[:n_mixed] = np.arange(n_mixed) + self.mixed[:, :, -1].max() + 1 - n_mixed
+        self.positions = Positions.of_each(line, following)
+
+    def renumber(self) -> list[Move]:
+        """Close the gaps: cell i gets position i. Returns cells [start, end) and by how much their keys are to turn, [L, G, end - start]
+        or something that broadcasts to it.
+        """
+        moves = []
+        if self.mixed is not None:
+            ranks = np.arange(self.n_mixed, dtype=np.int32)
+            moves.append((0, self.n_mixed, ranks - self.mixed))
+            self.mixed = np.tile(ranks, (*self.mixed.shape[:2], 1))
+        for run in self.positions:
+            start = max(run.cell, self.n_mixed)
+            if start < run.cell + run.n:
+                moves.append((start, run.cell + run.n, np.array([run.cell - run.position], np.int32)))
+        self.positions.renumbered()
+        if self.ring:  # its queries were rotated for where the keys were
+            self.ring.only(0)
+        return moves
+
+    def rotate(self, moves: Sequence[Move], rope: Rope) -> None:
+        """Turn the keys of cells [start, end) by ``shifts`` positions, for each (start, end, shifts). Each move costs a rounding."""
+        s = self.shape
+        for start, end, shifts in moves:
+            if start >= end or not shifts.any():
+                continue
+            each = np.broadcast_to(shifts, (s.layers, s.heads, end - start))
+            for number, layer in enumerate(self.layers):
+                layer[0, :, start:end] = rope.turn(layer[0, :, start:end], rope.by(each[number])).to(s.dtype)
+
+    def insert(self, at: int, positions: Positions, data: memoryview) -> list[Move]:
+        """Put exported cells, which there must be room for, before cell ``at``; returns how keys are to turn where positions had to move.
+
+        Raises SessionFileError, ContextError.
+        """
+        n, end, s = positions.length, self.length, self.shape
+        if len(data) != n * s.cell_bytes:
+            raise SessionFileError("the saved cells have the wrong size for this model; start a new session")
+        if at < self.n_mixed:
+            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head; cells come back only behind them")
+        moved = self.positions.insert(at, list(positions))
+        if self.ring:
+            self.ring.only(end - at)
+        size = len(data) // s.layers
+        for number, layer in enumerate(self.layers):
+            layer[:, :, at + n : end + n] = layer[:, :, at:end].clone()
+            bits = np.frombuffer(data[number * size : (number + 1) * size], np.int16).reshape(2, s.heads, n, s.size)
+            layer[:, :, at : at + n] = torch.from_numpy(bits.copy()).view(s.dtype).to(s.device)
+        return [(first, last, np.array([shift], dtype=np.int32)) for first, last, shift in moved]
+
+    def export(self, start: int, end: int) -> Iterator[bytes]:
+        """Cells [start, end) as bytes: per layer the keys, then the values, head by head."""
+        for layer in self.layers:
+            yield layer[:, :, start:end].contiguous().cpu().view(torch.int16).numpy().tobytes()

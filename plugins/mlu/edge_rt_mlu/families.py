@@ -1,0 +1,57 @@
+"""Which models the engine runs: llama-like decoders, and what differs between them. Told from a header, without PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge_rt.hooks import Hyper, UnsupportedModel, read_hyper
+
+if TYPE_CHECKING:
+    from edge_rt.hooks import ModelFile
+
+
+class Family(NamedTuple):
+    """``neighbours``: rotary pairs are neighbours, else the halves of a head. ``head_norms``: queries and keys are normalised head by head.
+    ``factors``: the file may have factors for rotary frequencies.
+    """
+
+    neighbours: bool = False
+    head_norms: bool = False
+    factors: bool = False
+
+
+FAMILIES = {
+    "llama": Family(neighbours=True, factors=True),  # Mistral, SmolLM and TinyLlama too
+    "qwen2": Family(),
+    "qwen3": Family(head_norms=True),
+}
+
+TYPES = frozenset(
+    {
+        "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+        "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+    }
+)  # fmt: skip
+"""Element types that gguf can dequantise."""
+
+
+def unsupported(file: ModelFile) -> str | None:
+    """Why the engine cannot run a model, None if it can. Raises ModelFileError for a damaged header."""
+    header = file.header
+    if header.architecture not in FAMILIES:
+        return f"the torch engine runs {', '.join(FAMILIES)} and not {header.architecture!r}"
+    try:
+        hyper = read_hyper(header)
+    except UnsupportedModel as error:
+        return str(error)
+    if hyper.n_expert:
+        return "the torch engine does not run mixtures of experts"
+    strange = next((info for info in header.tensors.values() if info.type_name not in TYPES), None)
+    return f"the torch engine cannot read the {strange.type_name} weights of {strange.name}" if strange else None
+
+
+def read(file: ModelFile) -> tuple[Hyper, Family]:
+    """Measures and family of a model that is supported. Raises UnsupportedModel, ModelFileError."""
+    if reason := unsupported(file):
+        raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
+    return read_hyper(file.header), FAMILIES[file.header.architecture]

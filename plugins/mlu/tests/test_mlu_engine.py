@@ -1,0 +1,143 @@
+"""The torch engine on CPU PyTorch: the engine protocol, and the same logits as edge-rt's own engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_rt.hooks import EngineOptions, ModelFile, open_ggml_engine
+from edge_rt.testing.engine_conformance import EngineConformance
+from edge_rt.testing.feeding import feed, feed_new, tokens_of
+
+torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")
+
+from edge_rt_mlu.factory import TorchFactory  # noqa: E402
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, biases": ("llama", {"bias": True, "tied": False}),
+    "llama 3 factors": ("llama", {"rope_freqs": [1.0, 2.0, 4.0, 8.0] * 2}),
+    "fused": ("llama", {"fused_qkv": True}),
+    "linear scaling": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "yarn": ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context": 128}}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "one head": ("llama", {"n_head": 2, "n_head_kv": 1}),
+    "F16": ("llama", {"type": "F16"}),
+    "BF16": ("llama", {"type": "BF16"}),
+}
+"""Architecture and measures by what is special about them."""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    from edge_rt.testing.random_models import write_random_model
+
+    folder = tmp_path_factory.mktemp("models")
+    found: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in found:
+            architecture, measures = MODELS[kind]
+            found[kind] = write_random_model(folder / f"{len(found)}.gguf", architecture, context=640, **measures)
+        return found[kind]
+
+    return make
+
+
+class _Conformance(EngineConformance):
+    kind = "llama"
+
+    @pytest.fixture
+    def engine_factory(self) -> TorchFactory:
+        return TorchFactory()
+
+    @pytest.fixture
+    def model(self, written: Callable[[str], Path]) -> Iterator[ModelFile]:
+        with ModelFile.open(written(self.kind)) as model:
+            yield model
+
+
+class TestLlama(_Conformance):
+    """Single precision; keys and values are rounded to half precision, as in edge-rt's own engine."""
+
+
+class TestQwen3(_Conformance):
+    kind = "qwen3"
+
+
+class TestYarn(_Conformance):
+    kind = "yarn"
+
+
+class TestBfloat16(_Conformance):
+    """What a card computes in, as far as a CPU has it: sums are rounded to 8 bits, so divisions of the same tokens differ more."""
+
+    options = EngineOptions(context=640, threads=1, extra={"torch.dtype": "bfloat16"})
+    tolerance = 5e-2
+
+
+class TestFloat16(_Conformance):
+    options = EngineOptions(context=640, threads=1, extra={"torch.dtype": "float16"})
+    tolerance = 1e-2
+
+
+# ---- the same model --------------------------------------------------------------------------------------------------
+
+
+def divergence(got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """Mean Kullback-Leibler divergence of distributions given as logits [n, V], in nats."""
+    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in (expected.astype(float), got.astype(float)))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_are_those_of_ggml(written: Callable[[str], Path], kind: str) -> None:
+    """Float weights: what differs is the order of sums, and what both round to half precision in the cache. KL < 1e-5 nats.
+
+    With BF16 weights ggml rounds what it multiplies them with to BF16 too, the torch engine does not: KL < 1e-3.
+    """
+    options = EngineOptions(context=256, threads=1)
+    with (
+        ModelFile.open(written(kind)) as file,
+        closing(TorchFactory().open(file, options)) as ours,
+        closing(open_ggml_engine(file, options)) as ggml,
+    ):
+        tokens = tokens_of(ours, 120)
+        got, expected = feed_new(ours, tokens), feed_new(ggml, tokens)
+        assert divergence(got, expected) < (1e-3 if kind == "BF16" else 1e-5)
+        assert (got.argmax(1) == expected.argmax(1)).mean() > 0.97
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_quantised_weights_are_dequantised(tmp_path: Path, kind: str) -> None:
+    """ggml also rounds what it multiplies them with, to 8 bits: KL < 0.01 nats here, where other weights would give 1 and more."""
+    from edge_rt.testing.random_models import write_random_model
+
+    path = write_random_model(tmp_path / "q.gguf", "llama", type=kind, n_embd=256, n_ff=256, n_head=4, n_head_kv=2)
+    options = EngineOptions(context=256, threads=1, pack=False)
+    with ModelFile.open(path) as file:
+        found = []
+        for engine in (TorchFactory().open(file, options), open_ggml_engine(file, options)):
+            with closing(engine):
+                found.append(feed_new(engine, tokens_of(engine, 60)))
+    assert divergence(*found) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_greedy_tokens_are_those_of_ggml(written: Callable[[str], Path], kind: str) -> None:
+    options = EngineOptions(context=256, threads=1)
+    with ModelFile.open(written(kind)) as file:
+        written_by = []
+        for engine in (TorchFactory().open(file, options), open_ggml_engine(file, options)):
+            with closing(engine):
+                sequence, tokens = engine.new_sequence(), tokens_of(engine, 16)
+                for _ in range(48):
+                    tokens.append(int(feed(engine, sequence, tokens[engine.length(sequence) :], want="last")[-1].argmax()))
+                written_by.append(tokens)
+    assert written_by[0] == written_by[1]
