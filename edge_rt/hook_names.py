@@ -9,7 +9,6 @@ HOMES = {
     "CodeSpans": ("edge_rt.core.assemble.code_spans", "CodeSpans"),
     "Hyper": ("edge_rt.core.graph.hyper", "Hyper"),
     "Piece": ("edge_rt.core.graph.pieces", "Piece"),
-    "WATCHED_QUERIES": ("edge_rt.core.context.pruning", "WATCHED"),
     "check_pruning": ("edge_rt.core.context.pruning", "check"),
     "choose_cells": ("edge_rt.core.context.pruning", "choose"),
     "in_pieces": ("edge_rt.core.graph.pieces", "in_pieces"),

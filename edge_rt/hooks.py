@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
     from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
     from edge_rt.core.context.positions import Positions, Run
-    from edge_rt.core.context.pruning import WATCHED as WATCHED_QUERIES
     from edge_rt.core.context.pruning import check as check_pruning
     from edge_rt.core.context.pruning import choose as choose_cells
     from edge_rt.core.context.segments import Segment
@@ -326,7 +325,7 @@ class HookSpecs:
 
 
 __all__ = [
-    "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "WATCHED_QUERIES", "AbiMismatch", "AhoCorasick", "AppliesAdapters", "Basis",
+    "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "AbiMismatch", "AhoCorasick", "AppliesAdapters", "Basis",
     "Cache", "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores",
     "CountsWork", "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory",
     "EngineInfo", "EngineOptions", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsText", "HookSpecs", "Hyper",

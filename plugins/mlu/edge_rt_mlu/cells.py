@@ -54,7 +54,7 @@ class Shape(NamedTuple):
     @property
     def cell_bytes(self) -> int:
         """Bytes of one cell over all layers."""
-        return self.layers * 2 * self.heads * self.size * self.dtype.itemsize
+        return self.layers * 2 * self.heads * self.size * int(self.dtype.itemsize)
 
 
 class Ring:

@@ -32,9 +32,9 @@ _SECOND = re.compile(r"^\|\s*\S+\s+(\S+)\s+(\S+)\s*W?\s*/\s*(\S+)\s*W?\s*\|\s*(\
 
 
 class Card(NamedTuple):
-    """A card as ``cnmon`` shows it; a board of two chips is two. ``used``, ``memory``: bytes. None: it does not say."""
+    """A card as ``cnmon`` shows and numbers it; a board of two chips is two. ``used``, ``memory``: bytes. None: it does not say."""
 
-    index: int
+    number: int
     name: str
     firmware: str
     bus: str

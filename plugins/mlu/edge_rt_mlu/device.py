@@ -153,7 +153,7 @@ class Mlu(NamedTuple):
         if card is None:
             return Refusal(f"cnmon shows no card {visible[self.number]}", "see with cnmon which cards there are")
         if not card.memory:
-            return Refusal(f"cnmon shows no memory on card {card.index}", "see with cnmon whether it has failed, then restart")
+            return Refusal(f"cnmon shows no memory on card {card.number}", "see with cnmon whether it has failed, then restart")
         return card
 
     def profile(self) -> Profile:

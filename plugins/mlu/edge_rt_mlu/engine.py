@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from edge_rt.hooks import EngineInfo, MemoryReport, OptionError, OutOfMemory, Part, Piece, in_pieces
+from edge_rt.hooks import EngineInfo, MemoryReport, NativeError, OptionError, OutOfMemory, Part, Piece, in_pieces
 from edge_rt_mlu.adapters import Adapter
 from edge_rt_mlu.cells import Shape
 from edge_rt_mlu.families import read
@@ -65,8 +65,8 @@ class TorchEngine(TorchSequences):
         free = _free_bytes(self._adapter, self._device)
         if free is not None and needed > free:
             raise OutOfMemory(
-                f"the weights take {needed >> 20} MiB as {str(self._dtype).removeprefix('torch.')} and {free >> 20} MiB are free on"
-                f" {self.info.device}; use a smaller model"
+                f"the weights take {needed >> 20} MiB as {_name(self._dtype)} and {free >> 20} MiB are free on {self.info.device};"
+                " use a smaller model"
             )
 
     # ---- steps -------------------------------------------------------------------------------------------------------
@@ -144,6 +144,9 @@ class TorchEngine(TorchSequences):
         given: npt.NDArray[np.float32] = np.empty((0, 0), np.float32) if found is None else found.cpu().numpy()
         if found is None:
             _synchronize(self._adapter)
+        elif not np.isfinite(given).all():  # half precision holds no more than 65,504, and what is beyond makes NaN of all that follows
+            kind = _name(self._dtype)
+            raise NativeError(f"this model's activations do not fit {kind}; run it on another device, or with torch.dtype = bfloat16")
         self._moved()
         for slot in slots:
             slot.cells.positions.append(slot.tokens)
@@ -182,9 +185,9 @@ class TorchEngine(TorchSequences):
 
     def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
         """The most that steps hold beside the caches; see ``PredictsMemory``."""
-        h, size = self.hyper, self._dtype.itemsize
+        h, size = self.hyper, int(self._dtype.itemsize)
         tokens, kv = CHUNK, h.n_head_kv * h.head_dim
-        n_ff = max((block.down.weight.shape[1] for block in self._open_decoder().weights.blocks), default=h.n_ff)
+        n_ff = max(int(block.down.weight.shape[1]) for block in self._open_decoder().weights.blocks)
         wide = h.n_head * h.head_dim + 2 * kv
         linear = tokens * ((4 * 4 + size) * h.n_embd + (4 * 5 + size) * max(wide, 2 * n_ff))
         scores = max(SCORES, h.n_head * cells) * (2 * size + 3 * 4 + 1)
@@ -213,6 +216,10 @@ def _told(file: ModelFile, options: EngineOptions) -> Callable[[int], None]:
             options.progress("load", done, total)
 
     return read_more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _synchronize(adapter: Adapter) -> None:

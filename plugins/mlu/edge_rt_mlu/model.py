@@ -78,7 +78,7 @@ class Decoder:
         """Attention of all tokens [T, H * D], each sequence's over its own cells; their keys and values are stored first."""
         h = self.hyper
         qkv = block.qkv(self._normed(x, block.attention_norm)).view(len(x), -1, h.head_dim)
-        q, k, v = qkv.split((h.n_head, h.n_head_kv, h.n_head_kv), dim=1)
+        q, k, v = qkv[:, : h.n_head], qkv[:, h.n_head : h.n_head + h.n_head_kv], qkv[:, h.n_head + h.n_head_kv :]
         if block.query_norm is not None and block.key_norm is not None:
             q, k = self._rms(q, block.query_norm), self._rms(k, block.key_norm)
         q, k = self.rope.turn(q, turn) * h.attention_scale, self.rope.turn(k, turn)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 
+WATCHED = 64
+"""Queries that edge-rt has a sequence keep, at most (core/context/pruning.py)."""
+
 
 @contextmanager
 def errors(device: str) -> Iterator[None]:
@@ -175,8 +178,6 @@ class TorchSequences:
 
     def needed_bytes(self, sequence: int | None, cells: int, *, pruned: bool = False) -> int:
         """The most that a sequence holds on its way to ``cells`` cells; see ``PredictsMemory``."""
-        from edge_rt.hooks import WATCHED_QUERIES
-
         s, held = self._shape, None if sequence is None else self._sequences[sequence]
         now = 0 if held is None else held.capacity
         most = largest_capacity(now, min(cells, self.info.max_context), self.info.max_context)
@@ -184,7 +185,7 @@ class TorchSequences:
         if pruned or most > now:  # a move: of one layer both are held, and what is gathered on the way
             found += 2 * found // s.layers
         if pruned:  # the queries, twice while they roll on, and where the tokens of all heads stand, before a pass and after it
-            found += 4 * s.layers * (2 * s.queries * s.size * WATCHED_QUERIES + 2 * s.heads * most)
+            found += 4 * s.layers * (2 * s.queries * s.size * WATCHED + 2 * s.heads * most)
         elif held is not None:
             found += held.beside
         return found if held is None else max(found, held.nbytes)

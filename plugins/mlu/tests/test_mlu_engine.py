@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -32,6 +33,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BF16": ("llama", {"type": "BF16"}),
 }
 """Architecture and measures by what is special about them."""
+
+PROMPT = "The quick brown fox jumps over the lazy dog. Water boils at"
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +134,51 @@ def test_quantised_weights_are_dequantised(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_greedy_tokens_are_those_of_ggml(written: Callable[[str], Path], kind: str) -> None:
-    options = EngineOptions(context=256, threads=1)
-    with ModelFile.open(written(kind)) as file:
-        written_by = []
+    """But where ggml's two likeliest are as good as equal: then rounding decides, which is not the same from one CPU to the next."""
+    options, close = EngineOptions(context=256, threads=1), 0
+    with (
+        ModelFile.open(written(kind)) as file,
+        closing(TorchFactory().open(file, options)) as ours,
+        closing(open_ggml_engine(file, options)) as ggml,
+    ):
+        tokens, (a, b) = tokens_of(ours, 16), (ours.new_sequence(), ggml.new_sequence())
+        for _ in range(64):
+            (got,), (expected,) = (feed(engine, sequence, tokens, want="last") for engine, sequence in ((ours, a), (ggml, b)))
+            if got.argmax() != expected.argmax():
+                second, first = np.sort(expected)[-2:]
+                assert first - second < 0.02
+                close += 1
+            tokens = [int(expected.argmax())]
+    assert close <= 2
+
+
+# ---- a real model ----------------------------------------------------------------------------------------------------
+
+
+def smollm2() -> Path | None:
+    """SmolLM2-135M-Instruct (Q4_1), if it is here."""
+    given = os.environ.get("EDGE_RT_TEST_MODEL") or Path.home() / ".cache/edge-rt/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    return Path(given) if Path(given).is_file() else None
+
+
+@pytest.mark.skipif(smollm2() is None, reason="SmolLM2 is not here; `edge-rt pull smollm2` fetches it")
+def test_smollm2_writes_what_it_writes_on_ggml() -> None:
+    """The weights are Q4_1. ggml rounds what it multiplies them with to 8 bits, the torch engine does not: KL < 0.02 nats."""
+    import edge_rt
+
+    path = smollm2()
+    assert path is not None
+    with edge_rt.open(path) as model:
+        prompt = model.tokenize(PROMPT)
+    options, rows, answers = EngineOptions(context=256, threads=2), [], []
+    with ModelFile.open(path) as file:
         for engine in (TorchFactory().open(file, options), open_ggml_engine(file, options)):
             with closing(engine):
-                sequence, tokens = engine.new_sequence(), tokens_of(engine, 16)
-                for _ in range(48):
-                    tokens.append(int(feed(engine, sequence, tokens[engine.length(sequence) :], want="last")[-1].argmax()))
-                written_by.append(tokens)
-    assert written_by[0] == written_by[1]
+                sequence = engine.new_sequence()
+                rows.append(feed(engine, sequence, prompt))
+                answer = [int(rows[-1][-1].argmax())]
+                while len(answer) < 20:
+                    answer.append(int(feed(engine, sequence, answer[-1:], want="last")[-1].argmax()))
+                answers.append(answer)
+    assert divergence(*rows) < 0.02
+    assert answers[0] == answers[1]
