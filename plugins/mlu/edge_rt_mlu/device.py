@@ -161,13 +161,15 @@ class Mlu(NamedTuple):
         card = self._card()
         if isinstance(card, Refusal):
             raise NativeError(f"{self.name}: {card.reason}; {card.remedy}")
-        known = board(card.name)
-        if known is None:
-            return Profile(card.name, "npu", (), card.memory, power=card.cap, basis={"memory": "measured", "power": "measured"})
+        known, said = board(card.name), "measured" if card.cap else "projected"
+        if known is None:  # how many cores it has is not known either: the chip counts as one
+            chip, basis = Cores(card.name, 1), {"cores": "unknown", "memory": "measured"}
+            return Profile(self.name, "npu", (chip,), card.memory, power=card.cap, basis=basis | ({"power": said} if card.cap else {}))
         caches = (Cache(1, 768 << 10), Cache(2, 4 << 20, shared_by=4))  # NRAM of a core, SRAM of a cluster
-        cores = Cores("MLUarch03", 4 * known.clusters, features=("fp16", "bf16", "int8"), caches=caches)
+        cores = Cores(f"{card.name}, MLUarch03", 4 * known.clusters, features=("fp16", "bf16", "int8"), caches=caches)
+        projected = dict.fromkeys(("cores", "bandwidth", "operations", "link"), "projected")
         return Profile(
-            name=card.name,
+            name=self.name,
             kind="npu",
             cores=(cores,),
             memory=card.memory,
@@ -175,11 +177,8 @@ class Mlu(NamedTuple):
             operations=known.operations,
             link=known.link,
             power=card.cap or known.power,
-            basis={
-                "cores": "projected", "memory": "measured", "bandwidth": "projected", "operations": "projected", "link": "projected",
-                "power": "measured" if card.cap else "projected",
-            },
-        )  # fmt: skip
+            basis=projected | {"memory": "measured", "power": said},
+        )
 
     def health(self) -> Health:
         """Temperature and power as ``cnmon`` last said, at once; the first call of all knows nothing yet."""

@@ -206,6 +206,18 @@ class TestWithCards(DeviceConformance):
         return places(machine(cards=2, script=f"cat {X8}"))[1]
 
 
+class TestOfAnUnknownKind(DeviceConformance):
+    @pytest.fixture
+    def device(self, machine: Callable[..., System], torch_mlu: None) -> Mlu:
+        return places(machine(cards=4, script=f"cat {BUSY}"))[2]
+
+
+class TestThatSaysLittle(DeviceConformance):
+    @pytest.fixture
+    def device(self, machine: Callable[..., System], torch_mlu: None) -> Mlu:
+        return places(machine(cards=4, script=f"cat {BUSY}"))[1]
+
+
 class TestWithout(DeviceConformance):
     @pytest.fixture
     def device(self, machine: Callable[..., System]) -> Mlu:
@@ -223,7 +235,8 @@ class TestThisMachine(DeviceConformance):
 
 def test_a_profile_is_projected_but_for_what_the_driver_says(machine: Callable[..., System]) -> None:
     profile = places(machine(cards=4, script=f"cat {BUSY}"))[0].profile()
-    assert (profile.name, profile.kind, profile.memory) == ("MLU370-X4", "npu", 23374 << 20)
+    assert (profile.name, profile.kind, profile.memory) == ("mlu:0", "npu", 23374 << 20)
+    assert [(cores.name, cores.number) for cores in profile.cores] == [("MLU370-X4, MLUarch03", 32)]
     assert profile.bandwidth == {32: 307.2e9}
     assert profile.operations["f16"] == 96e12
     assert profile.power == 150
@@ -233,7 +246,8 @@ def test_a_profile_is_projected_but_for_what_the_driver_says(machine: Callable[.
 
 def test_a_board_that_is_not_known_has_a_profile_without_speed(machine: Callable[..., System]) -> None:
     profile = places(machine(cards=4, script=f"cat {BUSY}"))[2].profile()
-    assert (profile.memory, profile.power, dict(profile.bandwidth), profile.cores) == (98304 << 20, 550, {}, ())
+    assert (profile.memory, profile.power, dict(profile.bandwidth), dict(profile.operations)) == (98304 << 20, 550, {}, {})
+    assert profile.basis == {"cores": "unknown", "memory": "measured", "power": "measured"}
 
 
 def test_no_profile_without_a_card(machine: Callable[..., System]) -> None:
