@@ -57,7 +57,10 @@ class Logits(Protocol):
 
 
 class EngineInfo(NamedTuple):
-    """What the loop must know of an engine. ``max_context`` is cells per sequence; ``chunk`` the tokens a step takes best."""
+    """What the loop must know of an engine. ``max_context`` is cells per sequence; ``chunk`` the tokens a step takes best.
+
+    ``offloaded``: units of the weights that lie in the device's own memory, in forward order: ``blk.12``, ..., ``norm``, ``head``.
+    """
 
     engine: str
     architecture: str
@@ -68,15 +71,21 @@ class EngineInfo(NamedTuple):
     max_context: int
     chunk: int
     device: str = "cpu"
+    offloaded: tuple[str, ...] = ()
 
 
 class MemoryReport(NamedTuple):
-    """Bytes by owner. ``weights_resident`` is None where the system cannot say."""
+    """Bytes by owner. ``weights_resident`` is None where the system cannot say.
+
+    ``device``: those in a device's own memory: weights, which are not among the mapped ones, caches and compute buffers, which are in
+    ``cache`` and ``compute`` too.
+    """
 
     weights_mapped: int
     weights_resident: int | None
     cache: int
     compute: int
+    device: int = 0
 
 
 @runtime_checkable

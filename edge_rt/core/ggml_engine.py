@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
-from edge_rt.core.context.kv import padded
+from edge_rt.core.context.kv import KvCache, padded
 from edge_rt.core.decode.governor import Governor, read_cpus
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.ggml_sequences import Decoding, GgmlSequences
-from edge_rt.core.graph.attention import FLASH_FROM
+from edge_rt.core.graph.attention import ALL, FLASH_FROM, TILES_FROM
 from edge_rt.core.graph.common import SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.embedding import token_embeddings
@@ -25,6 +25,7 @@ from edge_rt.core.graph.shapes import check_shapes
 from edge_rt.core.graph.step import GRAPH_BYTES, GraphCache, Slot, StepGraph, stacked
 from edge_rt.core.graph.support import key_type, unsupported
 from edge_rt.core.load.adapter_weights import AdapterWeights
+from edge_rt.core.load.offload import Accelerator
 from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging
 from edge_rt.core.load.weights import WeightStore
@@ -54,8 +55,13 @@ slow. Python takes 20 us for it after each node, which made a step of 32 tokens 
 class GgmlEngine(GgmlSequences):
     """Fills the ``Engine`` protocol. Not thread-safe: the runtime holds a lock."""
 
-    def __init__(self, file: ModelFile, options: EngineOptions) -> None:
-        """Open a model. Raises AbiMismatch, UnsupportedModel, ModelFileError, OptionError, OutOfMemory."""
+    def __init__(
+        self, file: ModelFile, options: EngineOptions, *, accelerator: Accelerator | None = None, name: str = "ggml"
+    ) -> None:
+        """Open a model, the last blocks of it on an ``accelerator`` if one is given. ``name``: the engine's.
+
+        Raises AbiMismatch, UnsupportedModel, ModelFileError, OptionError, OutOfMemory.
+        """
         super().__init__(options.extra.get("ggml.transposed_values"))
         abi.check()
         logs.install()
@@ -65,28 +71,62 @@ class GgmlEngine(GgmlSequences):
         self.hyper: Hyper = read_hyper(file.header)
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = key_type(options.key_type, self.hyper)
-        centre = bool(options.extra.get("ggml.centred", True))
-        packed, notice = open_packed(file, options.progress, centre) if options.pack else (None, None)
-        if notice:
-            self.notices.append(notice)
-        self.weights = WeightStore(file, self.hyper, packed)
+        self._progress, self._traits = options.progress, ALL
+        if accelerator:
+            self._offload(accelerator, options)
+        self._open_weights(options)
         self._paging = Paging(self.weights, self.hyper, options.memory, options.progress)
         cpus = affinity.fitting(options.cpus, options.threads)
         most = min(config.available_cpus(), len(cpus) or config.available_cpus())
         self._governor = Governor(most, partial(read_cpus, cpus)) if options.threads is None else None
         self._threads = options.threads or most
         self._backend = ggml.cpu_backend(self._threads, cpus)
-        self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
+        self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams, self._offloaded)
         self._exact: int | None = None
         self._moved: Callable[[], None] = lambda: None
         self._after_node: Any = None
         self._largest: dict[tuple[int, int, int], Largest] = {}
         self._closed = False
         self.info = EngineInfo(
-            engine="ggml", architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
+            engine=name, architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
             n_embd=self.hyper.n_embd, train_context=self.hyper.train_context, max_context=options.context or self.hyper.train_context,
-            chunk=CHUNK, device=options.device,
+            chunk=CHUNK, device=options.device, offloaded=self._offloaded.weights.names if self._offloaded else (),
         )  # fmt: skip
+        if self._offloaded:
+            self._try_out()
+
+    def _open_weights(self, options: EngineOptions) -> None:
+        """Map the weights; packed ones if any block is computed here."""
+        near = self._offloaded is None or self._offloaded.first > 0
+        centre = bool(options.extra.get("ggml.centred", True))
+        packed, notice = open_packed(self._file, options.progress, centre) if options.pack and near else (None, None)
+        if notice:
+            self.notices.append(notice)
+        self.weights = WeightStore(self._file, self.hyper, packed, self._elsewhere())
+
+    def _offload(self, accelerator: Accelerator, options: EngineOptions) -> None:
+        """Place the last blocks on the device."""
+        from edge_rt.core.offloading import offload
+
+        self._offloaded, self._traits = offload(accelerator, self._file, self.hyper, self._key_type, options.context, CHUNK)
+        if self._transposed is None:
+            self._transposed = not self._traits.flash
+
+    def _elsewhere(self) -> set[str]:
+        """Units that nothing here reads but to bring them to the device. Norms are small, and blocks here may need one, too."""
+        offloaded = self._offloaded.weights.names if self._offloaded else ()
+        return {name + part for name in offloaded if name != "norm" for part in ("", ".experts")}
+
+    def _try_out(self) -> None:
+        """Build the graphs of a token and of a prompt, so that a kernel that a device lacks is found now. Closes the engine if so."""
+        try:
+            with closing(self._cache(padded(1))) as cache:
+                for tokens in (1, TILES_FROM):
+                    self._graphs.get([SlotShape(tokens, cache.capacity, 1, traits=self._traits)], [cache.view])
+                self._graphs.forget(cache.view)
+        except BaseException:
+            self.close()
+            raise
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -148,7 +188,10 @@ class GgmlEngine(GgmlSequences):
             weights.check_unchanged()
         last.graph.advance(tokens, cells)
         self._choose_threads()
-        ggml.compute(self._backend, last.graph.segments[0].graph)
+        if self._offloaded:
+            self._compute(last.graph)
+        else:
+            ggml.compute(self._backend, last.graph.segments[0].graph)
         for cache in last.caches:
             cache.positions.append(1)
         last.cells, last.left = [cell + 1 for cell in last.cells], last.left - 1
@@ -156,7 +199,7 @@ class GgmlEngine(GgmlSequences):
 
     def _remember(self, parts: Sequence[Part], run: Sequence[Piece], graph: StepGraph, rows: list[Rows | None]) -> None:
         """Note what the next step needs to repeat this one, if it was one token of each."""
-        if len(graph.segments) > 1 or graph.experts or any(len(piece.tokens) != 1 or not piece.rows for piece in run):
+        if self._paging.streams or graph.experts or any(len(piece.tokens) != 1 or not piece.rows for piece in run):
             return
         columns = [0] * len(run)
         for column, piece in enumerate(run):
@@ -206,7 +249,8 @@ class GgmlEngine(GgmlSequences):
         for piece in run:
             cache = self._sequences[piece.sequence]
             applied = self._adapted.get(piece.sequence)
-            shapes.append(SlotShape(len(piece.tokens), padded(cache.length + len(piece.tokens)), len(piece.rows), applied))
+            n = len(piece.tokens)
+            shapes.append(SlotShape(n, padded(cache.length + n), len(piece.rows), applied, traits=self._traits))
             column = cache.ring.column(cache.length) if cache.ring else 0
             slots.append(Slot(cache.view, (cache.length,), (cache.positions.next,), piece.tokens, piece.rows, column))
         return stacked(shapes, slots) if len(run) > 1 else (shapes, slots)
@@ -214,19 +258,29 @@ class GgmlEngine(GgmlSequences):
     def _run(self, run: Sequence[Piece], output: Output) -> StepGraph:
         """Evaluate one graph; its output is valid until the next."""
         self._last = None
+        if self._offloaded:
+            self._offloaded.warm()
         shapes, slots = self._slots(run)
         graph = self._graphs.get(shapes, [slot.cache for slot in slots], output)
         graph.set_inputs(slots)
         self._choose_threads()
         after = self._after_node if sum(shape.tokens for shape in shapes) * self.weights.size >= TOLD_FROM else None
-        for segment in graph.segments:
-            with self._paging.holding(segment.unit):
-                ggml.compute(self._backend, segment.graph, after)
-            self._moved()
+        self._compute(graph, after)
         for piece in run:
             self._sequences[piece.sequence].positions.append(len(piece.tokens))
         self._paging.experts_used(graph.experts)
         return graph
+
+    def _compute(self, graph: StepGraph, after: Any = None) -> None:
+        """Run the segments of a graph, each where it belongs; ``after``: as for ``ggml.compute``."""
+        for segment in graph.segments:
+            if segment.far and graph.crossing and self._offloaded:
+                self._offloaded.fill(self._progress, self._moved)
+                graph.crossing.run(segment)
+            else:
+                with self._paging.holding(segment.unit):
+                    ggml.compute(self._backend, segment.graph, after)
+            self._moved()
 
     def _choose_threads(self) -> None:
         """Follow the governor, unless the user fixed the number."""
@@ -238,8 +292,9 @@ class GgmlEngine(GgmlSequences):
         """Probed once, weight by weight (graph/exactness.py); attention runs token by token up to flash attention's threshold."""
         if self._exact is None:
             matrices = distinct_kinds(self.weights.matrices())
-            # How experts group tokens depends on the data, so no probe could prove anything.
-            self._exact = 1 if self.hyper.n_expert else exact_columns(self._paging.held(matrices), self._backend, FLASH_FROM - 1)
+            # How experts group tokens depends on the data, so no probe could prove anything; and a device's kernels are not probed.
+            unknown = self.hyper.n_expert or self._offloaded
+            self._exact = 1 if unknown else exact_columns(self._paging.held(matrices), self._backend, FLASH_FROM - 1)
         return self._exact
 
     # ---- weights and memory ------------------------------------------------------------------------------------------
@@ -253,7 +308,7 @@ class GgmlEngine(GgmlSequences):
         """Place an adapter's tensors; see ``AppliesAdapters``."""
         check_adapted(adapter)
         number = len(self._adapters) + 1
-        self._adapters[number] = AdapterWeights(adapter)
+        self._adapters[number] = AdapterWeights(adapter, self._offloaded)
         self._largest.clear()
         return number
 
@@ -261,7 +316,8 @@ class GgmlEngine(GgmlSequences):
         """Bytes held now."""
         resident = [self.weights.resident(), *(weights.resident() for weights in self._adapters.values())]
         mapped = self.weights.size + sum(weights.size for weights in self._adapters.values())
-        return MemoryReport(mapped, None if None in resident else sum(part or 0 for part in resident), *self.held_bytes())
+        known, device = None if None in resident else sum(part or 0 for part in resident), self._offloaded
+        return MemoryReport(mapped, known, *self.held_bytes(), device.held if device else 0)
 
     def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
         """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for up to twice as much."""
@@ -269,9 +325,11 @@ class GgmlEngine(GgmlSequences):
         parts, rows = (1 << max(0, n - 1).bit_length() for n in (parts, rows))
         found = self._largest.get((cells, parts, rows))
         if found is None:
-            with closing(self._cache(cells)) as cache:
-                split = self._paging.streams
-                found = largest(self.hyper, self.weights, split, cache.view, CHUNK, parts, rows, widest(self._adapters.values()))
+            with closing(KvCache(self.hyper, self._key_type, cells, transposed=self.transposed_values)) as cache:
+                split, adapters = self._paging.streams, widest(self._adapters.values())
+                found = largest(self.hyper, self.weights, split, cache.view, CHUNK, parts, rows, adapters, traits=self._traits)
+            if self._offloaded:  # a part of it here and a part there; inputs in both places, and results
+                found = Largest(2 * found.arena, 2 * found.graph + 4 * rows * self.hyper.n_vocab)
             self._largest[cells, parts, rows] = found
         return max(self._graphs.arena_bytes, found.arena) + GRAPH_BYTES + found.graph
 
@@ -288,8 +346,10 @@ class GgmlEngine(GgmlSequences):
         """Give weights, graphs and the compute buffer back; vocabulary, header and caches stay."""
         self._last = None
         self._graphs.close()
-        self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams)
+        self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams, self._offloaded)
         self._paging.cool()
+        if self._offloaded:
+            self._offloaded.cool()
         for weights in self._adapters.values():
             weights.cool()
 
@@ -313,3 +373,5 @@ class GgmlEngine(GgmlSequences):
             weights.close()
         self._backend.close()
         self.weights.close()
+        if self._offloaded:
+            self._offloaded.close()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.rotate import Move
     from edge_rt.core.graph.step import GraphCache, StepGraph
     from edge_rt.core.load.adapter_weights import AdapterWeights
+    from edge_rt.core.load.offloaded import Offloaded
     from edge_rt.core.load.weights import WeightStore
     from edge_rt.native import ggml
 
@@ -56,6 +57,7 @@ class GgmlSequences:
     _backend: ggml.Handle
     _graphs: GraphCache
     _key_type: int
+    _offloaded: Offloaded | None = None
 
     def __init__(self, transposed: bool | None) -> None:
         """``transposed``: the layout of values, None for what is faster here."""
@@ -113,7 +115,7 @@ class GgmlSequences:
 
     def _cache(self, capacity: int) -> KvCache:
         """An empty cache in the layout that decodes fastest here."""
-        return KvCache(self.hyper, self._key_type, capacity, transposed=self.transposed_values)
+        return KvCache(self.hyper, self._key_type, capacity, transposed=self.transposed_values, offloaded=self._offloaded)
 
     def _adopt(self, cache: KvCache) -> int:
         self._next += 1
@@ -162,7 +164,7 @@ class GgmlSequences:
     def _rotate(self, cache: KvCache, moves: Sequence[Move]) -> None:
         family = FAMILIES[self.hyper.architecture]
         factors = self.weights.get("rope_freqs.weight") if family.rope_factors else None
-        rotate_keys(cache.view, self.hyper, family.rope_mode, factors, moves, self._backend)
+        rotate_keys(cache, self.hyper, family.rope_mode, factors, moves, self._backend)
 
     def export_cells(self, sequence: int, start: int, end: int) -> bytes:
         """Cells [start, end) as bytes."""
@@ -253,6 +255,8 @@ class GgmlSequences:
         found = most * self.cell_bytes + PAGE
         if pruned or most > now:  # a move: of one layer both are held, and of each tensor the pages that it shares with others
             found += found // h.n_layer + 4 * h.n_layer * PAGE
+            if self._offloaded:  # on a device both are held as long as it takes
+                found += found * len(self._offloaded.layers) // h.n_layer
         if pruned:  # the ring, and where the tokens of all heads stand, before a pass and after it
             from edge_rt.core.context.pruning import WATCHED
 

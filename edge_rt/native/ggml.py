@@ -341,10 +341,20 @@ def compute(backend: Handle, graph: int, after: Any = None) -> None:
         status = c.backend_graph_compute(backend.address, graph)
     if after is not None:
         c.backend_cpu_set_abort_callback(backend.address, None, None)
-    if status == STATUS_ALLOC_FAILED:
-        raise OutOfMemory("libggml ran out of memory while computing; lower --ctx or close other programs")
     if status != STATUS_SUCCESS:
-        raise NativeError(f"libggml failed to compute a graph (status {status})")
+        raise _failed(status, "the CPU")
+
+
+def run(backend: int, graph: int, device: str) -> None:
+    """Run a graph on any backend, and wait for it. Raises NativeError, OutOfMemory."""
+    if (status := c.backend_graph_compute(backend, graph)) != STATUS_SUCCESS:
+        raise _failed(status, device)
+
+
+def _failed(status: int, device: str) -> OutOfMemory | NativeError:
+    if status == STATUS_ALLOC_FAILED:
+        return OutOfMemory(f"libggml ran out of memory while computing on {device}; lower --ctx or close other programs")
+    return NativeError(f"libggml failed to compute a graph on {device} (status {status}); see `edge-rt doctor`")
 
 
 def supports(operation: int) -> bool:

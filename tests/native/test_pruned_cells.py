@@ -58,7 +58,11 @@ def contents(engine: GgmlEngine, sequence: int) -> list[tuple[Any, Any]]:
     """Copies of keys [n, G, bytes] and values [n, G, D] in use, layer by layer."""
     cache = engine._sequences[sequence]
     n = cache.length
-    return [(cache.key_cells(layer)[:n].copy(), cache.value_cells(layer)[:n].copy()) for layer in range(engine.info.n_layer)]
+    found = []
+    for layer in range(engine.info.n_layer):
+        with cache.cells(layer) as (keys, values):
+            found.append((keys[:n].copy(), values[:n].copy()))
+    return found
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------
@@ -72,7 +76,8 @@ def attention_by_hand(engine: GgmlEngine, sequence: int, window: int) -> list[An
     for layer in range(hyper.n_layer):
         queries = cache.ring.queries(layer, n).astype(np.float64)
         assert len(queries) == window
-        keys = cache.key_cells(layer)[:n].copy().view(np.float16).astype(np.float64)
+        with cache.cells(layer) as (cached, _):
+            keys = cached[:n].copy().view(np.float16).astype(np.float64)
         rows = np.empty((hyper.n_head_kv, group * len(asked), n))
         for head in range(hyper.n_head):
             for row, i in enumerate(asked):

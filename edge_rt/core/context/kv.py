@@ -7,10 +7,14 @@ memory follows use only if capacity does: it grows in steps by moving. Cells giv
 
 Keys are rotated before they come here, so a cell carries no position, and a pruned cache may hold other tokens in every layer and head.
 Its leading cells then are "mixed": ``mixed`` holds the positions of their tokens, and they go or stay together.
+
+The layers of blocks that are offloaded lie on the device, each in a buffer of its own. What is done to their cells beside steps is done
+in the host's memory, layer by layer, and goes back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,7 @@ from edge_rt.core.context.positions import Positions
 from edge_rt.core.graph.common import KvView
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import ContextError, SessionFileError
-from edge_rt.native import ggml, memory, places
+from edge_rt.native import devices, ggml, memory, places
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
     from edge_rt.core.graph.ring import QueryRing
     from edge_rt.core.graph.rotate import Move
+    from edge_rt.core.load.offloaded import Offloaded
 
 STEP = 256
 """Cells: attention runs over multiples of this (as in llama.cpp), and capacities are multiples of it."""
@@ -59,16 +64,20 @@ class KvCache:
     ``positions`` counts these cells as the last ones before the position of the newest of them.
     """
 
-    def __init__(self, hyper: Hyper, key_type: int, capacity: int, *, transposed: bool = False) -> None:
-        """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells cost no memory and read as zero."""
-        self._hyper, self._key_type = hyper, key_type
+    def __init__(
+        self, hyper: Hyper, key_type: int, capacity: int, *, transposed: bool = False, offloaded: Offloaded | None = None
+    ) -> None:
+        """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells read as zero, and cost memory only on a device."""
+        self._hyper, self._key_type, self._offloaded = hyper, key_type, offloaded
+        self._near = offloaded.first if offloaded else hyper.n_layer  # layers in the host's memory: the first ones
+        self._far: dict[int, ggml.Handle] = {}
         self.capacity, self.positions = capacity, Positions()
         self.mixed: npt.NDArray[np.int32] | None = None
         self.ring: QueryRing | None = None
         self._touched = 0  # cells that hold memory
         key_row = ggml.c.row_size(key_type, hyper.kv_width)
         key_size, value_size = capacity * key_row, capacity * 2 * hyper.kv_width
-        size = -(-hyper.n_layer * (key_size + value_size) // memory.PAGE) * memory.PAGE
+        size = -(-max(1, self._near) * (key_size + value_size) // memory.PAGE) * memory.PAGE
         base, nbytes = places.take(size), size
         self._release = weakref.finalize(self, places.give, base, size)
         self._buffer = ggml.buffer_from_address(base, size)
@@ -77,28 +86,56 @@ class KvCache:
         values: list[int] = []
         address = base
         by_cell = (hyper.head_dim, capacity, hyper.n_head_kv)
-        for _ in range(hyper.n_layer):
-            for tensors, type_, shape, size in (
-                (keys, key_type, by_cell, key_size),
-                (values, ggml.TYPE_F16, (capacity, hyper.head_dim, hyper.n_head_kv) if transposed else by_cell, value_size),
-            ):
-                tensor = ggml.new_tensor(self._ctx.address, type_, shape)
-                ggml.place(tensor, self._buffer.address, address)
-                tensors.append(tensor)
-                address += size
-        self.view = KvView(tuple(keys), tuple(values), capacity, key_type, transposed, address=base, size=nbytes)
+        self.view = KvView((), (), capacity, key_type, transposed, address=base, size=nbytes, offloaded=self._near < hyper.n_layer)
+        try:
+            for layer in range(hyper.n_layer):
+                far = self._beyond(layer, key_size, value_size) if layer >= self._near else None
+                for tensors, type_, shape, size in (
+                    (keys, key_type, by_cell, key_size),
+                    (values, ggml.TYPE_F16, (capacity, hyper.head_dim, hyper.n_head_kv) if transposed else by_cell, value_size),
+                ):
+                    tensor = ggml.new_tensor(self._ctx.address, type_, shape)
+                    ggml.place(tensor, *((self._buffer.address, address) if far is None else far[tensors is values]))
+                    tensors.append(tensor)
+                    address += size
+        except BaseException:
+            self.close()
+            raise
+        self.view = self.view._replace(keys=tuple(keys), values=tuple(values))
 
-    def key_cells(self, layer: int) -> npt.NDArray[np.uint8]:
-        """Keys of a layer as bytes [capacity, G, bytes of a head]; a view."""
+    def _beyond(self, layer: int, key_size: int, value_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Memory for a layer on the device: buffer and address of its keys, and of its values. Raises OutOfMemory."""
+        assert self._offloaded, "only then a layer lies there"
+        device = self._offloaded.device
+        buffer = self._far[layer] = self._offloaded.buffer(device.aligned(key_size) + device.aligned(value_size))
+        base = int(ggml.c.backend_buffer_get_base(buffer.address))
+        return (buffer.address, base), (buffer.address, base + device.aligned(key_size))
+
+    @contextlib.contextmanager
+    def layer(self, number: int, *, write: bool = False) -> Iterator[tuple[int, int]]:
+        """Keys and values of a layer as tensors in the host's memory: of one on the device copies, which go back if ``write``."""
+        pair = self.view.keys[number], self.view.values[number]
+        if number < self._near:
+            yield pair
+            return
+        with devices.copied(pair, back=write) as (keys, values):
+            yield keys, values
+
+    @contextlib.contextmanager
+    def cells(self, number: int, *, write: bool = False) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Keys of a layer as bytes [capacity, G, bytes of a head], values as half-precision bits [capacity, G, D]; views of ``layer``."""
+        with self.layer(number, write=write) as (keys, values):
+            yield self._key_cells(keys), self._value_cells(values)
+
+    def _key_cells(self, tensor: int) -> npt.NDArray[np.uint8]:
         heads, row = self._hyper.n_head_kv, ggml.c.row_size(self._key_type, self._hyper.head_dim)
-        by_cell: npt.NDArray[np.uint8] = ggml.view(self.view.keys[layer], "u1", (heads, self.capacity, row)).transpose(1, 0, 2)
+        by_cell: npt.NDArray[np.uint8] = ggml.view(tensor, "u1", (heads, self.capacity, row)).transpose(1, 0, 2)
         return by_cell
 
-    def value_cells(self, layer: int) -> npt.NDArray[np.uint16]:
-        """Values of a layer as half-precision bits [capacity, G, D] in either layout; a view."""
+    def _value_cells(self, tensor: int) -> npt.NDArray[np.uint16]:
         heads, size = self._hyper.n_head_kv, self._hyper.head_dim
         shape, axes = ((heads, size, self.capacity), (2, 0, 1)) if self.view.transposed else ((heads, self.capacity, size), (1, 0, 2))
-        by_cell: npt.NDArray[np.uint16] = ggml.view(self.view.values[layer], "u2", shape).transpose(axes)
+        by_cell: npt.NDArray[np.uint16] = ggml.view(tensor, "u2", shape).transpose(axes)
         return by_cell
 
     @property
@@ -115,7 +152,9 @@ class KvCache:
     def nbytes(self) -> int:
         """Bytes of the cells that hold memory, to within a page for each head, and of what is noted beside them."""
         self._touched = max(self._touched, self.length)
-        return self._touched * cell_bytes(self._hyper, self._key_type) + self.beside
+        layers = self._hyper.n_layer
+        cells = self._touched * self._near + self.capacity * (layers - self._near)  # of one layer
+        return cells * cell_bytes(self._hyper, self._key_type) // layers + self.beside
 
     @property
     def beside(self) -> int:
@@ -131,7 +170,7 @@ class KvCache:
         """Keep the last ``window`` queries from now on; 0 stops. Graphs over this cache must be dropped. Raises OutOfMemory."""
         from edge_rt.core.graph.ring import QueryRing
 
-        ring = QueryRing(self._hyper, window, self.length) if window else None
+        ring = QueryRing(self._hyper, window, self.length, self._offloaded) if window else None
         if self.ring:
             self.ring.close()
         self._follow(ring)
@@ -145,22 +184,30 @@ class KvCache:
 
         This one gives its memory back layer by layer as they move, and must be closed.
         """
-        fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
+        fresh = self._fresh(capacity)
         for layer in self._copy_to(fresh, self.length):
             self._leave(layer)
         fresh.positions, fresh.mixed = self.positions.copy(self.length), self.mixed
         self._hand_ring(fresh)
         return fresh
 
+    def _fresh(self, capacity: int) -> KvCache:
+        """An empty cache that is like this one. Raises OutOfMemory."""
+        return KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed, offloaded=self._offloaded)
+
     def _copy_to(self, fresh: KvCache, length: int) -> Iterator[int]:
         """Copy the first cells, layer by layer; gives each when it was."""
         for layer in range(self._hyper.n_layer if length else 0):
-            fresh.key_cells(layer)[:length] = self.key_cells(layer)[:length]
-            fresh.value_cells(layer)[:length] = self.value_cells(layer)[:length]
+            with self.cells(layer) as here, fresh.cells(layer, write=True) as there:
+                for source, target in zip(here, there, strict=True):
+                    target[:length] = source[:length]
             yield layer
 
     def _leave(self, layer: int) -> None:
         """A layer's cells have moved: give their memory back, so that never both caches are held."""
+        if layer in self._far and self._offloaded:
+            self._offloaded.give(self._far.pop(layer))
+            return
         for tensor in (self.view.keys[layer], self.view.values[layer]):
             memory.advise(*memory.inner_page_span(ggml.data_address(tensor), ggml.fields(tensor).nb[3]), "dontneed")
 
@@ -174,7 +221,7 @@ class KvCache:
         Raises OutOfMemory, ContextError in the middle of mixed cells.
         """
         self._check_apart(length)
-        fresh = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed)
+        fresh = self._fresh(capacity)
         for _ in self._copy_to(fresh, length):
             pass
         fresh.positions, fresh.mixed = self.positions.copy(length), self.mixed
@@ -215,7 +262,7 @@ class KvCache:
         self.positions.remove(spans)
         if self.ring and spans:
             self.ring.move(before, spans[-1][1], self.length - before)
-        for cells in self._all_cells() if self.length < before else ():
+        for cells in self._all_cells(write=True) if self.length < before else ():
             to = spans[0][0]
             for (_, start), (end, _) in zip(spans, [*spans[1:], (before, before)], strict=True):
                 cells[to : to + end - start] = cells[start:end]
@@ -228,7 +275,7 @@ class KvCache:
         if before == self.length:
             return 0
         given = 0
-        for tensor in (*self.view.keys, *self.view.values):
+        for tensor in (*self.view.keys[: self._near], *self.view.values[: self._near]):
             address, (_, _, n_head, _) = ggml.data_address(tensor), ggml.fields(tensor).ne
             if self.view.transposed and tensor in self.view.values:
                 n_head, row = self._hyper.kv_width, 2
@@ -257,14 +304,12 @@ class KvCache:
         """
         import numpy as np
 
-        fresh, n, before = KvCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed), kept.shape[2], self.length
+        fresh, n, before = self._fresh(capacity), kept.shape[2], self.length
         for layer in range(self._hyper.n_layer):
-            for cells, target in (
-                (self.key_cells(layer), fresh.key_cells(layer)),
-                (self.value_cells(layer), fresh.value_cells(layer)),
-            ):
-                for head, chosen in enumerate(kept[layer]):
-                    np.take(cells[:, head], chosen, axis=0, out=target[:n, head], mode="clip")  # "clip" writes without a copy between
+            with self.cells(layer) as here, fresh.cells(layer, write=True) as there:
+                for cells, target in zip(here, there, strict=True):
+                    for head, chosen in enumerate(kept[layer]):
+                        np.take(cells[:, head], chosen, axis=0, out=target[:n, head], mode="clip")  # "clip" writes without a copy between
             self._leave(layer)
         each = np.take_along_axis(self.each_position(), kept, axis=2)
         # Whether the tokens differ is seen in their positions, except where gaps between those of mixed cells were closed.
@@ -322,7 +367,7 @@ class KvCache:
         if self.ring:
             self.ring.move(end, at, n)
         start = 0
-        for cells in self._all_cells():
+        for cells in self._all_cells(write=True):
             cells[at + n : end + n] = cells[at:end]
             target = cells[at : at + n]
             chunk = np.frombuffer(data[start : start + target.nbytes], dtype=target.dtype)
@@ -334,16 +379,20 @@ class KvCache:
         """Cells [start, end) as bytes: per layer the keys, then the values, by cell in either layout."""
         return (cells[start:end].tobytes() for cells in self._all_cells())
 
-    def _all_cells(self) -> Iterator[npt.NDArray[Any]]:
+    def _all_cells(self, *, write: bool = False) -> Iterator[npt.NDArray[Any]]:
         """Keys and values of every layer, cell by cell."""
         for layer in range(self._hyper.n_layer):
-            yield self.key_cells(layer)
-            yield self.value_cells(layer)
+            with self.cells(layer, write=write) as both:
+                yield from both
 
     def close(self) -> None:
         """Give the memory back. Graphs over this cache must not run any more."""
         if self.ring:
             self.ring.close()
+        for buffer in self._far.values():
+            assert self._offloaded, "only then a layer lies there"
+            self._offloaded.give(buffer)
+        self._far.clear()
         self._buffer.close()
         self._ctx.close()
         self._release()

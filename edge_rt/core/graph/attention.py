@@ -5,7 +5,7 @@ Notation as in common.py; t tokens of a sequence, S sequences of a stack.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.native import ggml
 
@@ -21,9 +21,21 @@ it is when decoding: 63 tokens behind 1,500 cells took ten times as long as 64 (
 """
 
 
+class Traits(NamedTuple):
+    """What attention may ask of all devices that a step runs on. ``flash``: flash attention over heads of this size; ``each``: with
+    another mask for every head, by which several tokens go one by one.
+    """
+
+    flash: bool = True
+    each: bool = True
+
+
+ALL = Traits()
+
+
 def wants_flash(shape: SlotShape, cache: KvView) -> bool:
     """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
-    return not cache.transposed or (shape.sequences == 1 and shape.tokens >= TILES_FROM)
+    return not cache.transposed or (shape.sequences == 1 and shape.tokens >= TILES_FROM and shape.traits.flash)
 
 
 def attend(b: Builder, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KvView) -> int:

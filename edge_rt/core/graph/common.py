@@ -44,7 +44,7 @@ class KvView(NamedTuple):
 
     ``queries``: per layer the ring [D*H, window] that keeps its last queries; none where nobody watches. ``address`` and ``size``: of the
     memory that all of it is in. Of a stack (stack.py) it is the first, and the others, ``members`` in all, follow ``apart`` bytes from
-    each other; a member is known by the id of its own view.
+    each other; a member is known by the id of its own view. ``offloaded``: some layers are on a device, and so it is in no stack.
     """
 
     keys: tuple[int, ...]
@@ -58,12 +58,13 @@ class KvView(NamedTuple):
     size: int = 0
     apart: int = 0
     members: tuple[int, ...] = ()
+    offloaded: bool = False
 
 
 class SlotShape(NamedTuple):
     """One sequence's share of a step: t tokens, N cells attended (a multiple of 256), rows of logits wanted, and its adapter.
 
-    Or that of a stack of several ``sequences``, with a token and a row for each.
+    Or that of a stack of several ``sequences``, with a token and a row for each. ``traits``: what the device it may come to can do.
     """
 
     tokens: int
@@ -71,10 +72,13 @@ class SlotShape(NamedTuple):
     rows: int
     adapter: lora.Applied | None = None
     sequences: int = 1
+    traits: attention.Traits = attention.ALL
 
     @property
     def together(self) -> bool:
         """Whether the tokens go through attention together (prefill) or one by one (decode)."""
+        if self.tokens > 1 and not self.traits.each:
+            return self.sequences == 1
         return self.sequences == 1 and (self.tokens >= attention.FLASH_FROM or self.tokens > max(1, self.rows))
 
 
@@ -101,17 +105,31 @@ class Inputs(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A graph that touches one unit of weights; ``unit`` names it."""
+    """A graph that touches one unit of weights, or all from one on; ``unit`` names it, the first. ``far``: it runs on the device."""
 
     graph: int
     unit: str
+    far: bool = False
+
+
+class Beyond(NamedTuple):
+    """What a graph goes on with on a device, from a ``unit`` on: twins of the inputs there, and of the hidden states that come in
+    (``arriving`` [E, T], copied from ``leaving`` before it runs).
+    """
+
+    unit: str
+    weights: Weights
+    inputs: Inputs
+    leaving: int
+    arriving: int
 
 
 @dataclass(slots=True)
 class Builder:
     """Builds segments in ``ctx``. ``split`` starts a new graph at every unit, so that units can be paged between graphs.
 
-    ``buffers``: over the memory of each stack, by its members.
+    ``buffers``: over the memory of each stack, by its members. ``beyond``: where a device takes over, with one graph, of ``far_size``
+    nodes, for all the rest.
     """
 
     ctx: int
@@ -124,6 +142,8 @@ class Builder:
     split: bool = False
     borders: Sequence[int] = ()
     buffers: Mapping[tuple[int, ...], int] = field(default_factory=dict)
+    beyond: Beyond | None = None
+    far_size: int = 0
     segments: list[Segment] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     masks: dict[int, int] = field(default_factory=dict)
@@ -141,6 +161,8 @@ class Builder:
 
     def border(self, x: int, unit: str) -> int:
         """Carry x [E, T] over a unit border: itself, or in split mode a copy that outlives the graph that made it."""
+        if self.beyond and unit == self.beyond.unit:
+            return self._cross(x, self.beyond)
         if not self.split:
             return x
         width, rows = self.hyper.n_embd, int(ggml.fields(x).ne[1])
@@ -148,6 +170,15 @@ class Builder:
         self.expand(c.cpy(self.ctx, x, kept))
         self.begin(unit)
         return kept
+
+    def _cross(self, x: int, beyond: Beyond) -> int:
+        """Leave the host: x goes to where it is copied from, and the rest of the graph is one that starts with the copy."""
+        width, rows = self.hyper.n_embd, int(ggml.fields(x).ne[1])
+        self.expand(c.cpy(self.ctx, x, c.view_2d(self.ctx, beyond.leaving, width, rows, 4 * width, 0)))
+        self.masks.clear()
+        self.segments.append(Segment(c.new_graph_custom(self.ctx, self.far_size, False), beyond.unit, far=True))
+        self.split, self.inputs, self.weights = False, beyond.inputs, beyond.weights
+        return int(c.view_2d(self.ctx, beyond.arriving, width, rows, 4 * width, 0))
 
     def expand(self, tensor: int) -> None:
         """Make a tensor part of the current graph, in call order."""

@@ -35,12 +35,12 @@ def build(b: Builder, family: Family, output: Output | None) -> int | None:
     Without ``output`` the last block only stores its keys and values: that is all a later step needs of this one.
     """
     h = b.hyper
-    factors = b.weights.get("rope_freqs.weight") if family.rope_factors else None
     b.begin("embedding")
     x = b.embed()  # [E, T]
     for layer in range(h.n_layer):
         prefix, last = f"blk.{layer}", layer == h.n_layer - 1
         x = b.border(x, prefix)
+        factors = b.weights.get("rope_freqs.weight") if family.rope_factors else None
         normed = b.rms_norm(x, f"{prefix}.attn_norm.weight")
         q, k, v = rotated(b, normed, prefix, family, factors)
         b.store(layer, k, v)

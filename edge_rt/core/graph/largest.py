@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from edge_rt.core.graph.attention import FLASH_FROM, TILES_FROM
+from edge_rt.core.graph.attention import ALL, FLASH_FROM, TILES_FROM, Traits
 from edge_rt.core.graph.common import KvView, SlotShape, Weights
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.core.graph.lora import Applied
@@ -27,13 +27,15 @@ class Largest(NamedTuple):
 
 
 def largest(
-    hyper: Hyper, weights: Weights, split: bool, cache: KvView, tokens: int, parts: int, rows: int, adapters: Iterable[Applied] = ()
+    hyper: Hyper, weights: Weights, split: bool, cache: KvView, tokens: int, parts: int, rows: int, adapters: Iterable[Applied] = (),
+    *, traits: Traits = ALL,
 ) -> Largest:
     """Of steps with so many ``tokens`` at most in so many ``parts``, each over a cache like this one, that want ``rows`` of logits.
 
     One long prompt alone, the longest piece of one that goes through attention as matmuls (which hold all scores; those of a stack are
     fewer), one prompt beside others that decode, and prompts that share a step. The largest descriptions are those of short
-    parts, whose tokens go through attention one by one. ``adapters``: what sequences may go through. Raises OutOfMemory.
+    parts, whose tokens go through attention one by one. ``adapters``: what sequences may go through. All of it in the host's memory.
+    Raises OutOfMemory.
     """
     cells, first = cache.capacity, tokens - parts + 1
     shapes = [[SlotShape(n, cells, min(n, rows))] for n in {tokens, min(tokens, TILES_FROM - 1)}]
@@ -43,7 +45,7 @@ def largest(
         shapes.append([SlotShape(shared, cells, max(1, min(shared, rows // parts)))] * parts)
     through = [None, *adapters]
     arena = inputs = 0
-    for shape in ([one._replace(adapter=adapter) for one in shape] for shape in shapes for adapter in through):
+    for shape in ([one._replace(adapter=adapter, traits=traits) for one in shape] for shape in shapes for adapter in through):
         with ggml.allocator() as allocator:
             built = StepGraph(hyper, weights, shape, [cache] * len(shape), allocator, split)
             arena = max(arena, int(ggml.c.gallocr_get_buffer_size(allocator.address, 0)))

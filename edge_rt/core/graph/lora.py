@@ -85,7 +85,7 @@ def add_terms(b: Builder, runs: Sequence[Run], y: int, x: int, names: Sequence[s
     row = 0
     for name in names:
         for run in runs:
-            if factors := run.applied.weights.get(name):
+            if factors := run.applied.weights.get(name, far=b.segments[-1].far):
                 y = _added(b, y, run, factors, c.mul_mat(b.ctx, factors.a, _columns(b, x, run)), row)
         row += int(ggml.fields(b.weights.require(name)).ne[1])
     return y

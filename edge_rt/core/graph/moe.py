@@ -17,10 +17,11 @@ def experts(b: Builder, x: int, prefix: str) -> int:
     logits = c.mul_mat(ctx, b.weights.require(f"{prefix}.ffn_gate_inp.weight"), x)  # [n_expert, T]
     probabilities = c.soft_max(ctx, logits)
     chosen = c.argsort_top_k(ctx, probabilities, h.n_expert_used)  # [used, T]
-    picked = c.cont(ctx, chosen)
-    c.set_output(picked)
-    b.expand(picked)
-    b.experts.append(picked)
+    if not b.segments[-1].far:  # there all experts are in memory
+        picked = c.cont(ctx, chosen)
+        c.set_output(picked)
+        b.expand(picked)
+        b.experts.append(picked)
     weights = c.get_rows(ctx, c.reshape_3d(ctx, probabilities, 1, h.n_expert, rows), chosen)  # [1, used, T]
     weights = c.reshape_2d(ctx, weights, h.n_expert_used, rows)
     total = c.clamp(ctx, c.sum_rows(ctx, weights), _SMALLEST_F16, float("inf"))

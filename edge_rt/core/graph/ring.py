@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.native import ggml
+from edge_rt.native import devices, ggml
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edge_rt.core.load.offloaded import Offloaded
 
 
 class QueryRing:
@@ -22,14 +24,23 @@ class QueryRing:
     the heads might no longer agree which cells they may see.
     """
 
-    def __init__(self, hyper: Hyper, window: int, length: int) -> None:
-        """An empty ring for a sequence of ``length`` cells. Raises OutOfMemory."""
+    def __init__(self, hyper: Hyper, window: int, length: int, offloaded: Offloaded | None = None) -> None:
+        """An empty ring for a sequence of ``length`` cells, where its cells are. Raises OutOfMemory."""
         self._shape = (window, hyper.n_head, hyper.head_dim)
-        self._ctx = ggml.context(hyper.n_layer)
+        self._offloaded, self._near = offloaded, offloaded.first if offloaded else hyper.n_layer
         width = hyper.n_head * hyper.head_dim
-        self.tensors = tuple(int(ggml.c.new_tensor_2d(self._ctx.address, ggml.TYPE_F32, width, window)) for _ in range(hyper.n_layer))
-        self._buffer = ggml.allocate_context(self._ctx)
-        self.nbytes = int(ggml.c.backend_buffer_get_size(self._buffer.address))
+        counts = [n for n in (self._near, hyper.n_layer - self._near) if n]
+        self._contexts = [ggml.context(n) for n in counts]
+        self.tensors = tuple(
+            int(ggml.c.new_tensor_2d(ctx.address, ggml.TYPE_F32, width, window))
+            for ctx, n in zip(self._contexts, counts, strict=True)
+            for _ in range(n)
+        )
+        self._here = ggml.allocate_context(self._contexts[0]) if self._near else None
+        far = self._near < hyper.n_layer
+        self._there = offloaded.allocate_context(self._contexts[-1]) if offloaded and far else None
+        held = (buffer for buffer in (self._here, self._there) if buffer)
+        self.nbytes = sum(int(ggml.c.backend_buffer_get_size(buffer.address)) for buffer in held)
         self.window = window
         self._since = length  # the first cell whose query is held
         self._offset = 0
@@ -55,10 +66,20 @@ class QueryRing:
         """Queries of the last cells of ``length``, oldest first: float32 [held, H, D], a copy."""
         held = self.held(length)
         columns = [self.column(cell) for cell in range(length - held, length)]
-        asked: npt.NDArray[np.float32] = ggml.view(self.tensors[layer], "f4", self._shape)[columns]
-        return asked
+        asked: npt.NDArray[np.float32]
+        if layer < self._near:
+            asked = ggml.view(self.tensors[layer], "f4", self._shape)[columns]
+            return asked
+        with devices.copied([self.tensors[layer]]) as (copy,):
+            asked = ggml.view(copy, "f4", self._shape)[columns]
+            return asked
 
     def close(self) -> None:
         """Free the memory. Graphs that write here must not run any more."""
-        self._buffer.close()
-        self._ctx.close()
+        if self._here:
+            self._here.close()
+        if self._there and self._offloaded:
+            self._offloaded.give(self._there)
+            self._there = None
+        for ctx in self._contexts:
+            ctx.close()

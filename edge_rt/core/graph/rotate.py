@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edge_rt.core.graph.common import KvView
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.native import ggml
 
@@ -17,12 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.core.context.kv import KvCache
+
     Move = tuple[int, int, npt.NDArray[np.int32]]
 
 c = ggml.c
 
 
-def rotate_keys(cache: KvView, hyper: Hyper, mode: int, factors: int | None, moves: Sequence[Move], backend: ggml.Handle) -> None:
+def rotate_keys(cache: KvCache, hyper: Hyper, mode: int, factors: int | None, moves: Sequence[Move], backend: ggml.Handle) -> None:
     """Rotate the keys of cells [start, end) by ``shifts`` positions, for each (start, end, shifts), in every layer and head."""
     import numpy as np
 
@@ -36,21 +37,21 @@ def rotate_keys(cache: KvView, hyper: Hyper, mode: int, factors: int | None, mov
         tensors = [[c.new_tensor_1d(inputs.address, ggml.TYPE_I32, end - start) for _ in range(heads)] for start, end, _ in moves]
         with ggml.allocate_context(inputs):
             for layer in range(hyper.n_layer):
-                with ggml.context(nodes, (nodes,)) as work:
+                with ggml.context(nodes, (nodes,)) as work, cache.layer(layer, write=True) as (keys, _):
                     graph = c.new_graph_custom(work.address, nodes, False)
                     for by_head, shifts, (start, end, _) in zip(tensors, each, moves, strict=True):
                         for head, tensor in enumerate(by_head):
                             ggml.view(tensor, "i4", (end - start,))[:] = shifts[layer, head]
-                            c.build_forward_expand(graph, _rotated(work, cache, hyper, mode, factors, layer, head, start, end, tensor))
+                            c.build_forward_expand(graph, _rotated(work, keys, hyper, mode, factors, head, start, end, tensor))
                     c.gallocr_alloc_graph(arena.address, graph)
                     ggml.compute(backend, graph)
 
 
 def _rotated(
-    work: ggml.Handle, cache: KvView, hyper: Hyper, mode: int, factors: int | None, layer: int, head: int, start: int, end: int, shifts: int
+    work: ggml.Handle, keys: int, hyper: Hyper, mode: int, factors: int | None, head: int, start: int, end: int, shifts: int
 ) -> int:
     """Keys [D, end - start] of one head, rotated in place."""
-    ctx, keys, size, n = work.address, cache.keys[layer], hyper.head_dim, end - start
+    ctx, size, n = work.address, hyper.head_dim, end - start
     nb = ggml.fields(keys).nb
     place = c.view_2d(ctx, keys, size, n, nb[1], head * nb[2] + start * nb[1])
     plain = c.cpy(ctx, place, c.new_tensor_2d(ctx, ggml.TYPE_F32, size, n))

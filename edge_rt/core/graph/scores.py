@@ -31,9 +31,10 @@ Spread over the last 64 tokens they tell as much as all 64 (``UNASKED`` of core/
 class CachedLayer:
     """One layer of a cache, N cells of G heads. Every array is valid until the next is asked for, of this layer or another."""
 
-    def __init__(self, cache: KvCache, hyper: Hyper, number: int, shared: _Shared) -> None:
+    def __init__(self, cache: KvCache, hyper: Hyper, number: int, tensors: tuple[int, int], shared: _Shared) -> None:
+        """``tensors``: its keys and values in the host's memory."""
         self.number, self.n_heads, self.n_cells = number, hyper.n_head_kv, cache.length
-        self._cache, self._hyper, self._shared = cache, hyper, shared
+        self._cache, self._hyper, self._tensors, self._shared = cache, hyper, tensors, shared
 
     def attention(self) -> npt.NDArray[np.float32]:
         """softmax(q k * scale) of the last queries, at most ENOUGH of them, each over the cells it may see: [G, queries of the group, N].
@@ -73,13 +74,13 @@ class CachedLayer:
 
     def _keys(self, ctx: int) -> int:
         """[D, N, G]."""
-        keys = self._cache.view.keys[self.number]
+        keys = self._tensors[0]
         nb = ggml.fields(keys).nb
         return int(c.view_3d(ctx, keys, self._hyper.head_dim, self.n_cells, self.n_heads, nb[1], nb[2], 0))
 
     def _values(self, ctx: int) -> int:
         """[D, N, G]."""
-        values, size, n = self._cache.view.values[self.number], self._hyper.head_dim, self.n_cells
+        values, size, n = self._tensors[1], self._hyper.head_dim, self.n_cells
         nb = ggml.fields(values).nb
         if self._cache.view.transposed:
             return int(c.cont(ctx, c.transpose(ctx, c.view_3d(ctx, values, n, size, self.n_heads, nb[1], nb[2], 0))))
@@ -125,4 +126,5 @@ def cached_layers(cache: KvCache, hyper: Hyper, backend: ggml.Handle, queries: i
     """The layers of a cache, one after the other. They ask with the last ``queries`` that were kept, None: with all; see ENOUGH."""
     with closing(_Shared(cache, hyper, backend, queries)) as shared:
         for number in range(hyper.n_layer):
-            yield CachedLayer(cache, hyper, number, shared)
+            with cache.layer(number) as tensors:
+                yield CachedLayer(cache, hyper, number, tensors, shared)

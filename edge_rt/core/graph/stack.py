@@ -40,7 +40,7 @@ def runs(shapes: Sequence[SlotShape], caches: Sequence[KvView]) -> list[tuple[in
 def _fits(shape: SlotShape, cache: KvView) -> bool:
     """Whether a sequence has one token, and comes to the same bits in a stack."""
     exact = cache.transposed or cache.key_type != ggml.TYPE_F16 or shape.cells < SPLIT_FROM
-    return shape.tokens == shape.rows == 1 and not cache.window and exact
+    return shape.tokens == shape.rows == 1 and not cache.window and not cache.offloaded and exact
 
 
 def joined(caches: Sequence[KvView]) -> KvView:

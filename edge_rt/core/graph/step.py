@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edge_rt.core.graph import decoder, lora, offsets, stack
 from edge_rt.core.graph.attention import wants_flash
 from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
+from edge_rt.core.graph.crossing import Crossing
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.errors import OutOfMemory
 from edge_rt.native import ggml
@@ -17,6 +18,7 @@ from edge_rt.native.rows import Rows, elements
 
 if TYPE_CHECKING:
     from edge_rt.core.graph.decoder import Output
+    from edge_rt.core.load.offloaded import Offloaded
     from edge_rt.native.rows import Kind
 
 c = ggml.c
@@ -52,7 +54,7 @@ def stacked(shapes: Sequence[SlotShape], slots: Sequence[Slot]) -> tuple[list[Sl
             continue
         own, n = slots[first : last + 1], last + 1 - first
         cells = max(shape.cells for shape in shapes[first : last + 1])
-        new_shapes.append(SlotShape(n, cells, n, shapes[first].adapter, n))
+        new_shapes.append(shapes[first]._replace(tokens=n, cells=cells, rows=n, sequences=n))
         starts, positions = [slot.starts[0] for slot in own], [slot.positions[0] for slot in own]
         new_slots.append(Slot(stack.joined([slot.cache for slot in own]), starts, positions, [slot.tokens[0] for slot in own], range(n)))
     return new_shapes, new_slots
@@ -74,20 +76,29 @@ class _SlotMemory(NamedTuple):
     window: int
 
 
-def _room(hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool) -> tuple[int, tuple[int, ...]]:
-    """How many tensors the graph of a step may have, and how many nodes each of its segments."""
+def _room(
+    hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False
+) -> tuple[int, tuple[int, ...]]:
+    """How many tensors the graph of a step may have, and how many nodes each of its segments; ``far``: one more is on a device."""
     queries = sum(1 if shape.together or shape.sequences > 1 else shape.tokens for shape in shapes)
     per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
     adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
     per_layer += lora.PRODUCTS_PER_LAYER * (adapted + (offsets.NODES if weights.centred else 0))
     around = 64 + 2 * adapted  # embedding and head
-    size = around + per_layer * (3 if split else hyper.n_layer)
-    return around + per_layer * hyper.n_layer, (size,) * (hyper.n_layer + 2 if split else 1)
+    size, all_ = around + per_layer * (3 if split else hyper.n_layer), around + per_layer * hyper.n_layer
+    return all_, (*(size,) * (hyper.n_layer + 2 if split else 1), *(all_,) * far)
 
 
-def description_bytes(hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool) -> int:
+def description_bytes(hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> int:
     """Bytes of the tensors' descriptions of the graph of a step."""
-    return ggml.context_bytes(*_room(hyper, weights, shapes, split))
+    return ggml.context_bytes(*_room(hyper, weights, shapes, split, far))
+
+
+class Far(NamedTuple):
+    """The device that a step graph ends on, and the compute buffer there."""
+
+    offloaded: Offloaded
+    arena: ggml.Handle
 
 
 class StepGraph:
@@ -102,30 +113,45 @@ class StepGraph:
         arena: ggml.Handle,
         split: bool,
         output: Output = "logits",
+        far: Far | None = None,
     ) -> None:
         self.shapes = shapes
         n_tokens, n_rows = sum(s.tokens for s in shapes), sum(s.rows for s in shapes)
-        n_inputs = 5 + 4 * len(shapes)
+        n_inputs = 6 + 4 * len(shapes)
         self._input_ctx = ggml.context(n_inputs)
         self._flash = [wants_flash(shape, cache) for shape, cache in zip(shapes, caches, strict=True)]
-        inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, split)
+        inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, 2 * split + (far is not None))
         self._input_buffer = ggml.allocate_context(self._input_ctx)
         self._bind(inputs, hyper, n_tokens, caches)
-        tensors, graphs = _room(hyper, weights, shapes, split)
+        tensors, graphs = _room(hyper, weights, shapes, split, far is not None)
         self._ctx = ggml.context(tensors, graphs)
         self.input_bytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs)
-        self.nbytes = self.input_bytes + description_bytes(hyper, weights, shapes, split)
         self._over = {cache.members: ggml.buffer_from_address(*stack.span(cache)) for cache in caches if cache.members}
         over = {members: buffer.address for members, buffer in self._over.items()}
-        builder = Builder(self._ctx.address, hyper, weights, inputs, shapes, caches, graphs[0], split, borders, over)
-        family = decoder.FAMILIES[hyper.architecture]
-        found = decoder.build(builder, family, output if n_rows else None)
-        self.segments: list[Segment] = builder.segments
-        self._allocate(arena)
-        self.output = None if found is None else Rows.of(found, n_rows, hyper.n_vocab if output == "logits" else hyper.n_embd)
+        crosses = n_tokens if far and far.offloaded.layers else n_rows
+        self.crossing = Crossing(far.offloaded, hyper, inputs, borders[-1], crosses) if far and crosses else None
+        try:
+            beyond = self.crossing.beyond if self.crossing else None
+            ctx = self._ctx.address
+            builder = Builder(ctx, hyper, weights, inputs, shapes, caches, graphs[0], split, borders[:2], over, beyond, graphs[-1])
+            found = decoder.build(builder, decoder.FAMILIES[hyper.architecture], output if n_rows else None)
+            self.segments: list[Segment] = builder.segments
+            self._allocate(arena, far)
+            width = hyper.n_vocab if output == "logits" else hyper.n_embd
+            if self.crossing and self.segments[-1].far:
+                self.output = None if found is None else self.crossing.result(found, n_rows, width)
+            else:
+                self.output = None if found is None else Rows.of(found, n_rows, width)
+        except BaseException:
+            self.close()
+            raise
         self.experts = [elements(e, "i", int(ggml.fields(e).ne[1]) * hyper.n_expert_used) for e in builder.experts]
+        self.nbytes = self.input_bytes + description_bytes(hyper, weights, shapes, split, far is not None)
+        self.nbytes += self.crossing.nbytes if self.crossing else 0
 
-    def _declare_inputs(self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], split: bool) -> tuple[Inputs, list[int]]:
+    def _declare_inputs(
+        self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], n_borders: int
+    ) -> tuple[Inputs, list[int]]:
         ctx = self._input_ctx.address
         slots = []
         for shape, cache, flash in zip(self.shapes, caches, self._flash, strict=True):
@@ -147,7 +173,7 @@ class StepGraph:
             rows=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_rows) if 0 < n_rows < n_tokens else None,
             slots=slots,
         )
-        borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, hyper.n_embd, n_tokens) for _ in range(2 if split else 0)]
+        borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, hyper.n_embd, n_tokens) for _ in range(n_borders)]
         return inputs, borders
 
     def _bind(self, inputs: Inputs, hyper: Hyper, n_tokens: int, caches: Sequence[KvView]) -> None:
@@ -171,11 +197,14 @@ class StepGraph:
                 )
             )
 
-    def _allocate(self, arena: ggml.Handle) -> None:
+    def _allocate(self, arena: ggml.Handle, far: Far | None) -> None:
         """Give every node an address in the shared compute buffer; the largest segment decides its size first."""
-        for segment in self.segments[1:]:
+        near = [segment for segment in self.segments if not segment.far]
+        if far and self.crossing and len(near) < len(self.segments):
+            self.crossing.allocate(self.segments[-1], far.arena)
+        for segment in near[1:]:
             c.gallocr_reserve(arena.address, segment.graph)
-        for segment in self.segments:
+        for segment in near:
             if not c.gallocr_alloc_graph(arena.address, segment.graph):
                 raise OutOfMemory("no memory for the compute buffer; lower --ctx or close other programs")
 
@@ -227,6 +256,8 @@ class StepGraph:
 
     def close(self) -> None:
         """Free the graph and its inputs."""
+        if self.crossing:
+            self.crossing.close()
         self._ctx.close()
         self._input_buffer.close()
         self._input_ctx.close()
@@ -242,13 +273,14 @@ def _fill_indices(indices: Any, cells: Sequence[int], capacity: int) -> None:
 
 
 class GraphCache:
-    """Step graphs by shape and cache identity, least recently used first out; they share one compute buffer."""
+    """Step graphs by shape and cache identity, least recently used first out; they share one compute buffer, and one on the device."""
 
-    def __init__(self, hyper: Hyper, weights: Weights, split: bool) -> None:
+    def __init__(self, hyper: Hyper, weights: Weights, split: bool, offloaded: Offloaded | None = None) -> None:
         self._hyper, self._weights, self._split = hyper, weights, split
         self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
         self._arena = ggml.allocator()
-        self._size = 0
+        self._far = Far(offloaded, offloaded.device.allocator()) if offloaded else None
+        self._sizes: tuple[int, ...] = ()
 
     def get(self, shapes: Sequence[SlotShape], caches: Sequence[KvView], output: Output = "logits") -> StepGraph:
         """The graph for a step shape, built if need be. Raises OutOfMemory."""
@@ -257,20 +289,31 @@ class GraphCache:
         if graph is not None:
             self._graphs.move_to_end(key)
             return graph
-        graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split, output)
-        size = int(c.gallocr_get_buffer_size(self._arena.address, 0))
-        if size != self._size:  # the compute buffer moved: what was allocated in the old one is gone
-            self._size = size
+        try:
+            graph = self._built(shapes, caches, output)
+        except OutOfMemory:  # without the others it may fit; and where a compute buffer was to grow, what was in it is gone
+            if not self._graphs:
+                raise
             self.clear()
+            graph = self._built(shapes, caches, output)
         self._graphs[key] = graph
         while len(self._graphs) > 1 and sum(g.nbytes for g in self._graphs.values()) > GRAPH_BYTES:
             self._graphs.popitem(last=False)[1].close()
         return graph
 
+    def _built(self, shapes: Sequence[SlotShape], caches: Sequence[KvView], output: Output) -> StepGraph:
+        graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split, output, self._far)
+        arenas = (self._arena, self._far.arena) if self._far else (self._arena,)
+        sizes = tuple(int(c.gallocr_get_buffer_size(arena.address, 0)) for arena in arenas)
+        if sizes != self._sizes:  # a compute buffer moved: what was allocated in the old one is gone
+            self._sizes = sizes
+            self.clear()
+        return graph
+
     @property
     def arena_bytes(self) -> int:
-        """Bytes of the compute buffer."""
-        return self._size
+        """Bytes of the compute buffer, here and on the device."""
+        return sum(self._sizes)
 
     def forget(self, cache: KvView) -> None:
         """Drop the graphs over a cache that is about to move or go."""
@@ -286,9 +329,12 @@ class GraphCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the compute buffer and of cached graphs."""
-        return self._size + sum(g.nbytes for g in self._graphs.values())
+        return self.arena_bytes + sum(g.nbytes for g in self._graphs.values())
 
     def close(self) -> None:
         """Drop everything."""
         self.clear()
         self._arena.close()
+        if self._far:
+            self._far.arena.close()
+            self._far.offloaded.compute = 0

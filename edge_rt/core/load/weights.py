@@ -5,7 +5,7 @@ Nothing is read here. A tensor's bytes come from disk when a kernel, the prefetc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from edge_rt.core.graph.hyper import Hyper
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 class WeightStore:
-    """Every weight as a ggml tensor over mapped memory. ``packed`` None runs straight from the GGUF."""
+    """Every weight as a ggml tensor over mapped memory. ``packed`` None runs straight from the GGUF.
 
-    def __init__(self, file: ModelFile, hyper: Hyper, packed: PackedFile | None = None) -> None:
+    Units that are ``elsewhere``, on a device, are in no unit here: nothing reads them ahead.
+    """
+
+    def __init__(self, file: ModelFile, hyper: Hyper, packed: PackedFile | None = None, elsewhere: Collection[str] = ()) -> None:
         self._file, self._packed = file, packed
         names = list(file.header.tensors)
         self._ctx = ggml.context(2 * (len(names) + len(packed.entries if packed else ())) + 1)  # half of it for ``joined``
@@ -43,7 +46,7 @@ class WeightStore:
             self._tensors[name] = tensor
             self._spans[name] = Span(base + info.offset, info.nbytes, file.fd, info.offset)
         self._packed_names = frozenset(packed_names)
-        self.units = tuple(self._units(hyper))
+        self.units = tuple(self._units(hyper, elsewhere))
         self._advise()
 
     def get(self, name: str) -> int | None:
@@ -117,9 +120,9 @@ class WeightStore:
         if self._packed:
             self._packed.close()
 
-    def _units(self, hyper: Hyper) -> Iterator[Unit]:
+    def _units(self, hyper: Hyper, elsewhere: Collection[str]) -> Iterator[Unit]:
         """Units in the order a forward pass touches them."""
-        tied = "output.weight" not in self._tensors
+        tied = "output.weight" not in self._tensors and "head" not in elsewhere
         members: dict[str, list[str]] = {}
         for name in self._tensors:
             members.setdefault(unit_name(name), []).append(name)
@@ -127,7 +130,7 @@ class WeightStore:
             # The head is the embedding: its bytes are read whole by every step, so they count there.
             members.setdefault("head", []).extend(n for n in members.pop("embedding", []))
         order = ["embedding", *(f"blk.{i}" for i in range(hyper.n_layer)), "norm", "head"]
-        for unit in order:
+        for unit in (one for one in order if one not in elsewhere):
             names = members.get(unit, [])
             experts = [n for n in names if "_exps." in n]
             for part, sparse, suffix in ((names, unit == "embedding", ""), (experts, True, ".experts")):
