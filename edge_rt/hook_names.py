@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 HOMES = {
+    "Accelerator": ("edge_rt.core.load.offload", "Accelerator"),
     "AhoCorasick": ("edge_rt.core.assemble.aho_corasick", "AhoCorasick"),
     "CpuSensors": ("edge_rt.sensors", "CpuSensors"),
     "Candidate": ("edge_rt.core.context.candidates", "Candidate"),
@@ -13,6 +14,8 @@ HOMES = {
     "choose_cells": ("edge_rt.core.context.pruning", "choose"),
     "in_pieces": ("edge_rt.core.graph.pieces", "in_pieces"),
     "read_hyper": ("edge_rt.core.graph.hyper", "read_hyper"),
+    "Latest": ("edge_rt.patience", "Latest"),
+    "Patient": ("edge_rt.patience", "Patient"),
     "HALF_WIDTH": ("edge_rt.core.assemble.width", "HALF_WIDTH"),
     "Contribution": ("edge_rt.core.context.grading", "Contribution"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
@@ -29,6 +32,7 @@ HOMES = {
     "cpu_topology": ("edge_rt.topology", "cpu_topology"),
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
     "ggml_features": ("edge_rt.native.ggml", "cpu_features"),
+    "ggml_backends": ("edge_rt.native.libs", "built_backends"),
     "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
     "keep_graded": ("edge_rt.core.context.policies", "keep_graded"),

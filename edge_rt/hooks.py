@@ -84,12 +84,15 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.support import unsupported as ggml_unsupported
     from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.load.offload import Accelerator
     from edge_rt.cpu_profile import cpu_profile
     from edge_rt.cpuinfo import board as board_name
     from edge_rt.cpuinfo import processors as cpu_processors
     from edge_rt.native.ggml import cpu_features as ggml_features
+    from edge_rt.native.libs import built_backends as ggml_backends
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
+    from edge_rt.patience import Latest, Patient
     from edge_rt.sensors import CpuSensors
     from edge_rt.topology import cpu_topology
 
@@ -325,15 +328,15 @@ class HookSpecs:
 
 
 __all__ = [
-    "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "AbiMismatch", "AhoCorasick", "AppliesAdapters", "Basis",
-    "Cache", "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores",
-    "CountsWork", "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory",
-    "EngineInfo", "EngineOptions", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsText", "HookSpecs", "Hyper",
+    "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters", "Basis", "Cache",
+    "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores", "CountsWork",
+    "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo",
+    "EngineOptions", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsText", "HookSpecs", "Hyper", "Latest",
     "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells", "NativeError", "Offer",
-    "OptionError", "OutOfMemory", "Part", "Piece", "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile",
-    "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth",
-    "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus", "board_name", "check_pruning", "choose_cells",
-    "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_features", "ggml_unsupported", "hookimpl", "hookspec",
-    "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict", "open_ggml_engine", "read_hyper",
-    "recent_native_errors",
+    "OptionError", "OutOfMemory", "Part", "Patient", "Piece", "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory",
+    "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules", "Run", "Segment", "SessionFileError",
+    "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus", "board_name", "check_pruning",
+    "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features",
+    "ggml_unsupported", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict",
+    "open_ggml_engine", "read_hyper", "recent_native_errors",
 ]  # fmt: skip

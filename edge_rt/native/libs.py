@@ -47,6 +47,16 @@ def identity() -> str:
     return " ".join(f"{one.st_size}-{one.st_mtime_ns}" for one in found)
 
 
+def built_backends() -> frozenset[str]:
+    """ggml's backends that are installed, e.g. ``cpu`` and ``cuda``, told by their files' names: nothing is loaded."""
+    try:
+        names = os.listdir(library_dir())
+    except (NativeError, OSError):  # whoever needs the library will say so
+        return frozenset()
+    stems = (name.split(".")[0].removeprefix("lib") for name in names)
+    return frozenset(stem.removeprefix("ggml-") for stem in stems if stem.startswith("ggml-"))
+
+
 @lru_cache(maxsize=1)
 def libraries() -> tuple[ctypes.CDLL, ...]:
     """Load the libraries once.

@@ -5,7 +5,7 @@
 // in it are turned into real ones, after it back; a tensor of the host in a graph makes the computation fail.
 //
 // Environment: SIM_MEMORY, bytes of each device (else 1 GiB); SIM_WITHOUT, names of operations it has no kernel for, separated by commas,
-// "FLASH_ATTN_EXT:each" for flash attention with a mask for every head.
+// "FLASH_ATTN_EXT:each" for flash attention with a mask for every head; SIM_NAME, what it is called, for tests of what looks for another.
 //
 // The declarations are those of ggml 0.25.3 (llama.cpp as vendored by llama-cpp-python 0.3.36, MIT licence, Copyright (c) 2023-2026 The
 // ggml authors): ggml/include/ggml.h, ggml/include/ggml-backend.h, ggml/src/ggml-backend-impl.h. Only what is used here is named;
@@ -327,7 +327,10 @@ bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
 
 bool device_supports_buft(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) { return type->device == device; }
 
-const char * registry_name(ggml_backend_reg_t) { return "SIM"; }
+const char * registry_name(ggml_backend_reg_t) {
+    const char * set = getenv("SIM_NAME");
+    return set ? set : "SIM";
+}
 size_t registry_count(ggml_backend_reg_t) { return DEVICES; }
 ggml_backend_dev_t registry_device(ggml_backend_reg_t, size_t index) { return &devices[index]; }
 void * registry_function(ggml_backend_reg_t, const char *) { return nullptr; }
