@@ -18,7 +18,7 @@ _UNIT = "tokens/s"
 def short(settings: Settings) -> list[Result]:
     """50 tokens of prompt, 96 decoded."""
     bounds = (Bound(DEFAULT, "at least", 1.0), Bound(BEST, "at least", 1.0))
-    results = [_run(settings, kind, 50, settings.pick(96, 8), settings.pick(15, 2), bounds) for kind in ("Q4_0", "Q8_0")]
+    results = [_run(settings, kind, 50, settings.pick(96, 8), settings.pick(15, 2), bounds) for kind in ("Q4_0", "Q4_1", "Q8_0")]
     return [*results, _session(settings)]
 
 

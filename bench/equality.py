@@ -12,6 +12,7 @@ import numpy as np
 from bench import models
 from bench.contenders import AUTO, OFF, ON, Contender, Ours, Peer, PeerSetting
 from bench.results import Result, Settings
+from edge_rt.core.load import packing
 
 _CONTEXT = 1024
 _SAME_KERNELS = ("F16", "Q4_1", "Q4_0")
@@ -45,7 +46,7 @@ def run(settings: Settings) -> list[Result]:
 
 def _logits(settings: Settings, path: Path, kind: str) -> Iterator[Result]:
     """Against libllama with the kernels we run: flash attention, except where decoding over transposed values is faster."""
-    ours = Ours(path, _CONTEXT)
+    ours = _ours(path, kind)
     try:
         prompt = ours.model.prompt_tokens([{"role": "user", "content": " ".join(PROMPTS.values())}])
         for stage, flash in (("prefill", ON), ("decode", ours.decode_flash)):
@@ -69,6 +70,11 @@ def _logits(settings: Settings, path: Path, kind: str) -> Iterator[Result]:
             )
     finally:
         ours.close()
+
+
+def _ours(path: Path, kind: str) -> Ours:
+    """With the kernels that libllama has: Q4_1 it packs for AMX alone."""
+    return Ours(path, _CONTEXT, pack=kind != "Q4_1" or "AMX" in packing.layouts())
 
 
 def _difference(ours: Contender, peer: Contender, parts: Sequence[Sequence[int]]) -> tuple[float, bool]:
@@ -122,7 +128,7 @@ def _greedy(settings: Settings, path: Path, kind: str) -> Iterator[Result]:
     """
     count = settings.pick(200, 12)
     names = list(PROMPTS)[: settings.pick(len(PROMPTS), 2)]
-    ours = Ours(path, _CONTEXT)
+    ours = _ours(path, kind)
     try:
         prompts = {name: ours.model.prompt_tokens([{"role": "user", "content": PROMPTS[name]}]) for name in names}
         flash, one_by_one = ours.decode_flash, ours.decode_flash == OFF

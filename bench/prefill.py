@@ -13,8 +13,8 @@ from bench.timing import interleave
 
 
 def run(settings: Settings) -> list[Result]:
-    """Q4_0 and Q8_0."""
-    return [_run(settings, kind) for kind in ("Q4_0", "Q8_0")]
+    """Q4_0, Q4_1 and Q8_0."""
+    return [_run(settings, kind) for kind in ("Q4_0", "Q4_1", "Q8_0")]
 
 
 def _run(settings: Settings, kind: str) -> Result:
