@@ -63,6 +63,8 @@ def settled(by_cell: Callable[[], float], transposed: Callable[[], float]) -> fl
 class _NoWeights:
     """Attention alone needs none."""
 
+    centred = False
+
     def get(self, name: str) -> int | None:
         """None."""
         return None
