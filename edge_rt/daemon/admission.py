@@ -80,6 +80,7 @@ class Line:
         self.waiting: list[Waiting] = []
         self._orders = 0
         self._told = 0
+        self._looked = 0.0
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -104,7 +105,7 @@ class Line:
 
     def admit(self) -> bool:
         """Let in whoever fits now; whether anybody did."""
-        started = False
+        started, self._looked = False, time.monotonic()
         for one in sorted(self.waiting, key=lambda one: one.rank):
             if not one.ready():
                 continue
@@ -134,7 +135,7 @@ class Line:
         """When ``admit`` is to be called at the latest, on the monotonic clock."""
         if not self.waiting:
             return None
-        return min([time.monotonic() + LOOK_EVERY, *(one.until for one in self.waiting if one.until is not None)])
+        return min([self._looked + LOOK_EVERY, *(one.until for one in self.waiting if one.until is not None)])
 
     def _room(self, one: Waiting) -> int | None:
         """Cells that it may begin with, after memory was freed for them; None if it does not fit."""

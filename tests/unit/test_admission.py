@@ -417,6 +417,23 @@ def test_the_urgent_go_first_and_then_the_first():
     assert begun == ["c", "b", "d", "a"]
 
 
+def test_who_waits_is_looked_at_again_after_a_while_though_nothing_ended(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    units = Units()
+    line = Line(units, lambda one, room: None, lambda one, error: None, lambda one, event: None, lambda short: None)
+    assert line.due() is None
+    units.used = 10
+    line.add(Waiting({}, [], {}, Need(1, 1), "a", lambda: True))
+    line.admit()
+    now[0] += admission.LOOK_EVERY / 2
+    assert line.due() > now[0]
+    now[0] += admission.LOOK_EVERY / 2
+    assert line.due() <= now[0]
+    line.admit()
+    assert line.due() > now[0]
+
+
 def test_events_that_nobody_takes_are_not_sent(host):
     one = host(allowance=300 * CELL)
     first, second = one.ask("a" * 99, max_tokens=150), one.ask("b" * 99, max_tokens=150, credits=1)
