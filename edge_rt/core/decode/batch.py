@@ -32,9 +32,11 @@ STRETCH = 2.25
 WEIGHTS_COST = 3
 """Reading all weights takes a step about as long as the tokens of so many requests."""
 LEAST = 4
-"""Prompt tokens in a step, or tokens of other work between two, whatever they cost: kernels take so many columns at once. More come in
-multiples of it. Behind 2,000 cells eight are half as much again as ``STRETCH`` allows (135M, two threads).
+"""Prompt tokens in a step, or tokens of other work between two, where ``STRETCH`` allows fewer: kernels take so many columns at once.
+More come in multiples of it. Behind 2,000 cells eight are half as much again as ``STRETCH`` allows (135M, two threads).
 """
+UTMOST = 2.75
+"""Where even ``LEAST`` make a step this much longer, half as many come: waits of 4 times the usual are noticed, and steps scatter."""
 
 Deliver = Callable[[Event], bool]
 """Takes an event of a request; whether it may go on at once. If not, it waits for ``Batch.resume``, unless it was cancelled: the few
@@ -146,8 +148,10 @@ class Batch:
         if not self._decoding or not self._a_prompt_token:
             return LEAST
         waiting = [one for one in self._running if one.part is not None]
-        long = STRETCH * self._seconds(len(waiting)) - self._seconds(sum(not _reads(one) for one in waiting))
-        most = min(self._engine.info.chunk, max(0, int(long / self._a_prompt_token)))
+        decoding = self._seconds(sum(not _reads(one) for one in waiting))
+        most = min(self._engine.info.chunk, max(0, int((STRETCH * self._seconds(len(waiting)) - decoding) / self._a_prompt_token)))
+        if decoding + LEAST * self._a_prompt_token > UTMOST * decoding:
+            return LEAST // 2
         # Few different numbers: what the engine builds for a step then serves those after it.
         return max(LEAST, most - most % max(LEAST, 1 << max(0, most.bit_length() - 3)))
 
