@@ -186,6 +186,7 @@ class GgmlEngine(GgmlSequences):
         self._file.check_unchanged()
         for weights in last.adapters:
             weights.check_unchanged()
+        self._last = None  # until it is done: after a step that failed the inputs are not those of the one before
         last.graph.advance(tokens, cells)
         self._choose_threads()
         if self._offloaded:
@@ -195,6 +196,7 @@ class GgmlEngine(GgmlSequences):
         for cache in last.caches:
             cache.positions.append(1)
         last.cells, last.left = [cell + 1 for cell in last.cells], last.left - 1
+        self._last = last
         return last.rows
 
     def _remember(self, parts: Sequence[Part], run: Sequence[Piece], graph: StepGraph, rows: list[Rows | None]) -> None:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def memory(model: Model, store: Store, account: Account) -> Message:
     """Bytes by owner. All may be shown to anybody but ``by_session``, whose keys are the names of all users' sessions.
 
-    ``weights_mapped``, ``weights_resident``, ``cache``, ``compute``: as ``MemoryReport``. ``units``: of the weights, with ``name``,
-    ``nbytes`` and ``resident``. ``promised``: what caches and steps may come to hold, by what it is for; ``held``, ``reserved`` and
-    ``allowance`` are of caches and steps. ``anonymous``: of the whole process, None where the system does not say. ``sessions``,
-    ``parked``: how many there are.
+    ``weights_mapped``, ``weights_resident``, ``cache``, ``compute``, ``device``: as ``MemoryReport``. ``units``: of the weights, with
+    ``name``, ``nbytes`` and ``resident``. ``promised``: what caches and steps may come to hold, by what it is for; ``held``,
+    ``reserved`` and ``allowance`` are of caches and steps. ``anonymous``: of the whole process, None where the system does not say.
+    ``sessions``, ``parked``: how many there are.
     """
     return {
         **model.memory()._asdict(),

@@ -18,7 +18,7 @@ from edge_rt.core.graph import attention
 from edge_rt.core.graph.attention import Traits
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.core.load.offload import Accelerator
-from edge_rt.errors import Cancelled, OptionError, OutOfMemory, UnsupportedModel
+from edge_rt.errors import Cancelled, NativeError, OptionError, OutOfMemory, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import devices
 
@@ -165,6 +165,18 @@ def test_the_rest_may_be_streamed_and_packed(random_model: Callable[..., Path], 
             a, b = feed(cpu, cpu.new_sequence(), tokens), feed(engine, engine.new_sequence(), tokens)
             assert np.abs(a - b).mean() / np.abs(a).mean() < 2e-2
             same_bits(b, feed(whole, whole.new_sequence(), tokens))
+
+
+@pytest.mark.parametrize("blocks", [30, 7])
+def test_a_real_model(smollm2: Path, simulator: str, blocks: int) -> None:
+    """30 blocks in Q4_1, with flash attention over 64 of a head: a prompt and the tokens that follow."""
+    options = {"threads": 2, "context": 512}
+    with opened(smollm2, **options) as cpu, opened(smollm2, accelerator_for(smollm2, blocks, **options), **options) as engine:
+        assert len(engine.info.offloaded) == blocks + 2
+        tokens = random_tokens(cpu, 70)
+        a, b = cpu.new_sequence(), engine.new_sequence()
+        for part in (tokens[:64], *([token] for token in tokens[64:])):
+            same_bits(feed(engine, b, part), feed(cpu, a, part))
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -332,6 +344,31 @@ def test_more_sequences_than_fit_are_refused_and_the_others_go_on(llama: Path) -
         same_bits(feed(engine, b, tokens[:3]), feed(cpu, a, tokens[:3]))
 
 
+@LAYOUTS
+@PLACES
+def test_no_more_is_held_than_was_predicted(llama: Path, blocks: int, transposed: bool) -> None:
+    """In the host's memory and the device's together: caches as they grow, are watched and pruned; graphs and compute buffers."""
+    found = accelerator_for(llama, blocks, context=1024, **layout(transposed))
+    plenty = Accelerator("SIM", 64 << 20) if blocks == LAYERS else Accelerator("SIM", found.memory)
+    with opened(llama, plenty, context=1024, **layout(transposed)) as engine:
+        tokens, said = random_tokens(engine, 900), {}
+        for cells in (900, 300):
+            said[sequence := engine.new_sequence()] = engine.needed_bytes(None, cells, pruned=True)
+            engine.watch(sequence, WATCHED)
+        most = engine.compute_bytes(900, 2, 16)
+        for start in range(0, 900, 150):
+            engine.step([Part(s, tokens[start : start + 150], "last") for i, s in enumerate(said) if start < (900, 300)[i]])
+            for sequence, bytes_ in said.items():
+                assert engine.sequence_bytes(sequence) <= bytes_
+            caches, compute = engine.held_bytes()
+            assert caches <= sum(said.values())
+            assert compute <= most
+        first = next(iter(said))
+        engine.prune(first, 200, first=4, last=20)
+        assert engine.sequence_bytes(first) <= said[first]
+        assert held_by_the_device(engine) == engine.memory().device <= plenty.memory
+
+
 def test_a_device_with_less_than_it_may_give(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIM_MEMORY", str(100_000))
     with pytest.raises(OutOfMemory, match="SIM0 has no"), opened(llama, Accelerator("SIM", ENOUGH)):
@@ -352,6 +389,21 @@ def test_the_device_runs_short_in_the_middle_and_recovers(llama: Path, monkeypat
         assert engine.length(b) == 5
         monkeypatch.delenv("SIM_MEMORY")
         same_bits(feed(engine, b, tokens[5:30]), feed(cpu, a, tokens[5:30]))
+
+
+def test_a_step_that_fails_is_none(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of decoding, where a step repeats the graph of the one before; and with a prompt."""
+    with both(llama) as (cpu, engine):
+        a, b = cpu.new_sequence(), engine.new_sequence()
+        for token in (1, 2, 3, 4):
+            same_bits(feed(engine, b, [token]), feed(cpu, a, [token]))
+        for tokens in ([5], list(range(40)), [6]):
+            monkeypatch.setenv("SIM_FAILS", "1")
+            with pytest.raises(NativeError, match="failed to compute a graph on SIM0"):
+                feed(engine, b, tokens)
+            assert engine.length(b) == cpu.length(a)
+            monkeypatch.delenv("SIM_FAILS")
+            same_bits(feed(engine, b, tokens), feed(cpu, a, tokens))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def _lines(server: Server, memory: Mapping[str, Mapping[str, Any]]) -> Iterator[
         yield f'edge_rt_model_ready{{model="{one["name"]}"}} {int(one["worker"]["state"] == "ready")}'
     yield from _head("edge_rt_memory_bytes", "gauge", "Bytes of the process with the model, by owner")
     for name, owners in memory.items():
-        for owner in ("weights_mapped", "weights_resident", "cache", "compute"):
+        for owner in ("weights_mapped", "weights_resident", "cache", "compute", "device"):
             if owners.get(owner) is not None:
                 yield f'edge_rt_memory_bytes{{model="{name}",owner="{owner}"}} {owners[owner]}'
     for field, help_text in _WORKERS.items():

@@ -5,7 +5,8 @@
 // in it are turned into real ones, after it back; a tensor of the host in a graph makes the computation fail.
 //
 // Environment: SIM_MEMORY, bytes of each device (else 1 GiB); SIM_WITHOUT, names of operations it has no kernel for, separated by commas,
-// "FLASH_ATTN_EXT:each" for flash attention with a mask for every head; SIM_NAME, what it is called, for tests of what looks for another.
+// "FLASH_ATTN_EXT:each" for flash attention with a mask for every head; SIM_NAME, what it is called, for tests of what looks for another;
+// SIM_FAILS, set while no graph can be computed.
 //
 // The declarations are those of ggml 0.25.3 (llama.cpp as vendored by llama-cpp-python 0.3.36, MIT licence, Copyright (c) 2023-2026 The
 // ggml authors): ggml/include/ggml.h, ggml/include/ggml-backend.h, ggml/src/ggml-backend-impl.h. Only what is used here is named;
@@ -263,6 +264,7 @@ bool ours(ggml_backend_t backend, const ggml_tensor * tensor) {
 }
 
 int backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    if (getenv("SIM_FAILS")) return STATUS_FAILED;
     std::set<ggml_tensor *> tensors;
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
