@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.hooks import Cache, Cores, Health, NativeError, Offer, Profile, Refusal
+from edge_rt.hooks import Basis, Cache, Cores, Health, NativeError, Offer, Profile, Refusal
 from edge_rt_mlu import adapters, cnmon
 from edge_rt_mlu.boards import board
 
@@ -161,13 +161,17 @@ class Mlu(NamedTuple):
         card = self._card()
         if isinstance(card, Refusal):
             raise NativeError(f"{self.name}: {card.reason}; {card.remedy}")
-        known, said = board(card.name), "measured" if card.cap else "projected"
+        known = board(card.name)
+        said: Basis = "measured" if card.cap else "projected"
+        basis: dict[str, Basis] = {"memory": "measured"}
         if known is None:  # how many cores it has is not known either: the chip counts as one
-            chip, basis = Cores(card.name, 1), {"cores": "unknown", "memory": "measured"}
-            return Profile(self.name, "npu", (chip,), card.memory, power=card.cap, basis=basis | ({"power": said} if card.cap else {}))
+            basis |= {"cores": "unknown"}
+            if card.cap:
+                basis["power"] = said
+            return Profile(self.name, "npu", (Cores(card.name, 1),), card.memory, power=card.cap, basis=basis)
         caches = (Cache(1, 768 << 10), Cache(2, 4 << 20, shared_by=4))  # NRAM of a core, SRAM of a cluster
         cores = Cores(f"{card.name}, MLUarch03", 4 * known.clusters, features=("fp16", "bf16", "int8"), caches=caches)
-        projected = dict.fromkeys(("cores", "bandwidth", "operations", "link"), "projected")
+        basis |= {"cores": "projected", "bandwidth": "projected", "operations": "projected", "link": "projected", "power": said}
         return Profile(
             name=self.name,
             kind="npu",
@@ -177,7 +181,7 @@ class Mlu(NamedTuple):
             operations=known.operations,
             link=known.link,
             power=card.cap or known.power,
-            basis=projected | {"memory": "measured", "power": said},
+            basis=basis,
         )
 
     def health(self) -> Health:
