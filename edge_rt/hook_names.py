@@ -33,6 +33,7 @@ HOMES = {
     "content_grader": ("edge_rt.core.context.grading", "content_grader"),
     "ggml_features": ("edge_rt.native.ggml", "cpu_features"),
     "ggml_backends": ("edge_rt.native.libs", "built_backends"),
+    "ggml_vector_length": ("edge_rt.native.ggml", "vector_length"),
     "ggml_unsupported": ("edge_rt.core.graph.support", "unsupported"),
     "open_ggml_engine": ("edge_rt.core.ggml_engine", "GgmlEngine"),
     "keep_graded": ("edge_rt.core.context.policies", "keep_graded"),

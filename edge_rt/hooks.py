@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from edge_rt.cpuinfo import processors as cpu_processors
     from edge_rt.native.ggml import cpu_features as ggml_features
     from edge_rt.native.libs import built_backends as ggml_backends
+    from edge_rt.native.ggml import vector_length as ggml_vector_length
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
     from edge_rt.patience import Latest, Patient
@@ -337,6 +338,6 @@ __all__ = [
     "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules", "Run", "Segment", "SessionFileError",
     "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus", "board_name", "check_pruning",
     "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features",
-    "ggml_unsupported", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict",
-    "open_ggml_engine", "read_hyper", "recent_native_errors",
+    "ggml_unsupported", "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide",
+    "keep_strict", "open_ggml_engine", "read_hyper", "recent_native_errors",
 ]  # fmt: skip

@@ -4,7 +4,7 @@
 #
 # Usage: tools/test_arm.sh [root] [build] [site] [model] [run]    all of them, in this order, if none is named
 # What it makes is kept in EDGE_RT_ARM_CACHE (default ~/.cache/edge-rt/arm, 1.5 GB) and not made again.
-# ARM_CORES chooses cores by name ("cortex-a72 cortex-a76"), ARM_MODELS among Q4_0 and F16; ARM_TOKENS is the length of the answer (8).
+# ARM_CORES chooses cores by name ("cortex-a72 cortex-a76"), ARM_MODELS among Q4_0 and F16 (or none); ARM_TOKENS is the length of the answer (8).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 checkout=$PWD cache=${EDGE_RT_ARM_CACHE:-$HOME/.cache/edge-rt/arm} python=${PYTHON:-.venv/bin/python}
@@ -160,12 +160,13 @@ run() {
 one_core() {  # core, build
   local out=$cache/out/$1-$2 good=0 kind
   on "$1" "$2" python3 -m edge_rt.cli.main arm || return 1
-  on "$1" "$2" python3 /opt/tools/kernels.py /opt/out/kernels.npz || good=1
+  on "$1" "$2" python3 /opt/tools/kernels.py /opt/out/kernels.npz /opt/reference/here/kernels.npz || good=1
   "$python" tools/arm/compare.py packed "$cache/out/here/kernels.npz" "$out/kernels.npz" || good=1
   for kind in ${ARM_MODELS:-Q4_0 F16}; do
+    [ "$kind" != none ] || continue
     echo "SmolLM2 $kind: $prompt"
     on "$1" "$2" python3 -m edge_rt.cli.main run -m "/opt/$kind.gguf" --device arm -t 2 --temp 0 -n "$tokens" --ignore-eos --json --raw "$prompt" \
-      >"$out/$kind.jsonl" || good=1
+      >"$out/$kind.jsonl" 2>"$out/$kind.err" || { cat "$out/$kind.err"; good=1; }
     "$python" tools/arm/compare.py answers "$cache/out/here/$kind.npz" "$out/$kind.jsonl" || good=1
     on "$1" "$2" python3 /opt/tools/logits.py "/opt/$kind.gguf" "/opt/out/$kind.npz" "$prompt" 0 \
       --device arm --reference "/opt/reference/here/$kind.npz" | sed 's/^/  /' || good=1

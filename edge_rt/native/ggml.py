@@ -385,4 +385,5 @@ def cpu_features() -> tuple[str, ...]:
 
 def vector_length() -> int:
     """Bytes of a vector where the CPU decides, not its instruction set (SVE, RISC-V): packed layouts depend on it. Else 0."""
+    c.backend_cpu_reg()  # the library asks the CPU when it is first used: before, it says 0
     return max(int(function(f"ggml_cpu_get_{name}", I32)()) for name in ("sve_cnt", "rvv_vlen"))

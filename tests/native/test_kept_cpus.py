@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -63,6 +65,36 @@ def test_every_graph_stays_on_these_cpus(random_model: Callable[..., Path], seen
 def test_more_threads_than_fast_cores_go_anywhere(random_model: Callable[..., Path], seen: list[set[int]]) -> None:
     logits(random_model("llama"), cpus=(LAST,), threads=2)
     assert seen == [os.sched_getaffinity(0)] * len(seen)
+
+
+WORKERS = """
+import os
+import sys
+from pathlib import Path
+from edge_rt.core.engine import Part
+from edge_rt.core.ggml_engine import GgmlEngine
+from edge_rt.core.load.model_file import ModelFile
+from edge_rt.hooks import EngineOptions
+from edge_rt.native import affinity
+
+affinity.fitting = lambda cpus, threads: tuple(cpus)  # two threads on one CPU: OpenMP makes a team even here
+engine = GgmlEngine(ModelFile.open(sys.argv[1]), EngineOptions(threads=2, context=256, cpus=(int(sys.argv[2]),)))
+before = {path.name for path in Path("/proc/self/task").iterdir()}
+engine.step([Part(engine.new_sequence(), list(range(3, 20)))])
+for task in Path("/proc/self/task").iterdir():
+    allowed = next(line.split()[1] for line in (task / "status").read_text().splitlines() if line.startswith("Cpus_allowed_list"))
+    print("new" if task.name not in before else "caller" if int(task.name) == os.getpid() else "other", allowed)
+"""
+
+
+def test_the_threads_of_openmp_stay_there_too(random_model: Callable[..., Path]) -> None:
+    path = random_model("llama", type="Q4_0")
+    logits(path, threads=1)  # what is measured once for this machine is measured
+    result = subprocess.run([sys.executable, "-c", WORKERS, str(path), str(LAST)], capture_output=True, text=True, check=True)
+    told = [line.split() for line in result.stdout.splitlines()]
+    assert ["new", str(LAST)] in told, f"OpenMP's thread is elsewhere: {told}"  # the thread that reads ahead is new as well, and free
+    (caller,) = (allowed for kind, allowed in told if kind == "caller")
+    assert caller != str(LAST) or len(os.sched_getaffinity(0)) == 1, "the caller is where it may be"
 
 
 class FastCores:

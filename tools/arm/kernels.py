@@ -1,9 +1,10 @@
 """Runs every packed kernel of this processor once, with one column and with several, against the kernels for weights as they are.
 
-    python kernels.py OUT.npz
+    python kernels.py OUT.npz [REFERENCE.npz]
 
 Prints a line for each type of weights: the layout the plugin's table foretells, whether the library has a kernel, whether the packed bytes
-are that layout, and how far the products are apart. OUT.npz holds the packed bytes by type, to compare with what another processor packs.
+are that layout, and how far the products are apart. OUT.npz holds the packed bytes by type and layout, and the weights they were made from;
+with another processor's REFERENCE its weights are taken, as to quantise is float arithmetic too, so that bytes of one layout must be equal.
 The exit status is 1 if anything is not as foretold.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import ctypes as C
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Found(NamedTuple):
 
     type: str
     layout: str
+    data: bytes
     packed: bytes | None
     as_foretold: bool
     bytes_right: bool | None
@@ -85,7 +87,7 @@ def product(type_: int, buffer_type: int, data: bytes, right: np.ndarray[Any, An
             return ggml.view(result, "f4", (len(right), ROWS)).copy(), packed
 
 
-def look(features: tuple[str, ...]) -> Iterator[Found]:
+def look(features: tuple[str, ...], given: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[Found]:
     """Every type that has a packed kernel on some ARM or x86 core."""
     foretold = _KERNELS_OF_X86 if "avx2" in features else packed_layouts(features, ggml.vector_length())
     numbers = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -93,7 +95,8 @@ def look(features: tuple[str, ...]) -> Iterator[Found]:
     weights = generator.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     right = generator.standard_normal((max(COUNTS), COLUMNS)).astype(np.float32)
     for name in dict.fromkeys([*(choice.type for choice in CHOICES), "Q2_K", "Q4_1"]):
-        data, layout = quantised(numbers[name], weights), foretold.get(name, "")
+        data = given[name].tobytes() if name in given else quantised(numbers[name], weights)
+        layout = foretold.get(name, "")
         kernel = ggml.extra_buffer_types()["CPU_REPACK"]
         apart, packed = 0.0, None
         for count in COUNTS:
@@ -104,7 +107,7 @@ def look(features: tuple[str, ...]) -> Iterator[Found]:
             assert plain is not None
             apart = max(apart, float(np.abs(found[0] - plain[0]).max() / np.abs(plain[0]).max()))
             packed = found[1]
-        yield Found(name, layout, packed, (packed is not None) == bool(layout), _right(name, layout, data, packed), apart)
+        yield Found(name, layout, data, packed, (packed is not None) == bool(layout), _right(name, layout, data, packed), apart)
 
 
 def _right(name: str, layout: str, data: bytes, packed: bytes | None) -> bool | None:
@@ -117,19 +120,20 @@ def _right(name: str, layout: str, data: bytes, packed: bytes | None) -> bool | 
     return interleaved(blocks, rows, run, _FLIPPED.get(name, 0)) == packed
 
 
-def main(out: str) -> int:
+def main(out: str, reference: str = "") -> int:
     """Look, print and save."""
     logs.install()
     names = {"fp16_va": "fp16", "matmul_int8": "i8mm"}
     features = tuple(names.get(name, name) for name in ggml.cpu_features())
     print(f"features {' '.join(features)}; vector of {ggml.vector_length()} bytes")
     good, kept = True, {}
-    for found in look(features):
+    for found in look(features, np.load(reference) if reference else {}):
         right = "" if found.bytes_right is None else "bytes as foretold, " if found.bytes_right else "WRONG BYTES, "
         what = "no packed kernel" if found.packed is None else f"{right}products apart {found.apart:.1e}"
         fine = found.as_foretold and found.bytes_right is not False and found.apart < MOST_APART
         good &= fine
         print(f"{found.type:<7} {found.layout or '-':<4} {what}{'' if fine else '   NOT AS FORETOLD'}")
+        kept[found.type] = np.frombuffer(found.data, np.uint8)
         if found.packed is not None:
             kept[f"{found.type}:{found.layout}"] = np.frombuffer(found.packed, np.uint8)
     np.savez(Path(out), **kept)  # type: ignore[arg-type]
@@ -137,4 +141,4 @@ def main(out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -34,6 +34,7 @@ def facts(root: Path, firmware: Firmware) -> dict[str, Any]:
     if isinstance(answer, Refusal):
         return {"refused": f"{answer.reason}; {answer.remedy}"}
     seen = device.facts()
+    built = library(seen.features, seen.vector_bytes)
     told = firmware.refresh() if seen.board and seen.board.is_raspberry else Answer()
     health = device.health()
     figures = seen.board.figures if seen.board else None
@@ -41,30 +42,31 @@ def facts(root: Path, firmware: Firmware) -> dict[str, Any]:
         "board": describe(seen),
         "cores": [cores._asdict() | {"caches": [cache._asdict() for cache in cores.caches]} for cores in seen.clusters],
         "features": list(seen.features),
-        "layouts": seen.layouts,
+        "layouts": packed_layouts(seen.features, built.get("vector_bytes", 0) or seen.vector_bytes),
         "threads": seen.placement.threads,
         "cpus": list(seen.placement.cpus),
         "figures": figures._asdict() if figures else None,
         "health": health._asdict(),
         "since_start": list(told.throttling.past) if told.throttling else None,
-        "library": library(seen.features, seen.vector_bytes),
+        "library": built,
     }
 
 
 def library(features: tuple[str, ...], vector_bytes: int) -> dict[str, Any]:
     """What the installed libggml was built for, and the layouts it lacks on this processor for want of it."""
-    from edge_rt.hooks import NativeError, ggml_features
+    from edge_rt.hooks import NativeError, ggml_features, ggml_vector_length
 
     names = {"fp16_va": "fp16", "matmul_int8": "i8mm"}
     try:
         built = [names.get(name, name) for name in ggml_features()]
+        vector_bytes = ggml_vector_length() or vector_bytes  # the kernel's files do not say everywhere
     except NativeError as error:
         return {"problem": str(error)}
     used = [name for name in built if name in features]
     has = packed_layouts(used, vector_bytes)
     lost = {kind: name for kind, name in packed_layouts(features, vector_bytes).items() if has.get(kind) != name}
     unknown = [name for name in built if name in ("dotprod", "i8mm", "sve", "sme", "fp16") and name not in features]
-    return {"built_for": built, "lost": lost, "cannot_run": unknown}
+    return {"built_for": built, "vector_bytes": vector_bytes, "lost": lost, "cannot_run": unknown}
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What libggml was built for, for a test to fill in; in its own names."""
     found: list[str] = []
     monkeypatch.setattr(hooks, "ggml_features", lambda: tuple(found), raising=False)
+    monkeypatch.setattr(hooks, "ggml_vector_length", lambda: 32 if "sve" in found else 0, raising=False)
     return found
 
 
@@ -51,6 +52,15 @@ def test_a_library_that_was_built_for_less_is_told(tmp_path: Path, built: list[s
     text = shown(trees.graviton_3(tmp_path))
     assert "it was not built for this processor and lacks Q4_0 8x8, Q8_0 4x8" in text
     assert "CMAKE_ARGS=-DGGML_NATIVE=ON pip install" in text
+
+
+def test_the_library_knows_the_length_of_vectors_where_the_kernel_does_not_say(tmp_path: Path, built: list[str]) -> None:
+    root = trees.graviton_3(tmp_path)
+    (root / "proc/sys/abi/sve_default_vector_length").unlink()
+    built += ["neon", "fp16_va", "dotprod", "matmul_int8", "sve"]
+    text = shown(root)
+    assert "packed       Q4_0 8x8" in text
+    assert "lacks" not in text
 
 
 def test_a_library_that_was_built_for_more_is_told(tmp_path: Path, built: list[str]) -> None:
