@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,5 +96,5 @@ def _checksums(path: Path) -> dict[str, tuple[object, ...]]:
 
 
 if __name__ == "__main__":
-    compare = {"answers": answers, "logits": logits, "packed": packed, "files": files}[sys.argv[1]]
-    sys.exit(0 if compare(*sys.argv[2:]) else 1)
+    comparisons: dict[str, Callable[..., bool]] = {"answers": answers, "logits": logits, "packed": packed, "files": files}
+    sys.exit(0 if comparisons[sys.argv[1]](*sys.argv[2:]) else 1)
