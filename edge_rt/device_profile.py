@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -70,6 +70,14 @@ class Health(NamedTuple):
     clock: float | None = None
     most: float | None = None
     throttled: tuple[str, ...] = ()
+
+
+class Limits(NamedTuple):
+    """What a device is to be held to: ``power`` in watts, ``celsius`` in degrees, None: no limit. ``health``: how it is now."""
+
+    health: Callable[[], Health]
+    power: float | None = None
+    celsius: float | None = None
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ from edge_rt.core.engine import (
     EmbedsTokens,
     Engine,
     EngineInfo,
+    HoldsLimits,
     Logits,
     MemoryReport,
     MovesCells,
@@ -41,7 +42,7 @@ from edge_rt.core.engine import (
     TellsProgress,
     Wanted,
 )
-from edge_rt.device_profile import Cache, Cores, HasProfile, Health, Profile, TellsHealth
+from edge_rt.device_profile import Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -177,6 +178,7 @@ class EngineOptions(NamedTuple):
     ``memory``: bytes of weights that may be resident (None: no limit). ``pack``: build and use packed weights.
     ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
     ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
+    ``limits``: of power and temperature, to be held while it computes (None: none); an engine that cannot raises OptionError.
     ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
     ``cpus``: compute on these only, () on any: what the device offers. An engine that cannot keep to them leaves them alone.
     """
@@ -188,6 +190,7 @@ class EngineOptions(NamedTuple):
     key_type: Literal["f16", "q8_0"] = "f16"
     device: str = "cpu"
     progress: Callable[[str, int, int], None] | None = None
+    limits: Limits | None = None
     extra: Mapping[str, Any] = MappingProxyType({})
     cpus: tuple[int, ...] = ()
 
@@ -332,12 +335,12 @@ __all__ = [
     "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters", "Basis", "Cache",
     "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores", "CountsWork",
     "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo",
-    "EngineOptions", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsText", "HookSpecs", "Hyper", "Latest",
-    "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells", "NativeError", "Offer",
-    "OptionError", "OutOfMemory", "Part", "Patient", "Piece", "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory",
-    "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules", "Run", "Segment", "SessionFileError",
-    "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus", "board_name", "check_pruning",
-    "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features",
-    "ggml_unsupported", "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide",
-    "keep_strict", "open_ggml_engine", "read_hyper", "recent_native_errors",
+    "EngineOptions", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs", "Hyper",
+    "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells",
+    "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Patient", "Piece", "Positions", "PostProcessor",
+    "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules",
+    "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus",
+    "board_name", "check_pruning", "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends",
+    "ggml_features", "ggml_unsupported", "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded",
+    "keep_slide", "keep_strict", "open_ggml_engine", "read_hyper", "recent_native_errors",
 ]  # fmt: skip

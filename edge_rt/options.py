@@ -22,6 +22,22 @@ def override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOpt
     return chosen._replace(sampling=chosen.sampling._replace(**sampling)) if sampling else chosen
 
 
+def check_opening(
+    context: int | None = None, threads: int | None = None, memory: int | None = None, power: float | None = None, celsius: float | None = None
+) -> None:
+    """Raise OptionError for what no model can be opened with."""
+    if context is not None and context < 1:
+        raise OptionError(f"a context of {context} tokens is too small; give at least 1")
+    if threads is not None and not 1 <= threads <= 512:
+        raise OptionError(f"{threads} threads are out of range; give 1 to 512")
+    if memory is not None and memory < 1:
+        raise OptionError(f"a memory limit of {memory} bytes is too small; give e.g. 500M")
+    if power is not None and not 0 < power <= 10_000:
+        raise OptionError(f"a power cap of {power:g} W is out of range; give more than 0 and up to 10000")
+    if celsius is not None and not 0 <= celsius <= 150:
+        raise OptionError(f"a temperature limit of {celsius:g} degrees Celsius is out of range; give 0 to 150")
+
+
 def check_context(context: int | None, most: int) -> None:
     """Raise OptionError for a context that the model cannot give."""
     if context is not None and not 1 <= context <= most:

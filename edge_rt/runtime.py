@@ -53,6 +53,8 @@ def open(
     policy: str = "graded",
     embedder: str | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    power: float | None = None,
+    celsius: float | None = None,
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> Model:
@@ -62,14 +64,14 @@ def open(
     ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
     ``pack``: make and use packed weights. ``policy``: what leaves the context when it gets short (docs/context.md).
     ``embedder``: by name, what tells which segments a question is about, else the model's own token embeddings.
-    ``adapters``: files of LoRA adapters, by the names that requests use. ``progress`` is told (phase, done, total), on any thread.
+    ``adapters``: files of LoRA adapters, by the names that requests use. ``power``: watts, ``celsius``: degrees that the device is held to
+    by computing less (docs/power.md). ``progress`` is told (phase, done, total), on any thread.
 
     A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
     ``Model.vocab`` then waits for the rest of the vocabulary.
 
     Raises ModelFileError, UnsupportedModel, OptionError, PluginError, OutOfMemory, NativeError.
     """
-    _check_options(context, threads, memory)
     with ExitStack() as undo:
         source = OpenFile.open(path)
         undo.callback(os.close, source.fd)
@@ -84,20 +86,26 @@ def open(
         if not sound:
             checked.check_metadata(file)
             vocabulary.start(source.native_path)
+        from edge_rt import limits
         from edge_rt.hooks import EngineOptions
+        from edge_rt.options import check_opening
         from edge_rt.registry import Registry
 
+        check_opening(context, threads, memory, power, celsius)
         plugins = registry or Registry.load()
         choice = plugins.choose_device(device)
         fitting = plugins.context_policy(policy)
         chosen = None if embedder is None else plugins.embedder(embedder)
         if chosen is not None and not fitting.recalls:
             raise OptionError(f"the policy {policy} recalls nothing, so an embedder has no use; choose graded, or leave the embedder out")
-        options = EngineOptions(context, threads, memory, pack, key_type, choice.device.name, progress, cpus=choice.offer.cpus)
+        held = limits.limits(choice.device, power, celsius)
+        named = choice.device.name
+        options = EngineOptions(context, threads, memory, pack, key_type, named, progress, held, cpus=choice.offer.cpus)
         notices: list[str] = []
         engines = plugins.choose_engine(file, options, engine, choice.offer)
         opened = _open_engine(engines, file, options, notices, strict=engine is not None)
         undo.callback(opened.close)
+        limits.check_held(opened, held)
         vocabulary.engine = opened
         if not sound:
             vocabulary.get()
@@ -109,15 +117,6 @@ def open(
             model.adapters.open(name, adapter)
         undo.pop_all()
     return model
-
-
-def _check_options(context: int | None, threads: int | None, memory: int | None) -> None:
-    if context is not None and context < 1:
-        raise OptionError(f"a context of {context} tokens is too small; give at least 1")
-    if threads is not None and not 1 <= threads <= 512:
-        raise OptionError(f"{threads} threads are out of range; give 1 to 512")
-    if memory is not None and memory < 1:
-        raise OptionError(f"a memory limit of {memory} bytes is too small; give e.g. 500M")
 
 
 class _Vocabulary:

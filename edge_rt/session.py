@@ -22,6 +22,7 @@ from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
 from edge_rt.core.engine import AppliesAdapters
 from edge_rt.errors import OptionError
+from edge_rt.limits import news
 from edge_rt.options import check, check_context, override
 from edge_rt.types import Event, GenerateOptions, Message, Notice
 
@@ -296,7 +297,7 @@ class Session:
         return Job(
             engine=model.engine, lock=model.lock, vocab=model.vocab, window=window, sampler=sampler, writer=writer,
             max_tokens=options.max_tokens, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
-            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear,
+            ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear, news=partial(news, model.engine),
         )  # fmt: skip
 
     def _give_up(self, sampler: Sampler) -> None:

@@ -62,6 +62,8 @@ def opened(
             policy=policy,
             embedder=embedder,
             adapters={Path(file).name: file for file, _ in _adapter(adapter)},
+            power=options.power,
+            celsius=options.celsius,
             progress=progress,
             registry=registry,
         )
@@ -315,6 +317,21 @@ def facts(done: Done) -> str:
         if did := ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count):
             parts.append(f"{one.name} {did}")
     return f"[{'; '.join(parts)}; {done.reason.replace('_', ' ')}; seed {done.seed}]"
+
+
+def say_sustained(model: Model, *, json: bool, verbose: bool) -> None:
+    """What --power and --celsius came to, if they were given: as JSON, as a line with -v, and never silent where they were not held."""
+    from edge_rt.limits import sentence, sustained
+
+    found = sustained(model.engine)
+    if found is None:
+        return
+    if json:
+        write_json({"event": "sustained", **found._asdict()})
+    elif verbose:
+        say(f"[{sentence(found)}]")
+    elif found.problem:
+        say(f"note: {found.problem}")
 
 
 def _say_context(done: Done) -> None:

@@ -112,6 +112,8 @@ class ModelOptions(CommandOptions):
     )
     engine: str | None = option(None, "--engine NAME", "Engine; the best that can run the model if left out.")
     device: str | None = option(None, "--device NAME", "Device, as `edge-rt doctor` names it; the best if left out.")
+    power: float | None = option(None, "--power WATTS", "Hold the whole device to so many watts, on average, by computing less.", low=0)
+    celsius: float | None = option(None, "--celsius DEGREES", "Hold the device to this temperature by computing less.", low=0)
     verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_json, show_text
+from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, say_sustained, show_json, show_text
 from edge_rt.cli.options import GenerationOptions, ModelOptions, argument, option
 from edge_rt.cli.output import say, terminal, write, write_json
 from edge_rt.cli.post_options import post_processed
@@ -72,6 +72,7 @@ def _answer(options: Options, prompt: str | list[Message], request: GenerateOpti
                 write("\n")
             if options.verbose:
                 say(facts(done))
+            say_sustained(model, json=options.json, verbose=options.verbose)
             if saved and not interrupted:
                 session.save(saved)
                 if any(one.conceals for one in done.post):

@@ -82,6 +82,8 @@ def configured(options: Options) -> Config:
         "device": options.device,
         "policy": options.policy,
         "embedder": options.embedder,
+        "power": options.power,
+        "celsius": options.celsius,
     }
     listen_at = tuple(map(addresses.parse, options.listen)) or config.listen or (addresses.default_address(),)
     http = config.http

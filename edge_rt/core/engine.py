@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.core.decode.sustain import Sustained
     from edge_rt.core.load.adapter import LoraFile
 
     Row = memoryview[float] | npt.NDArray[np.float32]
@@ -93,7 +94,7 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress, PredictsMemory. An engine has all methods of one, or does
+    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress, HoldsLimits, PredictsMemory. An engine has all methods of one, or does
     without what it is for.
     """
 
@@ -268,6 +269,19 @@ class TellsProgress(Protocol):
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call ``moved`` from now on within steps that may take long: every few seconds, on the thread that takes the step."""
+        ...
+
+
+@runtime_checkable
+class HoldsLimits(Protocol):
+    """Engines that hold limits of power and temperature (``EngineOptions.limits``) by computing less."""
+
+    def sustained(self) -> Sustained | None:
+        """What was asked for and what was measured, None without limits. On any thread."""
+        ...
+
+    def news(self) -> list[str]:
+        """What a person should know of it, such as that the device tells no power any more; each once. On any thread."""
         ...
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
 from edge_rt.core.context.kv import KvCache, padded
-from edge_rt.core.decode.governor import Governor, read_cpus
+from edge_rt.core.decode.pace import Pace
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.ggml_sequences import Decoding, GgmlSequences
 from edge_rt.core.graph.attention import ALL, FLASH_FROM, TILES_FROM
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.core.decode.sustain import Sustained
+    from edge_rt.core.decode.windows import Kind
     from edge_rt.core.engine import Logits
     from edge_rt.core.graph.decoder import Output
     from edge_rt.core.load.adapter import LoraFile
@@ -78,9 +80,9 @@ class GgmlEngine(GgmlSequences):
         self._paging = Paging(self.weights, self.hyper, options.memory, options.progress)
         cpus = affinity.fitting(options.cpus, options.threads)
         most = min(config.available_cpus(), len(cpus) or config.available_cpus())
-        self._governor = Governor(most, partial(read_cpus, cpus)) if options.threads is None else None
         self._threads = options.threads or most
         self._backend = ggml.cpu_backend(self._threads, cpus)
+        self._pace = Pace(options.threads, most, options.limits, cpus)
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams, self._offloaded)
         self._exact: int | None = None
         self._moved: Callable[[], None] = lambda: None
@@ -188,11 +190,13 @@ class GgmlEngine(GgmlSequences):
             weights.check_unchanged()
         self._last = None  # until it is done: after a step that failed the inputs are not those of the one before
         last.graph.advance(tokens, cells)
-        self._choose_threads()
+        self._begin("decode")
         if self._offloaded:
             self._compute(last.graph)
         else:
             ggml.compute(self._backend, last.graph.segments[0].graph)
+        if self._pace.limited:
+            self._pace.after("decode", len(parts))
         for cache in last.caches:
             cache.positions.append(1)
         last.cells, last.left = [cell + 1 for cell in last.cells], last.left - 1
@@ -265,9 +269,12 @@ class GgmlEngine(GgmlSequences):
         shapes, slots = self._slots(run)
         graph = self._graphs.get(shapes, [slot.cache for slot in slots], output)
         graph.set_inputs(slots)
-        self._choose_threads()
+        kind: Kind = "decode" if all(len(piece.rows) == len(piece.tokens) for piece in run) else "prompt"
+        self._begin(kind)
         after = self._after_node if sum(shape.tokens for shape in shapes) * self.weights.size >= TOLD_FROM else None
         self._compute(graph, after)
+        if self._pace.limited:
+            self._end(kind, run)
         for piece in run:
             self._sequences[piece.sequence].positions.append(len(piece.tokens))
         self._paging.experts_used(graph.experts)
@@ -284,11 +291,24 @@ class GgmlEngine(GgmlSequences):
                     ggml.compute(self._backend, segment.graph, after)
             self._moved()
 
-    def _choose_threads(self) -> None:
-        """Follow the governor, unless the user fixed the number."""
-        if self._governor and (threads := self._governor.threads()) != self._threads:
+    def _begin(self, kind: Kind) -> None:
+        """Wait as long as limits ask for, and take as many threads as are free and allowed."""
+        if (threads := self._pace.before(kind, self._moved)) != self._threads:
             self._threads = threads
             ggml.c.backend_cpu_set_n_threads(self._backend.address, threads)
+
+    def _end(self, kind: Kind, run: Sequence[Piece]) -> None:
+        """Tell what a graph was for, before its cells count."""
+        fed = [(piece.sequence, self._sequences[piece.sequence].length, len(piece.tokens)) for piece in run]
+        self._pace.after(kind, self._pace.written(fed) if kind == "decode" else sum(tokens for _, _, tokens in fed))
+
+    def sustained(self) -> Sustained | None:
+        """What limits of power and temperature were asked for, and what was measured; see ``HoldsLimits``."""
+        return self._pace.report()
+
+    def news(self) -> list[str]:
+        """What became of the limits, each once."""
+        return self._pace.news()
 
     def exact_rows(self) -> int:
         """Probed once, weight by weight (graph/exactness.py); attention runs token by token up to flash attention's threshold."""
@@ -365,6 +385,7 @@ class GgmlEngine(GgmlSequences):
             return
         self._closed = True
         self._last = None
+        self._pace.close()
         self._paging.close()
         self._graphs.close()
         for cache in self._sequences.values():

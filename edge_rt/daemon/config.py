@@ -83,6 +83,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?")
 _TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0, "wait_for_memory": 3600.0}
 _MODEL_NUMBERS = ("context", "threads")
+_MODEL_LIMITS = {"power": 10_000.0, "celsius": 150.0}
 _MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder")
 
 
@@ -142,6 +143,7 @@ def _model(table: Rules, folder: Path) -> tuple[str | None, dict[str, Any]]:
     if file and (folder / file).exists():
         file = str(folder / file)
     options: dict[str, Any] = {name: table.integer(name, 0, 0, 1 << 50) for name in _MODEL_NUMBERS}
+    options |= {name: table.number(name, 0.0, 0.0, most) for name, most in _MODEL_LIMITS.items()}
     options |= {"memory": table.size("memory"), **{name: table.text(name, "") for name in _MODEL_TEXTS}}
     found = {name: value for name, value in options.items() if value}
     if not table.flag("pack", True):

@@ -80,6 +80,8 @@ class Hosted:
         self.leaving = False
         """Its worker is about to end."""
         self.idle_since = 0.0
+        self.sustained: Message | None = None
+        """What its limits of power and temperature came to, as it last told."""
         self._parking, self._changed, self._tell = parking, changed, told
         self._timer: asyncio.TimerHandle | None = None
         self.supervisor = Supervisor(hung_after, self._state, self._told, self._grant)
@@ -117,13 +119,15 @@ class Hosted:
                 self.needs = self.needs._replace(**{**opened, "weights": opened["weights"] + _adapter_bytes(self.spec)})
             self._tell(self, {"opened": True})
         elif self.supervisor.state in ("waiting", "failed"):
-            self.used, self.cooled = 0, False  # the next worker is warm
+            self.used, self.cooled, self.sustained = 0, False, None  # the next worker is warm
             self._tell(self, {"ended": True})
         self._changed(self)
 
     def _told(self, message: Message) -> None:
         if "held" in message:
             self.used = max(message["held"], message["reserved"])
+        elif "sustained" in message:
+            self.sustained = message["sustained"]
         else:
             self._tell(self, message)
 
@@ -175,6 +179,7 @@ class Hosted:
             "requests": self.under_way,
             "cooled": self.cooled,
             "idle": idle,
+            "sustained": self.sustained,
         }
 
 

@@ -17,6 +17,7 @@ from edge_rt.daemon.frames import Message
 from edge_rt.daemon.generations import LONG, Generations
 from edge_rt.daemon.store import Store
 from edge_rt.errors import ProtocolError, UserError
+from edge_rt.limits import sustained
 
 if TYPE_CHECKING:
     from edge_rt.core.decode.batch import Batch
@@ -29,6 +30,8 @@ PROGRESS_EVERY = 0.05
 TELL_EVERY = 0.2
 """Seconds between two words about what is held, and by which share it must have changed."""
 NOTICEABLE = 1 / 32
+SUSTAINED_EVERY = 1.0
+"""Seconds between two words about power and temperature."""
 
 
 class Serving:
@@ -46,7 +49,7 @@ class Serving:
         self._store: Store | None = None
         self._reported = ("", 0.0)
         self._cool = False
-        self._held, self._held_due = (0, 0), 0.0
+        self._held, self._held_due, self._sustained_due = (0, 0), 0.0, 0.0
 
     def step(self) -> bool:
         """One step for those who generate, and what fits beside it for those who embed; False if nobody can go on."""
@@ -100,7 +103,15 @@ class Serving:
             self._held_due = now + TELL_EVERY
             if self._changed_noticeably():
                 self._tell_held()
+            self._tell_sustained(now)
         return started
+
+    def _tell_sustained(self, now: float) -> None:
+        """What became of limits of power and temperature, while there is work."""
+        if now >= self._sustained_due:
+            self._sustained_due = now + SUSTAINED_EVERY
+            if (found := sustained(self._opened.engine)) is not None:
+                self._send({"sustained": found._asdict()})
 
     def _tell_held(self) -> None:
         self._held = self._bytes()

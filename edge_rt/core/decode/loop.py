@@ -40,7 +40,7 @@ class Job:
     ``window`` was made to fit; its history says what is in the sequence's cells and is kept true throughout, whatever ends the job.
     It starts with the whole prompt, of which at least one token is still to be fed. ``max_tokens`` None: as many as the window has
     cells. ``lock`` is held for each step and no longer. ``cancelled`` is asked between steps.
-    ``relieve`` is asked for memory when a step finds none, and says whether it could free any.
+    ``relieve`` is asked for memory when a step finds none, and says whether it could free any. ``news``: what there is to say of the engine.
     """
 
     engine: Engine
@@ -56,6 +56,7 @@ class Job:
     ignore_eos: bool = False
     cancelled: Callable[[], bool] = lambda: False
     relieve: Callable[[], bool] = lambda: False
+    news: Callable[[], Sequence[str]] = tuple
     started: float = field(default_factory=time.perf_counter)
     completion: int = 0
     drafted: int = 0
@@ -128,7 +129,7 @@ def steps(job: Job) -> Steps[None]:
     if rest := job.writer.finish(whole=reason == "end_of_generation"):
         yield Delta(rest)
     pipeline = job.writer.pipeline
-    for message in (*pipeline.notices, job.window.notice(quote=not pipeline.conceals)):
+    for message in (*pipeline.notices, job.window.notice(quote=not pipeline.conceals), *job.news()):
         if message:
             yield Notice(message)
     now = time.perf_counter()

@@ -25,6 +25,8 @@ def open_engine(model: ModelFile, options: EngineOptions) -> LlamaCppEngine:
     """Load the model and make a cache. Raises what ``LlamaCpp.open`` says."""
     if options.context is not None and options.context <= 0:
         raise OptionError(f"the context must be at least 1 token, not {options.context}")
+    if options.limits is not None:
+        raise OptionError("the engine llama_cpp cannot hold a limit of power or temperature; run it with ggml, or leave --power and --celsius out")
     lib = _library()
     install_native_log()  # importing llama_cpp puts in a callback that prints to stderr
     pointer = _load(lib, model, options)
