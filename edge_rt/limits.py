@@ -21,7 +21,8 @@ PATIENCE = 0.6
 _WAYS_OUT = {
     "power": (
         "on a PC the kernel's powercap (RAPL) must be there and readable, as after `sudo chmod a+r "
-        "/sys/class/powercap/intel-rapl:*/energy_uj`, and a virtual machine has none; limit --celsius or --threads instead, or leave --power out"
+        "/sys/class/powercap/intel-rapl:*/energy_uj`, and a virtual machine has none; limit --celsius or --threads instead, "
+        "or leave --power out"
     ),
     "temperature": "/sys/class/thermal has no zone that it could read, as in a virtual machine; limit --power or --threads instead, "
     "or leave --celsius out",
@@ -74,7 +75,8 @@ def check_held(engine: Engine, limits: Limits | None) -> None:
     """Raise OptionError for an engine that would compute on whatever it was asked to keep to."""
     if limits is not None and not (isinstance(engine, HoldsLimits) and engine.sustained() is not None):
         name = engine.info.engine
-        raise OptionError(f"the engine {name} cannot hold a limit of power or temperature; run it with ggml, or leave --power and --celsius out")
+        what = f"the engine {name} cannot hold a limit of power or temperature"
+        raise OptionError(f"{what}; run it with ggml, or leave --power and --celsius out")
 
 
 def sustained(engine: Engine) -> Sustained | None:

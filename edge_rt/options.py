@@ -23,7 +23,7 @@ def override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOpt
 
 
 def check_opening(
-    context: int | None = None, threads: int | None = None, memory: int | None = None, power: float | None = None, celsius: float | None = None
+    context: int | None, threads: int | None, memory: int | None, power: float | None = None, celsius: float | None = None
 ) -> None:
     """Raise OptionError for what no model can be opened with."""
     if context is not None and context < 1:

@@ -38,9 +38,9 @@ class Firmware(NamedTuple):
 
 @dataclass
 class Board:
-    """``speeds``: tokens a second by threads (1, 2, ...). ``watts``: beyond ``rest`` by threads. ``memory``: the share of time that the clock
-    does not change. ``late``: seconds that readings are old. ``noise``: standard deviations of (watts, degrees). ``step``: degrees that
-    the sensor tells. ``volts``: power falls with the clock to this exponent. ``gone``: between which times no readings come.
+    """``speeds``: tokens a second by threads (1, 2, ...). ``watts``: beyond ``rest`` by threads. ``memory``: the share of time that the
+    clock does not change. ``late``: seconds that readings are old. ``noise``: standard deviations of (watts, degrees). ``step``: degrees
+    that the sensor tells. ``volts``: power falls with the clock to this exponent. ``gone``: between which times no readings come.
     """
 
     speeds: Sequence[float]

@@ -94,8 +94,8 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress, HoldsLimits, PredictsMemory. An engine has all methods of one, or does
-    without what it is for.
+    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress, HoldsLimits, PredictsMemory. An engine has all methods of one,
+    or does without what it is for.
     """
 
     @property

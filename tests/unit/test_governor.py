@@ -56,6 +56,42 @@ def test_cpus_others_use_are_left_to_them_within_a_second_and_taken_back(machine
     assert chooser.threads() == 4
 
 
+@pytest.mark.parametrize(("alone", "beside", "single"), [(0.0125, 0.026, 0.018), (0.0125, 0.3, 0.019), (0.05, 0.11, 0.08)])
+def test_a_neighbour_that_comes_or_goes_is_noticed_within_ten_tokens(machine: Machine, alone: float, beside: float, single: float) -> None:
+    """Seconds of a token: alone with two threads, beside a neighbour with two, and with one."""
+    chooser = Governor(2, machine.read)
+
+    def token() -> int:
+        threads = chooser.threads()
+        machine.ours = threads if not machine.others else min(threads, 1.5 if threads == 2 else 1)
+        machine.run(single if threads == 1 else beside if machine.others else alone)
+        return threads
+
+    for _ in range(50):
+        assert token() == 2
+    for others, expected in ((1.0, 1), (0.0, 2), (1.0, 1), (0.0, 2)):
+        machine.others = others
+        needed = next(n for n in range(100) if token() == expected)
+        assert needed <= 10
+        for _ in range(50):
+            assert token() == expected
+
+
+def test_counters_in_hundredths_make_no_neighbour(machine: Machine) -> None:
+    """As the kernel counts: what is used is rounded down to 10 ms for each CPU, at other moments for each."""
+
+    def rounded() -> Reading:
+        found = machine.read()
+        ticks = sum(int((found.everyone / 2 + shift) * 100) / 100 for shift in (0.0, 0.004))
+        return found._replace(everyone=ticks)
+
+    chooser = Governor(2, rounded)
+    for _ in range(400):
+        machine.ours = chooser.threads()
+        assert machine.ours == 2
+        machine.run(0.0125)
+
+
 def test_one_short_burst_changes_little(machine: Machine) -> None:
     chooser = Governor(8, machine.read)
     machine.run(0.2)

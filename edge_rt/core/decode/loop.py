@@ -40,7 +40,7 @@ class Job:
     ``window`` was made to fit; its history says what is in the sequence's cells and is kept true throughout, whatever ends the job.
     It starts with the whole prompt, of which at least one token is still to be fed. ``max_tokens`` None: as many as the window has
     cells. ``lock`` is held for each step and no longer. ``cancelled`` is asked between steps.
-    ``relieve`` is asked for memory when a step finds none, and says whether it could free any. ``news``: what there is to say of the engine.
+    ``relieve`` is asked for memory when a step finds none, and says whether it could free any. ``news``: what is to be said of the engine.
     """
 
     engine: Engine

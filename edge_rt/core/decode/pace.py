@@ -80,7 +80,7 @@ class Pace:
         self._due = self._ended + seconds * (1 / self._duty - 1)
 
     def written(self, fed: Iterable[tuple[int, int, int]]) -> int:
-        """Tokens that a step adds to answers, of its (sequence, cells, tokens): those fed, without drafts of the step before that were wrong."""
+        """Tokens that a step adds to answers, of its (sequence, cells, tokens): those fed, but for wrong drafts of the step before."""
         total = 0
         for sequence, cells, tokens in fed:
             total += tokens - max(0, self._ahead.pop(sequence, cells) - cells)

@@ -1,8 +1,8 @@
 """Holds a power cap and a temperature limit, and gets as many tokens a second out of them as can be kept up.
 
 It chooses how many threads compute and for which share of the time (``duty``: after a step that took t seconds nothing is computed for
-t * (1 / duty - 1) seconds). Computing faster than a cap allows gains nothing: what was ahead has to be waited for, and firmware that throttles
-an overheated chip gives up more than was won.
+t * (1 / duty - 1) seconds). Computing faster than a cap allows gains nothing: what was ahead has to be waited for, and firmware that
+throttles an overheated chip gives up more than was won.
 
 The model is kept simple, so that it can be learnt while tokens are made:
 
@@ -16,7 +16,8 @@ The model is kept simple, so that it can be learnt while tokens are made:
   within ``HORIZON`` seconds. Where power is not told, heat is a guess after the number of threads, in shares of the most.
 - a chip that throttles says that the limit was too high: it is lowered below the temperature at which that began.
 
-``look`` is called on a thread of its own at uneven intervals (pace.py): a reading at the end of each step would see a board that never rests.
+``look`` is called on a thread of its own at uneven intervals (pace.py): a reading at the end of each step would see a board that never
+rests.
 """
 
 from __future__ import annotations
@@ -348,7 +349,8 @@ class Sustainer:
             if cold:
                 what = f"the cap of {self._cap:g} W cannot be held: the device draws {power or 0:.1f} W with hardly anything to compute"
             else:
-                what = f"the limit of {self._limit:g} degrees cannot be held: the device has {temperature or 0:.0f} with hardly anything to do"
+                now = f"the device has {temperature or 0:.0f} with hardly anything to compute"
+                what = f"the limit of {self._limit:g} degrees cannot be held: {now}"
             self._hopeless = what
             self._news.append(f"{what}; raise it, or see what else runs")
 
@@ -386,9 +388,10 @@ class Sustainer:
         """What was asked and what was measured."""
         with self._lock:
             past, setting = self._history.total(), self._setting("decode", self._most)
+            hottest = past.hottest if past.hottest > -math.inf else None
             return Sustained(
-                self._cap, self._limit, past.tokens / past.writing if past.tokens else None, past.energy / past.metered if past.metered else None,
-                self._temperature, past.hottest if past.hottest > -math.inf else None, setting.threads, setting.duty,
+                self._cap, self._limit, past.tokens / past.writing if past.tokens else None,
+                past.energy / past.metered if past.metered else None, self._temperature, hottest, setting.threads, setting.duty,
                 past.throttled / past.seconds if past.seconds else 0.0, past.seconds, self._blind or self._hopeless,
             )  # fmt: skip
 

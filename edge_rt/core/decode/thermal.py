@@ -36,8 +36,8 @@ class Thermal:
 
     def passed(self, seconds: float, heat: float, temperature: float | None) -> None:
         """So much heat was made, on average, for so many seconds, in which the temperature was this on average, None: not known."""
-        halfway = [level + (heat - level) * (1 - math.exp(-seconds / 2 / constant)) for level, constant in zip(self._levels, SECONDS, strict=True)]
-        self._levels = [level + (heat - level) * (1 - math.exp(-seconds / constant)) for level, constant in zip(self._levels, SECONDS, strict=True)]
+        halfway = self._after(seconds / 2, heat)
+        self._levels = self._after(seconds, heat)
         if temperature is None:
             return
         if not self._begun:
@@ -46,6 +46,9 @@ class Thermal:
             self._variance[0][0] = 4.0
         self._drift(seconds)
         self._correct([1.0, *halfway], temperature)
+
+    def _after(self, seconds: float, heat: float) -> list[float]:
+        return [level + (heat - level) * (1 - math.exp(-seconds / one)) for level, one in zip(self._levels, SECONDS, strict=True)]
 
     def _drift(self, seconds: float) -> None:
         variance = self._variance

@@ -69,8 +69,8 @@ class Window:
     def power(self, elapsed: float) -> float | None:
         """The mean, in watts.
 
-        A sensor that tells the power of the moment tells one of two values, as we compute or rest, and a mean of some readings is far off if
-        steps were met more often than they are. How often is known, so that is put right (a control variate), as far as what was read
+        A sensor that tells the power of the moment tells one of two values, as we compute or rest, and a mean of some readings is far off
+        if steps were met more often than they are. How often is known, so that is put right (a control variate), as far as what was read
         differs between steps and rests: not at all, where sensors tell means themselves.
         """
         n = len(self.powers)

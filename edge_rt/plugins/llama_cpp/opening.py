@@ -26,7 +26,8 @@ def open_engine(model: ModelFile, options: EngineOptions) -> LlamaCppEngine:
     if options.context is not None and options.context <= 0:
         raise OptionError(f"the context must be at least 1 token, not {options.context}")
     if options.limits is not None:
-        raise OptionError("the engine llama_cpp cannot hold a limit of power or temperature; run it with ggml, or leave --power and --celsius out")
+        what = "the engine llama_cpp cannot hold a limit of power or temperature"
+        raise OptionError(f"{what}; run it with ggml, or leave --power and --celsius out")
     lib = _library()
     install_native_log()  # importing llama_cpp puts in a callback that prints to stderr
     pointer = _load(lib, model, options)
