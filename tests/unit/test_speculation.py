@@ -6,7 +6,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.decode.speculation import LONGEST, LOOK_BACK, MAX_PAUSE, NgramDrafter
+from edge_rt.core.decode.speculation import LONGEST, LOOK_BACK, MAX_PAUSE, RETRY, NgramDrafter, Worth
 
 
 def drafter(tokens):
@@ -130,3 +130,48 @@ def test_a_draft_costs_the_same_at_any_length():
         return time.perf_counter() - start
 
     assert min(seconds(50_000) for _ in range(3)) < 10 * min(seconds(500) for _ in range(3))
+
+
+def measured(single, row, right, steps=200):
+    """What was learnt where a step takes ``single`` seconds and ``row`` more for each drafted token, of which so many in ten are right."""
+    worth = Worth()
+    for i in range(steps):
+        worth.took(1, single)
+        worth.took(5, single + 4 * row)
+        worth.judged(i % 10 < right)
+    return worth
+
+
+def test_drafts_are_as_long_as_pays():
+    assert measured(0.05, 0.0001, 9).most(16) > 8  # bound by memory: rows cost next to nothing
+    assert measured(0.05, 0.01, 9).most(16) in range(2, 8)
+    assert measured(0.05, 0.045, 9).most(16) in (0, 1)  # bound by arithmetic: each row is a step
+    assert measured(0.05, 0.01, 2).most(16) <= 1
+
+
+def test_the_best_length_has_the_most_tokens_a_second():
+    for row in (0.001, 0.004, 0.02, 0.06):
+        for right in (1, 4, 7, 9):
+            worth = measured(0.05, row, right)
+            chance = worth._right
+            rates = [sum(chance**i for i in range(m + 1)) / (0.05 + m * row) for m in range(17)]
+            best = worth.most(16)
+            assert best == 0 or abs(rates[best] - max(rates)) < 0.01 * max(rates)
+
+
+def test_what_does_not_pay_is_tried_again_now_and_then():
+    worth = measured(0.05, 0.06, 1)
+    lengths = [worth.most(8) for _ in range(4 * RETRY)]
+    assert lengths.count(1) == 4
+    assert set(lengths) == {0, 1}
+
+
+def test_one_slow_step_changes_little():
+    worth = measured(0.05, 0.001, 9)
+    before = worth.most(16)
+    worth.took(5, 10.0)
+    assert worth.most(16) >= before // 2
+
+
+def test_before_anything_is_known_drafts_are_not_limited():
+    assert Worth().most(7) == 7

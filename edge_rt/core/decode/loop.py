@@ -180,7 +180,10 @@ def _rows(job: Job, tokens: Sequence[int]) -> Steps[Logits]:
     job.window.settle(len(tokens))
     while job.history.fed < len(job.history.tokens):
         yield from _chunk(job, "none")
+    started = time.perf_counter()
     rows = yield _part(job, tokens, "all")
+    if job.drafter is not None:
+        job.drafter.took(len(tokens), time.perf_counter() - started)
     job.history.append(tokens)
     assert rows is not None, "logits of all tokens were asked for"
     return rows

@@ -126,7 +126,7 @@ class Sustainer:
         self._throttles = self._computing = self._absurd = False
         self._ended = -math.inf  # of the last step
         self._cycle = 0.0  # seconds from step to step
-        self._safe: Setting | None = None
+        self._held, self._safe = Setting(self._candidates[0], CAUTIOUS), False  # what to do without readings; whether it was measured
         self._blind = self._hopeless = ""  # why limits may not be held: no readings, or nothing helps
         self._over = 0  # windows in a row in which the least was too much
         self._history = History(REMEMBERED)
@@ -155,15 +155,9 @@ class Sustainer:
 
     def _setting(self, kind: Kind, bound: int) -> Setting:
         if self._blind:
-            held = self._held
-            return Setting(min(held.threads, bound), held.duty)
+            return Setting(min(self._held.threads, bound), self._held.duty)
         threads = min(self._threads[kind], bound)
         return Setting(threads, self._duty(kind, threads))
-
-    @property
-    def _held(self) -> Setting:
-        """What to do without readings."""
-        return self._safe or Setting(self._candidates[0], CAUTIOUS)
 
     def _duty(self, kind: Kind, threads: int) -> float:
         if not any(self._known.values()):
@@ -341,7 +335,7 @@ class Sustainer:
         cold = self._limit is None or (temperature is not None and temperature <= self._limit)
         within = cold and (self._cap is None or (power is not None and power <= 1.02 * self._cap))
         if within and not window.throttled:
-            self._safe = setting
+            self._held, self._safe = setting, True
         self._over = 0 if within or self._duty("decode", setting.threads) > LEAST else self._over + 1
         if within:
             self._hopeless = ""
