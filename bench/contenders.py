@@ -56,6 +56,16 @@ class Ours:
         """The setting of libllama whose kernels decoding uses here."""
         return OFF if getattr(self._engine, "transposed_values", False) else ON
 
+    @property
+    def threads(self) -> int:
+        """With which the last step was computed."""
+        return int(getattr(self._engine, "_threads"))  # noqa: B009 - it is no part of the engine's protocol
+
+    @property
+    def length(self) -> int:
+        """Cells in use."""
+        return self._engine.length(self._sequence)
+
     def feed(self, tokens: Sequence[int]) -> Any:
         (logits,) = self._engine.step([Part(self._sequence, tokens)])
         assert logits is not None, "a step with the last token's logits"

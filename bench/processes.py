@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,25 @@ def first_byte(command: Sequence[str]) -> tuple[float, bytes]:
     if process.returncode or not first:
         raise RuntimeError(f"{command[0]} failed with status {process.returncode}: {errors.decode(errors='replace').strip()[-400:]}")
     return seconds, first + rest
+
+
+@contextlib.contextmanager
+def waiting_loop() -> Iterator[Callable[[], None]]:
+    """A process that keeps one CPU busy from the moment that what is yielded is called until the block ends."""
+    code = "import sys, time\nprint(flush=True)\nsys.stdin.readline()\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"  # noqa: PT018
+        entrance = process.stdin
+        process.stdout.readline()
+
+        def start() -> None:
+            entrance.write(b"\n")
+            entrance.flush()
+
+        try:
+            yield start
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager
