@@ -121,7 +121,6 @@ def __getattr__(name: str) -> Any:
 
 
 # Named tuples and not dataclasses, here and in the registry: making a class of the latter costs a millisecond of every start.
-
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
@@ -129,9 +128,8 @@ class Offer(NamedTuple):
     """A device is usable.
 
     ``score``: the highest wins (CPU: 10); 0 or less is used only when asked for by name.
-    ``memory_bytes``: what models may use of it, in bytes, free or not.
+    ``memory_bytes``: what models may use of it, in bytes, free or not. ``features``: short lower-case names, e.g. ``avx2``, ``dotprod``.
     ``engines``: names of the engines that can drive it, best first; ``"*"`` for any engine that does not refuse.
-    ``features``: short lower-case names, e.g. ``avx2``, ``dotprod``.
     ``cpus``: the system's numbers of the CPUs its threads are best kept on (fast cores beside slow ones), () for any.
     """
 
@@ -174,13 +172,12 @@ class Device(Protocol):
 class EngineOptions(NamedTuple):
     """What an engine is opened with.
 
-    ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose.
+    ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose. ``cpus``: keep to these; () any.
     ``memory``: bytes of weights that may be resident (None: no limit). ``pack``: build and use packed weights.
     ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
     ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
     ``limits``: of power and temperature, to be held while it computes (None: none); an engine that cannot raises OptionError.
     ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
-    ``cpus``: compute on these only, () on any: what the device offers. An engine that cannot keep to them leaves them alone.
     """
 
     context: int | None = None
