@@ -90,8 +90,8 @@ if TYPE_CHECKING:
     from edge_rt.cpuinfo import board as board_name
     from edge_rt.cpuinfo import processors as cpu_processors
     from edge_rt.native.ggml import cpu_features as ggml_features
-    from edge_rt.native.libs import built_backends as ggml_backends
     from edge_rt.native.ggml import vector_length as ggml_vector_length
+    from edge_rt.native.libs import built_backends as ggml_backends
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
     from edge_rt.patience import Latest, Patient

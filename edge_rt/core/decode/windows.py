@@ -133,4 +133,4 @@ class History:
         if not self._past:
             return Past(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -math.inf)
         *sums, hottest = zip(*self._past, strict=True)
-        return Past(*map(sum, sums), max(hottest))
+        return Past._make([*map(sum, sums), max(hottest)])
