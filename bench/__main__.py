@@ -29,6 +29,7 @@ BENCHMARKS = {
     "speculation": ("speculation", "run"),
     "contention": ("contention", "run"),
     "pruning": ("pruning", "run"),
+    "predictions": ("predictions", "run"),
     "context-retrieval": ("context.retrieval", "run"),
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
@@ -59,7 +60,7 @@ SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
 SCORES = (*QUALITY[:-1], POST[0], "serve-isolation")
 """Those whose figures are scores, which a busy machine does not change."""
-LIMITS = {"serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
+LIMITS = {"predictions": 1800, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
 """Seconds of those that take longer than others by what they are to show."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.results import Settings
@@ -30,16 +30,20 @@ def smollm2(settings: Settings, kind: str) -> Path:
 
 
 def large(settings: Settings) -> Path:
-    """A random llama in Q4_0: 1.3 GB (quick: 25 MB). Random weights cost what real ones cost."""
+    """A random llama in Q4_0: 1.3 GB (quick: 25 MB)."""
+    return random("Q4_0", settings.pick(LARGE, SMALL))
+
+
+def random(kind: str, measures: Mapping[str, int]) -> Path:
+    """A random llama of a type and of measures that ``write_random_model`` takes. Random weights cost what real ones cost."""
     from edge_rt.testing.random_models import write_random_model
 
-    measures = settings.pick(LARGE, SMALL)
     name = "-".join(str(value) for value in measures.values())
 
     def write(path: Path) -> None:
-        write_random_model(path, "llama", type="Q4_0", context=4096, **measures)  # type: ignore[arg-type]
+        write_random_model(path, "llama", type=kind, context=4096, **measures)  # type: ignore[arg-type]
 
-    return _made_once(_folder() / f"random-{name}.gguf", write)
+    return _made_once(_folder() / (f"random-{name}.gguf" if kind == "Q4_0" else f"random-{name}-{kind}.gguf"), write)
 
 
 def packed(path: Path) -> Path:

@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from edge_rt.cpu_profile import cpu_profile
     from edge_rt.cpuinfo import board as board_name
     from edge_rt.cpuinfo import processors as cpu_processors
+    from edge_rt.deployment import Gain, Pass, Plan
     from edge_rt.native.ggml import cpu_features as ggml_features
     from edge_rt.native.ggml import vector_length as ggml_vector_length
     from edge_rt.native.libs import built_backends as ggml_backends
@@ -321,20 +322,24 @@ class HookSpecs:
         """
 
     @hookspec
-    def edge_rt_compiler_passes(self) -> Iterable[Any]:  # type: ignore[empty-body]
-        """Compiler: passes that fit a model to a device.
+    def edge_rt_compiler_targets(self) -> Iterable[Path]:  # type: ignore[empty-body]
+        """Compiler: devices a model can be fitted to, as TOML files whose names (without ``.toml``) are the targets'.
 
-        Called once per compilation. The compiler's version of this module says what a pass is.
+        Called once per registry, when a target is first needed. ``edge_rt/compiler/targets`` shows what is in one.
         """
+
+    @hookspec
+    def edge_rt_compiler_passes(self) -> Iterable[Pass]:  # type: ignore[empty-body]
+        """Compiler: passes that fit a model to a device. Called once per compilation; they come after the built-in ones."""
 
 
 __all__ = [
     "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters", "Basis", "Cache",
     "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores", "CountsWork",
     "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo",
-    "EngineOptions", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs", "Hyper",
-    "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells",
-    "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Patient", "Piece", "Positions", "PostProcessor",
+    "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs",
+    "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells",
+    "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass", "Patient", "Piece", "Plan", "Positions", "PostProcessor",
     "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules",
     "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus",
     "board_name", "check_pruning", "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends",

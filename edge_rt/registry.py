@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pluggy
@@ -42,7 +43,7 @@ from edge_rt.plugin_check import Rejected, State, checked, fresh_modules, import
 if TYPE_CHECKING:
     import typer
 
-    from edge_rt.hooks import ModelFile
+    from edge_rt.hooks import ModelFile, Pass
 
 # The entry points of this distribution, for a source tree that is not installed or whose metadata is old. A test holds them equal.
 BUILT_INS = {
@@ -185,15 +186,23 @@ class Registry:
                 app.registered_commands, app.registered_groups = commands, groups
                 self._fail(plugin, str(failure(plugin, "edge_rt_cli_commands", error)), error)
 
-    def compiler_passes(self) -> list[Any]:
+    def compiler_passes(self) -> list[Pass]:
         """Fresh compiler passes of all plugins."""
-        passes: list[Any] = []
-        for plugin, function in self._implementations("edge_rt_compiler_passes"):
+        return self._chained("edge_rt_compiler_passes")
+
+    def compiler_targets(self) -> list[Path]:
+        """Files of targets of all plugins."""
+        return [Path(path) for path in self._chained("edge_rt_compiler_targets")]
+
+    def _chained(self, hook: str) -> list[Any]:
+        """What all plugins offer; one that raises offers nothing."""
+        offers: list[Any] = []
+        for plugin, function in self._implementations(hook):
             try:
-                passes += function() or ()
+                offers += function() or ()
             except Exception as error:
-                self._fail(plugin, str(failure(plugin, "edge_rt_compiler_passes", error)), error)
-        return passes
+                self._fail(plugin, str(failure(plugin, hook, error)), error)
+        return offers
 
     def reload(self, plugin: str) -> None:
         """Import the code of an installed plugin anew. What was made with the old code goes on with it; hooks are called again.

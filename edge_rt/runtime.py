@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from edge_rt import deployment
 from edge_rt.core.load import checked
 from edge_rt.core.load.model_file import ModelFile, OpenFile
 from edge_rt.errors import AbiMismatch, NativeError, OptionError, UnsupportedModel
@@ -73,7 +74,8 @@ def open(
     Raises ModelFileError, UnsupportedModel, OptionError, PluginError, OutOfMemory, NativeError.
     """
     with ExitStack() as undo:
-        source = OpenFile.open(path)
+        deployed = deployment.find(path)
+        source = OpenFile.open(deployed.model if deployed else path)
         undo.callback(os.close, source.fd)
         mark = checked.mark(source.fd)
         sound = checked.known(mark)
@@ -98,9 +100,9 @@ def open(
         chosen = None if embedder is None else plugins.embedder(embedder)
         if chosen is not None and not fitting.recalls:
             raise OptionError(f"the policy {policy} recalls nothing, so an embedder has no use; choose graded, or leave the embedder out")
-        held = limits.limits(choice.device, power, celsius)
-        named = choice.device.name
+        held, named = limits.limits(choice.device, power, celsius), choice.device.name
         options = EngineOptions(context, threads, memory, pack, key_type, named, progress, held, cpus=choice.offer.cpus)
+        options = deployment.follow(deployed, options)
         notices: list[str] = []
         engines = plugins.choose_engine(file, options, engine, choice.offer)
         opened = _open_engine(engines, file, options, notices, strict=engine is not None)

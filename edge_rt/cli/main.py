@@ -28,6 +28,8 @@ COMMANDS = {
     "pull": "edge_rt.cli.pull",
     "models": "edge_rt.cli.models",
     "inspect": "edge_rt.cli.inspect_model",
+    "plan": "edge_rt.cli.plan",
+    "compile": "edge_rt.cli.compile",
     "context": "edge_rt.cli.context",
     "plugins": "edge_rt.cli.plugins",
     "doctor": "edge_rt.cli.doctor",

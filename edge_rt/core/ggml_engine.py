@@ -26,7 +26,7 @@ from edge_rt.core.graph.support import key_type, unsupported
 from edge_rt.core.load.adapter_weights import AdapterWeights
 from edge_rt.core.load.offload import Accelerator
 from edge_rt.core.load.pack_cache import open_packed
-from edge_rt.core.load.paging import Paging
+from edge_rt.core.load.paging import Paging, paging_settings
 from edge_rt.core.load.weights import WeightStore
 from edge_rt.errors import OptionError, UnsupportedModel
 from edge_rt.native import abi, affinity, ggml, logs
@@ -73,12 +73,13 @@ class GgmlEngine(GgmlSequences):
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = key_type(options.key_type, self.hyper)
         self._progress, self._traits = options.progress, ALL
+        self._chunk = int(options.extra.get("ggml.chunk", CHUNK))
         if accelerator:
             self._offload(accelerator, options)
         self._open_weights(options)
-        self._paging = Paging(self.weights, self.hyper, options.memory, options.progress)
+        self._paging = Paging(self.weights, self.hyper, options.memory, options.progress, *paging_settings(options.extra))
         cpus = affinity.fitting(options.cpus, options.threads)
-        most = min(config.available_cpus(), len(cpus) or config.available_cpus())
+        most = min(config.available_cpus(), len(cpus) or 1 << 16, int(options.extra.get("ggml.most_threads", 1 << 16)))
         self._threads = options.threads or most
         self._backend = ggml.cpu_backend(self._threads, cpus)
         self._pace = Pace(options.threads, most, options.limits, cpus)
@@ -91,7 +92,7 @@ class GgmlEngine(GgmlSequences):
         self.info = EngineInfo(
             engine=name, architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
             n_embd=self.hyper.n_embd, train_context=self.hyper.train_context, max_context=options.context or self.hyper.train_context,
-            chunk=CHUNK, device=options.device, offloaded=self._offloaded.weights.names if self._offloaded else (),
+            chunk=self._chunk, device=options.device, offloaded=self._offloaded.weights.names if self._offloaded else (),
         )  # fmt: skip
         if self._offloaded:
             self._try_out()
@@ -109,7 +110,7 @@ class GgmlEngine(GgmlSequences):
         """Place the last blocks on the device."""
         from edge_rt.core.offloading import offload
 
-        self._offloaded, self._traits = offload(accelerator, self._file, self.hyper, self._key_type, options.context, CHUNK)
+        self._offloaded, self._traits = offload(accelerator, self._file, self.hyper, self._key_type, options.context, self._chunk)
         if self._transposed is None:
             self._transposed = not self._traits.flash
 
@@ -148,7 +149,7 @@ class GgmlEngine(GgmlSequences):
         self._check(parts)
         for part in parts:
             self._room(part.sequence, len(part.tokens), part.more)
-        pending = in_pieces(parts, CHUNK, self._order(parts) if len(parts) > 1 else None)
+        pending = in_pieces(parts, self._chunk, self._order(parts) if len(parts) > 1 else None)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
             graph = self._run(run, output)
@@ -348,7 +349,7 @@ class GgmlEngine(GgmlSequences):
         if found is None:
             with closing(KvCache(self.hyper, self._key_type, cells, transposed=self.transposed_values)) as cache:
                 split, adapters = self._paging.streams, widest(self._adapters.values())
-                found = largest(self.hyper, self.weights, split, cache.view, CHUNK, parts, rows, adapters, traits=self._traits)
+                found = largest(self.hyper, self.weights, split, cache.view, self._chunk, parts, rows, adapters, traits=self._traits)
             if self._offloaded:  # a part of it here and a part there; inputs in both places, and results
                 found = Largest(2 * found.arena, 2 * found.graph + 4 * rows * self.hyper.n_vocab)
             self._largest[cells, parts, rows] = found

@@ -270,7 +270,7 @@ def test_how_long_a_step_should_take_is_known_while_it_is_under_way(requests, mo
     ("may", "come"), [(0, 2), (2, 2), (3, 4), (8, 8), (15, 12), (17, 16), (40, 40), (63, 56), (64, 64), (100, 64), (1000, 64)], ids=str
 )  # fmt: skip
 def test_prompt_tokens_come_in_few_different_numbers(requests, may, come):
-    """An engine keeps what it builds for a step: as many as may come, rounded down, at most its chunk, at least four, or two where those take long."""
+    """An engine keeps what it builds for a step. As many as may come, rounded down; at least four, or two where those take long."""
     requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, (batch.STRETCH - 1) / (may + 0.5)
     requests.add("decodes", "a", max_tokens=60)
     requests.batch._running[0].part = Part(0, [1], "all")

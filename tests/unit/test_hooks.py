@@ -182,6 +182,13 @@ def test_edge_rt_compiler_passes() -> None:
     assert load(edge_rt_compiler_passes=edge_rt_compiler_passes).compiler_passes() == ["a pass"]
 
 
+def test_edge_rt_compiler_targets() -> None:
+    def edge_rt_compiler_targets() -> list[Path]:
+        return [Path("board.toml")]
+
+    assert load(edge_rt_compiler_targets=edge_rt_compiler_targets).compiler_targets() == [Path("board.toml")]
+
+
 def test_every_hook_has_a_test_here() -> None:
     assert HOOKS
     assert [name for name in HOOKS if f"test_{name}" not in globals()] == []

@@ -60,7 +60,7 @@ def settled(by_cell: Callable[[], float], transposed: Callable[[], float]) -> fl
     return None if len({ratio < _WORTH for ratio in halves}) > 1 else min(halves)
 
 
-class _NoWeights:
+class NoWeights:
     """Attention alone needs none."""
 
     centred = False
@@ -93,7 +93,7 @@ def _attention(hyper: Hyper, key_type: int, backend: ggml.Handle, *, transposed:
             ggml.view(q, "f4", (hyper.n_head * hyper.head_dim,))[:] = 0.5
             ggml.view(mask, "u1", (CELLS * (4 if transposed else 2),))[:] = 0
             shape, slot = SlotShape(1, CELLS, 0), SlotInputs(0, 0, mask)
-            builder = Builder(work.address, hyper, _NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], 64)
+            builder = Builder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], 64)
             builder.begin("attention")
             builder.expand(builder.attend(0, q))
             graph = builder.segments[0].graph

@@ -235,6 +235,19 @@ def read_header(buffer: Buffer, file_size: int) -> Header:
     )
 
 
+def metadata_spans(buffer: Buffer) -> tuple[int, list[tuple[str, int, int]]]:
+    """(where metadata begins, (key, start, end) of every entry) in a sound header, for who writes another with the same metadata."""
+    cursor = _Cursor(buffer, len(buffer))
+    cursor.position = len(MAGIC)
+    _, _, count = cursor.read(_COUNTS)
+    first, spans = cursor.position, []
+    for _ in range(count):
+        start = cursor.position
+        (key,) = _read_metadata(cursor, 1)
+        spans.append((key, start, cursor.position))
+    return first, spans
+
+
 def _check_magic(start: bytes, file_size: int) -> None:
     """Raise a helpful ModelFileError unless the file starts as GGUF does."""
     if file_size == 0:

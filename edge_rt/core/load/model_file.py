@@ -117,8 +117,10 @@ class ModelFile:
         if Identity.of(os.fstat(self.fd)) != self.identity:
             raise ModelChanged(f"{self.path} was changed while it was open; open the model again")
 
-    def key(self) -> str:
+    def key(self, *, copied: bool = False) -> str:
         """Identifies the content for caches: size, time of change, CRC-32 of the header and of a few samples of the tensor data.
+
+        ``copied``: without the time, which copies do not keep.
 
         Reads a few pages. It tells apart what honest tools write; it is no proof against forgery (nor would a hash of samples be).
         """
@@ -127,7 +129,7 @@ class ModelFile:
         for i in range(_SAMPLES if end > first else 0):
             at = first + (end - first) * i // _SAMPLES
             samples = zlib.crc32(os.pread(self.fd, _SAMPLE_BYTES, at), samples)  # in ``map`` a pager may have put other pages
-        return f"{end}-{self.identity.mtime_ns}-{self.header.crc32:08x}-{samples:08x}"
+        return f"{end}-{0 if copied else self.identity.mtime_ns}-{self.header.crc32:08x}-{samples:08x}"
 
     def close(self) -> None:
         """Release the mapping and the descriptor; further calls do nothing."""

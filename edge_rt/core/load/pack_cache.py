@@ -21,21 +21,26 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-def cache_key(file: ModelFile, centre: bool = True) -> str:
+def cache_key(file: ModelFile, centre: bool = True, *, copied: bool = False) -> str:
     """Identify model content, library build and CPU: a packed file is good only for all three.
 
     Of the CPU: features, vector length, and the layouts it may use now, for a system can withhold AMX from a process.
+    ``copied``: of a packed file that lies beside its model and goes where it goes.
     """
     build = (ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(ggml.vector_length()))
-    return "|".join((file.key(), *build, *packing.layouts(), str(packing.FORMAT), *(() if centre else ("as in the file",))))
+    form = () if centre else ("as in the file",)
+    return "|".join((file.key(copied=copied), *build, *packing.layouts(), str(packing.FORMAT), *form))
 
 
 def open_packed(file: ModelFile, progress: Progress | None = None, centre: bool = True) -> tuple[PackedFile | None, str | None]:
     """Open the packed weights of a model, making them first if need be. ``centre``: as ``packing.plan`` has it.
 
     Returns (packed, notice): packed None runs from the GGUF, and the notice says why if that is not simply
-    because the model has nothing to pack.
+    because the model has nothing to pack. Packed weights beside the model come first, if they are for this library and CPU.
     """
+    beside = Path(file.path).with_suffix(".pack")
+    if beside.exists() and (found := _open_sound(beside, cache_key(file, centre, copied=True))):
+        return found, None
     key = cache_key(file, centre)
     path = config.packed_dir() / f"{Path(file.path).stem}-{zlib.crc32(key.encode()):08x}.pack"
     if found := _open_sound(path, key):
@@ -59,6 +64,16 @@ def open_packed(file: ModelFile, progress: Progress | None = None, centre: bool 
         reason = error.strerror or str(error)
         where = f"cannot write {path.parent} ({reason}); free space or set EDGE_RT_CACHE"
         return None, f"running without packed weights, which is slower: {where}"
+
+
+def write_beside(file: ModelFile, progress: Progress | None = None) -> Path | None:
+    """Write the packed weights of a model beside it; None if it has nothing to pack. Raises OSError."""
+    plan = packing.plan(file.header)
+    if plan is None:
+        return None
+    path = Path(file.path).with_suffix(".pack")
+    _build(file, plan, path, cache_key(file, copied=True), progress)
+    return path
 
 
 def _open_sound(path: Path, key: str) -> PackedFile | None:
@@ -116,10 +131,10 @@ def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _forget_stale(path, str(file.path), key)
+    _forget_stale(path, str(file.path))
 
 
-def _forget_stale(path: Path, model: str, key: str) -> None:
+def _forget_stale(path: Path, model: str) -> None:
     """Delete other packed files of the same model path (an older model, library or CPU): nobody will open them again."""
     for other in path.parent.glob("*.pack"):
         if other != path and packing.made_for(other) == model:

@@ -74,10 +74,8 @@ def plan(header: Header, centre: bool = True) -> Plan | None:
     ``centre``: what it has none for as Q4_1 lies as Q4_0 and offsets, if it has one for that (centred.py).
     """
     sources = _sources(header)
-    kernels = _kernels(sources)
-    apart = _kernels(_as_q4_0(sources, kernels)) if centre else {}
-    kernels |= apart
-    if not kernels:
+    found, apart = forms(sources, centre)
+    if not found:
         return None
     units: dict[str, list[str]] = {}
     for name in sources:
@@ -86,10 +84,17 @@ def plan(header: Header, centre: bool = True) -> Plan | None:
     position = 0
     for names in units.values():
         position = -(-position // memory.PAGE) * memory.PAGE
-        for blank in _unit(sorted(names, key=_rank), sources, kernels, apart):
+        for blank in _unit(sorted(names, key=_rank), sources, found, apart):
             entries.append(blank._replace(offset=position))
             position = -(-(position + blank.nbytes) // _ALIGNMENT) * _ALIGNMENT
     return Plan(tuple(entries), -(-position // memory.PAGE) * memory.PAGE)
+
+
+def forms(sources: Mapping[str, TensorInfo], centre: bool = True) -> tuple[dict[str, tuple[str, int]], Container[str]]:
+    """Layout and bytes of each weight that is packed, and which of them lie as Q4_0 and offsets."""
+    found = kernels(sources)
+    apart = kernels(_as_q4_0(sources, found)) if centre else {}
+    return found | apart, apart
 
 
 def _as_q4_0(sources: Mapping[str, TensorInfo], kernels: Container[str]) -> dict[str, TensorInfo]:
@@ -129,7 +134,7 @@ def _sources(header: Header) -> dict[str, TensorInfo]:
     return sources
 
 
-def _kernels(sources: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int]]:
+def kernels(sources: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int]]:
     """The layout of each weight that has a packed kernel, and its bytes there. Float weights would only be copied: they have none."""
     types = layouts()
     buffers = {layout: ggml.buffer(type_, 0) for layout, type_ in types.items()}

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.core.load.prefetch import Prefetcher
+from edge_rt.core.load.prefetch import AHEAD, Prefetcher
 from edge_rt.core.load.residency import ExpertResidency, Pager
+from edge_rt.errors import OptionError
 from edge_rt.native import ggml, memory
 
 if TYPE_CHECKING:
     from edge_rt.core.load.weights import WeightStore
 
 
+def paging_settings(extra: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """``ahead`` and ``locked`` of ``Paging`` as an engine's settings have them. Raises OptionError."""
+    ahead, locked = extra.get("ggml.prefetch", AHEAD), extra.get("ggml.locked", ())
+    if not isinstance(ahead, int) or not 4096 <= ahead <= 1 << 32:
+        raise OptionError(f"ggml.prefetch is a number of bytes from 4096 to {1 << 32} and not {ahead!r}")
+    return ahead, tuple(locked)
+
+
 class Paging:
     """Chooses by budget: none or enough -> a prefetcher; too little -> a pager, and for a mixture an expert budget."""
 
     def __init__(
-        self, weights: WeightStore, hyper: Hyper, budget: int | None, progress: Callable[[str, int, int], None] | None = None
+        self,
+        weights: WeightStore,
+        hyper: Hyper,
+        budget: int | None,
+        progress: Callable[[str, int, int], None] | None = None,
+        ahead: int = AHEAD,
+        locked: Collection[str] = (),
     ) -> None:
-        """Raises OptionError if the budget cannot even hold the streaming window."""
-        self._weights, self._progress = weights, progress
+        """``ahead``: bytes asked of the disk before they are read. ``locked``: units that stay in memory once they were read, where the
+        system lets this process lock so much. Raises OptionError if the budget cannot even hold the streaming window.
+        """
+        self._weights, self._progress, self._ahead, self._locked = weights, progress, ahead, frozenset(locked)
         self._hyper = hyper
         self._pager: Pager | None = None
         self._prefetcher: Prefetcher | None = None
@@ -95,12 +112,13 @@ class Paging:
             self._pager.warm()
         else:
             self._stop_prefetch()
-            self._prefetcher = Prefetcher(self._weights.units, self._progress)
+            self._prefetcher = Prefetcher(self._weights.units, self._progress, self._ahead, self._locked)
             self._prefetcher.start()
 
     def cool(self) -> None:
         """Give every page of the weights back: the system may take it, and what it has not taken by then need not be read again."""
         self._stop_prefetch()
+        self._unlock()
         if self._pager:
             self._pager.cool()
         for unit in self._weights.units:
@@ -111,12 +129,19 @@ class Paging:
     def close(self) -> None:
         """Stop the threads."""
         self._stop_prefetch()
+        self._unlock()
         if self._pager:
             self._pager.close()
 
     def _stop_prefetch(self) -> None:
         if self._prefetcher:
             self._prefetcher.stop()
+
+    def _unlock(self) -> None:
+        for unit in self._weights.units:
+            if unit.name in self._locked:
+                for span in unit.spans:
+                    memory.unlock(span.address, span.size)
 
     def _expert_spans(self) -> dict[str, Any]:
         return {

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from edge_rt.core.load.units import Span, Unit
 from edge_rt.native import memory
 
 CHUNK = 2 * 1024 * 1024
-_AHEAD = 4 * CHUNK
+AHEAD = 4 * CHUNK
 """Bytes asked of the disk at once, so that it never waits for us."""
 _RESERVE = 64 * 1024 * 1024
 """Free memory left to others when reading ahead."""
 
 
-def read_span(span: Span, scratch: bytearray, stop: Callable[[], bool] = lambda: False) -> int:
+def read_span(span: Span, scratch: bytearray, stop: Callable[[], bool] = lambda: False, ahead: int = AHEAD) -> int:
     """Bring a span into memory and return the bytes that had to be read; ``stop`` is asked between chunks."""
     read = 0
     for start in range(0, span.size, CHUNK):
@@ -30,7 +30,7 @@ def read_span(span: Span, scratch: bytearray, stop: Callable[[], bool] = lambda:
         page, page_size = memory.page_span(span.address + start, size)
         absent = page_size - (memory.resident_bytes(page, page_size) or 0)
         if absent:
-            memory.read_ahead(span.fd, span.offset + start, min(_AHEAD, span.size - start))
+            memory.read_ahead(span.fd, span.offset + start, min(ahead, span.size - start))
         # Populating waits for the pages and enters them in the page table, without the copy that reading into a buffer makes.
         if not memory.populate(page, page_size) and absent:
             with memoryview(scratch)[:size] as target:
@@ -68,13 +68,21 @@ _CGROUP_MEMORY = (
 class Prefetcher:
     """Reads dense units once, in order, on a thread; reports how far it is and stops when memory gets short."""
 
-    def __init__(self, units: Sequence[Unit], progress: Callable[[str, int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        progress: Callable[[str, int, int], None] | None = None,
+        ahead: int = AHEAD,
+        locked: Collection[str] = (),
+    ) -> None:
+        """``ahead``: bytes asked of the disk at once. ``locked``: units to lock once they are in memory, as far as that is allowed."""
         self._units = [unit for unit in units if not unit.sparse]
+        self._ahead, self._lock = ahead, locked
         self._progress = progress
         self._stop = threading.Event()
         self.total = sum(unit.size for unit in self._units)
         self.done = 0
-        self.read = 0
+        self.read = self.locked = 0
         self._thread = threading.Thread(target=self._run, name="edge-rt-prefetch", daemon=True)
 
     def start(self) -> None:
@@ -94,15 +102,18 @@ class Prefetcher:
 
     def _run(self) -> None:
         scratch = bytearray(CHUNK)
-        for span in self._spans():
+        for unit, span in self._spans():
             free = available_memory()
             if self._stop.is_set() or (free is not None and free < span.size + _RESERVE):
                 return
-            self.read += read_span(span, scratch, self._stop.is_set)
+            self.read += read_span(span, scratch, self._stop.is_set, self._ahead)
+            if unit in self._lock and memory.lock(span.address, span.size):
+                self.locked += span.size
             self.done += span.size
             if self._progress:
                 self._progress("prefetch", self.done, self.total)
 
-    def _spans(self) -> Iterable[Span]:
+    def _spans(self) -> Iterable[tuple[str, Span]]:
         for unit in self._units:
-            yield from unit.spans
+            for span in unit.spans:
+                yield unit.name, span

@@ -1,0 +1,137 @@
+"""`edge-rt compile`: fits a model to a device, and writes a directory that runs there by a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_rt.cli.options import JsonOption, argument, option
+from edge_rt.cli.output import ProgressBar, say, table, write, write_json
+from edge_rt.errors import OptionError
+from edge_rt.sizes import shown
+
+if TYPE_CHECKING:
+    from edge_rt.compiler.plan import Goals, Situation
+    from edge_rt.compiler.sensitivity import Sensitive
+    from edge_rt.compiler.target import Target
+    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.deployment import Deployed, Plan
+    from edge_rt.registry import Registry
+
+HELP = """Fit a model to a device.
+
+Writes a directory with the weights as the device is best served with them, and a plan: how many threads, what is read ahead, what stays
+in memory. `edge-rt run -m DIRECTORY` follows the plan. What each pass decided is printed with what it is predicted to gain.
+The target auto is this machine. For others the directory is copied there; their packed weights are made when it is first opened.
+
+\b
+Examples:
+  edge-rt compile smollm2 --target auto
+  edge-rt compile model.gguf --target rpi-5 --power 6 --output model-rpi-5
+  edge-rt compile model-f16.gguf --target rpi-5 --weights 80M
+  edge-rt compile model.gguf --target rpi-cm4 --memory 500M --dry-run
+"""
+
+
+class Options(JsonOption):
+    """The command's options."""
+
+    file: str = argument(metavar="MODEL", help="GGUF file, or a name from `edge-rt models`.")
+    target: str = option("auto", "-t --target NAME", "Target by name, see `edge-rt plan`, or a .toml file.")
+    output: str | None = option(None, "-o --output DIRECTORY", "Where to write; MODEL-TARGET here if left out.")
+    memory: str | None = option(None, "--memory SIZE", "Bytes the process may take, as 500M; what the target has if left out.")
+    power: float | None = option(None, "--power WATTS", "Watts the board may draw for long.", low=0.001)
+    latency: float | None = option(None, "--latency SECONDS", "How long a piece of a prompt may keep others waiting.", low=0.001)
+    context: int | None = option(None, "-c --context N", "Cells of context to plan for.", low=1, high=1 << 24)
+    quality: float | None = option(
+        None, "--quality KL", "Requantise by sensitivity: divergence to the model as it is, nats a token at most.", low=0.0
+    )
+    weights: str | None = option(None, "--weights SIZE", "Requantise by sensitivity: bytes of the weights at most, as 80M.")
+    calibration: str | None = option(None, "--calibration FILE", "Text that sensitivities are measured on; our own if left out.")
+    dry_run: bool = option(False, "--dry-run", "Decide and print, write nothing.")
+
+
+def run(options: Options) -> int:
+    """Decide, write and print."""
+    from edge_rt.catalog import resolve
+    from edge_rt.compiler import target as targets
+    from edge_rt.compiler.plan import Situation, built_in, decide
+    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.registry import Registry
+
+    registry = Registry.load()
+    path = resolve(options.file)
+    with ModelFile.open(path) as source:
+        here = options.target == targets.AUTO
+        target = _here(registry, source) if here else targets.load(options.target, registry.compiler_targets())
+        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source))
+        plan = decide(situation, [*built_in(), *registry.compiler_passes()])
+        deployed = None
+        if not options.dry_run:
+            from edge_rt.compiler.writer import write as write_directory
+
+            folder = Path(options.output or f"{path.stem}-{target.name}")
+            progress = ProgressBar()
+            try:
+                deployed = write_directory(source, target, plan, folder, here=here, progress=progress)
+            finally:
+                progress.finish()
+        _show(options, plan, situation, deployed)
+    return 0
+
+
+def _here(registry: Registry, source: ModelFile) -> Target:
+    from edge_rt.compiler.here import here
+    from edge_rt.compiler.shape import read_shape
+
+    return here(registry, read_shape(source.header))
+
+
+def _sensitivities(options: Options, source: ModelFile) -> Sequence[Sensitive]:
+    """Measured where types are to be chosen."""
+    if options.quality is None and options.weights is None:
+        if options.calibration is not None:
+            raise OptionError("--calibration is of use only with --quality or --weights; add one of them")
+        return ()
+    from edge_rt.compiler import sensitivity
+    from edge_rt.compiler.passes.precision import TYPES
+    from edge_rt.config import available_cpus
+
+    tokens = sensitivity.calibration(source, None if options.calibration is None else Path(options.calibration))
+    progress = ProgressBar()
+    try:
+        return sensitivity.measure(source, tokens, TYPES, available_cpus(), lambda done, total: progress("measuring", done, total))
+    finally:
+        progress.finish()
+
+
+def _goals(options: Options) -> Goals:
+    from edge_rt import sizes
+    from edge_rt.compiler.plan import Goals
+
+    memory = None if options.memory is None else sizes.parse(options.memory, "--memory")
+    weights = None if options.weights is None else sizes.parse(options.weights, "--weights")
+    return Goals(memory, options.power, options.latency, options.context, options.quality, weights)
+
+
+def _show(options: Options, plan: Plan, situation: Situation, deployed: Deployed | None) -> None:
+    held = situation.memory(plan)
+    predicted = {"first_token": situation.first(plan), "tokens_per_second": 1.0 / situation.token(plan), "memory": held.total}
+    if options.json:
+        gains = [gain._asdict() for gain in plan.gains]
+        decisions = {**plan._asdict(), "power": plan.power._asdict(), "types": dict(plan.types), "gains": gains}
+        write_json({"output": None if deployed is None else str(deployed.folder), "plan": decisions, "predicted": predicted}, indent=2)
+        return
+    rows = [(gain.by, _ratio(gain.first), _ratio(gain.token), _ratio(gain.memory), gain.what) for gain in plan.gains]
+    write(table([("PASS", "FIRST TOKEN", "TOKENS/S", "MEMORY", "DECIDED"), *rows]))
+    say(
+        f"predicted: first token after {predicted['first_token']:.2f} s, {predicted['tokens_per_second']:.1f} tokens/s "
+        f"with {situation.context} cells, {shown(held.total)}"
+    )
+    if deployed is not None:
+        say(f"wrote {deployed.folder}; run it with `edge-rt run -m {deployed.folder}`")
+
+
+def _ratio(gain: float) -> str:
+    return "" if abs(gain - 1.0) < 0.0005 else f"{gain:.3g}x"

@@ -1,0 +1,305 @@
+"""What this machine's kernels reach with the shapes of one model: a short benchmark, remembered by machine and library.
+
+Weights are zeros: how long a product takes does not depend on them. Each is timed in place (with copies enough that no cache holds them)
+and in a cache, so that what limits it is known; the least of a few times counts, which neighbours disturb little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from edge_rt import config
+from edge_rt.compiler.shape import ModelShape, Product, tensor_bytes
+from edge_rt.compiler.target import Kernel
+from edge_rt.core.context.kv import KvCache
+from edge_rt.core.graph import offsets
+from edge_rt.core.graph.common import Builder, Inputs, SlotInputs, SlotShape
+from edge_rt.core.graph.hyper import Hyper
+from edge_rt.core.graph.layout import NoWeights, transposed_decodes_faster
+from edge_rt.core.load import packing
+from edge_rt.core.load.centred import offsets_shape
+from edge_rt.core.load.gguf_tables import GGML_TYPES
+from edge_rt.core.load.header import TensorInfo
+from edge_rt.core.remember import Remembered
+from edge_rt.device_profile import Profile
+from edge_rt.native import ggml
+
+c = ggml.c
+_NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+_COLD, _MOST_COLD = 64 << 20, 256 << 20
+"""Bytes that together are in no cache: at least, and at most where the caches are larger."""
+_HOT = 512 << 10
+_HOT_TIMES, _MOST_NODES = 32, 512
+_MANY, _MANY_OPERATIONS = 256, 2e9
+_CELLS = 1024
+_ROUNDS, _AT_LEAST = 5, 0.01
+_ALIKE = 0.15
+"""How far two measurements may differ to be remembered."""
+
+
+def calibrated(shape: ModelShape, profile: Profile, threads: Iterable[int]) -> dict[tuple[str, int], Kernel]:
+    """Kernels by what they compute (``TYPE INPUTSxOUTPUTS``, ``attention``, ``elements``) and threads. Raises NativeError, OutOfMemory."""
+    build = (c.version().decode(), c.commit().decode(), *ggml.cpu_features(), profile.name, str(config.available_cpus()))
+    known = Remembered(config.cache_dir() / "calibration.json", "|".join(build))
+    numbers = sorted(set(threads))
+    found: dict[tuple[str, int], Kernel] = {}
+    cold = _cold_bytes(profile)
+    for name, measure in _measurements(shape, cold):
+        remembered = {n: _recall(known, name, n) for n in numbers}
+        if None in remembered.values():
+            first, second = measure(numbers), measure(numbers)
+            for n in numbers:
+                remembered[n] = best = _better(first[n], second[n])
+                if _agree(first[n], second[n]):  # else a neighbour disturbed them, and the next run tries again
+                    _note(known, name, n, best)
+        found.update({(_short(name), n): one for n, one in remembered.items() if one is not None})
+    return found
+
+
+def _measurements(shape: ModelShape, cold: int) -> Iterator[tuple[str, Callable[[Sequence[int]], dict[int, Kernel]]]]:
+    """What is to be known of a model: its name, and how it is measured."""
+    h = shape.hyper
+    for product in {(one.type, one.inputs, one.outputs): one for one in shape.products}.values():
+        yield f"{product.type} {product.inputs}x{product.outputs}", partial(_product, product, cold)
+    sizes = f"{h.n_head} {h.n_head_kv} {h.head_dim}"
+    yield f"attention {sizes}", partial(_attention, h, cold)
+    yield f"elements {sizes} {h.n_embd} {h.n_ff}", partial(_elements, h)
+
+
+def _short(name: str) -> str:
+    return name.split(" ")[0] if name.startswith(("attention", "elements")) else name
+
+
+def _recall(known: Remembered, name: str, threads: int) -> Kernel | None:
+    values = [known.get(f"{name} {threads} {field}") for field in Kernel._fields]
+    return None if None in values else Kernel(*values)  # type: ignore[arg-type]
+
+
+def _note(known: Remembered, name: str, threads: int, found: Kernel) -> None:
+    for field, value in found._asdict().items():
+        known.put(f"{name} {threads} {field}", value)
+
+
+def _better(first: Kernel, second: Kernel) -> Kernel:
+    """What was faster of each: neighbours only slow down."""
+    one, many, reading = map(max, first[:3], second[:3])
+    return Kernel(one, many, reading, min(first.node or 0.0, second.node or 0.0))
+
+
+def _agree(first: Kernel, second: Kernel) -> bool:
+    return all(abs(a - b) <= _ALIKE * max(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+def _cold_bytes(profile: Profile) -> int:
+    caches = [cache.size for cores in profile.cores for cache in cores.caches]
+    return min(_MOST_COLD, max(_COLD, 2 * max(caches, default=0)))
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def _least(backend: ggml.Handle, graph: int) -> float:
+    """Seconds of the fastest of some evaluations; one before them does not count."""
+    ggml.compute(backend, graph)
+    times: list[float] = []
+    while len(times) < _ROUNDS or (sum(times) < _AT_LEAST and len(times) < 20 * _ROUNDS):
+        started = time.perf_counter()
+        ggml.compute(backend, graph)
+        times.append(time.perf_counter() - started)
+        if sum(times) > 50 * _AT_LEAST and len(times) > 1:  # a slow machine
+            break
+    return min(times)
+
+
+@contextlib.contextmanager
+def _graph(build: Callable[[int], Iterable[int]], nodes: int) -> Iterator[int]:
+    """A graph of what ``build`` makes in a context, allocated."""
+    with ggml.context(nodes + 16, (nodes + 16,)) as work, ggml.allocator() as arena:
+        graph = c.new_graph_custom(work.address, nodes + 16, False)
+        for tensor in build(work.address):
+            c.build_forward_expand(graph, tensor)
+        c.gallocr_alloc_graph(arena.address, graph)
+        yield graph
+
+
+def _by_threads(numbers: Sequence[int], graph: int) -> dict[int, float]:
+    found = {}
+    for n in numbers:
+        with ggml.cpu_backend(n) as backend:
+            found[n] = _least(backend, graph)
+    return found
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+class _Weight(NamedTuple):
+    """A weight to make copies of."""
+
+    type: str
+    inputs: int
+    outputs: int
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes((self.inputs, self.outputs), self.type)
+
+    def fewer(self, outputs: float) -> _Weight:
+        """With fewer rows, in whole groups as packed layouts want them."""
+        return self._replace(outputs=self.outputs if outputs >= self.outputs else max(64, int(outputs) // 64 * 64))
+
+
+def _product(product: Product, cold: int, numbers: Sequence[int]) -> dict[int, Kernel]:
+    experts = max(1, round(product.nbytes / max(1, tensor_bytes((product.inputs, 1), product.type)) / product.outputs))
+    whole = _Weight(product.type, product.inputs, product.outputs // experts)
+    small = whole.fewer(whole.outputs * _HOT / whole.nbytes)
+    many = whole.fewer(_MANY_OPERATIONS / (2 * whole.inputs * _MANY))
+    copies = min(_MOST_NODES, max(2, -(-cold // whole.nbytes)))
+    streamed = _seconds(whole, copies, 1, 1, numbers)
+    cached = _seconds(small, 1, _HOT_TIMES, 1, numbers)
+    together = _seconds(many, 1, 1, _MANY, numbers)
+    return {
+        n: Kernel(
+            one=2.0 * small.inputs * small.outputs / cached[n],
+            many=2.0 * many.inputs * many.outputs * _MANY / together[n],
+            reading=whole.nbytes / streamed[n],
+            node=0.0,  # in each of the times above
+        )
+        for n in numbers
+    }
+
+
+def _seconds(weight: _Weight, copies: int, times: int, columns: int, numbers: Sequence[int]) -> dict[int, float]:
+    """Seconds of one product, by threads."""
+    with _placed(weight, copies) as weights, ggml.context(2) as inputs:
+        x = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (weight.inputs, columns))
+        with ggml.allocate_context(inputs):
+            ggml.view(x, "f4", (columns * weight.inputs,))[:] = 0.5
+
+            def build(ctx: int) -> list[int]:
+                return [_multiplied(ctx, *one, x) for one in weights for _ in range(times)]
+
+            with _graph(build, copies * times * (1 + offsets.NODES)) as graph:
+                return {n: seconds / (copies * times) for n, seconds in _by_threads(numbers, graph).items()}
+
+
+def _multiplied(ctx: int, weight: int, apart: int | None, x: int) -> int:
+    y = int(c.mul_mat(ctx, weight, x))
+    return y if apart is None else int(c.add(ctx, y, offsets.product(ctx, apart, x)))
+
+
+@contextlib.contextmanager
+def _placed(weight: _Weight, copies: int) -> Iterator[list[tuple[int, int | None]]]:
+    """Copies of a weight, packed where the library has a kernel for it; and their offsets where they lie apart."""
+    number = _NUMBERS[weight.type]
+    info = TensorInfo("timed.weight", (weight.inputs, weight.outputs), number, weight.type, 0, weight.nbytes)
+    found, centred = packing.forms({info.name: info})
+    layout, nbytes = found.get(info.name, ("", info.nbytes))
+    if info.name in centred:
+        number, info = ggml.TYPE_Q4_0, info._replace(nbytes=tensor_bytes(info.shape, "Q4_0"))
+    apart = -(-nbytes // 64) * 64
+    type_ = packing.layouts()[layout] if layout else c.backend_cpu_buffer_type()
+    source = bytes(info.nbytes)
+    with ggml.context(copies) as ctx, ggml.context(copies) as beside, ggml.buffer(type_, apart * copies + 64) as room:
+        base = -(-c.backend_buffer_get_base(room.address) // 64) * 64
+        made = []
+        for i in range(copies):
+            tensor = ggml.new_tensor(ctx.address, number, info.shape)
+            ggml.place(tensor, room.address, base + i * apart)
+            c.backend_tensor_set(tensor, source, 0, info.nbytes)
+            made.append(tensor)
+        if info.name not in centred:
+            yield [(one, None) for one in made]
+            return
+        others = [ggml.new_tensor(beside.address, ggml.TYPE_F16, offsets_shape(info.shape)) for _ in made]
+        with ggml.allocate_context(beside):
+            yield list(zip(made, others, strict=True))
+
+
+# ---- attention and the rest ------------------------------------------------------------------------------------------
+
+
+def _attention(hyper: Hyper, cold: int, numbers: Sequence[int]) -> dict[int, Kernel]:
+    """Of one token over cached cells and over cells in memory, and of many tokens, as the engine computes it here."""
+    transposed = transposed_decodes_faster(hyper, ggml.TYPE_F16)
+    layer = 4 * hyper.kv_width * _CELLS  # bytes of keys and values
+    deep = min(_MOST_NODES, max(2, -(-cold // layer)))
+    operations = 4.0 * hyper.n_head * hyper.head_dim * _CELLS
+    cached = _attended(hyper._replace(n_layer=2), 1, numbers, transposed)
+    streamed = _attended(hyper._replace(n_layer=deep), 1, numbers, transposed)
+    together = _attended(hyper._replace(n_layer=2), _MANY, numbers, transposed)
+    return {
+        n: Kernel(operations / cached[n], operations * _MANY / together[n], layer / streamed[n], node=0.0) for n in numbers
+    }
+
+
+def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: bool) -> dict[int, float]:
+    """Seconds of one layer's attention of some tokens, by threads."""
+    half = not transposed or tokens > 1
+    with (
+        contextlib.closing(KvCache(hyper, ggml.TYPE_F16, _CELLS, transposed=transposed)) as cache,
+        ggml.context(8) as inputs,
+        ggml.context(64 * hyper.n_layer, (64 * hyper.n_layer,)) as work,
+        ggml.allocator() as arena,
+    ):
+        for layer in range(hyper.n_layer):  # untouched memory is one page of zeros, which every cache holds
+            with cache.cells(layer, write=True) as both:
+                for cells in both:
+                    cells[:] = 0
+        q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, hyper.n_head, tokens))
+        mask = ggml.new_tensor(inputs.address, ggml.TYPE_F16 if half else ggml.TYPE_F32, (_CELLS, tokens))
+        with ggml.allocate_context(inputs):
+            ggml.view(q, "f4", (tokens * hyper.n_head * hyper.head_dim,))[:] = 0.5
+            ggml.view(mask, "u1", (tokens * _CELLS * (2 if half else 4),))[:] = 0
+            shape, slot = SlotShape(tokens, _CELLS, 0), SlotInputs(0, 0, mask)
+            size = 64 * hyper.n_layer
+            builder = Builder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
+            builder.begin("attention")
+            for layer in range(hyper.n_layer):
+                builder.expand(builder.attend(layer, q))
+            c.gallocr_alloc_graph(arena.address, builder.segments[0].graph)
+            found = _by_threads(numbers, builder.segments[0].graph)
+            return {n: seconds / hyper.n_layer for n, seconds in found.items()}
+
+
+def _elements(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
+    """Elements a second of norms, rotation, the gate and sums over many tokens; and what a small node costs."""
+    heads = hyper.n_head + hyper.n_head_kv
+    with ggml.context(8) as inputs:
+        x = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.n_embd, _MANY))
+        w = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.n_embd,))
+        qk = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, heads, _MANY))
+        both = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (2 * max(32, hyper.n_ff), _MANY))
+        positions = ggml.new_tensor(inputs.address, ggml.TYPE_I32, (_MANY,))
+        with ggml.allocate_context(inputs):
+            for tensor, count in ((x, hyper.n_embd * _MANY), (w, hyper.n_embd), (qk, hyper.head_dim * heads * _MANY)):
+                ggml.view(tensor, "f4", (count,))[:] = 0.5
+            ggml.view(both, "f4", (2 * max(32, hyper.n_ff) * _MANY,))[:] = 0.5
+            ggml.view(positions, "i4", (_MANY,))[:] = 1
+            with _graph(lambda ctx: _layer(ctx, hyper, x, w, qk, both, positions), 16) as graph:
+                layer = _by_threads(numbers, graph)
+            with _graph(lambda ctx: [_chain(ctx, w)], _MOST_NODES) as graph:
+                node = {n: seconds / _MOST_NODES for n, seconds in _by_threads(numbers, graph).items()}
+    elements = _MANY * (6 * hyper.n_embd + 2 * heads * hyper.head_dim + 3 * max(32, hyper.n_ff))
+    return {n: Kernel(elements / layer[n], elements / layer[n], 1e18, node[n]) for n in numbers}
+
+
+def _layer(ctx: int, hyper: Hyper, x: int, w: int, qk: int, both: int, positions: int) -> list[int]:
+    """What a block computes beside products, over inputs that already are in memory."""
+    r = hyper.rope
+    rotated = c.rope_ext(
+        ctx, qk, positions, None, r.dims, ggml.ROPE_NEOX, r.original_context, r.base, r.scale, r.ext_factor, r.attn_factor,
+        r.beta_fast, r.beta_slow,
+    )  # fmt: skip
+    normed = [c.mul(ctx, c.rms_norm(ctx, x, hyper.eps), w) for _ in range(2)]
+    return [*normed, rotated, c.swiglu(ctx, both), c.add(ctx, x, normed[0]), c.add(ctx, x, normed[1])]
+
+
+def _chain(ctx: int, w: int) -> int:
+    for _ in range(_MOST_NODES):
+        w = c.add(ctx, w, w)
+    return w

@@ -1,0 +1,280 @@
+"""A roofline of a model on a target: how long a step takes, and what limits it.
+
+Each product takes the longer of reading its weights and computing (Williams, Waterman and Patterson 2009, "Roofline"), and each node of
+the graph its overhead. What limits a step is what most of its time goes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+from edge_rt.compiler.shape import ModelShape, Product
+from edge_rt.compiler.target import Kernel, Target, bandwidth, share
+from edge_rt.core.graph.attention import TILES_FROM
+from edge_rt.core.load.residency import SLOTS
+
+CHUNK = 512
+"""Tokens of a prompt that the ggml engine feeds at once."""
+STEP = 256
+"""Cells that are attended are a multiple of this."""
+
+Bound = Literal["bandwidth", "compute", "overhead", "storage"]
+
+
+class Cost(NamedTuple):
+    """Seconds by what they go to."""
+
+    bandwidth: float = 0.0
+    compute: float = 0.0
+    overhead: float = 0.0
+    storage: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return sum(self)
+
+    @property
+    def bound(self) -> Bound:
+        """What most go to."""
+        parts: dict[Bound, float] = self._asdict()  # type: ignore[assignment]
+        return max(parts, key=lambda name: parts[name])
+
+    def plus(self, other: Cost) -> Cost:
+        """Both, one after the other."""
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Memory(NamedTuple):
+    """Bytes: weights that every step touches, cells of the context, compute buffers, and the process beside that."""
+
+    weights: int
+    cells: int
+    compute: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+class Prediction(NamedTuple):
+    """A row of the table. Times are seconds, energy joules; None where the target does not say.
+
+    ``first_cold``: with nothing of the model in memory, the opening included; ``first``: with the model open and in memory.
+    ``measured``: the row was timed, not worked out.
+    """
+
+    target: str
+    threads: int
+    prompt: int
+    context: int
+    first: float
+    first_bound: str
+    first_cold: float | None
+    cold_bound: str | None
+    rate: float
+    rate_bound: str
+    memory: Memory | None
+    fits: bool
+    energy: float | None
+    measured: bool = False
+    basis: str = "projected"
+
+
+# ---- what kernels reach ----------------------------------------------------------------------------------------------
+
+_ARITHMETIC = {"F32": "f32", "F16": "f16", "BF16": "f16", "attention": "f16"}
+"""What a type is multiplied as; quantised weights as int8."""
+
+
+def kernel(target: Target, kind: str, threads: int, inputs: int = 0, outputs: int = 0) -> Kernel:
+    """What products of a kind (a type, or ``attention``) reach: as measured for this very shape, for others of the kind, or as stated."""
+    for name in (f"{kind} {inputs}x{outputs}", kind):
+        if found := target.kernels.get((name, threads)):
+            return found
+    if alike := _alike(target, kind, threads):
+        return alike
+    profile, efficiency = target.profile, target.efficiency.get(kind) or target.efficiency["other"]
+    most = profile.operations[_ARITHMETIC.get(kind, "int8")] * share(profile, threads)
+    return Kernel(most * efficiency.one, most * efficiency.many, bandwidth(profile, threads) * target.reading)
+
+
+def _alike(target: Target, kind: str, threads: int) -> Kernel | None:
+    """The mean of what was measured of a kind with other shapes, each as it would be with so many threads; None if there is nothing."""
+    numbers = [number for name, number in target.kernels if name.split(" ")[0] == kind]
+    if not numbers:
+        return None
+    nearest = min(numbers, key=lambda number: (abs(number - threads), number))
+    found = [each for (name, number), each in target.kernels.items() if name.split(" ")[0] == kind and number == nearest]
+    one, many, reading = (sum(part) / len(found) for part in zip(*(each[:3] for each in found), strict=True))
+    mean = Kernel(one, many, reading, found[0].node)
+    if nearest == threads:
+        return mean
+    more = share(target.profile, threads) / share(target.profile, nearest)
+    reads = bandwidth(target.profile, threads) / bandwidth(target.profile, nearest) if target.profile.bandwidth else more
+    return Kernel(mean.one * more, mean.many * more, mean.reading * reads, mean.node)
+
+
+def _cached(target: Target, nbytes: float) -> bool:
+    """Whether what is read again and again stays in the largest cache of the fastest cores."""
+    caches = [cache.size for cores in target.profile.cores[:1] for cache in cores.caches]
+    return bool(caches) and nbytes < 0.5 * max(caches)
+
+
+def _work(reading: float, computing: float) -> Cost:
+    """The longer of the two; both happen at once."""
+    return Cost(bandwidth=reading) if reading > computing else Cost(compute=computing)
+
+
+def _product(target: Target, product: Product, tokens: int, threads: int, *, cached: bool) -> Cost:
+    found = kernel(target, product.type, threads, product.inputs, product.outputs)
+    # Of experts, tokens together touch nearly all.
+    touched = product.nbytes * (1.0 - (1.0 - product.share) ** tokens)
+    reading = 0.0 if cached else touched / found.reading
+    one = product.operations / found.one
+    # Few columns take no longer than the kernel for one takes for each, nor less than many at their rate.
+    computing = min(tokens * one, max(one, tokens * product.operations / found.many))
+    overhead = target.node * _barrier(target, threads) if found.node is None else found.node
+    return _work(reading, computing).plus(Cost(overhead=overhead))
+
+
+def _barrier(target: Target, threads: int) -> float:
+    """Threads meet after each node; one alone meets nobody, and has only the call."""
+    return 1.0 if threads > 1 or target.profile.kind != "cpu" else 0.4
+
+
+def _attention(shape: ModelShape, target: Target, tokens: int, cells: float, threads: int, key_type: str = "f16") -> Cost:
+    found = kernel(target, "attention", threads)
+    operations = shape.attention_operations(tokens, 1) * cells
+    tiles = tokens >= TILES_FROM
+    computing = operations / (found.many if tiles else found.one)
+    nbytes = cells * shape.cell_bytes(key_type)
+    return _work(0.0 if _cached(target, nbytes) else nbytes / found.reading, computing)
+
+
+def _rest(shape: ModelShape, target: Target, tokens: int, threads: int) -> Cost:
+    """Norms, rotation, gates and sums; and what each node of the graph, and the step, costs beside."""
+    measured = target.kernels.get(("elements", threads))
+    rate = measured.many if measured else target.elements * (share(target.profile, threads) * target.threads)
+    node = measured.node if measured and measured.node is not None else target.node * _barrier(target, threads)
+    return Cost(compute=shape.elements(tokens) / rate, overhead=shape.nodes * node + target.step)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _padded(cells: int) -> int:
+    return -(-cells // STEP) * STEP
+
+
+def _step(shape: ModelShape, target: Target, tokens: int, rows: int, cells: float, threads: int, key_type: str = "f16") -> Cost:
+    """A step of one sequence: so many tokens, of which ``rows`` get logits, each over so many cells on average."""
+    cached = _cached(target, shape.streamed)
+    total = _attention(shape, target, tokens, cells, threads, key_type)
+    for product in shape.products:
+        columns = tokens if product.tokens else rows
+        if columns:
+            total = total.plus(_product(target, product, columns, threads, cached=cached))
+    return total.plus(_rest(shape, target, tokens, threads))
+
+
+def decode(shape: ModelShape, target: Target, cells: int, threads: int, key_type: str = "f16") -> Cost:
+    """One token behind so many others."""
+    return _step(shape, target, 1, 1, _padded(cells), threads, key_type)
+
+
+def prefill(shape: ModelShape, target: Target, tokens: int, threads: int, chunk: int = CHUNK) -> Cost:
+    """A prompt in an empty context, with the logits of its last token, in chunks."""
+    total = Cost()
+    for start in range(0, tokens, chunk):
+        n = min(chunk, tokens - start)
+        last = start + n == tokens
+        total = total.plus(_step(shape, target, n, int(last), _padded(start + n), threads))
+    return total
+
+
+def first_token(shape: ModelShape, target: Target, prompt: int, threads: int, chunk: int = CHUNK) -> Cost:
+    """From the prompt to the first token, with the model open and in memory."""
+    return prefill(shape, target, prompt, threads, chunk)
+
+
+def first_token_cold(shape: ModelShape, target: Target, prompt: int, threads: int, chunk: int = CHUNK) -> Cost | None:
+    """The same from the start of the process, with nothing of the model in memory; None where the speed of the storage is not known.
+
+    Weights are read ahead in the order in which they are computed with, so both happen at once: the longer of them counts.
+    """
+    if target.profile.storage is None:
+        return None
+    reading = shape.weights / target.profile.storage
+    if target.profile.link:
+        reading = max(reading, shape.weights / target.profile.link)
+    computing = first_token(shape, target, prompt, threads, chunk)
+    beside = Cost(overhead=target.opening)
+    return (Cost(storage=reading) if reading > computing.seconds else computing).plus(beside)
+
+
+def streaming(shape: ModelShape, target: Target, budget: int | None) -> float:
+    """Seconds that reading takes for each step when only so many bytes of weights stay in memory; 0 without such a budget."""
+    if budget is None or budget >= shape.weights:
+        return 0.0
+    # Of each of n units so much is streamed that the rest and the slots fit (residency.divide).
+    n = max(SLOTS + 1, len(shape.units) - 1)
+    return (shape.weights - budget) * n / (n - SLOTS) / (target.profile.storage or float("inf"))
+
+
+def memory(shape: ModelShape, target: Target, context: int, chunk: int = CHUNK, key_type: str = "f16") -> Memory:
+    """What a process with one sequence of so many cells holds, when the context is full."""
+    h, cells = shape.hyper, _padded(context)
+    n = min(chunk, cells)
+    active = h.n_ff * max(1, h.n_expert_used)
+    # The largest of what is alive at once in a block: hidden states and their norm, gate and up joined and their product; and the mask.
+    hidden = 4 * n * (3 * h.n_embd + 3 * active)
+    queries = 4 * n * (2 * h.n_head + 2 * h.n_head_kv) * h.head_dim
+    mask = 2 * n * cells
+    return Memory(
+        shape.weights, cells * shape.cell_bytes(key_type), max(hidden, queries) + mask + 4 * h.n_vocab, target.process
+    )
+
+
+def power(target: Target, threads: int) -> float | None:
+    """Watts of the board with so many threads at work: between idle and all, by their part of the operations. None if not known."""
+    idle, most = target.profile.idle_power, target.profile.power
+    return None if idle is None or most is None else idle + (most - idle) * share(target.profile, threads)
+
+
+def predict(
+    shape: ModelShape, target: Target, *, context: int, prompt: int, threads: int | None = None, chunk: int = CHUNK, key_type: str = "f16"
+) -> Prediction:
+    """A row of the table: the first token of a prompt, and tokens at the end of a context."""
+    n = threads or target.threads
+    first = first_token(shape, target, prompt, n, chunk)
+    cold = first_token_cold(shape, target, prompt, n, chunk)
+    token = decode(shape, target, context, n, key_type)
+    held = memory(shape, target, context, chunk, key_type)
+    watts = power(target, n)
+    return Prediction(
+        target=target.name,
+        threads=n,
+        prompt=prompt,
+        context=context,
+        first=first.seconds,
+        first_bound=first.bound,
+        first_cold=None if cold is None else cold.seconds,
+        cold_bound=None if cold is None else cold.bound,
+        rate=1.0 / token.seconds,
+        rate_bound=token.bound,
+        memory=held,
+        fits=held.total <= target.profile.memory,
+        energy=None if watts is None else watts * token.seconds,
+        basis="measured kernels" if target.measured else _basis(target.profile.basis),
+    )
+
+
+def _basis(stated: Mapping[str, str]) -> str:
+    """The weakest of what the figures rest on."""
+    ranks = ("unknown", "projected", "simulated", "measured")
+    used: Iterable[str] = (stated.get(key, "unknown") for key in ("bandwidth", "operations", "efficiency"))
+    return min(used, key=ranks.index)

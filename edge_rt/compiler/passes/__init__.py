@@ -1,0 +1,1 @@
+"""The compiler's passes, a file each."""

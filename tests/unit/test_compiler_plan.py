@@ -1,0 +1,186 @@
+"""Passes: pure functions on plans, what they decide for which target and goal, and plans as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_rt import deployment
+from edge_rt.compiler import target as targets
+from edge_rt.compiler.passes import layout, pipeline, power
+from edge_rt.compiler.plan import Goals, Situation, built_in, decide
+from edge_rt.core.load.model_file import ModelFile
+from edge_rt.deployment import Gain, Plan, PowerSetting
+from edge_rt.errors import ModelFileError, OptionError
+from edge_rt.hooks import EngineOptions
+from edge_rt.testing.random_models import write_random_model
+
+SIZES = {"n_layer": 4, "n_embd": 512, "n_head": 8, "n_head_kv": 2, "n_ff": 1024, "n_vocab": 2048, "context": 4096}
+
+
+def situation(tmp_path: Path, name: str, goals: Goals = Goals(), **changes: object) -> Situation:  # noqa: B008
+    path = tmp_path / "model.gguf"
+    write_random_model(path, **{**SIZES, "type": "Q4_0", **changes})  # type: ignore[arg-type]
+    with ModelFile.open(path) as file:
+        return Situation(file.header, targets.load(name), goals)
+
+
+def test_a_pass_changes_no_plan_but_returns_another(tmp_path: Path) -> None:
+    found = situation(tmp_path, "rpi-5", Goals(power=6.0))
+    for one in built_in():
+        plan = Plan("rpi-5")
+        before = plan._asdict()
+        after = one.apply(plan, found)
+        assert plan._asdict() == before
+        assert after == one.apply(plan, found)
+        assert after != plan
+
+
+def test_tensors_lie_as_they_are_touched(tmp_path: Path) -> None:
+    plan = layout.apply(Plan("rpi-5"), situation(tmp_path, "rpi-5", tied=False, bias=True))
+    names = [name.removeprefix("blk.0.") for name in plan.order]
+    assert names[:6] == ["token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"]
+    assert names.index("ffn_up.weight") == names.index("ffn_gate.weight") + 1
+    assert [names.index(f"attn_{part}.bias") - names.index("attn_q.bias") for part in "qkv"] in ([0, 1, 2], [0, -2, 3], [0, 1, 3])
+    assert plan.order[-2:] == ("output_norm.weight", "output.weight")
+    assert len(set(plan.order)) == len(plan.order)
+
+
+@pytest.mark.parametrize(("name", "kind", "pack", "alignment"), [("rpi-5", "Q4_0", True, 4096), ("rpi-cm4", "Q4_0", False, 32)])
+def test_packed_weights_are_planned_where_there_are_kernels(tmp_path: Path, name: str, kind: str, pack: bool, alignment: int) -> None:
+    plan = layout.apply(Plan(name), situation(tmp_path, name, type=kind))
+    assert (plan.pack, plan.alignment) == (pack, alignment)
+    assert len(plan.gains) == 1
+    assert plan.gains[0].by == "layout"
+
+
+def test_all_cores_are_left_to_the_governor_and_small_ones_left_out_where_they_do_not_help(tmp_path: Path) -> None:
+    assert pipeline.apply(Plan("rpi-5"), situation(tmp_path, "rpi-5")).threads == 0
+    found = situation(tmp_path, "rpi-5")
+    slow = found.target._replace(profile=found.target.profile._replace(bandwidth={1: 4e9, 2: 4e9, 4: 4e9}))
+    assert pipeline.apply(Plan("rpi-5"), found._replace(target=slow)).threads in (1, 2)
+
+
+def test_latency_bounds_the_chunk(tmp_path: Path) -> None:
+    free = pipeline.apply(Plan("rpi-cm4"), situation(tmp_path, "rpi-cm4"))
+    assert free.chunk >= 256
+    found = situation(tmp_path, "rpi-cm4", Goals(latency=0.1))
+    from edge_rt.compiler import cost
+
+    bound = pipeline.apply(Plan("rpi-cm4"), found)
+    assert bound.chunk < free.chunk
+    assert cost.prefill(found.shape(bound), found.target, bound.chunk, 4, bound.chunk).seconds <= 0.1
+    with pytest.raises(OptionError, match=r"--latency 0\.0001 is less than"):
+        pipeline.apply(Plan("rpi-cm4"), situation(tmp_path, "rpi-cm4", Goals(latency=0.0001)))
+
+
+def test_a_memory_limit_streams_what_does_not_fit_or_says_how_much_it_takes(tmp_path: Path) -> None:
+    found = situation(tmp_path, "rpi-cm4", n_layer=16)
+    whole = pipeline.apply(Plan("rpi-cm4"), found)
+    assert whole.memory is None
+    held = found.memory(whole)
+    limit = held.total - held.compute - held.weights // 4
+    tight = found._replace(goals=Goals(memory=limit))
+    plan = pipeline.apply(Plan("rpi-cm4"), tight)
+    assert plan.memory is not None
+    assert plan.memory < held.weights
+    assert tight.memory(plan).total <= limit
+    assert tight.token(plan) > found.token(whole)  # and what is streamed is paid for
+    with pytest.raises(OptionError, match=r"give --memory \d+M") as caught:
+        pipeline.apply(Plan("rpi-cm4"), found._replace(goals=Goals(memory=80_000_000)))
+    enough = int(str(caught.value).split("--memory ")[1].split("M")[0]) << 20
+    assert pipeline.apply(Plan("rpi-cm4"), found._replace(goals=Goals(memory=enough))).chunk
+
+
+def test_a_card_takes_the_layers_that_fit(tmp_path: Path) -> None:
+    found = situation(tmp_path, "a10g")
+    assert pipeline.apply(Plan("a10g"), found).layers == 5  # four blocks and the head
+    shape = found.shape(Plan("a10g"))
+    held = found.memory(Plan("a10g", chunk=64))  # what does not fit is fed in the smallest pieces
+    room = held.process + held.compute + shape.units["head"] + 2 * (shape.units["blk.0"] + held.cells // 4) + 1000
+    small = found.target._replace(profile=found.target.profile._replace(memory=room))
+    assert pipeline.apply(Plan("a10g"), found._replace(target=small)).layers == 3
+
+
+def test_what_may_be_taken_away_is_locked(tmp_path: Path) -> None:
+    found = situation(tmp_path, "rpi-cm4")
+    assert pipeline.apply(Plan("rpi-cm4"), found).locked == ()
+    total = found.memory(Plan("rpi-cm4")).total
+    small = found.target._replace(profile=found.target.profile._replace(memory=int(1.2 * total)))
+    locked = pipeline.apply(Plan("rpi-cm4"), found._replace(target=small)).locked
+    assert locked[:2] == ("blk.0", "blk.1")
+
+
+def test_a_power_cap_is_held_by_threads_and_rests(tmp_path: Path) -> None:
+    found = situation(tmp_path, "rpi-5", Goals(power=5.0))
+    plan = power.apply(pipeline.apply(Plan("rpi-5"), found), found)
+    setting = plan.power
+    assert setting.watts == 5.0
+    assert setting.celsius == 75.0
+    profile = found.target.profile
+    drawn = profile.idle_power + setting.duty * (profile.power - profile.idle_power) * setting.threads / 4
+    assert drawn <= 5.0 * 1.001
+    rates = {n: power.sustained(plan._replace(threads=n), found, 5.0)[0] for n in range(1, 5)}
+    assert max(rates, key=lambda n: rates[n]) == setting.threads
+    for cap, words in ((2.0, "draws at rest"), (3.0, "draws at rest")):
+        with pytest.raises(OptionError, match=words):
+            power.apply(plan, found._replace(goals=Goals(power=cap)))
+    unknown = found.target._replace(profile=found.target.profile._replace(power=None))
+    with pytest.raises(OptionError, match="is not known"):
+        power.apply(plan, found._replace(target=unknown))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
+    plan = decide(situation(tmp_path, "rpi-5", Goals(power=6.0, context=2048)), built_in())
+    told = Gain('a "quoted"\\\n', "é", 1.5, 0.5, 2.0, 0.25)
+    plan = plan._replace(types={"blk.0.attn_q.weight": "Q8_0"}, memory=123, layers=3, locked=("head",), gains=(*plan.gains, told))
+    (tmp_path / "plan.toml").write_text(deployment.to_toml(plan, {"model.gguf": "00"}, {"source": "x"}), encoding="utf-8")
+    found = deployment.find(tmp_path)
+    assert found is not None
+    assert found.plan._replace(types=dict(found.plan.types)) == plan
+    assert found.provenance == {"source": "x"}
+
+
+def test_a_directory_without_a_plan_is_none(tmp_path: Path) -> None:
+    assert deployment.find(tmp_path) is None
+    assert deployment.find(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("format = 1", "format = 2", "format 2 and this version reads 1"),
+        ("[plan]", "[plan", "cannot be read"),
+        ("chunk = 512", 'chunk = "many"', "chunk has a value of a wrong kind"),
+        ("pack = true", "pack = 1", "pack has a value of a wrong kind"),
+        ("chunk = 512", "chunks = 512", "there is no decision chunks"),
+        ('"model.gguf"', '"other.gguf"', "names no model.gguf"),
+        ("[plan.power]", "[plan.power]\nvolts = 3", "volts"),
+        ("chunk = 512", "chunk = 0", "chunk is 0, and may be 1 to 65536"),
+        ('key_type = "f16"', 'key_type = "q2"', "may be f16 or q8_0"),
+        ('key_type = "f16"', "key_type = 5", "key_type has a value of a wrong kind"),
+    ],
+)
+def test_a_damaged_plan_is_told(tmp_path: Path, old: str, new: str, words: str) -> None:
+    text = deployment.to_toml(Plan("x", power=PowerSetting(3.0)), {"model.gguf": "00"}, {})
+    assert old in text
+    (tmp_path / "plan.toml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ModelFileError, match="compile the model again") as caught:
+        deployment.find(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_options_of_the_caller_come_before_the_plan(tmp_path: Path) -> None:
+    plan = Plan("x", threads=3, memory=5000, context=700, chunk=128, locked=("head",), power=PowerSetting(4.0, 70.0))
+    deployed = deployment.Deployed(tmp_path, plan, {"model.gguf": ""}, {})
+    followed = deployment.follow(deployed, EngineOptions())
+    assert (followed.context, followed.threads, followed.memory, followed.pack) == (700, None, 5000, True)
+    expected = {"ggml.chunk": 128, "ggml.locked": ("head",), "ggml.most_threads": 3, "ggml.watts": 4.0, "ggml.celsius": 70.0}
+    assert expected.items() <= followed.extra.items()
+    own = deployment.follow(deployed, EngineOptions(context=9, threads=1, memory=7, pack=False, extra={"ggml.chunk": 64}))
+    assert (own.context, own.threads, own.memory, own.pack, own.extra["ggml.chunk"]) == (9, 1, 7, False, 64)
+    assert deployment.follow(None, EngineOptions()) == EngineOptions()
