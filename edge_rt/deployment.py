@@ -103,18 +103,15 @@ class Deployed(NamedTuple):
 
 
 def follow(deployed: Deployed | None, given: EngineOptions) -> EngineOptions:
-    """Options by the plan of a directory, if it is one, where the caller gave none of his own."""
+    """Options by the plan of a directory, if it is one, where the caller gave none of his own. What it says of power is for ``limits``, and
+    an accelerator itself takes as many blocks as fit it then.
+    """
     if deployed is None:
         return given
     plan = deployed.plan
     own: dict[str, Any] = {"ggml.chunk": plan.chunk, "ggml.prefetch": plan.prefetch, "ggml.locked": plan.locked}
     if plan.threads:
         own["ggml.most_threads"] = plan.threads
-    if plan.layers is not None:
-        own["ggml.layers"] = plan.layers
-    for name, value in (("watts", plan.power.watts), ("celsius", plan.power.celsius)):
-        if value is not None:
-            own[f"ggml.{name}"] = value
     return given._replace(
         context=given.context or plan.context,
         memory=given.memory or plan.memory,

@@ -14,6 +14,7 @@ from edge_rt.errors import OptionError
 if TYPE_CHECKING:
     from edge_rt.core.decode.sustain import Sustained
     from edge_rt.core.engine import Engine
+    from edge_rt.deployment import PowerSetting
     from edge_rt.guarded import PluginDevice
 
 PATIENCE = 0.6
@@ -47,6 +48,24 @@ def limits(device: PluginDevice, power: float | None, celsius: float | None) -> 
             raise OptionError(f"the device {device.name} does not tell its {missing}, so it cannot be limited: {_WAYS_OUT[missing]}")
         time.sleep(0.05)
     return Limits(health, power, celsius)
+
+
+def planned(device: PluginDevice, setting: PowerSetting, notices: list[str]) -> Limits | None:
+    """What a compiled model's plan asks to hold, as far as the device tells it; a cap that it cannot be held to is noted, and no error:
+    the model may run on another device than it was compiled for. Waits as ``limits`` does, for power alone.
+    """
+    if not isinstance(device.device, TellsHealth):
+        health, now = Health, Health()
+    else:
+        health = _guarded(device.plugin, device.device)
+        until = time.monotonic() + PATIENCE
+        while (now := health()).power is None and setting.watts is not None and time.monotonic() < until:
+            time.sleep(0.05)
+    if setting.watts is not None and now.power is None:
+        notices.append(f"the plan's cap of {setting.watts:g} W is not held: the device {device.name} does not tell its power")
+    power = None if now.power is None else setting.watts
+    celsius = None if now.temperature is None else setting.celsius
+    return None if power is None and celsius is None else Limits(health, power, celsius)
 
 
 def _missing(found: Health, wanted: list[str]) -> str | None:

@@ -101,9 +101,10 @@ def open(
         if chosen is not None and not fitting.recalls:
             raise OptionError(f"the policy {policy} recalls nothing, so an embedder has no use; choose graded, or leave the embedder out")
         held, named = limits.limits(choice.device, power, celsius), choice.device.name
-        options = EngineOptions(context, threads, memory, pack, key_type, named, progress, held, cpus=choice.offer.cpus)
-        options = deployment.follow(deployed, options)
         notices: list[str] = []
+        own = held or (limits.planned(choice.device, deployed.plan.power, notices) if deployed else None)
+        options = EngineOptions(context, threads, memory, pack, key_type, named, progress, own, cpus=choice.offer.cpus)
+        options = deployment.follow(deployed, options)
         engines = plugins.choose_engine(file, options, engine, choice.offer)
         opened = _open_engine(engines, file, options, notices, strict=engine is not None)
         undo.callback(opened.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -33,14 +34,13 @@ def _folder(state: Path, user: int) -> Path:
 
 def saves_of(state: Path, user: int) -> list[Save]:
     """A user's saved sessions by name. Raises UserError if the folder cannot be read."""
-    found = []
+    found, folder = [], _folder(state, user)
     try:
-        for path in sorted(_folder(state, user).iterdir()):
+        for path in sorted(folder.iterdir()) if folder.exists() else ():
             if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):  # else it is one that is being written
-                facts = path.stat()
-                found.append(Save(path.stem, facts.st_size, facts.st_mtime))
-    except FileNotFoundError:  # of the folder: nothing was saved yet; of a file: it was removed by hand just now
-        return found
+                with contextlib.suppress(FileNotFoundError):  # it was removed by hand just now
+                    facts = path.stat()
+                    found.append(Save(path.stem, facts.st_size, facts.st_mtime))
     except OSError as error:
         raise UserError(f"saved sessions cannot be listed: {(error.strerror or str(error)).lower()}") from error
     return found

@@ -51,9 +51,12 @@ def logits(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"type": "Q4_1"}, {"type": "F16", "tied": False}, {"architecture": "qwen2"}, {"architecture": "qwen3moe", "n_ff": 256}],
-    ids=["packed", "plain", "float", "biases", "experts"],
-)
+    [
+        {}, {"type": "Q4_1"}, {"type": "Q5_0"}, {"type": "F16", "tied": False}, {"architecture": "qwen2"},
+        {"architecture": "qwen3moe", "n_ff": 256},
+    ],
+    ids=["packed", "centred", "plain", "float", "biases", "experts"],
+)  # fmt: skip
 def test_the_logits_are_the_same_to_the_bit(tmp_path: Path, changes: dict[str, object]) -> None:
     path = made(tmp_path, **changes)
     deployed = compiled(path, tmp_path / "out")

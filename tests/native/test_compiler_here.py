@@ -73,7 +73,7 @@ def test_measurements_that_disagree_are_made_again(shape: ModelShape, monkeypatc
 
 
 def test_types_with_packed_kernels_are_those_the_library_packs(shape: ModelShape) -> None:
-    assert set(packed_types()) <= {"Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"}
+    assert set(packed_types()) <= {"Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"}
 
 
 def test_the_table_has_a_row_for_each_target_and_one_measured(

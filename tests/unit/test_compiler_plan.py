@@ -175,11 +175,11 @@ def test_a_damaged_plan_is_told(tmp_path: Path, old: str, new: str, words: str) 
 
 
 def test_options_of_the_caller_come_before_the_plan(tmp_path: Path) -> None:
-    plan = Plan("x", threads=3, memory=5000, context=700, chunk=128, locked=("head",), power=PowerSetting(4.0, 70.0))
+    plan = Plan("x", threads=3, memory=5000, context=700, chunk=128, locked=("head",))
     deployed = deployment.Deployed(tmp_path, plan, {"model.gguf": ""}, {})
     followed = deployment.follow(deployed, EngineOptions())
     assert (followed.context, followed.threads, followed.memory, followed.pack) == (700, None, 5000, True)
-    expected = {"ggml.chunk": 128, "ggml.locked": ("head",), "ggml.most_threads": 3, "ggml.watts": 4.0, "ggml.celsius": 70.0}
+    expected = {"ggml.chunk": 128, "ggml.locked": ("head",), "ggml.most_threads": 3}
     assert expected.items() <= followed.extra.items()
     own = deployment.follow(deployed, EngineOptions(context=9, threads=1, memory=7, pack=False, extra={"ggml.chunk": 64}))
     assert (own.context, own.threads, own.memory, own.pack, own.extra["ggml.chunk"]) == (9, 1, 7, False, 64)
