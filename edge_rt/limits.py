@@ -12,7 +12,7 @@ from edge_rt.device_profile import Health, Limits, TellsHealth
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.core.decode.sustain import Sustained
+    from edge_rt.core.decode.windows import Sustained
     from edge_rt.core.engine import Engine
     from edge_rt.deployment import PowerSetting
     from edge_rt.guarded import PluginDevice

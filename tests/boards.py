@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from edge_rt.device_profile import Health
 
-TICK = 0.02
+TICK = 0.05
 """Seconds of one step of the simulation."""
 
 
@@ -58,7 +58,6 @@ class Board:
     step: float = 0.0
     gone: tuple[float, float] = (1e9, 1e9)
     seed: int = 0
-    warm: bool = False
     now: float = 0.0
     clock: float = 1.0
     energy: float = 0.0
@@ -122,8 +121,8 @@ class Board:
 
 
 class Run(NamedTuple):
-    """What a run did, after its first ``skip`` seconds: tokens a second, the mean power, the share of time throttled; and all along the
-    highest temperature and the highest mean power of a minute. ``changes``: of threads, after ``skip``.
+    """What a run did, after its first ``skip`` seconds: tokens a second, the mean power, the share of time throttled, the highest
+    temperature, the highest mean power of a minute, changes of threads, and the threads at the end. ``first``: the highest before.
     """
 
     rate: float
@@ -133,6 +132,7 @@ class Run(NamedTuple):
     minute: float
     changes: int
     threads: int
+    first: float
 
 
 def drive(board: Board, sustainer: object | None, seconds: float, skip: float, period: float = 0.2, kind: str = "decode") -> Run:
@@ -156,13 +156,13 @@ def drive(board: Board, sustainer: object | None, seconds: float, skip: float, p
     while board.now - start < seconds:
         if not seen_skip and board.now - start >= skip:
             seen_skip, tokens, energy_at_skip, changes = True, 0.0, board.energy, 0
-            started = board.now
+            started, first_hottest, board.hottest = board.now, board.hottest, board.temperature
         threads, duty = (board.threads, 1.0) if sustainer is None else sustainer.choose(kind, board.threads)  # type: ignore[attr-defined]
         changes += threads != before
         before = threads
         took = board.token_seconds(threads)
         if sustainer is not None:
-            sustainer.begins()  # type: ignore[attr-defined]
+            sustainer.begins(kind, threads)  # type: ignore[attr-defined]
         board.run(took, threads, tick)
         tokens += 1
         if sustainer is not None:
@@ -176,7 +176,8 @@ def drive(board: Board, sustainer: object | None, seconds: float, skip: float, p
         if at - energies[first][0] > 59 and energies[first][0] - start > skip:
             worst = max(worst, (energy - energies[first][1]) / (at - energies[first][0]))
     passed = board.now - started
-    return Run(tokens / passed, (board.energy - energy_at_skip) / passed, throttled / passed, board.hottest, worst, changes, threads)
+    power = (board.energy - energy_at_skip) / passed
+    return Run(tokens / passed, power, throttled / passed, board.hottest, worst, changes, threads, first_hottest)
 
 
 def best(board: Board, budget: float) -> float:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.decode.sustain import Sustained
+    from edge_rt.core.decode.windows import Sustained
     from edge_rt.core.load.adapter import LoraFile
 
     Row = memoryview[float] | npt.NDArray[np.float32]

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.decode.sustain import Sustained
-    from edge_rt.core.decode.windows import Kind
+    from edge_rt.core.decode.windows import Kind, Sustained
     from edge_rt.core.engine import Logits
     from edge_rt.core.graph.decoder import Output
     from edge_rt.core.load.adapter import LoraFile

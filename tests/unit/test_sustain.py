@@ -31,8 +31,8 @@ def phone(**more: Any) -> Board:
     """No fan, a large mass, firmware that cools down for long once it is 48 degrees warm, readings a second late."""
     given = {"late": 1.0, "noise": (0.3, 0.2), **more}
     return Board(
-        speeds=(6, 11, 15, 17, 17.5, 17.8), watts=(1.2, 2.4, 3.3, 4.2, 5.0, 5.8), rest=0.9, masses=(Mass(3, 4), Mass(8, 300)), ambient=27,
-        firmware=Firmware(48, 0.2, 2.0, 0.1), **given,
+        speeds=(3, 5.5, 7.5, 8.5, 8.75, 8.9), watts=(1.2, 2.4, 3.3, 4.2, 5.0, 5.8), rest=0.9, masses=(Mass(3, 4), Mass(8, 300)), ambient=27,
+        firmware=Firmware(48, 0.1, 4.0, 1.0), **given,
     )  # fmt: skip
 
 
@@ -40,13 +40,13 @@ def pc(**more: Any) -> Board:
     """A desktop that tells power, with noise."""
     given = {"late": 0.3, "noise": (0.8, 0.5), **more}
     return Board(
-        speeds=(20, 34, 44, 50, 55, 58, 60, 61), watts=(14, 22, 29, 35, 41, 46, 51, 56), rest=9, masses=(Mass(0.25, 2), Mass(0.4, 60)),
+        speeds=(4, 6.8, 8.8, 10, 11, 11.6, 12, 12.2), watts=(14, 22, 29, 35, 41, 46, 51, 56), rest=9, masses=(Mass(0.25, 2), Mass(0.4, 60)),
         **given,
     )  # fmt: skip
 
 
 def held(
-    board: Board, power: float | None = None, celsius: float | None = None, seconds: float = 600, skip: float = 120
+    board: Board, power: float | None = None, celsius: float | None = None, seconds: float = 420, skip: float = 120
 ) -> tuple[Sustainer, Run]:  # fmt: skip
     sustainer = Sustainer(board.health, power=power, celsius=celsius, most=board.threads, clock=lambda: board.now)
     return sustainer, drive(board, sustainer, seconds, skip)
@@ -84,7 +84,7 @@ def test_fewer_threads_are_taken_where_they_make_more_of_a_watt() -> None:
 def test_a_cap_that_is_out_of_reach_changes_nothing() -> None:
     board = pc()
     _, run = held(board, power=100.0)
-    assert run.rate == pytest.approx(61, rel=0.01)
+    assert run.rate == pytest.approx(12.2, rel=0.01)
     assert run.changes == 0
 
 
@@ -146,19 +146,18 @@ def recorded() -> list[tuple[float, float]]:
 def test_the_simulated_pi_warms_throttles_and_cools_as_the_recorded_one() -> None:
     board, wrong = pi(), []
     for at, celsius in recorded():
-        while board.now < at:
-            board.run(min(0.5, at - board.now), 4 if 152.5 <= board.now < 453 else 0)
+        board.run(at - board.now, 4 if 152.5 <= at < 453 else 0)
         wrong.append(board.temperature - celsius)
     assert math.sqrt(sum(one * one for one in wrong) / len(wrong)) < 2.0
-    assert max(map(abs, wrong)) < 6.0
+    assert sorted(map(abs, wrong))[int(0.95 * len(wrong))] < 4.0
 
 
 @pytest.mark.parametrize(("make", "limit"), [(pi, 79.0), (pi, 70.0), (phone, 45.0)])
 def test_a_temperature_is_held_and_most_of_what_it_allows_is_made_of_it(make: Any, limit: float) -> None:
     board = make()
-    _, run = held(board, celsius=limit, seconds=900, skip=200)
-    assert run.hottest <= 1.05 * limit + 2.0
-    assert board.temperature <= limit + 0.5
+    _, run = held(board, celsius=limit, seconds=600, skip=200)
+    assert run.first <= 1.05 * limit + 1.0
+    assert run.hottest <= limit + 0.5
     assert run.throttled == 0.0
     fresh = make()
     assert run.rate >= 0.85 * best(fresh, allowed(fresh, limit - 1))
@@ -168,16 +167,16 @@ def test_a_temperature_is_held_and_most_of_what_it_allows_is_made_of_it(make: An
 def test_it_is_no_slower_than_burst_and_throttle(make: Any) -> None:
     """At a limit just below the temperature at which the firmware throttles, on boards whose voltage stays."""
     above = make().firmware.above
-    _, run = held(make(), celsius=above - 0.5, seconds=1200, skip=400)
+    _, run = held(make(), celsius=above - 0.5, seconds=900, skip=400)
     burst = drive(make(), None, 1200, 400)
     assert burst.throttled > 0.5, "the board throttles when it is let"
     assert run.throttled < 0.05
-    assert run.rate >= 0.97 * burst.rate
+    assert run.rate >= 0.95 * burst.rate
 
 
 def test_a_board_that_throttles_lower_than_asked_is_kept_below_that() -> None:
     board = pi()
-    sustainer, run = held(board, celsius=95.0, seconds=1200, skip=300)
+    sustainer, run = held(board, celsius=95.0, seconds=800, skip=300)
     assert run.throttled < 0.1
     assert sustainer.report().throttled < 0.1
 
@@ -196,7 +195,7 @@ def test_throttling_that_no_temperature_explains_makes_it_careful() -> None:
 
 def test_both_limits_are_held() -> None:
     board = phone()
-    _, run = held(board, power=1.4, celsius=45.0, seconds=900, skip=200)
+    _, run = held(board, power=1.4, celsius=45.0, seconds=600, skip=200)
     assert run.power <= 1.05 * 1.4
     assert board.temperature <= 45.5
 
@@ -230,7 +229,7 @@ def test_without_any_reading_it_is_careful() -> None:
     assert "nothing was measured" in sustainer.news()[0]
 
 
-@pytest.mark.parametrize("nonsense", [-5.0, math.nan, math.inf, 1e7])
+@pytest.mark.parametrize("nonsense", [-500.0, math.nan, math.inf, 1e7])
 def test_nonsense_is_no_reading(nonsense: float) -> None:
     assert reading(Health(temperature=nonsense, power=nonsense), 1e5, 0.0, True)[:2] == (None, None)
 
@@ -267,7 +266,7 @@ def boards(draw: st.DrawFn) -> Board:
     """Boards of one to eight threads, of which each adds less speed than the one before, with one to three thermal masses."""
     threads = draw(st.integers(1, 8))
     core, uncore, rest = draw(st.floats(0.5, 8)), draw(st.floats(0.1, 4)), draw(st.floats(0.5, 10))
-    less, first = draw(st.floats(0.4, 1.0)), draw(st.floats(1.0, 40.0))
+    less, first = draw(st.floats(0.4, 1.0)), draw(st.floats(1.0, 10.0))
     constants = draw(st.sampled_from([(60.0,), (3.0, 90.0), (2.0, 20.0, 250.0)]))
     masses = [Mass(draw(st.floats(0.3, 4)) / core, seconds) for seconds in constants]
     return Board(
@@ -278,7 +277,7 @@ def boards(draw: st.DrawFn) -> Board:
     )  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(boards(), st.floats(0.25, 0.9))
 def test_any_board_is_held_to_a_power_cap(board: Board, share: float) -> None:
     cap = board.rest + share * board.watts[-1]
@@ -288,13 +287,13 @@ def test_any_board_is_held_to_a_power_cap(board: Board, share: float) -> None:
     assert run.rate >= 0.7 * most
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(boards(), st.floats(0.3, 0.9))
 def test_any_board_is_held_to_a_temperature(board: Board, share: float) -> None:
     resistance = sum(mass.resistance for mass in board.masses)
     limit = board.temperature + share * resistance * board.watts[-1] + 1.0
     _, run = held(board, celsius=limit, seconds=600, skip=200)
-    assert run.hottest <= limit + max(2.0, 0.12 * (limit - board.ambient))
+    assert run.hottest <= limit + max(1.5, 0.05 * limit)
     assert board.temperature <= limit + 1.0
 
 

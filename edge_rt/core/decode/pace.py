@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from edge_rt.core.decode.governor import Governor, read_cpus
 
 if TYPE_CHECKING:
-    from edge_rt.core.decode.sustain import Sustained, Sustainer
-    from edge_rt.core.decode.windows import Kind
+    from edge_rt.core.decode.sustain import Sustainer
+    from edge_rt.core.decode.windows import Kind, Sustained
     from edge_rt.device_profile import Limits
 
 PERIOD = 0.2
@@ -67,7 +67,7 @@ class Pace:
         self._threads, self._duty = self._sustainer.choose(kind, bound)
         self._began = time.monotonic()
         self._rested = max(0.0, min(self._due, self._began) - self._ended)
-        self._sustainer.begins()
+        self._sustainer.begins(kind, self._threads)
         return self._threads
 
     def after(self, kind: Kind, tokens: int) -> None:

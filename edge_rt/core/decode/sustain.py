@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.decode.thermal import Thermal
-from edge_rt.core.decode.windows import History, Kind, Window, reading
+from edge_rt.core.decode.windows import History, Kind, Sustained, Window, reading
 
 if TYPE_CHECKING:
     from edge_rt.core.decode.windows import Reading
@@ -62,27 +62,6 @@ class Setting(NamedTuple):
 
     threads: int
     duty: float
-
-
-class Sustained(NamedTuple):
-    """What was asked for and what was measured, over the last ``seconds`` in which there was work. None: not known.
-
-    ``cap``: watts, ``limit``: degrees Celsius, as asked. ``tokens_per_second``: written, rests included. ``power``: the mean, watts.
-    ``temperature``: now, ``hottest``: the highest of those seconds. ``threads``, ``duty``: now, for writing. ``throttled``: the share of
-    the time in which the device throttled. ``problem``: why the limits may not be held, "" if they are.
-    """
-
-    cap: float | None = None
-    limit: float | None = None
-    tokens_per_second: float | None = None
-    power: float | None = None
-    temperature: float | None = None
-    hottest: float | None = None
-    threads: int = 0
-    duty: float = 1.0
-    throttled: float = 0.0
-    seconds: float = 0.0
-    problem: str = ""
 
 
 @dataclass(slots=True)
@@ -124,6 +103,7 @@ class Sustainer:
         self._told = {"power": now, "temperature": now}
         self._temperature: float | None = None
         self._throttles = self._computing = self._absurd = False
+        self._step: tuple[Kind, int, float] = ("decode", most, now)  # that is under way, or was last
         self._ended = -math.inf  # of the last step
         self._cycle = 0.0  # seconds from step to step
         self._held, self._safe = Setting(self._candidates[0], CAUTIOUS), False  # what to do without readings; whether it was measured
@@ -139,9 +119,9 @@ class Sustainer:
         with self._lock:
             return self._setting(kind, bound)
 
-    def begins(self) -> None:
+    def begins(self, kind: Kind, threads: int) -> None:
         """A step begins."""
-        self._computing = True
+        self._step, self._computing = (kind, threads, self._clock()), True
 
     def took(self, kind: Kind, threads: int, seconds: float, tokens: float, rested: float = 0.0) -> None:
         """A step has ended that took so long, after so many seconds of rest that were due before it."""
@@ -210,10 +190,10 @@ class Sustainer:
             if not self._metered:
                 self._metered, self._rest, self._thermal = True, min(one.power, (self._cap or math.inf) / 2), None
             if self._cap is not None and self._working(now):
-                self._debt = min(max(self._debt + (one.power - self._cap) * min(passed, 1.0), -0.3 * self._cap), 4 * self._cap)
+                self._debt = min(max(self._debt + (one.power - self._cap) * min(passed, 1.0), -self._cap), 4 * self._cap)
         if one.temperature is not None:
             self._told["temperature"], self._temperature = now, one.temperature
-        self._history.look(one)
+        self._history.look(one, min(passed, STALE) if self._working(now) else 0.0)
         if passed > 2 * STALE:  # nobody has looked, as there was nothing to do
             self._pause(passed, now)
         self._slice.look(one)
@@ -260,7 +240,7 @@ class Sustainer:
 
     def _steer(self, now: float) -> None:
         """A slice of time has ended: correct the heat that is allowed."""
-        past, elapsed = self._slice, now - self._slice.start
+        past, elapsed = self._over_now(self._slice, now), now - self._slice.start
         self._slice = Window(now)
         heat = sum(seconds / elapsed * self._expected(*key).heat for key, seconds in past.busy.items())
         if self._metered:
@@ -282,9 +262,16 @@ class Sustainer:
         else:
             self._spared = min(1.0, 1.01 * self._spared)
 
+    def _over_now(self, window: Window, now: float) -> Window:
+        """With the step that is under way."""
+        if self._computing:
+            kind, threads, began = self._step
+            window.under_way(kind, threads, now - began, now)
+        return window
+
     def _control(self, now: float) -> None:
         """A window has ended: learn from it, and choose the threads for the next."""
-        window, elapsed = self._window, now - self._window.start
+        window, elapsed = self._over_now(self._window, now), now - self._window.start
         busy = sum(window.busy.values())
         self._window = Window(now)
         power = window.power(elapsed)
@@ -307,8 +294,10 @@ class Sustainer:
     def _learn(self, key: tuple[Kind, int], window: Window, power: float | None, share: float, throttled: bool) -> None:
         """What a window says of a number of threads. A device that throttles is slower than it is at other times, and cooler."""
         kind, threads = key
-        rate, expected, curve = window.tokens[key] / window.busy[key], self._expected(kind, threads).heat, self._known[kind]
+        rate, expected, curve = window.rate(kind, threads), self._expected(kind, threads).heat, self._known[kind]
         heat = expected
+        if rate is None:
+            return
         if power is not None and self._rest is not None:
             self._rest = min(self._rest, 0.97 * power)
             heat = max(power - self._rest, 1e-3) / share

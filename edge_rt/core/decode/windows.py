@@ -35,23 +35,34 @@ def _sane(value: float | None, low: float, high: float) -> float | None:
 
 @dataclass(slots=True)
 class Window:
-    """Since ``start``, in seconds of some clock: busy seconds and tokens by kind and threads, and sums of what was read."""
+    """Since ``start``, in seconds of some clock: busy seconds by kind and threads, (seconds, tokens) of the steps that ended, and what was
+    read.
+    """
 
     start: float
     busy: dict[tuple[Kind, int], float] = field(default_factory=dict)
-    tokens: dict[tuple[Kind, int], float] = field(default_factory=dict)
+    ended: dict[tuple[Kind, int], tuple[float, float]] = field(default_factory=dict)
     looks: int = 0
     throttled: int = 0
     temperatures: list[float] = field(default_factory=list)
     powers: list[tuple[float, bool]] = field(default_factory=list)
 
     def step(self, kind: Kind, threads: int, seconds: float, tokens: float, now: float) -> None:
-        """A step ended now. What of it was before the window does not count."""
-        inside = min(seconds, now - self.start)
-        if inside > 0:
-            key = (kind, threads)
-            self.busy[key] = self.busy.get(key, 0.0) + inside
-            self.tokens[key] = self.tokens.get(key, 0.0) + tokens * inside / seconds
+        """A step ended now; what of it was before the window was not busy time of this one."""
+        if now > self.start:
+            before = self.ended.get((kind, threads), (0.0, 0.0))
+            self.ended[kind, threads] = (before[0] + seconds, before[1] + tokens)
+            self.under_way(kind, threads, seconds, now)
+
+    def under_way(self, kind: Kind, threads: int, seconds: float, now: float) -> None:
+        """A step has been computed for so long."""
+        if (inside := min(seconds, now - self.start)) > 0:
+            self.busy[kind, threads] = self.busy.get((kind, threads), 0.0) + inside
+
+    def rate(self, kind: Kind, threads: int) -> float | None:
+        """Tokens that a busy second made."""
+        seconds, tokens = self.ended.get((kind, threads), (0.0, 0.0))
+        return tokens / seconds if seconds else None
 
     def look(self, one: Reading) -> None:
         """Something was read."""
@@ -86,6 +97,27 @@ class Window:
         return mean - max(0.0, differ) * (len(computing) / n - share)
 
 
+class Sustained(NamedTuple):
+    """What was asked for and what was measured, over the last ``seconds`` in which there was work. None: not known.
+
+    ``cap``: watts, ``limit``: degrees Celsius, as asked. ``tokens_per_second``: written, rests included. ``power``: the mean, watts.
+    ``temperature``: now, ``hottest``: the highest of those seconds. ``threads``, ``duty``: now, for writing. ``throttled``: the share of
+    the time in which the device throttled. ``problem``: why the limits may not be held, "" if they are.
+    """
+
+    cap: float | None = None
+    limit: float | None = None
+    tokens_per_second: float | None = None
+    power: float | None = None
+    temperature: float | None = None
+    hottest: float | None = None
+    threads: int = 0
+    duty: float = 1.0
+    throttled: float = 0.0
+    seconds: float = 0.0
+    problem: str = ""
+
+
 class Past(NamedTuple):
     """A stretch of work: seconds of it, those of writing, tokens written, watt seconds and seconds in which power was told, and the highest
     temperature. ``throttled``: seconds.
@@ -115,12 +147,12 @@ class History:
         if kind == "decode":
             self._writing, self._tokens = self._writing + seconds, self._tokens + tokens
 
-    def look(self, one: Reading) -> None:
-        """Something was read; it stands for the steps since the last reading."""
+    def look(self, one: Reading, passed: float) -> None:
+        """Something was read, ``passed`` seconds of work after the last reading."""
         work = self._work
-        if not work:
+        if not work and not passed:
             return
-        metered = 0.0 if one.power is None else work
+        metered = 0.0 if one.power is None else passed
         hottest = -math.inf if one.temperature is None else one.temperature
         self._past.append(Past(work, self._writing, self._tokens, (one.power or 0.0) * metered, metered, work * one.throttled, hottest))
         self._seconds += work
@@ -132,5 +164,5 @@ class History:
         """All of it together."""
         if not self._past:
             return Past(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -math.inf)
-        *sums, hottest = zip(*self._past, strict=True)
-        return Past._make([*map(sum, sums), max(hottest)])
+        columns = list(zip(*self._past, strict=True))
+        return Past._make([*map(sum, columns[:-1]), max(columns[-1])])
