@@ -209,10 +209,13 @@ def test_a_plugin_that_raises_tells_nothing(model_file: Path) -> None:
 def test_an_engine_that_cannot_is_refused(model_file: Path, engine: str) -> None:
     from edge_rt.testing.null_device import NullPlugin
 
-    plugins = {"meters": Plugin(Meter()), "null": NullPlugin()}
-    registry = Registry.load(entry_points=False, plugins=plugins)
+    class Cpu(Meter):
+        name = "cpu"  # the only one that llama_cpp drives
+
+    plugins = {"meters": Plugin(Cpu()), "null": NullPlugin()}
+    registry = Registry.load(entry_points=False, disabled=["cpu"], plugins=plugins)
     with pytest.raises(OptionError, match=f"{engine} cannot hold a limit"):
-        edge_rt.open(model_file, registry=registry, engine=engine, power=5.0, device="metered")
+        edge_rt.open(model_file, registry=registry, engine=engine, power=5.0, device="cpu")
 
 
 @pytest.mark.parametrize("options", [{"power": 0.0}, {"power": -1.0}, {"power": float("nan")}, {"celsius": 1e3}, {"celsius": -300.0}])
