@@ -34,7 +34,7 @@ def test_a_pass_changes_no_plan_but_returns_another(tmp_path: Path) -> None:
         after = one.apply(plan, found)
         assert plan._asdict() == before
         assert after == one.apply(plan, found)
-        assert after != plan
+        assert (after != plan) == (one.name != "precision"), "without sensitivities there is no better type"
 
 
 def test_tensors_lie_as_they_are_touched(tmp_path: Path) -> None:
