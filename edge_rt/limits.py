@@ -54,13 +54,10 @@ def planned(device: PluginDevice, setting: PowerSetting, notices: list[str]) -> 
     """What a compiled model's plan asks to hold, as far as the device tells it; a cap that it cannot be held to is noted, and no error:
     the model may run on another device than it was compiled for. Waits as ``limits`` does, for power alone.
     """
-    if not isinstance(device.device, TellsHealth):
-        health, now = Health, Health()
-    else:
-        health = _guarded(device.plugin, device.device)
-        until = time.monotonic() + PATIENCE
-        while (now := health()).power is None and setting.watts is not None and time.monotonic() < until:
-            time.sleep(0.05)
+    health: Callable[[], Health] = _guarded(device.plugin, device.device) if isinstance(device.device, TellsHealth) else Health
+    until = time.monotonic() + PATIENCE
+    while (now := health()).power is None and setting.watts is not None and time.monotonic() < until:
+        time.sleep(0.05)
     if setting.watts is not None and now.power is None:
         notices.append(f"the plan's cap of {setting.watts:g} W is not held: the device {device.name} does not tell its power")
     power = None if now.power is None else setting.watts
