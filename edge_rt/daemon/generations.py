@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from edge_rt.session import Session
     from edge_rt.types import Event
 
-LONG = 1 << 16
-"""Characters of a prompt from which it is tokenised on another thread: a MB takes 0.15 seconds, in which nobody else would get a token."""
+LONG = 1 << 14
+"""Characters of a prompt from which it is tokenised on another thread: a MB takes 0.5 seconds, in which nobody else would get a token."""
 LONG_TOKENS = 1 << 11
 """Tokens of a prompt from which a request begins on another thread: what leaves the context is chosen then, and all may be graded."""
 _T = TypeVar("_T")

@@ -1,5 +1,6 @@
 """A prompt far longer than the context: what it costs, and that nobody else waits while it is made to fit."""
 
+import re
 import threading
 import time
 from collections import Counter
@@ -291,3 +292,20 @@ def test_a_grader_that_fails_ends_its_own_request_alone(host):
     one.until(other)
     assert one.answer(other)["ok"] == {}
     assert one.ok("memory")["requests"] == 0
+
+
+def test_a_long_text_is_counted_as_a_short_one(monkeypatch):
+    from edge_rt.core.context import features
+
+    patterns = [one for one in vars(features).values() if isinstance(one, re.Pattern)]
+    assert len(patterns) > 10
+    assert not any(one.groups for one in patterns), "findall would give the groups"
+    texts = [
+        HUGE[:5000],
+        "一九九八年三月，北京大学的王老师决定在上海开会，因为公司的费用是三千元。《书》" * 9,
+        'see https://example.org/a, ＡＢ１２ and "x"\n- a\n' * 9,
+        "On 12 March 2021 Mr. Smith of the Northern Bank paid $4,500 for 3 kg; however AB-1234 must be sent to a@b.org by 10:30. " * 9,
+    ]  # fmt: skip
+    short = [features.features(text) for text in texts]
+    monkeypatch.setattr(features, "_LONG", 0)
+    assert [features.features(text) for text in texts] == short

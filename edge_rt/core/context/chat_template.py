@@ -186,7 +186,8 @@ class _Guard:
         self._names = re.compile("|".join(map(re.escape, names)))  # longest first
         self._beginnings = frozenset(name[:n] for name in names for n in range(1, len(name)))
         self._longest = max(map(len, names))
-        taken = set("".join([*texts, *self._others]))
+        parts = (text[at : at + _AT_ONCE] for text in (*texts, *self._others) for at in range(0, len(text), _AT_ONCE))
+        taken = set[str]().union(*map(set, parts))
         self._free = [chr(code) for code in _PRIVATE if chr(code) not in taken][::-1]
         return self._walk(value)
 

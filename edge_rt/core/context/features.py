@@ -60,16 +60,31 @@ def features(text: str) -> Features:
     counts = dict.fromkeys(Features._fields[1:], 0)
     if not text.isascii() and _FULL_WIDTH.search(text):
         text = text.translate(HALF_WIDTH)
-    counts["punctuation"] = len(_PUNCTUATION.findall(text))
-    counts["quotes"] = len(_QUOTED.findall(text))
-    text, urls = _URL.subn(" ", text)
+    counts["punctuation"] = len(_all(_PUNCTUATION, text))
+    counts["quotes"] = len(_all(_QUOTED, text))
+    text, urls = _blanked(_URL, text)
     counts["identifiers"] = urls
     characters = 0
     if not text.isascii():
-        characters = len(_HAN.findall(text))
+        characters = len(_all(_HAN, text))
         if characters:
             text = _count_chinese(text, counts)
     return Features(_count_latin(text, counts) + CHARACTER * characters, **counts)
+
+
+_LONG = 1 << 15
+"""Characters of a text (code, a table) from which it is searched match by match: all at once would hold up other threads for 0.1 seconds
+a MB, since Python's lock is not free meanwhile."""
+
+
+def _all(pattern: re.Pattern[str], text: str) -> list[str]:
+    """``findall`` for a pattern without groups."""
+    return pattern.findall(text) if len(text) < _LONG else [found[0] for found in pattern.finditer(text)]
+
+
+def _blanked(pattern: re.Pattern[str], text: str) -> tuple[str, int]:
+    """The text with a space in the place of each match, and the number of these."""
+    return pattern.subn(" " if len(text) < _LONG else lambda _: " ", text)
 
 
 _FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ]")
@@ -100,7 +115,7 @@ _DIGIT = re.compile("[0-9]")
 
 def _count_latin(text: str, counts: _Counts) -> int:
     """Count in text in Latin script and return the number of its words and numbers."""
-    tokens = _TOKEN.findall(text)
+    tokens = _all(_TOKEN, text)
     number = False  # was the last token a number?
     for token in tokens:
         word = token.lower()
@@ -223,13 +238,13 @@ _ZH_WORD = re.compile(_any(_ZH_WORDS))
 
 def _count_chinese(text: str, counts: _Counts) -> str:
     """Count in Chinese text and return it without what would count again in the pass for Latin script."""
-    for word in _ZH_WORD.findall(text):
+    for word in _all(_ZH_WORD, text):
         counts[_ZH_WORDS[word]] += 1
-    counts["names"] += len(_ZH_PERSON.findall(text))
-    counts["places"] += len(_ZH_PLACE.findall(text))
-    counts["organisations"] += len(_ZH_ORGANISATION.findall(text))
-    text, times = _ZH_TIME.subn(" ", text)
-    text, amounts = _ZH_AMOUNT.subn(" ", text)
+    counts["names"] += len(_all(_ZH_PERSON, text))
+    counts["places"] += len(_all(_ZH_PLACE, text))
+    counts["organisations"] += len(_all(_ZH_ORGANISATION, text))
+    text, times = _blanked(_ZH_TIME, text)
+    text, amounts = _blanked(_ZH_AMOUNT, text)
     counts["times"] += times
     counts["amounts"] += amounts
     return text
