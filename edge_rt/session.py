@@ -18,7 +18,6 @@ from edge_rt.core.context.history import History
 from edge_rt.core.context.prefix import common_prefix
 from edge_rt.core.context.window import Window
 from edge_rt.core.decode import loop
-from edge_rt.core.decode.loop import Job
 from edge_rt.core.decode.sampling import Sampler
 from edge_rt.core.engine import AppliesAdapters
 from edge_rt.errors import OptionError
@@ -139,7 +138,7 @@ class Session:
         tokens: list[int] | None = None,
         room: int | None = None,
         **overrides: Any,
-    ) -> tuple[Job, loop.Steps[None]]:
+    ) -> tuple[loop.Job, loop.Steps[None]]:
         """Prepare an answer whose steps someone else takes (``core.decode.batch.Batch``): the request, and its events and steps.
 
         ``tokens`` of the prompt, if they are known (``Model.prompt_tokens``). ``room``: cells that there is memory for.
@@ -155,7 +154,7 @@ class Session:
         tokens: list[int] | None = None,
         room: int | None = None,
         **overrides: Any,
-    ) -> Callable[[], tuple[Job, loop.Steps[None]]]:
+    ) -> Callable[[], tuple[loop.Job, loop.Steps[None]]]:
         """``begin`` in two parts, for a prompt that may be far longer than the context. This is the first; it opens and frees sequences.
 
         What it returns is the second, to be called once, on any thread: what leaves the context is chosen there, which takes a second
@@ -172,7 +171,7 @@ class Session:
             self._busy.release()
             raise
 
-        def rest() -> tuple[Job, loop.Steps[None]]:
+        def rest() -> tuple[loop.Job, loop.Steps[None]]:
             try:
                 job = make()
             except BaseException:
@@ -258,7 +257,7 @@ class Session:
 
     def _prepare(
         self, prompt: str | Sequence[Message], options: GenerateOptions, tokens: list[int] | None, room: int | None
-    ) -> Callable[[], Job]:
+    ) -> Callable[[], loop.Job]:
         """Check the request, then find the cells it can start from; what is returned makes the prompt fit."""
         model = self._model
         if tokens is None:
@@ -280,7 +279,7 @@ class Session:
             raise
         return partial(self._job, options, tokens, window, sampler, writer)
 
-    def _job(self, options: GenerateOptions, tokens: list[int], window: Window, sampler: Sampler, writer: Writer) -> Job:
+    def _job(self, options: GenerateOptions, tokens: list[int], window: Window, sampler: Sampler, writer: Writer) -> loop.Job:
         """Make the prompt fit."""
         model = self._model
         try:
@@ -294,7 +293,7 @@ class Session:
             self._give_up(sampler)
             raise
         self._cancelled.clear()
-        return Job(
+        return loop.Job(
             engine=model.engine, lock=model.lock, vocab=model.vocab, window=window, sampler=sampler, writer=writer,
             max_tokens=options.max_tokens, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
             ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear, news=partial(news, model.engine),
@@ -352,7 +351,7 @@ class Session:
             self._recall = self._model.recall()
         return self._recall
 
-    def _run(self, job: Job, options: GenerateOptions) -> loop.Steps[None]:
+    def _run(self, job: loop.Job, options: GenerateOptions) -> loop.Steps[None]:
         messages = self._model.new_notices()
         asked, allowed = self._asked(options), job.window.allowed
         if allowed < asked and not self._memory_told:
@@ -369,7 +368,7 @@ class Session:
         """Cells that the request, the session or the model asks for."""
         return options.context or self._context or self._model.info.max_context
 
-    def end(self, job: Job) -> None:
+    def end(self, job: loop.Job) -> None:
         """A request that was begun is over, however it ended: another may begin. Once for each."""
         job.sampler.close()
         self._history.truncate(self._history.fed)

@@ -29,8 +29,9 @@ MEASURES = {"n_embd": 192, "n_head": 3, "n_head_kv": 1, "n_ff": 512, "n_layer": 
 
 
 @pytest.fixture(autouse=True)
-def _interleaved_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without AMX, whose tiles hold Q4_1 itself."""
+def _interleaved_rows_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A CPU without AMX, whose tiles hold Q4_1 itself, and a cache for each test."""
+    monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "cache"))
     found = ggml.extra_buffer_types()
     if "CPU_REPACK" not in found:
         pytest.skip("this build has no interleaved rows")

@@ -233,7 +233,7 @@ def test_room_beside_a_batch(decoding, token, other):
     batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
     assert batch.room() == LEAST, "as long as nothing was measured"
     batch._decoding, batch._a_prompt_token = {1: decoding}, token
-    assert LEAST // 2 <= batch.room() <= 64
+    assert LEAST <= batch.room() <= 64
     batch.waited(other)
     assert batch.room() == 0
     batch._learn([], other / 2)

@@ -161,7 +161,7 @@ class Batch:
         """
         if not self._somebody_decodes:
             return self._engine.info.chunk
-        return 0 if self._ahead > 0 else self._prompt_tokens()
+        return 0 if self._ahead > 0 else max(LEAST, self._prompt_tokens())
 
     def waited(self, seconds: float) -> None:
         """Other work took so long since the last step."""
