@@ -24,7 +24,7 @@ BUILD = (
 
 
 class Kind(NamedTuple):
-    """Figures of a product from Huawei's data sheets: AI cores, their clock in Hz, operations and bytes a second, watts of the board."""
+    """What is said of a product, unchecked: AI cores, clock in Hz, operations and bytes a second, watts of the board."""
 
     cores: int
     clock: float | None

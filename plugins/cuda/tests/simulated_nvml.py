@@ -1,4 +1,5 @@
-"""A stand-in for nvidia-ml-py: the figures of a card, and what goes wrong. Figures of the A10G are from public documents:
+"""A stand-in for nvidia-ml-py: the figures of a card, and what goes wrong. Figures of the A10G are said to be, and were not
+looked up again, from these public documents:
 
 - name, compute capability 8.6, 24 GB (22,731 MiB usable with ECC), 300 W: `nvidia-smi` on AWS g5 instances as users published it, and
   developer.nvidia.com/cuda-gpus

@@ -1,16 +1,14 @@
-"""What Cambricon publishes of its boards, by the name that ``cnmon`` gives them. None of it was measured by this project.
+"""What is said of Cambricon's boards, by the name that ``cnmon`` gives them. None of it was measured by this project.
 
-Sources: Cambricon's product pages and launch notices of MLU370-S4, -X4 (November 2021) and -X8 (March 2022; of the X8: 48 GB LPDDR5 at
-614.4 GB/s, INT8 256 TOPS, FP16 and BF16 96 TFLOPS, 250 W, two chips, shown by ``cnmon`` as two cards). The memory bandwidth of one chip
-follows from its bus too: 384 bits (CNRT's device properties) x 6,400 MT/s = 307.2 GB/s. Cores and on-chip memory: CNRT's device properties
-of an X4 (8 clusters of 4 cores; 768 KiB NRAM a core, 4 MiB SRAM a cluster, 2 MiB L2).
+Checked, with press reports of its launch (March 2022), is the X8: 48 GB LPDDR5 at 614.4 GB/s, INT8 256 TOPS, FP16 and BF16 96 TFLOPS,
+250 W, two chips, shown by ``cnmon`` as two cards. Operations and power of S4 and X4, and all of F32, are not. The bandwidth of one
+chip follows from its bus too: 384 bits (CNRT's device properties) x 6,400 MT/s = 307.2 GB/s. Cores and on-chip memory: CNRT's
+properties of an X4 (8 clusters of 4 cores; 768 KiB NRAM a core, 4 MiB SRAM a cluster, 2 MiB L2).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-SOURCE = "Cambricon's product pages"
 
 
 class Board(NamedTuple):
