@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +35,13 @@ LONG_TOKENS = 1 << 11
 """Tokens of a prompt from which a request begins on another thread: what leaves the context is chosen then, and all may be graded."""
 _T = TypeVar("_T")
 _DROPPED = "the request was dropped, or its session closed"
+NICER = 5
+"""By how much the thread that reads long prompts is nicer: all threads of a step wait for the one whose CPU another thread has."""
+
+
+def _give_way() -> None:
+    if sys.platform == "linux":  # there a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICER))
 
 
 @dataclass(eq=False)
@@ -114,7 +123,7 @@ class Generations:
         if self._aside is None:
             from concurrent.futures import ThreadPoolExecutor
 
-            self._aside = ThreadPoolExecutor(1, "edge-rt prompts")
+            self._aside = ThreadPoolExecutor(1, "edge-rt prompts", _give_way)
         future = self._aside.submit(work)
         future.add_done_callback(lambda done: self._later({"op": "found", "id": command["id"], "then": partial(then, done.result)}))
 
