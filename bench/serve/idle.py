@@ -129,6 +129,7 @@ def _through_the_daemon(model: Path, settings: Settings) -> Result:
         full = mapped(pid)
         for _ in range(settings.pick(15, 3)):
             wait_for(lambda: mapped(pid) < full - 0.5 * model.stat().st_size, 60 * COOL_AFTER, "the model has not cooled down")
+            time.sleep(_IDLE)  # the worker tidies up after it has given its pages back
             samples[OURS].append(first_token())
             first_token()
             time.sleep(_IDLE)
