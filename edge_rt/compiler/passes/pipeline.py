@@ -126,8 +126,12 @@ def _locked(plan: Plan, situation: Situation) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _threads_told(n: int) -> str:
+    return f"{n} thread{'s' * (n != 1)}"
+
+
 def _told(plan: Plan, situation: Situation) -> str:
-    words = ["one card" if plan.layers is not None else f"{situation.threads(plan)} threads", f"prompts in pieces of {plan.chunk}"]
+    words = ["one card" if plan.layers is not None else _threads_told(situation.threads(plan)), f"prompts in pieces of {plan.chunk}"]
     words.append(f"{plan.prefetch >> 20}M read ahead")
     if plan.memory is not None:
         words.append(f"{plan.memory >> 20}M of weights resident, the rest streamed")
