@@ -97,6 +97,9 @@ if TYPE_CHECKING:
     from edge_rt.native.logs import recent_errors as recent_native_errors
     from edge_rt.patience import Latest, Patient
     from edge_rt.sensors import CpuSensors
+    from edge_rt.system_files import read_int as read_system_int
+    from edge_rt.system_files import read_text as read_system_text
+    from edge_rt.system_files import subfolders as system_folders
     from edge_rt.topology import cpu_topology
 
 API_VERSION = 1
@@ -344,5 +347,6 @@ __all__ = [
     "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus",
     "board_name", "check_pruning", "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends",
     "ggml_features", "ggml_unsupported", "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded",
-    "keep_slide", "keep_strict", "open_ggml_engine", "read_hyper", "recent_native_errors",
+    "keep_slide", "keep_strict", "open_ggml_engine", "read_hyper", "read_system_int", "read_system_text", "recent_native_errors",
+    "system_folders",
 ]  # fmt: skip

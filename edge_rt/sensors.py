@@ -6,18 +6,16 @@ and ABI/testing/sysfs-devices-system-cpu.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from edge_rt.device_profile import Health
+from edge_rt.patience import Latest
 from edge_rt.system_files import matching, read_int, read_text, subfolders
 from edge_rt.topology import cpu_topology
 
-PATIENCE = 0.008
-"""Seconds to wait for sensors: some are on slow buses, and one that hangs must not hold up whoever asks."""
 CPU_ZONES = ("cpu", "x86_pkg_temp", "soc", "coretemp", "big", "little", "mid", "apc", "acpitz")
 """How the names of thermal zones begin that are near the CPU."""
 _CPU_CHIPS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal", "scpi_sensors")
@@ -63,29 +61,17 @@ class CpuSensors:
         self._root = root
         self._found: _Files | None = None
         self._last: _Counts | None = None
-        self._health = Health()
         self._power: float | None = None
-        self._reader: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._latest = Latest(self._read, Health(), every=0.0)
 
     def health(self) -> Health:
-        """What the sensors say; what they said before if they take longer than PATIENCE. Never raises."""
-        with self._lock:
-            reader = self._reader
-            if reader is None or not reader.is_alive():
-                reader = threading.Thread(target=self._read, name="cpu-sensors", daemon=True)
-                try:
-                    reader.start()
-                except RuntimeError:  # no more threads, or the interpreter ends
-                    return self._health
-                self._reader = reader
-        reader.join(PATIENCE)
-        return self._health
+        """What the sensors say; what they said before if they take longer than ``Latest`` waits. Never raises."""
+        return self._latest.get()
 
-    def _read(self) -> None:
+    def _read(self) -> Health:
         if self._found is None:
             self._found = _find(self._root)
-        self._health = self._now(self._found)
+        return self._now(self._found)
 
     def _now(self, files: _Files) -> Health:
         before, counts = self._last, _count(files)

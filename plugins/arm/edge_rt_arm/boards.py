@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt_arm.files import read_text
+from edge_rt.hooks import read_system_text
 
 _TREES = ("proc/device-tree", "sys/firmware/devicetree/base")
 _FREQUENCY = "raspberrypi.com/documentation/computers/raspberry-pi.html#frequency-management-and-thermal-control"
@@ -52,11 +52,11 @@ FIGURES = {
 def board(root: Path) -> Board | None:
     """The board of the device tree; where there is none, what /proc/cpuinfo says under Hardware or Model (phones); else None."""
     for tree in _TREES:
-        name = read_text(root / tree / "model")
+        name = read_system_text(root / tree / "model")
         if name:
-            compatible = tuple(filter(None, (read_text(root / tree / "compatible") or "").split("\0")))
+            compatible = tuple(filter(None, (read_system_text(root / tree / "compatible") or "").split("\0")))
             return Board(name, compatible, next((FIGURES[one] for one in compatible if one in FIGURES), None))
-    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read_system_text(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("Hardware", "Model") and value.strip():
             return Board(value.strip(), (), None)

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.hooks import Cores, Health, Offer, Profile, Refusal, cpu_topology
+from edge_rt.hooks import Cores, Health, Offer, Profile, Refusal, cpu_topology, read_system_int, read_system_text
 from edge_rt_arm.boards import Board, board
-from edge_rt_arm.files import read_int, read_text
 from edge_rt_arm.firmware import Firmware, under_voltage
 from edge_rt_arm.layouts import packed_layouts
 from edge_rt_arm.placement import Placement, place, speed
@@ -70,14 +69,14 @@ class Arm:
         """What the system says of itself now."""
         clusters = cpu_topology(self._root)
         features = _common(clusters)
-        length = (read_int(self._root / "proc/sys/abi/sve_default_vector_length") or 0) if "sve" in features else 0
+        length = (read_system_int(self._root / "proc/sys/abi/sve_default_vector_length") or 0) if "sve" in features else 0
         if length > 0:
             features = (*features, f"sve{8 * length}")
         placement = place(clusters, [speed(self._root, cores) for cores in clusters])
         return Facts(board(self._root), clusters, features, max(0, length), placement)
 
     def _refusal(self) -> Refusal | None:
-        told = read_text(self._root / "proc/cpuinfo")
+        told = read_system_text(self._root / "proc/cpuinfo")
         if not told:
             return Refusal("there is no /proc/cpuinfo, by which Linux and Android describe their processors", _USE_CPU)
         lines = [line.partition(":") for line in told.lower().splitlines()]
@@ -137,11 +136,11 @@ def describe(facts: Facts) -> str:
 def memory(root: Path) -> int:
     """Bytes this process may use: the machine's, or its cgroup's limit if that is less; 1 if the system does not say."""
     total = 1
-    for line in (read_text(root / "proc/meminfo") or "").splitlines():
+    for line in (read_system_text(root / "proc/meminfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key == "MemTotal" and value.split()[:1] and value.split()[0].isdecimal():
             total = int(value.split()[0]) << 10
-    limits = (read_int(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
+    limits = (read_system_int(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
     return min([total, *(limit for limit in limits if limit)]) or 1
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt_arm.files import folders, read_int, read_text
+from edge_rt.hooks import read_system_int, read_system_text, system_folders
 
 Run = Callable[[str], "str | None"]
 """Runs ``vcgencmd`` with one argument: what it prints, None if it cannot be run."""
@@ -71,8 +71,8 @@ def board_power(text: str | None) -> float | None:
 
 def under_voltage(root: Path) -> tuple[str, ...]:
     """The reason, if the kernel's own watch over the supply (hwmon ``rpi_volt``) has its alarm raised: where vcgencmd cannot be run."""
-    chips = folders(root / "sys/class/hwmon", "hwmon")
-    raised = any(read_text(chip / "name") == "rpi_volt" and read_int(chip / "in0_lcrit_alarm") == 1 for chip in chips)
+    chips = system_folders(root / "sys/class/hwmon", "hwmon")
+    raised = any(read_system_text(chip / "name") == "rpi_volt" and read_system_int(chip / "in0_lcrit_alarm") == 1 for chip in chips)
     return _BITS[:1] if raised else ()
 
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.hooks import Cores
-from edge_rt_arm.files import read_int
+from edge_rt.hooks import Cores, read_system_int
 
 _IN_ORDER = ("Cortex-A35", "Cortex-A53", "Cortex-A55", "Cortex-A510", "Cortex-A520", "Silver", "Icestorm", "Blizzard")
 _IN_ORDER_SHARE = 0.4
@@ -28,7 +27,7 @@ class Placement(NamedTuple):
 
 def speed(root: Path, cores: Cores) -> float:
     """Of one core, in any unit that is the same for all cores of a machine."""
-    capacities = [read_int(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in cores.cpus]
+    capacities = [read_system_int(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in cores.cpus]
     if found := [capacity for capacity in capacities if capacity]:
         return float(max(found))
     share = _IN_ORDER_SHARE if any(name in cores.name for name in _IN_ORDER) else 1.0
