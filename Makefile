@@ -7,7 +7,7 @@ INDEX = EDGE_RT_INDEX="$${EDGE_RT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config 
 
 .PHONY: help run test test-arm check bench docs clean
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
 
 run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
 	@$(INDEX) $(BIN)/edge-rt pull smollm2 >/dev/null
