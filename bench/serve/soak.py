@@ -115,6 +115,7 @@ def run(settings: Settings) -> list[Result]:
     daemon = Served(models.smollm2(settings, "Q4_1"), "-c", str(_CONTEXT), http=True, config=config)
     write_rules(daemon, "beacon")
     with daemon, daemon.ready() as client:
+        client.call("tokenize", text="far away " * 10_000)  # the thread for long texts is started by the first one
         gate = Gate()
         actors = [Actor(number, act, daemon, gate) for number, act in enumerate(ACTORS)]
         for one in actors:
