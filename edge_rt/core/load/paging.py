@@ -107,10 +107,10 @@ class Paging:
         self._experts.touched(names)
 
     def warm(self) -> None:
-        """Read dense units in forward order, in the background."""
+        """Read dense units in forward order, in the background: beside the first step, so only if anything has to be read."""
         if self._pager:
             self._pager.warm()
-        else:
+        elif self._locked or not all(unit.sparse or unit.resident() == unit.size for unit in self._weights.units):
             self._stop_prefetch()
             self._prefetcher = Prefetcher(self._weights.units, self._progress, self._ahead, self._locked)
             self._prefetcher.start()
