@@ -46,6 +46,8 @@ class WeightStore:
             self._tensors[name] = tensor
             self._spans[name] = Span(base + info.offset, info.nbytes, file.fd, info.offset)
         self._packed_names = frozenset(packed_names)
+        self.centred = any(name.endswith(OFFSETS) for name in packed_names)
+        """Whether some weights lie as Q4_0 and offsets (centred.py)."""
         self.units = tuple(self._units(hyper, elsewhere))
         self._advise()
 
@@ -97,11 +99,6 @@ class WeightStore:
         for name, tensor in self._tensors.items():
             if ggml.fields(tensor).ne[1] > 1 and (tied or name != "token_embd.weight"):
                 yield tensor
-
-    @property
-    def centred(self) -> bool:
-        """Whether some weights lie as Q4_0 and offsets (centred.py)."""
-        return any(offsets_name(name) in self._tensors for name in self._packed_names)
 
     @property
     def size(self) -> int:
