@@ -12,6 +12,8 @@ HOMES = {
     "Piece": ("edge_rt.core.graph.pieces", "Piece"),
     "check_pruning": ("edge_rt.core.context.pruning", "check"),
     "choose_cells": ("edge_rt.core.context.pruning", "choose"),
+    "largest_capacity": ("edge_rt.core.context.capacity", "largest_capacity"),
+    "next_capacity": ("edge_rt.core.context.capacity", "next_capacity"),
     "in_pieces": ("edge_rt.core.graph.pieces", "in_pieces"),
     "read_hyper": ("edge_rt.core.graph.hyper", "read_hyper"),
     "Latest": ("edge_rt.patience", "Latest"),

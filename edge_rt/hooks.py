@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from edge_rt.core.assemble.rules import Rules
     from edge_rt.core.assemble.width import HALF_WIDTH
     from edge_rt.core.context.candidates import Candidate
+    from edge_rt.core.context.capacity import largest_capacity, next_capacity
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
     from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
     from edge_rt.core.context.positions import Positions, Run
@@ -347,6 +348,6 @@ __all__ = [
     "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus",
     "board_name", "check_pruning", "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends",
     "ggml_features", "ggml_unsupported", "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded",
-    "keep_slide", "keep_strict", "open_ggml_engine", "read_hyper", "read_system_int", "read_system_text", "recent_native_errors",
-    "system_folders",
+    "keep_slide", "keep_strict", "largest_capacity", "next_capacity", "open_ggml_engine", "read_hyper", "read_system_int",
+    "read_system_text", "recent_native_errors", "system_folders",
 ]  # fmt: skip

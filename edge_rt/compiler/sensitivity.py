@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.compiler.gguf_file import float_rows
 from edge_rt.compiler.shape import tensor_bytes
-from edge_rt.core.context.kv import KvCache, padded
+from edge_rt.core.context.capacity import padded
+from edge_rt.core.context.kv import KvCache
 from edge_rt.core.decode.governor import Governor
 from edge_rt.core.graph.common import SlotShape
 from edge_rt.core.graph.hyper import read_hyper

@@ -7,7 +7,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
-from edge_rt.core.context.kv import KvCache, padded
+from edge_rt.core.context.capacity import padded
+from edge_rt.core.context.kv import KvCache
 from edge_rt.core.decode.pace import Pace
 from edge_rt.core.engine import EngineInfo, MemoryReport, Part
 from edge_rt.core.ggml_sequences import Decoding, GgmlSequences

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edge_rt.core.context.kv import KvCache, cell_bytes, largest_capacity, next_capacity, padded
+from edge_rt.core.context.capacity import largest_capacity, next_capacity, padded
+from edge_rt.core.context.kv import KvCache, cell_bytes
 from edge_rt.core.context.kv_bytes import read_cells, write_cells
 from edge_rt.core.engine import Pruned
 from edge_rt.core.graph.decoder import FAMILIES

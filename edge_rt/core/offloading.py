@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from edge_rt.core.context.kv import KvCache, cell_bytes, padded
+from edge_rt.core.context.capacity import padded
+from edge_rt.core.context.kv import KvCache, cell_bytes
 from edge_rt.core.graph.crossing import attention_traits
 from edge_rt.core.graph.largest import largest
 from edge_rt.core.load.offloaded import Offloaded

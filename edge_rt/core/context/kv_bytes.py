@@ -57,16 +57,7 @@ def read_cells(data: bytes | memoryview, hyper: Hyper, key_type: int) -> Cells:
     body = noted + 4 * hyper.n_layer * hyper.n_head_kv * n_mixed
     if len(view) != body + n * cell_bytes(hyper, key_type) or n_mixed > n:
         raise SessionFileError("the saved cells are cut short or too long; start a new session")
-    runs = [Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)]
-    cell, position = 0, 0
-    for run in runs:
-        if run.cell != cell or run.position < position or not run.n:
-            raise SessionFileError("the saved cells do not follow each other; start a new session")
-        cell, position = run.cell + run.n, run.position + run.n
-    if cell != n or following < position:
-        raise SessionFileError("the saved cells do not add up; start a new session")
-    positions = Positions(runs)
-    positions.next = following
+    positions = Positions.saved([Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)], n, following)
     return Cells(positions, _mixed(view[noted:body], hyper, n_mixed, positions) if n_mixed else None, view[body:])
 
 

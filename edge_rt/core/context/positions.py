@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.errors import SessionFileError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -26,6 +28,22 @@ class Positions:
         """``runs`` must follow each other without a hole in the cells."""
         self._runs = list(runs)
         self.next = self._end()
+
+    @classmethod
+    def saved(cls, runs: Sequence[Run], cells: int, following: int) -> Positions:
+        """Of so many cells that were saved as runs; ``following``: the next position. Raises SessionFileError unless the runs rise and
+        follow each other.
+        """
+        cell, position = 0, 0
+        for run in runs:
+            if run.cell != cell or run.position < position or not run.n:
+                raise SessionFileError("the saved cells do not follow each other; start a new session")
+            cell, position = run.cell + run.n, run.position + run.n
+        if cell != cells or following < position:
+            raise SessionFileError("the saved cells do not add up; start a new session")
+        found = cls(runs)
+        found.next = following
+        return found
 
     @classmethod
     def of_each(cls, each: npt.NDArray[np.int32], following: int) -> Positions:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from edge_rt.hooks import ContextError, Positions, SessionFileError
+from edge_rt.hooks import ContextError, Positions, SessionFileError, next_capacity
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -21,24 +21,6 @@ if TYPE_CHECKING:
     from edge_rt_mlu.rope import Rope
 
     Move = tuple[int, int, npt.NDArray[np.int32]]
-
-STEP = 256
-"""Cells: capacities are multiples of it."""
-
-
-def padded(cells: int) -> int:
-    """Cells rounded up to a whole step, at least one."""
-    return max(STEP, -(-cells // STEP) * STEP)
-
-
-def next_capacity(current: int, needed: int, limit: int) -> int:
-    """Grow by a quarter, at least one step: the waste stays under a quarter and copying stays linear in the end."""
-    return min(padded(limit), max(padded(needed), padded(current + current // 4) if current else 0))
-
-
-def largest_capacity(current: int, cells: int, limit: int) -> int:
-    """The most that a cache of ``current`` cells comes to while it grows to ``cells``, however many are asked for at a time."""
-    return current if cells <= current else next_capacity(max(current, padded(cells) - STEP), cells, limit)
 
 
 class Shape(NamedTuple):

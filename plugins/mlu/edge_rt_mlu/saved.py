@@ -70,22 +70,8 @@ def read_cells(data: bytes | memoryview, shape: Shape) -> Saved:
     body = noted + 4 * layers * heads * n_mixed
     if len(view) != body + n * shape.cell_bytes or n_mixed > n or zlib.crc32(view[_HEADER.size :]) != check:
         raise SessionFileError("the saved cells are damaged; start a new session")
-    positions = _positions([Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)], n, following)
+    positions = Positions.saved([Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)], n, following)
     return Saved(positions, _mixed(view[noted:body], shape, n_mixed, positions) if n_mixed else None, view[body:])
-
-
-def _positions(runs: list[Run], cells: int, following: int) -> Positions:
-    """Positions of all cells. Raises SessionFileError unless the runs rise and follow each other."""
-    cell, position = 0, 0
-    for run in runs:
-        if run.cell != cell or run.position < position or not run.n:
-            raise SessionFileError("the saved cells do not follow each other; start a new session")
-        cell, position = run.cell + run.n, run.position + run.n
-    if cell != cells or following < position:
-        raise SessionFileError("the saved cells do not add up; start a new session")
-    positions = Positions(runs)
-    positions.next = following
-    return positions
 
 
 def _mixed(data: memoryview, shape: Shape, n: int, positions: Positions) -> npt.NDArray[np.int32]:

@@ -6,8 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from edge_rt.hooks import ContextError, NativeError, OptionError, OutOfMemory, Pruned, SessionFileError
-from edge_rt_mlu.cells import Cells, Shape, largest_capacity, next_capacity
+from edge_rt.hooks import (
+    ContextError,
+    NativeError,
+    OptionError,
+    OutOfMemory,
+    Pruned,
+    SessionFileError,
+    largest_capacity,
+    next_capacity,
+)
+from edge_rt_mlu.cells import Cells, Shape
 from edge_rt_mlu.saved import read_cells, write_cells
 
 if TYPE_CHECKING:
