@@ -1,27 +1,34 @@
 """How many threads to compute with: as many as there are CPUs nobody else uses, asked again and again.
 
-ggml's threads spin at barriers. Beside one busy neighbour on two cores, two threads are far slower than one: 38 against 57 tokens/s
+ggml's threads spin at barriers. Beside one busy neighbour on two cores, two threads are far slower than one: 41 against 87 tokens/s
 beside a plain loop, 0.3 against 53 beside a second OpenMP program. Results do not depend on the number of threads.
 
-It is to react within ten tokens when a neighbour comes or goes. One that goes shows only in what the system counts, so that is looked at
-often; one that comes shows in the time of a step first, and then it is looked at once.
+It is to react within ten tokens when a neighbour comes or goes. One that comes is felt: our threads are ready to run and have no CPU,
+which Linux counts for each thread in nanoseconds (``run_delay``, sched-stats.rst). One that goes is only seen, in /proc/stat, which counts
+in hundredths of a second: while fewer threads compute than could, it is looked at often.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-PERIOD = 0.08
-"""Seconds between looks at the machine: /proc/stat counts in hundredths. Two are eight tokens of a small model beside a neighbour."""
+FELT = 0.04
+"""Seconds over which waiting is counted: three tokens of a small model beside a neighbour."""
+WAITED = 0.25
+"""Share of that time for which threads must have waited, all together. Less costs less than a thread gives."""
+LOOK, SELDOM = 0.03, 0.25
+"""Seconds between looks at /proc/stat: while fewer threads compute than could or waiting cannot be felt, and else."""
+SPAN = 0.06
+"""Seconds that a look goes back at least: six hundredths can be told from three."""
 _FIRST = 0.05
 """Seconds before the first look: a prompt that comes right after opening should not meet a busy neighbour unprepared."""
-_SOONEST = 0.03
-"""Seconds after which a step that took ``_SLOW`` times as long as others is looked into."""
-_SLOW = 1.5
-_SMOOTHING = 0.5
+_SOON, _CALMEST = 0.2, 2.0
+"""If threads that were taken back had to be given up again that soon, the next look goes back twice as far, at most so many seconds."""
 
 
 class Reading(NamedTuple):
@@ -49,52 +56,84 @@ def read_cpus(cpus: Collection[int] = ()) -> Reading | None:
     return Reading(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
 
 
+def read_waiting() -> dict[int, float] | None:
+    """Seconds that each thread which may compute was ready to run and had no CPU, by its id; None where the system does not tell.
+
+    These are the caller and all that Python did not start: who else waits here may wait for our own threads.
+    """
+    python = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
+    found = {}
+    try:
+        for name in os.listdir("/proc/self/task"):
+            if (thread := int(name)) not in python:
+                with open(f"/proc/self/task/{name}/schedstat", "rb") as file:
+                    found[thread] = int(file.read().split()[1]) * 1e-9
+    except (OSError, IndexError):  # no such kernel, or a thread that ended meanwhile
+        return None
+    return found if any(found.values()) else None
+
+
 class Governor:
     """Chooses between 1 and ``most`` threads. ``threads`` is cheap enough to ask before every step."""
 
-    def __init__(self, most: int, read: Callable[[], Reading | None] = read_cpus) -> None:
-        self._most, self._read = most, read
+    def __init__(
+        self,
+        most: int,
+        read: Callable[[], Reading | None] = read_cpus,
+        waiting: Callable[[], dict[int, float] | None] = read_waiting,
+    ) -> None:
+        self._most, self._read, self._waiting = most, read, waiting
         self._threads = most
-        self._others = 0.0  # CPUs others keep busy, smoothed
-        self._last = read() if most > 1 else None
-        self._wait = _FIRST
-        self._asked: float | None = None
-        self._usual = 0.0  # seconds from step to step, with so many threads
+        first = read() if most > 1 else None
+        self._seen = deque([] if first is None else [first])
+        self._next = first.at + _FIRST if first else 0.0
+        self._calm = SPAN
+        self._raised = 0.0
+        self._felt = waiting() if first else None
+        self._felt_at = first.at if first else 0.0
 
     def threads(self) -> int:
         """The number of threads for the next step."""
-        if self._last is None:
-            return self._threads
-        now, slow = time.monotonic(), self._slow(time.monotonic())
-        since = now - self._last.at
-        if since >= self._wait or (slow and since >= _SOONEST):
-            self._look(slow)
+        if self._seen:
+            now = time.monotonic()
+            felt = self._threads > 1 and now - self._felt_at >= FELT and self._waited(now)
+            if (felt or now >= self._next) and (seen := self._read()) is not None:
+                self._choose(min(self._free(seen), self._threads - 1 if felt else self._most), seen)
         return self._threads
 
-    def _slow(self, now: float) -> bool:
-        """Whether the last step took much longer than those before it. Pauses between requests do too, and cost a look."""
-        took, self._asked = now - self._asked if self._asked is not None else 0.0, now
-        if not took:
+    def _waited(self, now: float) -> bool:
+        """Whether our threads had to wait since it was last asked."""
+        before, since = self._felt, now - self._felt_at
+        self._felt, self._felt_at = self._waiting(), now
+        if before is None or self._felt is None:
             return False
-        if not self._usual:
-            self._usual = took
-        slow = took > _SLOW * self._usual
-        self._usual += (min(took, 2 * self._usual) - self._usual) / 8
-        return slow
+        return sum(seconds - before.get(thread, 0.0) for thread, seconds in self._felt.items()) >= WAITED * since
 
-    def _look(self, slow: bool) -> None:
-        assert self._last is not None, "a first look was taken"
-        now = self._read()
-        if now is None:
-            return
-        elapsed = now.at - self._last.at
-        if elapsed > 0:
-            busy = (now.everyone - self._last.everyone - (now.ourselves - self._last.ourselves)) / elapsed
-            # A long gap tells more about the present than what was before it; and a slow step has a cause.
-            weight = 1.0 - _SMOOTHING ** (elapsed / self._wait)
-            weight = max(weight, 0.7) if slow and busy > self._others else weight
-            self._others += weight * (max(0.0, busy) - self._others)
-            threads = min(self._most, max(1, round(self._most - self._others)))
-            if threads != self._threads:
-                self._threads, self._usual = threads, 0.0
-        self._last, self._wait = now, PERIOD
+    def _free(self, now: Reading) -> int:
+        """As many threads as others leave CPUs: fewer if they used more of late, more only if they have been calm for longer."""
+        while len(self._seen) > 1 and now.at - self._seen[1].at >= self._calm:
+            self._seen.popleft()
+        for span in (SPAN, self._calm):
+            before = next((one for one in reversed(self._seen) if now.at - one.at >= span), None)
+            if before is None:
+                break
+            others = (now.everyone - before.everyone - (now.ourselves - before.ourselves)) / (now.at - before.at)
+            free = min(self._most, max(1, round(self._most - others)))
+            if free < self._threads or span == self._calm:
+                return free
+        return self._threads
+
+    def _choose(self, threads: int, seen: Reading) -> None:
+        """So many from now on; what was read before tells of others beside another number of threads."""
+        if threads > self._threads:
+            self._raised = seen.at
+        elif threads < self._threads and seen.at - self._raised < _SOON:
+            self._calm = min(2 * self._calm, _CALMEST)
+        elif threads < self._threads and seen.at - self._raised > _CALMEST:
+            self._calm = SPAN
+        if threads != self._threads:
+            self._threads = threads
+            self._seen.clear()
+            self._felt, self._felt_at = self._waiting(), seen.at
+        self._seen.append(seen)
+        self._next = seen.at + (SELDOM if threads == self._most and self._felt is not None else LOOK)
