@@ -1,6 +1,6 @@
 """What this machine's kernels reach with the shapes of one model: a short benchmark, remembered by machine and library.
 
-Weights are zeros: how long a product takes does not depend on them. Each is timed in place (with copies enough that no cache holds them)
+Weights are random, quantised: libggml looks scales up in a table, and with one scale for all it is half as fast again. Each is timed in place (with copies enough that no cache holds them)
 and in a cache, so that what limits it is known; the least of a few times counts, which neighbours disturb little.
 """
 
@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from edge_rt import config
+from edge_rt.compiler.cost import STEP
 from edge_rt.compiler.shape import ModelShape, Product, tensor_bytes
 from edge_rt.compiler.target import Kernel
 from edge_rt.core.context.kv import KvCache
 from edge_rt.core.graph import offsets
+from edge_rt.core.graph.attention import wants_flash
 from edge_rt.core.graph.common import Builder, Inputs, SlotInputs, SlotShape
 from edge_rt.core.graph.hyper import Hyper
 from edge_rt.core.graph.layout import NoWeights, transposed_decodes_faster
@@ -27,6 +31,7 @@ from edge_rt.core.load.header import TensorInfo
 from edge_rt.core.remember import Remembered
 from edge_rt.device_profile import Profile
 from edge_rt.native import ggml
+from edge_rt.native.quantise import quantise
 
 c = ggml.c
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -34,30 +39,47 @@ _COLD, _MOST_COLD = 64 << 20, 256 << 20
 """Bytes that together are in no cache: at least, and at most where the caches are larger."""
 _HOT = 512 << 10
 _HOT_TIMES, _MOST_NODES = 32, 512
-_MANY, _MANY_OPERATIONS = 256, 2e9
+_FORMAT = "3"
+"""Of what is remembered: another where something is measured otherwise."""
+_ROWS = 64
+_FEW, _MANY, _MANY_OPERATIONS = 32, 256, 2e9
 _CELLS = 1024
 _ROUNDS, _AT_LEAST = 5, 0.01
+_PASSES = 4
+"""Measurements at most, if no two in a row agree: then the best counts, and the next run tries again."""
 _ALIKE = 0.15
 """How far two measurements may differ to be remembered."""
 
 
 def calibrated(shape: ModelShape, profile: Profile, threads: Iterable[int]) -> dict[tuple[str, int], Kernel]:
     """Kernels by what they compute (``TYPE INPUTSxOUTPUTS``, ``attention``, ``elements``) and threads. Raises NativeError, OutOfMemory."""
-    build = (c.version().decode(), c.commit().decode(), *ggml.cpu_features(), profile.name, str(config.available_cpus()))
+    build = (_FORMAT, c.version().decode(), c.commit().decode(), *ggml.cpu_features(), profile.name, str(config.available_cpus()))
     known = Remembered(config.cache_dir() / "calibration.json", "|".join(build))
     numbers = sorted(set(threads))
+    left = dict(_measurements(shape, _cold_bytes(profile)))
     found: dict[tuple[str, int], Kernel] = {}
-    cold = _cold_bytes(profile)
-    for name, measure in _measurements(shape, cold):
-        remembered = {n: _recall(known, name, n) for n in numbers}
-        if None in remembered.values():
-            first, second = measure(numbers), measure(numbers)
-            for n in numbers:
-                remembered[n] = best = _better(first[n], second[n])
-                if _agree(first[n], second[n]):  # else a neighbour disturbed them, and the next run tries again
-                    _note(known, name, n, best)
-        found.update({(_short(name), n): one for n, one in remembered.items() if one is not None})
-    return found
+    for name, n in [(name, n) for name in left for n in numbers]:
+        if (remembered := _recall(known, name, n)) is not None:
+            found[name, n] = remembered
+    left = {name: measure for name, measure in left.items() if any((name, n) not in found for n in numbers)}
+    # What disturbs lasts for seconds, so nothing is measured twice in a row.
+    for _ in range(_PASSES):
+        for name, measure in list(left.items()):
+            if _improved(found, name, measure(numbers)):
+                del left[name]
+                for n in numbers:
+                    _note(known, name, n, found[name, n])
+    return {(_short(name), n): one for (name, n), one in found.items()}
+
+
+def _improved(found: dict[tuple[str, int], Kernel], name: str, measured: dict[int, Kernel]) -> bool:
+    """Keep the better of what was found before and now; whether the two agree, so that no further pass is needed."""
+    agree = True
+    for n, new in measured.items():
+        old = found.get((name, n))
+        found[name, n] = new if old is None else _better(old, new)
+        agree = agree and old is not None and _agree(old, new)
+    return agree
 
 
 def _measurements(shape: ModelShape, cold: int) -> Iterator[tuple[str, Callable[[Sequence[int]], dict[int, Kernel]]]]:
@@ -67,11 +89,13 @@ def _measurements(shape: ModelShape, cold: int) -> Iterator[tuple[str, Callable[
         yield f"{product.type} {product.inputs}x{product.outputs}", partial(_product, product, cold)
     sizes = f"{h.n_head} {h.n_head_kv} {h.head_dim}"
     yield f"attention {sizes}", partial(_attention, h, cold)
+    if transposed_decodes_faster(h, ggml.TYPE_F16):
+        yield f"few-attention {sizes}", partial(_few_attention, h)
     yield f"elements {sizes} {h.n_embd} {h.n_ff}", partial(_elements, h)
 
 
 def _short(name: str) -> str:
-    return name.split(" ")[0] if name.startswith(("attention", "elements")) else name
+    return name if "x" in name else name.split(" ")[0]
 
 
 def _recall(known: Remembered, name: str, threads: int) -> Kernel | None:
@@ -203,7 +227,7 @@ def _placed(weight: _Weight, copies: int) -> Iterator[list[tuple[int, int | None
         number, info = ggml.TYPE_Q4_0, info._replace(nbytes=tensor_bytes(info.shape, "Q4_0"))
     apart = -(-nbytes // 64) * 64
     type_ = packing.layouts()[layout] if layout else c.backend_cpu_buffer_type()
-    source = bytes(info.nbytes)
+    source = _content(number, weight.inputs, info.nbytes)
     with ggml.context(copies) as ctx, ggml.context(copies) as beside, ggml.buffer(type_, apart * copies + 64) as room:
         base = -(-c.backend_buffer_get_base(room.address) // 64) * 64
         made = []
@@ -220,6 +244,13 @@ def _placed(weight: _Weight, copies: int) -> Iterator[list[tuple[int, int | None
             yield list(zip(made, others, strict=True))
 
 
+def _content(number: int, width: int, nbytes: int) -> bytes:
+    """So many bytes of rows of a type, the same few again and again."""
+    rows = np.random.default_rng(0).standard_normal((_ROWS, width), dtype=np.float32)
+    some = quantise(rows, number, np.ones(width, np.float32))
+    return (some * -(-nbytes // len(some)))[:nbytes]
+
+
 # ---- attention and the rest ------------------------------------------------------------------------------------------
 
 
@@ -232,16 +263,31 @@ def _attention(hyper: Hyper, cold: int, numbers: Sequence[int]) -> dict[int, Ker
     cached = _attended(hyper._replace(n_layer=2), 1, numbers, transposed)
     streamed = _attended(hyper._replace(n_layer=deep), 1, numbers, transposed)
     together = _attended(hyper._replace(n_layer=2), _MANY, numbers, transposed)
-    return {
-        n: Kernel(operations / cached[n], operations * _MANY / together[n], layer / streamed[n], node=0.0) for n in numbers
-    }
+    found = {n: Kernel(operations / cached[n], operations * _MANY / together[n], layer / streamed[n], node=0.0) for n in numbers}
+    if transposed:
+        return found
+    # Flash attention goes query by query; with few cells each, what a query costs beside them is seen.
+    short = _attended(hyper._replace(n_layer=2), _FEW, numbers, transposed, causal=True)
+    seen = (_FEW + 1) / 2
+    for n in numbers:
+        query = short[n] / _FEW
+        cell = max(0.5 * cached[n] / _CELLS, (cached[n] - query) / (_CELLS - seen))
+        found[n] = found[n]._replace(one=operations / (cell * _CELLS), node=max(0.0, query - seen * cell))
+    return found
 
 
-def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: bool) -> dict[int, float]:
-    """Seconds of one layer's attention of some tokens, by threads."""
-    half = not transposed or tokens > 1
+def _few_attention(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
+    """Of several tokens, but fewer than flash attention takes at once, as products with transposed values."""
+    seconds = _attended(hyper._replace(n_layer=2), _FEW, numbers, transposed=True)
+    rates = {n: 4.0 * hyper.n_head * hyper.head_dim * _CELLS * _FEW / seconds[n] for n in numbers}
+    return {n: Kernel(rate, rate, 1e18, node=0.0) for n, rate in rates.items()}
+
+
+def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: bool, causal: bool = False) -> dict[int, float]:
+    """Seconds of one layer's attention of some tokens, by threads: each sees all cells, or in a prompt itself and those before it."""
+    n_cells = STEP if causal else _CELLS
     with (
-        contextlib.closing(KvCache(hyper, ggml.TYPE_F16, _CELLS, transposed=transposed)) as cache,
+        contextlib.closing(KvCache(hyper, ggml.TYPE_F16, n_cells, transposed=transposed)) as cache,
         ggml.context(8) as inputs,
         ggml.context(64 * hyper.n_layer, (64 * hyper.n_layer,)) as work,
         ggml.allocator() as arena,
@@ -251,12 +297,14 @@ def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: boo
                 for cells in both:
                     cells[:] = 0
         q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, hyper.n_head, tokens))
-        mask = ggml.new_tensor(inputs.address, ggml.TYPE_F16 if half else ggml.TYPE_F32, (_CELLS, tokens))
+        shape = SlotShape(tokens, n_cells, 0)
+        half = wants_flash(shape, cache.view)
+        mask = ggml.new_tensor(inputs.address, ggml.TYPE_F16 if half else ggml.TYPE_F32, (n_cells, tokens))
         with ggml.allocate_context(inputs):
             ggml.view(q, "f4", (tokens * hyper.n_head * hyper.head_dim,))[:] = 0.5
-            ggml.view(mask, "u1", (tokens * _CELLS * (2 if half else 4),))[:] = 0
-            shape, slot = SlotShape(tokens, _CELLS, 0), SlotInputs(0, 0, mask)
-            size = 64 * hyper.n_layer
+            hidden = np.arange(n_cells) > np.arange(tokens)[:, None] if causal else np.zeros((tokens, n_cells), bool)
+            ggml.view(mask, "f2" if half else "f4", (tokens, n_cells))[:] = np.where(hidden, -np.inf, 0.0)
+            slot, size = SlotInputs(0, 0, mask), 64 * hyper.n_layer
             builder = Builder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
             builder.begin("attention")
             for layer in range(hyper.n_layer):

@@ -18,6 +18,10 @@ CHUNK = 512
 """Tokens of a prompt that the ggml engine feeds at once."""
 STEP = 256
 """Cells that are attended are a multiple of this."""
+BUILDING = 0.2
+"""Python's share of building a node of a graph, in parts of what it takes for a step that repeats: 10 of 50 microseconds (135M)."""
+TILE = 64
+"""Cells that flash attention leaves out together, of many tokens (GGML_FA_TILE_KV)."""
 
 Bound = Literal["bandwidth", "compute", "overhead", "storage"]
 
@@ -146,13 +150,20 @@ def _barrier(target: Target, threads: int) -> float:
     return 1.0 if threads > 1 or target.profile.kind != "cpu" else 0.4
 
 
-def _attention(shape: ModelShape, target: Target, tokens: int, cells: float, threads: int, key_type: str = "f16") -> Cost:
-    found = kernel(target, "attention", threads)
-    operations = shape.attention_operations(tokens, 1) * cells
-    tiles = tokens >= TILES_FROM
-    computing = operations / (found.many if tiles else found.one)
-    nbytes = cells * shape.cell_bytes(key_type)
-    return _work(0.0 if _cached(target, nbytes) else nbytes / found.reading, computing)
+def _attention(shape: ModelShape, target: Target, tokens: int, before: int, threads: int, key_type: str = "f16") -> Cost:
+    """Of so many tokens of a sequence, behind so many cells."""
+    found, few = kernel(target, "attention", threads), target.kernels.get(("few-attention", threads))
+    seen = before + (tokens + 1) / 2  # by a token, on average
+    if tokens >= TILES_FROM:
+        rate, seen, beside = found.many, min(seen + TILE / 2, before + tokens), 0.0
+    else:
+        beside = tokens * shape.hyper.n_layer * (found.node or 0.0)
+        rate = few.many if few and tokens > 1 else found.one
+        # Flash attention leaves out cells that a token does not see; products with transposed values, which are timed, do not.
+        seen = _padded(before + tokens) if few else seen
+    computing = shape.attention_operations(tokens, 1) * seen / rate
+    nbytes = seen * shape.cell_bytes(key_type)
+    return _work(0.0 if _cached(target, nbytes) else nbytes / found.reading, computing).plus(Cost(overhead=beside))
 
 
 def _rest(shape: ModelShape, target: Target, tokens: int, threads: int) -> Cost:
@@ -170,10 +181,10 @@ def _padded(cells: int) -> int:
     return -(-cells // STEP) * STEP
 
 
-def _step(shape: ModelShape, target: Target, tokens: int, rows: int, cells: float, threads: int, key_type: str = "f16") -> Cost:
-    """A step of one sequence: so many tokens, of which ``rows`` get logits, each over so many cells on average."""
+def _step(shape: ModelShape, target: Target, tokens: int, rows: int, before: int, threads: int, key_type: str = "f16") -> Cost:
+    """A step of one sequence: so many tokens behind so many cells; ``rows`` of them get logits."""
     cached = _cached(target, shape.streamed)
-    total = _attention(shape, target, tokens, cells, threads, key_type)
+    total = _attention(shape, target, tokens, before, threads, key_type)
     for product in shape.products:
         columns = tokens if product.tokens else rows
         if columns:
@@ -182,17 +193,17 @@ def _step(shape: ModelShape, target: Target, tokens: int, rows: int, cells: floa
 
 
 def decode(shape: ModelShape, target: Target, cells: int, threads: int, key_type: str = "f16") -> Cost:
-    """One token behind so many others."""
-    return _step(shape, target, 1, 1, _padded(cells), threads, key_type)
+    """One token, the last of so many cells."""
+    return _step(shape, target, 1, 1, cells - 1, threads, key_type)
 
 
 def prefill(shape: ModelShape, target: Target, tokens: int, threads: int, chunk: int = CHUNK) -> Cost:
     """A prompt in an empty context, with the logits of its last token, in chunks."""
-    total = Cost()
+    total, building = Cost(), Cost(overhead=BUILDING * target.step * shape.nodes)  # a graph for each, as each has its number of cells
     for start in range(0, tokens, chunk):
         n = min(chunk, tokens - start)
         last = start + n == tokens
-        total = total.plus(_step(shape, target, n, int(last), _padded(start + n), threads))
+        total = total.plus(_step(shape, target, n, int(last), start, threads)).plus(building)
     return total
 
 
