@@ -17,7 +17,7 @@ import numpy as np
 from edge_rt import config
 from edge_rt.compiler.cost import STEP
 from edge_rt.compiler.shape import ModelShape, Product, tensor_bytes
-from edge_rt.compiler.target import Kernel
+from edge_rt.compiler.target import FEW, Kernel
 from edge_rt.core.context.kv import KvCache
 from edge_rt.core.graph import offsets
 from edge_rt.core.graph.attention import wants_flash
@@ -39,10 +39,10 @@ _COLD, _MOST_COLD = 64 << 20, 256 << 20
 """Bytes that together are in no cache: at least, and at most where the caches are larger."""
 _HOT = 512 << 10
 _HOT_TIMES, _MOST_NODES = 32, 512
-_FORMAT = "3"
+_FORMAT = "5"
 """Of what is remembered: another where something is measured otherwise."""
 _ROWS = 64
-_FEW, _MANY, _MANY_OPERATIONS = 32, 256, 2e9
+_MANY, _MANY_OPERATIONS = 256, 2e9
 _CELLS = 1024
 _ROUNDS, _AT_LEAST = 5, 0.01
 _PASSES = 4
@@ -111,7 +111,7 @@ def _note(known: Remembered, name: str, threads: int, found: Kernel) -> None:
 def _better(first: Kernel, second: Kernel) -> Kernel:
     """What was faster of each: neighbours only slow down."""
     one, many, reading = map(max, first[:3], second[:3])
-    return Kernel(one, many, reading, min(first.node or 0.0, second.node or 0.0))
+    return Kernel(one, many, reading, min(first.node or 0.0, second.node or 0.0), max(first.few or 0.0, second.few or 0.0))
 
 
 def _agree(first: Kernel, second: Kernel) -> bool:
@@ -185,6 +185,7 @@ def _product(product: Product, cold: int, numbers: Sequence[int]) -> dict[int, K
     copies = min(_MOST_NODES, max(2, -(-cold // whole.nbytes)))
     streamed = _seconds(whole, copies, 1, 1, numbers)
     cached = _seconds(small, 1, _HOT_TIMES, 1, numbers)
+    few = _seconds(whole, copies, 1, FEW, numbers)
     together = _seconds(many, 1, 1, _MANY, numbers)
     return {
         n: Kernel(
@@ -192,6 +193,7 @@ def _product(product: Product, cold: int, numbers: Sequence[int]) -> dict[int, K
             many=2.0 * many.inputs * many.outputs * _MANY / together[n],
             reading=whole.nbytes / streamed[n],
             node=0.0,  # in each of the times above
+            few=2.0 * whole.inputs * whole.outputs * FEW / few[n],
         )
         for n in numbers
     }
@@ -246,7 +248,8 @@ def _placed(weight: _Weight, copies: int) -> Iterator[list[tuple[int, int | None
 
 def _content(number: int, width: int, nbytes: int) -> bytes:
     """So many bytes of rows of a type, the same few again and again."""
-    rows = np.random.default_rng(0).standard_normal((_ROWS, width), dtype=np.float32)
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((_ROWS, width), dtype=np.float32) * np.exp2(random.uniform(-1.5, 1.5, (_ROWS, 1))).astype(np.float32)
     some = quantise(rows, number, np.ones(width, np.float32))
     return (some * -(-nbytes // len(some)))[:nbytes]
 
@@ -263,14 +266,14 @@ def _attention(hyper: Hyper, cold: int, numbers: Sequence[int]) -> dict[int, Ker
     cached = _attended(hyper._replace(n_layer=2), 1, numbers, transposed)
     streamed = _attended(hyper._replace(n_layer=deep), 1, numbers, transposed)
     together = _attended(hyper._replace(n_layer=2), _MANY, numbers, transposed)
-    found = {n: Kernel(operations / cached[n], operations * _MANY / together[n], layer / streamed[n], node=0.0) for n in numbers}
+    found = {n: Kernel(operations / cached[n], operations * _MANY / together[n], layer / streamed[n], 0.0, 0.0) for n in numbers}
     if transposed:
         return found
     # Flash attention goes query by query; with few cells each, what a query costs beside them is seen.
-    short = _attended(hyper._replace(n_layer=2), _FEW, numbers, transposed, causal=True)
-    seen = (_FEW + 1) / 2
+    short = _attended(hyper._replace(n_layer=2), FEW, numbers, transposed, causal=True)
+    seen = (FEW + 1) / 2
     for n in numbers:
-        query = short[n] / _FEW
+        query = short[n] / FEW
         cell = max(0.5 * cached[n] / _CELLS, (cached[n] - query) / (_CELLS - seen))
         found[n] = found[n]._replace(one=operations / (cell * _CELLS), node=max(0.0, query - seen * cell))
     return found
@@ -278,9 +281,9 @@ def _attention(hyper: Hyper, cold: int, numbers: Sequence[int]) -> dict[int, Ker
 
 def _few_attention(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Of several tokens, but fewer than flash attention takes at once, as products with transposed values."""
-    seconds = _attended(hyper._replace(n_layer=2), _FEW, numbers, transposed=True)
-    rates = {n: 4.0 * hyper.n_head * hyper.head_dim * _CELLS * _FEW / seconds[n] for n in numbers}
-    return {n: Kernel(rate, rate, 1e18, node=0.0) for n, rate in rates.items()}
+    seconds = _attended(hyper._replace(n_layer=2), FEW, numbers, transposed=True)
+    rates = {n: 4.0 * hyper.n_head * hyper.head_dim * _CELLS * FEW / seconds[n] for n in numbers}
+    return {n: Kernel(rate, rate, 1e18, 0.0, 0.0) for n, rate in rates.items()}
 
 
 def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: bool, causal: bool = False) -> dict[int, float]:
@@ -333,7 +336,7 @@ def _elements(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
             with _graph(lambda ctx: [_chain(ctx, w)], _MOST_NODES) as graph:
                 node = {n: seconds / _MOST_NODES for n, seconds in _by_threads(numbers, graph).items()}
     elements = _MANY * (6 * hyper.n_embd + 2 * heads * hyper.head_dim + 3 * max(32, hyper.n_ff))
-    return {n: Kernel(elements / layer[n], elements / layer[n], 1e18, node[n]) for n in numbers}
+    return {n: Kernel(elements / layer[n], elements / layer[n], 1e18, node[n], 0.0) for n in numbers}
 
 
 def _layer(ctx: int, hyper: Hyper, x: int, w: int, qk: int, both: int, positions: int) -> list[int]:

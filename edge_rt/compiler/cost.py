@@ -6,11 +6,11 @@ the graph its overhead. What limits a step is what most of its time goes to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from edge_rt.compiler.shape import ModelShape, Product
-from edge_rt.compiler.target import Kernel, Target, bandwidth, share
+from edge_rt.compiler.target import FEW, Kernel, Target, bandwidth, share
 from edge_rt.core.graph.attention import TILES_FROM
 from edge_rt.core.load.residency import SLOTS
 
@@ -114,12 +114,17 @@ def _alike(target: Target, kind: str, threads: int) -> Kernel | None:
     nearest = min(numbers, key=lambda number: (abs(number - threads), number))
     found = [each for (name, number), each in target.kernels.items() if name.split(" ")[0] == kind and number == nearest]
     one, many, reading = (sum(part) / len(found) for part in zip(*(each[:3] for each in found), strict=True))
-    mean = Kernel(one, many, reading, found[0].node)
+    mean = Kernel(one, many, reading, found[0].node, _mean([each.few for each in found]))
     if nearest == threads:
         return mean
     more = share(target.profile, threads) / share(target.profile, nearest)
     reads = bandwidth(target.profile, threads) / bandwidth(target.profile, nearest) if target.profile.bandwidth else more
-    return Kernel(mean.one * more, mean.many * more, mean.reading * reads, mean.node)
+    return Kernel(mean.one * more, mean.many * more, mean.reading * reads, mean.node, mean.few and mean.few * min(more, reads))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _cached(target: Target, nbytes: float) -> bool:
@@ -138,11 +143,17 @@ def _product(target: Target, product: Product, tokens: int, threads: int, *, cac
     # Of experts, tokens together touch nearly all.
     touched = product.nbytes * (1.0 - (1.0 - product.share) ** tokens)
     reading = 0.0 if cached else touched / found.reading
-    one = product.operations / found.one
-    # Few columns take no longer than the kernel for one takes for each, nor less than many at their rate.
-    computing = min(tokens * one, max(one, tokens * product.operations / found.many))
+    computing = _computing(product, found, tokens)
+    if tokens > 1 and found.few and not cached:
+        computing += max(0.0, FEW * product.operations / found.few - _computing(product, found, FEW))
     overhead = target.node * _barrier(target, threads) if found.node is None else found.node
     return _work(reading, computing).plus(Cost(overhead=overhead))
+
+
+def _computing(product: Product, found: Kernel, tokens: int) -> float:
+    """Few columns take no longer than the kernel for one takes for each, nor less than many at their rate."""
+    one = product.operations / found.one
+    return min(tokens * one, max(one, tokens * product.operations / found.many))
 
 
 def _barrier(target: Target, threads: int) -> float:

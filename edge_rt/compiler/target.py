@@ -26,15 +26,21 @@ class Efficiency(NamedTuple):
     many: float
 
 
+FEW = 32
+"""Columns of a product with ``few``."""
+
+
 class Kernel(NamedTuple):
     """What products reach with some number of threads. Operations a second with ``one`` column (weights in a cache) and with ``many``;
-    bytes of weights a second read from memory; and ``node``, seconds of each product beside that, None: as the target's.
+    bytes of weights a second read from memory; ``node``, seconds of each product beside that, None: as the target's; and operations a
+    second with ``FEW`` columns and weights in memory, which kernels for several columns do not read as evenly, None: not known.
     """
 
     one: float
     many: float
     reading: float
     node: float | None = None
+    few: float | None = None
 
 
 class Target(NamedTuple):
