@@ -1,39 +1,106 @@
-"""A busy neighbour: decoding beside a process that keeps one CPU busy, with one thread, with all, and with what the governor chooses."""
+"""A busy neighbour: decoding alone, beside a plain busy loop and beside a second OpenMP program; and how soon the governor reacts."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from bench import models
-from bench.contenders import Ours, random_prompt
-from bench.processes import busy_loop, waiting_loop
-from bench.results import Result, Settings
+from bench.contenders import Contender, Ours, Peer, PeerSetting, decode_seconds, random_prompt
+from bench.peers import BEST, DEFAULT, line_up
+from bench.processes import busy_loop, openmp_program, waiting_loop
+from bench.results import OURS, Bound, Result, Settings, compare
+from bench.timing import interleave, spread
 
 REACTION = 10
 """Tokens within which the governor is to notice."""
+ONE = "one thread"
+"""libllama with one thread: what it would have to be told beside a neighbour."""
+PROMPT, CONTEXT = 16, 1024
 
 
 def run(settings: Settings) -> list[Result]:
-    """Report only: there is no peer, libllama uses the same threads."""
-    choices: dict[str, int | None] = {"1 thread": 1, f"{settings.threads} threads": settings.threads, "threads by the governor": None}
-    results = []
-    for place in ("alone", "beside a busy loop"):
-        with busy_loop() if place != "alone" else contextlib.nullcontext():
-            results += [_run(settings, f"decode {place}, {name}", threads) for name, threads in choices.items()]
+    """Alone against the best peer, beside neighbours against the default one, and the reaction."""
+    path = models.smollm2(settings, "Q4_0")
+    results = [
+        _alone(path, settings),
+        *_beside(path, settings, "a busy loop", busy_loop(), Bound(DEFAULT, "at least", 1.3), Bound(DEFAULT, "at most", 0.3)),
+        *_beside(path, settings, "an OpenMP program", openmp_program(path, settings.threads), Bound(DEFAULT, "at least", 20.0), None),
+    ]
     return [*results, _reaction(settings)] if settings.threads > 1 else results
+
+
+def _alone(path: Path, settings: Settings) -> Result:
+    measure = partial(decode_seconds, start=PROMPT, tokens=settings.pick(48, 4))
+    with line_up(path, settings, random_prompt(PROMPT), CONTEXT, measure) as line:
+        samples, _ = _turns(line.contenders, settings)
+    return compare("decode alone, Q4_0", "tokens/s", samples, (Bound(BEST, "at least", 1.0),), line.notes)
+
+
+def _beside(
+    path: Path, settings: Settings, what: str, neighbour: contextlib.AbstractContextManager[None], faster: Bound, steadier: Bound | None
+) -> Iterator[Result]:
+    """Decode beside a neighbour, and the time from token to token."""
+    with contextlib.ExitStack() as stack:
+        contenders: dict[str, Contender] = {OURS: Ours(path, CONTEXT)}
+        for name, threads in ((DEFAULT, settings.threads), (ONE, 1)):
+            contenders[name] = Peer(path, PeerSetting(threads), CONTEXT)
+        for contender in contenders.values():
+            stack.callback(contender.close)  # type: ignore[attr-defined]  # both have it; it is no part of being measured
+            contender.feed(random_prompt(PROMPT))
+        with neighbour:
+            samples, steps = _turns(contenders, settings)
+    yield compare(f"decode beside {what}, Q4_0", "tokens/s", samples, (faster,))
+    slowest = {name: float(np.percentile(seconds, 99)) for name, seconds in steps.items()}
+    shown = ", ".join(f"{name} median {1e3 * np.median(steps[name]):.1f}, 99 % within {1e3 * slowest[name]:.1f} ms" for name in steps)
+    ratios = {name: slowest[OURS] / slowest[name] for name in slowest if name != OURS}
+    yield Result(
+        name=f"from token to token beside {what}, the 99th percentile",
+        requirement=str(steadier or ""),
+        unit="s",
+        ours=[slowest[OURS]],
+        peers={name: [slowest[name]] for name in ratios},
+        ratios={name: spread([ratio]) for name, ratio in ratios.items()},
+        ok=None if settings.quick or steadier is None else steadier.holds(ratios[steadier.peer]),
+        shown=shown,
+    )
+
+
+def _turns(contenders: dict[str, Contender], settings: Settings) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(tokens a second of each turn, seconds of each step) of contenders that take turns of some seconds."""
+    steps: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def turn(name: str) -> float:
+        contender, taken = contenders[name], list[float]()
+        contender.truncate(PROMPT)
+        end = time.monotonic() + settings.pick(3.0, 0.2)
+        while time.monotonic() < end and len(taken) < CONTEXT - PROMPT - 1:
+            started = time.perf_counter()
+            contender.feed([5])
+            taken.append(time.perf_counter() - started)
+        steps[name] += taken
+        return len(taken) / sum(taken)
+
+    rounds = settings.pick(7, 1)
+    measures = {name: partial(turn, name) for name in contenders}
+    return interleave(measures, rounds=rounds, most=settings.pick(2 * rounds, 1), deadline=settings.deadline), steps
+
+
+# ---- reaction --------------------------------------------------------------------------------------------------------
 
 
 def _reaction(settings: Settings) -> Result:
     """Tokens from the moment a neighbour comes, or goes, to the first step with another number of threads."""
-    ours = Ours(models.smollm2(settings, "Q4_0"), 1024)
+    ours = Ours(models.smollm2(settings, "Q4_0"), CONTEXT)
     found: dict[str, list[float]] = {"comes": [], "goes": []}
     try:
-        ours.feed(random_prompt(16))
-        for _ in range(settings.pick(10, 1)):
+        ours.feed(random_prompt(PROMPT))
+        for _ in range(settings.pick(20, 1)):
             _tokens_until(ours, lambda: ours.threads == settings.threads)
             with waiting_loop() as start:
                 for _ in range(20):
@@ -53,8 +120,8 @@ def _reaction(settings: Settings) -> Result:
 
 def _token(ours: Ours) -> None:
     """One step; the context stays short."""
-    if ours.length > 900:
-        ours.truncate(16)
+    if ours.length > CONTEXT - 100:
+        ours.truncate(PROMPT)
     ours.feed([5])
 
 
@@ -65,26 +132,3 @@ def _tokens_until(ours: Ours, reached: Callable[[], bool], most: int = 300) -> i
             return count
         _token(ours)
     return most
-
-
-def _run(settings: Settings, name: str, threads: int | None) -> Result:
-    """Decode for some seconds from a short prompt; the context grows to 1024 cells at most."""
-    ours = Ours(models.smollm2(settings, "Q4_0"), 1024, threads)
-    try:
-        ours.feed(random_prompt(16))
-        steps: list[float] = []
-        end = time.monotonic() + settings.pick(8.0, 0.5)
-        while time.monotonic() < end and len(steps) < 1000:
-            started = time.perf_counter()
-            ours.feed([5])
-            steps.append(time.perf_counter() - started)
-    finally:
-        ours.close()
-    rate, milliseconds = len(steps) / sum(steps), 1e3 * np.array(steps)
-    return Result(
-        name=name,
-        requirement="",
-        unit="tokens/s",
-        ours=[rate],
-        shown=f"{rate:.1f} tokens/s, median {np.median(milliseconds):.1f} ms, 99 % within {np.percentile(milliseconds, 99):.0f} ms",
-    )

@@ -79,6 +79,20 @@ def busy_loop() -> Iterator[None]:
             process.kill()
 
 
+@contextlib.contextmanager
+def openmp_program(model: Path, threads: int) -> Iterator[None]:
+    """Another process that computes with so many of OpenMP's threads until the block ends. Raises RuntimeError if it does not begin to."""
+    command = [sys.executable, str(PROGRAMS / "openmp_neighbour.py"), str(model), str(threads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None, "a pipe"
+        try:
+            if not process.stdout.readline():
+                raise RuntimeError("the neighbour ended before it was at work")
+            yield
+        finally:
+            process.kill()
+
+
 # ---- a memory limit ----------------------------------------------------------------------------------------------------
 
 

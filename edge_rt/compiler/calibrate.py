@@ -1,7 +1,8 @@
 """What this machine's kernels reach with the shapes of one model: a short benchmark, remembered by machine and library.
 
-Weights are random, quantised: libggml looks scales up in a table, and with one scale for all it is half as fast again. Each is timed in place (with copies enough that no cache holds them)
-and in a cache, so that what limits it is known; the least of a few times counts, which neighbours disturb little.
+Weights are random: libggml looks their scales up in a table, and is half as fast again if all are the same. Each is timed in place (with
+copies enough that no cache holds them) and in a cache, so that what limits it is known; the least of a few times counts, which neighbours
+disturb little.
 """
 
 from __future__ import annotations
