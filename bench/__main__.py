@@ -30,6 +30,8 @@ BENCHMARKS = {
     "contention": ("contention", "run"),
     "pruning": ("pruning", "run"),
     "predictions": ("predictions", "run"),
+    "compiled": ("compiled", "run"),
+    "compiled-quality": ("compiled", "quality"),
     "context-retrieval": ("context.retrieval", "run"),
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
@@ -56,6 +58,8 @@ QUALITY = (
 """Those of context handling."""
 POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
 """Those of post-processing."""
+ADAPTATION = ("contention", "predictions", "compiled", "compiled-quality")
+"""Those of the compiler and the governor."""
 SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
 SCORES = (*QUALITY[:-1], POST[0], "serve-isolation")
@@ -158,7 +162,7 @@ def _report() -> int:
     from bench.report import DOCS, pages, render
 
     stored = load_all()
-    for page in pages(QUALITY, POST, [name for name in BENCHMARKS if name not in QUALITY + POST + SERVE], SERVE):
+    for page in pages(QUALITY, POST, [name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION], SERVE, ADAPTATION):
         if not any(name in stored for name in page.benchmarks):
             continue
         try:

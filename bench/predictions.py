@@ -90,12 +90,13 @@ def _points(name: str, path: Path, settings: Settings) -> Iterator[Point]:
                 for prompt in prompts:
                     _least(seconds, ("first", n, prompt), measure.first_token(engine, prompt))
     for (what, n, size), taken in seconds.items():
+        of = f"{name}, {n} thread{'s' * (n > 1)}"
         if what == "token":
             token = cost.decode(shape, target, size, n)
-            yield Point(f"{name}, {n} threads, at {size} cells", "tokens/s", 1.0 / token.seconds, 1.0 / taken, token.bound)
+            yield Point(f"{of}, at {size} cells", "tokens/s", 1.0 / token.seconds, 1.0 / taken, token.bound)
         else:
             first = cost.first_token(shape, target, size, n)
-            yield Point(f"{name}, {n} threads, first token of {size}", "s", first.seconds, taken, first.bound)
+            yield Point(f"{of}, first token of {size}", "s", first.seconds, taken, first.bound)
 
 
 def _least(seconds: dict[tuple[str, int, int], float], key: tuple[str, int, int], taken: float) -> None:

@@ -31,6 +31,13 @@ def run_program(name: str, *arguments: object, prefix: Sequence[str] = ()) -> di
     return result
 
 
+def run_tool(command: Sequence[str]) -> None:
+    """Run a command to its end. Raises RuntimeError with its last words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed with status {done.returncode}: {done.stderr.strip()[-400:]}")
+
+
 def first_byte(command: Sequence[str]) -> tuple[float, bytes]:
     """Seconds from starting a program to the first byte it writes, and all it writes. Raises RuntimeError if it writes nothing."""
     started = time.perf_counter()

@@ -1,4 +1,5 @@
-"""Writes docs/performance.md, docs/quality.md, docs/postprocessing-quality.md and docs/serving.md from the stored results."""
+"""Writes docs/performance.md, docs/quality.md, docs/postprocessing-quality.md, docs/adaptation.md and docs/serving.md
+from the stored results."""
 
 from __future__ import annotations
 
@@ -81,6 +82,20 @@ required stands beside what was measured.
 - `serve-soak`: a mixed load for `--minutes`. Once a minute everybody pauses; what is held then is compared between the first and the last
   third of the time after the warm-up.
 """
+ADAPTATION_HEAD = """# How well a model and its threads fit the machine
+
+Measured with `python -m bench` and written by `python -m bench report`. What it is about is in [the compiler](compiler.md).
+
+- `contention`: decoding SmolLM2-135M-Instruct alone, beside a plain busy loop, and beside a second OpenMP program (libllama, which decodes
+  with a thread for each CPU). Contenders take turns of three seconds in one process. *default* is libllama with a thread for each CPU, as
+  llama.cpp's programs have it; *one thread* is what it would have to be told, and what llama-cpp-python's class takes on two CPUs; *best*
+  is the fastest of a sweep of settings. The reaction is counted in tokens from the moment a busy loop begins or ends.
+- `predictions`: what the cost model says of this machine against what is measured, for three models, two types, each number of threads,
+  three lengths of context and three of prompts. SmolLM2 is real, the others have random weights.
+- `compiled`: a directory that `edge-rt compile --target auto` wrote against the file it was made of, both with packed weights.
+- `compiled-quality`: files of the same bytes, made of one with half-precision weights: types chosen by sensitivity, measured on the
+  compiler's own calibration text, against one type for all. What is measured is the KL divergence of the next token on other prose.
+"""
 SPEED_WHY_NOT = """## What the published run does not meet, and why
 
 - *Three times the default at 4,000 cells*: the requirement dates from a CPU on which ggml's flash attention took seven times as long as
@@ -148,12 +163,15 @@ def rows(results: Iterable[Result]) -> list[list[str]]:
     return lines
 
 
-def pages(quality: Sequence[str], post: Sequence[str], speed: Sequence[str], serve: Sequence[str] = ()) -> list[Page]:
+def pages(
+    quality: Sequence[str], post: Sequence[str], speed: Sequence[str], serve: Sequence[str] = (), adaptation: Sequence[str] = ()
+) -> list[Page]:
     """All pages, each with its benchmarks."""
     return [
         Page("performance.md", speed, SPEED_HEAD, SPEED_WHY_NOT, "\n".join([TAIL, *_programs()])),
         Page("quality.md", quality, QUALITY_HEAD, QUALITY_WHY_NOT, ""),
         Page("postprocessing-quality.md", post, POST_HEAD, "", ""),
+        Page("adaptation.md", adaptation, ADAPTATION_HEAD, "", ""),
         Page("serving.md", serve, SERVE_HEAD, "", ""),
     ]
 
