@@ -1,4 +1,7 @@
-"""A busy neighbour: decoding alone, beside a plain busy loop and beside a second OpenMP program; and how soon the governor reacts."""
+"""A busy neighbour: decoding alone, beside a plain busy loop and beside a second OpenMP program; and how soon the governor reacts.
+
+A second OpenMP program can leave its CPUs again and again, as one that decodes does where its threads meet, or hardly ever.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ def run(settings: Settings) -> list[Result]:
     results = [
         _alone(path, settings),
         *_beside(path, settings, "a busy loop", busy_loop(), Bound(DEFAULT, "at least", 1.3), Bound(DEFAULT, "at most", 0.3)),
-        *_beside(path, settings, "an OpenMP program", openmp_program(path, settings.threads), Bound(DEFAULT, "at least", 20.0), None),
+        *_beside(path, settings, "libllama that decodes", openmp_program(path, settings.threads, 1), None, None),
+        *_beside(path, settings, "libllama at prompts", openmp_program(path, settings.threads, 256), Bound(DEFAULT, "at least", 20), None),
     ]
     return [*results, _reaction(settings)] if settings.threads > 1 else results
 
@@ -43,8 +47,9 @@ def _alone(path: Path, settings: Settings) -> Result:
 
 
 def _beside(
-    path: Path, settings: Settings, what: str, neighbour: contextlib.AbstractContextManager[None], faster: Bound, steadier: Bound | None
-) -> Iterator[Result]:
+    path: Path, settings: Settings, what: str, neighbour: contextlib.AbstractContextManager[None], faster: Bound | None,
+    steadier: Bound | None,
+) -> Iterator[Result]:  # fmt: skip
     """Decode beside a neighbour, and the time from token to token."""
     with contextlib.ExitStack() as stack:
         contenders: dict[str, Contender] = {OURS: Ours(path, CONTEXT)}
@@ -55,7 +60,7 @@ def _beside(
             contender.feed(random_prompt(PROMPT))
         with neighbour:
             samples, steps = _turns(contenders, settings)
-    yield compare(f"decode beside {what}, Q4_0", "tokens/s", samples, (faster,))
+    yield compare(f"decode beside {what}, Q4_0", "tokens/s", samples, () if faster is None else (faster,))
     slowest = {name: float(np.percentile(seconds, 99)) for name, seconds in steps.items()}
     shown = ", ".join(f"{name} median {1e3 * np.median(steps[name]):.1f}, 99 % within {1e3 * slowest[name]:.1f} ms" for name in steps)
     ratios = {name: slowest[OURS] / slowest[name] for name in slowest if name != OURS}

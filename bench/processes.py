@@ -87,9 +87,11 @@ def busy_loop() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def openmp_program(model: Path, threads: int) -> Iterator[None]:
-    """Another process that computes with so many of OpenMP's threads until the block ends. Raises RuntimeError if it does not begin to."""
-    command = [sys.executable, str(PROGRAMS / "openmp_neighbour.py"), str(model), str(threads)]
+def openmp_program(model: Path, threads: int, tokens: int) -> Iterator[None]:
+    """Another process that computes with so many of OpenMP's threads, for so many ``tokens`` at once (1, or a divisor of 256), until the
+    block ends. Raises RuntimeError if it does not begin to.
+    """
+    command = [sys.executable, str(PROGRAMS / "openmp_neighbour.py"), str(model), str(threads), str(tokens)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None, "a pipe"
         try:

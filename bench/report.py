@@ -86,10 +86,11 @@ ADAPTATION_HEAD = """# How well a model and its threads fit the machine
 
 Measured with `python -m bench` and written by `python -m bench report`. What it is about is in [the compiler](compiler.md).
 
-- `contention`: decoding SmolLM2-135M-Instruct alone, beside a plain busy loop, and beside a second OpenMP program (libllama, which decodes
-  with a thread for each CPU). Contenders take turns of three seconds in one process. *default* is libllama with a thread for each CPU, as
-  llama.cpp's programs have it; *one thread* is what it would have to be told, and what llama-cpp-python's class takes on two CPUs; *best*
-  is the fastest of a sweep of settings. The reaction is counted in tokens from the moment a busy loop begins or ends.
+- `contention`: decoding SmolLM2-135M-Instruct alone, beside a plain busy loop, and beside a second OpenMP program: libllama, which
+  decodes or reads prompts with a thread for each CPU. Contenders take turns of three seconds in one process. *default* is libllama with a
+  thread for each CPU, as llama.cpp's programs have it; *one thread* is what it would have to be told, and what llama-cpp-python's class
+  takes on two CPUs; *best* is the fastest of a sweep of settings. The reaction is counted in tokens from the moment a busy loop begins or
+  ends.
 - `predictions`: what the cost model says of this machine against what is measured, for three models, two types, each number of threads,
   three lengths of context and three of prompts. SmolLM2 is real, the others have random weights.
 - `compiled`: a directory that `edge-rt compile --target auto` wrote against the file it was made of, both with packed weights.

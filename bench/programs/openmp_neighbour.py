@@ -1,6 +1,6 @@
-"""A second OpenMP program: libllama, which decodes with so many threads until it is ended. A line says that it is at work.
+"""A second OpenMP program: libllama, which decodes, or reads prompts of so many tokens, until it is ended. A line says that it is at work.
 
-Usage: openmp_neighbour.py MODEL THREADS
+Usage: openmp_neighbour.py MODEL THREADS TOKENS
 """
 
 import itertools
@@ -10,10 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench.contenders import Peer, PeerSetting
 
+tokens = int(sys.argv[3])
 peer = Peer(Path(sys.argv[1]), PeerSetting(int(sys.argv[2])), 512)
 for count in itertools.count():
-    if count % 256 == 0:
+    if count * tokens % 256 == 0:
         peer.truncate(0)
-    peer.feed([5])
-    if count == 4:
+    peer.feed([5] * tokens)
+    if count == 1:
         print("at work", flush=True)

@@ -21,18 +21,20 @@ FELT = 0.04
 """Seconds over which waiting is counted: three tokens of a small model beside a neighbour."""
 WAITED = 0.25
 """Share of that time for which threads must have waited, all together. Less costs less than a thread gives."""
-LOOK, SELDOM = 0.03, 0.25
+LOOK, SELDOM = 0.015, 0.25
 """Seconds between looks at /proc/stat: while fewer threads compute than could or waiting cannot be felt, and else."""
-SPAN = 0.06
-"""Seconds that a look goes back at least: six hundredths can be told from three."""
+SPAN = 0.04
+"""Seconds that a look goes back at least: four hundredths can be told from two."""
+FREE = 0.35
+"""How much of a CPU others may use for a thread more to compute on it; from half of one on it is given up."""
 _FIRST = 0.05
 """Seconds before the first look: a prompt that comes right after opening should not meet a busy neighbour unprepared."""
-_SOON, _CALMEST = 0.2, 2.0
+_SOON, _CALMEST = 0.15, 2.0
 """If threads that were taken back had to be given up again that soon, the next look goes back twice as far, at most so many seconds."""
 
 
 class Reading(NamedTuple):
-    """CPU seconds used so far: by everyone on the CPUs this process may use, and by this process."""
+    """CPU seconds used so far: by everyone on the CPUs this process may use (counted from any moment), and by this process."""
 
     at: float
     everyone: float
@@ -47,13 +49,14 @@ def read_cpus(cpus: Collection[int] = ()) -> Reading | None:
     except OSError:
         return None
     usable = {b"cpu%d" % n for n in cpus or os.sched_getaffinity(0)}
-    ticks = 0
+    now, idle, counted = time.monotonic(), 0, 0
     for line in lines:
         fields = line.split()
         if fields and fields[0] in usable:
-            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
-            ticks += user + nice + system + irq + softirq + steal
-    return Reading(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
+            idle += int(fields[4]) + int(fields[5])
+            counted += 1
+    # What is not idle is used, or stolen. Used time is sampled; idle time is measured where the tick stops, and only told in hundredths.
+    return Reading(now, counted * now - idle / os.sysconf("SC_CLK_TCK"), time.process_time())
 
 
 def read_waiting() -> dict[int, float] | None:
@@ -119,8 +122,10 @@ class Governor:
                 break
             others = (now.everyone - before.everyone - (now.ourselves - before.ourselves)) / (now.at - before.at)
             free = min(self._most, max(1, round(self._most - others)))
-            if free < self._threads or span == self._calm:
+            if free < self._threads:
                 return free
+            if span == self._calm:
+                return max(self._threads, min(free, int(self._most - others + FREE)))
         return self._threads
 
     def _choose(self, threads: int, seen: Reading) -> None:
