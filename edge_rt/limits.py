@@ -54,6 +54,8 @@ def planned(device: PluginDevice, setting: PowerSetting, notices: list[str]) -> 
     """What a compiled model's plan asks to hold, as far as the device tells it; a cap that it cannot be held to is noted, and no error:
     the model may run on another device than it was compiled for. Waits as ``limits`` does, for power alone.
     """
+    if setting.watts is None and setting.celsius is None:
+        return None  # sensors cost start-up time
     health: Callable[[], Health] = _guarded(device.plugin, device.device) if isinstance(device.device, TellsHealth) else Health
     until = time.monotonic() + PATIENCE
     while (now := health()).power is None and setting.watts is not None and time.monotonic() < until:
