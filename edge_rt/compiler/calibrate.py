@@ -40,7 +40,7 @@ _COLD, _MOST_COLD = 64 << 20, 256 << 20
 """Bytes that together are in no cache: at least, and at most where the caches are larger."""
 _HOT = 512 << 10
 _HOT_TIMES, _MOST_NODES = 32, 512
-_FORMAT = "5"
+_FORMAT = "6"
 """Of what is remembered: another where something is measured otherwise."""
 _ROWS = 64
 _MANY, _MANY_OPERATIONS = 256, 2e9
@@ -250,7 +250,7 @@ def _placed(weight: _Weight, copies: int) -> Iterator[list[tuple[int, int | None
 def _content(number: int, width: int, nbytes: int) -> bytes:
     """So many bytes of rows of a type, the same few again and again."""
     random = np.random.default_rng(0)
-    rows = random.standard_normal((_ROWS, width), dtype=np.float32) * np.exp2(random.uniform(-1.5, 1.5, (_ROWS, 1))).astype(np.float32)
+    rows = random.standard_normal((_ROWS, width), dtype=np.float32) * np.exp2(random.uniform(-0.75, 0.75, (_ROWS, 1))).astype(np.float32)
     some = quantise(rows, number, np.ones(width, np.float32))
     return (some * -(-nbytes // len(some)))[:nbytes]
 
