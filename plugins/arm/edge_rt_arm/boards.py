@@ -10,6 +10,8 @@ from edge_rt.hooks import read_system_text
 _TREES = ("proc/device-tree", "sys/firmware/devicetree/base")
 _FREQUENCY = "raspberrypi.com/documentation/computers/raspberry-pi.html#frequency-management-and-thermal-control"
 _PIDRAMBLE = "pidramble.com/wiki/benchmarks/power-consumption"
+_SUPPLY = "raspberrypi.com/documentation/computers/raspberry-pi.html#power-supply"
+_PI_5 = "raspberrypi.com/news/introducing-raspberry-pi-5, peak; 12.0 W at HPL: github.com/geerlingguy/sbc-reviews/issues/21"
 
 
 class Figures(NamedTuple):
@@ -40,10 +42,11 @@ class Board(NamedTuple):
 FIGURES = {
     "raspberrypi,3-model-b-plus": Figures(1.9, 5.1, 60.0, 85.0, (_PIDRAMBLE, _FREQUENCY)),  # temp_soft_limit: 1.4 -> 1.2 GHz
     "raspberrypi,3-model-b": Figures(1.4, 3.7, 80.0, 85.0, (_PIDRAMBLE, _FREQUENCY)),
-    "raspberrypi,4-model-b": Figures(2.7, 6.4, 80.0, 85.0, (_PIDRAMBLE, _FREQUENCY)),
+    # The documentation has 0.6 A idle, with a screen, and 1.25 A at most under stress: 3.1 and 6.4 W.
+    "raspberrypi,4-model-b": Figures(2.7, 6.4, 80.0, 85.0, (f"{_PIDRAMBLE}; {_SUPPLY}", _FREQUENCY)),
     # The module has the Pi 4's chip at its clock; what a carrier board takes comes on top.
-    "raspberrypi,4-compute-module": Figures(2.7, 6.4, 80.0, 85.0, (f"{_PIDRAMBLE}, of the Pi 4 B", _FREQUENCY)),
-    "raspberrypi,5-model-b": Figures(None, 12.0, 80.0, 85.0, ("raspberrypi.com/news/introducing-raspberry-pi-5, peak", _FREQUENCY)),
+    "raspberrypi,4-compute-module": Figures(2.7, 6.4, 80.0, 85.0, (f"{_PIDRAMBLE}; {_SUPPLY}, of the Pi 4 B", _FREQUENCY)),
+    "raspberrypi,5-model-b": Figures(None, 12.0, 80.0, 85.0, (_PI_5, _FREQUENCY)),
     "raspberrypi,5-compute-module": Figures(None, 12.0, 80.0, 85.0, ("as the Pi 5, whose chip it has", _FREQUENCY)),
 }
 """The first ``compatible`` of a board's device tree -> its figures."""
