@@ -97,8 +97,8 @@ def shape(model: str, kind: str) -> ModelShape:
         "rope.dimension_count": m.head_dim,
     }  # fmt: skip
     values |= {f"{m.architecture}.{key}": (_U32, value) for key, value in whole.items()}
-    size = sum(info.nbytes for info in tensors.values())
-    header = Header(version=3, alignment=32, data_offset=0, file_size=size, values=values, tensors=tensors, header_bytes=b"")
+    total = sum(info.nbytes for info in tensors.values())
+    header = Header(version=3, alignment=32, data_offset=0, file_size=total, values=values, tensors=tensors, header_bytes=b"")
     return read_shape(header, packed=())
 
 
