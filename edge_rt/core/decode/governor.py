@@ -21,10 +21,10 @@ FELT = 0.04
 """Seconds over which waiting is counted: three tokens of a small model beside a neighbour."""
 WAITED = 0.25
 """Share of that time for which threads must have waited, all together. Less costs less than a thread gives."""
-LOOK, SELDOM = 0.015, 0.25
+LOOK, SELDOM = 0.01, 0.25
 """Seconds between looks at /proc/stat: while fewer threads compute than could or waiting cannot be felt, and else."""
-SPAN = 0.04
-"""Seconds that a look goes back at least: four hundredths can be told from two."""
+SPAN = 0.03
+"""Seconds that a look goes back at least: three hundredths can be told from one."""
 FREE = 0.35
 """How much of a CPU others may use for a thread more to compute on it; from half of one on it is given up."""
 _FIRST = 0.05
