@@ -52,18 +52,20 @@ class Plan(NamedTuple):
     """The decisions about one model on one target. A pass returns another plan (``_replace``) with its gain added.
 
     ``types``: ggml type names of tensors that get another than in the source. ``order``: names of all tensors, as they will lie in the
-    file, () as in the source. ``alignment``: of each tensor in the file, bytes. ``folded``: norms whose scale is multiplied into the
-    weights behind them. ``pack``: whether packed weights are used. ``chunk``: tokens of a prompt fed at once. ``prefetch``: bytes asked
-    of the storage ahead of what is being read. ``threads``: at most, 0: any; as many of them as are free. ``layers``: on the accelerator,
-    None without one.
-    ``locked``: units that stay in memory. ``memory``: bytes of weights that may be resident, the rest is streamed; None: all.
-    ``context``: cells of a sequence, None: the model's own. ``key_type``: of cached keys.
+    file, () as in the source. ``alignment``: of each tensor in the file, bytes. ``joined``: what becomes one product, as
+    ``attn_q|attn_k|attn_v``; None: whatever lies side by side. ``folded``: norms whose scales are ones in the file, since they were, or
+    were multiplied into the weights behind them, so that nothing is multiplied with them. ``pack``: whether packed weights are used.
+    ``chunk``: tokens of a prompt fed at once. ``prefetch``: bytes asked of the storage ahead of what is being read. ``threads``: at most,
+    0: any; as many of them as are free. ``layers``: on the accelerator, None without one. ``locked``: units that stay in memory.
+    ``memory``: bytes of weights that may be resident, the rest is streamed; None: all. ``context``: cells of a sequence, None: the
+    model's own. ``key_type``: of cached keys.
     """
 
     target: str
     types: Mapping[str, str] = MappingProxyType({})
     order: tuple[str, ...] = ()
     alignment: int = 32
+    joined: tuple[str, ...] | None = None
     folded: tuple[str, ...] = ()
     pack: bool = True
     chunk: int = 512
@@ -110,6 +112,9 @@ def follow(deployed: Deployed | None, given: EngineOptions) -> EngineOptions:
         return given
     plan = deployed.plan
     own: dict[str, Any] = {"ggml.chunk": plan.chunk, "ggml.prefetch": plan.prefetch, "ggml.locked": plan.locked}
+    own["ggml.folded"] = plan.folded
+    if plan.joined is not None:
+        own["ggml.joined"] = plan.joined
     if plan.threads:
         own["ggml.most_threads"] = plan.threads
     return given._replace(
@@ -165,6 +170,8 @@ def _plan(found: Any, path: Path) -> Plan:
             raise ModelFileError(f"{path}: there is no decision {name}; compile the model again with this version")
         if isinstance(value, bool) != (_KINDS[name] is bool) or not isinstance(value, _KINDS[name]):
             raise ModelFileError(f"{path}: {name} has a value of a wrong kind; compile the model again")
+        if isinstance(value, list) and name != "gains" and not all(isinstance(one, str) for one in value):
+            raise ModelFileError(f"{path}: {name} lists something else than names; compile the model again")
         low, high = _LIMITS.get(name, (0, 1 << 62))
         if isinstance(value, int) and not low <= value <= high:
             raise ModelFileError(f"{path}: {name} is {value}, and may be {low} to {high}; compile the model again")
@@ -178,8 +185,9 @@ def _plan(found: Any, path: Path) -> Plan:
 
 
 _KINDS: Mapping[str, Any] = {
-    "target": str, "types": dict, "order": list, "alignment": int, "folded": list, "pack": bool, "chunk": int, "prefetch": int,
-    "threads": int, "layers": int, "locked": list, "memory": int, "context": int, "key_type": str, "power": dict, "gains": list,
+    "target": str, "types": dict, "order": list, "alignment": int, "joined": list, "folded": list, "pack": bool, "chunk": int,
+    "prefetch": int, "threads": int, "layers": int, "locked": list, "memory": int, "context": int, "key_type": str, "power": dict,
+    "gains": list,
 }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class Options(JsonOption):
 def run(options: Options) -> int:
     """Decide, write and print."""
     from edge_rt.catalog import resolve
+    from edge_rt.compiler import folding
     from edge_rt.compiler import target as targets
     from edge_rt.compiler.plan import Situation, built_in, decide
     from edge_rt.core.load.model_file import ModelFile
@@ -65,7 +66,7 @@ def run(options: Options) -> int:
     with ModelFile.open(path) as source:
         here = options.target == targets.AUTO
         target = _here(registry, source) if here else targets.load(options.target, registry.compiler_targets())
-        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source))
+        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source), folding.norms(source))
         plan = decide(situation, [*built_in(), *registry.compiler_passes()])
         deployed = None
         if not options.dry_run:
@@ -85,7 +86,9 @@ def _here(registry: Registry, source: ModelFile) -> Target:
     from edge_rt.compiler.here import here
     from edge_rt.compiler.shape import read_shape
 
-    return here(registry, read_shape(source.header))
+    shape = read_shape(source.header)
+    apart = read_shape(source.header, joined=())  # what is decided by was timed, either way
+    return here(registry, shape._replace(products=(*shape.products, *apart.products)))
 
 
 def _sensitivities(options: Options, source: ModelFile) -> Sequence[Sensitive]:

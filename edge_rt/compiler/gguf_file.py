@@ -7,13 +7,14 @@ llama.cpp insists on.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from edge_rt.compiler import folding
 from edge_rt.compiler.shape import tensor_bytes
 from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import MAGIC, TensorInfo, metadata_spans
+from edge_rt.core.load.header import FOLDED, MAGIC, SCALED, TensorInfo, metadata_spans
 from edge_rt.deployment import Plan
 from edge_rt.errors import OptionError
 from edge_rt.native import memory
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from edge_rt.core.load.model_file import ModelFile
 
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
-_UINT32, _STRING = 4, 8
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 _PIECE = 8 << 20
 """Bytes that are copied at once."""
 _ROWS = 4 << 20
@@ -45,13 +46,17 @@ class _Placed(NamedTuple):
 def write_gguf(
     source: ModelFile, out: BinaryIO, plan: Plan, importance: Importance | None = None, told: Callable[[int, int], None] = lambda *_: None
 ) -> None:
-    """Write the model as the plan has it. ``told`` is called with bytes done and in all. Raises OptionError, OSError, NativeError."""
-    placed = _place(source, plan)
-    header = _header(source, plan, placed)
+    """Write the model as the plan has it. ``told`` is called with bytes done and in all.
+
+    Raises OptionError, OSError, NativeError, ModelFileError if the source is no longer what was planned for.
+    """
+    placed, changed = _place(source, plan), folding.multiplied(source, plan)
+    header = _header(source, plan, placed, folding.without_adapters(source, changed))
     out.write(header + b"\0" * (-len(header) % plan.alignment))
     done, total = 0, sum(one.nbytes for one in placed)
     for one in placed:
-        for piece in _data(source, one, plan, importance or {}):
+        powers, importances = changed.get(one.source.name), importance or {}
+        for piece in _data(source, one, importances) if powers is None else folding.scaled_pieces(source, one.source, powers):
             out.write(piece)
             done += len(piece)
             told(done, total)
@@ -79,13 +84,19 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _header(source: ModelFile, plan: Plan, placed: list[_Placed]) -> bytes:
+def _strings(key: str, texts: Sequence[str]) -> bytes:
+    """A metadata entry that is an array of strings."""
+    return _string(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(texts)) + b"".join(map(_string, texts))
+
+
+def _header(source: ModelFile, plan: Plan, placed: list[_Placed], scaled: Sequence[str]) -> bytes:
     """Magic to tensor infos. The metadata's bytes are the source's, but for the alignment, and for what the plan adds."""
     raw = bytes(source.map[: source.header.data_offset])
     _, spans = metadata_spans(raw)
-    kept = [raw[start:end] for key, start, end in spans if key not in ("general.alignment", "edge_rt.target")]
+    kept = [raw[start:end] for key, start, end in spans if key not in ("general.alignment", "edge_rt.target", FOLDED, SCALED)]
     kept.append(_string("general.alignment") + struct.pack("<II", _UINT32, plan.alignment))
     kept.append(_string("edge_rt.target") + struct.pack("<I", _STRING) + _string(plan.target))
+    kept += [_strings(key, texts) for key, texts in ((FOLDED, plan.folded), (SCALED, scaled)) if texts]
     infos = [
         _string(one.source.name)
         + struct.pack(f"<I{len(one.source.shape)}QIQ", len(one.source.shape), *one.source.shape, _NUMBERS[one.type_name], one.offset)
@@ -94,7 +105,7 @@ def _header(source: ModelFile, plan: Plan, placed: list[_Placed]) -> bytes:
     return MAGIC + struct.pack("<IQQ", 3, len(placed), len(kept)) + b"".join(kept) + b"".join(infos)
 
 
-def _data(source: ModelFile, one: _Placed, plan: Plan, importance: Importance) -> Iterator[bytes]:
+def _data(source: ModelFile, one: _Placed, importance: Importance) -> Iterator[bytes]:
     """A tensor's bytes, in pieces."""
     info = one.source
     if one.type_name == info.type_name:

@@ -16,6 +16,7 @@ from edge_rt.core.load.header import Header
 from edge_rt.deployment import Gain, Pass, Plan
 
 if TYPE_CHECKING:
+    from edge_rt.compiler.folding import Norm
     from edge_rt.compiler.sensitivity import Sensitive
 
 PROMPT, CONTEXT = 256, 1024
@@ -39,17 +40,19 @@ class Goals(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """What a pass may look at: the source's header, the target, the goals, and how sensitive groups of weights are, if measured."""
+    """What a pass may look at: the source's header, the target, the goals, how sensitive groups of weights are, if measured, and what
+    its norms are, if they were looked at (``folding.norms``).
+    """
 
     header: Header
     target: Target
     goals: Goals
     sensitivities: Sequence[Sensitive] = ()
+    norms: Sequence[Norm] = ()
 
     def shape(self, plan: Plan) -> ModelShape:
         """The model's shape as the plan has it."""
-        packed, ordered = self.target.packed if plan.pack else (), plan.alignment if plan.order else 0
-        return read_shape(self.header, plan.types, packed, ordered=ordered)
+        return read_shape(self.header, plan.types, self.target.packed if plan.pack else (), joined=plan.joined, folded=plan.folded)
 
     @property
     def context(self) -> int:
@@ -97,7 +100,7 @@ def decide(situation: Situation, passes: Iterable[Pass]) -> Plan:
 
 
 def built_in() -> Sequence[Pass]:
-    """Ours, in their order: what is in the file, how it lies there, how it is run."""
-    from edge_rt.compiler.passes import layout, pipeline, power, precision
+    """Ours, in their order: what is in the file, how it lies there, how it is run. What can be one depends on its types."""
+    from edge_rt.compiler.passes import fusion, layout, pipeline, power, precision
 
-    return (precision.PASS, layout.PASS, pipeline.PASS, power.PASS)
+    return (precision.PASS, fusion.PASS, layout.PASS, pipeline.PASS, power.PASS)

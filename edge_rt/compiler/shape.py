@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.hyper import TOGETHER, Hyper, read_hyper
 from edge_rt.core.load.gguf_tables import GGML_TYPES
 from edge_rt.core.load.units import unit_name
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from edge_rt.core.load.header import Header, TensorInfo
 
 _BLOCKS = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}
-_JOINED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
-"""What packed weights, and many files, have side by side, so that it is one product."""
+LEAST = 32
+"""Bytes that tensors of a file are aligned to at least."""
 
 
 class Product(NamedTuple):
@@ -48,13 +48,14 @@ class ModelShape(NamedTuple):
     """A model as a cost model sees it.
 
     ``units``: bytes in the order of the forward pass; a tied embedding counts as the head, which reads it whole. ``products``: in that
-    order too. ``types``: bytes by ggml type name.
+    order too. ``types``: bytes by ggml type name. ``folded``: norms of hidden states that are not multiplied with.
     """
 
     hyper: Hyper
     units: Mapping[str, int]
     products: tuple[Product, ...]
     types: Mapping[str, int]
+    folded: int = 0
 
     @property
     def weights(self) -> int:
@@ -73,10 +74,10 @@ class ModelShape(NamedTuple):
 
     @property
     def nodes(self) -> int:
-        """Nodes of a decoding step's graph that compute something and are no products with weights: norms (2), their factors (2),
-        rotation, writing keys and values (2), attention (3), the gate, and adding to the hidden states (2) in each block.
+        """Nodes of a decoding step's graph that compute something and are no products with weights: norms (2), their factors (2, but for
+        those folded), rotation, writing keys and values (2), attention (3), the gate, and adding to the hidden states (2) in each block.
         """
-        return self.hyper.n_layer * 13 + 3
+        return self.hyper.n_layer * 13 + 3 - self.folded
 
     def cell_bytes(self, key_type: str = "f16") -> int:
         """Bytes of one token's keys and values in all layers; values are always f16."""
@@ -91,16 +92,22 @@ class ModelShape(NamedTuple):
         """Elements that norms, rotation, the gate and additions read in all layers."""
         h = self.hyper
         active = h.n_ff * max(1, h.n_expert_used)
-        return float(tokens * h.n_layer * (6 * h.n_embd + 2 * (h.n_head + h.n_head_kv) * h.head_dim + 3 * active))
+        each = h.n_layer * (6 * h.n_embd + 2 * (h.n_head + h.n_head_kv) * h.head_dim + 3 * active)
+        return float(tokens * (each - self.folded * h.n_embd))
 
 
 def read_shape(
-    header: Header, types: Mapping[str, str] | None = None, packed: Collection[str] | None = None, *, ordered: int = 0
+    header: Header,
+    types: Mapping[str, str] | None = None,
+    packed: Collection[str] | None = None,
+    *,
+    joined: Collection[str] | None = None,
+    folded: Collection[str] = (),
 ) -> ModelShape:
-    """The shape of a model, with ``types`` of tensors in place of the file's own.
+    """The shape of a model, with ``types`` of tensors in place of the file's own, and without the scales of norms that are ``folded``.
 
-    What shares its input is one product if its types are ``packed`` (None: any), if it lies side by side in the file, or if it will in
-    a file that is ``ordered``, with tensors aligned to so many bytes. Raises ModelFileError, UnsupportedModel.
+    What shares its input is one product if its types are ``packed`` (None: any), or if it lies side by side in the file. With ``joined``,
+    names of TOGETHER joined by "|", it is if it is one of these and can be laid side by side. Raises ModelFileError, UnsupportedModel.
     """
     hyper = read_hyper(header)
     tensors = {name: _typed(info, (types or {}).get(name, info.type_name)) for name, info in header.tensors.items()}
@@ -113,16 +120,18 @@ def read_shape(
         units[unit] = units.get(unit, 0) + info.nbytes
         by_type[info.type_name] = by_type.get(info.type_name, 0) + info.nbytes
     by_type = dict(sorted(by_type.items(), key=lambda one: -one[1]))
-    def joined(infos: Sequence[TensorInfo]) -> bool:
-        if len({info.type_name for info in infos}) > 1:
+
+    def one(names: Sequence[str], infos: Sequence[TensorInfo]) -> bool:
+        if len({info.type_name for info in infos}) > 1 or (joined is not None and "|".join(names) not in joined):
             return False
         if packed is None or infos[0].type_name in packed:
             return True
-        if ordered:
-            return all(info.nbytes % ordered == 0 for info in infos[:-1])
+        if joined is not None:
+            return all(info.nbytes % LEAST == 0 for info in infos[:-1])
         return all(a.offset + a.nbytes == b.offset for a, b in pairwise(infos))
 
-    return ModelShape(hyper, units, tuple(_products(hyper, tensors, joined)), by_type)
+    scales = sum(not name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")) for name in folded)
+    return ModelShape(hyper, units, tuple(_products(hyper, tensors, one)), by_type, scales)
 
 
 def tensor_bytes(shape: Sequence[int], type_name: str) -> int:
@@ -135,7 +144,11 @@ def _typed(info: TensorInfo, type_name: str) -> TensorInfo:
     return info if type_name == info.type_name else info._replace(type_name=type_name, nbytes=tensor_bytes(info.shape, type_name))
 
 
-def _products(hyper: Hyper, tensors: Mapping[str, TensorInfo], joined: Callable[[Sequence[TensorInfo]], bool]) -> Iterable[Product]:
+_One = Callable[[Sequence[str], "Sequence[TensorInfo]"], bool]
+"""Whether products of these names and weights are one."""
+
+
+def _products(hyper: Hyper, tensors: Mapping[str, TensorInfo], one: _One) -> Iterable[Product]:
     for layer in range(hyper.n_layer):
         prefix = f"blk.{layer}."
         own = {
@@ -144,20 +157,18 @@ def _products(hyper: Hyper, tensors: Mapping[str, TensorInfo], joined: Callable[
             if name.startswith(prefix) and name.endswith(".weight") and len(info.shape) > 1
         }
         last = layer == hyper.n_layer - 1
-        for name, infos in _together(own, joined):
+        for name, infos in _together(own, one):
             yield _product(hyper, f"blk.{layer}", name, infos, tokens=not (last and name.startswith(("attn_output", "ffn"))))
     head = tensors.get("output.weight") or tensors["token_embd.weight"]
     yield _product(hyper, "head", "output", [head], tokens=False)
 
 
-def _together(
-    own: Mapping[str, TensorInfo], joined: Callable[[Sequence[TensorInfo]], bool]
-) -> Iterable[tuple[str, list[TensorInfo]]]:
-    """The products of a block in the order in which they are computed, those that are ``joined`` as one."""
+def _together(own: Mapping[str, TensorInfo], one: _One) -> Iterable[tuple[str, list[TensorInfo]]]:
+    """The products of a block in the order in which they are computed, those that are ``one`` as one."""
     left = {name: [info] for name, info in own.items()}
-    for names in _JOINED:
+    for names in TOGETHER:
         found = [own[name] for name in names if name in own]
-        if len(found) == len(names) and joined(found):
+        if len(found) == len(names) and one(names, found):
             for name in names:
                 del left[name]
             left["|".join(names)] = found

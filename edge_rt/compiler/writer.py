@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import __version__
+from edge_rt.compiler import folding
 from edge_rt.compiler.gguf_file import Importance, write_gguf
 from edge_rt.compiler.shape import tensor_bytes
 from edge_rt.core.load.model_file import ModelFile
@@ -60,10 +61,11 @@ def _fill(
         write_gguf(source, out, plan, importance, lambda done, total: progress("writing", done, total))
         out.flush()
         os.fsync(out.fileno())
-    if here and plan.pack:
-        from edge_rt.core.load.pack_cache import write_beside
+    with ModelFile.open(part / MODEL) as written:
+        folding.check(written, plan)
+        if here and plan.pack:
+            from edge_rt.core.load.pack_cache import write_beside
 
-        with ModelFile.open(part / MODEL) as written:
             write_beside(written, progress)
     files = {name: sha256(part / name) for name in (MODEL, PACKED) if (part / name).exists()}
     provenance: dict[str, Any] = {

@@ -17,7 +17,7 @@ from edge_rt.core.graph.common import SlotShape
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
-from edge_rt.core.graph.hyper import Hyper, read_hyper
+from edge_rt.core.graph.hyper import Hyper, fused, read_hyper
 from edge_rt.core.graph.largest import Largest, largest
 from edge_rt.core.graph.lora import check_adapted, widest
 from edge_rt.core.graph.pieces import Piece, in_pieces
@@ -69,7 +69,7 @@ class GgmlEngine(GgmlSequences):
         if reason := unsupported(file):
             raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
         self._file, self.notices = file, list[str]()
-        self.hyper: Hyper = read_hyper(file.header)
+        self.hyper: Hyper = fused(read_hyper(file.header), file.header, options.extra)
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = key_type(options.key_type, self.hyper)
         self._progress, self._traits = options.progress, ALL

@@ -177,10 +177,10 @@ def test_the_command_prints_what_each_pass_decided(tmp_path: Path, capsys: pytes
     assert main(["compile", str(path), "--target", "rpi-5", "--power", "6", "--output", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["output"] == str(out)
-    assert [gain["by"] for gain in found["plan"]["gains"]] == ["layout", "pipeline", "power"]
+    assert [gain["by"] for gain in found["plan"]["gains"]] == ["fusion", "layout", "pipeline", "power"]
     assert found["predicted"]["tokens_per_second"] > 0
     assert main(["compile", str(path), "--target", "rpi-5", "--dry-run"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("layout")
+    assert capsys.readouterr().out.splitlines()[1].startswith("fusion")
     assert main(["run", "-m", str(out), "--raw", "-n", "4", "--temp", "0", "hello"]) == 0
     assert main(["compile", str(path), "--target", "rpi-6"]) == 1
     assert main(["compile", str(path), "--target", "rpi-5", "--power", "1", "--dry-run"]) == 1

@@ -8,8 +8,10 @@ import pytest
 
 from edge_rt import deployment
 from edge_rt.compiler import target as targets
-from edge_rt.compiler.passes import layout, pipeline, power
+from edge_rt.compiler.folding import Norm
+from edge_rt.compiler.passes import fusion, layout, pipeline, power
 from edge_rt.compiler.plan import Goals, Situation, built_in, decide
+from edge_rt.compiler.target import Kernel
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.deployment import Gain, Plan, PowerSetting
 from edge_rt.errors import ModelFileError, OptionError
@@ -35,6 +37,46 @@ def test_a_pass_changes_no_plan_but_returns_another(tmp_path: Path) -> None:
         assert plan._asdict() == before
         assert after == one.apply(plan, found)
         assert (after != plan) == (one.name != "precision"), "without sensitivities there is no better type"
+
+
+def test_norms_are_folded_for_what_their_nodes_cost(tmp_path: Path) -> None:
+    found = situation(tmp_path, "rpi-cm4")
+    norms = [Norm(f"blk.{i}.attn_norm.weight", ones=True) for i in range(4)]
+    norms += [Norm("blk.0.ffn_norm.weight", ones=False, lacks="reasons"), Norm("blk.0.attn_q_norm.weight", ones=True)]
+    plan = fusion.apply(Plan("rpi-cm4"), found._replace(norms=norms))
+    assert plan.folded == (*(norm.name for norm in norms[:4]), "blk.0.attn_q_norm.weight")
+    assert plan.gains[0].what.endswith("5 of 6 norms folded, 1 have reasons")
+    bare = fusion.apply(Plan("rpi-cm4"), found)
+    assert found.shape(bare).nodes - found.shape(plan).nodes == 4  # the model has no nodes for norms of queries
+    assert found.shape(bare).elements(1) - found.shape(plan).elements(1) == 4 * 512
+    assert found.token(bare) / found.token(plan) == pytest.approx(plan.gains[0].token / bare.gains[0].token)
+    assert plan.gains[0].token > bare.gains[0].token
+
+
+def test_products_are_one_where_that_gains_and_then_lie_side_by_side(tmp_path: Path) -> None:
+    found = situation(tmp_path, "rpi-cm4")
+    plan = layout.apply(fusion.apply(Plan("rpi-cm4"), found), found)
+    assert plan.joined == ("attn_q|attn_k|attn_v", "ffn_gate|ffn_up")
+    assert plan.alignment == 32
+    rates = {"Q4_0": 1.0, "Q4_0 512x768": 0.1, "Q4_0 512x2048": 0.1}
+    kernels = {(name, n): Kernel(1e10 * rate, 1e11 * rate, 1e10 * rate, 1e-6) for name, rate in rates.items() for n in range(1, 5)}
+    other = found._replace(target=found.target._replace(kernels=kernels))
+    plan = layout.apply(fusion.apply(Plan("rpi-cm4"), other), other)
+    assert plan.joined == ()
+    assert plan.alignment == 4096
+    assert not any("|" in product.name for product in other.shape(plan).products)
+    assert plan.gains[0].token > 1.5  # to the file as it is, where they lie side by side
+    assert "attn_q, attn_k, attn_v apart, as one product (" in plan.gains[0].what
+
+
+def test_what_has_no_one_type_or_is_one_already_is_no_matter_of_fusion(tmp_path: Path) -> None:
+    mixed = Plan("rpi-cm4", types={f"blk.{i}.attn_k.weight": "Q8_0" for i in range(4)})
+    assert fusion.apply(mixed, situation(tmp_path, "rpi-cm4")).joined == ("ffn_gate|ffn_up",)
+    experts = situation(tmp_path, "rpi-cm4", architecture="qwen3moe")
+    assert fusion.apply(Plan("rpi-cm4"), experts).joined == ("attn_q|attn_k|attn_v",)
+    whole = fusion.apply(Plan("rpi-cm4"), situation(tmp_path, "rpi-cm4", architecture="llama", n_expert=4, n_expert_used=2, fused_qkv=True))
+    assert whole.joined == ()
+    assert whole.gains[0].what == "nothing in this model shares an input"
 
 
 def test_tensors_lie_as_they_are_touched(tmp_path: Path) -> None:
@@ -161,6 +203,7 @@ def test_a_directory_without_a_plan_is_none(tmp_path: Path) -> None:
         ('"model.gguf"', '"other.gguf"', "names no model.gguf"),
         ("[plan.power]", "[plan.power]\nvolts = 3", "volts"),
         ("chunk = 512", "chunk = 0", "chunk is 0, and may be 1 to 65536"),
+        ("folded = []", "folded = [3]", "folded lists something else than names"),
         ('key_type = "f16"', 'key_type = "q2"', "may be f16 or q8_0"),
         ('key_type = "f16"', "key_type = 5", "key_type has a value of a wrong kind"),
     ],

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from edge_rt.compiler.plan import Situation, gained
-from edge_rt.compiler.shape import ModelShape
+from edge_rt.compiler.shape import LEAST
 from edge_rt.core.load.units import unit_name
 from edge_rt.deployment import Pass, Plan
 
-PAGE, LEAST = 4096, 32
+PAGE = 4096
 _BLOCK = (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_norm", "attn_k_norm", "attn_output", "ffn_norm", "ffn_gate_inp",
     "ffn_gate", "ffn_up", "ffn_gate_exps", "ffn_up_exps", "ffn_down", "ffn_down_exps",
@@ -34,23 +34,15 @@ def first_touch(names: Collection[str]) -> tuple[str, ...]:
 def apply(plan: Plan, situation: Situation) -> Plan:
     """Order and alignment of the file, and whether there are packed weights.
 
-    Packed weights lie in a file of their own. Where all matrices are packed, each tensor of the GGUF begins a page; where some are not,
-    tensors are aligned to 32 bytes, as page alignment would part what can be one product.
+    Packed weights lie in a file of their own. Each tensor of the GGUF begins a page, unless that would part what is to be one product.
     """
     shape = situation.shape(plan)
     packed = [name for name in shape.types if name in situation.target.packed]
-    plain = {product.type for product in shape.products if product.type not in situation.target.packed}
-    after = plan._replace(order=first_touch(situation.header.tensors), alignment=LEAST if plain else PAGE, pack=bool(packed))
-    joined = _joined(situation.shape(after)) - _joined(shape)
+    beside = any("|" in product.name and product.type not in situation.target.packed for product in shape.products)
+    after = plan._replace(order=first_touch(situation.header.tensors), alignment=LEAST if beside else PAGE, pack=bool(packed))
     what = f"{len(after.order)} tensors in the order of first touch, "
     what += f"packed: {', '.join(packed)}" if packed else "none packed, as the target has no kernels for these types"
-    if joined > 0:
-        what += f", {joined} products more made of neighbours"
     return gained(plan, after, situation, "layout", what)
-
-
-def _joined(shape: ModelShape) -> int:
-    return sum("|" in product.name for product in shape.products)
 
 
 PASS = Pass("layout", "order by first touch, alignment, packed weights", apply)

@@ -202,8 +202,9 @@ class Builder:
         return lora.add_terms(self, lora.runs(self.shapes, counts), y, x, names)
 
     def rms_norm(self, x: int, name: str) -> int:
-        """x / rms(x) * w over the fastest dimension."""
-        return int(c.mul(self.ctx, c.rms_norm(self.ctx, x, self.hyper.eps), self.weights.require(name)))
+        """x / rms(x) * w over the fastest dimension; without w where it is all ones."""
+        normed = int(c.rms_norm(self.ctx, x, self.hyper.eps))
+        return normed if name in self.hyper.fused.folded else int(c.mul(self.ctx, normed, self.weights.require(name)))
 
     def linear(self, x: int, name: str) -> int:
         """W x (+ b if the model has one)."""
@@ -222,7 +223,9 @@ class Builder:
         )  # fmt: skip
 
     def linears(self, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
-        """Several products of one x as one: [sum of widths, T]; None where the weights do not lie side by side."""
+        """Several products of one x as one: [sum of widths, T]; None where they are to stay apart, or do not lie side by side."""
+        if (wanted := self.hyper.fused.joined) is not None and "|".join(names) not in wanted:
+            return None
         weights = tuple(f"{prefix}.{name}.weight" for name in names)
         weight = self.weights.joined(weights)
         biases = tuple(f"{prefix}.{name}.bias" for name in names)

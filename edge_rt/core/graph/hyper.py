@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.errors import ModelFileError, UnsupportedModel
+from edge_rt.core.load.header import FOLDED
+from edge_rt.errors import ModelFileError, OptionError, UnsupportedModel
 
 if TYPE_CHECKING:
     from edge_rt.core.load.header import Header
 
 MAX_LAYERS, MAX_EXPERTS = 512, 1024
+TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
+"""Products of a block that share their input, and so can be one."""
 
 
 class Rope(NamedTuple):
@@ -24,6 +28,15 @@ class Rope(NamedTuple):
     attn_factor: float
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+
+class Fused(NamedTuple):
+    """What a graph does in fewer nodes. ``joined``: which of TOGETHER become one product, their names joined by "|", where the weights
+    lie side by side; None: all. ``folded``: names of norms whose scales are all one, so that nothing is multiplied with them.
+    """
+
+    joined: frozenset[str] | None = None
+    folded: frozenset[str] = frozenset()
 
 
 class Hyper(NamedTuple):
@@ -43,6 +56,7 @@ class Hyper(NamedTuple):
     attention_scale: float
     train_context: int
     rope: Rope
+    fused: Fused = Fused()
 
     @property
     def kv_width(self) -> int:
@@ -77,6 +91,21 @@ def read_hyper(header: Header) -> Hyper:
         eps=whole.real("attention.layer_norm_rms_epsilon"), attention_scale=scale or 1.0 / math.sqrt(head_dim),
         train_context=whole.count("context_length"), rope=_rope(whole, head_dim),
     )  # fmt: skip
+
+
+def fused(hyper: Hyper, header: Header, extra: Mapping[str, Any]) -> Hyper:
+    """The same, with what is fused as an engine's settings have it (``ggml.joined``, ``ggml.folded``).
+
+    A plan is not believed alone: that the scales of a norm are all one is said in the file too, by who wrote and looked at them
+    (compiler/folding.py). Raises ModelFileError where the file does not say it, OptionError for settings that cannot be.
+    """
+    joined, folded = extra.get("ggml.joined"), frozenset(extra.get("ggml.folded", ()))
+    known = ["|".join(names) for names in TOGETHER]
+    if joined is not None and (unknown := sorted(set(joined) - set(known))):
+        raise OptionError(f"ggml.joined names {unknown[0]}, and only {' and '.join(known)} can be one product")
+    if folded and (unproved := sorted(folded.difference(header.optional(FOLDED, list, [])))):
+        raise ModelFileError(f"the plan takes the scales of {unproved[0]} for ones, which the model does not say; compile it again")
+    return hyper._replace(fused=Fused(None if joined is None else frozenset(joined), folded))
 
 
 def _rope(whole: _Reader, head_dim: int) -> Rope:

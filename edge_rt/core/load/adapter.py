@@ -11,6 +11,7 @@ import math
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.core.load.header import SCALED
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ModelFileError, UnsupportedModel
 
@@ -79,6 +80,8 @@ def read_lora(file: ModelFile, model: Header) -> LoraFile:
         raise UnsupportedModel(f"this is an adapter of the type {kind!r:.40}; only lora can be used")
     if header.architecture != model.architecture:
         raise ModelFileError(f"the adapter is for {header.architecture} models and this one is {model.architecture}; use that model")
+    if SCALED in model:
+        raise UnsupportedModel("this model's norms were folded into its weights, which no adapter was trained for; use the model's source")
     if "adapter.alora.invocation_tokens" in header:
         raise UnsupportedModel("this is an activated LoRA, which begins in the middle of a prompt; use an ordinary one")
     alpha = header.optional("adapter.lora.alpha", float, 0.0)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edge_rt.core.graph.hyper import TOGETHER
 from edge_rt.core.load.prefetch import CHUNK, read_span
 from edge_rt.core.load.units import Span, unit_name
 from edge_rt.errors import ModelFileError
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from edge_rt.native.devices import Device
 
 Progress = Callable[[str, int, int], None]
-
-_TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
-"""Products with the same input: their weights become one tensor where they are of one kind. A backend may keep a weight in an order of its
-own (CANN does), so that weights beside each other would not do."""
-
 
 @dataclass(slots=True)
 class _Unit:
@@ -142,7 +138,9 @@ class DeviceWeights:
     def _described(self, name: str) -> _Unit:
         infos = {tensor: info for tensor, info in self._infos.items() if unit_name(tensor) == name}
         unit = _Unit(name, ggml.context(2 * len(infos) + 1))
-        for parts in _TOGETHER:
+        # One tensor where they are of one kind: a backend may keep a weight in an order of its own (CANN does), so that weights beside
+        # each other would not do.
+        for parts in TOGETHER:
             weights, biases = (tuple(f"{name}.{part}.{kind}" for part in parts) for kind in ("weight", "bias"))
             if len({bias in infos for bias in biases}) == 1:  # graphs take the weights together only if they can the biases
                 self._join(unit, infos, weights)

@@ -23,6 +23,10 @@ Buffer = bytes | memoryview | mmap
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
+FOLDED, SCALED = "edge_rt.folded", "edge_rt.scaled"
+"""Metadata that the compiler adds: names of norms whose scales are all one, and those of them that became so as their scales were
+multiplied into the weights behind them, so that adapters of the source model do not fit.
+"""
 MAX_TENSOR_NAME = 63
 """Bytes; ggml keeps names in a 64-byte field."""
 
