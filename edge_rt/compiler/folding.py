@@ -100,6 +100,8 @@ def _lacking(source: ModelFile, weights: tuple[str, ...], found: Exponents) -> s
     """Why scales do not go into weights without a change, "" if they do."""
     if not weights:
         return "no weights alone behind them"
+    if abs(found).max() > _LARGEST_EXPONENT:
+        return "scales too far from one"
     infos = [source.header.tensors[name] for name in weights]
     for info in infos:
         if info.type_name not in (*FLOATS, *HALVES):
@@ -116,7 +118,7 @@ def _lacking(source: ModelFile, weights: tuple[str, ...], found: Exponents) -> s
 
 
 def exponents(source: ModelFile, name: str) -> Exponents | None:
-    """Base-two logarithms of a norm's scales, int32 [width]; None if one is no power of two, or a very large or small one."""
+    """Base-two logarithms of a norm's scales, int32 [width]; None if one is no power of two."""
     import numpy as np
 
     info = source.header.tensors[name]
@@ -124,7 +126,7 @@ def exponents(source: ModelFile, name: str) -> Exponents | None:
         return None
     scales = np.frombuffer(source.map[info.offset : info.offset + info.nbytes], "<f4")
     parts, found = np.frexp(scales)
-    if not (parts == 0.5).all() or np.abs(found - 1).max() > _LARGEST_EXPONENT:
+    if not (parts == 0.5).all():
         return None
     powers: Exponents = (found - 1).astype(np.int32)
     return powers
@@ -179,13 +181,13 @@ def scaled(data: bytes, type_name: str, powers: Exponents) -> bytes:
         return _exact(values, powers, "F32").tobytes()
     if type_name == "BF16":  # the upper half of an F32
         values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(-1, len(powers))
-        return (_exact(values, powers, "BF16").view(np.uint32) >> 16).astype("<u2").tobytes()
+        return bytes((_exact(values, powers, "BF16").view(np.uint32) >> 16).astype("<u2"))
     size = next(nbytes for name, _, nbytes in GGML_TYPES.values() if name == type_name)
     blocks = np.frombuffer(data, np.uint8).reshape(-1, size).copy()
     for offset in HALVES[type_name]:
         halves = np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
         blocks[:, offset : offset + 2] = _exact(halves, powers[:1], type_name).view(np.uint8)
-    return blocks.tobytes()
+    return bytes(blocks)
 
 
 def _exact(values: npt.NDArray[np.floating], powers: Exponents, type_name: str) -> npt.NDArray[np.floating]:
@@ -193,7 +195,7 @@ def _exact(values: npt.NDArray[np.floating], powers: Exponents, type_name: str) 
     import numpy as np
 
     with np.errstate(over="ignore", under="ignore"):
-        found = np.ldexp(values, powers).astype(values.dtype)
+        found: npt.NDArray[np.floating] = np.ldexp(values, powers).astype(values.dtype)
     fine = np.isfinite(found) & ((np.abs(found) >= np.finfo(values.dtype).tiny) | (values == 0))
     if not fine.all():
         raise Inexact(f"{type_name} weights behind them, of which some would overflow or become subnormal")
