@@ -6,7 +6,7 @@ the graph its overhead. What limits a step is what most of its time goes to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from edge_rt.compiler.shape import ModelShape, Product
@@ -201,6 +201,14 @@ def _step(shape: ModelShape, target: Target, tokens: int, rows: int, before: int
         if columns:
             total = total.plus(_product(target, product, columns, threads, cached=cached))
     return total.plus(_rest(shape, target, tokens, threads))
+
+
+def products(shape: ModelShape, target: Target, tokens: int, threads: int, names: Collection[str]) -> Cost:
+    """Of so many tokens, of the products of these names alone."""
+    total, cached = Cost(), _cached(target, shape.streamed)
+    for product in (one for one in shape.products if one.name in names):
+        total = total.plus(_product(target, product, tokens, threads, cached=cached))
+    return total
 
 
 def decode(shape: ModelShape, target: Target, cells: int, threads: int, key_type: str = "f16") -> Cost:

@@ -1,7 +1,8 @@
 """What a graph does in fewer nodes: products with the same input as one, and norms without their scales.
 
 Products: one product converts its input once, and threads meet once behind it; on the other hand kernels do not reach the same with each
-shape. The cost model says which is less, for each kind of product, on the target. Layout then lays the weights side by side.
+shape. The cost model says which is less, for each kind of product, on the target; the ratio that is printed is that of these products,
+for a prompt and an answer as long. Layout then lays the weights side by side.
 
 Norms: a norm whose scale can go into the weights behind it without a bit changing, and those that are all ones anyway (folding.py).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from edge_rt.compiler import cost
 from edge_rt.compiler.plan import PROMPT, Situation, gained
 from edge_rt.core.graph.hyper import TOGETHER
 from edge_rt.deployment import Pass, Plan
@@ -18,8 +20,10 @@ from edge_rt.deployment import Pass, Plan
 if TYPE_CHECKING:
     from edge_rt.compiler.folding import Norm
 
-_SLOWER = 0.99
-"""One product is left as several only below this: kernels are not known better."""
+_SLOWER = 0.85
+"""Products stay apart only where together they take less than this part of what one takes: measurements of kernels that agree may differ
+by as much (calibrate.py), and one product has less to do in any case.
+"""
 
 
 def apply(plan: Plan, situation: Situation) -> Plan:
@@ -39,16 +43,18 @@ def _products(plan: Plan, situation: Situation) -> tuple[Plan, list[str]]:
     after, words = after._replace(joined=tuple(kind for kind in kinds if kind in possible)), []
     for kind in after.joined or ():
         apart = after._replace(joined=tuple(one for one in after.joined or () if one != kind))
-        gain = _answer(apart, situation) / _answer(after, situation)
+        gain = _seconds(apart, situation, kind) / _seconds(after, situation, kind)
         words.append(f"{kinds[kind]} {'one product' if gain >= _SLOWER else 'apart, as one product'} ({gain:.4g}x)")
         if gain < _SLOWER:
             after = apart
     return after, words
 
 
-def _answer(plan: Plan, situation: Situation) -> float:
-    """Seconds of a prompt and an answer as long."""
-    return situation.first(plan) + PROMPT * situation.token(plan)
+def _seconds(plan: Plan, situation: Situation, kind: str) -> float:
+    """Seconds that a kind of product takes, as one or as several, for a prompt and an answer as long."""
+    shape, target, n = situation.shape(plan), situation.target, situation.threads(plan)
+    prompt, token = (cost.products(shape, target, tokens, n, {kind, *kind.split("|")}) for tokens in (PROMPT, 1))
+    return prompt.seconds + PROMPT * token.seconds
 
 
 def _lacking(norm: Norm, plan: Plan, situation: Situation) -> str:
