@@ -29,6 +29,15 @@ march() {
   esac
 }
 
+features() {  # core, build: as a target's file names them
+  local found='"neon"'
+  [ "$2" = armv8 ] || found+=', "fp16", "dotprod"'
+  case $2 in i8mm | sve) found+=', "i8mm"' ;; esac
+  [ "$2" != sve ] || found+=', "sve"'
+  [ "$1-$2" != neoverse-v1-sve ] || found+=', "sve256"'
+  echo "$found"
+}
+
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 say() { printf -- '--- %s\n' "$*"; }
 
@@ -122,11 +131,12 @@ model() {
 on() {  # core, build, command...: on an emulated core
   local core=$1 build=$2
   shift 2
-  mkdir -p "$cache/out/$core-$build"
+  mkdir -p "$cache/out/$core-$build" "$cache/cross"
   env -i PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8 PYTHONPATH=/opt/edge-rt:/opt/site LLAMA_CPP_LIB_PATH=/opt/lib LD_LIBRARY_PATH=/opt/lib EDGE_RT_CACHE=/opt/out \
     PROOT_NO_SECCOMP=1 "$(command -v proot)" -q "$(command -v qemu-aarch64-static || command -v qemu-aarch64) -cpu $core" -r "$root" \
     -b /proc -b /sys -b /dev -b "$cache/lib-$build:/opt/lib" -b "$cache/edge-rt:/opt/edge-rt" -b "$cache/site:/opt/site" \
     -b "$checkout/tools/arm:/opt/tools" -b "$cache/Q4_0.gguf:/opt/Q4_0.gguf" -b "$cache/F16.gguf:/opt/F16.gguf" -b "$cache/out:/opt/reference" \
+    -b "$cache/cross:/opt/cross" \
     -b "$cache/out/$core-$build:/opt/out" -w /root "$@"
 }
 
@@ -161,6 +171,7 @@ one_core() {  # core, build
   local out=$cache/out/$1-$2 good=0 kind
   on "$1" "$2" python3 -m edge_rt.cli.main arm || return 1
   on "$1" "$2" python3 /opt/tools/kernels.py /opt/out/kernels.npz /opt/reference/here/kernels.npz || good=1
+  on "$1" "$2" python3 /opt/tools/sample.py make /opt/out/sample.json && "$python" tools/arm/sample.py check "$out/sample.json" || good=1
   "$python" tools/arm/compare.py packed "$cache/out/here/kernels.npz" "$out/kernels.npz" || good=1
   for kind in ${ARM_MODELS:-Q4_0 F16}; do
     [ "$kind" != none ] || continue
@@ -174,15 +185,35 @@ one_core() {  # core, build
     "$python" tools/arm/compare.py logits "$cache/out/here/$kind.npz" "$out/$kind.npz" \
       $([ "$kind" = F16 ] || echo "$cache/out/here/plain.npz") || good=1
   done
-  cross_packed "$1" "$2" || good=1
+  case " ${ARM_MODELS:-Q4_0} " in *" Q4_0 "*) cross "$1" "$2" || good=1 ;; esac
   return $good
 }
 
-cross_packed() {  # core, build: packed files made here for that core, if there are any, must be what the core packed itself
-  local own made=$cache/cross/$1-$2.pack
-  own=$(find "$cache/out/$1-$2/packed" -name '*.pack' 2>/dev/null | head -1)
-  [ -n "$own" ] && [ -e "$made" ] || return 0
-  "$python" tools/arm/compare.py files "$made" "$own"
+cross() {  # core, build: a directory compiled here for such a core has what the core packs itself, and answers as the plain file does
+  local out=$cache/out/$1-$2 folder=$cache/cross/$1-$2 target=$cache/cross/$1-$2.toml good=0 own
+  case $1-$2 in
+    cortex-a72-armv8) target=rpi-cm4 ;;
+    cortex-a76-dotprod) target=rpi-5 ;;
+    *) sed "s/^features = .*/features = [$(features "$1" "$2")]/" edge_rt/compiler/targets/rpi-5.toml >"$target" ;;
+  esac
+  rm -rf "$folder"
+  echo "compiled here for $target"
+  "$python" -m edge_rt.cli.main compile "$cache/Q4_0.gguf" --target "$target" --output "$folder" >"$folder.log" 2>&1 ||
+    { cat "$folder.log"; return 1; }
+  own=$(find "$out/packed" -name 'Q4_0-*.pack' 2>/dev/null | head -1)
+  if [ -n "$own" ] && [ -e "$folder/model.pack" ]; then
+    "$python" tools/arm/compare.py files "$folder/model.pack" "$own" || good=1
+  elif [ -z "$own" ] && [ ! -e "$folder/model.pack" ]; then
+    echo "  no packed weights, neither here nor on the core"
+  else
+    echo "  PACKED WEIGHTS ON ONE SIDE ALONE: here $(ls "$folder"), the core ${own:-none}" && good=1
+  fi
+  rm -f "$out"/packed/model-*
+  on "$1" "$2" python3 -m edge_rt.cli.main run -m "/opt/cross/$1-$2" --device arm -t 2 --temp 0 -n "$tokens" --ignore-eos --json --raw "$prompt" \
+    >"$out/cross.jsonl" 2>"$out/cross.err" || { cat "$out/cross.err"; good=1; }
+  "$python" tools/arm/compare.py tokens "$out/Q4_0.jsonl" "$out/cross.jsonl" || good=1
+  [ -z "$(find "$out/packed" -name 'model-*.pack' 2>/dev/null)" ] || { echo "  IT WAS PACKED ANEW"; good=1; }
+  return $good
 }
 
 for stage in tools "${@:-root build site model run}"; do for one in $stage; do "$one"; done; done

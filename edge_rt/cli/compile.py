@@ -23,7 +23,7 @@ HELP = """Fit a model to a device.
 
 Writes a directory with the weights as the device is best served with them, and a plan: how many threads, what is read ahead, what stays
 in memory. `edge-rt run -m DIRECTORY` follows the plan. What each pass decided is printed with what it is predicted to gain.
-The target auto is this machine. For others the directory is copied there; their packed weights are made when it is first opened.
+The target auto is this machine. For others the directory is copied there, with weights packed as that CPU's kernels want them.
 
 \b
 Examples:

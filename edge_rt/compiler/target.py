@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from edge_rt.core.load.interleaving import packed_types
 from edge_rt.device_profile import Cache, Cores, Profile
 from edge_rt.errors import OptionError, RuleError
 
@@ -50,7 +51,8 @@ class Target(NamedTuple):
     share of the profile's bandwidth at which weights are read. ``node``: seconds that each node of a graph costs beside its work;
     ``step``: seconds of each step beside its graph. ``elements``: elements a second that one thread norms, rotates and adds.
     ``opening``: seconds until a model whose pages are in memory takes a prompt. ``process``: bytes of a process beside the model.
-    ``packed``: types with packed kernels. ``kernels``: measured, by what is computed and the number of threads, where it was.
+    ``packed``: types with packed kernels, by the features of its cores where its file does not say. ``kernels``: measured, by what is
+    computed and the number of threads, where it was.
     """
 
     name: str
@@ -70,6 +72,11 @@ class Target(NamedTuple):
     def threads(self) -> int:
         """All cores; a card counts as one thread."""
         return sum(cores.number for cores in self.profile.cores) if self.profile.kind == "cpu" else 1
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Instructions that all its cores have: one build of the library serves them all."""
+        return _common(self.profile.cores)
 
     @property
     def measured(self) -> bool:
@@ -169,13 +176,18 @@ def _target(name: str, found: Mapping[str, Any]) -> Target:
         basis=_basis(tables["basis"]),
     )
     efficiency, reading = _efficiencies(tables["efficiency"])
-    packed = found.get("packed", [])
+    packed = found.get("packed", list(packed_types(_common(profile.cores))) if profile.kind == "cpu" else [])
     if not isinstance(packed, list) or not all(isinstance(one, str) for one in packed):
         raise RuleError('packed is a list of types, as ["Q4_0"]', place=("packed",))
     return Target(
         name, profile.name, profile, efficiency, reading, overhead["node"], overhead["step"], overhead["elements"],
         overhead["opening"], int(overhead["process"]), tuple(packed),
     )  # fmt: skip
+
+
+def _common(cores: Iterable[Cores]) -> frozenset[str]:
+    sets = [frozenset(one.features) for one in cores]
+    return frozenset.intersection(*sets) if sets else frozenset()
 
 
 def _basis(table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from edge_rt import __version__
 from edge_rt.compiler import folding
 from edge_rt.compiler.gguf_file import Importance, write_gguf
 from edge_rt.compiler.shape import tensor_bytes
+from edge_rt.core.load.interleaving import has_tiles
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.deployment import MODEL, PACKED, PLAN, Deployed, Plan, read, to_toml
 from edge_rt.errors import ModelFileError, OptionError
@@ -31,12 +32,14 @@ def write(
 ) -> Deployed:  # fmt: skip
     """Write the model as the plan has it to a directory that does not exist, or that an earlier compilation made.
 
-    ``here``: the target has this machine's library and CPU, so its packed weights are made too; elsewhere they are made when the model
-    is first opened there. Raises OptionError, ModelFileError, NativeError.
+    ``here``: the target has this machine's library and CPU, which then packs the weights. For other CPUs they are packed in the layouts
+    that the library takes there (core/load/interleaving.py). Tiles of AMX are made when the model is first opened there.
+    Raises OptionError, ModelFileError, NativeError.
     """
     if folder.exists() and not (folder / PLAN).is_file():
         raise OptionError(f"{folder} is there already and was not made by edge-rt compile; choose another directory with --output")
-    needed = sum(tensor_bytes(t.shape, plan.types.get(t.name, t.type_name)) for t in source.header.tensors.values()) * (2 if here else 1)
+    copies = 2 if _packs(target, plan, here) else 1
+    needed = copies * sum(tensor_bytes(t.shape, plan.types.get(t.name, t.type_name)) for t in source.header.tensors.values())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder.parent).free) < needed:
@@ -63,10 +66,11 @@ def _fill(
         os.fsync(out.fileno())
     with ModelFile.open(part / MODEL) as written:
         folding.check(written, plan)
-        if here and plan.pack:
+        if _packs(target, plan, here):
             from edge_rt.core.load.pack_cache import write_beside
+            from edge_rt.core.load.packers import interleaver
 
-            write_beside(written, progress)
+            write_beside(written, progress, None if here else interleaver(target.features))
     files = {name: sha256(part / name) for name in (MODEL, PACKED) if (part / name).exists()}
     provenance: dict[str, Any] = {
         "edge_rt": __version__,
@@ -78,6 +82,11 @@ def _fill(
     }
     (part / PLAN).write_text(to_toml(plan, files, provenance), encoding="utf-8")
     os.chmod(part, 0o755)
+
+
+def _packs(target: Target, plan: Plan, here: bool) -> bool:
+    """Whether packed weights are written."""
+    return plan.pack and (here or (target.profile.kind == "cpu" and not has_tiles(target.features)))
 
 
 def _replace(part: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Compares what two processors computed.
 
     python compare.py answers REFERENCE.npz EVENTS                 greedy tokens: of logits.py, and of `edge-rt run --json`
+    python compare.py tokens EVENTS EVENTS                         greedy tokens of two runs of `edge-rt run --json`, which must be equal
     python compare.py logits REFERENCE.npz OTHER.npz [AGAIN.npz]   logits after the same text, as logits.py saves them
     python compare.py packed REFERENCE.npz OTHER.npz               packed bytes, as kernels.py saves them
     python compare.py files A.pack B.pack                          packed files of a whole model: what each tensor's bytes are
@@ -40,6 +41,15 @@ def answers(reference: str, events: str) -> bool:
     print(f"  {sum(equal)} of {len(equal)} greedy tokens equal" + ("" if all(equal) else f", the first {equal.index(False)} in a row")
           + f"; first token after {times.get('first_token', 0):.1f} s, {times.get('tokens_per_second', 0):.2f} tokens/s")  # fmt: skip
     return bool(other)
+
+
+def tokens(first: str, second: str) -> bool:
+    """Whether two runs answered with the same tokens."""
+    found = [[token for event in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()) if event["event"] == "delta"
+              for token in event["tokens"]] for path in (first, second)]  # fmt: skip
+    equal = found[0] == found[1] != []
+    print(f"  {len(found[1])} greedy tokens, {'all equal to those of the plain file' if equal else f'OTHERS: {found}'}")
+    return equal
 
 
 def logits(reference: str, other: str, again: str = "") -> bool:
@@ -96,5 +106,5 @@ def _checksums(path: Path) -> dict[str, tuple[object, ...]]:
 
 
 if __name__ == "__main__":
-    comparisons: dict[str, Callable[..., bool]] = {"answers": answers, "logits": logits, "packed": packed, "files": files}
+    comparisons: dict[str, Callable[..., bool]] = {"answers": answers, "tokens": tokens, "logits": logits, "packed": packed, "files": files}
     sys.exit(0 if comparisons[sys.argv[1]](*sys.argv[2:]) else 1)

@@ -2,9 +2,10 @@
 
     python kernels.py OUT.npz [REFERENCE.npz]
 
-Prints a line for each type of weights: the layout the plugin's table foretells, whether the library has a kernel, whether the packed bytes
-are that layout, and how far the products are apart. OUT.npz holds the packed bytes by type and layout, and the weights they were made from;
-with another processor's REFERENCE its weights are taken, as to quantise is float arithmetic too, so that bytes of one layout must be equal.
+Prints a line for each type of weights: the layout that is foretold, whether the library has a kernel, whether the packed bytes are those
+that NumPy makes of that layout (core/load/interleaving.py), and how far the products are apart. OUT.npz holds the packed bytes by type and
+layout, and the weights they were made from; with another processor's REFERENCE its weights are taken, as to quantise is float arithmetic
+too, so that bytes of one layout must be equal.
 The exit status is 1 if anything is not as foretold.
 """
 
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from edge_rt_arm.layouts import CHOICES, packed_layouts
+from sample import features
 
+from edge_rt.core.load import interleaving
 from edge_rt.core.load.gguf_tables import GGML_TYPES
+from edge_rt.core.load.interleaving import CHOICES, Layout
 from edge_rt.native import ggml, logs
 from edge_rt.native.libs import function
 
@@ -28,12 +31,6 @@ COUNTS = (1, 3, 8, 17)
 """Columns of the right side: one is a token, four or more take the kernels of prompts, the rest of a division by four those of tokens."""
 MOST_APART = 2e-3
 """Of the largest product: both sides quantise the right side to 8 bits in blocks of the same size, and sum up in another order."""
-_KERNELS_OF_X86 = {"Q4_0": "8x8", "Q4_K": "8x8", "IQ4_NL": "8x8", "MXFP4": "8x8", "Q2_K": "8x8"}
-"""ggml_repack_get_optimal_repack_type for AVX2, so that the bytes of an x86 processor can be compared with."""
-_FLIPPED = {"Q4_0": 0x88}
-"""Quants are stored with an offset of 8; packing makes them signed by flipping these bits."""
-_SIMPLE = ("Q4_0", "Q8_0", "IQ4_NL")
-"""Types whose blocks are a 16-bit scale and quants: rows are interleaved run by run, scales first."""
 
 
 class Found(NamedTuple):
@@ -46,15 +43,6 @@ class Found(NamedTuple):
     as_foretold: bool
     bytes_right: bool | None
     apart: float
-
-
-def interleaved(blocks: np.ndarray[Any, Any], rows: int, run: int, flip: int) -> bytes:
-    """Blocks [rows, blocks in a row, bytes] of a simple type as R rows interleaved in runs of ``run`` bytes: repack.cpp, make_block_*."""
-    groups = blocks.reshape(-1, rows, *blocks.shape[1:]).swapaxes(1, 2)  # [group, block, row, bytes]
-    scales, quants = groups[..., :2], groups[..., 2:] ^ np.uint8(flip)
-    runs = quants.reshape(*quants.shape[:3], -1, run).swapaxes(2, 3)
-    joined = [scales.reshape(*groups.shape[:2], -1), runs.reshape(*groups.shape[:2], -1)]
-    return np.concatenate(joined, axis=-1).tobytes()
 
 
 def quantised(type_: int, weights: np.ndarray[Any, Any]) -> bytes:
@@ -87,16 +75,15 @@ def product(type_: int, buffer_type: int, data: bytes, right: np.ndarray[Any, An
             return ggml.view(result, "f4", (len(right), ROWS)).copy(), packed
 
 
-def look(features: tuple[str, ...], given: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[Found]:
+def look(has: tuple[str, ...], given: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[Found]:
     """Every type that has a packed kernel on some ARM or x86 core."""
-    foretold = _KERNELS_OF_X86 if "avx2" in features else packed_layouts(features, ggml.vector_length())
     numbers = {name: number for number, (name, _, _) in GGML_TYPES.items()}
     generator = np.random.default_rng(6)
     weights = generator.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     right = generator.standard_normal((max(COUNTS), COLUMNS)).astype(np.float32)
     for name in dict.fromkeys([*(choice.type for choice in CHOICES), "Q2_K", "Q4_1"]):
         data = given[name].tobytes() if name in given else quantised(numbers[name], weights)
-        layout = foretold.get(name, "")
+        layout = interleaving.layout(name, (COLUMNS, ROWS), has)
         kernel = ggml.extra_buffer_types()["CPU_REPACK"]
         apart, packed = 0.0, None
         for count in COUNTS:
@@ -107,27 +94,22 @@ def look(features: tuple[str, ...], given: Mapping[str, np.ndarray[Any, Any]]) -
             assert plain is not None
             apart = max(apart, float(np.abs(found[0] - plain[0]).max() / np.abs(plain[0]).max()))
             packed = found[1]
-        yield Found(name, layout, data, packed, (packed is not None) == bool(layout), _right(name, layout, data, packed), apart)
+        yield Found(name, str(layout or ""), data, packed, (packed is not None) == bool(layout), _right(name, layout, data, packed), apart)
 
 
-def _right(name: str, layout: str, data: bytes, packed: bytes | None) -> bool | None:
-    """Whether packed bytes are the layout's, None for types whose layout is not made here."""
-    if packed is None or name not in _SIMPLE or not layout:
+def _right(name: str, layout: Layout | None, data: bytes, packed: bytes | None) -> bool | None:
+    """Whether packed bytes are the layout's, None if there are none."""
+    if packed is None or layout is None:
         return None
-    rows, run = map(int, layout.split("x"))
-    block, size = next((elements, nbytes) for kind, elements, nbytes in GGML_TYPES.values() if kind == name)
-    blocks = np.frombuffer(data, np.uint8).reshape(ROWS, COLUMNS // block, size)
-    return interleaved(blocks, rows, run, _FLIPPED.get(name, 0)) == packed
+    return interleaving.interleave(data, name, (COLUMNS, ROWS), layout).tobytes() == packed
 
 
 def main(out: str, reference: str = "") -> int:
     """Look, print and save."""
     logs.install()
-    names = {"fp16_va": "fp16", "matmul_int8": "i8mm"}
-    features = tuple(names.get(name, name) for name in ggml.cpu_features())
-    print(f"features {' '.join(features)}; vector of {ggml.vector_length()} bytes")
+    print(f"features {' '.join(has := features())}; vector of {ggml.vector_length()} bytes")
     good, kept = True, {}
-    for found in look(features, np.load(reference) if reference else {}):
+    for found in look(has, np.load(reference) if reference else {}):
         right = "" if found.bytes_right is None else "bytes as foretold, " if found.bytes_right else "WRONG BYTES, "
         what = "no packed kernel" if found.packed is None else f"{right}products apart {found.apart:.1e}"
         fine = found.as_foretold and found.bytes_right is not False and found.apart < MOST_APART

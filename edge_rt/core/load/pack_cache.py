@@ -17,29 +17,40 @@ from edge_rt.native import ggml, memory
 
 if TYPE_CHECKING:
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.load.packers import Packer
 
 Progress = Callable[[str, int, int], None]
 
+ELSEWHERE_PAGE = 16384
+"""Bytes of a page in files that are made for another machine: a Pi 5 has such pages under Raspberry Pi OS, others mostly smaller ones."""
 
-def cache_key(file: ModelFile, centre: bool = True, *, copied: bool = False) -> str:
-    """Identify model content, library build and CPU: a packed file is good only for all three.
+
+def cache_key(file: ModelFile, centre: bool = True) -> str:
+    """Identify model content, library build and CPU: a packed file in the cache is good only for all three.
 
     Of the CPU: features, vector length, and the layouts it may use now, for a system can withhold AMX from a process.
-    ``copied``: of a packed file that lies beside its model and goes where it goes.
     """
     build = (ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(ggml.vector_length()))
     form = () if centre else ("as in the file",)
-    return "|".join((file.key(copied=copied), *build, *packing.layouts(), str(packing.FORMAT), *form))
+    return "|".join((file.key(), *build, *packing.layouts(), str(packing.FORMAT), *form))
+
+
+def copied_key(file: ModelFile, centre: bool = True, packer: Packer | None = None) -> str:
+    """Identify what is in a packed file that lies beside its model and goes where it goes: the model, and how its weights are packed.
+
+    It is good wherever the library (or ``packer``) packs them just so, which is tried on small samples: below a millisecond.
+    """
+    return "|".join((file.key(copied=True), str(packing.FORMAT), *packing.fingerprints(file.header, centre, packer)))
 
 
 def open_packed(file: ModelFile, progress: Progress | None = None, centre: bool = True) -> tuple[PackedFile | None, str | None]:
     """Open the packed weights of a model, making them first if need be. ``centre``: as ``packing.plan`` has it.
 
     Returns (packed, notice): packed None runs from the GGUF, and the notice says why if that is not simply
-    because the model has nothing to pack. Packed weights beside the model come first, if they are for this library and CPU.
+    because the model has nothing to pack. Packed weights beside the model come first, if they are as the library packs here.
     """
     beside = Path(file.path).with_suffix(".pack")
-    if beside.exists() and (found := _open_sound(beside, cache_key(file, centre, copied=True))):
+    if beside.exists() and (found := _open_sound(beside, copied_key(file, centre))):
         return found, None
     key = cache_key(file, centre)
     path = config.packed_dir() / f"{Path(file.path).stem}-{zlib.crc32(key.encode()):08x}.pack"
@@ -53,12 +64,8 @@ def open_packed(file: ModelFile, progress: Progress | None = None, centre: bool 
         with _only_builder(path):
             if found := _open_sound(path, key):  # the other process made it while we waited
                 return found, None
-            try:
-                _build(file, plan, path, key, progress)
-            except TooLarge:
-                if (plan := packing.plan(file.header, centre=False)) is None:
-                    return None, None
-                _build(file, plan, path, key, progress)
+            if not _build(file, plan, path, key, progress, packing.library()):
+                return None, None
         return PackedFile(path, key), None
     except OSError as error:
         reason = error.strerror or str(error)
@@ -66,13 +73,17 @@ def open_packed(file: ModelFile, progress: Progress | None = None, centre: bool 
         return None, f"running without packed weights, which is slower: {where}"
 
 
-def write_beside(file: ModelFile, progress: Progress | None = None) -> Path | None:
-    """Write the packed weights of a model beside it; None if it has nothing to pack. Raises OSError."""
-    plan = packing.plan(file.header)
-    if plan is None:
-        return None
+def write_beside(file: ModelFile, progress: Progress | None = None, packer: Packer | None = None) -> Path | None:
+    """Write the packed weights of a model beside it; None if it has nothing to pack. Raises OSError.
+
+    ``packer``: of the machine where it will run, this one's library if left out.
+    """
+    page = memory.PAGE if packer is None else max(memory.PAGE, ELSEWHERE_PAGE)
+    packer = packer or packing.library()
+    plan = packing.plan(file.header, packer=packer, page=page)
     path = Path(file.path).with_suffix(".pack")
-    _build(file, plan, path, cache_key(file, copied=True), progress)
+    if plan is None or not _build(file, plan, path, copied_key(file, packer=packer), progress, packer):
+        return None
     return path
 
 
@@ -97,24 +108,35 @@ def _only_builder(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: Progress | None) -> None:
-    """Write the packed file beside its final name, then rename it into place. Raises OSError (disk full, read-only)."""
+def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: Progress | None, packer: Packer) -> bool:
+    """Write the packed file; False if there is nothing to pack, as offsets are too large for it. Raises OSError (disk full, read-only)."""
+    try:
+        _write(file, plan, path, key, progress, packer)
+    except TooLarge:
+        without = packing.plan(file.header, False, packer, plan.page)
+        if without is None:
+            return False
+        _write(file, without, path, key, progress, packer)
+    _forget_stale(path, str(file.path))
+    return True
+
+
+def _write(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: Progress | None, packer: Packer) -> None:
+    """Write the packed file beside its final name, then rename it into place. Raises OSError, TooLarge."""
     import shutil  # these two cost start-up time, and packing is rare
     import tempfile
 
-    needed = plan.size + 16 * memory.PAGE
+    needed = plan.size + 16 * plan.page
     if (free := shutil.disk_usage(path.parent).free) < needed:
         raise OSError(28, f"{needed >> 20} MB needed, {free >> 20} MB free")
     base = memory.address_of(file.map)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as out:
-            # Checksums are known only at the end: the header's room is measured with the widest ones.
-            blank = [entry._replace(crc32=0xFFFFFFFF) for entry in plan.entries]
-            start = packing.header_size(blank, plan.size, key, str(file.path))
+            start = packing.header_size(plan, key, str(file.path))
             out.truncate(start + plan.size)
             entries, done = [], 0
-            for entry, data in packing.pack_tensors(plan, file.header, base):
+            for entry, data in packing.pack_tensors(plan, file.header, base, packer):
                 out.seek(start + entry.offset)
                 out.write(data)
                 entries.append(entry._replace(crc32=zlib.crc32(data)))
@@ -131,7 +153,6 @@ def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _forget_stale(path, str(file.path))
 
 
 def _forget_stale(path: Path, model: str) -> None:

@@ -3,26 +3,32 @@
 llama.cpp repacks at every load into anonymous memory. Here the repacked bytes are written to a page-aligned file whose pages are
 then mapped over the memory of a packed buffer: the same kernels run from page cache, in milliseconds, shared and evictable.
 There may be several layouts, each a buffer type of the library: tiles for AMX (ggml-cpu/amx), interleaved rows (ggml-cpu/repack.cpp).
+The library packs for the CPU it runs on; for another one interleaving.py does (packers.py).
 A file: magic, header length, CRC-32 of the header, JSON header, padding, then one page-aligned run of tensors for each unit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import struct
 import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.load import centred
+from edge_rt.core.load import centred, packers
+from edge_rt.core.load.gguf_tables import GGML_TYPES
+from edge_rt.core.load.header import TensorInfo
+from edge_rt.core.load.packers import ALIGNMENT, Packer
 from edge_rt.core.load.units import Span, unit_name
 from edge_rt.errors import EdgeError
 from edge_rt.native import ggml, memory
 
 if TYPE_CHECKING:
-    from edge_rt.core.load.header import Header, TensorInfo
+    from edge_rt.core.load.header import Header
 
 FORMAT = 4
 MAGIC = b"EDGEPACK"
@@ -36,7 +42,8 @@ SMALL = 256 * 1024
 JOINED = tuple(f"{part}.{kind}" for kind in ("weight", "bias") for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"))
 """What shares its input stands side by side at the front of a block, so that graphs can take it as one matrix."""
 _PREFIX = struct.Struct("<8sII")
-_ALIGNMENT = 64
+_SAMPLE_WIDTH, _MOST_ROWS = 512, 32
+"""Of a sample: two of the longest blocks wide, and as many rows as any layout takes together (AMX: TILE_N * 2)."""
 
 
 class PackDamaged(EdgeError):
@@ -56,10 +63,11 @@ class Entry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a packed file for one model holds, and its size."""
+    """What a packed file for one model holds, its size, and the pages it can be mapped in."""
 
     entries: tuple[Entry, ...]
     size: int
+    page: int
 
 
 def layouts() -> dict[str, int]:
@@ -68,13 +76,19 @@ def layouts() -> dict[str, int]:
     return {name: found[name] for name in LAYOUTS if name in found}
 
 
-def plan(header: Header, centre: bool = True) -> Plan | None:
+def library() -> Packer:
+    """The library as a packer: its layouts are those of the CPU it runs on."""
+    return packers.library(layouts())
+
+
+def plan(header: Header, centre: bool = True, packer: Packer | None = None, page: int = memory.PAGE) -> Plan | None:
     """Decide what to pack: every quantised 2-D or expert weight for which the library has a kernel. None if there is nothing.
 
-    ``centre``: what it has none for as Q4_1 lies as Q4_0 and offsets, if it has one for that (centred.py).
+    ``centre``: what it has none for as Q4_1 lies as Q4_0 and offsets, if it has one for that (centred.py). ``packer``: who packs, the
+    library if left out. ``page``: bytes; units begin on pages of that size.
     """
     sources = _sources(header)
-    found, apart = forms(sources, centre)
+    found, apart = forms(sources, centre, packer)
     if not found:
         return None
     units: dict[str, list[str]] = {}
@@ -83,24 +97,63 @@ def plan(header: Header, centre: bool = True) -> Plan | None:
     entries: list[Entry] = []
     position = 0
     for names in units.values():
-        position = -(-position // memory.PAGE) * memory.PAGE
+        position = -(-position // page) * page
         for blank in _unit(sorted(names, key=_rank), sources, found, apart):
             entries.append(blank._replace(offset=position))
-            position = -(-(position + blank.nbytes) // _ALIGNMENT) * _ALIGNMENT
-    return Plan(tuple(entries), -(-position // memory.PAGE) * memory.PAGE)
+            position = -(-(position + blank.nbytes) // ALIGNMENT) * ALIGNMENT
+    return Plan(tuple(entries), -(-position // page) * page, page)
 
 
-def forms(sources: Mapping[str, TensorInfo], centre: bool = True) -> tuple[dict[str, tuple[str, int]], Container[str]]:
+def forms(
+    sources: Mapping[str, TensorInfo], centre: bool = True, packer: Packer | None = None
+) -> tuple[dict[str, tuple[str, int]], Container[str]]:
     """Layout and bytes of each weight that is packed, and which of them lie as Q4_0 and offsets."""
+    kernels = (packer or library()).kernels
     found = kernels(sources)
     apart = kernels(_as_q4_0(sources, found)) if centre else {}
     return found | apart, apart
 
 
+def fingerprints(header: Header, centre: bool = True, packer: Packer | None = None) -> tuple[str, ...]:
+    """What packed weights of a model are: for each kind of weight in it a checksum of what the packer makes of a small sample.
+
+    A kind is a type, a number of dimensions, and the power of two by which the rows divide: what layouts go by. Two packers with equal
+    fingerprints pack the model alike, on whatever CPUs and in whatever builds of the library they are.
+    """
+    packer = packer or library()
+    samples: dict[str, TensorInfo] = {}
+    for name, info in _sources(header).items():
+        if name.endswith(".weight") and len(info.shape) in (2, 3) and GGML_TYPES[info.type][1] > 1:
+            shape = (_SAMPLE_WIDTH, min(info.shape[1] & -info.shape[1], _MOST_ROWS), 2)[: len(info.shape)]
+            kind = f"{info.type_name} {'x'.join(map(str, shape))}.weight"
+            samples[kind] = TensorInfo(kind, shape, info.type, info.type_name, 0, _plain_size(info.type, shape))
+    found, apart = forms(samples, centre, packer)
+    told = []
+    for kind, info in sorted(samples.items()):
+        layout, nbytes = found.get(kind, ("", 0))
+        type_ = ggml.TYPE_Q4_0 if kind in apart else info.type
+        if layout:
+            data = random.Random(6).randbytes(_plain_size(type_, info.shape))  # the same everywhere
+            packed = packer.pack(Entry(kind, type_, info.shape, 0, nbytes, layout), data)
+            layout = f"{GGML_TYPES[type_][0]} {layout} {zlib.crc32(packed):08x}"
+        told.append(f"{kind.removesuffix('.weight')}: {layout or 'plain'}")
+    return tuple(told)
+
+
+def _plain_size(type_: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight of whole blocks as files have it."""
+    _, elements, nbytes = GGML_TYPES[type_]
+    return math.prod(shape) // elements * nbytes
+
+
 def _as_q4_0(sources: Mapping[str, TensorInfo], kernels: Container[str]) -> dict[str, TensorInfo]:
     """Weights of Q4_1 that have no kernel, as what is asked for instead."""
     lacking = {name: info for name, info in sources.items() if info.type == ggml.TYPE_Q4_1 and name not in kernels}
-    return {name: info._replace(type=ggml.TYPE_Q4_0) for name, info in lacking.items() if len(info.shape) == 2}
+    return {
+        name: info._replace(type=ggml.TYPE_Q4_0, type_name="Q4_0", nbytes=_plain_size(ggml.TYPE_Q4_0, info.shape))
+        for name, info in lacking.items()
+        if len(info.shape) == 2
+    }
 
 
 def _unit(
@@ -134,66 +187,19 @@ def _sources(header: Header) -> dict[str, TensorInfo]:
     return sources
 
 
-def kernels(sources: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int]]:
-    """The layout of each weight that has a packed kernel, and its bytes there. Float weights would only be copied: they have none."""
-    types = layouts()
-    buffers = {layout: ggml.buffer(type_, 0) for layout, type_ in types.items()}
-    found: dict[str, tuple[str, int]] = {}
-    try:
-        for name, info in sources.items():
-            if not name.endswith(".weight") or len(info.shape) not in (2, 3) or not ggml.c.is_quantized(info.type):
-                continue
-            for layout, buffer in buffers.items():
-                if (nbytes := _packed_size(info, types[layout], buffer.address)) is not None:
-                    found[name] = layout, nbytes
-                    break
-    finally:
-        for buffer in buffers.values():
-            buffer.close()
-    return found
-
-
-def _packed_size(info: TensorInfo, type_: int, buffer: int) -> int | None:
-    """Bytes of a weight in a layout, None if there is no kernel for its product: as libllama asks (llama-model-loader.cpp)."""
-    with ggml.context(4) as ctx:
-        weight = ggml.new_tensor(ctx.address, info.type, info.shape)
-        ggml.fields(weight).buffer = buffer
-        if len(info.shape) == 2:
-            product = ggml.c.mul_mat(ctx.address, weight, ggml.new_tensor(ctx.address, ggml.TYPE_F32, (info.shape[0], 2)))
-        else:
-            columns = ggml.new_tensor(ctx.address, ggml.TYPE_F32, (info.shape[0], 1, 2))
-            chosen = ggml.new_tensor(ctx.address, ggml.TYPE_I32, (1, 2))
-            product = ggml.c.mul_mat_id(ctx.address, weight, columns, chosen)
-        return int(ggml.c.backend_buft_get_alloc_size(type_, weight)) if ggml.supports(product) else None
-
-
-def pack_tensors(plan_: Plan, header: Header, base: int) -> Iterator[tuple[Entry, bytes]]:
-    """Repack one tensor at a time (memory: the largest one) from the mapped model at ``base``. Raises centred.TooLarge."""
-    types, sources = layouts(), _sources(header)
+def pack_tensors(plan_: Plan, header: Header, base: int, packer: Packer | None = None) -> Iterator[tuple[Entry, Any]]:
+    """Entries and their bytes from the mapped model at ``base``, one at a time (memory: the largest one). Raises centred.TooLarge."""
+    packer, sources = packer or library(), _sources(header)
     for entry in plan_.entries:
-        if entry.name.endswith(centred.OFFSETS):
-            source = sources[centred.weight_name(entry.name)]
-            yield entry, centred.offsets(ggml.memory_at(base + source.offset, source.nbytes), source.shape).tobytes()
-            continue
-        source = sources[entry.name]
-        if not entry.layout:
-            yield entry, bytes(ggml.memory_at(base + source.offset, entry.nbytes))
-            continue
-        ctx = ggml.context(1)
-        scratch = ggml.buffer(types[entry.layout], entry.nbytes + _ALIGNMENT)
-        try:
-            place = -(-ggml.c.backend_buffer_get_base(scratch.address) // _ALIGNMENT) * _ALIGNMENT
-            tensor = ggml.new_tensor(ctx.address, entry.type, entry.shape)
-            ggml.place(tensor, scratch.address, place)
-            if entry.type == source.type:
-                ggml.c.backend_tensor_set(tensor, base + source.offset, 0, source.nbytes)
-            else:
-                quants = centred.quants(ggml.memory_at(base + source.offset, source.nbytes))
-                ggml.c.backend_tensor_set(tensor, quants.ctypes.data, 0, quants.nbytes)
-            yield entry, bytes(ggml.memory_at(place, entry.nbytes))
-        finally:
-            scratch.close()
-            ctx.close()
+        apart = entry.name.endswith(centred.OFFSETS)
+        source = sources[centred.weight_name(entry.name) if apart else entry.name]
+        data = ggml.memory_at(base + source.offset, source.nbytes)
+        if apart:
+            yield entry, centred.offsets(data, source.shape).tobytes()
+        elif not entry.layout:
+            yield entry, data
+        else:
+            yield entry, packer.pack(entry, data if entry.type == source.type else centred.quants(data).reshape(-1).data)
 
 
 def write_header(entries: Sequence[Entry], size: int, key: str, model: str, data_offset: int) -> bytes:
@@ -202,9 +208,11 @@ def write_header(entries: Sequence[Entry], size: int, key: str, model: str, data
     return (_PREFIX.pack(MAGIC, len(body), zlib.crc32(body)) + body).ljust(data_offset, b"\0")
 
 
-def header_size(entries: Sequence[Entry], size: int, key: str, model: str) -> int:
+def header_size(plan_: Plan, key: str, model: str) -> int:
     """Bytes to keep free for the header, in whole pages."""
-    return -(-(_PREFIX.size + len(_body(entries, size, key, model, 1 << 40))) // memory.PAGE) * memory.PAGE
+    # Checksums are known only at the end: the room is measured with the widest ones.
+    blank = [entry._replace(crc32=0xFFFFFFFF) for entry in plan_.entries]
+    return -(-(_PREFIX.size + len(_body(blank, plan_.size, key, model, 1 << 40))) // plan_.page) * plan_.page
 
 
 def _body(entries: Sequence[Entry], size: int, key: str, model: str, data_offset: int) -> bytes:
@@ -258,6 +266,8 @@ class PackedFile:
             fields = _read_body(self.fd)
             if fields["key"] != key:
                 raise PackDamaged("the packed file was made from another model, library or CPU")
+            if fields["data_offset"] % memory.PAGE or fields["size"] % memory.PAGE:
+                raise PackDamaged("the packed file was made for smaller pages")
         except BaseException:
             os.close(self.fd)
             raise
