@@ -117,7 +117,7 @@ def _build(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
         if without is None:
             return False
         _write(file, without, path, key, progress, packer)
-    _forget_stale(path, str(file.path))
+    _forget_stale(path, _named(file, path))
     return True
 
 
@@ -129,11 +129,11 @@ def _write(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
     needed = plan.size + 16 * plan.page
     if (free := shutil.disk_usage(path.parent).free) < needed:
         raise OSError(28, f"{needed >> 20} MB needed, {free >> 20} MB free")
-    base = memory.address_of(file.map)
+    base, model = memory.address_of(file.map), _named(file, path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as out:
-            start = packing.header_size(plan, key, str(file.path))
+            start = packing.header_size(plan, key, model)
             out.truncate(start + plan.size)
             entries, done = [], 0
             for entry, data in packing.pack_tensors(plan, file.header, base, packer):
@@ -144,7 +144,7 @@ def _write(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
                 if progress:
                     progress("packing", done, plan.size)
             out.seek(0)
-            out.write(packing.write_header(entries, plan.size, key, str(file.path), start))
+            out.write(packing.write_header(entries, plan.size, key, model, start))
             out.flush()
             os.fsync(out.fileno())
         os.chmod(temporary, 0o644)
@@ -153,6 +153,12 @@ def _write(file: ModelFile, plan: packing.Plan, path: Path, key: str, progress: 
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _named(file: ModelFile, pack: Path) -> str:
+    """What a packed file calls its model: one beside it goes where the model goes, and does not tell where it was made."""
+    path = Path(file.path)
+    return path.name if pack.parent == path.parent else str(path)
 
 
 def _forget_stale(path: Path, model: str) -> None:
