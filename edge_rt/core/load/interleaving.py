@@ -143,7 +143,8 @@ def _interleaved(field: Bytes, run: int) -> Bytes:
 
     n, rows, nbytes = field.shape
     items: npt.NDArray[Any] = np.ascontiguousarray(field).view(f"u{run}")
-    return items.swapaxes(1, 2).reshape(-1).view(np.uint8).reshape(n, rows * nbytes)
+    taken = items.swapaxes(1, 2).reshape(-1)  # a copy
+    return np.frombuffer(taken, np.uint8).reshape(n, rows * nbytes)
 
 
 def interleave(data: memoryview | bytes, type_: str, shape: tuple[int, ...], layout_: Layout) -> Bytes:
