@@ -31,7 +31,7 @@ from edge_rt.native import ggml, logs
 _LONG = ("Q4_0", "Q8_0", "IQ4_NL", "MXFP4", "Q4_1")
 _TYPES = (*_LONG, "Q1_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K")
 _SHAPES = {name: [(64 if name in _LONG else 256, 8)] for name in _TYPES} | {"Q4_0": [(64, 8), (64, 12), (64, 6), (64, 8, 2)]}
-_KINDS = ((256, 32), (256, 8), (256, 4), (256, 32, 2))
+_KINDS = ((256, 32), (256, 4))
 """Of which there are fingerprints, for every type."""
 _NAMES = {"fp16_va": "fp16", "matmul_int8": "i8mm", "avx512": "avx512f"}
 """The library's names of features that have others in cpuinfo.py."""

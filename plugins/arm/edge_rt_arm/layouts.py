@@ -46,7 +46,7 @@ def packed_layouts(features: Collection[str], vector_bytes: int = 0) -> dict[str
     """Type -> layout, for a matrix with a multiple of 8 rows. ``features``: our names; ``vector_bytes``: of an SVE vector, 0 without."""
     if "neon" not in features:
         return {}
-    can = set(features)
+    can = set(features) - {"sve256"}
     if {"sve", "i8mm"} <= can and vector_bytes == SVE_BYTES:
         can.add("sve256")
     found: dict[str, str] = {}
