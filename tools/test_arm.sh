@@ -164,6 +164,10 @@ run() {
     one_core "$core" "$build" </dev/null || { failed=1; echo "FAILED on $core with $build"; }
     echo "$SECONDS s in all"
   done <<<"$cores"
+  # shellcheck disable=SC2046
+  "$python" tools/arm/sample.py record "$cache/arm_packed.json" $(cd "$cache/out" && for one in */sample.json; do
+    echo "${one%/*}=$cache/out/$one"; done)
+  cmp -s "$cache/arm_packed.json" tests/fixtures/arm_packed.json || say "$cache/arm_packed.json is not tests/fixtures/arm_packed.json"
   return $failed
 }
 

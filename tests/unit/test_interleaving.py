@@ -109,6 +109,12 @@ def test_types_with_kernels_are_the_targets(tmp_path: Path) -> None:
     assert targets.read(tmp_path / "bare.toml").packed == ()
 
 
+def test_cores_of_two_kinds_are_packed_for_by_what_both_have(tmp_path: Path) -> None:
+    text = (targets.FOLDER / "android-arm64.toml").read_text(encoding="utf-8")
+    (tmp_path / "both.toml").write_text(text.replace('"dotprod"]', '"dotprod", "i8mm"]', 1), encoding="utf-8")
+    assert targets.read(tmp_path / "both.toml").features == {"neon", "fp16", "dotprod"}
+
+
 # ---- the bytes -------------------------------------------------------------------------------------------------------
 
 
