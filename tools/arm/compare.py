@@ -13,6 +13,7 @@ The exit status is 1 if it is not, or if bytes of one layout differ.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import sys
@@ -91,18 +92,22 @@ def packed(reference: str, other: str) -> bool:
 
 def files(reference: str, other: str) -> bool:
     """Whether two packed files have the same tensors, in the same layout, with the same bytes."""
-    a, b = _checksums(Path(reference)), _checksums(Path(other))
+    a, b = _tensors(Path(reference)), _tensors(Path(other))
     unequal = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     print(f"  {len(a)} packed tensors made here, " + (f"{len(unequal)} DIFFER, first {unequal[0]}" if unequal else "all bytes equal"))
     return not unequal
 
 
-def _checksums(path: Path) -> dict[str, tuple[object, ...]]:
-    """Name -> (type, shape, layout, CRC-32) of a packed file's tensors (core/load/packing.py)."""
+def _tensors(path: Path) -> dict[str, tuple[object, ...]]:
+    """Name -> (type, shape, layout, SHA-256) of a packed file's tensors (core/load/packing.py)."""
     with path.open("rb") as file:
         _, length, _ = struct.unpack("<8sII", file.read(16))
-        entries = json.loads(file.read(length))["entries"]
-    return {name: (kind, tuple(shape), layout, crc) for name, kind, shape, _, _, layout, crc in entries}
+        header = json.loads(file.read(length))
+        found: dict[str, tuple[object, ...]] = {}
+        for name, kind, shape, offset, nbytes, layout, _ in header["entries"]:
+            file.seek(header["data_offset"] + offset)
+            found[name] = kind, tuple(shape), layout, hashlib.sha256(file.read(nbytes)).hexdigest()
+    return found
 
 
 if __name__ == "__main__":
