@@ -99,9 +99,18 @@ def test_packed_weights_are_planned_where_there_are_kernels(tmp_path: Path, name
 
 def test_all_cores_are_left_to_the_governor_and_small_ones_left_out_where_they_do_not_help(tmp_path: Path) -> None:
     assert pipeline.apply(Plan("rpi-5"), situation(tmp_path, "rpi-5")).threads == 0
+    found = situation(tmp_path, "android-arm64")
+    profile = found.target.profile
+    *big, small = profile.cores
+    target = found.target._replace(profile=profile._replace(cores=(*big, small._replace(clock=2e8))))
+    assert pipeline.apply(Plan("rpi-5"), found._replace(target=target)).threads == 4
+
+
+def test_threads_that_help_with_prompts_alone_are_taken(tmp_path: Path) -> None:
+    """One thread reads weights as fast as four; a prompt takes it four times as long."""
     found = situation(tmp_path, "rpi-5")
-    slow = found.target._replace(profile=found.target.profile._replace(bandwidth={1: 4e9, 2: 4e9, 4: 4e9}))
-    assert pipeline.apply(Plan("rpi-5"), found._replace(target=slow)).threads in (1, 2)
+    narrow = found.target._replace(profile=found.target.profile._replace(bandwidth={1: 4e9, 2: 4e9, 4: 4e9}))
+    assert pipeline.apply(Plan("rpi-5"), found._replace(target=narrow)).threads == 0
 
 
 def test_latency_bounds_the_chunk(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from edge_rt.compiler import cost
-from edge_rt.compiler.plan import Situation, gained
+from edge_rt.compiler.plan import PROMPT, Situation, gained
 from edge_rt.compiler.shape import ModelShape
 from edge_rt.core.load.residency import SLOTS
 from edge_rt.deployment import Pass, Plan
 from edge_rt.errors import OptionError
 
 CHUNKS = (512, 256, 128, 64)
-_WORTH, _WORTH_CHUNK = 1.03, 1.15
-"""What more threads must gain to be taken, as they cost others something; and smaller chunks, which the model knows less well."""
+_WORTH, _WORTH_PROMPT, _WORTH_CHUNK = 1.03, 1.15, 1.15
+"""What more threads must gain for tokens or for prompts to be taken, as they cost others something; and smaller chunks, which the model
+knows less well.
+"""
 _AHEAD_SECONDS = 0.05
 _LEAST_AHEAD, _MOST_AHEAD = 2 << 20, 64 << 20
 _SHORT = 0.5
@@ -34,10 +36,15 @@ def apply(plan: Plan, situation: Situation) -> Plan:
 
 
 def _threads(plan: Plan, situation: Situation) -> int:
-    """The fewest with which a token takes no longer than with any other number, to within a few percent."""
-    times = {n: situation.token(plan._replace(threads=n)) for n in range(1, situation.target.threads + 1)}
-    best = min(times.values())
-    return next(n for n, seconds in times.items() if seconds <= best * _WORTH)
+    """The fewest with which neither a prompt nor a token takes longer than with any other number, to within a few percent; if there is no
+    such number, that with which a prompt and an answer as long take the least.
+    """
+    shape, times = situation.shape(plan), {}
+    for n in range(1, situation.target.threads + 1):
+        times[n] = cost.first_token(shape, situation.target, PROMPT, n).seconds, situation.token(plan._replace(threads=n))
+    prompt, token = (min(parts) for parts in zip(*times.values(), strict=True))
+    enough = (n for n, one in times.items() if one[0] <= prompt * _WORTH_PROMPT and one[1] <= token * _WORTH)
+    return next(enough, min(times, key=lambda n: times[n][0] + PROMPT * times[n][1]))
 
 
 def _chunk(plan: Plan, situation: Situation) -> int:
