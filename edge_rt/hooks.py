@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.capacity import largest_capacity, next_capacity
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
+    from edge_rt.core.context.placed_cells import PlacedCells, saved_mixed
+    from edge_rt.core.context.placed_cells import unmoved as unmoved_cells
     from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
     from edge_rt.core.context.positions import Positions, Run
     from edge_rt.core.context.pruning import check as check_pruning
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.offload import Accelerator
+    from edge_rt.core.part_checks import check_fits, check_parts, check_tokens
     from edge_rt.cpu_profile import cpu_profile
     from edge_rt.cpuinfo import board as board_name
     from edge_rt.cpuinfo import processors as cpu_processors
@@ -343,11 +346,12 @@ __all__ = [
     "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo",
     "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs",
     "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells",
-    "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass", "Patient", "Piece", "Plan", "Positions", "PostProcessor",
-    "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules",
-    "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError", "Wanted", "available_cpus",
-    "board_name", "check_pruning", "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends",
-    "ggml_features", "ggml_unsupported", "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded",
-    "keep_slide", "keep_strict", "largest_capacity", "next_capacity", "open_ggml_engine", "read_hyper", "read_system_int",
-    "read_system_text", "recent_native_errors", "system_folders",
+    "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass", "Patient", "Piece", "PlacedCells", "Plan", "Positions",
+    "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells",
+    "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError",
+    "Wanted", "available_cpus", "board_name", "check_fits", "check_parts", "check_pruning", "check_tokens", "choose_cells",
+    "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features", "ggml_unsupported",
+    "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict",
+    "largest_capacity", "next_capacity", "open_ggml_engine", "read_hyper", "read_system_int", "read_system_text",
+    "recent_native_errors", "saved_mixed", "system_folders", "unmoved_cells",
 ]  # fmt: skip

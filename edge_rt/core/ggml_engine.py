@@ -29,7 +29,8 @@ from edge_rt.core.load.offload import Accelerator
 from edge_rt.core.load.pack_cache import open_packed
 from edge_rt.core.load.paging import Paging, paging_settings
 from edge_rt.core.load.weights import WeightStore
-from edge_rt.errors import OptionError, UnsupportedModel
+from edge_rt.core.part_checks import check_parts, check_tokens
+from edge_rt.errors import UnsupportedModel
 from edge_rt.native import abi, affinity, ggml, logs
 from edge_rt.native.rows import Rows
 
@@ -236,18 +237,7 @@ class GgmlEngine(GgmlSequences):
         """Refuse before anything has changed."""
         for weights in {applied.weights for part in parts if (applied := self._adapted.get(part.sequence))}:
             weights.check_unchanged()
-        seen: set[int] = set()
-        for part in parts:
-            if part.sequence in seen:
-                raise OptionError("a step names the same sequence twice; join its tokens into one part")
-            seen.add(part.sequence)
-            self._check_fits(self._sequences[part.sequence].length + len(part.tokens))
-            self._check_tokens(part.tokens)
-
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise OptionError for tokens no vocabulary of this size has."""
-        if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.info.n_vocab:
-            raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
+        check_parts(parts, self.length, self.info)
 
     def _slots(self, run: Sequence[Piece]) -> tuple[list[SlotShape], list[Slot]]:
         """What the pieces are to a graph: each a slot, but neighbours that decode are one together."""
@@ -323,7 +313,7 @@ class GgmlEngine(GgmlSequences):
 
     def token_embeddings(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Rows of the token embedding: float32 [len(tokens), n_embd]."""
-        self._check_tokens(tokens)
+        check_tokens(tokens, self.info)
         return token_embeddings(self.weights.require("token_embd.weight"), tokens, self._backend)
 
     def open_adapter(self, adapter: LoraFile) -> int:

@@ -14,13 +14,14 @@ from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.layout import transposed_decodes_faster
 from edge_rt.core.graph.lora import Applied
 from edge_rt.core.graph.rotate import rotate_keys
+from edge_rt.core.part_checks import check_fits
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.native.memory import PAGE
 
 if TYPE_CHECKING:
+    from edge_rt.core.context.placed_cells import Move
     from edge_rt.core.engine import EngineInfo, Logits
     from edge_rt.core.graph.hyper import Hyper
-    from edge_rt.core.graph.rotate import Move
     from edge_rt.core.graph.step import GraphCache, StepGraph
     from edge_rt.core.load.adapter_weights import AdapterWeights
     from edge_rt.core.load.offloaded import Offloaded
@@ -123,11 +124,6 @@ class GgmlSequences:
         self._sequences[self._next] = cache
         return self._next
 
-    def _check_fits(self, needed: int) -> None:
-        """Raise ContextError if a sequence would outgrow the context."""
-        if needed > self.info.max_context:
-            raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
-
     def _room(self, sequence: int, tokens: int, more: int = 0) -> KvCache:
         """The sequence's cache, moved to a larger one if ``tokens`` more do not fit: one for all that are to come, as moving takes time."""
         cache = self._sequences[sequence]
@@ -176,7 +172,7 @@ class GgmlSequences:
         positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
         if mixed is not None:
             raise ContextError("cells that were pruned head by head cannot be put between others; restore the session they are of")
-        self._check_fits(self._sequences[sequence].length + positions.length)
+        check_fits(self._sequences[sequence].length + positions.length, self.info)
         self._last = None
         cache = self._room(sequence, positions.length)
         self._rotate(cache, cache.insert(at, positions, cells))

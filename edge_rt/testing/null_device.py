@@ -41,6 +41,7 @@ from edge_rt.hooks import (
     Refusal,
     Run,
     SessionFileError,
+    check_parts,
     hookimpl,
 )
 from edge_rt.testing.noise import mix, noise
@@ -113,25 +114,13 @@ class NullEngine:
 
     def step(self, parts: Sequence[Part]) -> list[Logits | None]:
         """Feed every part and return its logits. Raises ContextError, then no sequence has changed."""
-        self._check_parts(parts)
+        check_parts(parts, self.length, self.info)
         self.steps += 1
         return [self._feed(part) for part in parts]
 
-    def _check_parts(self, parts: Sequence[Part]) -> None:
-        """Raises OptionError, ContextError."""
-        if len({part.sequence for part in parts}) < len(parts):
-            raise OptionError("a step names the same sequence twice; join its tokens into one part")
-        for part in parts:  # all checks first: a refused step changes nothing
-            held = self.length(part.sequence)
-            if not all(0 <= token < N_VOCAB for token in part.tokens):
-                raise OptionError(f"a token id is outside the vocabulary of {N_VOCAB}; tokenize with this model")
-            if held + len(part.tokens) > self.info.max_context:
-                total, context = held + len(part.tokens), self.info.max_context
-                raise ContextError(f"{total} tokens do not fit the context of {context}; shorten the prompt or raise --ctx")
-
     def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
         """The same with noise of eight numbers, no less a function of the whole history."""
-        self._check_parts(parts)
+        check_parts(parts, self.length, self.info)
         self.steps += 1
         return [self._rows(part, self._hidden) for part in parts]
 

@@ -5,8 +5,7 @@ than with the heads of a cell together). Keys are [D, capacity, G] per layer, F1
 ([capacity, D, G]), in F16: which of the two decodes faster depends on the CPU (graph/layout.py). A head is ``capacity`` long, so that
 memory follows use only if capacity does: it grows in steps by moving. Cells given up at the end of a head are given back to the system.
 
-Keys are rotated before they come here, so a cell carries no position, and a pruned cache may hold other tokens in every layer and head.
-Its leading cells then are "mixed": ``mixed`` holds the positions of their tokens, and they go or stay together.
+Where the tokens in the cells stand, of pruned caches head by head, is the base class's affair (placed_cells.py).
 
 The layers of blocks that are offloaded lie on the device, each in a buffer of its own. What is done to their cells beside steps is done
 in the host's memory, layer by layer, and goes back.
@@ -19,18 +18,19 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.core.context.positions import Positions
+from edge_rt.core.context.placed_cells import PlacedCells, unmoved
 from edge_rt.core.graph.common import KvView
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.errors import ContextError, SessionFileError
+from edge_rt.errors import SessionFileError
 from edge_rt.native import devices, ggml, memory, places
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.core.context.placed_cells import Move
+    from edge_rt.core.context.positions import Positions
     from edge_rt.core.graph.ring import QueryRing
-    from edge_rt.core.graph.rotate import Move
     from edge_rt.core.load.offloaded import Offloaded
 
 def cell_bytes(hyper: Hyper, key_type: int) -> int:
@@ -38,22 +38,18 @@ def cell_bytes(hyper: Hyper, key_type: int) -> int:
     return int(hyper.n_layer * (ggml.c.row_size(key_type, hyper.kv_width) + 2 * hyper.kv_width))
 
 
-class KvCache:
-    """Cells of one sequence; ``positions`` says which are in use and where their tokens stand. A cache shares memory with no other.
-
-    ``mixed`` int32 [L, G, mixed cells]: the positions, rising, of the tokens in the leading cells that are not the same in all heads.
-    ``positions`` counts these cells as the last ones before the position of the newest of them.
-    """
+class KvCache(PlacedCells):
+    """Cells of one sequence, and the memory that holds them. A cache shares memory with no other."""
 
     def __init__(
         self, hyper: Hyper, key_type: int, capacity: int, *, transposed: bool = False, offloaded: Offloaded | None = None
     ) -> None:
         """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells read as zero, and cost memory only on a device."""
+        super().__init__(hyper.n_layer, hyper.n_head_kv)
         self._hyper, self._key_type, self._offloaded = hyper, key_type, offloaded
         self._near = offloaded.first if offloaded else hyper.n_layer  # layers in the host's memory: the first ones
         self._far: dict[int, ggml.Handle] = {}
-        self.capacity, self.positions = capacity, Positions()
-        self.mixed: npt.NDArray[np.int32] | None = None
+        self.capacity = capacity
         self.ring: QueryRing | None = None
         self._touched = 0  # cells that hold memory
         key_row = ggml.c.row_size(key_type, hyper.kv_width)
@@ -118,16 +114,6 @@ class KvCache:
         shape, axes = ((heads, size, self.capacity), (2, 0, 1)) if self.view.transposed else ((heads, self.capacity, size), (1, 0, 2))
         by_cell: npt.NDArray[np.uint16] = ggml.view(tensor, "u2", shape).transpose(axes)
         return by_cell
-
-    @property
-    def length(self) -> int:
-        """Cells in use."""
-        return self.positions.length
-
-    @property
-    def n_mixed(self) -> int:
-        """Leading cells that hold other tokens in every head."""
-        return 0 if self.mixed is None else int(self.mixed.shape[2])
 
     @property
     def nbytes(self) -> int:
@@ -201,46 +187,27 @@ class KvCache:
 
         Raises OutOfMemory, ContextError in the middle of mixed cells.
         """
-        self._check_apart(length)
+        self.check_apart(length)
         fresh = self._fresh(capacity)
         for _ in self._copy_to(fresh, length):
             pass
-        fresh.positions, fresh.mixed = self.positions.copy(length), self.mixed
-        if not length:
-            fresh._forget_mixed()
+        fresh.place_like(self, length)
         return fresh
-
-    def _check_apart(self, cell: int) -> None:
-        """Raise ContextError for a cell in the middle of the mixed ones: what comes before it differs from head to head."""
-        if 0 < cell < self.n_mixed:
-            raise ContextError(
-                f"the first {self.n_mixed} cells were pruned head by head, so they go or stay together; start again from the first token"
-            )
 
     def truncate(self, length: int) -> None:
         """Forget the cells from ``length`` on. They are masked until overwritten. Raises ContextError in the middle of mixed cells."""
-        self._check_apart(length)
-        self._touched = max(self._touched, self.length)
+        self._touched, before = max(self._touched, self.length), self.length
+        self.cut(length)
         if self.ring:
-            self.ring.truncate(self.length, min(length, self.length))
-        self.positions.truncate(length)
-        if not length:
-            self._forget_mixed()
-
-    def _forget_mixed(self) -> None:
-        """The next token stands where the first one of any head stood."""
-        if self.mixed is not None:
-            self.positions.next, self.mixed = int(self.mixed.min()), None
+            self.ring.truncate(before, min(length, before))
 
     def remove(self, spans: Sequence[tuple[int, int]]) -> int:
         """Forget cells [start, end) of each span (rising, apart); later ones move down. Returns the bytes given back to the system.
 
         Raises ContextError for mixed cells, ValueError for spans that are none.
         """
-        if self.n_mixed and any(start < self.n_mixed for start, _ in spans):
-            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head and cannot leave one by one; prune again")
         before = self.length
-        self.positions.remove(spans)
+        self.take_out(spans)
         if self.ring and spans:
             self.ring.move(before, spans[-1][1], self.length - before)
         for cells in self._all_cells(write=True) if self.length < before else ():
@@ -269,15 +236,6 @@ class KvCache:
                     given += size
         return given
 
-    def each_position(self) -> npt.NDArray[np.int32]:
-        """Where the token of every cell stands, head by head [L, G, length]."""
-        import numpy as np
-
-        each = np.tile(self.positions.each(), (self._hyper.n_layer, self._hyper.n_head_kv, 1))
-        if self.mixed is not None:
-            each[:, :, : self.n_mixed] = self.mixed
-        return each
-
     def prune(self, kept: npt.NDArray[np.intp], capacity: int) -> KvCache:
         """A new cache, watched as this one was, of the cells ``kept`` [L, G, n] (rising). Raises OutOfMemory.
 
@@ -292,45 +250,18 @@ class KvCache:
                     for head, chosen in enumerate(kept[layer]):
                         np.take(cells[:, head], chosen, axis=0, out=target[:n, head], mode="clip")  # "clip" writes without a copy between
             self._leave(layer)
-        each = np.take_along_axis(self.each_position(), kept, axis=2)
-        # Whether the tokens differ is seen in their positions, except where gaps between those of mixed cells were closed.
-        differ = (each != each[0, 0]).any(axis=(0, 1)) | (kept < self.n_mixed).any(axis=(0, 1))
-        fresh._note(each, int(differ.nonzero()[0].max(initial=-1)) + 1, self.positions.next)
+        fresh.place_kept(self, kept)
         self._hand_ring(fresh)
         if fresh.ring:
-            whole = (kept == np.arange(before - n, before)).all(axis=(0, 1))  # kept by every head, with all that follow
-            fresh.ring.move(before, before - int(whole[::-1].cumprod().sum()), n - before)
+            fresh.ring.move(before, before - unmoved(kept, before), n - before)
         return fresh
 
-    def renumber(self) -> list[tuple[int, int, npt.NDArray[np.int32]]]:
-        """Close the gaps between positions: cell i gets position i. Returns cells [start, end) and by how much their keys are to turn,
-        [L, G, end - start] or something that broadcasts to it.
-        """
-        import numpy as np
-
-        moves = []
-        if self.mixed is not None:
-            ranks = np.arange(self.n_mixed, dtype=np.int32)
-            moves.append((0, self.n_mixed, ranks - self.mixed))
-            self.mixed = np.tile(ranks, (*self.mixed.shape[:2], 1))
-        for run in self.positions:
-            start = max(run.cell, self.n_mixed)
-            if start < run.cell + run.n:
-                moves.append((start, run.cell + run.n, np.array([run.cell - run.position], np.int32)))
-        self.positions.renumbered()
+    def renumber(self) -> list[Move]:
+        """Close the gaps between positions: cell i gets position i. Returns how keys are to turn."""
+        moves = self.close_gaps()
         if self.ring:  # its queries were rotated for where the keys were
             self.ring.move(self.length, self.length, 0)
         return moves
-
-    def _note(self, each: npt.NDArray[np.int32], n_mixed: int, following: int) -> None:
-        """Note where the tokens of all cells [L, G, n] stand, of which the first are mixed, and the token to come."""
-        import numpy as np
-
-        line = each[0, 0].copy()
-        if n_mixed:
-            self.mixed = each[:, :, :n_mixed].copy()
-            line[:n_mixed] = np.arange(n_mixed) + self.mixed[:, :, -1].max() + 1 - n_mixed
-        self.positions = Positions.of_each(line, following)
 
     def insert(self, at: int, positions: Positions, data: memoryview) -> list[Move]:
         """Put exported cells, which the capacity must have room for, before cell ``at``. Raises SessionFileError, ContextError.
@@ -342,9 +273,7 @@ class KvCache:
         n, end = positions.length, self.length
         if len(data) != n * cell_bytes(self._hyper, self._key_type):
             raise SessionFileError("the saved cells have the wrong size for this model; start a new session")
-        if at < self.n_mixed:
-            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head; cells come back only behind them")
-        moved = self.positions.insert(at, list(positions))
+        moves = self.put_in(at, positions)
         if self.ring:
             self.ring.move(end, at, n)
         start = 0
@@ -354,7 +283,7 @@ class KvCache:
             chunk = np.frombuffer(data[start : start + target.nbytes], dtype=target.dtype)
             target[...] = chunk.reshape(target.shape)
             start += target.nbytes
-        return [(first, last, np.array([shift], dtype=np.int32)) for first, last, shift in moved]
+        return moves
 
     def export(self, start: int, end: int) -> Iterator[bytes]:
         """Cells [start, end) as bytes: per layer the keys, then the values, by cell in either layout."""

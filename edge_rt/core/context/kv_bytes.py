@@ -7,9 +7,10 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.context.kv import KvCache, cell_bytes
+from edge_rt.core.context.placed_cells import saved_mixed
 from edge_rt.core.context.positions import Positions, Run
 from edge_rt.core.graph.hyper import Hyper
-from edge_rt.errors import ContextError, SessionFileError
+from edge_rt.errors import SessionFileError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +31,10 @@ class Cells(NamedTuple):
 
 def write_cells(cache: KvCache, hyper: Hyper, key_type: int, start: int, end: int) -> bytes:
     """Cells [start, end) of a cache. Raises ContextError for some of the mixed cells: only with all others they make sense."""
-    n_mixed, whole = cache.n_mixed, (start, end) == (0, cache.length)
-    if start < n_mixed and not whole:
-        raise ContextError(f"the first {n_mixed} cells were pruned head by head and can be saved only with all others; save the session")
+    whole = cache.is_whole(start, end)
     runs = cache.positions.part(start, end)
     mixed = b"" if cache.mixed is None or not whole else cache.mixed.tobytes()
-    counts = (end - start, len(runs), cache.positions.of(end), n_mixed if whole else 0)
+    counts = (end - start, len(runs), cache.positions.of(end), cache.n_mixed if whole else 0)
     head = _HEADER.pack(_MAGIC, hyper.n_layer, hyper.kv_width, key_type, *counts)
     out = io.BytesIO()  # written to piece by piece: joined, there would be two of all cells for a while
     for piece in (head, *(_RUN.pack(*run) for run in runs), mixed):
@@ -58,14 +57,4 @@ def read_cells(data: bytes | memoryview, hyper: Hyper, key_type: int) -> Cells:
     if len(view) != body + n * cell_bytes(hyper, key_type) or n_mixed > n:
         raise SessionFileError("the saved cells are cut short or too long; start a new session")
     positions = Positions.saved([Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)], n, following)
-    return Cells(positions, _mixed(view[noted:body], hyper, n_mixed, positions) if n_mixed else None, view[body:])
-
-
-def _mixed(data: memoryview, hyper: Hyper, n: int, positions: Positions) -> npt.NDArray[np.int32]:
-    """Positions of the mixed cells [L, G, n]. Raises SessionFileError unless they rise up to where ``positions`` ends them."""
-    import numpy as np
-
-    mixed: npt.NDArray[np.int32] = np.frombuffer(data, np.int32).reshape(hyper.n_layer, hyper.n_head_kv, n).copy()
-    if mixed.min() < 0 or (np.diff(mixed) <= 0).any() or mixed.max() != positions.of(n - 1):
-        raise SessionFileError("the saved cells do not follow each other; start a new session")
-    return mixed
+    return Cells(positions, saved_mixed(view[noted:body], hyper.n_layer, hyper.n_head_kv, n_mixed, positions), view[body:])

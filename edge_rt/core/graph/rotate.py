@@ -13,12 +13,8 @@ from edge_rt.core.graph.hyper import Hyper
 from edge_rt.native import ggml
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from edge_rt.core.context.kv import KvCache
-
-    Move = tuple[int, int, npt.NDArray[np.int32]]
+    from edge_rt.core.context.placed_cells import Move
 
 c = ggml.c
 

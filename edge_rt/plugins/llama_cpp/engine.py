@@ -18,12 +18,12 @@ from edge_rt.hooks import (
     Logits,
     MemoryReport,
     NativeError,
-    OptionError,
     OutOfMemory,
     Part,
     Positions,
     Run,
     SessionFileError,
+    check_parts,
 )
 from edge_rt.plugins.llama_cpp.adapters import ContextAdapters
 from edge_rt.plugins.llama_cpp.calls import CHUNK, Calls
@@ -219,9 +219,8 @@ class LlamaCppEngine:
         """Any step."""
         self._check_open()
         self._model.check_unchanged()
-        if len({part.sequence for part in parts}) < len(parts):
-            raise OptionError("a step names the same sequence twice; join its tokens into one part")
-        arrays = [self._checked(part) for part in parts]
+        check_parts(parts, self.length, self.info)
+        arrays = [np.asarray(part.tokens, dtype=np.int32) for part in parts]
         if not any(map(len, arrays)):
             return [None] * len(parts)
         order = self._adapters.order([part.sequence for part in parts])
@@ -269,17 +268,6 @@ class LlamaCppEngine:
             end = start + sum(len(array) for _, array in group)
             yield from ((slice(at, min(at + CHUNK, end)), binding) for at in range(start, end, CHUNK))
             start = end
-
-    def _checked(self, part: Part) -> npt.NDArray[np.int32]:
-        """A part's tokens as int32 [n]. Raises OptionError, ContextError if the sequence would outgrow the context."""
-        self._slot(part.sequence)
-        tokens = np.asarray(part.tokens, dtype=np.int64)
-        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.info.n_vocab):
-            raise OptionError(f"a token id is outside the vocabulary of {self.info.n_vocab}; tokenize with this model")
-        total = self.length(part.sequence) + len(tokens)
-        if total > self.info.max_context:
-            raise ContextError(f"{total} tokens do not fit the context of {self.info.max_context}; shorten the prompt or raise --ctx")
-        return tokens.astype(np.int32)
 
     def _undo(self, sequences: Sequence[int]) -> bool:
         """After a failed step: take back what earlier chunks of it have added. True if some sequence had to be emptied instead."""
