@@ -11,6 +11,7 @@ from edge_rt_ascend import engine as module
 from edge_rt_ascend.engine import RESERVED, CannFactory
 
 from edge_rt.hooks import Accelerator, EngineOptions, ModelFile, OptionError, OutOfMemory, Refusal
+from edge_rt.testing.openings import Opening, note_openings
 from edge_rt.testing.random_models import write_random_model
 
 
@@ -46,21 +47,20 @@ def model(tmp_path: Path) -> Iterator[ModelFile]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Opening]:
     """What the ggml engine is opened with."""
-    found: list[Any] = []
-    monkeypatch.setattr(module, "open_ggml_engine", lambda model, options, **more: found.append(more) or "opened")
-    return found
+    return note_openings(monkeypatch, module)
 
 
-def test_it_asks_for_the_chosen_npu_by_canns_number(model: ModelFile, asked: list[Any]) -> None:
-    assert factory().open(model, EngineOptions(device="ascend:6")) == "opened"
-    assert asked == [{"accelerator": Accelerator("CANN", (60 << 30) - RESERVED, 1), "name": "ggml_cann"}]
+def test_it_asks_for_the_chosen_npu_by_canns_number(model: ModelFile, asked: list[Opening]) -> None:
+    options = EngineOptions(device="ascend:6")
+    assert factory().open(model, options) is asked[0]
+    assert asked == [(model, options, {"accelerator": Accelerator("CANN", (60 << 30) - RESERVED, 1), "name": "ggml_cann"})]
 
 
-def test_memory_can_be_limited(model: ModelFile, asked: list[Any]) -> None:
+def test_memory_can_be_limited(model: ModelFile, asked: list[Opening]) -> None:
     factory().open(model, EngineOptions(device="ascend:6", extra={"ggml_cann.memory": 1 << 30}))
-    assert asked[0]["accelerator"].memory == 1 << 30
+    assert asked[0].more["accelerator"].memory == 1 << 30
     with pytest.raises(OptionError, match=r"ggml_cann\.memory"):
         factory().open(model, EngineOptions(device="ascend:6", extra={"ggml_cann.memory": "1G"}))
 

@@ -13,6 +13,7 @@ from edge_rt_cuda.nvml import Nvml
 from simulated_nvml import NvmlError, SimulatedNvml, card
 
 from edge_rt.hooks import Accelerator, EngineOptions, ModelFile, NativeError, OptionError, OutOfMemory, Refusal
+from edge_rt.testing.openings import Opening, note_openings
 from edge_rt.testing.random_models import write_random_model
 
 FREE = 22500 << 20
@@ -25,28 +26,27 @@ def model(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Opening]:
     """What the ggml engine is opened with."""
-    found: list[Any] = []
-    monkeypatch.setattr(module, "open_ggml_engine", lambda model, options, **more: found.append(more) or "opened")
-    return found
+    return note_openings(monkeypatch, module)
 
 
 def factory(*cards: dict[str, Any], **more: Any) -> CudaFactory:
     return CudaFactory(Nvml(SimulatedNvml(*(cards or (card(),)), **more)))
 
 
-def test_it_asks_for_the_chosen_card_by_its_address(model: ModelFile, asked: list[Any]) -> None:
+def test_it_asks_for_the_chosen_card_by_its_address(model: ModelFile, asked: list[Opening]) -> None:
     """CUDA may number cards by their speed, NVML numbers them by address."""
     two = card(nvmlDeviceGetPciInfo=SimpleNamespace(busId=b"00000001:0A:00.0"))
-    assert factory(card(), two).open(model, EngineOptions(device="cuda:1")) == "opened"
-    assert asked == [{"accelerator": Accelerator("CUDA", FREE - RESERVED, 1, "0001:0a:00.0"), "name": "ggml_cuda"}]
+    options = EngineOptions(device="cuda:1")
+    assert factory(card(), two).open(model, options) is asked[0]
+    assert asked == [(model, options, {"accelerator": Accelerator("CUDA", FREE - RESERVED, 1, "0001:0a:00.0"), "name": "ggml_cuda"})]
 
 
 @pytest.mark.parametrize(("limit", "memory"), [(1 << 30, 1 << 30), (1 << 40, FREE - RESERVED)])
-def test_memory_can_be_limited(model: ModelFile, asked: list[Any], limit: int, memory: int) -> None:
+def test_memory_can_be_limited(model: ModelFile, asked: list[Opening], limit: int, memory: int) -> None:
     factory().open(model, EngineOptions(device="cuda:0", extra={"ggml_cuda.memory": limit}))
-    assert asked[0]["accelerator"].memory == memory
+    assert asked[0].more["accelerator"].memory == memory
 
 
 @pytest.mark.parametrize("limit", [0, -5, "1G", 1.5, True])
