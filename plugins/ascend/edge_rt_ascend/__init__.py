@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from edge_rt.hooks import Device, EngineFactory, hookimpl
+from edge_rt_ascend import second
 from edge_rt_ascend.device import npus_in
 from edge_rt_ascend.engine import CannFactory
 
@@ -19,5 +20,5 @@ def edge_rt_devices() -> Iterable[Device]:
 
 @hookimpl
 def edge_rt_engines() -> Iterable[EngineFactory]:
-    """One engine."""
-    return [CannFactory()]
+    """``ggml_cann``; and in place of ``torch`` something that says where that is, as long as edge-rt-mlu is not installed."""
+    return [CannFactory(), *second.engines(second.installed)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_rt.hooks import Basis, Cores, Health, Latest, NativeError, Offer, Profile, Refusal, ggml_backends
-from edge_rt_ascend import cann
+from edge_rt_ascend import cann, second
 from edge_rt_ascend.npu_smi import Chip, NpuSmi, NpuSmiError
 
 SECONDS = 0.8
@@ -47,6 +47,8 @@ Checked, with CANN's platform_config as quoted in public repositories (huawei-cs
 cores of the 910B3. Cores x clock x 8192 make 354e12, 246e12 and 295e12 in f16, 6 to 12 % below what is published and stands here. Not found
 again: clocks of the others, bandwidths, watts, all of the 310P3.
 """
+_SCORE, _SCORE_TORCH = 100.0, 30.0
+"""With torch alone as much as cards of edge-rt-mlu, which nothing else drives."""
 _UNFIT = re.compile(r"310(B\d*)?")
 """Chips that ggml's backend has no kernels for."""
 
@@ -62,17 +64,21 @@ class AscendDevice:
         root: Path = Path("/"),
         environment: Mapping[str, str] = os.environ,
         backends: Callable[[], Collection[str]] | None = None,
+        here: Callable[[str], bool] = second.installed,
     ) -> None:
-        """``root``: of another tree of files, for tests, as are the others."""
+        """``root``: of another tree of files, for tests, as are the others. ``here``: whether a Python package is installed."""
         self.name, self._number, self._root, self._environment = f"ascend:{number}", number, root, environment
         self._npu_smi = npu_smi or _npu_smi
-        self._backends = backends or ggml_backends
+        self._backends, self._here = backends or ggml_backends, here
         self._latest = Latest(self._health, Health(), every=2.0)
 
     def probe(self) -> Offer | Refusal:
-        """An offer if there is an NPU, a driver, CANN, and a libggml with the CANN backend."""
+        """An offer if there is an NPU, a driver, CANN, and an engine: ggml's CANN backend, torch as second choice, or both."""
         if refusal := self._unreachable() or self._without_cann():
             return refusal
+        no_ggml, no_torch = self._without_ggml(), second.missing(self._here)
+        if no_ggml and no_torch:
+            return second.or_else(no_ggml, no_torch)
         try:
             chip = self._chip(SECONDS)
         except NpuSmiError as error:
@@ -80,13 +86,16 @@ class AscendDevice:
         if chip.health == "Critical":
             return Refusal(f"npu-smi calls the health of {chip.name} critical", f"see `npu-smi info -t health -i {self._number}`")
         if _UNFIT.fullmatch(chip.name):
-            return Refusal(f"ggml's CANN backend has no kernels for {chip.name}", "use the CPU, or the torch engine of edge-rt-mlu")
+            no_ggml = Refusal(f"ggml's CANN backend has no kernels for {chip.name}", "use the CPU")
+            if no_torch:
+                return second.or_else(no_ggml, no_torch)
+        only = f", with torch alone: {no_ggml.reason}" if no_ggml else ""
         return Offer(
-            score=100,
-            description=f"Ascend {chip.name}, CANN {self._cann_text()}",
+            score=_SCORE_TORCH if no_ggml else _SCORE,
+            description=f"Ascend {chip.name}, CANN {self._cann_text()}{only}",
             memory_bytes=chip.memory,
             features=(chip.name.lower(),),
-            engines=("ggml_cann", "torch"),
+            engines=tuple(name for name, lacks in (("ggml_cann", no_ggml), (second.ENGINE, no_torch)) if lacks is None),
             basis="projected",
         )
 
@@ -159,12 +168,17 @@ class AscendDevice:
         found = cann.find(self._root, self._environment)
         if found is None:
             return Refusal("CANN is not installed", "install its toolkit and the kernels for this chip, 8.0 or newer, from hiascend.com")
-        if found.version and found.version < OLDEST:
-            return Refusal(f"CANN {found.text} is too old", "install CANN 8.0 or newer, and a driver that fits it")
-        if "cann" not in self._backends():
-            return Refusal("libggml was built without CANN", f"run `source {found.place}/set_env.sh` and then `{BUILD}`")
         if not found.ready:
             return Refusal("CANN's environment is not set", f"run `source {found.place.parent}/set_env.sh` before edge-rt")
+        return None
+
+    def _without_ggml(self) -> Refusal | None:
+        """Why ggml cannot drive the NPU, which torch perhaps can."""
+        found = cann.find(self._root, self._environment)
+        if found and found.version and found.version < OLDEST:
+            return Refusal(f"CANN {found.text} is too old", "install CANN 8.0 or newer, and a driver that fits it")
+        if "cann" not in self._backends():
+            return Refusal("libggml was built without CANN", f"run `{BUILD}`")
         return None
 
     def _cann_text(self) -> str:

@@ -45,11 +45,18 @@ def root(tmp_path: Path) -> Path:
 
 
 def device(
-    root: Path, output: str | Callable[[float], str] = B3, number: int = 0, *, built: tuple[str, ...] = ("cpu", "cann"), **variables: str
+    root: Path,
+    output: str | Callable[[float], str] = B3,
+    number: int = 0,
+    *,
+    built: tuple[str, ...] = ("cpu", "cann"),
+    packages: tuple[str, ...] = (),
+    **variables: str,
 ) -> AscendDevice:
+    """A device with ggml backends ``built`` and Python packages installed."""
     environment = {"ASCEND_TOOLKIT_HOME": str(root / TOOLKIT), **variables}
     run = output if callable(output) else lambda seconds: output
-    return AscendDevice(number, NpuSmi(run), root=root, environment=environment, backends=lambda: built)
+    return AscendDevice(number, NpuSmi(run), root=root, environment=environment, backends=lambda: built, here=lambda name: name in packages)
 
 
 def refused(answer: Offer | Refusal, reason: str, remedy: str) -> None:
@@ -123,7 +130,7 @@ def test_a_910b3_is_offered(root: Path) -> None:
         description="Ascend 910B3, CANN 8.0.0",
         memory_bytes=65536 << 20,
         features=("910b3",),
-        engines=("ggml_cann", "torch"),
+        engines=("ggml_cann",),
         basis="projected",
     )
     assert isinstance(one, Device)

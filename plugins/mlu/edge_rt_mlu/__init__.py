@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from edge_rt.hooks import Device, EngineFactory, hookimpl
-from edge_rt_mlu.device import places
+from edge_rt_mlu.device import absent, places
 from edge_rt_mlu.factory import TorchFactory
 
 EDGE_RT_API = 1
@@ -17,8 +17,8 @@ EDGE_RT_API = 1
 
 @hookimpl
 def edge_rt_devices() -> Iterable[Device]:
-    """``mlu:0`` and one more for every card the driver shows."""
-    return places()
+    """``mlu:0`` and one more for every card the driver shows; ``ascend:0`` where only edge-rt-ascend is missing to use it."""
+    return [*places(), *absent()]
 
 
 @hookimpl

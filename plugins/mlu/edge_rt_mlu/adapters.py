@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.hooks import Refusal
+from edge_rt.hooks import OptionError, Refusal
 from edge_rt_mlu.commands import output
 
 TIMEOUT = 90.0
@@ -47,7 +50,8 @@ ADAPTERS = {
     ),
     # Second choice: below ggml on its CANN backend.
     "ascend": Adapter(
-        "npu", "torch_npu", "float16", 5.0, "Ascend", "install torch-npu of the version that fits CANN, with the torch it was built for",
+        "npu", "torch_npu", "float16", 5.0, "Ascend",
+        "install torch-npu of the version that fits CANN, with the torch it was built for: pip install torch-npu",
     ),
 }  # fmt: skip
 """By the device's name in edge-rt, before the colon."""
@@ -59,6 +63,24 @@ def split(device: str) -> tuple[Adapter | None, int]:
     if number and not number.isdecimal():
         return None, 0
     return ADAPTERS.get(name), int(number or 0)
+
+
+def number_in_torch(adapter: Adapter, number: int, root: Path, environment: Mapping[str, str]) -> int:
+    """PyTorch's number of a device. ``mlu:N`` is that already; N of ``ascend:N`` is that of /dev/davinciN, of which CANN counts those that
+    are there, or those among them that ASCEND_RT_VISIBLE_DEVICES lists. Raises OptionError for one that it does not list.
+    """
+    if adapter.kind != "npu":
+        return number
+    there = sorted(int(found[1]) for path in (root / "dev").glob("davinci*") if (found := re.fullmatch(r"davinci(\d+)", path.name)))
+    if number not in there:
+        raise OptionError(f"there is no /dev/davinci{number}; choose a device that `edge-rt doctor` shows")
+    own, listed = there.index(number), environment.get("ASCEND_RT_VISIBLE_DEVICES")
+    if listed is None:
+        return own
+    visible = [int(found) for found in re.findall(r"\d+", listed)]
+    if own not in visible:
+        raise OptionError(f"ASCEND_RT_VISIBLE_DEVICES hides ascend:{number} from this process; unset it, or choose a device that it names")
+    return visible.index(own)
 
 
 def missing(adapter: Adapter) -> Refusal | None:

@@ -1,8 +1,7 @@
 """One sequence's key-value cache on the device: memory that follows what is kept.
 
-A layer is one tensor [2, G, capacity, D]: keys, then values, each head's cells side by side. Keys are rotated before they come here, so a
-cell carries no position, and a pruned cache may hold other tokens in every layer and head: its leading cells are then "mixed". They go or
-stay together. The rules are those of edge-rt's own cache (edge_rt/core/context/kv.py).
+A layer is one tensor [2, G, capacity, D]: keys, then values, each head's cells side by side. Where the tokens in the cells stand, of pruned
+caches head by head, is the base class's affair, as for edge-rt's own cache (edge_rt/core/context/kv.py).
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from edge_rt.hooks import ContextError, Positions, SessionFileError, next_capacity
+from edge_rt.hooks import PlacedCells, SessionFileError, next_capacity, unmoved_cells
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from edge_rt.hooks import Positions
+    from edge_rt_mlu.lora import Applied
     from edge_rt_mlu.rope import Rope
 
     Move = tuple[int, int, npt.NDArray[np.int32]]
@@ -70,17 +71,14 @@ class Ring:
         self.layers = [layer[len(layer) - min(len(layer), max(0, cells)) :] for layer in self.layers]
 
 
-class Cells:
-    """Cells of one sequence; ``positions`` says which are in use and where their tokens stand.
-
-    ``mixed`` int32 [L, G, mixed cells]: the positions, rising, of the tokens in the leading cells that are not the same in all heads.
-    ``positions`` counts these cells as the last ones before the position of the newest of them.
-    """
+class Cells(PlacedCells):
+    """Cells of one sequence, and the memory that holds them. ``applied``: the adapter that all of its tokens go through."""
 
     def __init__(self, shape: Shape, capacity: int = 0) -> None:
-        self.shape, self.positions = shape, Positions()
-        self.mixed: npt.NDArray[np.int32] | None = None
+        super().__init__(shape.layers, shape.heads)
+        self.shape = shape
         self.ring: Ring | None = None
+        self.applied: Applied | None = None
         self.layers = [self._empty(capacity) for _ in range(shape.layers)]
 
     def _empty(self, capacity: int) -> torch.Tensor:
@@ -88,19 +86,9 @@ class Cells:
         return torch.empty((2, s.heads, capacity, s.size), dtype=s.dtype, device=s.device)
 
     @property
-    def length(self) -> int:
-        """Cells in use."""
-        return self.positions.length
-
-    @property
     def capacity(self) -> int:
         """Cells there is memory for."""
         return int(self.layers[0].shape[2])
-
-    @property
-    def n_mixed(self) -> int:
-        """Leading cells that hold other tokens in every head."""
-        return 0 if self.mixed is None else int(self.mixed.shape[2])
 
     @property
     def beside(self) -> int:
@@ -128,44 +116,28 @@ class Cells:
 
     def copy(self, length: int, capacity: int) -> Cells:
         """The first ``length`` cells in memory of their own, not watched. Raises ContextError in the middle of mixed cells."""
-        self._check_apart(length)
+        self.check_apart(length)
         fresh = Cells(self.shape, capacity)
         for old, new in zip(self.layers, fresh.layers, strict=True):
             new[:, :, :length] = old[:, :, :length]
-        fresh.positions, fresh.mixed = self.positions.copy(length), self.mixed
-        if not length:
-            fresh._forget_mixed()
+        fresh.place_like(self, length)
+        fresh.applied = self.applied
         return fresh
-
-    def _check_apart(self, cell: int) -> None:
-        if 0 < cell < self.n_mixed:
-            raise ContextError(
-                f"the first {self.n_mixed} cells were pruned head by head, so they go or stay together; start again from the first token"
-            )
 
     def truncate(self, length: int) -> None:
         """Forget the cells from ``length`` on. Raises ContextError in the middle of mixed cells."""
-        self._check_apart(length)
+        before = self.length
+        self.cut(length)
         if self.ring:
-            self.ring.drop(max(0, self.length - length))
-        self.positions.truncate(length)
-        if not length:
-            self._forget_mixed()
-
-    def _forget_mixed(self) -> None:
-        """The next token stands where the first one of any head stood."""
-        if self.mixed is not None:
-            self.positions.next, self.mixed = int(self.mixed.min()), None
+            self.ring.drop(before - self.length)
 
     def remove(self, spans: Sequence[tuple[int, int]], limit: int) -> int:
         """Forget cells [start, end) of each span (rising, apart); returns the bytes given back.
 
         Raises ContextError for mixed cells, ValueError for spans that are none.
         """
-        if self.n_mixed and any(start < self.n_mixed for start, _ in spans):
-            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head and cannot leave one by one; prune again")
         before, held = self.length, self.nbytes
-        self.positions.remove(spans)
+        self.take_out(spans)
         if self.length == before:
             return 0
         if self.ring:
@@ -188,47 +160,17 @@ class Cells:
                 fresh[:, :, :n] = old.gather(2, index)
             self.layers[number] = fresh
 
-    def each_position(self) -> npt.NDArray[np.int32]:
-        """Where the token of every cell stands, head by head [L, G, length]."""
-        each = np.tile(self.positions.each(), (self.shape.layers, self.shape.heads, 1))
-        if self.mixed is not None:
-            each[:, :, : self.n_mixed] = self.mixed
-        return each
-
     def prune(self, kept: npt.NDArray[np.intp], capacity: int) -> None:
         """Keep cells ``kept`` [L, G, n] (rising), in memory for ``capacity``."""
-        n, before = kept.shape[2], self.length
-        each = np.take_along_axis(self.each_position(), kept, axis=2)
-        # Whether the tokens differ is seen in their positions, except where gaps between those of mixed cells were closed.
-        differ = (each != each[0, 0]).any(axis=(0, 1)) | (kept < self.n_mixed).any(axis=(0, 1))
+        before = self.length
         self._gather(torch.from_numpy(kept.astype(np.int64)), capacity)
-        self._note(each, int(differ.nonzero()[0].max(initial=-1)) + 1, self.positions.next)
+        self.place_kept(self, kept)
         if self.ring:
-            whole = (kept == np.arange(before - n, before)).all(axis=(0, 1))  # kept by every head, with all that follow
-            self.ring.only(int(whole[::-1].cumprod().sum()))
-
-    def _note(self, each: npt.NDArray[np.int32], n_mixed: int, following: int) -> None:
-        """Note where the tokens of all cells [L, G, n] stand, of which the first are mixed, and the token to come."""
-        line = each[0, 0].copy()
-        self.mixed = each[:, :, :n_mixed].copy() if n_mixed else None
-        if self.mixed is not None:
-            line[:n_mixed] = np.arange(n_mixed) + self.mixed[:, :, -1].max() + 1 - n_mixed
-        self.positions = Positions.of_each(line, following)
+            self.ring.only(unmoved_cells(kept, before))
 
     def renumber(self) -> list[Move]:
-        """Close the gaps: cell i gets position i. Returns cells [start, end) and by how much their keys are to turn, [L, G, end - start]
-        or something that broadcasts to it.
-        """
-        moves = []
-        if self.mixed is not None:
-            ranks = np.arange(self.n_mixed, dtype=np.int32)
-            moves.append((0, self.n_mixed, ranks - self.mixed))
-            self.mixed = np.tile(ranks, (*self.mixed.shape[:2], 1))
-        for run in self.positions:
-            start = max(run.cell, self.n_mixed)
-            if start < run.cell + run.n:
-                moves.append((start, run.cell + run.n, np.array([run.cell - run.position], np.int32)))
-        self.positions.renumbered()
+        """Close the gaps: cell i gets position i. Returns how keys are to turn."""
+        moves = self.close_gaps()
         if self.ring:  # its queries were rotated for where the keys were
             self.ring.only(0)
         return moves
@@ -251,9 +193,7 @@ class Cells:
         n, end, s = positions.length, self.length, self.shape
         if len(data) != n * s.cell_bytes:
             raise SessionFileError("the saved cells have the wrong size for this model; start a new session")
-        if at < self.n_mixed:
-            raise ContextError(f"the first {self.n_mixed} cells were pruned head by head; cells come back only behind them")
-        moved = self.positions.insert(at, list(positions))
+        moves = self.put_in(at, positions)
         if self.ring:
             self.ring.only(end - at)
         size = len(data) // s.layers
@@ -261,7 +201,7 @@ class Cells:
             layer[:, :, at + n : end + n] = layer[:, :, at:end].clone()
             bits = np.frombuffer(data[number * size : (number + 1) * size], np.int16).reshape(2, s.heads, n, s.size)
             layer[:, :, at : at + n] = torch.from_numpy(bits.copy()).view(s.dtype).to(s.device)
-        return [(first, last, np.array([shift], dtype=np.int32)) for first, last, shift in moved]
+        return moves
 
     def export(self, start: int, end: int) -> Iterator[bytes]:
         """Cells [start, end) as bytes: per layer the keys, then the values, head by head."""

@@ -10,11 +10,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.hooks import Basis, Cache, Cores, Health, NativeError, Offer, Profile, Refusal
+from edge_rt.hooks import Basis, Cache, Cores, Health, Latest, NativeError, Offer, Profile, Refusal
 from edge_rt_mlu import adapters, cnmon
 from edge_rt_mlu.boards import board
 
@@ -71,7 +71,8 @@ class Monitor:
         self.system = system
         self._last: tuple[float, cnmon.Table | Refusal] | None = None
         self._lock = threading.Lock()
-        self._asking = False
+        self.latest: Latest[cnmon.Table | Refusal | None] = Latest(self.table, None, every=_FRESH)
+        """The last reading of any age, at once; an old one is renewed on a thread."""
 
     def table(self) -> cnmon.Table | Refusal:
         """The last reading if it is fresh, else a new one."""
@@ -79,20 +80,6 @@ class Monitor:
             if self._last is None or time.monotonic() - self._last[0] > _FRESH:
                 self._last = (time.monotonic(), self._read())
             return self._last[1]
-
-    def latest(self) -> cnmon.Table | Refusal | None:
-        """The last reading of any age, at once; an old one is renewed on a thread."""
-        last = self._last
-        if (last is None or time.monotonic() - last[0] > _FRESH) and not self._asking:
-            self._asking = True
-            threading.Thread(target=self._renew, name="cnmon", daemon=True).start()
-        return last[1] if last else None
-
-    def _renew(self) -> None:
-        try:
-            self.table()
-        finally:
-            self._asking = False
 
     def _read(self) -> cnmon.Table | Refusal:
         command = cnmon.find(self.system.path)
@@ -186,7 +173,7 @@ class Mlu(NamedTuple):
 
     def health(self) -> Health:
         """Temperature and power as ``cnmon`` last said, at once; the first call of all knows nothing yet."""
-        table = self.monitor.latest()
+        table = self.monitor.latest.get()
         if not isinstance(table, cnmon.Table):
             return Health()
         visible = self.monitor.system.visible(len(table.cards))
@@ -196,6 +183,22 @@ class Mlu(NamedTuple):
         # The table has no reasons for slowing down. A board that draws all it may is slowed down by that.
         capped = card.power is not None and card.cap is not None and 0 < card.cap <= card.power
         return Health(card.temperature, card.power, throttled=(f"it draws all of the {card.cap:.0f} W it may",) if capped else ())
+
+
+class AbsentAscend(NamedTuple):
+    """An Ascend card that this package's engine could drive, and that only edge-rt-ascend knows how to look at: says so."""
+
+    name: str = "ascend:0"
+
+    def probe(self) -> Refusal:
+        """What to install."""
+        return Refusal("there is an Ascend NPU, and edge-rt-ascend, which finds it, is not installed", "pip install edge-rt-ascend")
+
+
+def absent(system: System | None = None, here: Callable[[str], bool] = adapters.installed) -> list[AbsentAscend]:
+    """One where there is an Ascend NPU, and nothing that finds it."""
+    node = (system or System()).root / "dev/davinci_manager"
+    return [AbsentAscend()] if node.exists() and not here("edge_rt_ascend") else []
 
 
 def places(system: System | None = None) -> list[Mlu]:

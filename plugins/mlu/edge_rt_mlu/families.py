@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.hooks import Hyper, UnsupportedModel, read_hyper
@@ -21,9 +22,10 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "llama": Family(neighbours=True, factors=True),  # Mistral, SmolLM and TinyLlama too
+    "llama": Family(neighbours=True, factors=True),  # Mistral, Mixtral, SmolLM and TinyLlama too
     "qwen2": Family(),
     "qwen3": Family(head_norms=True),
+    "qwen3moe": Family(head_norms=True),
 }
 
 TYPES = frozenset(
@@ -33,6 +35,11 @@ TYPES = frozenset(
     }
 )  # fmt: skip
 """Element types that gguf can dequantise."""
+
+_BESIDE = r"token_embd\.weight|output_norm\.weight|output\.(weight|bias)|rope_freqs\.weight"
+_ATTENTION = r"(attn|ffn)_norm\.weight|attn_(q|k|v|qkv|output)\.(weight|bias)"
+_DENSE, _EXPERTS = r"ffn_(gate|up|down)\.(weight|bias)", r"ffn_gate_inp\.weight|ffn_(gate|up|down)_exps\.weight"
+_HEAD_NORMS = r"attn_(q|k)_norm\.weight"
 
 
 def unsupported(file: ModelFile) -> str | None:
@@ -44,10 +51,19 @@ def unsupported(file: ModelFile) -> str | None:
         hyper = read_hyper(header)
     except UnsupportedModel as error:
         return str(error)
-    if hyper.n_expert:
-        return "the torch engine does not run mixtures of experts"
+    if unused := next((name for name in header.tensors if not _used(name, hyper, FAMILIES[header.architecture])), None):
+        return f"the torch engine has no use for the tensor {unused}"
     strange = next((info for info in header.tensors.values() if info.type_name not in TYPES), None)
     return f"the torch engine cannot read the {strange.type_name} weights of {strange.name}" if strange else None
+
+
+def _used(name: str, hyper: Hyper, family: Family) -> bool:
+    """Whether the engine computes with a tensor of that name: what it would leave out made the model another one."""
+    in_block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if in_block is None:
+        return bool(re.fullmatch(_BESIDE, name)) and (family.factors or not name.startswith("rope_freqs"))
+    parts = (_ATTENTION, _EXPERTS if hyper.n_expert else _DENSE, *((_HEAD_NORMS,) if family.head_norms else ()))
+    return int(in_block[1]) < hyper.n_layer and any(re.fullmatch(part, in_block[2]) for part in parts)
 
 
 def read(file: ModelFile) -> tuple[Hyper, Family]:

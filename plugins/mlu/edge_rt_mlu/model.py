@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from edge_rt_mlu.experts import Experts
+from edge_rt_mlu.lora import Run, add_embeddings, runs
 from edge_rt_mlu.rope import Rope, Turn
+from edge_rt_mlu.weights import Block, Dense, Weights
 
 if TYPE_CHECKING:
     from edge_rt.hooks import Hyper
     from edge_rt_mlu.cells import Cells
-    from edge_rt_mlu.weights import Block, Weights
 
 SCORES = 1 << 24
 """Scores that attention holds at a time, about: 64 MiB of float32. Longer prompts are divided by their queries."""
@@ -27,11 +29,24 @@ Output = Literal["logits", "hidden"]
 
 
 class Slot(NamedTuple):
-    """One sequence's share of a step: ``tokens`` of them go into its cells from ``start`` on."""
+    """One sequence's share of a step: ``tokens`` of them go into its cells from ``start`` on, and ``rows`` of them give results."""
 
     cells: Cells
     start: int
     tokens: int
+    rows: int
+
+
+class _Step(NamedTuple):
+    """What all blocks need to know of a step. ``rows`` [R]: the tokens that give results, None: none does. ``adapted``, ``adapted_rows``:
+    which tokens, and which of those that give results, go through adapters.
+    """
+
+    turn: Turn
+    slots: Sequence[Slot]
+    rows: torch.Tensor | None
+    adapted: Sequence[Run]
+    adapted_rows: Sequence[Run]
 
 
 class Decoder:
@@ -45,45 +60,60 @@ class Decoder:
     ) -> torch.Tensor | None:
         """Feed tokens [T], turned to their positions; fill the slots' cells. ``moved`` is called after each block.
 
-        Returns for ``rows`` [R] of the tokens logits [R, V] or normalised hidden states [R, E] in float32; None if there are none: the
-        last block then only stores its keys and values, which is all that a later step needs of it.
+        Returns for ``rows`` [R] of the tokens, rising, logits [R, V] or normalised hidden states [R, E] in float32; None if there are
+        none: the last block then only stores its keys and values, which is all that a later step needs of it.
         """
-        h, weights = self.hyper, self.weights
-        turn = Turn(turn.cos[:, None], turn.sin[:, None])  # the same for all heads
+        weights, counts = self.weights, [(slot.cells.applied, slot.tokens, slot.rows) for slot in slots]
+        step = _Step(
+            Turn(turn.cos[:, None], turn.sin[:, None]),  # the same for all heads
+            slots,
+            rows,
+            runs((applied, n) for applied, n, _ in counts),
+            runs((applied, n) for applied, _, n in counts),
+        )
         x = weights.embedding[tokens].float()
-        for number, block in enumerate(weights.blocks):
-            last = number == h.n_layer - 1
-            attended = self._attention(number, block, x, turn, slots, stored_only=last and rows is None)
-            if attended is None:
+        add_embeddings(x, tokens, step.adapted)
+        for number in range(self.hyper.n_layer):
+            behind = self._through(number, x, step)
+            if behind is None:
                 return None
-            if last:
-                attended, x = attended[rows], x[rows]
-            x = x + block.output(attended)
-            gate, up = block.gate_up(self._normed(x, block.feed_forward_norm)).chunk(2, dim=-1)
-            x = x + block.down((torch.nn.functional.silu(gate) * up).to(self._dtype))
+            x = behind
             moved()
         normed = self._rms(x, weights.norm)
-        return normed if output == "hidden" else weights.head(normed.to(self._dtype))
+        return normed if output == "hidden" else weights.head(normed.to(self._dtype), step.adapted_rows)
+
+    def _through(self, number: int, x: torch.Tensor, step: _Step) -> torch.Tensor | None:
+        """Hidden states [T, E] behind a block; behind the last one those of the wanted rows [R, E], None if there are none."""
+        block, last, adapted = self.weights.block(number), number == self.hyper.n_layer - 1, step.adapted
+        attended = self._attention(number, block, x, step, stored_only=last and step.rows is None)
+        if attended is None:
+            return None
+        if last:
+            attended, x, adapted = attended[step.rows], x[step.rows], step.adapted_rows
+        x = x + block.output(attended, adapted)
+        return x + self._feed_forward(block.feed_forward, self._rms(x, block.feed_forward_norm), adapted)
+
+    def _feed_forward(self, through: Dense | Experts, x: torch.Tensor, adapted: Sequence[Run]) -> torch.Tensor:
+        """What normalised hidden states [T, E] become."""
+        if isinstance(through, Experts):
+            return through(x)
+        gate, up = through.gate_up(x.to(self._dtype), adapted).chunk(2, dim=-1)
+        return through.down((torch.nn.functional.silu(gate) * up).to(self._dtype), adapted)
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / rms(x) * w over the last dimension, in float32."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.hyper.eps) * weight
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._rms(x, weight).to(self._dtype)
-
-    def _attention(
-        self, number: int, block: Block, x: torch.Tensor, turn: Turn, slots: Sequence[Slot], *, stored_only: bool
-    ) -> torch.Tensor | None:
+    def _attention(self, number: int, block: Block, x: torch.Tensor, step: _Step, *, stored_only: bool) -> torch.Tensor | None:
         """Attention of all tokens [T, H * D], each sequence's over its own cells; their keys and values are stored first."""
-        h = self.hyper
-        qkv = block.qkv(self._normed(x, block.attention_norm)).view(len(x), -1, h.head_dim)
+        h, turn = self.hyper, step.turn
+        qkv = block.qkv(self._rms(x, block.attention_norm).to(self._dtype), step.adapted).view(len(x), -1, h.head_dim)
         q, k, v = qkv[:, : h.n_head], qkv[:, h.n_head : h.n_head + h.n_head_kv], qkv[:, h.n_head + h.n_head_kv :]
         if block.query_norm is not None and block.key_norm is not None:
             q, k = self._rms(q, block.query_norm), self._rms(k, block.key_norm)
         q, k = self.rope.turn(q, turn) * h.attention_scale, self.rope.turn(k, turn)
         first, outputs = 0, []
-        for slot in slots:
+        for slot in step.slots:
             end = first + slot.tokens
             own = q[first:end]
             slot.cells.put(number, slot.start, k[first:end], v[first:end])

@@ -10,11 +10,10 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from edge_rt.hooks import ContextError, Positions, Run, SessionFileError
+from edge_rt.hooks import Positions, Run, SessionFileError, saved_mixed
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
     from edge_rt_mlu.cells import Cells, Shape
@@ -39,9 +38,7 @@ def _type(shape: Shape) -> bytes:
 
 def write_cells(cells: Cells, start: int, end: int) -> bytes:
     """Cells [start, end). Raises ContextError for some of the mixed cells: only with all others they make sense."""
-    n_mixed, whole, shape = cells.n_mixed, (start, end) == (0, cells.length), cells.shape
-    if start < n_mixed and not whole:
-        raise ContextError(f"the first {n_mixed} cells were pruned head by head and can be saved only with all others; save the session")
+    whole, shape = cells.is_whole(start, end), cells.shape
     runs = cells.positions.part(start, end)
     out = io.BytesIO()  # written to piece by piece: joined, there would be two of all cells for a while
     out.write(bytes(_HEADER.size))
@@ -52,7 +49,7 @@ def write_cells(cells: Cells, start: int, end: int) -> bytes:
     for piece in cells.export(start, end):
         out.write(piece)
     check = zlib.crc32(out.getbuffer()[_HEADER.size :])
-    counts = (end - start, len(runs), cells.positions.of(end), n_mixed if whole else 0, check)
+    counts = (end - start, len(runs), cells.positions.of(end), cells.n_mixed if whole else 0, check)
     out.seek(0)
     out.write(_HEADER.pack(_MAGIC, _type(shape), shape.layers, shape.heads, shape.size, *counts))
     return out.getvalue()
@@ -71,12 +68,4 @@ def read_cells(data: bytes | memoryview, shape: Shape) -> Saved:
     if len(view) != body + n * shape.cell_bytes or n_mixed > n or zlib.crc32(view[_HEADER.size :]) != check:
         raise SessionFileError("the saved cells are damaged; start a new session")
     positions = Positions.saved([Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)], n, following)
-    return Saved(positions, _mixed(view[noted:body], shape, n_mixed, positions) if n_mixed else None, view[body:])
-
-
-def _mixed(data: memoryview, shape: Shape, n: int, positions: Positions) -> npt.NDArray[np.int32]:
-    """Positions of the mixed cells [L, G, n]. Raises SessionFileError unless they rise up to where ``positions`` ends them."""
-    mixed: npt.NDArray[np.int32] = np.frombuffer(data, np.int32).reshape(shape.layers, shape.heads, n).copy()
-    if mixed.min() < 0 or (np.diff(mixed) <= 0).any() or mixed.max() != positions.of(n - 1):
-        raise SessionFileError("the saved cells do not follow each other; start a new session")
-    return mixed
+    return Saved(positions, saved_mixed(view[noted:body], shape.layers, shape.heads, n_mixed, positions), view[body:])

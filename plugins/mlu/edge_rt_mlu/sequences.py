@@ -13,14 +13,17 @@ from edge_rt.hooks import (
     OutOfMemory,
     Pruned,
     SessionFileError,
+    check_fits,
     largest_capacity,
     next_capacity,
 )
 from edge_rt_mlu.cells import Cells, Shape
+from edge_rt_mlu.lora import Applied
 from edge_rt_mlu.saved import read_cells, write_cells
 
 if TYPE_CHECKING:
     from edge_rt.hooks import EngineInfo
+    from edge_rt_mlu.lora import LoraWeights
     from edge_rt_mlu.rope import Rope
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
@@ -50,6 +53,7 @@ class TorchSequences:
 
     def __init__(self) -> None:
         self._sequences: dict[int, Cells] = {}
+        self._adapters: dict[int, LoraWeights] = {}
         self._next = 0
         self._closed = False
 
@@ -83,9 +87,12 @@ class TorchSequences:
         """Cells in use."""
         return self._sequences[sequence].length
 
-    def _check_fits(self, needed: int) -> None:
-        if needed > self.info.max_context:
-            raise ContextError(f"{needed} tokens do not fit a context of {self.info.max_context}; shorten the prompt or raise --ctx")
+    def adapt(self, sequence: int, adapter: int | None, scale: float = 1.0, *, imported: bool = False) -> None:
+        """Bind an empty sequence to an adapter; see ``AppliesAdapters``."""
+        cells = self._sequences[sequence]
+        if cells.length and not imported:
+            raise ContextError("a sequence with cells cannot go through another adapter; truncate it first, or open another")
+        cells.applied = None if adapter is None or not scale else Applied(self._adapters[adapter], scale)
 
     def _room(self, cells: Cells, tokens: int, more: int = 0) -> None:
         """Move to larger memory if ``tokens`` more do not fit: for all that are to come at once, as moving takes time."""
@@ -120,7 +127,7 @@ class TorchSequences:
         saved, cells = read_cells(data, self._shape), self._sequences[sequence]
         if saved.mixed is not None:
             raise ContextError("cells that were pruned head by head cannot be put between others; restore the session they are of")
-        self._check_fits(cells.length + saved.positions.length)
+        check_fits(cells.length + saved.positions.length, self.info)
         with errors(self.info.device):
             self._room(cells, saved.positions.length)
             cells.rotate(cells.insert(at, saved.positions, saved.data), self._rope)

@@ -281,7 +281,7 @@ def test_health_without_a_card_never_raises_and_starts_one_thread_at_a_time(mach
     device = places(machine(cards=1, script="exec sleep 60"))[0]
     for _ in range(50):
         assert device.health() == Health()
-    assert sum(thread.name == "cnmon" for thread in threading.enumerate()) <= 1
+    assert sum(thread.name == "edge-rt-health" for thread in threading.enumerate()) <= 1
 
 
 # ---- the vendor's package --------------------------------------------------------------------------------------------
