@@ -17,7 +17,7 @@ from edge_rt.compiler.gguf_file import Importance, write_gguf
 from edge_rt.compiler.shape import tensor_bytes
 from edge_rt.core.load.interleaving import has_tiles
 from edge_rt.core.load.model_file import ModelFile
-from edge_rt.deployment import MODEL, PACKED, PLAN, Deployed, Plan, read, to_toml
+from edge_rt.deployment import MODEL, PACKED, PLAN, Deployed, Plan, read, to_json
 from edge_rt.errors import ModelFileError, OptionError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _fill(
         "target": target.name,
         "target_basis": "measured" if target.measured else "projected",
     }
-    (part / PLAN).write_text(to_toml(plan, files, provenance), encoding="utf-8")
+    (part / PLAN).write_text(to_json(plan, files, provenance), encoding="utf-8")
     os.chmod(part, 0o755)
 
 

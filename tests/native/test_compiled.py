@@ -121,7 +121,7 @@ def test_other_types_are_quantised_from_the_source(tmp_path: Path) -> None:
 def test_the_plan_is_followed(tmp_path: Path) -> None:
     deployed = compiled(made(tmp_path, type="F32"), tmp_path / "out", goals=Goals(context=512))
     plan = deployed.plan._replace(chunk=64, threads=1, prefetch=1 << 20, locked=("blk.0", "head"))
-    (deployed.folder / "plan.toml").write_text(deployment.to_toml(plan, deployed.files, deployed.provenance), encoding="utf-8")
+    (deployed.folder / "plan.json").write_text(deployment.to_json(plan, deployed.files, deployed.provenance), encoding="utf-8")
     with edge_rt.open(deployed.folder) as model:
         assert model.info.chunk == 64
         assert model.info.max_context == 512

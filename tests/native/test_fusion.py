@@ -287,7 +287,7 @@ def test_a_plan_that_folds_what_the_file_does_not_say_is_refused(tmp_path: Path)
     deployed = compiled(path, tmp_path / "out")
     assert deployed.plan.folded == ()
     plan = deployed.plan._replace(folded=("blk.1.ffn_norm.weight",))
-    (deployed.folder / "plan.toml").write_text(deployment.to_toml(plan, deployed.files, deployed.provenance), encoding="utf-8")
+    (deployed.folder / "plan.json").write_text(deployment.to_json(plan, deployed.files, deployed.provenance), encoding="utf-8")
     with pytest.raises(ModelFileError, match=r"takes the scales of blk\.1\.ffn_norm\.weight for ones, which the model does not say"):
         edge_rt.open(deployed.folder, engine="ggml", threads=1)
     with ModelFile.open(path) as source, open(tmp_path / "no.gguf", "wb") as out:

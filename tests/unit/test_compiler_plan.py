@@ -189,7 +189,7 @@ def test_a_plan_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
     plan = decide(situation(tmp_path, "rpi-5", Goals(power=6.0, context=2048)), built_in())
     told = Gain('a "quoted"\\\n', "é", 1.5, 0.5, 2.0, 0.25)
     plan = plan._replace(types={"blk.0.attn_q.weight": "Q8_0"}, memory=123, layers=3, locked=("head",), gains=(*plan.gains, told))
-    (tmp_path / "plan.toml").write_text(deployment.to_toml(plan, {"model.gguf": "00"}, {"source": "x"}), encoding="utf-8")
+    (tmp_path / "plan.json").write_text(deployment.to_json(plan, {"model.gguf": "00"}, {"source": "x"}), encoding="utf-8")
     found = deployment.find(tmp_path)
     assert found is not None
     assert found.plan._replace(types=dict(found.plan.types)) == plan
@@ -204,23 +204,25 @@ def test_a_directory_without_a_plan_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("format = 1", "format = 2", "format 2 and this version reads 1"),
-        ("[plan]", "[plan", "cannot be read"),
-        ("chunk = 512", 'chunk = "many"', "chunk has a value of a wrong kind"),
-        ("pack = true", "pack = 1", "pack has a value of a wrong kind"),
-        ("chunk = 512", "chunks = 512", "there is no decision chunks"),
+        ('"format": 1', '"format": 2', "format 2 and this version reads 1"),
+        ('"format"', '"form"', "is no plan"),
+        ('"plan": {', '"plan": ', "cannot be read"),
+        ('"plan"', '"plans"', "has no decisions"),
+        ('"chunk": 512', '"chunk": "many"', "chunk has a value of a wrong kind"),
+        ('"pack": true', '"pack": 1', "pack has a value of a wrong kind"),
+        ('"chunk": 512', '"chunks": 512', "there is no decision chunks"),
         ('"model.gguf"', '"other.gguf"', "names no model.gguf"),
-        ("[plan.power]", "[plan.power]\nvolts = 3", "volts"),
-        ("chunk = 512", "chunk = 0", "chunk is 0, and may be 1 to 65536"),
-        ("folded = []", "folded = [3]", "folded lists something else than names"),
-        ('key_type = "f16"', 'key_type = "q2"', "may be f16 or q8_0"),
-        ('key_type = "f16"', "key_type = 5", "key_type has a value of a wrong kind"),
+        ('"watts"', '"volts"', "volts"),
+        ('"chunk": 512', '"chunk": 0', "chunk is 0, and may be 1 to 65536"),
+        ('"folded": []', '"folded": [3]', "folded lists something else than names"),
+        ('"key_type": "f16"', '"key_type": "q2"', "may be f16 or q8_0"),
+        ('"key_type": "f16"', '"key_type": 5', "key_type has a value of a wrong kind"),
     ],
 )
 def test_a_damaged_plan_is_told(tmp_path: Path, old: str, new: str, words: str) -> None:
-    text = deployment.to_toml(Plan("x", power=PowerSetting(3.0)), {"model.gguf": "00"}, {})
+    text = deployment.to_json(Plan("x", power=PowerSetting(3.0)), {"model.gguf": "00"}, {})
     assert old in text
-    (tmp_path / "plan.toml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    (tmp_path / "plan.json").write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(ModelFileError, match="compile the model again") as caught:
         deployment.find(tmp_path)
     assert words in str(caught.value)
