@@ -117,14 +117,14 @@ def quality(settings: Settings) -> list[Result]:
         for kind in ("Q4_0", "IQ4_NL"):
             files[f"all {kind}"] = Path(place) / f"{kind}.gguf"
             _uniform(file, files[f"all {kind}"], dict.fromkeys(names, kind))
-        size = files["all Q4_0"].stat().st_size
-        with _compiled(source, "--target", "auto", "--weights", str(_weights(files["all Q4_0"]))) as folder:
+        size = _weights(files["all Q4_0"])
+        with _compiled(source, "--target", "auto", "--weights", str(size)) as folder:
             found = {OURS: _divergences(source, folder / "model.gguf", settings)}
-            ours = (folder / "model.gguf").stat().st_size
+            ours = _weights(folder / "model.gguf")
             plan = deployment.read(folder).plan
         found |= {name: _divergences(source, path, settings) for name, path in files.items()}
     mixed = ", ".join(f"{kind} {list(plan.types.values()).count(kind)}" for kind in sorted(set(plan.types.values())))
-    notes = [f"{ours / 1e6:.1f} MB against {size / 1e6:.1f} MB; tensors by type: {mixed}"]
+    notes = [f"weights of {ours / 1e6:.1f} MB against {size / 1e6:.1f} MB; tensors by type: {mixed}"]
     bounds = (Bound("all Q4_0", "at most", 1.0),)
     return [compare("KL divergence to F16 at the same bytes, types by sensitivity", "nats a token", found, bounds, notes)]
 

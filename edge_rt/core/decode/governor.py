@@ -30,7 +30,9 @@ FREE = 0.35
 _FIRST = 0.05
 """Seconds before the first look: a prompt that comes right after opening should not meet a busy neighbour unprepared."""
 _SOON, _CALMEST = 0.15, 2.0
-"""If threads that were taken back had to be given up again that soon, the next look goes back twice as far, at most so many seconds."""
+"""If threads that were taken back had to be given up again that soon, the next look goes back twice as far, at most so many seconds; if
+they lasted longer, half as far.
+"""
 
 
 class Reading(NamedTuple):
@@ -132,10 +134,10 @@ class Governor:
         """So many from now on; what was read before tells of others beside another number of threads."""
         if threads > self._threads:
             self._raised = seen.at
-        elif threads < self._threads and seen.at - self._raised < _SOON:
-            self._calm = min(2 * self._calm, _CALMEST)
-        elif threads < self._threads and seen.at - self._raised > _CALMEST:
-            self._calm = SPAN
+        elif threads < self._threads:
+            lasted = seen.at - self._raised
+            patience = 2 * self._calm if lasted < _SOON else SPAN if lasted > _CALMEST else self._calm / 2
+            self._calm = min(_CALMEST, max(SPAN, patience))
         if threads != self._threads:
             self._threads = threads
             self._seen.clear()
