@@ -117,9 +117,10 @@ QUALITY_WHY_NOT = """## What the published run does not meet, and why
 """
 ADAPTATION_WHY_NOT = """## What the published run does not meet, and why
 
-- *Twenty times libllama beside an OpenMP program*: how far two threads fall depends on whether the system happens to run both at once. Where the
-  requirement comes from, they fell to 0.3 tokens/s. Here libllama's turns spread over more than ten times, with single tokens that take half a
-  second to one and a half; its median was 10 to 33 tokens/s in four runs. What edge-rt keeps is what one thread gets of CPUs that are shared.
+- *Twenty times libllama beside an OpenMP program*: how far two threads fall depends on whether the system happens to run both at once.
+  Where the requirement comes from, they fell to 0.3 tokens/s. Here libllama's turns spread over more than ten times, with single tokens
+  that take half a second to one and a half; its median was 9 to 33 tokens/s in six runs. What edge-rt keeps is what one thread gets of
+  CPUs that are shared.
 - *The reaction*: one of twenty neighbours that left was noticed after 41 tokens, as patience with those before it had grown. It wears off
   since; in three runs of twenty after that at most 6, 11 and 6 tokens passed.
 - *Predictions*: three of 72, each time others: what this machine gives its guests changes by a quarter within minutes.
