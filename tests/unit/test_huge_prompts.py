@@ -189,7 +189,7 @@ def test_others_go_on_while_a_huge_prompt_begins(host):
     gate = Gate(one)
     other = one.ask("b" * 30, max_tokens=3000)
     huge = one.ask(HUGE, max_tokens=20)
-    while not gate.reached.is_set():
+    while not gate.reached.wait(0.005):  # the thread gets its turn, or 3,000 steps are over before it began
         one.step()
     before = len(one.events(other, "delta"))
     for _ in range(200):
