@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -119,10 +119,8 @@ def quality(settings: Settings) -> list[Result]:
             _uniform(file, files[f"all {kind}"], dict.fromkeys(names, kind))
         size = _weights(files["all Q4_0"])
         with _compiled(source, "--target", "auto", "--weights", str(size)) as folder:
-            found = {OURS: _divergences(source, folder / "model.gguf", settings)}
-            ours = _weights(folder / "model.gguf")
-            plan = deployment.read(folder).plan
-        found |= {name: _divergences(source, path, settings) for name, path in files.items()}
+            found = _divergences(source, {OURS: folder / "model.gguf", **files}, settings)
+            ours, plan = _weights(folder / "model.gguf"), deployment.read(folder).plan
     mixed = ", ".join(f"{kind} {list(plan.types.values()).count(kind)}" for kind in sorted(set(plan.types.values())))
     notes = [f"weights of {ours / 1e6:.1f} MB against {size / 1e6:.1f} MB; tensors by type: {mixed}"]
     bounds = (Bound("all Q4_0", "at most", 1.0),)
@@ -140,16 +138,18 @@ def _weights(path: Path) -> int:
         return sum(info.nbytes for info in file.header.tensors.values())
 
 
-def _divergences(source: Path, path: Path, settings: Settings) -> list[float]:
-    """Of each piece of held-out prose: the mean over its tokens, nats."""
-    prose, values = run_of_prose(random.Random("compiled")), []
-    with closing(edge_rt.open(source, context=PIECE + 1)) as first, closing(edge_rt.open(path, context=PIECE + 1)) as second:
+def _divergences(source: Path, files: Mapping[str, Path], settings: Settings) -> dict[str, list[float]]:
+    """Of each file to the source, for each piece of held-out prose: the mean over its tokens, nats."""
+    prose, values = run_of_prose(random.Random("compiled")), {name: list[float]() for name in files}
+    with ExitStack() as stack:
+        opened = [stack.enter_context(closing(edge_rt.open(path, context=PIECE + 1))) for path in (source, *files.values())]
         for _ in range(settings.pick(16, 1)):
             tokens: list[int] = []
             while len(tokens) < PIECE:
-                tokens += first.tokenize(next(prose) + "\n\n")
-            p, q = (_log_probabilities(model, tokens[:PIECE]) for model in (first, second))
-            values.append(float((np.exp(p) * (p - q)).sum(-1).mean()))
+                tokens += opened[0].tokenize(next(prose) + "\n\n")
+            p, *others = (_log_probabilities(model, tokens[:PIECE]) for model in opened)
+            for name, q in zip(files, others, strict=True):
+                values[name].append(float((np.exp(p) * (p - q)).sum(-1).mean()))
     return values
 
 

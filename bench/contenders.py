@@ -42,6 +42,10 @@ class Contender(Protocol):
         """Forget the cells from ``length`` on."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
 
 class Ours:
     """The engine of an open edge-rt model."""

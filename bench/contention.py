@@ -56,7 +56,7 @@ def _beside(
         for name, threads in ((DEFAULT, settings.threads), (ONE, 1)):
             contenders[name] = Peer(path, PeerSetting(threads), CONTEXT)
         for contender in contenders.values():
-            stack.callback(contender.close)  # type: ignore[attr-defined]  # both have it; it is no part of being measured
+            stack.callback(contender.close)
             contender.feed(random_prompt(PROMPT))
         with neighbour:
             samples, steps = _turns(contenders, settings)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_rt import config
-from edge_rt.compiler.cost import STEP
 from edge_rt.compiler.shape import ModelShape, Product, tensor_bytes
 from edge_rt.compiler.target import FEW, Kernel
+from edge_rt.core.context.capacity import STEP
 from edge_rt.core.context.kv import KvCache
 from edge_rt.core.graph import offsets
 from edge_rt.core.graph.attention import wants_flash
@@ -57,12 +57,9 @@ def calibrated(shape: ModelShape, profile: Profile, threads: Iterable[int]) -> d
     build = (_FORMAT, c.version().decode(), c.commit().decode(), *ggml.cpu_features(), profile.name, str(config.available_cpus()))
     known = Remembered(config.cache_dir() / "calibration.json", "|".join(build))
     numbers = sorted(set(threads))
-    left = dict(_measurements(shape, _cold_bytes(profile)))
-    found: dict[tuple[str, int], Kernel] = {}
-    for name, n in [(name, n) for name in left for n in numbers]:
-        if (remembered := _recall(known, name, n)) is not None:
-            found[name, n] = remembered
-    left = {name: measure for name, measure in left.items() if any((name, n) not in found for n in numbers)}
+    wanted = dict(_measurements(shape, _cold_bytes(profile)))
+    found = {(name, n): one for name in wanted for n in numbers if (one := _recall(known, name, n)) is not None}
+    left = {name: measure for name, measure in wanted.items() if any((name, n) not in found for n in numbers)}
     # What disturbs lasts for seconds, so nothing is measured twice in a row.
     for _ in range(_PASSES):
         for name, measure in list(left.items()):
@@ -306,7 +303,7 @@ def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: boo
         mask = ggml.new_tensor(inputs.address, ggml.TYPE_F16 if half else ggml.TYPE_F32, (n_cells, tokens))
         with ggml.allocate_context(inputs):
             ggml.view(q, "f4", (tokens * hyper.n_head * hyper.head_dim,))[:] = 0.5
-            hidden = np.arange(n_cells) > np.arange(tokens)[:, None] if causal else np.zeros((tokens, n_cells), bool)
+            hidden = causal & (np.arange(n_cells) > np.arange(tokens)[:, None])
             ggml.view(mask, "f2" if half else "f4", (tokens, n_cells))[:] = np.where(hidden, -np.inf, 0.0)
             slot, size = SlotInputs(0, 0, mask), 64 * hyper.n_layer
             builder = Builder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)

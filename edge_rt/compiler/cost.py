@@ -11,13 +11,12 @@ from typing import Literal, NamedTuple
 
 from edge_rt.compiler.shape import ModelShape, Product
 from edge_rt.compiler.target import FEW, Kernel, Target, bandwidth, share
+from edge_rt.core.context.capacity import padded
 from edge_rt.core.graph.attention import TILES_FROM
 from edge_rt.core.load.residency import SLOTS
 
 CHUNK = 512
 """Tokens of a prompt that the ggml engine feeds at once."""
-STEP = 256
-"""Cells that are attended are a multiple of this."""
 BUILDING = 0.2
 """Python's share of building a node of a graph, in parts of what it takes for a step that repeats: 10 of 50 microseconds (135M)."""
 TILE = 64
@@ -171,7 +170,7 @@ def _attention(shape: ModelShape, target: Target, tokens: int, before: int, thre
         beside = tokens * shape.hyper.n_layer * (found.node or 0.0)
         rate = few.many if few and tokens > 1 else found.one
         # Flash attention leaves out cells that a token does not see; products with transposed values, which are timed, do not.
-        seen = _padded(before + tokens) if few else seen
+        seen = padded(before + tokens) if few else seen
     computing = shape.attention_operations(tokens, 1) * seen / rate
     nbytes = seen * shape.cell_bytes(key_type)
     return _work(0.0 if _cached(target, nbytes) else nbytes / found.reading, computing).plus(Cost(overhead=beside))
@@ -186,10 +185,6 @@ def _rest(shape: ModelShape, target: Target, tokens: int, threads: int) -> Cost:
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
-
-
-def _padded(cells: int) -> int:
-    return -(-cells // STEP) * STEP
 
 
 def _step(shape: ModelShape, target: Target, tokens: int, rows: int, before: int, threads: int, key_type: str = "f16") -> Cost:
@@ -257,7 +252,7 @@ def streaming(shape: ModelShape, target: Target, budget: int | None) -> float:
 
 def memory(shape: ModelShape, target: Target, context: int, chunk: int = CHUNK, key_type: str = "f16") -> Memory:
     """What a process with one sequence of so many cells holds, when the context is full."""
-    h, cells = shape.hyper, _padded(context)
+    h, cells = shape.hyper, padded(context)
     n = min(chunk, cells)
     active = h.n_ff * max(1, h.n_expert_used)
     # The largest of what is alive at once in a block: hidden states and their norm, gate and up joined and their product; and the mask.

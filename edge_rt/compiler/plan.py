@@ -91,6 +91,11 @@ def gained(before: Plan, after: Plan, situation: Situation, by: str, what: str, 
     return after._replace(gains=(*after.gains, Gain(by, what, *ratios, quality)))
 
 
+def threads_told(n: int) -> str:
+    """So many threads, in words."""
+    return f"{n} thread{'s' * (n != 1)}"
+
+
 def decide(situation: Situation, passes: Iterable[Pass]) -> Plan:
     """A plan through all passes, one after the other. Raises OptionError for goals that cannot be met."""
     plan = Plan(situation.target.name, context=situation.goals.context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_rt.compiler import cost
-from edge_rt.compiler.plan import PROMPT, Situation, gained
+from edge_rt.compiler.plan import PROMPT, Situation, gained, threads_told
 from edge_rt.compiler.shape import ModelShape
 from edge_rt.core.load.residency import SLOTS
 from edge_rt.deployment import Pass, Plan
@@ -133,12 +133,8 @@ def _locked(plan: Plan, situation: Situation) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _threads_told(n: int) -> str:
-    return f"{n} thread{'s' * (n != 1)}"
-
-
 def _told(plan: Plan, situation: Situation) -> str:
-    words = ["one card" if plan.layers is not None else _threads_told(situation.threads(plan)), f"prompts in pieces of {plan.chunk}"]
+    words = ["one card" if plan.layers is not None else threads_told(situation.threads(plan)), f"prompts in pieces of {plan.chunk}"]
     words.append(f"{plan.prefetch >> 20}M read ahead")
     if plan.memory is not None:
         words.append(f"{plan.memory >> 20}M of weights resident, the rest streamed")

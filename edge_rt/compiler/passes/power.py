@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_rt.compiler import cost
-from edge_rt.compiler.plan import Situation
+from edge_rt.compiler.plan import Situation, threads_told
 from edge_rt.deployment import Gain, Pass, Plan, PowerSetting
 from edge_rt.errors import OptionError
 
@@ -26,7 +26,7 @@ def apply(plan: Plan, situation: Situation) -> Plan:
     burst, _, _ = sustained(plan, situation, cap)
     own = threads if profile.kind == "cpu" and threads < situation.target.threads else 0
     after = plan._replace(threads=own, power=PowerSetting(cap, celsius, threads, round(duty, 3)))
-    of = f"{threads} thread{'s' * (threads != 1)}" if profile.kind == "cpu" else "the card"
+    of = threads_told(threads) if profile.kind == "cpu" else "the card"
     what = f"{cap:g} W held by {of} at work {duty:.0%} of the time: {rate:.1f} tokens/s sustained"
     return after._replace(gains=(*after.gains, Gain("power", what, token=rate / burst)))
 

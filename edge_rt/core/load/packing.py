@@ -19,6 +19,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edge_rt.core.graph.hyper import TOGETHER
 from edge_rt.core.load import centred, packers
 from edge_rt.core.load.gguf_tables import GGML_TYPES
 from edge_rt.core.load.header import TensorInfo
@@ -39,7 +40,7 @@ The order is libllama's. SmolLM2 in Q4_0 with AMX took half the time interleaved
 """
 SMALL = 256 * 1024
 """Unpackable tensors of a packed unit up to this size (norms, biases) are copied along, so that a unit is one sequential read."""
-JOINED = tuple(f"{part}.{kind}" for kind in ("weight", "bias") for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"))
+JOINED = tuple(f"{part}.{kind}" for kind in ("weight", "bias") for parts in TOGETHER for part in parts)
 """What shares its input stands side by side at the front of a block, so that graphs can take it as one matrix."""
 _PREFIX = struct.Struct("<8sII")
 _SAMPLE_WIDTH, _MOST_ROWS = 512, 32
