@@ -13,6 +13,8 @@
     │   │   └── SessionMismatch      a sound one of another model, engine or version
     │   ├── RuleError            rules of a post-processor that cannot be, with the file and the line
     │   ├── ProtocolError        a peer of the daemon said what the protocol does not allow
+    │   ├── DataError            samples, data sets or recordings that cannot be used as they are
+    │   ├── TrainingError        a training run diverged or cannot go on; what was reached is kept
     │   ├── PluginError          a plugin asked for by name failed or does not exist
     │   └── DownloadError        the network, or a checksum, said no
     ├── NativeError              libggml or libllama refused or failed
@@ -96,6 +98,14 @@ class ProtocolError(UserError):
     def __init__(self, code: str, message: str, **fields: Any) -> None:
         super().__init__(message)
         self.code, self.fields = code, fields
+
+
+class DataError(UserError):
+    """Samples, data sets or recordings that cannot be used as they are."""
+
+
+class TrainingError(UserError):
+    """A training run diverged or cannot go on; what it had reached is kept."""
 
 
 class PluginError(UserError):

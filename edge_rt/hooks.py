@@ -48,6 +48,7 @@ from edge_rt.errors import (
     Cancelled,
     ContextError,
     ContextOverflow,
+    DataError,
     EdgeError,
     ModelChanged,
     ModelFileError,
@@ -56,6 +57,7 @@ from edge_rt.errors import (
     OutOfMemory,
     RuleError,
     SessionFileError,
+    TrainingError,
     UnsupportedModel,
     UserError,
 )
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from edge_rt.core.assemble.width import HALF_WIDTH
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.capacity import largest_capacity, next_capacity
+    from edge_rt.core.context.chat_template import tokenize_messages
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
     from edge_rt.core.context.placed_cells import PlacedCells, saved_mixed
     from edge_rt.core.context.placed_cells import unmoved as unmoved_cells
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.pieces import Piece, in_pieces
     from edge_rt.core.graph.support import unsupported as ggml_unsupported
     from edge_rt.core.load.adapter import LoraFile
+    from edge_rt.core.load.gguf_tables import GGML_TYPES
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.offload import Accelerator
     from edge_rt.core.part_checks import check_fits, check_parts, check_tokens
@@ -97,8 +101,10 @@ if TYPE_CHECKING:
     from edge_rt.native.ggml import cpu_features as ggml_features
     from edge_rt.native.ggml import vector_length as ggml_vector_length
     from edge_rt.native.libs import built_backends as ggml_backends
+    from edge_rt.native.llama import Vocab
     from edge_rt.native.logs import install as install_native_log
     from edge_rt.native.logs import recent_errors as recent_native_errors
+    from edge_rt.native.quantise import quantise as quantise_rows
     from edge_rt.patience import Latest, Patient
     from edge_rt.sensors import CpuSensors
     from edge_rt.system_files import read_int as read_system_int
@@ -341,17 +347,17 @@ class HookSpecs:
 
 
 __all__ = [
-    "API_VERSION", "ENTRY_POINT_GROUP", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters", "Basis", "Cache",
-    "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores", "CountsWork",
-    "CpuSensors", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo",
-    "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs",
-    "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError", "MovesCells",
-    "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass", "Patient", "Piece", "PlacedCells", "Plan", "Positions",
-    "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells",
-    "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "UnsupportedModel", "UserError",
-    "Wanted", "available_cpus", "board_name", "check_fits", "check_parts", "check_pruning", "check_tokens", "choose_cells",
-    "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features", "ggml_unsupported",
+    "API_VERSION", "ENTRY_POINT_GROUP", "GGML_TYPES", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters", "Basis",
+    "Cache", "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores",
+    "CountsWork", "CpuSensors", "DataError", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory",
+    "EngineInfo", "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText",
+    "HookSpecs", "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError",
+    "MovesCells", "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass", "Patient", "Piece", "PlacedCells", "Plan",
+    "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells",
+    "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "TrainingError", "UnsupportedModel",
+    "UserError", "Vocab", "Wanted", "available_cpus", "board_name", "check_fits", "check_parts", "check_pruning", "check_tokens",
+    "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features", "ggml_unsupported",
     "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict",
-    "largest_capacity", "next_capacity", "open_ggml_engine", "read_hyper", "read_system_int", "read_system_text",
-    "recent_native_errors", "saved_mixed", "system_folders", "unmoved_cells",
+    "largest_capacity", "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper", "read_system_int", "read_system_text",
+    "recent_native_errors", "saved_mixed", "system_folders", "tokenize_messages", "unmoved_cells",
 ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""What makes good for INT4's error in the running model: tables, low rank, bias."""

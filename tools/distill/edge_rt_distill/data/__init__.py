@@ -1,0 +1,1 @@
+"""Samples, where they come from, and the batches made of them."""

@@ -1,0 +1,1 @@
+"""Measures on held-out data, and the evaluator whose score ends a run."""

@@ -1,0 +1,1 @@
+"""The teacher library: parameter snapshots and what was recorded of them, content-addressed."""

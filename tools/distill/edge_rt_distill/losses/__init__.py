@@ -1,0 +1,1 @@
+"""The loss of each level of distillation: pure functions of tensors."""

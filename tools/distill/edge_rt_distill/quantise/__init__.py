@@ -1,0 +1,1 @@
+"""Weights into INT4: importance, GPTQ, training that knows of it."""

@@ -1,0 +1,1 @@
+"""Training by levels, each with a gate."""

@@ -1,0 +1,34 @@
+"""Fixtures for the tests of edge-rt-distill. Without torch none of them is collected."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    import torch
+
+    torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, and results must not depend on the machine
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of two layers with grouped heads, as GGUF in F32, with a vocabulary and ChatML."""
+    from edge_rt.testing.random_models import write_random_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_random_model(folder / "tiny.gguf", "llama", n_layer=2, n_embd=64, n_head=4, n_head_kv=2, n_ff=128, type="F32")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model, as the other tests have it (it is fetched the first time)."""
+    from edge_rt import catalog
+
+    return catalog.fetch(catalog.DEFAULT)
+
+
