@@ -20,6 +20,7 @@ HOMES = {
     "check_tokens": ("edge_rt.core.part_checks", "check_tokens"),
     "largest_capacity": ("edge_rt.core.context.capacity", "largest_capacity"),
     "next_capacity": ("edge_rt.core.context.capacity", "next_capacity"),
+    "gguf_metadata_spans": ("edge_rt.core.load.header", "metadata_spans"),
     "in_pieces": ("edge_rt.core.graph.pieces", "in_pieces"),
     "read_hyper": ("edge_rt.core.graph.hyper", "read_hyper"),
     "Latest": ("edge_rt.patience", "Latest"),

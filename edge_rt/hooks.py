@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.support import unsupported as ggml_unsupported
     from edge_rt.core.load.adapter import LoraFile
     from edge_rt.core.load.gguf_tables import GGML_TYPES
+    from edge_rt.core.load.header import metadata_spans as gguf_metadata_spans
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.offload import Accelerator
     from edge_rt.core.part_checks import check_fits, check_parts, check_tokens
@@ -347,8 +348,8 @@ class HookSpecs:
 
 
 __all__ = [
-    "API_VERSION", "ENTRY_POINT_GROUP", "GGML_TYPES", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters", "Basis",
-    "Cache", "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores",
+    "API_VERSION", "ENTRY_POINT_GROUP", "GGML_TYPES", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters",
+    "Basis", "Cache", "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores",
     "CountsWork", "CpuSensors", "DataError", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory",
     "EngineInfo", "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText",
     "HookSpecs", "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError",
@@ -356,8 +357,8 @@ __all__ = [
     "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells",
     "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "TrainingError", "UnsupportedModel",
     "UserError", "Vocab", "Wanted", "available_cpus", "board_name", "check_fits", "check_parts", "check_pruning", "check_tokens",
-    "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features", "ggml_unsupported",
-    "ggml_vector_length", "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict",
-    "largest_capacity", "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper", "read_system_int", "read_system_text",
-    "recent_native_errors", "saved_mixed", "system_folders", "tokenize_messages", "unmoved_cells",
+    "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features",
+    "ggml_unsupported", "ggml_vector_length", "gguf_metadata_spans", "hookimpl", "hookspec", "in_pieces", "install_native_log",
+    "keep_graded", "keep_slide", "keep_strict", "largest_capacity", "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper",
+    "read_system_int", "read_system_text", "recent_native_errors", "saved_mixed", "system_folders", "tokenize_messages", "unmoved_cells",
 ]  # fmt: skip

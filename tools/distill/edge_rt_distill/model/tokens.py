@@ -1,0 +1,79 @@
+"""Text to tokens and back, with the vocabulary of a GGUF: the same code that tokenises when the student runs."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from edge_rt.hooks import ModelFile, Vocab, gguf_metadata_spans, tokenize_messages
+
+_HEADER = struct.Struct("<4sIQQ")
+
+
+class Tokeniser:
+    """The vocabulary of a GGUF file, loaded when first used."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        """A GGUF that holds the vocabulary."""
+
+    @cached_property
+    def vocab(self) -> Vocab:
+        """The vocabulary itself. Raises ModelFileError."""
+        return Vocab.load(self.source)
+
+    @property
+    def size(self) -> int:
+        """Tokens there are."""
+        return self.vocab.n_tokens
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        found = self.vocab.eos if self.vocab.eot is None else self.vocab.eot
+        return -1 if found is None else found
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Tokens of a text. ``special``: names of control tokens are control tokens. Raises OptionError for half surrogates."""
+        return self.vocab.tokenize(text, special=special)
+
+    def decode(self, tokens: Iterable[int], special: bool = False) -> str:
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self.vocab.detokenize(tokens, special).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> str:
+        """What one token stands for, control tokens by name."""
+        return self.vocab.piece(token, True).decode("utf-8", "replace")
+
+    def chat(self, messages: Sequence[Mapping[str, str]], answer: bool) -> list[int]:
+        """Tokens of a conversation in the model's template. ``answer``: an answer of the model is to follow."""
+        return tokenize_messages(self.vocab, messages, add_generation_prompt=answer)
+
+
+def write_vocabulary(source: str | os.PathLike[str], out: Path) -> None:
+    """A GGUF without tensors that has the vocabulary and metadata of another. Raises ModelFileError, OSError."""
+    file = ModelFile.open(source)
+    try:
+        _, spans = gguf_metadata_spans(file.map)
+        start, end = spans[0][1], spans[-1][2]
+        data = _HEADER.pack(b"GGUF", 3, 0, len(spans)) + bytes(file.map[start:end])
+    finally:
+        file.close()
+    out.write_bytes(data)
+
+
+def tokens_digest(source: str | os.PathLike[str]) -> str:
+    """SHA-256 over a GGUF's tokens in order: equal for files whose students and teachers understand each other's numbers."""
+    import hashlib
+
+    file = ModelFile.open(source)
+    try:
+        found = hashlib.sha256()
+        for text in file.header.raw_strings("tokenizer.ggml.tokens"):
+            found.update(len(text).to_bytes(4, "little") + text)
+        return found.hexdigest()
+    finally:
+        file.close()
