@@ -114,14 +114,14 @@ class Layer(nn.Module):
         return out.transpose(1, 2).reshape(batch, length, -1), found
 
     def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        scores = q @ k.transpose(-1, -2) / self.head**0.5
+        scores: Tensor = q @ k.transpose(-1, -2) / self.head**0.5
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(scores.shape[-1] - scores.shape[-2])
         return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, n * head] as [B, n, T, head]."""
-        return x.unflatten(-1, (-1, self.head)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head).transpose(1, 2)
 
     def _rotate(self, x: Tensor, turn: Turn) -> Tensor:
         """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of [B, n, T, head]."""

@@ -64,7 +64,7 @@ def read_gguf(path: Path) -> Decoder:
             _fill(target, name, read_tensor(file, name))
         unknown = sorted(set(file.header.tensors) - set(tensors(model)) - {"rope_freqs.weight"})
         if unknown:
-            raise UnsupportedModel(f"{path}: the tensor {unknown[0]} has no place in the decoder that is taught here; choose another teacher")
+            raise UnsupportedModel(f"{path}: the tensor {unknown[0]} has no place in what is taught here; choose another teacher")
     finally:
         file.close()
     return model
@@ -112,7 +112,8 @@ def read_tensor(file: ModelFile, name: str) -> np.ndarray[tuple[int, ...], np.dt
     if kind == gguf.GGMLQuantizationType.F32:
         return raw.view(np.float32).reshape(shape).copy()
     rows = raw.reshape(-1, info.nbytes // max(1, int(np.prod(shape[:-1]))))
-    return np.ascontiguousarray(gguf.quants.dequantize(rows, kind).reshape(shape), dtype=np.float32)
+    values: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = gguf.quants.dequantize(rows, kind).astype(np.float32, copy=False)
+    return np.ascontiguousarray(values.reshape(shape))
 
 
 def read_architecture(file: ModelFile) -> Architecture:

@@ -87,7 +87,7 @@ def read_architecture(folder: Path) -> Architecture:
     if (folder / _OURS).is_file():
         return Architecture.from_json(_json(folder / _OURS))
     config = _json(folder / _CONFIG)
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in _TYPES:
         raise UnsupportedModel(f"{folder}: models of type {kind} cannot be taught here; choose one of {', '.join(_TYPES)}")
     family = _TYPES[kind]
@@ -160,14 +160,14 @@ def _rotated(model: Decoder, name: str, values: Tensor) -> Tensor:
     if not _turns(model, name):
         return values
     head = model.architecture.head
-    return values.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).reshape(values.shape)
+    return values.reshape(-1, 2, head // 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
 
 
 def _unrotated(model: Decoder, name: str, values: Tensor) -> Tensor:
     if not _turns(model, name):
         return values
     head = model.architecture.head
-    return values.detach().unflatten(0, (-1, head // 2, 2)).transpose(1, 2).reshape(values.shape)
+    return values.detach().reshape(-1, head // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
 
 
 def _config(a: Architecture, end: int, dtype: torch.dtype) -> dict[str, Any]:
