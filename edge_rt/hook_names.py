@@ -42,6 +42,8 @@ HOMES = {
     "Run": ("edge_rt.core.context.positions", "Run"),
     "Segment": ("edge_rt.core.context.segments", "Segment"),
     "available_cpus": ("edge_rt.config", "available_cpus"),
+    "read_toml": ("edge_rt.core.assemble.toml_place", "read_file"),
+    "resolve_model": ("edge_rt.catalog", "resolve"),
     "read_system_int": ("edge_rt.system_files", "read_int"),
     "read_system_text": ("edge_rt.system_files", "read_text"),
     "system_folders": ("edge_rt.system_files", "subfolders"),

@@ -69,10 +69,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import typer
 
+    from edge_rt.catalog import resolve as resolve_model
     from edge_rt.config import available_cpus
     from edge_rt.core.assemble.aho_corasick import AhoCorasick
     from edge_rt.core.assemble.code_spans import CodeSpans
     from edge_rt.core.assemble.rules import Rules
+    from edge_rt.core.assemble.toml_place import read_file as read_toml
     from edge_rt.core.assemble.width import HALF_WIDTH
     from edge_rt.core.context.candidates import Candidate
     from edge_rt.core.context.capacity import largest_capacity, next_capacity
@@ -360,5 +362,6 @@ __all__ = [
     "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features",
     "ggml_unsupported", "ggml_vector_length", "gguf_metadata_spans", "hookimpl", "hookspec", "in_pieces", "install_native_log",
     "keep_graded", "keep_slide", "keep_strict", "largest_capacity", "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper",
-    "read_system_int", "read_system_text", "recent_native_errors", "saved_mixed", "system_folders", "tokenize_messages", "unmoved_cells",
+    "read_system_int", "read_system_text", "read_toml", "recent_native_errors", "resolve_model", "saved_mixed", "system_folders",
+    "tokenize_messages", "unmoved_cells",
 ]  # fmt: skip

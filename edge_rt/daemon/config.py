@@ -11,7 +11,7 @@ from edge_rt.core.assemble.rules import Rules
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.frames import MAX_BYTES
-from edge_rt.errors import OptionError, RuleError
+from edge_rt.errors import OptionError
 
 
 class Limits(NamedTuple):
@@ -96,21 +96,9 @@ def default() -> Config:
 
 def read(path: Path) -> Config:
     """Read a file. Raises OptionError, RuleError with the line."""
-    from edge_rt.core.assemble import toml_place
+    from edge_rt.core.assemble.toml_place import read_file
 
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
-        raise OptionError(f"the configuration {path} cannot be read: {reason}") from error
-    try:
-        table = Rules(toml_place.parse(text), folder=path.parent)
-        found = _config(table, path.parent)
-        table.finish()
-    except RuleError as error:
-        line = error.line if error.line is not None else toml_place.line_of(text, error.place)
-        raise RuleError(error.reason, place=error.place, file=str(path), line=line) from error
-    return found
+    return read_file(path, "configuration", lambda table: _config(table, path.parent))
 
 
 def _config(table: Rules, folder: Path) -> Config:

@@ -9,15 +9,40 @@ from __future__ import annotations
 import re
 import sys
 from bisect import bisect_left
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
-from edge_rt.core.assemble.rules import Place
-from edge_rt.errors import RuleError
+from edge_rt.core.assemble.rules import Place, Rules
+from edge_rt.errors import OptionError, RuleError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+T = TypeVar("T")
+
+
+def read_file(path: Path, what: str, read: Callable[[Rules], T]) -> T:
+    """What ``read`` makes of a TOML file; keys it does not ask for are mistakes. ``what``: the file in a word, for messages.
+
+    Raises OptionError for a file that cannot be read, RuleError with the line of a value that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+        raise OptionError(f"the {what} {path} cannot be read: {reason}") from error
+    try:
+        table = Rules(parse(text), folder=path.parent)
+        found = read(table)
+        table.finish()
+    except RuleError as error:
+        line = error.line if error.line is not None else line_of(text, error.place)
+        raise RuleError(error.reason, place=error.place, file=str(path), line=line) from error
+    return found
 
 
 def parse(text: str) -> dict[str, Any]:
