@@ -32,6 +32,13 @@ if ! installed; then
   rm -rf .venv/.wheel
   .venv/bin/pip install -q --progress-bar off "$native" || fail "installing $native failed; the reason is above (a compiler too old, no network?)"
 fi
+if [ "$extra" = dev ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+  # PyPI's build for Linux on x86-64 brings 3 GB of CUDA that no test uses; PyTorch's own index has one without, where it can be reached.
+  cpu=https://download.pytorch.org/whl/cpu
+  if .venv/bin/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)' "$cpu" 2>/dev/null; then
+    .venv/bin/pip install -q --progress-bar off torch --index-url "$cpu" || fail "installing torch failed; the reason is above"
+  fi
+fi
 # editable_mode=compat: a plain path entry. setuptools' default is an import hook, which costs 13 ms at every start.
 .venv/bin/pip install -q --config-settings editable_mode=compat -e ".${extra:+[$extra]}" || fail "installing edge-rt failed; the reason is above"
 .venv/bin/python -m compileall -q edge_rt # the first start is then as fast as the next
