@@ -1,0 +1,82 @@
+"""The reward of an answer: the weighted mean of what it gets for the sample's checks (checks.py), or what a function of the user's says."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from edge_rt.hooks import DataError, OptionError
+from edge_rt_distill.behaviour.checks import Answer, score
+from edge_rt_distill.data.samples import Sample
+
+ALWAYS: tuple[dict[str, Any], ...] = ({"kind": "ends"}, {"kind": "no_loops"})
+"""Asked of every answer: one that has all that was required and then goes on for ever is of no use."""
+
+
+class Reward(NamedTuple):
+    """``value`` 0 to 1, and ``parts``: check -> what it gave (a kind's second check is ``KIND 2``)."""
+
+    value: float
+    parts: dict[str, float]
+
+
+RewardFunction = Callable[[Sample, str, bool], Reward]
+
+
+def checks_of(sample: Sample) -> tuple[dict[str, Any], ...]:
+    """The checks of an answer to ``sample``: its own and ``ALWAYS``; without any of its own also that the language is the question's."""
+    own = sample.checks
+    if not own:
+        language = sample.language
+        own = ({"kind": "language", "is": language},) if language else ()
+    named = {check["kind"] for check in own}
+    return (*own, *(check for check in ALWAYS if check["kind"] not in named))
+
+
+def reward(sample: Sample, answer: str, ended: bool) -> Reward:
+    """What ``answer`` is worth. ``ended``: the model ended its turn by itself. An empty answer is worth nothing."""
+    given = Answer(answer, ended)
+    checks = checks_of(sample)
+    if not score({"kind": "not_empty"}, given):
+        return Reward(0.0, {"not_empty": 0.0})
+    parts: dict[str, float] = {}
+    total = weights = 0.0
+    for check in checks:
+        value, weight = score(check, given), float(check.get("weight", 1))
+        kind = check["kind"]
+        count = sum(name.split(" ")[0] == kind for name in parts)
+        parts[f"{kind} {count + 1}" if count else kind] = value
+        total, weights = total + weight * value, weights + weight
+    return Reward(total / weights if weights else 0.0, parts)
+
+
+def load_reward(name: str) -> RewardFunction:
+    """The function ``MODULE:FUNCTION``; "" is ``reward``. It takes (sample, answer, ended) and returns a Reward or a number 0 to 1.
+
+    Raises ``OptionError`` if there is none. What the function returns is checked at each call: ``DataError`` if it is no reward.
+    """
+    if not name:
+        return reward
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise OptionError(f"{name!r} names no reward; write MODULE:FUNCTION, as in my_rewards:polite")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise OptionError(f"the reward {name}: {error}; is its folder in PYTHONPATH?") from error
+    except AttributeError:
+        raise OptionError(f"the reward {name}: {module_name} has no {function_name}; check the spelling") from None
+    if not callable(function):
+        raise OptionError(f"the reward {name} is not a function; name one that takes (sample, answer, ended)")
+
+    def checked(sample: Sample, answer: str, ended: bool) -> Reward:
+        result = function(sample, answer, ended)
+        if isinstance(result, (int, float)) and not isinstance(result, bool):
+            result = Reward(float(result), {function_name: float(result)})
+        if not isinstance(result, Reward) or not math.isfinite(result.value) or not 0 <= result.value <= 1:
+            raise DataError(f"the reward {name} returned {result!r} for sample {sample.id}; it must be a Reward or a number from 0 to 1")
+        return result
+
+    return checked

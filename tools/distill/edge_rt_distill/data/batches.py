@@ -1,0 +1,244 @@
+"""Samples -> sequences of tokens -> batches of similar length; each order is a function of (seed, epoch), so that a run can resume.
+
+Which predictions count: all of a text; of a conversation only the assistant's words and the end of its turn. Rows are filled up at
+their right end and masked by position, never by id: in some vocabularies the end of a turn and the filling are the same token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Listed
+from typing import NamedTuple, Protocol
+
+import torch
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.data.samples import Sample
+
+
+class Tokeniser(Protocol):
+    """What of ``model.tokens.Tokeniser`` is used here. ``chat`` with ``answer`` ends where the assistant's next words begin."""
+
+    @property
+    def end(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def encode(self, text: str, special: bool = False) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def chat(self, messages: list[dict[str, str]], answer: bool) -> list[int]: ...
+
+
+class Sequence(NamedTuple):
+    """``targets[t]``: the prediction of token t, made at t - 1, counts. ``sample``: id of where it comes from."""
+
+    tokens: list[int]
+    targets: list[bool]
+    sample: str
+    weight: float = 1.0
+
+
+class Batch(NamedTuple):
+    tokens: torch.Tensor
+    """[B, T] int64; what stands behind a row's length means nothing."""
+    mask: torch.Tensor
+    """[B, T] float32: the weight of the sequence where position t's prediction of token t + 1 counts, else 0. The last column is 0."""
+    lengths: torch.Tensor
+    """[B] int64"""
+    samples: tuple[str, ...] = ()
+
+
+class Share(NamedTuple):
+    """What a source gave to a mixture. ``passes``: how often it was gone through; Muennighoff et al. 2023 (arXiv 2305.16264) found
+    up to four passes to be worth nearly as much as new data."""
+
+    wanted: float
+    tokens: int
+    targets: int
+    sequences: int
+    passes: float
+
+
+class Mixture(NamedTuple):
+    sequences: list[Sequence]
+    shares: dict[str, Share]
+
+
+def encode(samples: Listed[Sample], tokeniser: Tokeniser, length: int, *, told: Callable[[str], None] | None = None) -> list[Sequence]:
+    """The sequences of ``samples``, none longer than ``length`` tokens, in their order.
+
+    A longer text becomes several. A longer conversation is cut behind ``length``, and left out if no answer begins before that;
+    prompts without an answer are left out too. ``told`` gets one line about what was cut and left out.
+    Raises ``DataError`` if nothing is left, or for tokens outside the model's vocabulary.
+    """
+    if length < 2:
+        raise DataError(f"a sequence of {length} tokens has nothing to predict; choose a length of at least 2")
+    found: list[Sequence] = []
+    cut = left_out = 0
+    for sample in samples:
+        made = _text(sample, tokeniser, length) if sample.text else _conversation(sample, tokeniser)
+        fitting = [Sequence(item.tokens[:length], item.targets[:length], item.sample, item.weight) for item in made]
+        kept = [item for item in fitting if any(item.targets)]
+        cut += sum(len(item.tokens) > length for item in made)
+        left_out += not kept
+        found += kept
+    _check_ids(found, tokeniser)
+    if told is not None and (cut or left_out):
+        told(f"{cut} of {len(samples)} samples were cut at {length} tokens, {left_out} left out (no answer within that length)")
+    if not found:
+        raise DataError(f"none of {len(samples)} samples has an answer or a text within {length} tokens; add some, or raise the length")
+    return found
+
+
+def _check_ids(sequences: Listed[Sequence], tokeniser: Tokeniser) -> None:
+    for item in sequences:
+        if item.tokens and not (min(item.tokens) >= 0 and max(item.tokens) < tokeniser.size):
+            raise DataError(
+                f"sample {item.sample}: token {max(item.tokens)} is not in the model's vocabulary of {tokeniser.size}; "
+                "the tokenizer is another model's: name the right one"
+            )
+
+
+def _text(sample: Sample, tokeniser: Tokeniser, length: int) -> list[Sequence]:
+    tokens = tokeniser.encode(sample.text)
+    pieces = [tokens[at : at + length] for at in range(0, len(tokens), length)]
+    return [Sequence(piece, [False] + [True] * (len(piece) - 1), sample.id) for piece in pieces if len(piece) > 1]
+
+
+def as_dicts(sample: Sample, count: int | None = None) -> list[dict[str, str]]:
+    """The first ``count`` messages in the form that tokenisers take."""
+    return [{"role": message.role, "content": message.content} for message in sample.messages[:count]]
+
+
+def _conversation(sample: Sample, tokeniser: Tokeniser) -> list[Sequence]:
+    """One sequence in which all answers count; or one an answer, where the template writes earlier turns another way than the last."""
+    answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
+    if not answers:
+        return []
+    tokens = tokeniser.chat(as_dicts(sample, answers[-1] + 1), False)
+    targets = [False] * len(tokens)
+    for index in answers:
+        before = tokeniser.chat(as_dicts(sample, index), True)
+        after = tokeniser.chat(as_dicts(sample, index + 1), False)
+        end = next((at for at in range(len(before), len(after)) if after[at] == tokeniser.end), None)
+        if not before or end is None or tokens[: end + 1] != after[: end + 1] or after[: len(before)] != before:
+            return [_answer(sample, index, tokeniser) for index in answers]
+        targets[len(before) : end + 1] = [True] * (end + 1 - len(before))
+    last = max(at for at, counts in enumerate(targets) if counts)
+    return [Sequence(tokens[: last + 1], targets[: last + 1], sample.id)]
+
+
+def _answer(sample: Sample, index: int, tokeniser: Tokeniser) -> Sequence:
+    """What the model itself would write: the prompt as it is given to it, the words, the end of the turn."""
+    before = tokeniser.chat(as_dicts(sample, index), True)
+    words = [*tokeniser.encode(sample.messages[index].content), tokeniser.end]
+    return Sequence([*before, *words], [False] * len(before) + [True] * len(words), sample.id)
+
+
+def pack(sequences: Listed[Sequence], length: int, separator: int) -> list[Sequence]:
+    """Sequences joined to ``length`` tokens, ``separator`` between them, in their order: fewer rows, no filling.
+
+    Tokens see those of the sequences before theirs in the row, as in the pre-training of GPT-3 (arXiv 2005.14165, section 2.2): for
+    texts, not for conversations. The prediction of a separator and of the first token behind it does not count. Ids join with "+".
+    """
+    packed: list[Sequence] = []
+    for item in sequences:
+        last = packed[-1] if packed else None
+        if last is not None and last.weight == item.weight and len(last.tokens) + 1 + len(item.tokens) <= length:
+            tokens, targets = [*last.tokens, separator, *item.tokens], [*last.targets, False, False, *item.targets[1:]]
+            ids = last.sample if last.sample.split("+")[-1] == item.sample else f"{last.sample}+{item.sample}"
+            packed[-1] = Sequence(tokens, targets, ids, item.weight)
+        else:
+            packed.append(item)
+    return packed
+
+
+WINDOW = 32
+"""Batches whose sequences are sorted by length together: enough that rows are alike, few enough that each epoch's batches differ."""
+
+
+def plan(lengths: Listed[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Which sequences stand in which batch, the same for the same arguments: every one once, rows x longest <= ``batch_tokens``.
+
+    A sequence that is longer than that is a batch by itself.
+    """
+    if batch_tokens < 1:
+        raise DataError(f"a batch of {batch_tokens} tokens holds nothing; choose at least the length of a sequence")
+    order = list(range(len(lengths)))
+    dice = random.Random(f"batches {seed} {epoch}")
+    dice.shuffle(order)
+    window = max(1, WINDOW * batch_tokens * len(lengths) // max(1, sum(lengths)))
+    found: list[list[int]] = []
+    for start in range(0, len(order), window):
+        rows: list[int] = []
+        for index in sorted(order[start : start + window], key=lambda index: lengths[index]):  # stable: equals stay shuffled
+            if rows and lengths[index] * (len(rows) + 1) > batch_tokens:
+                found.append(rows)
+                rows = []
+            rows.append(index)
+        found.append(rows)
+    dice.shuffle(found)
+    return found
+
+
+def batches(sequences: Listed[Sequence], batch_tokens: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+    """The batches of an epoch from number ``start`` on: going on at ``start`` gives what the whole epoch would have given from there."""
+    if not sequences:
+        raise DataError("no sequences to make batches of; check that the samples have answers or text")
+    for rows in plan([len(item.tokens) for item in sequences], batch_tokens, seed, epoch)[start:]:
+        yield collate([sequences[index] for index in rows])
+
+
+def collate(rows: Listed[Sequence]) -> Batch:
+    """One batch of ``rows``. Raises ``DataError`` where a row's lists have different lengths."""
+    longest = max(len(item.tokens) for item in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.float32)
+    for row, item in enumerate(rows):
+        if len(item.tokens) != len(item.targets):
+            raise DataError(f"sample {item.sample}: {len(item.tokens)} tokens and {len(item.targets)} targets; encode it again")
+        tokens[row, : len(item.tokens)] = torch.tensor(item.tokens, dtype=torch.int64)
+        mask[row, : len(item.tokens) - 1] = torch.tensor(item.targets[1:], dtype=torch.float32) * item.weight
+    lengths = torch.tensor([len(item.tokens) for item in rows], dtype=torch.int64)
+    return Batch(tokens, mask, lengths, tuple(item.sample for item in rows))
+
+
+def mix(sources: Mapping[str, Listed[Sequence]], weights: Mapping[str, float], tokens: int, *, seed: int, epoch: int = 0) -> Mixture:
+    """About ``tokens`` tokens of several sources, shares as ``weights``, each source from where the epoch before left it.
+
+    Each source is gone through in an order shuffled anew on each pass. A source gives at most one sequence more than its share.
+    Raises ``DataError`` for empty or unknown sources and weights that are no shares.
+    """
+    if set(sources) != set(weights):
+        raise DataError(f"sources are {', '.join(sorted(sources))} and weights {', '.join(sorted(weights))}; name the same in both")
+    total = sum(weights.values())
+    if not (0 < total < float("inf")) or min(weights.values()) < 0 or tokens < 1:
+        raise DataError("weights of sources are not negative, not all zero, and at least one token is wanted; mend them")
+    found: list[Sequence] = []
+    shares: dict[str, Share] = {}
+    for name in sorted(sources):
+        taken, passes = _take(sources[name], name, int(tokens * weights[name] / total), seed, epoch)
+        targets = sum(sum(item.targets) for item in taken)
+        shares[name] = Share(weights[name] / total, sum(len(item.tokens) for item in taken), targets, len(taken), passes)
+        found += taken
+    random.Random(f"mix {seed} {epoch}").shuffle(found)
+    return Mixture(found, shares)
+
+
+def _take(source: Listed[Sequence], name: str, budget: int, seed: int, epoch: int) -> tuple[list[Sequence], float]:
+    """(sequences of at least ``budget`` tokens, share of the source that is), after those that earlier epochs took."""
+    if budget and not any(item.tokens for item in source):
+        raise DataError(f"the source {name} is empty; leave it out or set its weight to 0")
+    taken: list[Sequence] = []
+    order: list[int] = []
+    position = 0
+    for _ in range(epoch + 1 if budget else 0):
+        taken, got = [], 0
+        while got < budget:
+            if position % len(source) == 0:
+                order = list(range(len(source)))
+                random.Random(f"{name} {seed} {position // len(source)}").shuffle(order)
+            taken.append(source[order[position % len(source)]])
+            got += len(taken[-1].tokens)
+            position += 1
+    return taken, len(taken) / len(source) if source else 0.0
