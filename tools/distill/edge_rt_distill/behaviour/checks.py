@@ -95,7 +95,9 @@ def _within(count: int, least: int | None, most: int | None) -> float:
 
 
 _ITEM = re.compile(
-    r"^\s*(?:(?P<bullet>[-*•·–])\s+|(?P<number>\d{1,2}[.)、．:]|[(（]\d{1,2}[)）]|[一二三四五六七八九十]{1,3}、)\s*)\S", re.MULTILINE
+    r"^[ \t]*(?:(?P<bullet>[-*•·–])[ \t]+"
+    r"|(?P<number>\d{1,2}[.)、．:]|[(（]\d{1,2}[)）]|[一二三四五六七八九十]{1,3}、)[ \t]*)\S",
+    re.MULTILINE,
 )
 
 
@@ -170,7 +172,7 @@ _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "千": 1e3, "万": 1
 
 def _numbers(text: str) -> list[tuple[float, ...]]:
     """Every number in ``text``: its value, and what it is with the word behind it ("1.2 million", "3万")."""
-    found = []
+    found: list[tuple[float, ...]] = []
     for match in _NUMBER.finditer(_plain(text)):
         written, scale = match.group("value") or match.group("value2"), (match.group("scale") or match.group("scale2") or "").strip()
         value = float(written.replace(",", "")) * (-1 if match.group("sign") else 1)

@@ -29,8 +29,7 @@ _SCRIPTS = {
 }
 _PATTERNS = {language: re.compile(pattern) for language, pattern in _SCRIPTS.items()}
 _ABBREVIATIONS = frozenset(
-    ("e.g", "i.e", "mr", "mrs", "ms", "dr", "prof", "st", "no", "vs", "etc", "approx", "fig", "eq", "sec", "art", "inc", "ltd", "co")
-    + ("u.s", "u.k", "a.m", "p.m")
+    ("e.g", "i.e", "etc", "vs", "approx", "mr", "mrs", "ms", "dr", "prof", "st", "no", "fig", "eq", "sec", "art", "inc", "ltd", "co", "p.m")
 )
 _END = re.compile(r"[。！？!?…]+[”’」』\"')\]]*|\.[”\"')\]]*(?=\s|$)|\n+")
 

@@ -1,0 +1,254 @@
+"""Level 4's material: the teacher's answers to each prompt, scored; the good ones to imitate, best against worst as pairs.
+
+- ``trajectories``: k answers a prompt, each with its reward. Written to a file as they come, a run that was stopped goes on in it.
+- ``imitation``: answers above a quantile and a threshold (rejection sampling: RAFT, Dong et al. 2023, arXiv 2304.06767), weighed by
+  how far they are above their prompt's mean (advantage-weighted regression, Peng et al. 2019, arXiv 1910.00177).
+- ``pairs``: best against worst of a prompt (for DPO, Rafailov et al. 2023, arXiv 2305.18290).
+- ``on_policy``: the beginnings of the student's own answers, on which the teacher's distribution is the label (GKD, Agarwal et al.
+  2023, arXiv 2306.13649; MiniLLM, Gu et al. 2023, arXiv 2306.08543).
+Each prompt's answers depend on the seed and the sample alone, not on what else is sampled with it or where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from edge_rt.hooks import DataError, OptionError
+from edge_rt_distill.behaviour.examples import Example, Pair, example
+from edge_rt_distill.behaviour.journal import Journal
+from edge_rt_distill.behaviour.rewards import RewardFunction, reward
+from edge_rt_distill.data import batches
+from edge_rt_distill.data.batches import Tokeniser
+from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.generate import Rollout, generate
+
+Generate = Callable[..., list[Rollout]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled. ``tokens``: of an answer at most. ``reward``: MODULE:FUNCTION, "" for the checks."""
+
+    per_prompt: int = 4
+    tokens: int = 160
+    temperature: float = 0.8
+    top_k: int = 0
+    seed: int = 0
+    reward: str = ""
+
+    def __post_init__(self) -> None:
+        if self.per_prompt < 1 or self.tokens < 1 or self.temperature < 0 or self.top_k < 0:
+            raise OptionError(
+                "an answer and a token at least are sampled, at a temperature and top-k not below 0; mend the sampling options"
+            )
+        if self.per_prompt > 1 and self.temperature == 0:
+            raise OptionError(f"{self.per_prompt} answers at temperature 0 are all the same; raise the temperature, or sample one")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is learnt from. An answer is imitated if its reward is at least ``threshold`` and in the best ``1 - quantile`` of all.
+
+    ``sharpness``: its weight is exp((reward - mean of its prompt) / sharpness), at most ``largest``; weights have mean 1.
+    ``heavier``: times that for the end of the turn and tokens of format. ``margin``: reward between the two of a pair, at least.
+    """
+
+    threshold: float = 0.6
+    quantile: float = 0.5
+    sharpness: float = 0.5
+    largest: float = 3.0
+    heavier: float = 2.0
+    margin: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.threshold <= 1 and 0 <= self.quantile < 1 and 0 < self.margin <= 1):
+            raise OptionError("threshold is from 0 to 1, quantile below 1, margin above 0 and at most 1; mend the options of level 4")
+        if not (self.sharpness > 0 and self.largest > 0 and 0 <= self.heavier < math.inf):
+            raise OptionError("sharpness and the largest weight are above 0, heavier is not negative; mend the options of level 4")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One answer of the teacher. ``answer``: its tokens, with the end of the turn if it ``ended`` by itself; ``text``: in words."""
+
+    sample: str
+    number: int
+    seed: int
+    prompt: list[int]
+    answer: list[int]
+    text: str
+    ended: bool
+    logprob: float
+    """Of the whole answer under the teacher, nats."""
+    reward: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(data: dict[str, object]) -> Trajectory:
+        """Raises ``DataError`` if a field is missing."""
+        try:
+            return Trajectory(**{item.name: data[item.name] for item in fields(Trajectory)})  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"a recorded answer lacks {error}; delete the file to sample anew") from None
+
+
+def seed_of(seed: int, sample: str) -> int:
+    """The seed of a sample's answers, 0 <= . < 2^62."""
+    return int.from_bytes(hashlib.sha256(f"rollouts {seed} {sample}".encode()).digest()[:8], "big") >> 2
+
+
+def trajectories(
+    model: Decoder,
+    tokeniser: Tokeniser,
+    samples: Sequence[Sample],
+    sampling: Sampling,
+    *,
+    file: Path | None = None,
+    origin: str = "",
+    score: RewardFunction = reward,
+    sample_with: Generate = generate,
+    told: Callable[[int, int], None] = lambda *_: None,
+) -> list[Trajectory]:
+    """The answers of ``model`` to the last question of each of ``samples``, scored; passages and prompts too long are left out.
+
+    ``file``: JSONL that is written on the way; what it already has of the same ``origin`` (the model's digest) and ``sampling`` is not
+    sampled again. ``told``: prompts done and in all. Raises ``DataError`` if no sample has a question, or the file is of other settings.
+    """
+    room = model.architecture.context - sampling.tokens
+    prompts = {sample.id: (sample, _prompt(sample, tokeniser)) for sample in samples if sample.prompt}
+    fitting = {name: item for name, item in prompts.items() if 0 < len(item[1]) <= room}
+    if not fitting:
+        why = f"none of their questions fits into {room} tokens" if prompts else "none of them asks anything"
+        raise DataError(f"{len(samples)} samples, but {why}; add chat samples, or sample fewer tokens")
+    journal = Journal(file, {"kind": "trajectories", "version": 1, "origin": origin, **asdict(sampling)})
+    known = _known(journal.records(), sampling.per_prompt)
+    found: list[Trajectory] = []
+    for done, (sample, prompt) in enumerate(fitting.values(), 1):
+        group = known.get(sample.id)
+        if group is None:
+            group = list(_answers(model, tokeniser, sample, prompt, sampling, score, sample_with))
+            journal.add([asdict(one) for one in group])
+        found += group
+        told(done, len(fitting))
+    return found
+
+
+def _prompt(sample: Sample, tokeniser: Tokeniser) -> list[int]:
+    return tokeniser.chat(batches.as_dicts(sample, len(sample.prompt)), True)
+
+
+def _known(records: Sequence[dict[str, object]], per_prompt: int) -> dict[str, list[Trajectory]]:
+    """The groups that are complete; of one that was cut off nothing is used."""
+    groups: dict[str, dict[int, Trajectory]] = {}
+    for record in records:
+        one = Trajectory.from_json(record)
+        groups.setdefault(one.sample, {})[one.number] = one
+    return {name: [group[i] for i in range(per_prompt)] for name, group in groups.items() if sorted(group) == list(range(per_prompt))}
+
+
+def _answers(
+    model: Decoder, tokeniser: Tokeniser, sample: Sample, prompt: list[int], sampling: Sampling, score: RewardFunction, sample_with: Generate
+) -> Iterator[Trajectory]:  # fmt: skip
+    """All answers to one prompt, sampled side by side: equal lengths, so that nothing depends on filling."""
+    seed, end = seed_of(sampling.seed, sample.id), tokeniser.end
+    rollouts = sample_with(
+        model, [prompt] * sampling.per_prompt, tokens=sampling.tokens, temperature=sampling.temperature, seed=seed, end=end, top_k=sampling.top_k
+    )  # fmt: skip
+    for number, rollout in enumerate(rollouts):
+        words = rollout.tokens[:-1] if rollout.ended and rollout.tokens[-1:] == [end] else rollout.tokens
+        text = tokeniser.decode(words)
+        value = score(sample, text, rollout.ended)
+        answer = [*words, end] if rollout.ended else list(words)
+        yield Trajectory(
+            sample.id, number, seed, list(prompt), answer, text, rollout.ended, sum(rollout.logprobs), value.value, value.parts
+        )  # fmt: skip
+
+
+FORMAT = frozenset("{}[]()<>\"'`:;,.|#*-_=+•·、。，：；！？!?（）【】「」“”\n\t 0123456789")
+"""What layout and format are written with; a token that is made of nothing else is one of format."""
+
+
+def format_tokens(tokeniser: Tokeniser, used: Sequence[int]) -> frozenset[int]:
+    """The end of the turn and those of ``used`` that are of format: punctuation, line ends, brackets and numbers of items."""
+    marks = {token for token in set(used) if (text := tokeniser.decode([token])) and set(text) <= FORMAT and text.strip(" ")}
+    return frozenset(marks | {tokeniser.end})
+
+
+def imitation(found: Sequence[Trajectory], tokeniser: Tokeniser, choice: Choice) -> list[Example]:
+    """The answers worth imitating, in the order of ``found``, equal answers to a prompt once. Empty if none is good enough."""
+    if not found:
+        return []
+    line = max(choice.threshold, _quantile([one.reward for one in found], choice.quantile))
+    means = {name: sum(group) / len(group) for name, group in _rewards(found).items()}
+    kept: dict[tuple[str, tuple[int, ...]], Trajectory] = {}
+    for one in found:
+        if one.reward >= line and one.answer:
+            kept.setdefault((one.sample, tuple(one.answer)), one)
+    weights = [min(choice.largest, math.exp((one.reward - means[one.sample]) / choice.sharpness)) for one in kept.values()]
+    mean = sum(weights) / len(weights) if weights else 1.0
+    heavy = format_tokens(tokeniser, [token for one in kept.values() for token in one.answer])
+    return [_example(one, weight / mean, heavy, choice) for one, weight in zip(kept.values(), weights, strict=True)]
+
+
+def pairs(found: Sequence[Trajectory], tokeniser: Tokeniser, choice: Choice) -> list[Pair]:
+    """The best against the worst answer of each prompt where at least ``margin`` lies between; of equals the first sampled."""
+    groups: dict[str, list[Trajectory]] = {}
+    for one in found:
+        if one.answer:
+            groups.setdefault(one.sample, []).append(one)
+    made = []
+    for group in groups.values():
+        best, worst = max(group, key=lambda one: one.reward), min(group, key=lambda one: one.reward)
+        if best.reward - worst.reward >= choice.margin and best.reward >= choice.threshold:
+            heavy = format_tokens(tokeniser, [*best.answer, *worst.answer])
+            made.append(Pair(_example(best, 1.0, heavy, choice), _example(worst, 1.0, heavy, choice), best.reward - worst.reward))
+    return made
+
+
+def _example(one: Trajectory, weight: float, heavy: frozenset[int], choice: Choice) -> Example:
+    return example(one.prompt, one.answer, weight=weight, heavy=heavy, heavier=choice.heavier, sample=one.sample, reward=one.reward)
+
+
+def _rewards(found: Sequence[Trajectory]) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = {}
+    for one in found:
+        groups.setdefault(one.sample, []).append(one.reward)
+    return groups
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of ``values`` do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def on_policy(
+    student: Decoder,
+    tokeniser: Tokeniser,
+    samples: Sequence[Sample],
+    *,
+    tokens: int = 100,
+    temperature: float = 1.0,
+    seed: int = 0,
+    sample_with: Generate = generate,
+) -> list[batches.Sequence]:
+    """The student's own answers to ``samples`` up to ``tokens`` tokens, for the teacher to label; no reward, all of them count.
+
+    A student that changes is sampled again with another ``seed``: the step it has reached. Prompts that do not fit are left out.
+    """
+    room = student.architecture.context - tokens
+    made = []
+    for sample in samples:
+        prompt = _prompt(sample, tokeniser) if sample.prompt else []
+        if not 0 < len(prompt) <= room:
+            continue
+        draw = seed_of(seed, sample.id)
+        answer = sample_with(student, [prompt], tokens=tokens, temperature=temperature, seed=draw, end=tokeniser.end)[0].tokens
+        if answer:
+            made.append(batches.Sequence([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), sample.id))
+    return made
