@@ -1,0 +1,81 @@
+"""``edge-rt distill``: the commands. Torch is loaded when a command runs, not when ``edge-rt`` lists them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+HELP = """Make a small INT4 student of a large teacher.
+
+\b
+  edge-rt distill init my.toml      a file that says what to do, with every setting explained
+  edge-rt distill run my.toml       do it; interrupted, the same command goes on
+  edge-rt distill status my.toml    what is done, and what it found
+  edge-rt distill library ls DIR    what is recorded of teachers
+"""
+_FILE = typer.Argument(metavar="FILE", help="The run: a TOML file, see `edge-rt distill init`.")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add ``distill`` to the command line."""
+    distill = typer.Typer(name="distill", help=HELP, no_args_is_help=True, rich_markup_mode=None)
+    distill.command("init")(init)
+    distill.command("run")(run)
+    distill.command("status")(status)
+    app.add_typer(distill)
+
+
+def init(
+    file: Annotated[Path, _FILE], force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False
+) -> None:
+    """Write a run's file: the demo, with every setting explained."""
+    from edge_rt.hooks import OptionError
+    from edge_rt_distill.run.config import Config, to_toml
+    from edge_rt_distill.run.steps import write_text
+
+    if file.exists() and not force:
+        raise OptionError(f"{file} is there already; choose another name, or replace it with --force")
+    try:
+        write_text(file, to_toml(Config()))
+    except OSError as error:
+        raise OptionError(f"{file} cannot be written: {(error.strerror or str(error)).lower()}; choose another place") from error
+    typer.echo(f"{file} is written; change what you like and run `edge-rt distill run {file}`")
+
+
+def run(
+    file: Annotated[Path, _FILE],
+    until: Annotated[Optional[str], typer.Option("--until", metavar="STEP", help="Stop behind this step.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print what each step found as JSON.")] = False,
+) -> None:
+    """Do a run, or go on with it: what is done and has not changed is not done again."""
+    from edge_rt_distill.run.pipeline import run_file
+    from edge_rt_distill.run.progress import Shown
+
+    shown = Shown()
+    try:
+        done = run_file(file, until=until, told=shown)
+    finally:
+        shown.close()
+    if as_json:
+        typer.echo(json.dumps([{**one._asdict(), "files": sorted(one.files)} for one in done], ensure_ascii=False, default=str))
+        return
+    for one in done:
+        typer.echo(f"{one.name:12} {one.seconds:8.1f} s  {_short(one.summary)}")
+
+
+def status(file: Annotated[Path, _FILE]) -> None:
+    """Say what of a run is done, and what it found."""
+    from edge_rt_distill.run.pipeline import state
+
+    for name, done in state(file):
+        typer.echo(f"{name:12} {'not done' if done is None else f'{done.seconds:8.1f} s  {_short(done.summary)}'}")
+
+
+def _short(summary: object) -> str:
+    """The numbers and short texts of a summary in a line."""
+    items = summary.items() if isinstance(summary, dict) else ()
+    plain = [(key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in items if not isinstance(value, (dict, list))]
+    return ", ".join(f"{key} {value}" for key, value in plain)[:120]

@@ -1,0 +1,51 @@
+"""A whole run: its steps in order, from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_rt.hooks import OptionError
+from edge_rt_distill.run import prepare
+from edge_rt_distill.run.config import Config, read
+from edge_rt_distill.run.steps import Done, Step, Told, read_done, run_steps
+from edge_rt_distill.run.workshop import Workshop
+
+
+def steps(shop: Workshop) -> list[Step]:
+    """The steps of a run, in order."""
+    return [prepare.data_step(shop), prepare.rollouts_step(shop)]
+
+
+def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None) -> list[Done]:
+    """Do a run, or go on with it, up to the step ``until``. Raises UserErrors of every stage; what is done stays."""
+    shop = _workshop(file)
+    _threads(shop.config)
+    planned = steps(shop)
+    if until is not None:
+        names = [one.name for one in planned]
+        if until not in names:
+            raise OptionError(f"there is no step {until}; the steps are {', '.join(names)}")
+        planned = planned[: names.index(until) + 1]
+    return run_steps(shop.folder, planned, told)
+
+
+def state(file: Path) -> list[tuple[str, Done | None]]:
+    """What is done of a run, by step."""
+    shop = _workshop(file)
+    return [(one.name, read_done(shop.folder / one.name)) for one in steps(shop)]
+
+
+def _workshop(file: Path) -> Workshop:
+    config = read(file)
+    folder = file.parent / (config.run.folder or file.stem)
+    if folder.resolve() == file.resolve():
+        raise OptionError(f"the run would work in {folder}, which is its own file; name another folder with run.folder")
+    return Workshop(config, folder, file.parent)
+
+
+def _threads(config: Config) -> None:
+    import torch
+
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)

@@ -1,0 +1,123 @@
+"""First steps of a run: samples that are read, freed of duplicates, split without leaks; texts that the teacher writes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from edge_rt.hooks import DataError, OptionError
+from edge_rt_distill.data.dedupe import deduplicate
+from edge_rt_distill.data.samples import Problem, Sample, demo, make_sample, read_samples
+from edge_rt_distill.data.sources import technical_text
+from edge_rt_distill.data.splits import leaks, split
+from edge_rt_distill.model.generate import generate
+from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, write_samples
+
+_BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {"demo": lambda: demo().samples, "technical": technical_text}
+_OPENING = 4
+"""Tokens of a text that the teacher goes on from: few, so that what follows is its own."""
+
+
+def data_step(shop: Workshop) -> Step:
+    """Reads the samples: ``train.jsonl``, ``held_out.jsonl`` and ``data.json``, which says what was left out and why."""
+    config = shop.config.data
+    settings = {**asdict(config), "seed": shop.config.run.seed, "rollouts": 0, "rollout_tokens": 0, "files": _stamps(shop)}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        samples, problems = _read(shop, place)
+        kept = deduplicate(samples)
+        train, held_out = split(kept.samples, held_out=config.held_out, seed=shop.config.run.seed)
+        leaking = {one.evaluation for one in leaks(train, held_out)}
+        held_out = [one for one in held_out if one.id not in leaking]
+        if not train or not held_out:
+            raise DataError(
+                f"of {len(samples)} samples {len(train)} are left to learn from and {len(held_out)} to measure on, and both need some; "
+                "add samples, or set data.held_out higher"
+            )
+        write_samples(place.folder / TRAIN, train)
+        write_samples(place.folder / HELD_OUT, held_out)
+        summary = {
+            "read": len(samples), "broken": [str(one) for one in problems[:100]], "duplicates": len(samples) - len(kept.samples),
+            "leaks": len(leaking), "train": _counted(train), "held_out": _counted(held_out),
+        }  # fmt: skip
+        write_text(place.folder / "data.json", json.dumps(summary, ensure_ascii=False, indent=1))
+        return summary
+
+    return Step("data", run, settings)
+
+
+def _stamps(shop: Workshop) -> list[Any]:
+    """Size and time of change of every file of samples: other content, another key."""
+    found: list[Any] = []
+    for name in shop.config.data.samples:
+        path = shop.path(name)
+        files = [one for one in sorted(path.rglob("*")) if one.is_file()] if path.is_dir() else [path] if path.is_file() else []
+        found.append([name, [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]])
+    return found
+
+
+def _read(shop: Workshop, place: Place) -> tuple[list[Sample], list[Problem]]:
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    for name in shop.config.data.samples:
+        if name in _BUILT_IN and not shop.path(name).exists():
+            samples += _BUILT_IN[name]()
+            continue
+        found = read_samples([shop.path(name)], policy="stop" if shop.config.data.policy == "stop" else "skip", minimum=1)
+        for problem in found.problems:
+            place.log({"event": "broken", "problem": str(problem)})
+        samples += found.samples
+        problems += found.problems
+    if problems:
+        place.told(f"{len(problems)} broken lines were left out, the first: {problems[0]}", 0, 0)
+    return samples, problems
+
+
+def _counted(samples: Sequence[Sample]) -> dict[str, Any]:
+    """How many there are, by domain, language and source."""
+    kinds = {name: dict(Counter(getattr(one, name) for one in samples)) for name in ("domain", "language", "source")}
+    return {"samples": len(samples), **kinds}
+
+
+def rollouts_step(shop: Workshop) -> Step:
+    """Texts that the teacher writes, from the first few tokens of samples and from questions (sequence-level distillation, Kim and
+    Rush 2016, arXiv:1606.07947): ``rollouts.jsonl``.
+    """
+    config = shop.config.data
+    settings = {
+        "count": config.rollouts, "tokens": config.rollout_tokens, "teacher": shop.config.teacher.model, "seed": shop.config.run.seed,
+    }  # fmt: skip
+
+    def run(place: Place) -> Mapping[str, Any]:
+        if not config.rollouts:
+            write_samples(place.folder / ROLLOUTS, [])
+            return {"texts": 0}
+        teacher = shop.teacher
+        prompts = _openings(shop, place)
+        answers = generate(
+            teacher.model, prompts, tokens=config.rollout_tokens, seed=shop.config.run.seed, end=teacher.tokeniser.end, batch=32,
+            told=lambda done, total: place.told("the teacher writes", done, total),
+        )  # fmt: skip
+        texts = [teacher.tokeniser.decode([*prompt, *one.tokens]) for prompt, one in zip(prompts, answers, strict=True)]
+        made = [make_sample(text=text, source="the teacher itself", domain="general") for text in texts if text.strip()]
+        write_samples(place.folder / ROLLOUTS, deduplicate(made).samples)
+        return {"texts": len(made), "tokens": sum(len(one.tokens) for one in answers)}
+
+    return Step("rollouts", run, settings, ("data",))
+
+
+def _openings(shop: Workshop, place: Place) -> list[list[int]]:
+    """What the teacher goes on from: the beginnings of training sequences, as many as texts are wanted, each another place."""
+    sequences = [one.tokens for one in shop.sequences(place.need("data") / TRAIN) if len(one.tokens) > _OPENING]
+    if not sequences:
+        raise OptionError("there is nothing for the teacher to go on from; add samples, or set data.rollouts to 0")
+    wanted, found = shop.config.data.rollouts, []
+    for i in range(wanted):
+        tokens = sequences[i % len(sequences)]
+        at = (i // len(sequences)) * 37 % max(1, len(tokens) - _OPENING)
+        found.append(tokens[at : at + _OPENING])
+    return found

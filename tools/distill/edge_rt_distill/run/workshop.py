@@ -1,0 +1,69 @@
+"""What the steps of a run share: its configuration, and models and sequences that are loaded when first needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edge_rt.hooks import DataError, resolve_model
+from edge_rt_distill.data.batches import Sequence, encode
+from edge_rt_distill.data.records import parse
+from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.model.load import Teacher, load
+from edge_rt_distill.run.config import Config
+from edge_rt_distill.run.steps import write_text
+
+TRAIN, HELD_OUT, ROLLOUTS = "train.jsonl", "held_out.jsonl", "rollouts.jsonl"
+
+
+class Workshop:
+    """A run's configuration and folder. Nothing here changes a result: it only saves loading things twice."""
+
+    def __init__(self, config: Config, folder: Path, beside: Path) -> None:
+        """``beside``: where names of files in the configuration are relative to."""
+        self.config, self.folder, self.beside = config, folder, beside
+
+    def path(self, name: str) -> Path:
+        """A file that the configuration names."""
+        found = self.beside / Path(name).expanduser()
+        return found if found.exists() else Path(name)
+
+    @cached_property
+    def teacher_path(self) -> Path:
+        """The teacher's file or folder. Raises ModelFileError when there is none."""
+        return resolve_model(self.path(self.config.teacher.model))
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher. Raises ModelFileError, UnsupportedModel."""
+        vocabulary = self.config.teacher.vocabulary
+        return load(self.teacher_path, self.path(vocabulary) if vocabulary else None)
+
+    def sequences(self, file: Path) -> list[Sequence]:
+        """The sequences of a file of samples that ``write_samples`` wrote."""
+        return encode(read_back(file), self.teacher.tokeniser, self.config.data.length)
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Samples as JSONL that ``read_back`` reads, in their order, at once. Raises OSError."""
+    write_text(path, "".join(json.dumps(_record(sample), ensure_ascii=False) + "\n" for sample in samples))
+
+
+def _record(sample: Sample) -> Mapping[str, Any]:
+    content: dict[str, Any] = {"text": sample.text}
+    if sample.messages:
+        content = {"messages": [one._asdict() for one in sample.messages]}
+    known = {name: getattr(sample, name) for name in ("domain", "language", "source", "licence")}
+    return {**content, **{name: value for name, value in known.items() if value}, **({"checks": sample.checks} if sample.checks else {})}
+
+
+def read_back(path: Path) -> list[Sample]:
+    """Samples that ``write_samples`` wrote. Raises DataError for a file that was changed since."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run the same command again with another folder") from error
+    return [parse(line, file=str(path), line=number) for number, line in enumerate(lines, 1)]
