@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from edge_rt.hooks import DataError, OptionError
@@ -127,11 +128,15 @@ def trajectories(
         raise DataError(f"{len(samples)} samples, but {why}; add chat samples, or sample fewer tokens")
     journal = Journal(file, {"kind": "trajectories", "version": 1, "origin": origin, **asdict(sampling)})
     known = _known(journal.records(), sampling.per_prompt)
+    draw = partial(sample_with, tokens=sampling.tokens, temperature=sampling.temperature, top_k=sampling.top_k, end=tokeniser.end)
     found: list[Trajectory] = []
     for done, (sample, prompt) in enumerate(fitting.values(), 1):
         group = known.get(sample.id)
         if group is None:
-            group = list(_answers(model, tokeniser, sample, prompt, sampling, score, sample_with))
+            seed = seed_of(sampling.seed, sample.id)
+            same = [prompt] * sampling.per_prompt  # sampled side by side: equal lengths, so that nothing depends on filling
+            rollouts = draw(model, same, seed=seed)
+            group = list(_answers(rollouts, tokeniser, sample, prompt, seed, score))
             journal.add([asdict(one) for one in group])
         found += group
         told(done, len(fitting))
@@ -152,29 +157,24 @@ def _known(records: Sequence[dict[str, object]], per_prompt: int) -> dict[str, l
 
 
 def _answers(
-    model: Decoder, tokeniser: Tokeniser, sample: Sample, prompt: list[int], sampling: Sampling, score: RewardFunction, sample_with: Generate
-) -> Iterator[Trajectory]:  # fmt: skip
-    """All answers to one prompt, sampled side by side: equal lengths, so that nothing depends on filling."""
-    seed, end = seed_of(sampling.seed, sample.id), tokeniser.end
-    rollouts = sample_with(
-        model, [prompt] * sampling.per_prompt, tokens=sampling.tokens, temperature=sampling.temperature, seed=seed, end=end, top_k=sampling.top_k
-    )  # fmt: skip
+    rollouts: Sequence[Rollout], tokeniser: Tokeniser, sample: Sample, prompt: list[int], seed: int, score: RewardFunction
+) -> Iterator[Trajectory]:
+    end = tokeniser.end
     for number, rollout in enumerate(rollouts):
         words = rollout.tokens[:-1] if rollout.ended and rollout.tokens[-1:] == [end] else rollout.tokens
         text = tokeniser.decode(words)
         value = score(sample, text, rollout.ended)
         answer = [*words, end] if rollout.ended else list(words)
-        yield Trajectory(
-            sample.id, number, seed, list(prompt), answer, text, rollout.ended, sum(rollout.logprobs), value.value, value.parts
-        )  # fmt: skip
+        logprob = sum(rollout.logprobs)
+        yield Trajectory(sample.id, number, seed, list(prompt), answer, text, rollout.ended, logprob, value.value, value.parts)
 
 
-FORMAT = frozenset("{}[]()<>\"'`:;,.|#*-_=+•·、。，：；！？!?（）【】「」“”\n\t 0123456789")
+FORMAT = frozenset("{}[]()<>\"'`:;,.|#*-_=+•·、。，：；！？!?（）【】「」“”\n\t ")
 """What layout and format are written with; a token that is made of nothing else is one of format."""
 
 
 def format_tokens(tokeniser: Tokeniser, used: Sequence[int]) -> frozenset[int]:
-    """The end of the turn and those of ``used`` that are of format: punctuation, line ends, brackets and numbers of items."""
+    """The end of the turn and those of ``used`` that are of format: punctuation, brackets and line ends."""
     marks = {token for token in set(used) if (text := tokeniser.decode([token])) and set(text) <= FORMAT and text.strip(" ")}
     return frozenset(marks | {tokeniser.end})
 
