@@ -128,7 +128,8 @@ def trajectories(
         raise DataError(f"{len(samples)} samples, but {why}; add chat samples, or sample fewer tokens")
     journal = Journal(file, {"kind": "trajectories", "version": 1, "origin": origin, **asdict(sampling)})
     known = _known(journal.records(), sampling.per_prompt)
-    draw = partial(sample_with, tokens=sampling.tokens, temperature=sampling.temperature, top_k=sampling.top_k, end=tokeniser.end)
+    end = batches.turn_end(tokeniser)
+    draw = partial(sample_with, tokens=sampling.tokens, temperature=sampling.temperature, top_k=sampling.top_k, end=end)
     found: list[Trajectory] = []
     for done, (sample, prompt) in enumerate(fitting.values(), 1):
         group = known.get(sample.id)
@@ -136,7 +137,7 @@ def trajectories(
             seed = seed_of(sampling.seed, sample.id)
             same = [prompt] * sampling.per_prompt  # sampled side by side: equal lengths, so that nothing depends on filling
             rollouts = draw(model, same, seed=seed)
-            group = list(_answers(rollouts, tokeniser, sample, prompt, seed, score))
+            group = list(_answers(rollouts, tokeniser, end, sample, prompt, seed, score))
             journal.add([asdict(one) for one in group])
         found += group
         told(done, len(fitting))
@@ -157,9 +158,8 @@ def _known(records: Sequence[dict[str, object]], per_prompt: int) -> dict[str, l
 
 
 def _answers(
-    rollouts: Sequence[Rollout], tokeniser: Tokeniser, sample: Sample, prompt: list[int], seed: int, score: RewardFunction
+    rollouts: Sequence[Rollout], tokeniser: Tokeniser, end: int, sample: Sample, prompt: list[int], seed: int, score: RewardFunction
 ) -> Iterator[Trajectory]:
-    end = tokeniser.end
     for number, rollout in enumerate(rollouts):
         words = rollout.tokens[:-1] if rollout.ended and rollout.tokens[-1:] == [end] else rollout.tokens
         text = tokeniser.decode(words)
@@ -176,7 +176,7 @@ FORMAT = frozenset("{}[]()<>\"'`:;,.|#*-_=+•·、。，：；！？!?（）【
 def format_tokens(tokeniser: Tokeniser, used: Sequence[int]) -> frozenset[int]:
     """The end of the turn and those of ``used`` that are of format: punctuation, brackets and line ends."""
     marks = {token for token in set(used) if (text := tokeniser.decode([token])) and set(text) <= FORMAT and text.strip(" ")}
-    return frozenset(marks | {tokeniser.end})
+    return frozenset(marks | {batches.turn_end(tokeniser)})
 
 
 def imitation(found: Sequence[Trajectory], tokeniser: Tokeniser, choice: Choice) -> list[Example]:
@@ -242,13 +242,14 @@ def on_policy(
     A student that changes is sampled again with another ``seed``: the step it has reached. Prompts that do not fit are left out.
     """
     room = student.architecture.context - tokens
+    end = batches.turn_end(tokeniser)
     made = []
     for sample in samples:
         prompt = _prompt(sample, tokeniser) if sample.prompt else []
         if not 0 < len(prompt) <= room:
             continue
         draw = seed_of(seed, sample.id)
-        answer = sample_with(student, [prompt], tokens=tokens, temperature=temperature, seed=draw, end=tokeniser.end)[0].tokens
+        answer = sample_with(student, [prompt], tokens=tokens, temperature=temperature, seed=draw, end=end)[0].tokens
         if answer:
             made.append(batches.Sequence([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), sample.id))
     return made

@@ -75,8 +75,9 @@ def encode(samples: Listed[Sample], tokeniser: Tokeniser, length: int, *, told: 
         raise DataError(f"a sequence of {length} tokens has nothing to predict; choose a length of at least 2")
     found: list[Sequence] = []
     cut = left_out = 0
+    end = turn_end(tokeniser) if any(sample.messages for sample in samples) else -1
     for sample in samples:
-        made = _text(sample, tokeniser, length) if sample.text else _conversation(sample, tokeniser)
+        made = _text(sample, tokeniser, length) if sample.text else _conversation(sample, tokeniser, end)
         fitting = [Sequence(item.tokens[:length], item.targets[:length], item.sample, item.weight) for item in made]
         kept = [item for item in fitting if any(item.targets)]
         cut += sum(len(item.tokens) > length for item in made)
@@ -110,28 +111,45 @@ def as_dicts(sample: Sample, count: int | None = None) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in sample.messages[:count]]
 
 
-def _conversation(sample: Sample, tokeniser: Tokeniser) -> list[Sequence]:
+def turn_end(tokeniser: Tokeniser) -> int:
+    """The token with which the model's template ends an answer, so what the model writes when it is done; else ``tokeniser.end``.
+
+    They differ where a vocabulary has a token for the end of a text too, as SmolLM2's: it calls that one the end of a turn.
+    """
+    question = {"role": "user", "content": "a"}
+    before = tokeniser.chat([question], True)
+    after = tokeniser.chat([question, {"role": "assistant", "content": "b"}], False)
+    words = tokeniser.encode("b")
+    if after[: len(before)] == before and after[len(before) : len(before) + len(words)] == words:
+        rest = after[len(before) + len(words) :]
+        if rest and not tokeniser.decode(rest[:1]):  # a control token has no text
+            return rest[0]
+    return tokeniser.end
+
+
+def _conversation(sample: Sample, tokeniser: Tokeniser, end: int) -> list[Sequence]:
     """One sequence in which all answers count; or one an answer, where the template writes earlier turns another way than the last."""
     answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
     if not answers:
         return []
     tokens = tokeniser.chat(as_dicts(sample, answers[-1] + 1), False)
     targets = [False] * len(tokens)
+    last = 0
     for index in answers:
         before = tokeniser.chat(as_dicts(sample, index), True)
-        after = tokeniser.chat(as_dicts(sample, index + 1), False)
-        end = next((at for at in range(len(before), len(after)) if after[at] == tokeniser.end), None)
-        if not before or end is None or tokens[: end + 1] != after[: end + 1] or after[: len(before)] != before:
-            return [_answer(sample, index, tokeniser) for index in answers]
-        targets[len(before) : end + 1] = [True] * (end + 1 - len(before))
-    last = max(at for at, counts in enumerate(targets) if counts)
+        first = len(before)
+        last = next((at for at in range(first, len(tokens)) if tokens[at] == end), 0)
+        words = tokeniser.decode(tokens[first:last])
+        if not before or not last or tokens[:first] != before or words.strip() != sample.messages[index].content.strip():
+            return [_answer(sample, index, tokeniser, end) for index in answers]
+        targets[first : last + 1] = [True] * (last + 1 - first)
     return [Sequence(tokens[: last + 1], targets[: last + 1], sample.id)]
 
 
-def _answer(sample: Sample, index: int, tokeniser: Tokeniser) -> Sequence:
+def _answer(sample: Sample, index: int, tokeniser: Tokeniser, end: int) -> Sequence:
     """What the model itself would write: the prompt as it is given to it, the words, the end of the turn."""
     before = tokeniser.chat(as_dicts(sample, index), True)
-    words = [*tokeniser.encode(sample.messages[index].content), tokeniser.end]
+    words = [*tokeniser.encode(sample.messages[index].content), end]
     return Sequence([*before, *words], [False] * len(before) + [True] * len(words), sample.id)
 
 
