@@ -13,7 +13,7 @@ Templates come with model files and are not trusted: they run in Jinja's sandbox
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -170,7 +170,7 @@ class _Guard:
         self._names: re.Pattern[str] | None = None
         self._beginnings: frozenset[str] = frozenset()
         self._longest = 0
-        self._free: list[str] = []
+        self._free: Iterator[str] = iter(())
         self._chosen: dict[str, str] = {}
         self.originals: dict[str, str] = {}
 
@@ -188,7 +188,7 @@ class _Guard:
         self._longest = max(map(len, names))
         parts = (text[at : at + _AT_ONCE] for text in (*texts, *self._others) for at in range(0, len(text), _AT_ONCE))
         taken = set[str]().union(*map(set, parts))
-        self._free = [chr(code) for code in _PRIVATE if chr(code) not in taken][::-1]
+        self._free = (chr(code) for code in _PRIVATE if chr(code) not in taken)  # few are needed, and there are 65,000
         return self._walk(value)
 
     def _walk(self, value: Any) -> Any:
@@ -217,10 +217,11 @@ class _Guard:
 
     def _character(self, text: str) -> str:
         if text not in self._chosen:
-            if not self._free:
+            free = next(self._free, None)
+            if free is None:
                 raise ConstraintError("the messages use up all private characters; take some out")
-            self._chosen[text] = self._free.pop()
-            self.originals[self._chosen[text]] = text
+            self._chosen[text] = free
+            self.originals[free] = text
         return self._chosen[text]
 
 
