@@ -1,0 +1,105 @@
+"""Files that are whole or not there: written beside their place, made durable, renamed; and the lock between writers and the collector.
+
+The order is the usual one (write, fsync the file, rename, fsync the folder): after a crash at any moment a name holds the old
+content, the new one, or nothing (Pillai et al. 2014, "All File Systems Are Not Created Equal", OSDI).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from edge_rt.hooks import UserError
+
+PIECE = 1 << 20
+"""Bytes read or written at once."""
+
+
+def write_error(error: OSError, folder: Path) -> UserError:
+    """What to say of a file that could not be written in ``folder``."""
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
+    return UserError(f"cannot write to {folder}: {reason}; make room there, or choose another folder, and run the same command again")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder in one that exists, durably; nothing if it is there. Raises OSError."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        sync_folder(folder.parent)
+
+
+def write_temporary(folder: Path, pieces: Iterable[bytes]) -> tuple[Path, str]:
+    """Write a read-only file of a name of its own into ``folder``, durably; returns it and its SHA-256. Raises OSError.
+
+    Whatever goes wrong, also in making the pieces, nothing is left of it.
+    """
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            for piece in pieces:
+                out.write(piece)
+                digest.update(piece)
+            out.flush()
+            os.fchmod(out.fileno(), 0o444)  # content-addressed: a changed object is a damaged one
+            os.fsync(out.fileno())
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    return Path(name), digest.hexdigest()
+
+
+def place(temporary: Path, target: Path) -> None:
+    """Give a temporary file its name, durably. Raises OSError; the temporary file is gone either way."""
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    sync_folder(target.parent)
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """A file's content, piece by piece. Raises OSError."""
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            yield piece
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    for piece in pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, alone: bool) -> Iterator[None]:
+    """Hold a lock with the others that do not want to be alone, or alone. The kernel gives it back when a process dies.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
