@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from edge_rt_distill.library import files
 from edge_rt_distill.library.care import collect, verify
-from edge_rt_distill.library.records import Entry, Query, Record
+from edge_rt_distill.library.catalogue import Entry, Query, Record
 from edge_rt_distill.library.shards import Merged, Part, digest_of, record_shards
 from edge_rt_distill.library.store import Library
 
@@ -26,7 +26,7 @@ MODEL = "ab" * 32
 
 WRITER = """
 import random, sys
-from edge_rt_distill.library.records import Record
+from edge_rt_distill.library.catalogue import Record
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.library.care import collect
 folder, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -90,7 +90,7 @@ def test_killed_writers_leave_a_sound_library(tmp_path: Path) -> None:
 KILLED_AT = """
 import os, signal, sys
 from edge_rt_distill.library import files
-from edge_rt_distill.library.records import Record
+from edge_rt_distill.library.catalogue import Record
 from edge_rt_distill.library.store import Library
 library = Library.open(sys.argv[1])
 point, count = sys.argv[2], int(sys.argv[3])

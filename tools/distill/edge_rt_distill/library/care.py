@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.library import files
-from edge_rt_distill.library.records import KINDS, Entry, Record
+from edge_rt_distill.library.catalogue import KINDS, Entry, Record
 from edge_rt_distill.library.store import Library
 
 GRACE = 3600.0
@@ -146,6 +147,6 @@ def _sweep_incoming(library: Library, before: float) -> tuple[int, int]:
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 if status.st_mtime <= before:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                     count, freed = count + 1, freed + status.st_size
     return count, freed

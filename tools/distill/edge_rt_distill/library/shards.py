@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.library import files
-from edge_rt_distill.library.records import Record
+from edge_rt_distill.library.catalogue import Record
 from edge_rt_distill.library.store import Library
 
 Told = Callable[[int, int], None]

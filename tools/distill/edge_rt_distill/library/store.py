@@ -2,7 +2,7 @@
 
     library.json                 what this is, and its version
     objects/ab/cdef...           immutable content, named by its SHA-256
-    records/KIND/NAME.json       one file a record (records.py)
+    records/KIND/NAME.json       one file a record (catalogue.py)
     unfinished/KEY/PART.json     what a recording that is under way has already put here (shards.py)
     incoming/                    files being written
     lock                         between writers and the collector
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from edge_rt.hooks import DataError, UserError
 from edge_rt_distill.library import files
-from edge_rt_distill.library.records import KINDS, Entry, Query, Record
+from edge_rt_distill.library.catalogue import KINDS, Entry, Query, Record
 
 FORMAT = 1
 _IDENTITY = "library.json"

@@ -1,4 +1,4 @@
-"""Records: what the library knows of one thing it keeps, and the file name a record can be found by without being read.
+"""What the library knows of one thing it keeps, and the file name a record can be found by without being read.
 
 A record is one small JSON file. Its id is the SHA-256 of what it says, so it shows damage itself, and adding it twice adds it once.
 All that can be asked for stands in the file's name, so a query lists a folder and reads only what it found.
