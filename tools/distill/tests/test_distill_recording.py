@@ -192,7 +192,7 @@ def test_activation_maps(library: Library, teacher: Teacher, rows: list[Row]) ->
             these = torch.stack([one[layer][0, position] for one in states if one[layer].shape[1] > position])
             assert found.rms[layer, position] == pytest.approx(float(these.square().mean().sqrt()), rel=1e-5)
             assert found.max[layer, position] == pytest.approx(float(these.abs().max()), rel=1e-5)
-            assert found.count[position] == len(these)
+            assert found.sequences[position] == len(these)
 
 
 def test_attention_maps_stay_distributions(library: Library, teacher: Teacher) -> None:

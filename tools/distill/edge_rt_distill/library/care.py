@@ -17,7 +17,7 @@ from edge_rt_distill.library.catalogue import KINDS, Entry, Record
 from edge_rt_distill.library.store import Library
 
 GRACE = 3600.0
-"""Seconds an object may lie without a record: between a writer's first object and its record. A shard renews it (shards.py)."""
+"""Seconds an object may lie without a record: between a writer's first object and its record, or its shard's file (shards.py)."""
 ABANDONED = 7 * 86400.0
 """Seconds after which a recording nobody went on with is given up."""
 

@@ -58,6 +58,10 @@ class Record:
         if self.score is not None and not math.isfinite(self.score):
             raise DataError(f"a score must be finite and not {self.score}; leave it out where there is none")
         try:
+            self.domain.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{self.domain!r} is no name of a domain; half surrogates are no text") from None
+        try:
             datetime.strptime(self.date, "%Y-%m-%dT%H:%M:%SZ")
         except ValueError:
             raise DataError(f"{self.date!r} is no date as 2026-11-29T03:33:35Z; give it in UTC") from None

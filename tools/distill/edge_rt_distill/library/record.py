@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -233,7 +234,7 @@ def record_activations(
 ) -> Record:  # fmt: skip
     """Keep how large the residual stream is: ``rms`` and ``max`` [L + 1, P] by layer entry (the last row: behind the last) and position.
 
-    ``rms``: root of the mean square over dimensions and sequences; ``max``: the largest magnitude of any; ``count`` [P]: sequences that
+    ``rms``: root of the mean square over dimensions and sequences; ``max``: the largest magnitude of any; ``sequences`` [P]: how many
     reach the position. Only the first ``positions`` of a sequence count. Raises DataError without sequences or for an empty one.
     """
     layers = len(teacher.model.layers) + 1
@@ -248,15 +249,15 @@ def record_activations(
             squares[:, : len(rows[i])] += states.double().square().mean(-1).numpy()
             np.maximum(largest[:, : len(rows[i])], states.abs().amax(-1).numpy(), out=largest[:, : len(rows[i])])
             count[: len(rows[i])] += 1
-        return Part({"sums": library.put(npz({"squares": squares, "max": largest, "count": count}))}, {"sequences": len(rows)})
+        return Part({"sums": library.put(npz({"squares": squares, "max": largest, "sequences": count}))}, {"sequences": len(rows)})
 
     def merge(parts: Sequence[Part]) -> Merged:
         sums = [unpack(library.read(part.objects["sums"])) for part in parts]
-        count = sum(one["count"] for one in sums)
+        count: npt.NDArray[np.int64] = np.sum([one["sequences"] for one in sums], axis=0)
         reached = int((count > 0).sum())
-        squares = sum(one["squares"] for one in sums)[:, :reached] / count[:reached]
+        squares = np.sum([one["squares"] for one in sums], axis=0)[:, :reached] / count[:reached]
         largest = np.max([one["max"] for one in sums], axis=0)[:, :reached]
-        arrays = {"rms": np.sqrt(squares).astype(np.float32), "max": largest.astype(np.float32), "count": count[:reached]}
+        arrays = {"rms": np.sqrt(squares).astype(np.float32), "max": largest.astype(np.float32), "sequences": count[:reached]}
         facts = {"sequences": sum(part.facts["sequences"] for part in parts), "positions": reached, "max": float(largest.max())}
         return Merged({"activations.npz": library.put(npz(arrays))}, facts)
 
@@ -351,7 +352,8 @@ def _objects(parts: Sequence[Part]) -> dict[str, str]:
 def npz(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
     """Arrays as a compressed .npz. Equal arrays are equal bytes: its entries have no times."""
     out = io.BytesIO()
-    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+    named: dict[str, Any] = dict(arrays)
+    np.savez_compressed(out, **named)
     return out.getvalue()
 
 

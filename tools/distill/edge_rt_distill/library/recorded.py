@@ -47,9 +47,9 @@ def trajectories(library: Library, record: Record) -> Iterator[Trajectory]:
             prompt, answer = np.split(arrays["tokens"][token : token + length + count], [length])
             part = slice(place, place + count)
             token, place = token + length + count, place + count
-            said = {key: arrays[key][part] for key in ("logprobs", "top_ids", "top_logprobs", "tail", "entropy")}
-            fields = {key: line.pop(key) for key in ("sample", "rollout", "ended", "text", "score")}
-            yield Trajectory(prompt=prompt.tolist(), answer=answer.tolist(), facts=line, **fields, **said)
+            fields: dict[str, Any] = {key: line.pop(key) for key in ("sample", "rollout", "ended", "text", "score")}
+            fields.update({key: arrays[key][part] for key in ("logprobs", "top_ids", "top_logprobs", "tail", "entropy")})
+            yield Trajectory(prompt=prompt.tolist(), answer=answer.tolist(), facts=line, **fields)
 
 
 class State(NamedTuple):
@@ -102,11 +102,11 @@ class HiddenStates:
 
 
 class Activations(NamedTuple):
-    """``rms`` and ``max`` [L + 1, P] of the residual stream by layer entry and position, ``count`` [P] sequences."""
+    """``rms`` and ``max`` [L + 1, P] of the residual stream by layer entry and position, ``sequences`` [P] that reach the position."""
 
     rms: npt.NDArray[np.float32]
     max: npt.NDArray[np.float32]
-    count: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int64]
 
 
 def activations(library: Library, record: Record) -> Activations:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def record_shards(
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
         tell = _within(told, start, count)
-        parts.append(_part_file(library, folder / f"{start:08d}.json", lambda indices=indices, tell=tell: work(indices, tell)))  # type: ignore[misc]
+        parts.append(_part_file(library, folder / f"{start:08d}.json", partial(work, indices, tell)))
         told(indices.stop, count)
     merged = merge(parts)
     record = replace(draft, date=begun.facts["date"], objects=merged.objects, facts=merged.facts, score=merged.score)
@@ -97,7 +98,7 @@ def _key(draft: Record) -> str:
 
 
 def _part_file(library: Library, path: Path, make: Callable[[], Part]) -> Part:
-    """The part that is there already, or a new one. Its objects are renewed, so no collector takes them meanwhile."""
+    """The part that is there already, or a new one. The collector spares objects that such files name."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged file is made again
         found = json.loads(path.read_bytes())
         part = Part(dict(found["objects"]), dict(found["facts"]))
