@@ -13,7 +13,7 @@ from edge_rt_distill.diagnose.activations import Activations
 from edge_rt_distill.diagnose.attention import MEASURES, measures
 from edge_rt_distill.diagnose.passes import Watch, backward, inputs, walk
 from edge_rt_distill.diagnose.paths import Rollout, as_rows, path_importance, token_paths
-from edge_rt_distill.diagnose.rows import Labels, Rows, checked, chosen, in_rows, side_by_side
+from edge_rt_distill.diagnose.rows import Labels, Rows, beginning, checked, in_rows, mixed, side_by_side
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
 
@@ -91,12 +91,15 @@ def test_sequences_that_do_not_fit_the_model_are_refused_with_their_sample() -> 
 def test_a_small_budget_takes_the_beginning_of_a_large_one_and_something_of_each_domain() -> None:
     sequences = [One([1, 2, 3, 4], [True] * 4, f"{domain}{n}") for domain, many in (("a", 20), ("b", 2), ("c", 2)) for n in range(many)]
     labels = {one.sample: Labels(one.sample[0], "en") for one in sequences}
-    small, large = chosen(sequences, 12, 5, labels), chosen(sequences, 40, 5, labels)
+    order = mixed(sequences, 5, labels)
+    small, large = beginning(order, 12), beginning(order, 40)
     assert [one.sample[0] for one in small] == ["a", "b", "c"]
     assert large[:3] == small
     assert len(large) == 10
-    assert chosen(sequences, 12, 6, labels) != small
-    assert len(chosen(sequences, 1, 5, labels)) == 1
+    assert sorted(one.sample for one in order) == sorted(labels)
+    assert mixed(sequences, 6, labels) != order
+    assert len(beginning(order, 1)) == 1
+    assert beginning(order, 10**9) == order
 
 
 def test_backward_gives_the_loss_and_the_gradient_by_the_embeddings_and_leaves_parameters_alone() -> None:

@@ -27,7 +27,8 @@ _MASSIVE_KEPT = 64
 
 
 class Massive(NamedTuple):
-    """A massive activation behind ``layer``: how often it was ``met``, its largest magnitude, and that in medians of its batch."""
+    """A massive activation behind ``layer`` (-1: of the embeddings): how often it was ``met``, its largest magnitude, that in medians
+    of its batch, and its share of the sum of squares of all that is there."""
 
     layer: int
     position: int
@@ -35,6 +36,7 @@ class Massive(NamedTuple):
     met: int
     value: float
     times_median: float
+    share: float
 
 
 class Spread(NamedTuple):
@@ -94,7 +96,8 @@ class Activations:
         self.sites: dict[str, Moments] = {}
         self.stream = [Moments() for _ in range(self.depth + 1)]
         self.by_position = torch.zeros(self.depth + 1, length)
-        self._massive: list[dict[tuple[int, int], tuple[int, float, float]]] = [{} for _ in range(self.depth + 1)]
+        self._squares = [0.0] * (self.depth + 1)
+        self._massive: list[dict[tuple[int, int], tuple[int, float, float, float]]] = [{} for _ in range(self.depth + 1)]
 
     def watch(self, model: Decoder, current: Callable[[], Rows]) -> list[tuple[nn.Module, SeesValue]]:
         """What ``passes.inputs`` is to show. ``current`` gives the batch under way."""
@@ -126,19 +129,21 @@ class Activations:
         if later.any():
             self.stream[place].add(state[later])
         median = float(size[real].median())
+        self._squares[place] += float(size.square().sum(dtype=torch.float64))
         found = (size > max(MASSIVE, MASSIVE_TIMES * median)).nonzero().tolist()
         kept = self._massive[place]
         for row, position, channel in found:
             value = float(size[row, position, channel])
             if (position, channel) in kept or len(kept) < _MASSIVE_KEPT:
-                count, largest, times = kept.get((position, channel), (0, 0.0, 0.0))
-                kept[position, channel] = (count + 1, max(largest, value), max(times, value / max(median, 1e-30)))
+                met, largest, times, squares = kept.get((position, channel), (0, 0.0, 0.0, 0.0))
+                times = max(times, value / max(median, 1e-30))
+                kept[position, channel] = (met + 1, max(largest, value), times, squares + value**2)
 
     def massive(self) -> list[Massive]:
-        """All that were met, by layer (a state behind layer i is under i, the embeddings under -1), largest first."""
+        """All that were met, by layer, largest first."""
         found = [
-            Massive(place - 1, position, channel, *seen)
+            Massive(place - 1, position, channel, met, value, times, squares / self._squares[place])
             for place, kept in enumerate(self._massive)
-            for (position, channel), seen in kept.items()
+            for (position, channel), (met, value, times, squares) in kept.items()
         ]
         return sorted(found, key=lambda one: (one.layer, -one.value))

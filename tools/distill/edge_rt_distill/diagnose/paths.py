@@ -28,6 +28,15 @@ class Paths(NamedTuple):
     positions: Tensor
 
 
+class Trace(NamedTuple):
+    """Paths, and what they were made of: ``owed`` [B, T], see ``token_paths``; ``flow`` [B, T], the roll-out, summing to 1."""
+
+    heads: Tensor
+    positions: Tensor
+    owed: Tensor
+    flow: Tensor
+
+
 class Batched(Protocol):
     """What of a batch is needed (data/batches.py)."""
 
@@ -84,18 +93,24 @@ def answer_start(rows: Rows) -> Tensor:
 
 
 def as_rows(batch: Batched) -> Rows:
-    """A training batch as Rows, numbered from 0."""
-    return Rows(batch.tokens, batch.mask, batch.lengths, tuple(range(len(batch.tokens))))
+    """A training batch as Rows, numbered from 0; a prediction counts or not, whatever its sequence's weight."""
+    return Rows(batch.tokens, (batch.mask > 0).float(), batch.lengths, tuple(range(len(batch.tokens))))
 
 
 def path_importance(teacher: Decoder, batch: Batched) -> Paths:
+    """Heads and positions of a batch by what they did for the answer: ``trace`` without its details."""
+    found = trace(teacher, as_rows(batch))
+    return Paths(found.heads, found.positions)
+
+
+def trace(teacher: Decoder, rows: Rows) -> Trace:
     """Heads and positions of a batch by what they did for the answer.
 
     A position's weight is the mean of its shares of |gradient x input| and of the roll-out. A head's importance is |dLoss / d mask| (Michel
     et al. 2019) times the attention it carries from such positions to where the roll-out goes through its layer. One pass forward and
     back, and two forward with attention maps, a layer at a time. Raises DataError if something is no number.
     """
-    rows = as_rows(batch)
+    rows = rows._replace(numbers=tuple(range(len(rows.tokens))))
     importance = HeadImportance(teacher, len(rows.tokens))
     found = backward(teacher, rows, importance.watch(teacher, lambda: rows))
     rollout = Rollout()
@@ -103,7 +118,8 @@ def path_importance(teacher: Decoder, batch: Batched) -> Paths:
         assert step.attention is not None
         rollout.add(step.attention)
     flows = rollout.flow(answer_start(rows))
-    positions = (_shares(token_paths(found.embeddings, found.gradient, rows).abs(), rows) + _shares(flows[0], rows)) / 2
+    owed, flow = token_paths(found.embeddings, found.gradient, rows), _shares(flows[0], rows)
+    positions = (_shares(owed.abs(), rows) + flow) / 2
     carried = []
     for step in walk(teacher, rows.tokens, attention=True):
         assert step.attention is not None
@@ -113,7 +129,8 @@ def path_importance(teacher: Decoder, batch: Batched) -> Paths:
     for number, row in enumerate(carried):
         heads[number, : len(row)] *= row
     mean = heads[~heads.isnan()].mean()
-    return Paths(heads / mean if mean > 0 else torch.where(heads.isnan(), heads, torch.ones_like(heads)), positions)
+    heads = heads / mean if mean > 0 else torch.where(heads.isnan(), heads, torch.ones_like(heads))
+    return Trace(heads, positions, owed, flow)
 
 
 def _shares(values: Tensor, rows: Rows) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sequences a diagnosis looks at: checked, chosen so that every domain has its part, and laid side by side."""
+"""The sequences a diagnosis looks at: checked, mixed so that every domain has its part, and laid side by side."""
 
 from __future__ import annotations
 
@@ -75,12 +75,8 @@ def checked(sequences: Sequence[Sequenced], vocabulary: int) -> list[Sequenced]:
     return kept
 
 
-def chosen(sequences: Sequence[Sequenced], tokens: int, seed: int, labels: Mapping[str, Labels] | None = None) -> list[Sequenced]:
-    """So many that they have ``tokens`` tokens at most (at least one): domains and languages in turn, within each by a seeded hash.
-
-    A smaller budget gives the beginning of a larger one's list, so that measures with different budgets are of the same samples.
-    """
-    labels = labels or {}
+def mixed(sequences: Sequence[Sequenced], seed: int, labels: Mapping[str, Labels]) -> list[Sequenced]:
+    """The sequences in an order whose beginnings have something of all: domains and languages in turn, within each by a seeded hash."""
     queues: dict[Labels, list[tuple[bytes, int]]] = {}
     for number, one in enumerate(sequences):
         key = hashlib.sha256(f"{seed}:{one.sample}:{number}".encode()).digest()
@@ -93,14 +89,17 @@ def chosen(sequences: Sequence[Sequenced], tokens: int, seed: int, labels: Mappi
             order.append(queues[label].pop()[1])
             if not queues[label]:
                 del queues[label]
-    found: list[Sequenced] = []
+    return [sequences[number] for number in order]
+
+
+def beginning(sequences: Sequence[Sequenced], tokens: int) -> list[Sequenced]:
+    """The first that have ``tokens`` tokens together at most; at least one."""
     used = 0
-    for number in order:
-        used += len(sequences[number].tokens)
-        if found and used > tokens:
-            break
-        found.append(sequences[number])
-    return found
+    for count, one in enumerate(sequences):
+        used += len(one.tokens)
+        if count and used > tokens:
+            return list(sequences[:count])
+    return list(sequences)
 
 
 def in_rows(sequences: Sequence[Sequenced], batch_tokens: int, square: int = 0) -> Iterator[Rows]:
