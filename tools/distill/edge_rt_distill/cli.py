@@ -8,6 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from edge_rt_distill.library import commands as library
+
 HELP = """Make a small INT4 student of a large teacher.
 
 \b
@@ -25,6 +27,7 @@ def add_commands(app: typer.Typer) -> None:
     distill.command("init")(init)
     distill.command("run")(run)
     distill.command("status")(status)
+    library.add(distill)
     app.add_typer(distill)
 
 

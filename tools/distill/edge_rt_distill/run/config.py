@@ -54,11 +54,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LibraryConfig:
+    """``[library]``"""
+
+    folder: str = setting("", "Where the teacher library is, relative to this file; in the run's folder if left out. Runs may share one.")
+    snapshot: bool = setting(True, "Keep all of the teacher's parameters there.")
+    samples: int = setting(0, "Chat samples that are recorded at most, 0: all.", most=1 << 30)
+    answer_tokens: int = setting(96, "Tokens of an answer at most.", 1, 1 << 16)
+
+
+@dataclass(frozen=True)
 class DiagnoseConfig:
     """``[diagnose]``"""
 
     sequences: int = setting(32, "Sequences that are looked at.", 1, 1 << 20)
     removal_tokens: int = setting(2048, "Tokens on which every layer is left out in turn.", 64, 1 << 24)
+    order: int = setting(6, "Layers of which it is found out in which order they can go best, one after the other.", most=512)
+    candidates: int = setting(6, "Layers that are tried at each place of that order.", 1, 512)
+    paths: int = setting(8, "Sequences whose key tokens are traced.", 1, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ class Config:
     run: RunConfig = RunConfig()
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()
+    library: LibraryConfig = LibraryConfig()
     diagnose: DiagnoseConfig = DiagnoseConfig()
     student: StudentConfig = StudentConfig()
     distil: DistilConfig = DistilConfig()

@@ -31,6 +31,12 @@ class Workshop:
         found = self.beside / Path(name).expanduser()
         return found if found.exists() else Path(name)
 
+    @property
+    def library_folder(self) -> Path:
+        """Where the teacher library is."""
+        named = self.config.library.folder
+        return self.beside / Path(named).expanduser() if named else self.folder / "teacher-library"
+
     @cached_property
     def teacher_path(self) -> Path:
         """The teacher's file or folder. Raises ModelFileError when there is none."""

@@ -1,0 +1,116 @@
+"""Steps that look at the teacher: what it does on the samples goes into the library, what its parts are worth into a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.behaviour.rewards import reward
+from edge_rt_distill.data.batches import as_dicts, encode
+from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.diagnose.diagnosis import diagnose
+from edge_rt_distill.diagnose.options import Options
+from edge_rt_distill.diagnose.report import write as write_page
+from edge_rt_distill.diagnose.rows import Labels
+from edge_rt_distill.library import errors, record, recorded, snapshots
+from edge_rt_distill.library.store import Library
+from edge_rt_distill.run.steps import Place, Step
+from edge_rt_distill.run.workshop import TRAIN, Workshop, read_back
+
+Quiet = Callable[[int, int], None]
+_MAPS = 2
+"""Samples of a domain whose attention maps are kept."""
+_CASES = 4
+"""Errors of a domain that are explained."""
+_HEADS = 16
+"""Heads that are left out in turn to explain an error."""
+
+
+def library_step(shop: Workshop) -> Step:
+    """Records the teacher into the library, domain by domain: answers, activations, attention, errors; and its parameters, once."""
+    config = shop.config.library
+    settings = {**asdict(config), "teacher": shop.config.teacher.model, "seed": shop.config.run.seed}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        library = Library.open(shop.library_folder, create=True)
+        samples = [one for one in read_back(place.need("data") / TRAIN) if one.messages]
+        samples = sorted(samples, key=lambda one: one.id)[: config.samples or None]  # by content: of all domains
+        records: list[str] = []
+        if config.snapshot:
+            place.told("keeps the parameters", 0, 0)
+            records.append(snapshots.store(library, shop.teacher).id)
+        summary: dict[str, Any] = {"samples": len(samples)}
+        for domain in sorted({one.domain for one in samples}):
+            own = [one for one in samples if one.domain == domain]
+            made, summary[f"score of {domain}"] = _record(shop, library, domain, own, place)
+            records += made
+        (place.folder / "records.txt").write_text("\n".join(records), encoding="utf-8")
+        return {**summary, "records": len(records)}
+
+    return Step("library", run, settings, ("data",))
+
+
+def _record(shop: Workshop, library: Library, domain: str, samples: Sequence[Sample], place: Place) -> tuple[list[str], float | None]:
+    """The records made of a domain, and the mean score of the teacher's answers there."""
+    teacher, config = shop.teacher, shop.config.library
+    by_id = {one.id: one for one in samples}
+
+    def told(what: str) -> Quiet:
+        return lambda done, total: place.told(f"{domain}: {what}", done, total)
+
+    def score(sample: str, text: str, ended: bool) -> float:
+        return reward(by_id[sample], text, ended).value
+
+    def failed(sample: str, text: str, ended: bool) -> list[str]:
+        return [name for name, value in reward(by_id[sample], text, ended).parts.items() if value < 0.5]
+
+    prompts = [record.Prompt(one.id, teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True)) for one in samples if one.prompt]
+    room = teacher.model.architecture.context - config.answer_tokens
+    prompts = [one for one in prompts if len(one.tokens) <= room]
+    sequences = encode(samples, teacher.tokeniser, shop.config.data.length)
+    made, mean = [], None
+    if prompts:
+        options = record.Answers(tokens=config.answer_tokens, seed=shop.config.run.seed)
+        answers = record.record_trajectories(
+            library, teacher, prompts, domain=domain, options=options, score=score, scored_by="checks", told=told("answers")
+        )
+        made, mean = [answers], answers.score
+        cases = errors.failures(recorded.trajectories(library, answers), failed)[:_CASES]
+        if cases:
+            made.append(errors.record_errors(library, teacher, cases, domain=domain, heads=_HEADS, told=told("errors explained")))
+    if sequences:
+        made.append(record.record_activations(library, teacher, sequences, domain=domain, told=told("activations")))
+        made.append(record.record_attention(library, teacher, sequences[:_MAPS], domain=domain, told=told("attention")))
+    return [one.id for one in made], mean
+
+
+def diagnose_step(shop: Workshop) -> Step:
+    """Measures what of the teacher carries the value on the samples: ``diagnosis.json``, ``diagnosis.npz``, ``diagnosis.html``."""
+    options = Options(**asdict(shop.config.diagnose), seed=shop.config.run.seed)
+    settings = {**asdict(options), "teacher": shop.config.teacher.model, "length": shop.config.data.length}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        train = place.need("data") / TRAIN
+        labels = {one.id: Labels(one.domain, one.language) for one in read_back(train)}
+        sequences = shop.sequences(train)
+        if not sequences:
+            raise DataError("there is no sequence to diagnose the teacher on; add samples")
+        found = diagnose(
+            shop.teacher, sequences, options, lambda part, done, total: place.told(f"measures {part}", done, total),
+            folder=place.folder, labels=labels,
+        )  # fmt: skip
+        write_page(found, place.folder / "diagnosis.html", f"Diagnosis of {shop.teacher_path.name}")
+        _clear(place.folder / "parts")
+        return {"findings": len(found.findings), **{f"{one.rank}": one.explanation for one in found.findings[:3]}}
+
+    return Step("diagnose", run, settings, ("data",))
+
+
+def _clear(folder: Path) -> None:
+    """Parts are for resuming; what is done needs them no more."""
+    for path in folder.glob("*"):
+        path.unlink()
+    folder.rmdir()
