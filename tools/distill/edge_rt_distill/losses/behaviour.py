@@ -1,0 +1,90 @@
+"""Level 4, behaviour: what the teacher does when it does well, and the student's own answers with the teacher as judge.
+
+- Imitation: negative log-likelihood of rollouts that a reward kept, weighted token by token (end and format tokens more).
+- Preference: direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) of pairs of a better and a worse answer:
+  -log sigmoid(beta x ((log q(chosen) - log p(chosen)) - (log q(rejected) - log p(rejected)))). The reference p is the teacher: the
+  optimum is then q ~ p exp(reward / beta), the teacher tilted to what is rewarded, which is what is to be distilled. The student's own
+  start as a reference would hold it to a model that surgery has just damaged, and the reference-free form (SimPO, Meng et al. 2024,
+  arXiv:2405.14734) to none at all; the teacher is in memory anyway.
+- On-policy: reverse KL on the student's own rollouts, position by position (GKD, Agarwal et al. 2023, arXiv:2306.13649).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edge_rt_distill.losses.token import FromHidden, TokenLoss, TokenOptions, token_logprobs, token_loss
+
+
+class Weighted(Protocol):
+    """A sequence and which of its tokens are learnt, how much: ``behaviour.examples.Example`` is one."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """All tokens, prompt and answer."""
+        ...
+
+    @property
+    def targets(self) -> Sequence[bool]:
+        """For each token, whether its prediction counts."""
+        ...
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """For each token, how much."""
+        ...
+
+
+class Padded(NamedTuple):
+    """Sequences side by side. ``tokens`` [B, T] (0 behind the end). ``weights`` [B, T]: of the prediction that a position makes of the next."""
+
+    tokens: Tensor
+    weights: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The token behind each position [B, T]; behind the last, 0, whose weight is 0."""
+        return F.pad(self.tokens[:, 1:], (0, 1))
+
+
+def pad(examples: Sequence[Weighted]) -> Padded:
+    """Examples as one batch."""
+    length = max(len(example.tokens) for example in examples)
+    tokens, weights = torch.zeros(len(examples), length, dtype=torch.long), torch.zeros(len(examples), length)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
+        counted = [weight if target else 0.0 for target, weight in zip(example.targets, example.weights, strict=True)]
+        weights[row, : len(example.tokens) - 1] = torch.tensor(counted[1:])  # a first token is predicted by nothing
+    return Padded(tokens, weights)
+
+
+def imitation_loss(hidden: Tensor, weight: Tensor, batch: Padded) -> Tensor:
+    """Weighted mean negative log-likelihood in nats. ``hidden`` [B, T, D]: the student's on ``batch.tokens``; ``weight``: its head."""
+    return token_loss(
+        hidden.flatten(0, 1), weight, None, weights=batch.weights.flatten(), labels=batch.labels.flatten(),
+        options=TokenOptions(cross_entropy=1.0),
+    ).loss  # fmt: skip
+
+
+def answer_logprobs(hidden: Tensor, weight: Tensor, batch: Padded) -> Tensor:
+    """Sum over an example's weighted tokens of weight x log q [B]."""
+    rows = batch.weights.flatten().nonzero().squeeze(-1)
+    found = token_logprobs(hidden.flatten(0, 1)[rows], weight, batch.labels.flatten()[rows]) * batch.weights.flatten()[rows].to(hidden)
+    owner = rows // batch.tokens.shape[1]
+    return hidden.new_zeros(len(batch.tokens)).index_add(0, owner, found)
+
+
+def preference_loss(student: Tensor, teacher: Tensor, beta: float = 0.1) -> Tensor:
+    """DPO. ``student``, ``teacher`` [2, N]: log-probabilities of N chosen answers, and of the rejected ones. At equality log 2."""
+    lead = (student[0] - student[1]) - (teacher[0] - teacher[1])
+    return -F.logsigmoid(beta * lead).mean()
+
+
+def on_policy_loss(hidden: Tensor, weight: Tensor, teacher: FromHidden, batch: Padded, options: TokenOptions) -> TokenLoss:
+    """Reverse KL (or what ``options`` says) on the student's own answers. ``teacher``: rows for all B x T positions."""
+    return token_loss(hidden.flatten(0, 1), weight, teacher, weights=batch.weights.flatten(), options=options)
