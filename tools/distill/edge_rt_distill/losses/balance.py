@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
+
+Name = TypeVar("Name", bound=str)
 
 LARGEST = 1e3
 """No term is scaled up by more, so that the last rounding errors of one that is solved are not trained on."""
 
 
-def balance(terms: Mapping[str, Tensor], weights: Mapping[str, float], reference: float) -> tuple[Tensor, dict[str, float]]:
+def balance(terms: Mapping[Name, Tensor], weights: Mapping[Name, float], reference: float) -> tuple[Tensor, dict[Name, float]]:
     """(sum of weight x scale x term, the scales), with scale = ``reference`` / |term| as a number, so that no gradient flows through it.
 
     Each term then has ``weight`` times the reference's size, and its own direction (as DistillKit and multi-task losses do by hand).

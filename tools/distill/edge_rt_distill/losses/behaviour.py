@@ -41,7 +41,7 @@ class Weighted(Protocol):
 
 
 class Padded(NamedTuple):
-    """Sequences side by side. ``tokens`` [B, T] (0 behind the end). ``weights`` [B, T]: of the prediction that a position makes of the next."""
+    """Sequences side by side. ``tokens`` [B, T] (0 behind the end). ``weights`` [B, T]: of what a position predicts of the next."""
 
     tokens: Tensor
     weights: Tensor

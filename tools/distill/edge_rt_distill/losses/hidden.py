@@ -81,7 +81,8 @@ def least_squares(student: Tensor, teacher: Tensor, weights: Tensor, ridge: floa
     a, b, w = student.double(), teacher.double(), weights.double()
     gram = (a * w[:, None]).T @ a
     gram += torch.eye(len(gram), dtype=gram.dtype) * (ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    return torch.linalg.solve(gram, (a * w[:, None]).T @ b).to(student)
+    solution: Tensor = torch.linalg.solve(gram, (a * w[:, None]).T @ b)
+    return solution.to(student)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, weights: Tensor, dimensions: Tensor, projection: Tensor | None = None) -> Tensor:

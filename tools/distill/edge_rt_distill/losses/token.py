@@ -67,12 +67,12 @@ class FromHidden(NamedTuple):
 
 
 class FromTopK(NamedTuple):
-    """Recorded distributions: ``index``, ``logprob`` [N, K], the likeliest first, and the mass of all others ``tail`` [N], 0 to 1.
+    """Recorded distributions: ``tokens``, ``logprob`` [N, K], the likeliest first, and the mass of all others ``tail`` [N], 0 to 1.
 
     Nothing is known of the inside of the tail, so that the second term of the decoupled loss is left out.
     """
 
-    index: Tensor
+    tokens: Tensor
     logprob: Tensor
     tail: Tensor
 
@@ -139,14 +139,14 @@ def token_loss(
     if len(counted) == 0:
         return TokenLoss(hidden.sum() * 0, {name: hidden.new_zeros(()) for name in PARTS})
     work = _Work(teacher, row_weights / row_weights.sum(), labels, prior, options)
-    loss, parts = _Fused.apply(hidden, weight, work, torch.is_grad_enabled())
+    loss, parts = _Fused.apply(hidden, weight, work, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenLoss(loss, dict(zip(PARTS, parts.unbind(), strict=True)))
 
 
 def _rows_of(teacher: FromHidden | FromTopK, rows: Tensor | slice) -> FromHidden | FromTopK:
     if isinstance(teacher, FromHidden):
         return FromHidden(teacher.hidden[rows], teacher.weight)
-    return FromTopK(teacher.index[rows], teacher.logprob[rows], teacher.tail[rows])
+    return FromTopK(teacher.tokens[rows], teacher.logprob[rows], teacher.tail[rows])
 
 
 def positions_at_once(vocabulary: int, element: int, chunk: int = 0) -> int:
@@ -179,7 +179,7 @@ class _Fused(torch.autograd.Function):
         return (parts @ scale).to(hidden), parts_out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (*(None if kept is None else kept * gradients[0] for kept in ctx.saved_tensors), None, None)
 
@@ -189,7 +189,7 @@ def _chunk(logits: Tensor, work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
     teacher = None if work.teacher is None else _rows_of(work.teacher, rows)
     labels = None if work.labels is None else work.labels[rows]
     if isinstance(teacher, FromTopK):
-        return _decoupled(logits, teacher.index, _known_buckets(teacher), None, labels, work)
+        return _decoupled(logits, teacher.tokens, _known_buckets(teacher), None, labels, work)
     if isinstance(teacher, FromHidden):
         theirs = teacher.hidden @ teacher.weight.T
         if work.options.head:
@@ -348,7 +348,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 
 
     ``hidden`` [N, D], ``weight`` [V, D], ``labels`` [N].
     """
-    result: Tensor = _LogProbs.apply(hidden, weight, labels, positions_at_once(len(weight), hidden.element_size(), chunk))
+    size = positions_at_once(len(weight), hidden.element_size(), chunk)
+    result: Tensor = _LogProbs.apply(hidden, weight, labels, size)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -365,7 +366,7 @@ class _LogProbs(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

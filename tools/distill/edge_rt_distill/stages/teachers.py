@@ -1,0 +1,123 @@
+"""What the stages see of a teacher: its states, computed when asked for, or kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from edge_rt_distill.model.architecture import Architecture
+from edge_rt_distill.model.decoder import Decoder, Output
+
+
+class Rows(Protocol):
+    """Sequences side by side: ``data.batches.Batch`` is such, and what ``as_rows`` makes."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T] int64."""
+        ...
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T]: the weight of what a position predicts of the next token."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64."""
+        ...
+
+
+class Filled(NamedTuple):
+    """Rows made here, of examples and answers."""
+
+    tokens: Tensor
+    mask: Tensor
+    lengths: Tensor
+
+
+class TeacherView(Protocol):
+    """A teacher. Everything it gives is without gradient."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its sizes."""
+        ...
+
+    @property
+    def head(self) -> Tensor:
+        """[V, D]: what makes logits of its hidden states."""
+        ...
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """States behind the final norm [B, T, D]; what stands behind a row's length means nothing. The same for equal sequences."""
+        ...
+
+    def observe(self, rows: Rows, states: Collection[int], attention: Collection[int]) -> Output:
+        """As ``Decoder.forward``: hidden states, and those and the maps of some layers."""
+        ...
+
+
+class LiveTeacher:
+    """Computes everything when it is asked for."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+
+    @property
+    def architecture(self) -> Architecture:
+        """See TeacherView."""
+        return self.model.architecture
+
+    @property
+    def head(self) -> Tensor:
+        """See TeacherView."""
+        return self.model.head_weight.detach()
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """See TeacherView."""
+        return self.observe(rows, (), ()).hidden
+
+    @torch.no_grad()
+    def observe(self, rows: Rows, states: Collection[int], attention: Collection[int]) -> Output:
+        """See TeacherView."""
+        found: Output = self.model(rows.tokens, states=states, attention=attention)
+        return found
+
+
+class CachingTeacher(LiveTeacher):
+    """Keeps hidden states of up to ``capacity`` bytes, in half precision (1.1 kB a token of SmolLM2, where its logits are 197 kB).
+
+    Each sequence is computed by itself, and rounded before its first use too: so what is given does not depend on what it was batched
+    with, nor on what is in the cache, and a resumed run sees what the first one saw.
+    """
+
+    def __init__(self, model: Decoder, capacity: int = 1 << 30) -> None:
+        super().__init__(model)
+        self.capacity, self.used = capacity, 0
+        self.kept: dict[bytes, Tensor] = {}
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """See TeacherView."""
+        batch, length = rows.tokens.shape
+        found = torch.zeros(batch, length, self.architecture.width, dtype=self.head.dtype)
+        for row in range(batch):
+            tokens = rows.tokens[row, : int(rows.lengths[row])]
+            found[row, : len(tokens)] = self._sequence(tokens)
+        return found
+
+    @torch.no_grad()
+    def _sequence(self, tokens: Tensor) -> Tensor:
+        key = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest()
+        states = self.kept.get(key)
+        if states is None:
+            states = self.model(tokens[None]).hidden[0].half()
+            size = states.numel() * states.element_size()
+            if self.used + size <= self.capacity:
+                self.kept[key] = states
+                self.used += size
+        return states

@@ -1,0 +1,159 @@
+"""The loss terms of a training step, and the held-out errors that gates look at: both made of the same losses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edge_rt_distill.losses.balance import Name
+from edge_rt_distill.losses.behaviour import Padded, answer_logprobs, imitation_loss, on_policy_loss, preference_loss
+from edge_rt_distill.losses.token import FromHidden, TokenOptions, token_loss
+from edge_rt_distill.model.decoder import Decoder, Output
+from edge_rt_distill.model.generate import generate
+from edge_rt_distill.stages.guides import Guides
+from edge_rt_distill.stages.levels import Level, Term
+from edge_rt_distill.stages.material import Material, labels_of, rows_of
+from edge_rt_distill.stages.schedule import taid_mix
+from edge_rt_distill.stages.teachers import Filled, Rows, TeacherView
+
+
+class Scene(NamedTuple):
+    """Who learns from whom, from what."""
+
+    student: Decoder
+    teacher: TeacherView
+    guides: Guides
+    material: Material
+
+
+def groups(scene: Scene, level: Level, rows: Rows, step: int, number: int) -> Iterator[dict[Term, Tensor]]:
+    """The level's terms for one batch, in groups that share a forward pass: go backward before asking for the next.
+
+    ``step``: of the level. ``number``: of the batch in the level; it decides which examples, pairs and prompts come with it.
+    """
+    wanted = [term for term, weight in level.terms.items() if weight]
+    corpus = [term for term in wanted if term in ("token", "hidden", "attention")]
+    if corpus:
+        yield corpus_terms(scene, rows, corpus, level.token._replace(mix=taid_mix(level, step)))
+    if "imitation" in wanted:
+        batch = rows_of(scene.material.turn(scene.material.examples, number))
+        yield {"imitation": imitation_loss(scene.student(batch.tokens).hidden, scene.student.head_weight, Padded(batch.tokens, batch.mask))}
+    if "preference" in wanted:
+        yield {"preference": _preference(scene, number)}
+    if "on_policy" in wanted and number % level.on_policy_every == 0:
+        answered = own_answers(scene, number // level.on_policy_every)
+        if answered is not None:
+            yield {"on_policy": _on_policy(scene, answered, level.token)}
+
+
+def corpus_terms(scene: Scene, rows: Rows, wanted: Collection[Term], options: TokenOptions) -> dict[Term, Tensor]:
+    """Terms of a batch of the corpus, in the order of ``wanted``."""
+    ours, theirs = observe(scene, rows, wanted)
+    weight = scene.student.head_weight
+    found: dict[Term, Tensor] = {}
+    for term in wanted:
+        if term == "token":
+            teacher = FromHidden(theirs.hidden.flatten(0, 1), scene.teacher.head)
+            found[term] = token_loss(
+                ours.hidden.flatten(0, 1), weight, teacher, weights=rows.mask.flatten(), labels=labels_of(rows).flatten(),
+                prior=scene.material.prior, options=options,
+            ).loss  # fmt: skip
+        else:
+            compare = scene.guides.hidden_term if term == "hidden" else scene.guides.attention_term
+            found[term] = compare(ours, theirs, rows)
+    return found
+
+
+def observe(scene: Scene, rows: Rows, wanted: Collection[Term]) -> tuple[Output, Output]:
+    """What student and teacher make of a batch, with the states and maps that some terms need."""
+    matches = scene.guides.matches if "hidden" in wanted else []
+    heads = scene.guides.heads if "attention" in wanted else []
+    ours: Output = scene.student(rows.tokens, states=[m.student for m in matches], attention=[h.student for h in heads])
+    if matches or heads:
+        theirs = scene.teacher.observe(rows, [m.teacher for m in matches], [h.teacher for h in heads])
+    else:
+        theirs = Output(scene.teacher.hidden(rows), {}, {})
+    return ours, theirs
+
+
+def _preference(scene: Scene, number: int) -> Tensor:
+    pairs = scene.material.turn(scene.material.pairs, number)
+    batch = rows_of([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    # Both weigh whole answers: with the weights of imitation a pair could be won by its format tokens alone.
+    padded = Padded(batch.tokens, (batch.mask > 0).float())
+    ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, padded)
+    with torch.no_grad():
+        theirs = answer_logprobs(scene.teacher.hidden(batch), scene.teacher.head, padded)
+    return preference_loss(ours.view(2, -1), theirs.view(2, -1))
+
+
+def own_answers(scene: Scene, number: int) -> Filled | None:
+    """The student's answers to the ``number``-th handful of prompts, as rows whose answers count; None if all are empty.
+
+    Drawn from a seed made of the number: they depend on the student's weights and on nothing else.
+    """
+    prompts = scene.material.turn(scene.material.prompts, number)
+    how = scene.material.answers
+    seed = scene.material.seed * 1_000_003 + number
+    with torch.no_grad():
+        answers = generate(scene.student, prompts, tokens=how.tokens, temperature=how.temperature, seed=seed, end=how.end)
+    both = [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers, strict=True) if answer.tokens]
+    if not both:
+        return None
+    length = max(len(prompt) + len(answer) for prompt, answer in both)
+    tokens, mask = torch.zeros(len(both), length, dtype=torch.long), torch.zeros(len(both), length)
+    for row, (prompt, answer) in enumerate(both):
+        tokens[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        mask[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = 1
+    return Filled(tokens, mask, torch.tensor([len(prompt) + len(answer) for prompt, answer in both]))
+
+
+def _on_policy(scene: Scene, rows: Filled, options: TokenOptions) -> Tensor:
+    teacher = FromHidden(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1), scene.teacher.head)  # never seen again: not cached
+    hidden = scene.student(rows.tokens).hidden
+    return on_policy_loss(
+        hidden, scene.student.head_weight, teacher, Padded(rows.tokens, rows.mask), TokenOptions("reverse", chunk=options.chunk)
+    ).loss
+
+
+# ---- held-out errors -------------------------------------------------------------------------------------------------------------------
+
+
+def errors(scene: Scene, names: Sequence[str]) -> dict[str, float]:
+    """The held-out reconstruction error of some levels.
+
+    ``token``: KL(teacher||student) in nats a token. ``hidden``: mean 1 - weighted cosine of the matched states. ``attention``: weighted
+    divergence of the matched heads' rows, in nats. ``behaviour``: how much less likely than to the teacher the kept answers of the
+    teacher are to the student, in nats a (weighted) token.
+    """
+    terms: list[Term] = [name for name in ("token", "hidden", "attention") if name in names]
+    sums, total = dict.fromkeys(terms, 0.0), 0.0
+    with torch.no_grad():
+        for rows in scene.material.held_out if terms else ():
+            amount = float(rows.mask.sum())
+            total += amount
+            for term, value in corpus_terms(scene, rows, terms, TokenOptions()).items():
+                sums[term] += float(value) * amount
+        found: dict[str, float] = {term: value / total for term, value in sums.items()}
+        if "behaviour" in names:
+            found["behaviour"] = _excess(scene)
+    return found
+
+
+def _excess(scene: Scene) -> float:
+    examples, excess, total = scene.material.held_out_examples, 0.0, 0.0
+    for start in range(0, len(examples), scene.material.beside):
+        rows = rows_of(examples[start : start + scene.material.beside])
+        padded = Padded(rows.tokens, rows.mask)
+        ours = answer_logprobs(scene.student(rows.tokens).hidden, scene.student.head_weight, padded)
+        theirs = answer_logprobs(scene.teacher.hidden(rows), scene.teacher.head, padded)
+        excess, total = excess + float((theirs - ours).sum()), total + float(rows.mask.sum())
+    return excess / total
+
+
+def say(values: Mapping[Name, float]) -> str:
+    """Numbers by name, for messages."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
