@@ -89,6 +89,15 @@ class Rules:
                 raise self.error(f"{key} has {_kind(value) if value != '' else repr(value)} in it; give texts that are not empty", key, i)
         return tuple(given)
 
+    def integers(self, key: str, default: Iterable[int] = (), least: int = 0, most: int = 1 << 31) -> tuple[int, ...]:
+        """A list of whole numbers from ``least`` to ``most``."""
+        given = self._get(key, list, list(default))
+        for i, value in enumerate(given):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                shown = _kind(value) if isinstance(value, bool) or not isinstance(value, int) else value
+                raise self.error(f"{key} has {shown} in it; give whole numbers from {least} to {most}", key, i)
+        return tuple(given)
+
     def table(self, key: str) -> Rules:
         """A table in this one, empty if it is not there."""
         return self._table(self._get(key, dict, {}), key)

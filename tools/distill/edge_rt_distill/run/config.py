@@ -17,9 +17,11 @@ LEVELS = ("token", "hidden", "attention", "behaviour")
 """The levels of distillation, in order."""
 
 
-def setting(default: Any, help: str, least: float = 0, most: float = 1 << 40, choices: tuple[str, ...] = ()) -> Any:
-    """A field of a table: its default, what it means, and which values it may have."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices})
+def setting(
+    default: Any, help: str, least: float = 0, most: float = 1 << 40, choices: tuple[str, ...] = (), numbers: bool = False
+) -> Any:
+    """A field of a table: its default, what it means, and which values it may have. ``numbers``: a list of them and not of texts."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, "numbers": numbers})
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ class StudentConfig:
     parameters: float = setting(0.8, "Share of the teacher's parameters at most.", 0.05, 1)
     speed: float = setting(0.0, "Times as fast as the teacher at least, predicted; 0: as it comes.", 0, 100)
     methods: tuple[str, ...] = setting(("depth", "width"), "What may be cut.", choices=("depth", "width", "heads", "hidden", "sharing"))
-    drop: tuple[str, ...] = setting((), "Layers to drop, by number, instead of those that the diagnosis says.")
+    drop: tuple[int, ...] = setting((), "Layers to drop, by number, instead of those that the diagnosis says.", most=511, numbers=True)
+    merge: tuple[int, ...] = setting((), "Layers that are merged with the one behind them, by number.", most=510, numbers=True)
+    share: int = setting(0, "Pairs of layers that share parameters, with the method `sharing`. The file has them twice.", most=256)
+    grouped: bool = setting(False, "Channels go in whole blocks of 32: those of an already quantised teacher then lose nothing again.")
     ffn: int = setting(0, "Channels of the feed-forward network, instead of what the search finds.", most=1 << 20)
     repair_tokens: int = setting(8192, "Tokens for least squares after the cut, 0: none.", most=1 << 24)
     side_rank: int = setting(0, "Rank of side paths that are trained beside every matrix and folded in at export, 0: none.", most=1024)
@@ -102,6 +107,7 @@ class DistilConfig:
 
     batch_tokens: int = setting(2048, "Tokens of a step.", 64, 1 << 22)
     evaluate_every: int = setting(16_384, "Tokens between evaluations: the epochs that gates count.", 256, 1 << 40)
+    held_out: int = setting(64, "Sequences of the held-out samples that are measured on.", 1, 1 << 20)
     divergence: str = setting("forward", "Of the token level.", choices=("forward", "reverse", "skew", "taid"))
     freeze_embedding: bool = setting(True, "Leave the embedding as the teacher has it.")
     evaluator: str = setting("quick", "Whose score ends a level early: `quick`, or MODULE:ATTRIBUTE.")
@@ -168,6 +174,8 @@ def _value(one: Field[Any], table: Rules) -> Any:
         return table.integer(one.name, default, int(limits["least"]), int(limits["most"]))
     if isinstance(default, float):
         return table.number(one.name, default, limits["least"], limits["most"])
+    if isinstance(default, tuple) and limits["numbers"]:
+        return table.integers(one.name, default, int(limits["least"]), int(limits["most"]))
     if isinstance(default, tuple):
         return table.choices(one.name, limits["choices"], default) if limits["choices"] else table.texts(one.name, default)
     return table.choice(one.name, limits["choices"], default) if limits["choices"] else table.text(one.name, default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,13 @@ class Workshop:
     def sequences(self, file: Path) -> list[Sequence]:
         """The sequences of a file of samples that ``write_samples`` wrote."""
         return encode(read_back(file), self.teacher.tokeniser, self.config.data.length)
+
+
+def shuffled(sequences: list[Sequence], seed: int) -> list[Sequence]:
+    """The same in an order of its own: whoever takes the first few gets some of everything."""
+    found = list(sequences)
+    random.Random(f"shuffled {seed}").shuffle(found)
+    return found
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:

@@ -1,0 +1,96 @@
+"""The step that cuts: from the diagnosis and the budget to a student with the teacher's weights, repaired by least squares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from edge_rt_distill.data.batches import Batch, Sequence, batches
+from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.model import snapshot
+from edge_rt_distill.run.config import Config, StudentConfig
+from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.workshop import HELD_OUT, TRAIN, Workshop, shuffled
+from edge_rt_distill.surgery.apply import apply
+from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
+from edge_rt_distill.surgery.evidence import Evidence, read_evidence
+from edge_rt_distill.surgery.explain import explain, explain_measured, explain_repair
+from edge_rt_distill.surgery.options import PARTS, Budget, PlanOptions
+from edge_rt_distill.surgery.plan import candidates
+from edge_rt_distill.surgery.probe import calibrated, select
+from edge_rt_distill.surgery.repair import repair
+
+STUDENT, CUT = "student", "cut.json"
+_PROBED = 2048
+"""Tokens on which cuts are compared."""
+
+
+def cut_step(shop: Workshop) -> Step:
+    """Cuts the teacher: ``student`` (a snapshot), ``cut.json`` with every decision and its reason, ``cut.txt`` for people."""
+    config = shop.config.student
+    settings = {**asdict(config), "seed": shop.config.run.seed, "length": shop.config.data.length}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        teacher = shop.teacher.model
+        sequences = shuffled(shop.sequences(place.need("data") / TRAIN), shop.config.run.seed)
+        text, cut = _choose(shop, place, sequences)
+        student = apply(teacher, cut)
+        if config.repair_tokens and cut != whole(teacher.architecture):
+            place.told("repairs", 0, 0)
+            some = some_batches(sequences, config.repair_tokens, shop.config)
+            text.append(explain_repair(repair(student, teacher, cut, some, told=lambda done, total: place.told("repairs", done, total))))
+        held_out = shop.sequences(place.need("data") / HELD_OUT)[: shop.config.distil.held_out]
+        found = divergence(student, teacher, held_out)
+        snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
+        write_text(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
+        write_text(place.folder / "cut.txt", "\n\n".join(text) + "\n")
+        parameters = student_architecture(teacher.architecture, cut).parameters()
+        return {"parameters": parameters, "share": parameters / teacher.architecture.parameters(), **measured(found)}
+
+    return Step("cut", run, settings, ("data", "diagnose"))
+
+
+def measured(found: Any) -> dict[str, float]:
+    """Of held-out measures what summaries say."""
+    return {"kl": found.kl, "top1": found.top1, "perplexity_ratio": found.perplexity_ratio}
+
+
+def _choose(shop: Workshop, place: Place, sequences: list[Sequence]) -> tuple[list[str], Cut]:
+    """What was decided and why, and the cut that loses least when it is made."""
+    teacher, config = shop.teacher.model, shop.config.student
+    if config.parameters >= 1 and not config.speed and not (config.drop or config.ffn):
+        return ["Nothing is cut: the budget is the whole teacher."], whole(teacher.architecture)
+    evidence: Evidence = read_evidence(place.need("diagnose") / "diagnosis.npz", teacher.architecture)
+    probed = some_batches(sequences, _PROBED, shop.config)
+    options, budget = _options(config), Budget(parameters=config.parameters, speed=1 / config.speed if config.speed else None)
+    evidence = calibrated(evidence, teacher, probed, options, told=lambda done, total: place.told("tries small cuts", done, total))
+    found = select(
+        teacher, candidates(evidence, teacher.architecture, budget, options), probed,
+        told=lambda done, total: place.told("compares cuts", done, total),
+    )  # fmt: skip
+    return [explain_measured(found), explain(found[0].cut, teacher.architecture)], found[0].cut
+
+
+def _options(config: StudentConfig) -> PlanOptions:
+    by_name = {"depth": ("depth",), "width": ("ffn",), "heads": ("heads", "groups"), "hidden": ("hidden",), "sharing": ()}
+    allowed = tuple(part for part in PARTS if any(part in by_name[method] for method in config.methods))
+    return PlanOptions(
+        allow=allowed, drop=tuple(config.drop) or None, ffn=config.ffn or None, share=config.share if "sharing" in config.methods else 0,
+        merge=tuple((one, one + 1) for one in config.merge), channels="grouped" if config.grouped else "exact",
+    )  # fmt: skip
+
+
+def some_batches(sequences: list[Sequence], tokens: int, config: Config) -> list[Batch]:
+    """Batches of the first sequences that have so many tokens together."""
+    chosen, left = [], tokens
+    for one in sequences:
+        if left <= 0:
+            break
+        chosen.append(one)
+        left -= len(one.tokens)
+    with torch.no_grad():
+        return list(batches(chosen, config.distil.batch_tokens, config.run.seed, 0))
