@@ -1,0 +1,163 @@
+"""How far a student is from its teacher on held-out sequences, with standard errors.
+
+Positions of one sequence are not independent, so errors are over sequences: of a mean over positions sum(a) / sum(n), with a and n the
+sum and the number of positions of each of S sequences, the variance is S / (S - 1) x sum((a - mean n)^2) / sum(n)^2 (the estimator of a
+ratio, Cochran 1977, Sampling Techniques, 6.4). Of a single sequence no error is known: infinity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from edge_rt.hooks import DataError, OptionError
+from edge_rt_distill.losses.token import positions_at_once
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.stages.material import labels_of
+from edge_rt_distill.stages.teachers import Filled, LiveTeacher, TeacherView
+
+
+class Targeted(Protocol):
+    """A sequence whose predictions count in places: ``data.batches.Sequence`` is one."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """All tokens."""
+        ...
+
+    @property
+    def targets(self) -> Sequence[bool]:
+        """For each token, whether its prediction counts."""
+        ...
+
+
+class Counts(NamedTuple):
+    """Sums over each sequence's positions that count [S]: their ``number``, KL(teacher||student) in nats, of how many both find the same
+    token likeliest, and the negative log-likelihood of the true tokens, in nats."""
+
+    number: Tensor
+    kl: Tensor
+    same: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+class Measures(NamedTuple):
+    """Means over positions. ``kl``: KL(teacher||student), nats. ``top1``: share of positions with the same likeliest token.
+
+    ``perplexity_ratio``: the student's perplexity by the teacher's. ``*_error``: standard errors. ``tokens``: positions that counted.
+    """
+
+    kl: float
+    kl_error: float
+    top1: float
+    top1_error: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float
+    perplexity_student: float
+    perplexity_teacher: float
+    tokens: int
+    sequences: int
+
+
+def divergence(
+    student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[Targeted], *, batch_tokens: int = 2048
+) -> Measures:  # fmt: skip
+    """Compare on ``sequences``, at most ``batch_tokens`` at a time. Raises DataError if nothing counts, OptionError for other tokens."""
+    return summarise(count(student, teacher, sequences, batch_tokens=batch_tokens))
+
+
+@torch.no_grad()
+def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[Targeted], *, batch_tokens: int = 2048) -> Counts:
+    """What ``divergence`` is made of, sequence by sequence in their order. Raises as it does."""
+    view = LiveTeacher(teacher) if isinstance(teacher, Decoder) else teacher
+    if student.architecture.vocabulary != view.architecture.vocabulary:
+        ours, theirs = student.architecture.vocabulary, view.architecture.vocabulary
+        raise OptionError(f"the student has {ours} tokens and the teacher {theirs}; compare models of one tokenizer")
+    counted = [i for i, sequence in enumerate(sequences) if any(sequence.targets[1:])]
+    if not counted:
+        raise DataError("no position counts in what a student is to be measured on; add samples with an answer or a text")
+    sums = torch.zeros(5, len(sequences), dtype=torch.float64)
+    for chosen, rows in _batches(sequences, counted, batch_tokens):
+        at = rows.mask.flatten().nonzero().squeeze(-1)
+        owner = torch.tensor(chosen)[at // rows.tokens.shape[1]]
+        mine, others = student(rows.tokens).hidden.flatten(0, 1)[at], view.hidden(rows).flatten(0, 1)[at]
+        found = compare(mine, student.head_weight, others, view.head, labels_of(rows).flatten()[at])
+        sums.index_add_(1, owner, torch.cat((torch.ones(1, len(at), dtype=torch.float64), found.double())))
+    return Counts(*sums[:, counted])
+
+
+def _batches(sequences: Sequence[Targeted], counted: Sequence[int], batch_tokens: int) -> Iterator[tuple[list[int], Filled]]:
+    """Sequences of similar length together, filled up at the right."""
+    chosen: list[int] = []
+    for i in sorted(counted, key=lambda i: (len(sequences[i].tokens), i)):
+        if chosen and len(sequences[i].tokens) * (len(chosen) + 1) > batch_tokens:
+            yield chosen, _fill([sequences[one] for one in chosen])
+            chosen = []
+        chosen.append(i)
+    yield chosen, _fill([sequences[one] for one in chosen])
+
+
+def _fill(sequences: Sequence[Targeted]) -> Filled:
+    length = max(len(sequence.tokens) for sequence in sequences)
+    tokens, mask = torch.zeros(len(sequences), length, dtype=torch.long), torch.zeros(len(sequences), length)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+        mask[row, : len(sequence.tokens) - 1] = torch.tensor(sequence.targets[1:], dtype=torch.float32)
+    return Filled(tokens, mask, torch.tensor([len(sequence.tokens) for sequence in sequences]))
+
+
+def compare(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, chunk: int = 0) -> Tensor:
+    """[4, N]: KL(teacher||student), same likeliest token (1 or 0), negative log-likelihood to the student and to the teacher.
+
+    Hidden states [N, D] behind the final norms, heads [V, D], true next tokens [N]. ``chunk`` positions at a time, 0: as many as fit.
+    """
+    found = []
+    size = positions_at_once(len(student_head), student.element_size(), chunk)
+    for start in range(0, len(student), size):
+        rows = slice(start, start + size)
+        log_q = torch.log_softmax(student[rows] @ student_head.T, -1)
+        log_p = torch.log_softmax(teacher[rows] @ teacher_head.T, -1)
+        true = labels[rows, None]
+        likelihoods = [-one.gather(-1, true).squeeze(-1) for one in (log_q, log_p)]
+        same = (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q)
+        p = log_p.exp()
+        kl = torch.bmm(p[:, None], log_p.sub_(log_q)[:, :, None])[:, 0, 0]
+        found.append(torch.stack((kl, same, *likelihoods)))
+    return torch.cat(found, -1)
+
+
+def summarise(counts: Counts) -> Measures:
+    """Means and their standard errors."""
+    kl, kl_error = _mean(counts.kl, counts.number)
+    top1, top1_error = _mean(counts.same, counts.number)
+    excess, excess_error = _mean(counts.student - counts.teacher, counts.number)
+    ours, theirs = (_mean(one, counts.number)[0] for one in (counts.student, counts.teacher))
+    ratio = _exp(excess)
+    return Measures(
+        kl, kl_error, top1, top1_error, ratio, ratio * excess_error, _exp(ours), _exp(theirs), int(counts.number.sum()), len(counts.number)
+    )
+
+
+def difference(left: Counts, right: Counts, name: str = "kl") -> tuple[float, float]:
+    """(mean of left minus right, its standard error) of two students on the same sequences: what they share is no noise."""
+    if not left.number.equal(right.number):
+        raise OptionError("two students are compared on the same sequences; measure them again")
+    return _mean(getattr(left, name) - getattr(right, name), left.number)
+
+
+def _mean(sums: Tensor, numbers: Tensor) -> tuple[float, float]:
+    total, count = float(numbers.sum()), len(numbers)
+    mean = float(sums.sum()) / total
+    if count < 2:
+        return mean, math.inf
+    variance = count / (count - 1) * float((sums - mean * numbers).square().sum()) / total**2
+    return mean, math.sqrt(variance)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
