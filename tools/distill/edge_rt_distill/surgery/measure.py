@@ -1,0 +1,64 @@
+"""Divergence of a student from its teacher, on passages of text: what surgery verifies its predictions with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.model.decoder import Decoder
+
+
+class Tokens(Protocol):
+    """A batch as ``data.batches`` makes them."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T], int64."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T], 1 where the prediction of the next token counts."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B]: tokens behind it are padding."""
+
+
+class Passages(NamedTuple):
+    """Tokens of which all count: [B, T], the mask [B, T] and the lengths [B]."""
+
+    tokens: Tensor
+    mask: Tensor
+    lengths: Tensor
+
+
+def passages(tokens: Tensor) -> Passages:
+    """Passages of equal length [B, T], in which every prediction but that behind the end counts."""
+    mask = torch.ones(tokens.shape)
+    mask[:, -1] = 0
+    return Passages(tokens, mask, torch.full((len(tokens),), tokens.shape[1]))
+
+
+@torch.no_grad()
+def divergence(student: Decoder, teacher: Decoder, batches: Sequence[Tokens], skip: Collection[int] = ()) -> float:
+    """Mean KL(teacher || student) in nats over the predictions that count. ``skip``: layers that the student leaves out.
+
+    Raises DataError where no prediction counts.
+    """
+    total, count = 0.0, 0.0
+    for batch in batches:
+        own, other = student(batch.tokens, skip=skip).hidden, teacher(batch.tokens).hidden
+        for row in range(len(batch.tokens)):  # a passage at a time: logits are by far the largest thing here
+            at = batch.mask[row].nonzero().squeeze(1)
+            if not len(at):
+                continue
+            p, q = teacher.logits(other[row, at]).log_softmax(-1), student.logits(own[row, at]).log_softmax(-1)
+            kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+            total, count = total + float(kl @ batch.mask[row, at].to(kl.dtype)), count + float(batch.mask[row, at].sum())
+    if not count:
+        raise DataError("no prediction counts in these samples; take longer or more samples")
+    return total / count

@@ -1,0 +1,82 @@
+"""Predictions checked on the teacher itself: small cuts of each part, made and measured, scale what the plan predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from edge_rt.hooks import OptionError
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.surgery.apply import apply
+from edge_rt_distill.surgery.cut import Cut
+from edge_rt_distill.surgery.evidence import Evidence
+from edge_rt_distill.surgery.measure import Tokens, divergence
+from edge_rt_distill.surgery.options import Budget, PlanOptions
+from edge_rt_distill.surgery.plan import plan
+
+SHARE = 7 / 8
+"""What a probe leaves of a width."""
+
+
+def calibrated(
+    found: Evidence, teacher: Decoder, batches: Sequence[Tokens], options: PlanOptions = PlanOptions(), *,  # noqa: B008 (frozen)
+    told: Callable[[int, int], None] | None = None,
+) -> Evidence:  # fmt: skip
+    """The evidence with a scale for each part that may be cut: measured divergence of a small cut of it over the predicted.
+
+    ``told(done, all)`` is called before each probe. Parts of which no small cut can be made keep the prior.
+    """
+    probes = _probes(found, teacher, options)
+    scales: dict[str, float] = {}
+    for at, (part, changes) in enumerate(probes.items()):
+        if told is not None:
+            told(at, len(probes))
+        try:
+            cut = plan(replace(found, scales=None), teacher.architecture, Budget(), changes)
+        except OptionError:  # too few layers may go, say: nothing of this part will be cut in the plan either
+            continue
+        predicted = cut.chosen.loss if cut.chosen is not None else 0.0
+        measured = divergence(apply(teacher, cut), teacher, batches)
+        if predicted > 0 and 0 < measured < float("inf"):
+            scales[part] = measured / predicted
+    return replace(found, scales=scales)
+
+
+def _probes(found: Evidence, teacher: Decoder, options: PlanOptions) -> dict[str, PlanOptions]:
+    """For each part the options that cut just it."""
+    a = teacher.architecture
+    shape = a.layers[a.owner(0)]
+    each = shape.heads // shape.kv_heads
+    plain = replace(options, allow=(), drop=(), merge=(), share=0, ffn=shape.ffn, groups=shape.kv_heads, heads=each, width=a.width)
+    narrower = {name: int(size * SHARE) // options.multiple * options.multiple for name, size in (("ffn", shape.ffn), ("width", a.width))}
+    changes: dict[str, tuple[str, int]] = {
+        "ffn": ("ffn", narrower["ffn"]), "hidden": ("width", narrower["width"]), "heads": ("heads", each - 1),
+        "groups": ("groups", shape.kv_heads - 1), "depth": ("drop", 2),
+    }  # fmt: skip
+    return {
+        part: replace(plain, protect=options.protect, **{name: value})  # type: ignore[arg-type]
+        for part, (name, value) in changes.items()
+        if part in options.allow and value > 0 and not (part == "depth" and found.drop_order)
+    }
+
+
+class Measured(NamedTuple):
+    """A cut, what was predicted of it and what it costs in divergence, in nats before repair."""
+
+    cut: Cut
+    predicted: float
+    divergence: float
+
+
+def select(
+    teacher: Decoder, cuts: Sequence[Cut], batches: Sequence[Tokens], *, told: Callable[[int, int], None] | None = None
+) -> list[Measured]:
+    """The cuts (``plan.candidates``), least measured divergence first. ``told(done, all)`` is called before each."""
+    made = []
+    for at, cut in enumerate(cuts):
+        if told is not None:
+            told(at, len(cuts))
+        predicted = cut.chosen.loss if cut.chosen is not None else float("nan")
+        made.append(Measured(cut, predicted, divergence(apply(teacher, cut), teacher, batches)))
+    return sorted(made, key=lambda one: one.divergence)
