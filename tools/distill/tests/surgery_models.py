@@ -18,8 +18,8 @@ def random_architecture(family: str = "llama", layers: int = 4, **changed: Any) 
     """Four layers, 64 wide, 8 heads of 8 for 4 key-value heads, 96 channels."""
     sizes: dict[str, Any] = {
         "family": family, "vocabulary": VOCABULARY, "width": 64, "head": 8, "layers": (LayerShape(8, 4, 96),) * layers,
-        "tied": family != "qwen2", "norm_epsilon": 1e-5, "rope_base": 1e4, "rope": FAMILIES[family], "context": 64, "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
+        "tied": family != "qwen2", "norm_epsilon": 1e-5, "rope_base": 1e4, "rope": FAMILIES[family], "context": 64,
+        "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3",
     }  # fmt: skip
     return Architecture(**{**sizes, **changed})
 

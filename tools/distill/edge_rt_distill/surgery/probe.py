@@ -11,7 +11,7 @@ from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.evidence import Evidence
-from edge_rt_distill.surgery.measure import Tokens, divergence
+from edge_rt_distill.surgery.measure import Tokens, divergence, final_states
 from edge_rt_distill.surgery.options import Budget, PlanOptions
 from edge_rt_distill.surgery.plan import plan
 
@@ -29,6 +29,7 @@ def calibrated(
     """
     probes = _probes(found, teacher, options)
     scales: dict[str, float] = {}
+    known = final_states(teacher, batches)
     for at, (part, changes) in enumerate(probes.items()):
         if told is not None:
             told(at, len(probes))
@@ -37,7 +38,7 @@ def calibrated(
         except OptionError:  # too few layers may go, say: nothing of this part will be cut in the plan either
             continue
         predicted = cut.chosen.loss if cut.chosen is not None else 0.0
-        measured = divergence(apply(teacher, cut), teacher, batches)
+        measured = divergence(apply(teacher, cut), teacher, batches, known=known)
         if predicted > 0 and 0 < measured < float("inf"):
             scales[part] = measured / predicted
     return replace(found, scales=scales)
@@ -74,9 +75,10 @@ def select(
 ) -> list[Measured]:
     """The cuts (``plan.candidates``), least measured divergence first. ``told(done, all)`` is called before each."""
     made = []
+    known = final_states(teacher, batches)
     for at, cut in enumerate(cuts):
         if told is not None:
             told(at, len(cuts))
         predicted = cut.chosen.loss if cut.chosen is not None else float("nan")
-        made.append(Measured(cut, predicted, divergence(apply(teacher, cut), teacher, batches)))
+        made.append(Measured(cut, predicted, divergence(apply(teacher, cut), teacher, batches, known=known)))
     return sorted(made, key=lambda one: one.divergence)

@@ -21,7 +21,7 @@ from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.model.decoder import LINEARS, Decoder, Layer, RMSNorm
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import Equations, fit, fit_scale
-from edge_rt_distill.surgery.measure import Tokens, divergence
+from edge_rt_distill.surgery.measure import Tokens, divergence, final_states
 from edge_rt_distill.surgery.width import AXES, indices
 
 SUMS = ("attn_output", "ffn_down")
@@ -104,7 +104,8 @@ def repair(
         raise OptionError("the student's matrices are parametrised; repair it before a form is attached, or fold it first")
     apart = _split([len(batch.tokens) for batch in batches], options.apart)
     judged = [_Rows(batch, rows) for batch, rows in zip(batches, apart, strict=True) if rows.any()]
-    report = Repair(divergence(student, teacher, judged))
+    known = final_states(teacher, judged)
+    report = Repair(divergence(student, teacher, judged, known=known))
     old = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     walk = _Walk(
         teacher, student, cut, options, [teacher.token_embd(b.tokens) for b in batches], [student.token_embd(b.tokens) for b in batches],
@@ -116,7 +117,7 @@ def repair(
             told(place, len(cut.layers))
         _layer(walk, place)
     _norm(walk, "output_norm", student.output_norm, [teacher.output_norm(x) for x in walk.theirs])
-    report.after = divergence(student, teacher, judged)
+    report.after = divergence(student, teacher, judged, known=known)
     if not report.after < report.before:
         student.load_state_dict(old)
         report.undone = bool(report.sites)
