@@ -1,0 +1,158 @@
+"""Each check ranks answers that are good above those that are not, and what is no check is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edge_rt_distill.behaviour.checks import KINDS, Answer, check_checks, score
+from edge_rt_distill.behaviour.rewards import Reward, checks_of, load_reward, reward
+from edge_rt_distill.data.samples import Message, Sample, demo, make_sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_rt.hooks import DataError, OptionError
+
+LOOP = "The answer is yes and " * 12
+RANKED: list[tuple[dict[str, Any], list[str]]] = [
+    # check, and answers from the best to the worst, each strictly worse than the one before
+    ({"kind": "not_empty"}, ["5", " \n…"]),
+    ({"kind": "no_loops"}, ["A short and sound answer without anything said twice.", "one two three four " * 2 + "five six seven", LOOP]),
+    ({"kind": "no_loops"}, ["水泵已经停机，请检查滤网并通知班长。", "请检查滤网。请检查滤网。请检查滤网。请检查滤网。"]),
+    ({"kind": "no_loops"}, ["| a | b |\n|---------|---------|\n| 1 | 2 |", "ha" * 9]),
+    ({"kind": "language", "is": "zh"}, ["好的，可以使用 VPN。", "Yes, you can use the VPN."]),
+    ({"kind": "language", "is": "en-GB"}, ["Fine.", "好的。"]),
+    ({"kind": "length", "unit": "words", "max": 4}, ["One two three.", "One two three four five.", "a b c d e f", "w " * 8]),
+    ({"kind": "length", "unit": "words", "min": 4}, ["一二三四。", "one two three", "one two", ""]),
+    ({"kind": "length", "unit": "sentences", "min": 2, "max": 2}, ["It costs 2.50 now. Buy it.", "It costs 2.50 e.g. now."]),
+    ({"kind": "length", "unit": "paragraphs", "max": 1}, ["a\nb", "a\n\nb"]),
+    ({"kind": "length", "unit": "characters", "max": 5}, ["abcde", "abcdef"]),
+    ({"kind": "list", "items": 3}, ["- a\n- b\n- c", "- a\n- b", "1. a", "a, b and c"]),
+    ({"kind": "list", "items": 2, "numbered": True}, ["1. 甲\n2、乙", "1. a\n- b", "- a\n- b"]),
+    ({"kind": "list", "min": 2, "max": 3}, ["一、甲\n二、乙", "* a", "none"]),
+    (
+        {"kind": "json", "type": "object", "keys": ["a", "b"]},
+        ['```json\n{"a": 1, "b": 2}\n```', '{"a": 1}', '{"c": 1}', 'Here: {"a": 1, "b": null}', "[1]"],
+    ),
+    ({"kind": "json"}, ["[1, 2]", "[1, 2"]),
+    ({"kind": "contains", "all": ["rent", "deposit"]}, ["Rent and ＤＥＰＯＳＩＴ.", "The rent.", "Parental leave."]),
+    ({"kind": "contains", "any": ["押金", "定金"]}, ["需要付押金。", "需要付款。"]),
+    ({"kind": "excludes", "texts": ["art"]}, ["A party.", "This is art."]),
+    ({"kind": "number", "equals": 1250.5}, ["It is 1,250.50 euros.", "It is 1,250 euros."]),
+    ({"kind": "number", "equals": -3}, ["Minus: −3 °C", "from 1-3"]),
+    ({"kind": "number", "equals": 35000}, ["共 3.5万元", "共 3.5 元"]),
+    ({"kind": "number", "equals": 2e6}, ["2 million people", "2 milliondollar"]),
+    ({"kind": "number", "equals": 7, "which": "last"}, ["2x = 14, x = 7.", "x = 7, so 2x = 14"]),
+    ({"kind": "number", "equals": 7, "which": "first", "tolerance": 0.5}, ["7.4 of 9", "9 of 7"]),
+    ({"kind": "starts_with", "text": "No"}, [" no, never", "Yes, no"]),
+    ({"kind": "ends_with", "text": "regards."}, ["Kind regards.\n", "regards. Bye"]),
+    ({"kind": "choice", "options": ["yes", "no"], "is": "no"}, ["**No.**", "No, it is not.", "Yes"]),
+    ({"kind": "choice", "options": ["是", "否"]}, ["否。", "不知道"]),
+]
+
+
+@pytest.mark.parametrize(("check", "answers"), RANKED, ids=[f"{index}-{check['kind']}" for index, (check, _) in enumerate(RANKED)])
+def test_a_check_ranks_the_good_above_the_bad(check: dict[str, Any], answers: list[str]) -> None:
+    check_checks([check])
+    values = [score(check, Answer(answer, True)) for answer in answers]
+    assert values[0] == 1
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == len(values), values
+
+
+def test_every_kind_is_ranked_above_and_says_what_it_does() -> None:
+    assert {check["kind"] for check, _ in RANKED} | {"ends"} == set(KINDS)
+    assert score({"kind": "ends"}, Answer("Yes", True)) > score({"kind": "ends"}, Answer("Yes", False))
+    assert all(kind.apply.__doc__ for kind in KINDS.values())
+
+
+@given(st.text(max_size=200), st.sampled_from([check for check, _ in RANKED]), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_answer_gets_from_0_to_1(text: str, check: dict[str, Any], ended: bool) -> None:
+    assert 0 <= score(check, Answer(text, ended)) <= 1
+
+
+def test_what_is_no_check_is_refused_with_the_fault() -> None:
+    wrong: list[tuple[Any, str]] = [
+        ({}, "checks is a list"),
+        (["ends"], "checks is a list"),
+        ([{}], "check None is not known"),
+        ([{"kind": ["ends"]}], "is not known"),
+        ([{"kind": "ends", "at": 1}], "has no 'at'; it takes weight"),
+        ([{"kind": "number"}], "needs 'equals'"),
+        ([{"kind": "number", "equals": "5"}], "it must be number"),
+        ([{"kind": "number", "equals": True}], "it must be number"),
+        ([{"kind": "number", "equals": 10**400}], "it must be number"),
+        ([{"kind": "number", "equals": 1, "tolerance": -1}], "not negative"),
+        ([{"kind": "length", "unit": "words"}], "needs min or max"),
+        ([{"kind": "length", "unit": "pages", "max": 1}], "it must be words, characters"),
+        ([{"kind": "length", "unit": "words", "min": 3, "max": 2}], "min is above max"),
+        ([{"kind": "contains", "all": []}], "it must be texts"),
+        ([{"kind": "json", "type": []}], "it must be object or array"),
+        ([{"kind": "no_loops", "n": 0}], "at least 1"),
+        ([{"kind": "ends", "weight": -1}], "not negative"),
+    ]
+    for checks, message in wrong:
+        with pytest.raises(DataError, match=message):
+            check_checks(checks)
+
+
+def ask(question: str, *checks: dict[str, Any]) -> Sample:
+    return make_sample([Message("user", question)], checks=checks)
+
+
+def test_a_reward_is_the_weighted_mean_of_the_checks_and_tells_its_parts() -> None:
+    sample = ask(
+        "How much?",
+        {"kind": "number", "equals": 5, "weight": 2},
+        {"kind": "contains", "all": ["euros"]},
+        {"kind": "contains", "all": ["x"]},
+    )
+    assert reward(sample, "5 euros.", True) == Reward(5 / 6, {"number": 1, "contains": 1, "contains 2": 0, "ends": 1, "no_loops": 1})
+    assert reward(sample, " ", True) == Reward(0, {"not_empty": 0})
+    assert reward(ask("q", {"kind": "ends", "weight": 0}, {"kind": "no_loops", "weight": 0}), "a", True).value == 0
+
+
+def test_without_checks_an_answer_must_end_not_loop_and_be_in_the_questions_language() -> None:
+    sample = ask("退货需要什么？")
+    assert [check["kind"] for check in checks_of(sample)] == ["language", "ends", "no_loops"]
+    good = reward(sample, "请带上小票和完整的商品。", True).value
+    worse = [
+        reward(sample, text, ended).value
+        for text, ended in (("请带上小票", False), ("Bring the receipt.", True), ("请带上小票。" * 9, True), ("", True))
+    ]
+    assert good == 1
+    assert max(worse) < 1
+    assert reward(sample, "请带上小票。" * 9, False).value < worse[0]
+
+
+def test_the_references_of_the_demo_set_pass_all_their_checks() -> None:
+    for sample in demo().samples:
+        if sample.messages:
+            found = reward(sample, sample.answer, True)
+            assert found.value == 1, (sample.domain, sample.line, found)
+            assert reward(sample, "Banana banana banana. " * 20, False).value < 0.6
+
+
+def test_a_reward_of_the_users_is_found_by_name_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_distill_rewards.py").write_text(
+        "def length(sample, answer, ended):\n    return len(answer) / 10\ndef nothing(sample, answer, ended):\n    return None\nthing = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_reward("") is reward
+    assert load_reward("my_distill_rewards:length")(ask("q"), "12345", True) == Reward(0.5, {"length": 0.5})
+    with pytest.raises(DataError, match=r"returned Reward\(value=1.1"):
+        load_reward("my_distill_rewards:length")(ask("q"), "12345678901", True)
+    with pytest.raises(DataError, match="returned None"):
+        load_reward("my_distill_rewards:nothing")(ask("q"), "1", True)
+    for name, message in (
+        ("length", "write MODULE:FUNCTION"),
+        ("my_distill_rewards:missing", "has no missing"),
+        ("my_distill_rewards:thing", "not a function"),
+        ("no_such_module_here:f", "PYTHONPATH"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            load_reward(name)
+    sys.modules.pop("my_distill_rewards", None)
