@@ -108,13 +108,27 @@ class DistilConfig:
     batch_tokens: int = setting(2048, "Tokens of a step.", 64, 1 << 22)
     evaluate_every: int = setting(16_384, "Tokens between evaluations: the epochs that gates count.", 256, 1 << 40)
     held_out: int = setting(64, "Sequences of the held-out samples that are measured on.", 1, 1 << 20)
-    divergence: str = setting("forward", "Of the token level.", choices=("forward", "reverse", "skew", "taid"))
+    divergence: str = setting("forward", "Of the token level.", choices=("forward", "reverse", "skewed", "taid"))
+    cross_entropy: float = setting(0.0, "Weight of the samples' own tokens beside the teacher's distribution, in all levels.", 0, 10)
+    patience: int = setting(0, "Evaluations without a better score after which a level stops, 0: never for that.", most=1 << 20)
+    asked: int = setting(8, "Held-out questions that are answered for the score.", most=1 << 20)
     freeze_embedding: bool = setting(True, "Leave the embedding as the teacher has it.")
     evaluator: str = setting("quick", "Whose score ends a level early: `quick`, or MODULE:ATTRIBUTE.")
     token: LevelConfig = LevelConfig()
     hidden: LevelConfig = LevelConfig(tokens=30_000)
     attention: LevelConfig = LevelConfig(tokens=20_000)
     behaviour: LevelConfig = LevelConfig(tokens=10_000, learning_rate=1e-4)
+
+
+@dataclass(frozen=True)
+class BehaviourConfig:
+    """``[behaviour]``: what the last level learns from"""
+
+    prompts: int = setting(64, "Questions that the teacher answers.", 1, 1 << 30)
+    per_prompt: int = setting(4, "Answers to each.", 1, 1024)
+    tokens: int = setting(96, "Tokens of an answer at most.", 1, 1 << 16)
+    temperature: float = setting(0.8, "At which they are drawn.", 0, 5)
+    reward: str = setting("", "What scores them: the samples' own checks if left out, else MODULE:FUNCTION.")
 
 
 @dataclass(frozen=True)
@@ -147,6 +161,7 @@ class Config:
     library: LibraryConfig = LibraryConfig()
     diagnose: DiagnoseConfig = DiagnoseConfig()
     student: StudentConfig = StudentConfig()
+    behaviour: BehaviourConfig = BehaviourConfig()
     distil: DistilConfig = DistilConfig()
     quantise: QuantiseConfig = QuantiseConfig()
     compensate: CompensateConfig = CompensateConfig()

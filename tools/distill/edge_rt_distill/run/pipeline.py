@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_rt.hooks import OptionError
-from edge_rt_distill.run import prepare, study
+from edge_rt_distill.run import prepare, shape, study, teach
 from edge_rt_distill.run.config import Config, read
 from edge_rt_distill.run.steps import Done, Step, Told, read_done, run_steps
 from edge_rt_distill.run.workshop import Workshop
@@ -13,7 +13,10 @@ from edge_rt_distill.run.workshop import Workshop
 
 def steps(shop: Workshop) -> list[Step]:
     """The steps of a run, in order."""
-    return [prepare.data_step(shop), prepare.rollouts_step(shop), study.library_step(shop), study.diagnose_step(shop)]
+    return [
+        prepare.data_step(shop), prepare.rollouts_step(shop), study.library_step(shop), study.diagnose_step(shop), shape.cut_step(shop),
+        teach.answers_step(shop), teach.distil_step(shop),
+    ]  # fmt: skip
 
 
 def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None) -> list[Done]:

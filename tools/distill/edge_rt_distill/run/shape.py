@@ -14,7 +14,7 @@ from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.run.config import Config, StudentConfig
 from edge_rt_distill.run.steps import Place, Step, write_text
-from edge_rt_distill.run.workshop import HELD_OUT, TRAIN, Workshop, shuffled
+from edge_rt_distill.run.workshop import TRAIN, Workshop, shuffled
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
 from edge_rt_distill.surgery.evidence import Evidence, read_evidence
@@ -43,8 +43,7 @@ def cut_step(shop: Workshop) -> Step:
             place.told("repairs", 0, 0)
             some = some_batches(sequences, config.repair_tokens, shop.config)
             text.append(explain_repair(repair(student, teacher, cut, some, told=lambda done, total: place.told("repairs", done, total))))
-        held_out = shop.sequences(place.need("data") / HELD_OUT)[: shop.config.distil.held_out]
-        found = divergence(student, teacher, held_out)
+        found = divergence(student, teacher, shop.held_out(place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_text(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
         write_text(place.folder / "cut.txt", "\n\n".join(text) + "\n")

@@ -9,7 +9,8 @@ from typing import Any
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.behaviour.rewards import reward
-from edge_rt_distill.data.batches import as_dicts, encode
+from edge_rt_distill.data.batches import Sequence as Tokens
+from edge_rt_distill.data.batches import as_dicts
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import diagnose
 from edge_rt_distill.diagnose.options import Options
@@ -43,9 +44,10 @@ def library_step(shop: Workshop) -> Step:
             place.told("keeps the parameters", 0, 0)
             records.append(snapshots.store(library, shop.teacher).id)
         summary: dict[str, Any] = {"samples": len(samples)}
+        sequences = shop.sequences(place.need("data") / TRAIN)
         for domain in sorted({one.domain for one in samples}):
             own = [one for one in samples if one.domain == domain]
-            made, summary[f"score of {domain}"] = _record(shop, library, domain, own, place)
+            made, summary[f"score of {domain}"] = _record(shop, library, domain, own, sequences, place)
             records += made
         (place.folder / "records.txt").write_text("\n".join(records), encoding="utf-8")
         return {**summary, "records": len(records)}
@@ -53,7 +55,9 @@ def library_step(shop: Workshop) -> Step:
     return Step("library", run, settings, ("data",))
 
 
-def _record(shop: Workshop, library: Library, domain: str, samples: Sequence[Sample], place: Place) -> tuple[list[str], float | None]:
+def _record(
+    shop: Workshop, library: Library, domain: str, samples: Sequence[Sample], sequences: Sequence[Tokens], place: Place
+) -> tuple[list[str], float | None]:
     """The records made of a domain, and the mean score of the teacher's answers there."""
     teacher, config = shop.teacher, shop.config.library
     by_id = {one.id: one for one in samples}
@@ -70,7 +74,7 @@ def _record(shop: Workshop, library: Library, domain: str, samples: Sequence[Sam
     prompts = [record.Prompt(one.id, teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True)) for one in samples if one.prompt]
     room = teacher.model.architecture.context - config.answer_tokens
     prompts = [one for one in prompts if len(one.tokens) <= room]
-    sequences = encode(samples, teacher.tokeniser, shop.config.data.length)
+    sequences = [one for one in sequences if one.sample in by_id]
     made, mean = [], None
     if prompts:
         options = record.Answers(tokens=config.answer_tokens, seed=shop.config.run.seed)

@@ -53,6 +53,10 @@ class Workshop:
         """The sequences of a file of samples that ``write_samples`` wrote."""
         return encode(read_back(file), self.teacher.tokeniser, self.config.data.length)
 
+    def held_out(self, data: Path) -> list[Sequence]:
+        """The sequences that students are measured on: some of all kinds."""
+        return shuffled(self.sequences(data / HELD_OUT), 0)[: self.config.distil.held_out]
+
 
 def shuffled(sequences: list[Sequence], seed: int) -> list[Sequence]:
     """The same in an order of its own: whoever takes the first few gets some of everything."""

@@ -1,0 +1,196 @@
+"""Steps that teach: what the teacher answers is sampled and scored, then the student goes through the four levels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from edge_rt_distill.behaviour.examples import Example, Pair
+from edge_rt_distill.behaviour.rewards import load_reward, reward
+from edge_rt_distill.behaviour.rollouts import Choice, Sampling, Trajectory, imitation, pairs, trajectories
+from edge_rt_distill.data.batches import Sequence as Tokens
+from edge_rt_distill.data.batches import as_dicts, batches
+from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.diagnose.diagnosis import Diagnosis
+from edge_rt_distill.evaluate.evaluator import Context, Score, Task, load_evaluator, scorer
+from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.losses.attention import match_heads, priorities
+from edge_rt_distill.losses.token import Kind
+from edge_rt_distill.model import snapshot
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.run.config import Config, DistilConfig
+from edge_rt_distill.run.shape import CUT, STUDENT, measured
+from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, read_back
+from edge_rt_distill.stages.gate import Gate
+from edge_rt_distill.stages.levels import LEVELS as STANDARD
+from edge_rt_distill.stages.levels import Level
+from edge_rt_distill.stages.material import Answers, Material
+from edge_rt_distill.stages.state import LevelResult
+from edge_rt_distill.stages.teachers import CachingTeacher
+from edge_rt_distill.stages.trainer import Event, Options, train
+from edge_rt_distill.surgery.cut import Cut
+from edge_rt_distill.surgery.reparam import Form, attach, fold
+
+ANSWERS, RESULTS = "answers.jsonl", "levels.json"
+
+
+def answers_step(shop: Workshop) -> Step:
+    """The teacher's answers to the questions of the samples, several to each, with what they were rewarded: ``answers.jsonl``."""
+    config = shop.config.behaviour
+    settings = {**asdict(config), "teacher": shop.config.teacher.model, "seed": shop.config.run.seed, "wanted": _wanted(shop.config)}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        if not _wanted(shop.config):
+            write_text(place.folder / ANSWERS, "")
+            return {"answers": 0}
+        samples = [one for one in read_back(place.need("data") / TRAIN) if one.prompt]
+        samples = sorted(samples, key=lambda one: one.id)[: config.prompts]
+        found = trajectories(
+            shop.teacher.model, shop.teacher.tokeniser, samples, _sampling(shop.config), file=place.folder / ANSWERS,
+            origin=shop.teacher.digest, score=load_reward(config.reward) if config.reward else reward,
+            told=lambda done, total: place.told("the teacher answers", done, total),
+        )  # fmt: skip
+        rewards = [one.reward for one in found]
+        return {"answers": len(found), "reward": sum(rewards) / len(rewards), "ended": sum(one.ended for one in found) / len(found)}
+
+    return Step("answers", run, settings, ("data",))
+
+
+def _wanted(config: Config) -> bool:
+    return config.distil.behaviour.tokens > 0
+
+
+def _sampling(config: Config) -> Sampling:
+    one = config.behaviour
+    return Sampling(one.per_prompt, one.tokens, one.temperature, seed=config.run.seed, reward=one.reward)
+
+
+def distil_step(shop: Workshop) -> Step:
+    """Takes the student through the levels: ``student``, ``levels.json`` with how each ended, ``log.jsonl`` with every step."""
+    config = shop.config
+    settings = {**asdict(config.distil), "side": config.student.side_rank, "seed": config.run.seed, "length": config.data.length}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        student, _ = snapshot.read(place.need("cut") / STUDENT)
+        student.requires_grad_(True)
+        if config.student.side_rank:
+            attach(student, Form("low_rank", rank=config.student.side_rank, seed=config.run.seed))
+        planned = levels(config.distil)
+        results: list[LevelResult] = []
+        if planned:
+            material = _material(shop, place, student)
+            results = train(
+                student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training"), levels=planned,
+                scorer=_scorer(shop, place), told=lambda event: _tell(place, event),
+            )  # fmt: skip
+        fold(student)
+        found = divergence(student, shop.teacher.model, shop.held_out(place.need("data")))
+        snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
+        write_text(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
+        _keep_log(place.folder)
+        return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
+
+    return Step("distil", run, settings, ("data", "rollouts", "diagnose", "cut", "answers"))
+
+
+def _keep_log(folder: Path) -> None:
+    """Keep what training logged; its checkpoints, five times the student's size, are for resuming."""
+    training = folder / "training"
+    if (training / "log.jsonl").exists():
+        (training / "log.jsonl").rename(folder / "log.jsonl")
+    if training.exists():
+        shutil.rmtree(training)
+
+
+def levels(config: DistilConfig) -> list[Level]:
+    """The levels of a run: the standard ones with what the file says of each; a level without tokens is left out."""
+    found = []
+    for standard in STANDARD:
+        said = getattr(config, standard.name)
+        if said.tokens:
+            steps = max(1, said.tokens // config.batch_tokens)
+            every = max(1, min(steps, config.evaluate_every // config.batch_tokens))
+            found.append(
+                standard._replace(
+                    gate=Gate(said.threshold or standard.gate.threshold), steps=steps, every=every, learning_rate=said.learning_rate,
+                    frozen=("token_embd.*", "output.*") if config.freeze_embedding else (), score_patience=config.patience,
+                    token=standard.token._replace(kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _material(shop: Workshop, place: Place, student: Decoder) -> Material:
+    """What the levels learn from and are judged on."""
+    config, teacher = shop.config, shop.teacher
+    train_on = shop.sequences(place.need("data") / TRAIN) + shop.sequences(place.need("rollouts") / ROLLOUTS)
+    held_out = shop.held_out(place.need("data"))
+    learnt, kept, better = _answered(shop, place)
+    diagnosis = Diagnosis.read(place.need("diagnose"))
+    cut = Cut.from_json(json.loads((place.need("cut") / CUT).read_text(encoding="utf-8")))
+    heads = match_heads(student.architecture, teacher.model.architecture, heads=[one.heads for one in cut.layers])
+    importance = torch.from_numpy(diagnosis.arrays["path_heads"])
+    prompts = [teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True) for one in _asking(place)]
+    return Material(
+        epoch=lambda number, start: batches(train_on, config.distil.batch_tokens, config.run.seed, number, start),
+        held_out=list(batches(held_out, config.distil.batch_tokens, 0, 0)), examples=learnt, held_out_examples=kept, pairs=better,
+        prompts=prompts, answers=Answers(100, 1.0, teacher.tokeniser.end), prior=unigram(train_on, teacher.model.architecture.vocabulary),
+        heads=heads, head_importance={one.student: priorities(importance[one.teacher][list(one.heads)]) for one in heads},
+        seed=config.run.seed,
+    )  # fmt: skip
+
+
+def _asking(place: Place) -> list[Sample]:
+    return [one for one in read_back(place.need("data") / TRAIN) if one.prompt]
+
+
+def _answered(shop: Workshop, place: Place) -> tuple[list[Example], list[Example], list[Pair]]:
+    """Answers to imitate, others to be judged on (of other questions), and pairs of a better and a worse."""
+    lines = (place.need("answers") / ANSWERS).read_text(encoding="utf-8").splitlines()
+    found = [Trajectory.from_json(one) for one in map(json.loads, lines) if "prompt" in one]
+    apart = {one.sample for one in found if int(one.sample, 16) % 8 == 0}
+    choice, tokeniser = Choice(), shop.teacher.tokeniser
+    learnt = [one for one in found if one.sample not in apart]
+    judged = [one for one in found if one.sample in apart]
+    return imitation(learnt, tokeniser, choice), imitation(judged, tokeniser, choice), pairs(learnt, tokeniser, choice)
+
+
+def unigram(sequences: Sequence[Tokens], vocabulary: int) -> Tensor:
+    """Log of the unigram distribution [V] of some sequences, one added to every count."""
+    counts = torch.ones(vocabulary)
+    for one in sequences:
+        counts += torch.bincount(torch.tensor(one.tokens), minlength=vocabulary)
+    return (counts / counts.sum()).log()
+
+
+def _scorer(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
+    """The composite score of a student: on held-out sequences, and on answers to held-out questions."""
+    config, teacher = shop.config, shop.teacher
+    asked = [one for one in read_back(place.need("data") / HELD_OUT) if one.prompt][: config.distil.asked]
+    tasks = [Task(teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True), _rewarded(one)) for one in asked]
+    context = Context(
+        shop.held_out(place.need("data")), tasks, tokens=config.behaviour.tokens, end=teacher.tokeniser.end,
+        decode=teacher.tokeniser.decode,
+    )  # fmt: skip
+    name = config.distil.evaluator
+    return scorer(load_evaluator(name), teacher.model, context, name)
+
+
+def _rewarded(sample: Sample) -> Callable[[str, bool], float]:
+    return lambda text, ended: reward(sample, text, ended).value
+
+
+def _tell(place: Place, event: Event) -> None:
+    if event.kind == "step":
+        place.told(f"level {event.level}: {event.message}", event.step, event.steps)
+    else:
+        place.told(f"level {event.level}: {event.message}", 0, 0)
+        place.log({"event": event.kind, **event.values})
