@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -26,7 +27,7 @@ from edge_rt_distill.model.load import Teacher, load
 
 from edge_rt.hooks import DataError, OptionError
 
-SAMPLING = Sampling(per_prompt=3, tokens=12, temperature=1.5, seed=7)
+SAMPLING = Sampling(per_prompt=3, tokens=12, temperature=1.5, seed=7, rows=6)  # two prompts side by side
 SAMPLES = [make_sample([Message("user", question)]) for question in ("Hi", "What is it?", "你好", "Name one.")]
 
 
@@ -39,13 +40,13 @@ def roll(teacher: Teacher, samples: list[Sample] = SAMPLES, **more: object) -> l
     return trajectories(teacher.model, teacher.tokeniser, samples, SAMPLING, **more)  # type: ignore[arg-type]
 
 
-def test_answers_depend_on_the_seed_and_the_sample_alone(teacher: Teacher) -> None:
+def test_equal_calls_give_equal_answers_in_whatever_order_the_samples_come(teacher: Teacher) -> None:
     found = roll(teacher)
     assert [(one.sample, one.number) for one in found] == [(sample.id, number) for sample in SAMPLES for number in range(3)]
     assert roll(teacher, SAMPLES[::-1]) == [one for sample in SAMPLES[::-1] for one in found if one.sample == sample.id]
     assert len({tuple(one.answer) for one in found[:3]}) > 1
     assert all(1 <= len(one.answer) <= 12 and one.logprob < 0 and 0 <= one.reward <= 1 for one in found)
-    other = trajectories(teacher.model, teacher.tokeniser, SAMPLES, Sampling(per_prompt=3, tokens=12, temperature=1.5, seed=8))
+    other = trajectories(teacher.model, teacher.tokeniser, SAMPLES, dataclasses.replace(SAMPLING, seed=8))
     assert [one.answer for one in other] != [one.answer for one in found]
 
 
@@ -69,6 +70,8 @@ def test_a_file_of_other_settings_or_damaged_is_refused(teacher: Teacher, tmp_pa
     roll(teacher, SAMPLES[:1], file=file, origin="one")
     with pytest.raises(DataError, match=r"other settings \(origin\); delete it"):
         roll(teacher, SAMPLES[:1], file=file, origin="two")
+    with pytest.raises(DataError, match=r"other settings \(samples\)"):
+        roll(teacher, SAMPLES[1:], file=file, origin="one")
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(lines[0] + b"garbage\n" + lines[1])
     with pytest.raises(DataError, match="line 2: not a record"):

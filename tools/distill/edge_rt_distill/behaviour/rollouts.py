@@ -6,16 +6,16 @@
 - ``pairs``: best against worst of a prompt (for DPO, Rafailov et al. 2023, arXiv 2305.18290).
 - ``on_policy``: the beginnings of the student's own answers, on which the teacher's distribution is the label (GKD, Agarwal et al.
   2023, arXiv 2306.13649; MiniLLM, Gu et al. 2023, arXiv 2306.08543).
-Each prompt's answers depend on the seed and the sample alone, not on what else is sampled with it or where a run was resumed.
+Equal calls give equal answers, in whatever order the samples come and wherever a run was stopped: what is sampled side by side
+depends on the samples alone, and of a group that was not finished nothing is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 from edge_rt.hooks import DataError, OptionError
@@ -33,17 +33,21 @@ Generate = Callable[..., list[Rollout]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled. ``tokens``: of an answer at most. ``reward``: MODULE:FUNCTION, "" for the checks."""
+    """How answers are sampled. ``tokens``: of an answer at most. ``reward``: MODULE:FUNCTION, "" for the checks.
+
+    ``rows``: answers written side by side. Reading the weights once for many is what makes it fast; each row has a cache of its own.
+    """
 
     per_prompt: int = 4
     tokens: int = 160
     temperature: float = 0.8
     top_k: int = 0
     seed: int = 0
+    rows: int = 16
     reward: str = ""
 
     def __post_init__(self) -> None:
-        if self.per_prompt < 1 or self.tokens < 1 or self.temperature < 0 or self.top_k < 0:
+        if self.per_prompt < 1 or self.rows < 1 or self.tokens < 1 or self.temperature < 0 or self.top_k < 0:
             raise OptionError(
                 "an answer and a token at least are sampled, at a temperature and top-k not below 0; mend the sampling options"
             )
@@ -98,9 +102,9 @@ class Trajectory:
             raise DataError(f"a recorded answer lacks {error}; delete the file to sample anew") from None
 
 
-def seed_of(seed: int, sample: str) -> int:
-    """The seed of a sample's answers, 0 <= . < 2^62."""
-    return int.from_bytes(hashlib.sha256(f"rollouts {seed} {sample}".encode()).digest()[:8], "big") >> 2
+def seed_of(seed: int, what: str) -> int:
+    """A seed for one part of a run, 0 <= . < 2^62."""
+    return int.from_bytes(hashlib.sha256(f"rollouts {seed} {what}".encode()).digest()[:8], "big") >> 2
 
 
 def trajectories(
@@ -117,31 +121,49 @@ def trajectories(
 ) -> list[Trajectory]:
     """The answers of ``model`` to the last question of each of ``samples``, scored; passages and prompts too long are left out.
 
-    ``file``: JSONL that is written on the way; what it already has of the same ``origin`` (the model's digest) and ``sampling`` is not
+    ``file``: JSONL that is written on the way; what it has of the same ``origin`` (the model's digest), samples and ``sampling`` is not
     sampled again. ``told``: prompts done and in all. Raises ``DataError`` if no sample has a question, or the file is of other settings.
     """
-    room = model.architecture.context - sampling.tokens
-    prompts = {sample.id: (sample, _prompt(sample, tokeniser)) for sample in samples if sample.prompt}
-    fitting = {name: item for name, item in prompts.items() if 0 < len(item[1]) <= room}
-    if not fitting:
-        why = f"none of their questions fits into {room} tokens" if prompts else "none of them asks anything"
-        raise DataError(f"{len(samples)} samples, but {why}; add chat samples, or sample fewer tokens")
-    journal = Journal(file, {"kind": "trajectories", "version": 1, "origin": origin, **asdict(sampling)})
+    prompts = _prompts(samples, tokeniser, model.architecture.context - sampling.tokens)
+    groups = _groups(prompts, max(1, sampling.rows // sampling.per_prompt))
+    asked = hashlib.sha256(" ".join(sorted(prompts)).encode()).hexdigest()[:16]
+    journal = Journal(file, {"kind": "trajectories", "version": 1, "origin": origin, "samples": asked, **asdict(sampling)})
     known = _known(journal.records(), sampling.per_prompt)
-    end = batches.turn_end(tokeniser)
-    draw = partial(sample_with, tokens=sampling.tokens, temperature=sampling.temperature, top_k=sampling.top_k, end=end)
-    found: list[Trajectory] = []
-    for done, (sample, prompt) in enumerate(fitting.values(), 1):
-        group = known.get(sample.id)
-        if group is None:
-            seed = seed_of(sampling.seed, sample.id)
-            same = [prompt] * sampling.per_prompt  # sampled side by side: equal lengths, so that nothing depends on filling
-            rollouts = draw(model, same, seed=seed)
-            group = list(_answers(rollouts, tokeniser, end, sample, prompt, seed, score))
-            journal.add([asdict(one) for one in group])
-        found += group
-        told(done, len(fitting))
-    return found
+    end, by_id = batches.turn_end(tokeniser), {sample.id: sample for sample in samples}
+    found: dict[str, list[Trajectory]] = {}
+    for group in groups:
+        if not all(name in known for name in group):
+            seed = seed_of(sampling.seed, group[0])
+            rollouts = sample_with(
+                model, [prompts[name] for name in group for _ in range(sampling.per_prompt)], tokens=sampling.tokens,
+                temperature=sampling.temperature, seed=seed, end=end, top_k=sampling.top_k, batch=sampling.rows,
+            )  # fmt: skip
+            for name, own in zip(group, _cut(rollouts, sampling.per_prompt), strict=True):
+                known[name] = list(_scored(own, tokeniser, end, by_id[name], prompts[name], seed, score))
+            journal.add(asdict(one) for name in group for one in known[name])
+        found.update((name, known[name]) for name in group)
+        told(len(found), len(prompts))
+    return [one for name in prompts for one in found[name]]
+
+
+def _prompts(samples: Sequence[Sample], tokeniser: Tokeniser, room: int) -> dict[str, list[int]]:
+    """Sample -> the tokens of its prompt, for those that ask something and fit into ``room`` tokens, in their order."""
+    asking = {sample.id: _prompt(sample, tokeniser) for sample in samples if sample.prompt}
+    fitting = {name: prompt for name, prompt in asking.items() if 0 < len(prompt) <= room}
+    if not fitting:
+        why = f"none of their questions fits into {room} tokens" if asking else "none of them asks anything"
+        raise DataError(f"{len(samples)} samples, but {why}; add chat samples, or sample fewer tokens")
+    return fitting
+
+
+def _groups(prompts: Mapping[str, list[int]], size: int) -> list[list[str]]:
+    """The samples that are answered side by side: alike in length, so that little is filled up."""
+    order = sorted(prompts, key=lambda name: (len(prompts[name]), name))
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def _cut(rollouts: Sequence[Rollout], size: int) -> list[Sequence[Rollout]]:
+    return [rollouts[at : at + size] for at in range(0, len(rollouts), size)]
 
 
 def _prompt(sample: Sample, tokeniser: Tokeniser) -> list[int]:
@@ -149,7 +171,7 @@ def _prompt(sample: Sample, tokeniser: Tokeniser) -> list[int]:
 
 
 def _known(records: Sequence[dict[str, object]], per_prompt: int) -> dict[str, list[Trajectory]]:
-    """The groups that are complete; of one that was cut off nothing is used."""
+    """Sample -> its answers, where all are there. Of a sample that was sampled again the later ones count."""
     groups: dict[str, dict[int, Trajectory]] = {}
     for record in records:
         one = Trajectory.from_json(record)
@@ -157,7 +179,7 @@ def _known(records: Sequence[dict[str, object]], per_prompt: int) -> dict[str, l
     return {name: [group[i] for i in range(per_prompt)] for name, group in groups.items() if sorted(group) == list(range(per_prompt))}
 
 
-def _answers(
+def _scored(
     rollouts: Sequence[Rollout], tokeniser: Tokeniser, end: int, sample: Sample, prompt: list[int], seed: int, score: RewardFunction
 ) -> Iterator[Trajectory]:
     for number, rollout in enumerate(rollouts):
@@ -235,21 +257,19 @@ def on_policy(
     tokens: int = 100,
     temperature: float = 1.0,
     seed: int = 0,
+    rows: int = 16,
     sample_with: Generate = generate,
 ) -> list[batches.Sequence]:
     """The student's own answers to ``samples`` up to ``tokens`` tokens, for the teacher to label; no reward, all of them count.
 
     A student that changes is sampled again with another ``seed``: the step it has reached. Prompts that do not fit are left out.
     """
-    room = student.architecture.context - tokens
-    end = batches.turn_end(tokeniser)
-    made = []
-    for sample in samples:
-        prompt = _prompt(sample, tokeniser) if sample.prompt else []
-        if not 0 < len(prompt) <= room:
-            continue
-        draw = seed_of(seed, sample.id)
-        answer = sample_with(student, [prompt], tokens=tokens, temperature=temperature, seed=draw, end=end)[0].tokens
-        if answer:
-            made.append(batches.Sequence([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), sample.id))
-    return made
+    asking = [(sample.id, _prompt(sample, tokeniser)) for sample in samples if sample.prompt]
+    fitting = [(name, prompt) for name, prompt in asking if 0 < len(prompt) <= student.architecture.context - tokens]
+    prompts = [prompt for _, prompt in fitting]
+    answers = sample_with(student, prompts, tokens=tokens, temperature=temperature, seed=seed, end=batches.turn_end(tokeniser), batch=rows)
+    return [
+        batches.Sequence([*prompt, *answer.tokens], [False] * len(prompt) + [True] * len(answer.tokens), name)
+        for (name, prompt), answer in zip(fitting, answers, strict=True)
+        if answer.tokens
+    ]
