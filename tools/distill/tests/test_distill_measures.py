@@ -97,6 +97,10 @@ def test_a_small_budget_takes_the_beginning_of_a_large_one_and_something_of_each
     assert large[:3] == small
     assert len(large) == 10
     assert sorted(one.sample for one in order) == sorted(labels)
+    both = {one.sample: Labels(one.sample[0], ("en", "zh")[int(one.sample[1:]) % 2]) for one in sequences}
+    first = [both[one.sample] for one in mixed(sequences, 5, both)]
+    assert first[:6] == [Labels(*pair.split()) for pair in ("a en", "b zh", "c en", "a zh", "b en", "c zh")]
+    assert mixed([], 5, {}) == []
     assert mixed(sequences, 6, labels) != order
     assert len(beginning(order, 1)) == 1
     assert beginning(order, 10**9) == order

@@ -30,7 +30,7 @@ class Options:
     fisher: Literal["model", "text"] = "model"
     paths: int = 8
     far: int = 64
-    batch_tokens: int = 1024
+    batch_tokens: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -76,20 +76,29 @@ def checked(sequences: Sequence[Sequenced], vocabulary: int) -> list[Sequenced]:
 
 
 def mixed(sequences: Sequence[Sequenced], seed: int, labels: Mapping[str, Labels]) -> list[Sequenced]:
-    """The sequences in an order whose beginnings have something of all: domains and languages in turn, within each by a seeded hash."""
+    """All in an order whose beginnings have something of all: domains in turn, each time in another language, by a seeded hash."""
     queues: dict[Labels, list[tuple[bytes, int]]] = {}
     for number, one in enumerate(sequences):
         key = hashlib.sha256(f"{seed}:{one.sample}:{number}".encode()).digest()
         queues.setdefault(labels.get(one.sample, Labels()), []).append((key, number))
     for queue in queues.values():
         queue.sort(reverse=True)
+    turns = _turns(queues)
     order: list[int] = []
-    while queues:
-        for label in sorted(queues):
-            order.append(queues[label].pop()[1])
-            if not queues[label]:
-                del queues[label]
+    while len(order) < len(sequences):
+        order += [queues[label].pop()[1] for label in turns if queues[label]]
     return [sequences[number] for number in order]
+
+
+def _turns(labels: Iterable[Labels]) -> list[Labels]:
+    """All domains once, in languages that alternate, then all once more in the next language, until all labels have been named."""
+    domains: dict[str, list[Labels]] = {}
+    for label in sorted(labels):
+        domains.setdefault(label.domain, []).append(label)
+    return [
+        row[(place + turn) % len(row)]
+        for turn in range(max(map(len, domains.values()), default=0)) for place, row in enumerate(domains.values()) if turn < len(row)
+    ]  # fmt: skip
 
 
 def beginning(sequences: Sequence[Sequenced], tokens: int) -> list[Sequenced]:
