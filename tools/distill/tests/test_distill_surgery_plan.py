@@ -134,8 +134,12 @@ def test_measured_removal_stands_in_place_of_the_prediction() -> None:
     assert cut.chosen is not None
     assert cut.chosen.loss == 0.02
     assert "measured" in (cut.dropped or {})[4]
-    with pytest.raises(OptionError, match="at most 2 may go"):
-        plan(found, TEACHER, Budget(), replace(FINE, drop=3))
+    more = plan(found, TEACHER, Budget(), replace(FINE, drop=3))  # the cheapest of those left, which is layer 3 here
+    assert list(more.dropped or ()) == [2, 3, 4]
+    assert more.chosen is not None
+    kl = EVIDENCE.layer_kl
+    assert more.chosen.loss == pytest.approx(0.02 + 1.5 * kl[3] + 0.25 * (kl[2] + kl[4]))
+    assert "measured" not in (more.dropped or {})[3]
 
 
 def test_parts_fixed_by_hand() -> None:
@@ -244,6 +248,10 @@ def test_evidence_is_checked(tmp_path: Path) -> None:
     found = read_evidence(tmp_path, TEACHER)
     assert found.ffn_kl.tolist() == [0.5] * 6
     assert evidence({**good, "ffn_kl": np.full(6, 2.0)}, TEACHER).ffn_kl.tolist() == [2.0] * 6
+    ordered = evidence({**good, "drop_order": np.array([3, 1]), "drop_kl": np.array([0.1, 0.3])}, TEACHER)
+    assert (ordered.drop_order, ordered.drop_kl) == ((3, 1), (0.1, 0.3))
+    with pytest.raises(DataError, match="do not belong together"):
+        evidence({**good, "drop_order": np.array([3, 6]), "drop_kl": np.array([0.1, 0.3])}, TEACHER)
     for change, said in (({"heads": np.ones((6, 7))}, "of another model"), ({"hidden": np.full(64, np.nan)}, "not finite")):
         with pytest.raises(DataError, match=said):
             evidence({**good, **change}, TEACHER)

@@ -96,7 +96,11 @@ def _dropped(found: Evidence, gone: Sequence[int], options: PlanOptions) -> dict
         return {i: f"dropped by hand; {found.layer_kl[i]:.3g} nats when it alone is left out" for i in sorted(gone)}
     said = {}
     for at, layer in enumerate(gone):
-        together = f", {found.drop_kl[at]:.3g} together with those before it (measured)" if found.drop_order else ""
+        together = (
+            f", {found.drop_kl[at]:.3g} together with those before it (measured)"
+            if found.drop_order[: at + 1] == tuple(gone[: at + 1])
+            else ""
+        )
         rank = int((found.layer_kl < found.layer_kl[layer]).sum()) + 1
         said[layer] = f"chosen as number {at + 1}: {found.layer_kl[layer]:.3g} nats when it alone is left out, rank {rank}{together}"
     return dict(sorted(said.items()))

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Importance of parts, larger means more; inside one layer (one array for ``hidden``) they are compared as shares of the sum.
+    """Importance of parts, larger means more; inside a layer (for ``hidden``: over the model) they are compared as shares of the sum.
 
     ``layer_kl`` [L]: divergence in nats a token when that layer alone is left out. ``heads`` [L, H], ``ffn_channels`` [L, F], ``hidden``
     [D]: importance of a query head, a feed-forward channel, a dimension of the residual stream. ``attention_kl``, ``ffn_kl`` [L]: of
@@ -51,7 +51,8 @@ class Evidence:
 def evidence(arrays: Mapping[str, Any], architecture: Architecture) -> Evidence:
     """Evidence of a diagnosis' arrays, as ``diagnosis.npz`` names them. Raises DataError where they do not fit the model.
 
-    Where ``attention_kl`` and ``ffn_kl`` are missing, each half of a layer is taken to carry half of what the layer does.
+    Where ``attention_kl`` and ``ffn_kl`` are missing, each half of a layer is taken to carry half of what the layer does. ``drop_order``
+    and ``drop_kl`` may be missing too.
     """
     layers = len(architecture.layers)
     shapes = [architecture.layers[architecture.owner(i)] for i in range(layers)]
@@ -63,7 +64,11 @@ def evidence(arrays: Mapping[str, Any], architecture: Architecture) -> Evidence:
     found = {name: _array(arrays, name, shape) for name, shape in sizes.items()}
     half = found["layer_kl"] / 2
     attention, ffn = (_array(arrays, name, (layers,)) if name in arrays else half for name in ("attention_kl", "ffn_kl"))
-    return Evidence(found["layer_kl"], found["heads"], found["ffn_channels"], found["hidden"], attention, ffn)
+    order = tuple(int(i) for i in np.asarray(arrays.get("drop_order", ())))
+    kl = tuple(float(one) for one in np.asarray(arrays.get("drop_kl", ())))
+    if len(order) != len(kl) or len(set(order)) < len(order) or any(not 0 <= i < layers for i in order):
+        raise DataError("the diagnosis' drop_order and drop_kl do not belong together; diagnose the teacher again")
+    return Evidence(found["layer_kl"], found["heads"], found["ffn_channels"], found["hidden"], attention, ffn, order, kl)
 
 
 def read_evidence(path: str | os.PathLike[str], architecture: Architecture) -> Evidence:

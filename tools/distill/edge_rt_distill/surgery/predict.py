@@ -119,22 +119,22 @@ def choose_heads(found: Evidence, architecture: Architecture, groups: int, heads
 def removal(found: Evidence, most: int, stay: frozenset[int]) -> list[Depth]:
     """For 0 .. ``most`` layers, which go and what that is predicted to cost; fewer entries where no more may go.
 
-    Greedy: the cheapest first, those beside a gap dearer. Where removal was measured together, that order and those figures stand.
+    Greedy: the cheapest first, those beside a gap dearer. Where removal was measured together, that order and those figures stand, and
+    what goes beyond them is added as predicted.
     """
     scale = found.scale("depth")
     steps = [Depth((), 0.0)]
-    if found.drop_order:
-        for layer, loss in zip(found.drop_order, found.drop_kl, strict=True):
-            if layer in stay or len(steps) > most:
-                break
-            steps.append(Depth((*steps[-1].gone, layer), loss))
-        return steps
-    free = [i for i in range(len(found.layer_kl)) if i not in stay]
+    for layer, loss in zip(found.drop_order, found.drop_kl, strict=True):
+        if layer in stay or len(steps) > most:
+            break
+        steps.append(Depth((*steps[-1].gone, layer), loss))
+    free = [i for i in range(len(found.layer_kl)) if i not in stay and i not in steps[-1].gone]
     while free and len(steps) <= most:
-        gone = steps[-1].gone
-        losses = [removal_loss(found, (*gone, i)) * scale for i in free]
-        at = int(np.argmin(losses))
-        steps.append(Depth((*gone, free.pop(at)), losses[at]))
+        last = steps[-1]
+        before = removal_loss(found, last.gone)
+        added = [scale * (removal_loss(found, (*last.gone, i)) - before) for i in free]
+        at = int(np.argmin(added))
+        steps.append(Depth((*last.gone, free.pop(at)), last.loss + added[at]))
     return steps
 
 

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edge_rt.hooks import DataError, OptionError
+from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import LINEARS, Decoder, Layer, RMSNorm
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import Equations, fit, fit_scale
 from edge_rt_distill.surgery.measure import Tokens, divergence, final_states
+from edge_rt_distill.surgery.streams import attend, gated, soft, split, weights
 from edge_rt_distill.surgery.width import AXES, indices
 
 SUMS = ("attn_output", "ffn_down")
@@ -34,8 +35,8 @@ class RepairOptions:
 
     ``ridges``: tried, relative to the mean of the diagonal. ``apart``: share of passages that judge and are not fitted. ``background``:
     weight of tokens whose prediction does not count (of a prompt). ``outlier``: tokens whose stream is so many times the median's norm
-    count less, by the square of the excess; the first position, where a massive activation sits (Sun et al. 2024, arXiv:2402.17762),
-    never counts. ``norms``: refit norms too where dimensions were removed.
+    count less, by the square of the excess. ``first``: weight of the first position, where a massive activation sits (Sun et al. 2024,
+    arXiv:2402.17762) to which heads attend that have nothing to say. ``norms``: refit norms too where dimensions were removed.
     """
 
     sites: tuple[str, ...] = SUMS
@@ -43,6 +44,7 @@ class RepairOptions:
     apart: float = 0.25
     background: float = 0.25
     outlier: float = 10.0
+    first: float = 0.0
     norms: bool = True
 
     def __post_init__(self) -> None:
@@ -102,14 +104,14 @@ def repair(
     """
     if any(parametrize.is_parametrized(student.linear(site)) for site in student.sites()):
         raise OptionError("the student's matrices are parametrised; repair it before a form is attached, or fold it first")
-    apart = _split([len(batch.tokens) for batch in batches], options.apart)
+    apart = split([len(batch.tokens) for batch in batches], options.apart)
     judged = [_Rows(batch, rows) for batch, rows in zip(batches, apart, strict=True) if rows.any()]
     known = final_states(teacher, judged)
     report = Repair(divergence(student, teacher, judged, known=known))
     old = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     walk = _Walk(
         teacher, student, cut, options, [teacher.token_embd(b.tokens) for b in batches], [student.token_embd(b.tokens) for b in batches],
-        [_weights(b, options) for b in batches], apart, report, torch.tensor(cut.hidden, dtype=torch.int64),
+        [weights(b, options.background, options.first) for b in batches], apart, report, torch.tensor(cut.hidden, dtype=torch.int64),
     )  # fmt: skip
     _advance(walk, 0, cut.layers[0].sources[0])
     for place in range(len(cut.layers)):
@@ -131,23 +133,6 @@ class _Rows:
         self.tokens, self.mask, self.lengths = batch.tokens[rows], batch.mask[rows], batch.lengths[rows]
 
 
-def _split(sizes: Sequence[int], share: float) -> list[Tensor]:
-    """Which passages of each batch are kept apart: every n-th, at least one, and at least one is not."""
-    count = sum(sizes)
-    if count < 2:
-        raise DataError("least-squares repair needs at least two passages, one of them to judge by; take more samples, or shorter passages")
-    every = max(2, round(1 / share))
-    chosen = torch.arange(count) % every == min(every, count) - 1
-    return list(torch.split(chosen, list(sizes)))
-
-
-def _weights(batch: Tokens, options: RepairOptions) -> Tensor:
-    """[B, T]: 1 where the prediction counts, less elsewhere, nothing for padding and the first position."""
-    positions = torch.arange(batch.tokens.shape[1])
-    real = (positions < batch.lengths[:, None]) & (positions > 0)
-    return torch.maximum(batch.mask.float(), torch.tensor(options.background)) * real
-
-
 def _layer(walk: _Walk, place: int) -> None:
     """Fit one layer of the student and move both streams behind it."""
     layer, sources = walk.student.layers[place], walk.cut.layers[place].sources
@@ -162,35 +147,23 @@ def _layer(walk: _Walk, place: int) -> None:
         _norm(walk, f"blk.{place}.attn_norm", layer.attn_norm, normed)
         for name in LINEARS[:3]:
             _copy(walk, place, name, [layer.attn_norm(x) for x in walk.ours], [getattr(model, name)(h) for h in normed])
-    walk.theirs = [x + model.attn_output(a) for x, a in zip(walk.theirs, _attend(walk.teacher, model, normed), strict=True)]
-    attended = _attend(walk.student, layer, [layer.attn_norm(x) for x in walk.ours])
+    walk.theirs = [x + model.attn_output(a) for x, a in zip(walk.theirs, attend(walk.teacher, model, normed), strict=True)]
+    attended = attend(walk.student, layer, [layer.attn_norm(x) for x in walk.ours])
     _sum(walk, place, "attn_output", attended, own)
     normed = [model.ffn_norm(x) for x in walk.theirs]
     if own:
         _norm(walk, f"blk.{place}.ffn_norm", layer.ffn_norm, normed)
         for name in LINEARS[4:6]:
             _copy(walk, place, name, [layer.ffn_norm(x) for x in walk.ours], [getattr(model, name)(h) for h in normed])
-    walk.theirs = [x + model.ffn_down(_gated(model, h)) for x, h in zip(walk.theirs, normed, strict=True)]
+    walk.theirs = [x + model.ffn_down(gated(model, h)) for x, h in zip(walk.theirs, normed, strict=True)]
     _advance(walk, source + 1, end)
-    _sum(walk, place, "ffn_down", [_gated(layer, layer.ffn_norm(x)) for x in walk.ours], own)
+    _sum(walk, place, "ffn_down", [gated(layer, layer.ffn_norm(x)) for x in walk.ours], own)
 
 
 def _advance(walk: _Walk, first: int, last: int) -> None:
     """Run the teacher's layers ``first`` .. ``last - 1``, which the student lacks."""
     for i in range(first, last):
         walk.theirs = [walk.teacher.layers[i](x, walk.teacher.turn(torch.arange(x.shape[1])))[0] for x in walk.theirs]
-
-
-def _attend(model: Decoder, layer: Layer, normed: Sequence[Tensor]) -> list[Tensor]:
-    turns = [model.turn(torch.arange(h.shape[1])) for h in normed]
-    return [
-        layer.attend(h, turn, mask=None, head_mask=None, maps=False, cache=None, past=0)[0] for h, turn in zip(normed, turns, strict=True)
-    ]  # fmt: skip
-
-
-def _gated(layer: Layer, h: Tensor) -> Tensor:
-    gated: Tensor = F.silu(layer.ffn_gate(h)) * layer.ffn_up(h)
-    return gated
 
 
 def _sum(walk: _Walk, place: int, name: str, inputs: list[Tensor], own: bool) -> None:
@@ -218,7 +191,7 @@ def _fit(walk: _Walk, site: str, linear: nn.Linear, inputs: list[Tensor], target
     train, apart = (Equations(linear.in_features, linear.out_features) for _ in range(2))
     for i, (x, target) in enumerate(zip(inputs, targets, strict=True)):
         error = target - linear(x) - (0 if base is None else base[i])
-        weights = _soft(walk, i)
+        weights = soft(walk.weights[i], walk.theirs[i], walk.options.outlier)
         for equations, rows in ((train, ~walk.apart[i]), (apart, walk.apart[i])):
             equations.add(x[rows].flatten(0, 1), error[rows].flatten(0, 1), target[rows].flatten(0, 1), weights[rows].flatten())
     if not torch.isfinite(train.gram).all() or not torch.isfinite(train.cross).all():
@@ -239,7 +212,14 @@ def _norm(walk: _Walk, site: str, norm: RMSNorm, normed: list[Tensor]) -> None:
     targets = [h[..., walk.hidden] for h in normed]
 
     def gather(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [(plain[i][r].flatten(0, 1), targets[i][r].flatten(0, 1), _soft(walk, i)[r].flatten()) for i, r in enumerate(rows)]
+        parts = [
+            (
+                plain[i][r].flatten(0, 1),
+                targets[i][r].flatten(0, 1),
+                soft(walk.weights[i], walk.theirs[i], walk.options.outlier)[r].flatten(),
+            )
+            for i, r in enumerate(rows)
+        ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 
     x, target, weights = gather([~rows for rows in walk.apart])
@@ -252,12 +232,3 @@ def _norm(walk: _Walk, site: str, norm: RMSNorm, normed: list[Tensor]) -> None:
         norm.weight.copy_(new)
     note = "refitted" if helped else "kept its weight: no change helped"
     walk.report.sites.append(Refit(site, before, min(before, after) if before == before else before, walk.options.ridges[0], note))
-
-
-def _soft(walk: _Walk, batch: int) -> Tensor:
-    """Weights of tokens [B, T], smaller where the teacher's stream is far larger than usual."""
-    weights = walk.weights[batch]
-    size = walk.theirs[batch].norm(dim=-1)
-    usual = size[weights > 0].median() if bool((weights > 0).any()) else size.median()
-    soft: Tensor = weights * (walk.options.outlier * usual / size.clamp_min(1e-30)).clamp_max(1).square()
-    return soft
