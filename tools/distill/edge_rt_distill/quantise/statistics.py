@@ -1,0 +1,262 @@
+"""What goes into each matrix: mean, mean squares, second moments (the Hessian of its squared error) and a sample of the vectors.
+
+With y = W x and an error E of the weights the output's squared error over the calibration text is tr(E H E^T), H = X^T X / n [in, in]
+(Optimal Brain Compression, Frantar and Alistarh 2022, arXiv:2208.11580); its diagonal is the importance ggml's quantisers take.
+Models have massive activations (Sun et al. 2024, arXiv:2402.17762): at position 0 a vector can be hundreds of times longer than others,
+and all moments would speak of it alone. ``First`` says what becomes of such vectors.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.quantise.walk import BATCH_TOKENS, SHARED_INPUTS, Stream
+
+First = Literal["leave", "cap", "keep"]
+"""Position 0 of each sequence is left out; or vectors longer than ``CAP`` times their sequence's median are shortened to it; or all kept."""
+CAP = 4.0
+LINEARS = tuple(name for group in SHARED_INPUTS for name in group)
+SAMPLE = 4096
+"""Vectors that are kept of each site."""
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Of the vectors that go into one matrix. ``positions`` are the sampled vectors' places: the same ones for all sites of a run.
+
+    mean, square (mean squares): float32 [in]; hessian: float32 [in, in] or None; sample: float32 [n, in].
+    """
+
+    count: int
+    mean: Tensor
+    square: Tensor
+    sample: Tensor
+    hessian: Tensor | None = None
+
+
+class Moments:
+    """Running sums over vectors [.., in]. float64 where sums are held: 16k squares of float32 lose three digits."""
+
+    def __init__(self, *, hessian: bool) -> None:
+        self.count = 0
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._hessian: Tensor | None = None
+        self._wants = hessian
+
+    def add(self, rows: Tensor) -> None:
+        """Count vectors [n, in] in."""
+        if self._sums is None:
+            width = rows.shape[1]
+            self._sums = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+            self._hessian = torch.zeros(width, width, dtype=torch.float64) if self._wants else None
+        self.count += len(rows)
+        self._sums[0].add_(rows.sum(0, dtype=torch.float64))
+        self._sums[1].add_(rows.square().sum(0, dtype=torch.float64))
+        if self._hessian is not None:
+            self._hessian.add_(rows.T @ rows)
+
+    def hessian(self) -> Tensor:
+        """X^T X / n, float64 [in, in]. Raises DataError if nothing was counted."""
+        if self._hessian is None or not self.count:
+            raise DataError("no vector of the calibration text reached the matrix; give longer samples")
+        return self._hessian / self.count
+
+    def result(self, sample: Tensor) -> SiteStatistics:
+        """Raises DataError if nothing was counted, or if it is not finite."""
+        if self._sums is None or not self.count:
+            raise DataError("no vector of the calibration text reached the matrix; give longer samples")
+        mean, square = (total / self.count for total in self._sums)
+        if not bool(torch.isfinite(square).all()):
+            raise DataError("the model's activations on the calibration text are not finite; check the model")
+        return SiteStatistics(self.count, mean.float(), square.float(), sample, self.hessian().float() if self._wants else None)
+
+
+def counted(x: Tensor, real: Tensor, first: First) -> Tensor:
+    """Of a batch's vectors [B, T, in] those that count, as [n, in]; ``real`` [B, T]."""
+    if first == "leave":
+        real = real.clone()
+        real[:, 0] = False
+    elif first == "cap":
+        lengths = x.norm(dim=-1).masked_fill(~real, float("nan"))
+        most = CAP * lengths.nanmedian(dim=1, keepdim=True).values
+        x = x * (most / lengths.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(1.0).unsqueeze(-1)
+    return x[real]
+
+
+class _Chosen:
+    """A seeded choice among the positions that count: the same places for every site, so that samples of sites belong together."""
+
+    def __init__(self, stream: Stream, first: First, most: int, seed: int) -> None:
+        sizes = [len(counted(batch.real.unsqueeze(-1).float(), batch.real, first)) for batch in stream.batches]
+        total = sum(sizes)
+        if not total:
+            raise DataError("the calibration text has no position that counts; give sequences of two tokens and more")
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+        bounds = torch.tensor([0, *sizes]).cumsum(0)
+        self._rows = [order[(order >= lo) & (order < hi)] - lo for lo, hi in pairwise(bounds)]
+
+    def of(self, number: int, rows: Tensor) -> Tensor:
+        """The chosen ones of a batch's counted vectors."""
+        return rows[self._rows[number]].clone()
+
+
+def observe(
+    stream: Stream, names: Collection[str], *, hessian: bool, first: First = "leave", sample: int = 0, seed: int = 0
+) -> dict[str, SiteStatistics]:
+    """Statistics of the named matrices' inputs at the layer the stream is at; matrices that share an input share the result."""
+    chosen = _Chosen(stream, first, sample, seed)
+    groups = [[name for name in group if name in names] for group in SHARED_INPUTS]
+    moments = {group[0]: Moments(hessian=hessian) for group in groups if group}
+    samples: dict[str, list[Tensor]] = {name: [] for name in moments}
+
+    def sees(name: str) -> Callable[[int, Tensor], None]:
+        def see(number: int, x: Tensor) -> None:
+            rows = counted(x, stream.batches[number].real, first)
+            moments[name].add(rows)
+            samples[name].append(chosen.of(number, rows))
+
+        return see
+
+    stream.look({name: sees(name) for name in moments})
+    found = {name: one.result(torch.cat(samples[name])) for name, one in moments.items()}
+    return {name: found[group[0]] for group in groups for name in group}
+
+
+def layers(
+    model: nn.Module, sequences: Sequence[Sequence[int]], sites: Collection[str] | None = None, *, hessian: bool, first: First = "leave",
+    sample: int = SAMPLE, seed: int = 0, batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[tuple[int, dict[str, SiteStatistics]]]:  # fmt: skip
+    """Layer by layer, what goes into its matrices by name ("attn_q"): only one layer's statistics need to live. Arguments: ``collect``."""
+    stream = Stream(model, sequences, batch_tokens=batch_tokens)
+    while not stream.ended:
+        names = [name for name in LINEARS if sites is None or f"blk.{stream.index}.{name}" in sites]
+        if names:
+            yield stream.index, observe(stream, names, hessian=hessian, first=first, sample=sample, seed=seed)
+        stream.advance()
+
+
+class Statistics(Mapping[str, SiteStatistics]):
+    """Site ("blk.3.attn_q") -> its statistics. Read from a file, each is fetched when asked for and not kept."""
+
+    def __init__(self, sites: Mapping[str, str], fetch: Callable[[str], SiteStatistics]) -> None:
+        """``sites``: site -> the site whose input it shares, by which ``fetch`` finds it."""
+        self._sites, self._fetch = dict(sites), fetch
+
+    def __getitem__(self, site: str) -> SiteStatistics:
+        return self._fetch(self._sites[site])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @classmethod
+    def read(cls, path: Path) -> Statistics:
+        """What ``collect_to`` or ``save`` wrote. Raises DataError if it is something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                sites = dict(zip(file["sites"].tolist(), file["shared"].tolist(), strict=True))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} holds no statistics of calibration ({error}); collect them again") from None
+        return cls(sites, lambda shared: _read_site(path, shared))
+
+    def save(self, path: Path) -> None:
+        """Write an npz; what is there under that name is replaced when all is written."""
+        with _Writer(path) as writer:
+            for site, shared in self._sites.items():
+                writer.add(site, shared, self[site])
+
+
+def _read_site(path: Path, shared: str) -> SiteStatistics:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {part: torch.from_numpy(file[f"{shared}.{part}"]) for part in ("mean", "square", "sample")}
+        hessian = f"{shared}.hessian"
+        found = torch.from_numpy(file[hessian]) if hessian in file.files else None
+        return SiteStatistics(int(file[f"{shared}.count"].item()), arrays["mean"], arrays["square"], arrays["sample"], found)
+
+
+class _Writer:
+    """An npz, written array by array, in place of an older one only when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._part = path, path.with_name(path.name + ".part")
+
+    def __enter__(self) -> _Writer:
+        self._zip = zipfile.ZipFile(self._part, "w", allowZip64=True)
+        self._sites: dict[str, str] = {}
+        return self
+
+    def add(self, site: str, shared: str, one: SiteStatistics) -> None:
+        """Add a site; the arrays of one whose input another shared before are there already."""
+        if shared not in self._sites.values():
+            parts = {"mean": one.mean, "square": one.square, "sample": one.sample, "hessian": one.hessian}
+            self._array(f"{shared}.count", np.array([one.count]))
+            for part, tensor in parts.items():
+                if tensor is not None:
+                    self._array(f"{shared}.{part}", tensor.numpy())
+        self._sites[site] = shared
+
+    def _array(self, name: str, array: npt.NDArray[Any]) -> None:
+        with self._zip.open(f"{name}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with self._zip:
+                if kind is None:
+                    self._array("sites", np.array(list(self._sites)))
+                    self._array("shared", np.array(list(self._sites.values())))
+            if kind is None:
+                self._part.replace(self._path)
+        finally:
+            self._part.unlink(missing_ok=True)
+
+
+def _named(index: int, found: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, str, SiteStatistics]]:
+    """(site, site it shares its input with, statistics) of a layer."""
+    for group in SHARED_INPUTS:
+        names = [name for name in group if name in found]
+        yield from ((f"blk.{index}.{name}", f"blk.{index}.{names[0]}", found[name]) for name in names)
+
+
+def collect(
+    model: nn.Module, sequences: Sequence[Sequence[int]], sites: Collection[str] | None = None, *, hessian: bool, first: First = "leave",
+    sample: int = SAMPLE, seed: int = 0, batch_tokens: int = BATCH_TOKENS,
+) -> Statistics:  # fmt: skip
+    """Statistics of the inputs of ``sites`` ("blk.0.attn_q"; None: all), over token sequences, in memory.
+
+    ``sample``: how many vectors are kept of each site, chosen by ``seed``. Raises DataError if there is nothing to count or a value is
+    not finite. With ``hessian`` a model of width 576 and FFN 1536 takes 13 MB a layer: see ``collect_to`` and ``layers``.
+    """
+    shared: dict[str, str] = {}
+    held: dict[str, SiteStatistics] = {}
+    for index, found in layers(model, sequences, sites, hessian=hessian, first=first, sample=sample, seed=seed, batch_tokens=batch_tokens):
+        for site, of, one in _named(index, found):
+            shared[site], held[of] = of, one
+    return Statistics(shared, held.__getitem__)
+
+
+def collect_to(
+    path: Path, model: nn.Module, sequences: Sequence[Sequence[int]], sites: Collection[str] | None = None, *, hessian: bool,
+    first: First = "leave", sample: int = SAMPLE, seed: int = 0, batch_tokens: int = BATCH_TOKENS,
+) -> Statistics:  # fmt: skip
+    """As ``collect``, but into an npz: memory holds one layer's statistics. Raises OSError too."""
+    with _Writer(path) as writer:
+        for index, found in layers(
+            model, sequences, sites, hessian=hessian, first=first, sample=sample, seed=seed, batch_tokens=batch_tokens
+        ):
+            for site, of, one in _named(index, found):
+                writer.add(site, of, one)
+    return Statistics.read(path)
