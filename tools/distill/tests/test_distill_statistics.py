@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from edge_rt_distill.quantise.statistics import CAP, LINEARS, SiteStatistics, Statistics, collect, collect_to, counted
+from edge_rt_distill.model.decoder import LINEARS
+from edge_rt_distill.quantise.statistics import CAP, SiteStatistics, Statistics, collect, collect_to, counted
 from edge_rt_distill.quantise.walk import Stream, walk
 from torch import Tensor, nn
 
@@ -144,10 +145,11 @@ def test_a_massive_vector_is_left_out_shortened_or_kept() -> None:
     x[0, 0] = 500.0
     real = torch.ones(2, 6, dtype=torch.bool)
     real[1, 4:] = False
-    assert counted(x, real, "leave").shape == (8, 4)
-    assert float(counted(x, real, "leave").max()) == 1.0
-    assert float(counted(x, real, "keep").max()) == 500.0
-    capped = counted(x, real, "cap")
+    assert counted(x, real, "leave")[0].shape == (8, 4)
+    assert float(counted(x, real, "leave")[0].max()) == 1.0
+    assert float(counted(x, real, "keep")[0].max()) == 500.0
+    capped, same = counted(x, real, "cap", 2 * x)
+    assert torch.equal(same, 2 * capped)
     assert capped.shape == (10, 4)
     assert float(capped.max()) == pytest.approx(CAP)
     assert torch.equal(capped[1:], torch.ones(9, 4))

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.quantise.walk import BATCH_TOKENS, SHARED_INPUTS, Stream
+from edge_rt_distill.model.decoder import GROUPS, LINEARS
+from edge_rt_distill.quantise.walk import BATCH_TOKENS, Sees, Stream
 
 First = Literal["leave", "cap", "keep"]
-"""Position 0 of each sequence is left out; or vectors longer than ``CAP`` times their sequence's median are shortened to it; or all kept."""
+"""Position 0 of each sequence is left out, or vectors longer than ``CAP`` times their sequence's median are shortened to it, or none."""
 CAP = 4.0
-LINEARS = tuple(name for group in SHARED_INPUTS for name in group)
 SAMPLE = 4096
 """Vectors that are kept of each site."""
 
@@ -82,23 +82,25 @@ class Moments:
         return SiteStatistics(self.count, mean.float(), square.float(), sample, self.hessian().float() if self._wants else None)
 
 
-def counted(x: Tensor, real: Tensor, first: First) -> Tensor:
-    """Of a batch's vectors [B, T, in] those that count, as [n, in]; ``real`` [B, T]."""
+def counted(x: Tensor, real: Tensor, first: First, *others: Tensor) -> list[Tensor]:
+    """Of a batch's vectors [B, T, in] those that count, as [n, in]; and the same of ``others``, shortened alike. ``real`` [B, T]."""
+    all_ = (x, *others)
     if first == "leave":
         real = real.clone()
         real[:, 0] = False
     elif first == "cap":
         lengths = x.norm(dim=-1).masked_fill(~real, float("nan"))
         most = CAP * lengths.nanmedian(dim=1, keepdim=True).values
-        x = x * (most / lengths.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(1.0).unsqueeze(-1)
-    return x[real]
+        factors = (most / lengths.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(1.0).unsqueeze(-1)
+        all_ = tuple(one * factors for one in all_)
+    return [one[real] for one in all_]
 
 
 class _Chosen:
     """A seeded choice among the positions that count: the same places for every site, so that samples of sites belong together."""
 
     def __init__(self, stream: Stream, first: First, most: int, seed: int) -> None:
-        sizes = [len(counted(batch.real.unsqueeze(-1).float(), batch.real, first)) for batch in stream.batches]
+        sizes = [len(counted(batch.real.unsqueeze(-1).float(), batch.real, first)[0]) for batch in stream.batches]
         total = sum(sizes)
         if not total:
             raise DataError("the calibration text has no position that counts; give sequences of two tokens and more")
@@ -116,13 +118,13 @@ def observe(
 ) -> dict[str, SiteStatistics]:
     """Statistics of the named matrices' inputs at the layer the stream is at; matrices that share an input share the result."""
     chosen = _Chosen(stream, first, sample, seed)
-    groups = [[name for name in group if name in names] for group in SHARED_INPUTS]
+    groups = [[name for name in group if name in names] for group in GROUPS]
     moments = {group[0]: Moments(hessian=hessian) for group in groups if group}
     samples: dict[str, list[Tensor]] = {name: [] for name in moments}
 
-    def sees(name: str) -> Callable[[int, Tensor], None]:
+    def sees(name: str) -> Sees:
         def see(number: int, x: Tensor) -> None:
-            rows = counted(x, stream.batches[number].real, first)
+            (rows,) = counted(x, stream.batches[number].real, first)
             moments[name].add(rows)
             samples[name].append(chosen.of(number, rows))
 
@@ -226,7 +228,7 @@ class _Writer:
 
 def _named(index: int, found: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, str, SiteStatistics]]:
     """(site, site it shares its input with, statistics) of a layer."""
-    for group in SHARED_INPUTS:
+    for group in GROUPS:
         names = [name for name in group if name in found]
         yield from ((f"blk.{index}.{name}", f"blk.{index}.{names[0]}", found[name]) for name in names)
 

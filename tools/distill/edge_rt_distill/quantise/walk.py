@@ -6,10 +6,10 @@ whole forward pass for each layer would cost the square of the depth; the states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,9 @@ from edge_rt.hooks import DataError, OptionError
 
 BATCH_TOKENS = 4096
 """Positions that go through a layer at once."""
-SHARED_INPUTS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
-"""A layer's matrices by the input they share, in the order the forward pass comes to them."""
 
-SeesInput = Callable[[int, Tensor], None]
-"""Called with the number of the batch, and a matrix' input [B, T, in]."""
-SeesOutput = Callable[[int, Tensor], None]
-"""Called with the number of the batch, and a matrix' output [B, T, out], as other forward hooks that were there first left it."""
+Sees = Callable[[int, Tensor], None]
+"""Called with the number of a batch and a matrix' input [B, T, in] or output [B, T, out] (as forward hooks registered before left it)."""
 
 
 class _ReachedError(Exception):
@@ -51,7 +47,7 @@ class Stream:
 
     def __init__(self, model: nn.Module, sequences: Sequence[Sequence[int]], *, batch_tokens: int = BATCH_TOKENS) -> None:
         self.model, self.index = model, 0
-        self.layers: list[nn.Module] = list(model.get_submodule("layers").children())
+        self.layers = list(cast("Iterable[nn.Module]", model.get_submodule("layers")))  # children() would leave out those that are shared
         with torch.no_grad():
             self.batches = [self._enter(tokens, real) for tokens, real in side_by_side(sequences, batch_tokens)]
 
@@ -84,14 +80,19 @@ class Stream:
         return self.layers[self.index]
 
     @torch.no_grad()
-    def look(self, inputs: Mapping[str, SeesInput] | None = None, outputs: Mapping[str, SeesOutput] | None = None) -> None:
-        """Run the layer as far as needed to show the inputs and outputs of its matrices, by their names ("attn_q"); the stream stays."""
+    def look(self, inputs: Mapping[str, Sees] | None = None, outputs: Mapping[str, Sees] | None = None, only: int | None = None) -> None:
+        """Run the layer as far as needed to show inputs and outputs of its matrices, by name ("attn_q"); the stream stays where it is.
+
+        ``only``: the number of the one batch to show. Raises OptionError if the layer does not use a matrix that is named.
+        """
         inputs, outputs = inputs or {}, outputs or {}
         wanted = len(inputs) + len(outputs)
         for number, batch in enumerate(self.batches):
+            if only not in (None, number):
+                continue
             seen = 0
 
-            def show(sees: Callable[[int, Tensor], None], value: Tensor, number: int = number) -> None:
+            def show(sees: Sees, value: Tensor, number: int = number) -> None:
                 nonlocal seen
                 sees(number, value)
                 seen += 1
