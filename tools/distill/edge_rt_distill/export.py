@@ -37,6 +37,8 @@ How = str | Encoded
 _UINT32, _FLOAT32, _BOOL, _STRING = 4, 6, 7, 8
 """GGUF's numbers of the types of metadata."""
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+_HALF = 65520.0
+"""What rounds to infinity in float16, and all beyond."""
 _KEPT = ("tokenizer.", "general.")
 _DROPPED = (
     "general.architecture", "general.name", "general.alignment", "general.file_type", "general.quantization_version", "general.size_label",
@@ -102,6 +104,8 @@ def export(
 def _checked(model: Decoder, words: int) -> Architecture:
     """The architecture, if a GGUF of it can be run."""
     a = model.architecture
+    if a.family == "qwen2" and a.layers[0].heads * a.head != a.width:
+        raise UnsupportedModel("stock llama.cpp runs no qwen2 whose heads do not add up to its width; make it a llama first (portable)")
     sizes = {(layer.heads, layer.kv_heads, layer.ffn) for layer in a.layers}
     if len(sizes) != 1:
         raise UnsupportedModel("the layers have different numbers of heads or channels, which the runtime has no graph for; cut all alike")
@@ -172,10 +176,9 @@ def _bytes(name: str, tensor: Tensor, how: How) -> npt.NDArray[Any]:
     if how == "F32":
         return values.numpy().astype("<f4", copy=False)
     if how == "F16":
-        raw = values.numpy().astype("<f2")
-        if not np.isfinite(raw).all():
+        if float(values.abs().max()) >= _HALF:
             raise OptionError(f"{name} has weights beyond what F16 can hold; choose F32 or BF16")
-        return raw
+        return values.numpy().astype("<f2")
     return encode(values if values.ndim == 2 else values.unsqueeze(0), how).data
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_rt.hooks import GGML_TYPES, NativeError, OptionError, quantise_rows
 from edge_rt_distill.model.decoder import GROUPS, Decoder
+from edge_rt_distill.model.load import empty, frozen
+from edge_rt_distill.model.load import tensors as named_tensors
 from edge_rt_distill.quantise.formats import format_named
 from edge_rt_distill.quantise.gptq import DEFAULTS as GPTQ_DEFAULTS
 from edge_rt_distill.quantise.gptq import GptqOptions, damped, gptq
@@ -86,13 +87,12 @@ def quantise_model(
 
 
 def materialised(model: Decoder) -> Decoder:
-    """A copy that is only looked at, its parametrisations folded into plain weights."""
-    student = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in student.modules():
-        if nn.utils.parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type,unused-ignore]
-                nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return student.requires_grad_(False)
+    """A copy that is only looked at, its parametrisations folded into plain weights (a deep copy would share their classes)."""
+    student = frozen(empty(model.architecture))
+    theirs = named_tensors(model)
+    for name, tensor in named_tensors(student).items():
+        tensor.copy_(theirs[name].detach())
+    return student
 
 
 def encode(weights: Tensor, type_name: str, importance: Tensor | None = None) -> Encoded:
@@ -146,12 +146,23 @@ def _sequential(
     """GPTQ group by group: a matrix' inputs are those of the model in which all matrices before it are quantised."""
     tensors: dict[str, Encoded] = {}
     depth = len(model.layers)
-    for step in walk(model, student, sequences, batch_tokens=options.batch_tokens):
+    for step in _steps(model, student, sequences, options):
         if model.architecture.owner(step.layer) == step.layer:
             for group in GROUPS:
                 _quantise_group(step, group, student, tensors, options)
         told(step.layer + 1, depth)
     return tensors
+
+
+def _steps(model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], options: QuantiseOptions) -> Iterator[Step]:
+    """The walk through both models; where the float model's stream is not asked for, that of the student stands in its place."""
+    if options.aim != "weights":
+        yield from walk(model, student, sequences, batch_tokens=options.batch_tokens)
+        return
+    stream = Stream(student, sequences, batch_tokens=options.batch_tokens)
+    while not stream.ended:
+        yield Step(stream.index, stream, stream)
+        stream.advance()
 
 
 def _quantise_group(step: Step, group: tuple[str, ...], student: Decoder, tensors: dict[str, Encoded], options: QuantiseOptions) -> None:
