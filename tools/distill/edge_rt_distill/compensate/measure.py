@@ -1,0 +1,50 @@
+"""KL from the float model to another, in nats a token, as corrections are judged by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.quantise.walk import side_by_side
+
+CHUNK = 512
+"""Positions whose distributions over the whole vocabulary are held at once."""
+
+
+class Batch(NamedTuple):
+    """Tokens [B, T], which are real [B, T], and the float model's hidden states [n, D] at the real ones: logits are exact from these."""
+
+    tokens: Tensor
+    real: Tensor
+    hidden: Tensor
+
+
+@torch.no_grad()
+def references(teacher: Decoder, sequences: Sequence[Sequence[int]], batch_tokens: int = CHUNK) -> list[Batch]:
+    """What other models are compared with. 4 D bytes a token; D is the width."""
+    return [Batch(tokens, real, teacher(tokens).hidden[real]) for tokens, real in side_by_side(sequences, batch_tokens)]
+
+
+def divergence(teacher: Decoder, model: Decoder, batch: Batch) -> Tensor:
+    """KL at each real position of a batch [n], with gradients."""
+    hidden = model(batch.tokens).hidden[batch.real]
+    return torch.cat(list(_chunks(teacher, model, batch.hidden, hidden)))
+
+
+def _chunks(teacher: Decoder, model: Decoder, reference: Tensor, hidden: Tensor) -> Iterator[Tensor]:
+    for start in range(0, len(hidden), CHUNK):
+        with torch.no_grad():
+            expected = teacher.logits(reference[start : start + CHUNK]).log_softmax(-1)
+        found = model.logits(hidden[start : start + CHUNK]).log_softmax(-1)
+        yield torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+
+
+@torch.no_grad()
+def mean_divergence(teacher: Decoder, model: Decoder, batches: Sequence[Batch]) -> float:
+    """Mean KL over all positions, nats a token."""
+    found = torch.cat([divergence(teacher, model, batch) for batch in batches])
+    return float(found.double().mean())
