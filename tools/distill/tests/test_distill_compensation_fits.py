@@ -149,7 +149,7 @@ def test_parts_that_do_not_fit_are_refused():
     check("s", Correction(low_a=a, low_b=b), 64, 40)
     nan = torch.full((40,), float("nan"))
     for wrong in (Correction(low_a=a), Correction(low_a=a, low_b=b.T), Correction(bias=nan), Correction(offsets=torch.zeros(3))):
-        with pytest.raises(ValueError, match="^s"):
+        with pytest.raises(ValueError, match=r"^s"):
             check("s", wrong, 64, 40)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from edge_rt_distill.compensate import files, sequential
+from edge_rt_distill.compensate import files, report, sequential
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.choose import Options, choose, kl_with
 from edge_rt_distill.compensate.correction import Correction
@@ -181,10 +182,10 @@ def test_gains_estimated_from_gradients_are_of_the_size_of_the_real_ones(teacher
 
 def test_tuning_lowers_the_divergence_of_other_text(teacher, quantised):
     start = choose(teacher, quantised, FITTING, HELD_OUT, Budget(6000, 400.0), FITS_ALONE).compensation
-    schedule = Schedule(steps=60, batch_tokens=200, rate=0.05, norm_rate=0.01, every=20)
+    schedule = Schedule(steps=30, batch_tokens=200, rate=0.05, norm_rate=0.01, every=10)
     before = {name: tensor.clone() for name, tensor in tensors(quantised).items()}
-    found = tune(teacher, quantised, start, text(60, 1), HELD_OUT, "F16", schedule)
-    assert [step for step, _ in found.history] == [0, 20, 40, 60]
+    found = tune(teacher, quantised, start, text(40, 1), HELD_OUT, "F16", schedule)
+    assert [step for step, _ in found.history] == [0, 10, 20, 30]
     assert min(kl for _, kl in found.history) < found.history[0][1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(quantised).items())
     unrelated = references(teacher, OTHER)
@@ -298,3 +299,25 @@ def test_biases_may_move_into_the_model(teacher):
     rest = files.without_biases({**made, "blk.0.attn_k": Correction(bias=torch.ones(32))})
     assert rest.keys() == made.keys()
     assert all(one.bias is None for one in rest.values())
+
+
+# ---- telling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_is_told_site_by_site(teacher, quantised):
+    found = choose(teacher, quantised, FITTING, HELD_OUT, Budget(4000, 200.0), FITS_ALONE)
+    data = json.loads(json.dumps(report.as_json(found)))
+    assert len(data["sites"]) == 14
+    kept = [one for one in data["sites"] if one["kinds"]]
+    assert sum(one["bytes"] for one in kept) == data["bytes"] == found.bytes
+    assert all(one["reason"] for one in data["sites"])
+    lines = report.table(found).splitlines()
+    assert len(lines) == 4 + len(kept)
+    assert len(report.table(found, all_sites=True).splitlines()) == 4 + 14
+
+
+def test_more_text_to_fit_to_leaves_less(teacher, quantised):
+    low_rank_alone = replace(FITS_ALONE, forms=replace(FORMS, tables=(), bias=False))
+    curve = report.saturation(teacher, quantised, text(16, 1), HELD_OUT, PLENTY, (48, 768), low_rank_alone)
+    assert [point.tokens for point in curve] == [48, 768]
+    assert curve[1].kl < curve[0].kl < curve[0].kl_none

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Weighted second moments of a site: ``inputs`` E[x x^T] [in, in], ``cross`` E[t x^T] [out, in], ``target`` E[t^2] [out]; float64."""
+    """Weighted second moments of a site, float64: ``inputs`` E[w x x^T] [in, in], ``cross`` E[w t x^T] [out, in], ``target`` E[w t^2]."""
 
     inputs: Tensor
     cross: Tensor
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
 def moments(x: Tensor, t: Tensor, weight: Tensor) -> Moments:
     """Moments of inputs x [n, in] and targets t [n, out] with weights [n] of tokens."""
-    share = (weight / weight.sum()).to(x.dtype)
+    share = (weight / len(x)).to(x.dtype)
     weighted = x * share[:, None]
     return Moments((x.T @ weighted).double(), (t.T @ weighted).double(), (share @ t.square()).double())
 

@@ -22,10 +22,16 @@ _FLOOR = 1e-4
 
 
 class Sensitivity(NamedTuple):
-    """``features`` [out]: mean squared gradient, nats per squared unit of output. ``first``: position 0's, as a share of all others'."""
+    """Mean squared gradients by feature [out], nats a squared unit of output: ``features`` at positions but the first, ``first`` there."""
 
     features: Tensor
-    first: float
+    first: Tensor
+
+    def first_weight(self, error: Tensor) -> float:
+        """What position 0 counts for beside others if errors [n, out] there are weighed by ``features``: as much as by ``first``."""
+        size = error.square().sum(0)
+        common = float(size @ self.features)
+        return float(size @ self.first) / common if common > 0 else 0.0
 
 
 def sensitivities(model: Decoder, sequences: Sequence[Sequence[int]], *, seed: int = 0, batch_tokens: int = 512) -> dict[str, Sensitivity]:
@@ -47,9 +53,7 @@ def sensitivities(model: Decoder, sequences: Sequence[Sequence[int]], *, seed: i
 
 
 def _of(first: Tensor, rest: Tensor) -> Sensitivity:
-    typical = float(rest.mean())
-    share = min(1.0, float(first.mean()) / typical) if typical > 0 else 1.0
-    return Sensitivity(rest.clamp_min(max(typical * _FLOOR, 1e-20)), share)
+    return Sensitivity(rest.clamp_min(max(float(rest.mean()) * _FLOOR, 1e-20)), first)
 
 
 def _gradients(model: Decoder, tokens: Tensor, real: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

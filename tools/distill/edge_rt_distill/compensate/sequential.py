@@ -20,7 +20,7 @@ from edge_rt_distill.compensate.apply import RESIDUAL, compensated
 from edge_rt_distill.compensate.correction import Compensation, Correction
 from edge_rt_distill.compensate.sensitivity import Sensitivity
 from edge_rt_distill.compensate.storage import as_stored
-from edge_rt_distill.compensate.survey import Forms, Inputs, token_weights
+from edge_rt_distill.compensate.survey import Forms, Inputs, first_positions
 from edge_rt_distill.model.decoder import GROUPS, LINEARS, Decoder
 from edge_rt_distill.quantise.walk import Stream
 
@@ -41,10 +41,11 @@ class Fitted(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Inputs of a site and its targets [n, out], on one text."""
+    """Inputs of a site, its targets t [n, out] and the tokens' weights [n], on one text."""
 
     inputs: Inputs
     t: Tensor
+    weight: Tensor
 
 
 def fit(
@@ -61,9 +62,9 @@ def fit(
             products = [_products(there) for there, _ in texts]
             for group in GROUPS:
                 sites = [site for name in group if (site := f"blk.{layer}.{name}") in chosen]
-                for site, seen in _targets(layer, sites, texts, products, sensitivity):
+                for site, (here, other) in _targets(layer, sites, texts, products, sensitivity):
                     difference = teacher.linear(site).weight.detach() - student.linear(site).weight.detach()
-                    found[site] = _best(chosen[site], difference, seen[0], seen[1], sensitivity[site].features, forms)
+                    found[site] = _best(chosen[site], difference, here, other, sensitivity[site].features, forms)
                 made: Compensation = {site: one for site in sites if (one := found[site].correction) is not None}
                 applied.enter_context(compensated(student, made))
             for streams in texts:
@@ -105,11 +106,12 @@ def _targets(
     upto = [*(name for name in RESIDUAL[:1] if "ffn_down" in names), *names]
     looked = [_looked(student, upto, names[:1]) for _, student in texts]
     for site, name in zip(sites, names, strict=True):
-        first = sensitivity[site].first
-        seen = []
-        for (ins, outs), there, (_, student) in zip(looked, products, texts, strict=True):
-            seen.append(_Seen(Inputs(ins[names[0]], token_weights(student, first)), there[name] - outs[name]))
-        yield site, seen
+        seen = [
+            (Inputs(ins[names[0]], first_positions(student)), there[name] - outs[name])
+            for (ins, outs), there, (_, student) in zip(looked, products, texts, strict=True)
+        ]
+        first = sensitivity[site].first_weight(seen[0][1][seen[0][0].first])
+        yield site, [_Seen(into, t, into.weight(first)) for into, t in seen]
 
 
 def _best(kinds: Sequence[str], difference: Tensor, here: _Seen, other: _Seen, g: Tensor, forms: Forms) -> Fitted:
@@ -130,7 +132,7 @@ def _fits(kinds: Sequence[str], difference: Tensor, here: _Seen, other: _Seen, g
     sizes = {kind.split()[0]: int(kind.split()[-1]) if " " in kind else 0 for kind in kinds}
     low: list[Correction] = [Correction()]
     if "rank" in sizes:
-        found = low_rank.moments(here.inputs.x, here.t, here.inputs.weight)
+        found = low_rank.moments(here.inputs.x, here.t, here.weight)
         ridges = [(found, ridge) for ridge in RIDGES] + [(low_rank.of_difference(found.inputs, difference), forms.ridge)]
         rank = sizes["rank"]
         pairs = [low_rank.factors(one, g, prior=difference, ridge=ridge, most=rank).of_rank(rank) for one, ridge in ridges]
@@ -140,7 +142,7 @@ def _fits(kinds: Sequence[str], difference: Tensor, here: _Seen, other: _Seen, g
             one = _with_table(one, sizes["table"], here, other, g, forms)
         if "bias" in sizes:
             rest, held_out = (seen.t - one.change(seen.inputs.x) for seen in (here, other))
-            added = bias.fit(rest, here.inputs.weight, held_out, other.inputs.weight, g)
+            added = bias.fit(rest, here.weight, held_out, other.weight, g)
             one = one._replace(bias=added.bias) if added else one
         if any(True for _ in one.parts()):
             yield one
@@ -148,18 +150,17 @@ def _fits(kinds: Sequence[str], difference: Tensor, here: _Seen, other: _Seen, g
 
 def _with_table(one: Correction, count: int, here: _Seen, other: _Seen, g: Tensor, forms: Forms) -> Correction:
     some = here.inputs.spread(forms.vectors)
-    clusters = tables.cluster(some.x, some.weight, count, seed=forms.seed, spherical=forms.spherical)
-    triples = [(seen.inputs.x, seen.t - one.change(seen.inputs.x), seen.inputs.weight) for seen in (here, other)]
+    clusters = tables.cluster(some.x, some.weight(1.0), count, seed=forms.seed, spherical=forms.spherical)
+    triples = [(seen.inputs.x, seen.t - one.change(seen.inputs.x), seen.weight) for seen in (here, other)]
     table = tables.fit(clusters, triples[0], triples[1], g)
     return one._replace(centroids=table.centroids, offsets=table.offsets, rows=table.rows)
 
 
 def _strengthened(one: Correction, other: _Seen, g: Tensor) -> tuple[Correction, float]:
     """The correction times the factor in [0, 1] that is best on held-out text, and that factor."""
-    change = one.change(other.inputs.x)
-    assert isinstance(change, Tensor)
-    size = float(other.inputs.weight @ (change.square() @ g))
-    factor = float(other.inputs.weight @ ((change * other.t) @ g)) / size if size > 0 else 0.0
+    change = torch.zeros_like(other.t) + one.change(other.inputs.x)
+    size = float(other.weight @ (change.square() @ g))
+    factor = float(other.weight @ ((change * other.t) @ g)) / size if size > 0 else 0.0
     factor = min(max(factor, 0.0), 1.0)
     return one.scaled(factor), factor
 
@@ -167,4 +168,4 @@ def _strengthened(one: Correction, other: _Seen, g: Tensor) -> tuple[Correction,
 def _left(seen: _Seen, one: Correction | None, g: Tensor) -> float:
     """Half the weighted squared error, nats a token."""
     rest = seen.t if one is None else seen.t - one.change(seen.inputs.x)
-    return float(seen.inputs.weight @ (rest.square() @ g)) / float(seen.inputs.weight.sum()) / 2
+    return float(seen.weight @ (rest.square() @ g)) / len(rest) / 2

@@ -43,99 +43,115 @@ class Forms:
 
 
 class Inputs(NamedTuple):
-    """Vectors x [n, in] that go into a site, and the tokens' weights [n]."""
+    """Vectors x [n, in] that go into a site. ``first`` [n]: which are those of a sequence's position 0."""
 
     x: Tensor
-    weight: Tensor
+    first: Tensor
 
     def spread(self, most: int) -> Inputs:
-        """At most so many of them, at equal distances."""
-        step = -(-len(self.x) // most)
-        return Inputs(self.x[::step], self.weight[::step])
+        """At most so many of them, at equal distances; of position 0 all."""
+        kept = self.first.clone()
+        kept[:: -(-len(self.x) // most)] = True
+        return Inputs(self.x[kept], self.first[kept])
+
+    def weight(self, first: float) -> Tensor:
+        """Weights of the tokens [n]: ``first`` at position 0, else 1."""
+        return torch.where(self.first, first, 1.0)
 
 
-def inputs(stream: Stream, first: Mapping[str, float]) -> dict[str, Inputs]:
-    """What goes into some matrices of the layer that the stream is at. ``first``: weight of position 0, by matrix."""
-    pieces: dict[str, list[Tensor]] = {name: [] for name in first}
+def inputs(stream: Stream, names: Sequence[str]) -> dict[str, Inputs]:
+    """What goes into some matrices of the layer that the stream is at."""
+    pieces: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[[int, Tensor], None]:
         return lambda number, x: pieces[name].append(x[stream.batches[number].real])
 
-    stream.look({name: keep(name) for name in first})
-    return {name: Inputs(torch.cat(found), token_weights(stream, first[name])) for name, found in pieces.items()}
+    stream.look({name: keep(name) for name in names})
+    first = first_positions(stream)
+    return {name: Inputs(torch.cat(found), first) for name, found in pieces.items()}
 
 
-def token_weights(stream: Stream, first: float) -> Tensor:
-    """A weight for each real position [n]: ``first`` for each sequence's position 0, else 1."""
-    found = []
-    for batch in stream.batches:
-        weight = torch.ones(batch.real.shape)
-        weight[:, 0] = first
-        found.append(weight[batch.real])
-    return torch.cat(found)
+def first_positions(stream: Stream) -> Tensor:
+    """Which of the real positions [n] begin a sequence."""
+    return torch.cat([(torch.arange(batch.real.shape[1]) == 0).expand(batch.real.shape)[batch.real] for batch in stream.batches])
 
 
 def survey(
     teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]],
     sensitivity: Mapping[str, Sensitivity], forms: Forms, told: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Candidate]:  # fmt: skip
-    """All candidates with a gain on held-out text. ``told``: called with layers done and in all."""
+    """All candidates, with their gains on held-out text. ``told``: called with layers done and in all."""
     streams = Stream(student, fitting), Stream(student, held_out)
     found: list[Candidate] = []
     own = {site for site in student.sites() if not forms.sites or site.split(".")[2] in forms.sites}
     while not streams[0].ended:
         layer = streams[0].index
         groups = [[site for name in group if (site := f"blk.{layer}.{name}") in own] for group in GROUPS]
-        groups = [sites for sites in groups if sites]
-        heads = {sites[0].split(".")[2]: sensitivity[sites[0]].first for sites in groups}
+        heads = [sites[0].split(".")[2] for sites in groups if sites]
         seen = [inputs(stream, heads) for stream in streams] if heads else []
-        for sites in groups:
-            name = sites[0].split(".")[2]
-            one = _Group(seen[0][name], seen[1][name], forms)
+        for name, sites in zip(heads, filter(None, groups), strict=True):
+            group = _Group(_Text(seen[0][name]), _Text(seen[1][name]), forms)
             for site in sites:
                 difference = teacher.linear(site).weight.detach() - student.linear(site).weight.detach()
                 if bool(difference.any()):
-                    found += one.candidates(site, difference, sensitivity[site].features)
+                    found += group.candidates(site, difference, sensitivity[site])
         for stream in streams:
             stream.advance()
         told(streams[0].index, len(streams[0].layers))
     return found
 
 
+class _Text:
+    """A text's inputs of a site, and their sums over position 0 and over the others, a token."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        parts = [inputs.x[inputs.first], inputs.x[~inputs.first]]
+        self._grams = [(part.T @ part).double() / len(inputs.x) for part in parts]
+        self._sums = [part.sum(0) / len(inputs.x) for part in parts]
+        self._share = len(parts[0]) / len(inputs.x)
+
+    def gram(self, first: float) -> Tensor:
+        """Sum of w x x^T [in, in] a token, float64, with a weight for position 0."""
+        return self._grams[0] * first + self._grams[1]
+
+    def mean(self, first: float) -> tuple[Tensor, float]:
+        """Weighted mean of the inputs [in], and the mean weight of a token."""
+        mass = self._share * first + 1 - self._share
+        return (self._sums[0] * first + self._sums[1]) / max(mass, 1e-9), mass
+
+
 class _Group:
     """The inputs that some matrices share, and what is worked out of them once."""
 
-    def __init__(self, fitting: Inputs, held_out: Inputs, forms: Forms) -> None:
-        self.fitting, self.held_out, self.forms = fitting, held_out, forms
-        self.gram, self.mean = _moments(fitting)
-        self.other_gram, self.other_mean = _moments(held_out)
+    def __init__(self, here: _Text, other: _Text, forms: Forms) -> None:
+        self.here, self.other, self.forms = here, other, forms
         self._clusters: dict[int, tables.Clusters] = {}
 
     def clusters(self, count: int) -> tables.Clusters:
         if count not in self._clusters:
-            some = self.fitting.spread(self.forms.vectors)
-            self._clusters[count] = tables.cluster(some.x, some.weight, count, seed=self.forms.seed, spherical=self.forms.spherical)
+            some = self.here.inputs.spread(self.forms.vectors)
+            self._clusters[count] = tables.cluster(some.x, some.weight(1.0), count, seed=self.forms.seed, spherical=self.forms.spherical)
         return self._clusters[count]
 
-    def candidates(self, site: str, difference: Tensor, g: Tensor) -> Iterator[Candidate]:
-        """Every form at a site whose weight lost ``difference`` [out, in]; ``g`` [out] weighs the outputs' errors."""
-        forms = self.forms
-        if forms.bias and (one := self._bias(difference, g)):
-            yield self._candidate(site, one, self._bias_gain(one, difference, g))
+    def candidates(self, site: str, difference: Tensor, minds: Sensitivity) -> Iterator[Candidate]:
+        """Every form at a site whose weight lost ``difference`` [out, in]."""
+        forms, here = self.forms, self.here.inputs
+        first = minds.first_weight(here.x[here.first] @ difference.T)
+        if forms.bias and (one := self._bias(difference, minds.features, first)):
+            yield self._candidate(site, one, self._bias_gain(one, difference, minds.features, first))
         if site.split(".")[2] in forms.table_sites:
             for count in forms.tables:
-                one = self._table(count, difference, g)
-                yield self._candidate(site, one, self._gain(one, difference, g))
-        yield from self._low_ranks(site, difference, g)
+                yield self._table(site, count, difference, minds.features, first)
+        yield from self._low_ranks(site, difference, minds.features, first)
 
-    def _low_ranks(self, site: str, difference: Tensor, g: Tensor) -> Iterator[Candidate]:
+    def _low_ranks(self, site: str, difference: Tensor, g: Tensor, first: float) -> Iterator[Candidate]:
         """Low rank, and where that is to be tried a bias with it."""
         forms = self.forms
         ranks = [rank for rank in forms.ranks if rank <= min(difference.shape)]
-        here, there = (low_rank.of_difference(gram, difference) for gram in (self.gram, self.other_gram))
-        best = low_rank.factors(here, g, prior=difference, ridge=forms.ridge, most=max(ranks, default=0)) if ranks else None
+        here, there = (low_rank.of_difference(text.gram(first), difference) for text in (self.here, self.other))
+        best = low_rank.factors(here, g, prior=difference, ridge=forms.ridge, most=max(ranks, default=1))
         for rank in ranks:
-            assert best is not None
             a, b = best.of_rank(rank)
             stored = as_stored(Correction(low_a=a, low_b=b), forms.storage)
             assert stored.low_a is not None
@@ -143,36 +159,27 @@ class _Group:
             before, after = low_rank.left_over(there, stored.low_a, stored.low_b, g)
             yield self._candidate(site, stored, (before - after) / 2)
             rest = difference - stored.low_b @ stored.low_a
-            if forms.bias and (one := self._bias(rest, g)):
-                yield self._candidate(site, stored._replace(bias=one.bias), (before - after) / 2 + self._bias_gain(one, rest, g))
+            if forms.bias and (one := self._bias(rest, g, first)):
+                yield self._candidate(site, stored._replace(bias=one.bias), (before - after) / 2 + self._bias_gain(one, rest, g, first))
 
-    def _bias(self, difference: Tensor, g: Tensor) -> Correction | None:
-        mean, other = (difference @ one for one in (self.mean, self.other_mean))
+    def _bias(self, difference: Tensor, g: Tensor, first: float) -> Correction | None:
+        mean, other = (difference @ text.mean(first)[0] for text in (self.here, self.other))
         one = torch.ones(1)
         return bias.fit(mean[None], one, other[None], one, g)
 
-    def _table(self, count: int, difference: Tensor, g: Tensor) -> Correction:
-        some, other = self.fitting.spread(self.forms.vectors), self.held_out.spread(self.forms.vectors)
-        triples = [(one.x, one.x @ difference.T, one.weight) for one in (some, other)]
-        return as_stored(tables.fit(self.clusters(count), triples[0], triples[1], g), self.forms.storage)
-
-    def _bias_gain(self, one: Correction, difference: Tensor, g: Tensor) -> float:
+    def _bias_gain(self, one: Correction, difference: Tensor, g: Tensor, first: float) -> float:
         assert one.bias is not None
-        return float(g @ (2 * one.bias * (difference @ self.other_mean) - one.bias.square())) / 2
+        mean, mass = self.other.mean(first)
+        return mass * float(g @ (2 * one.bias * (difference @ mean) - one.bias.square())) / 2
 
-    def _gain(self, one: Correction, difference: Tensor, g: Tensor) -> float:
-        """Half the fall of the weighted squared error on held-out tokens."""
-        other = self.held_out.spread(self.forms.vectors)
-        t = other.x @ difference.T
-        fall = t.square() - (t - one.change(other.x)).square()
-        return float((other.weight @ fall @ g) / other.weight.sum()) / 2
+    def _table(self, site: str, count: int, difference: Tensor, g: Tensor, first: float) -> Candidate:
+        some, other = (text.inputs.spread(self.forms.vectors) for text in (self.here, self.other))
+        here, there = ((seen.x, seen.x @ difference.T, seen.weight(first)) for seen in (some, other))
+        one = as_stored(tables.fit(self.clusters(count), here, there, g), self.forms.storage)
+        x, t, weight = there
+        fall = t.square() - (t - one.change(x)).square()
+        return self._candidate(site, one, float(weight @ fall @ g) / len(x) / 2)
 
     def _candidate(self, site: str, one: Correction, gain: float) -> Candidate:
         size = stored_bytes(one, self.forms.storage)
         return Candidate(site, one.kinds(), size, self.forms.costs.microseconds(one.kinds(), size), gain)
-
-
-def _moments(found: Inputs) -> tuple[Tensor, Tensor]:
-    """E[x x^T] in float64, E[x]."""
-    share = found.weight / found.weight.sum()
-    return (found.x.T @ (found.x * share[:, None])).double(), share @ found.x
