@@ -158,10 +158,9 @@ def test_parts_that_do_not_fit_are_refused():
 candidates = st.lists(
     st.builds(
         Candidate,
-        st.sampled_from([f"blk.{i}.attn_v" for i in range(5)]),
+        st.sampled_from([f"blk.{i}.{name}" for i in range(2) for name in ("attn_k", "attn_v", "ffn_down")]),
         st.sampled_from([("bias",), ("rank 8",), ("rank 8", "bias")]),
         st.integers(0, 1000),
-        st.floats(0, 50),
         st.floats(-0.1, 1),
     ),
     max_size=12,
@@ -171,23 +170,36 @@ candidates = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(candidates, st.integers(0, 2000), st.floats(0, 100))
 def test_a_choice_never_costs_more_than_the_budget(found, most_bytes, most_time):
-    chosen = select(found, Budget(most_bytes, most_time))
+    costs = Costs()
+    chosen = select(found, Budget(most_bytes, most_time), costs)
     assert sum(one.bytes for one in chosen.values()) <= most_bytes
-    assert sum(one.microseconds for one in chosen.values()) <= most_time + 1e-6
+    assert costs.of_all({site: (one.kinds, one.bytes) for site, one in chosen.items()}) <= most_time + 1e-6
     assert all(one.site == site and one.gain > 0 and one in found for site, one in chosen.items())
 
 
 def test_the_scarcer_limit_decides():
-    few_nodes = [Candidate(f"blk.{i}.a", ("rank 32",), 900, 9.0, 1.0) for i in range(4)]
-    few_bytes = [Candidate(f"blk.{i}.b", ("bias",), 90, 9.0, 0.3) for i in range(40)]
-    assert {one.kinds for one in select(few_nodes + few_bytes, Budget(10**6, 36.0)).values()} == {("rank 32",)}
-    assert {one.kinds for one in select(few_nodes + few_bytes, Budget(890, 1e6)).values()} == {("bias",)}
+    costs = Costs(node=3.0)
+    few_nodes = [Candidate(f"blk.{i}.ffn_down", ("rank 32",), 900, 1.0) for i in range(4)]
+    few_bytes = [Candidate(f"blk.{i}.attn_output", ("bias",), 90, 0.3) for i in range(40)]
+    assert {one.kinds for one in select(few_nodes + few_bytes, Budget(10**6, 36.5), costs).values()} == {("rank 32",)}
+    assert {one.kinds for one in select(few_nodes + few_bytes, Budget(890, 1e6), costs).values()} == {("bias",)}
+
+
+def test_what_sites_of_one_input_share_costs_once():
+    costs = Costs(node=1.0, gigabytes_per_second=1e9)
+    alone = costs.microseconds([("rank 8",)], 0)
+    kinds = {"blk.0.attn_k": (("rank 8",), 0), "blk.0.attn_v": (("rank 8", "bias"), 0), "blk.1.attn_v": (("rank 8",), 0)}
+    assert (alone, costs.of_all(kinds)) == (pytest.approx(3.0), pytest.approx(6 + 3))
+    pair = [Candidate(f"blk.0.{name}", ("rank 8",), 0, 1.0) for name in ("ffn_gate", "ffn_up")]
+    apart = [Candidate(f"blk.{i}.ffn_down", ("rank 8",), 0, 0.9) for i in range(2)]
+    assert len(select(pair, Budget(10, 5.1), costs)) == 2
+    assert len(select(apart, Budget(10, 5.1), costs)) == 1
 
 
 def test_costs_are_data():
     costs = Costs.from_json({"node": 2.0, "nodes": {"rank": 4}})
-    assert costs.microseconds(("rank 8", "bias"), 12_000) == pytest.approx(2.0 * 5 + 1.0)
-    for wrong in ({"speed": 1}, {"node": -1.0}, {"gigabytes_per_second": 0}):
+    assert costs.microseconds([("rank 8", "bias")], 12_000) == pytest.approx(2.0 * 6 + 1.0)
+    for wrong in ({"speed": 1}, {"nodes": {"view": 1}}, {"node": -1.0}, {"gigabytes_per_second": 0}):
         with pytest.raises(OptionError):
             Costs.from_json(wrong)
     assert Budget.share(1_000_000, 9000.0) == (30_000, 360.0)

@@ -24,7 +24,7 @@ from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.compensate import sequential
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.correction import Compensation
-from edge_rt_distill.compensate.cost import Budget, Candidate, select
+from edge_rt_distill.compensate.cost import Budget, Candidate, Costs, select
 from edge_rt_distill.compensate.measure import Batch, mean_divergence, references
 from edge_rt_distill.compensate.sensitivity import sensitivities
 from edge_rt_distill.compensate.storage import stored_bytes
@@ -45,13 +45,14 @@ class Options:
     """
 
     forms: Forms = field(default_factory=Forms)
+    costs: Costs = field(default_factory=Costs)
     sensitivity_tokens: int = 4096
     tuning: Schedule | None = field(default_factory=Schedule)
     left_out_tokens: int = 0
 
 
 class Chosen(NamedTuple):
-    """A site's decision. ``kinds`` and ``tensors`` are empty where it has no correction.
+    """A site's decision. ``kinds`` and ``tensors`` are empty where it has no correction. ``microseconds``: were it alone at its input.
 
     ``gain``: nats a token, by leaving it out where that was done, else as estimated for the site alone. ``reason``: for people.
     """
@@ -103,7 +104,7 @@ def choose(
     forms = options.forms
     minds = sensitivities(teacher, first_tokens(fitting, options.sensitivity_tokens))
     candidates = survey(teacher, student, fitting, held_out, minds, forms, lambda done, all_: told("survey", done, all_))
-    taken = select(candidates, budget)
+    taken = select(candidates, budget, options.costs)
     kinds = {site: one.kinds for site, one in taken.items()}
     fitted = sequential.fit(teacher, student, fitting, held_out, kinds, minds, forms, lambda done, all_: told("fit", done, all_))
     kept: Compensation = {site: one.correction for site, one in fitted.items() if one.correction is not None}
@@ -119,10 +120,10 @@ def choose(
     gains = _left_out(teacher, student, kept, norms, held_out, options.left_out_tokens, told)
     kept = {site: one for site, one in kept.items() if gains.get(site, 1.0) > 0}
     best = {one.site: one for one in sorted(candidates, key=lambda one: one.gain)}
-    sites = _sites(student.sites(), kept, _Found(best, taken, fitted, gains), forms)
+    sites = _sites(student.sites(), kept, _Found(best, taken, fitted, gains), options)
     kl = kl_with(teacher, student, kept, batches, norms)
-    totals = sum(one.bytes for one in sites), sum(one.microseconds for one in sites)
-    return Result(kept, norms, sites, none, after, kl, *totals, budget, history)
+    size, time = sum(one.bytes for one in sites), options.costs.of_all({one.site: (one.kinds, one.bytes) for one in sites if one.kinds})
+    return Result(kept, norms, sites, none, after, kl, size, time, budget, history)
 
 
 def _check(teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> None:
@@ -186,7 +187,7 @@ def _left_out(
     return found
 
 
-def _sites(sites: Sequence[str], kept: Compensation, found: _Found, forms: Forms) -> list[Chosen]:
+def _sites(sites: Sequence[str], kept: Compensation, found: _Found, options: Options) -> list[Chosen]:
     decided = []
     for site in sites:
         one = kept.get(site)
@@ -194,9 +195,9 @@ def _sites(sites: Sequence[str], kept: Compensation, found: _Found, forms: Forms
         if one is None:
             decided.append(Chosen(site, (), {}, 0, 0.0, 0.0, reason))
             continue
-        size = stored_bytes(one, forms.storage)
+        size, kinds = stored_bytes(one, options.forms.storage), one.kinds()
         gain = found.gains.get(site, found.taken[site].gain)
-        decided.append(Chosen(site, one.kinds(), dict(one.parts()), size, forms.costs.microseconds(one.kinds(), size), gain, reason))
+        decided.append(Chosen(site, kinds, dict(one.parts()), size, options.costs.microseconds([kinds], size), gain, reason))
     return decided
 
 

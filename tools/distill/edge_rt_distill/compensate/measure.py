@@ -23,10 +23,15 @@ class Batch(NamedTuple):
     hidden: Tensor
 
 
-@torch.no_grad()
 def references(teacher: Decoder, sequences: Sequence[Sequence[int]], batch_tokens: int = CHUNK) -> list[Batch]:
     """What other models are compared with. 4 D bytes a token; D is the width."""
-    return [Batch(tokens, real, teacher(tokens).hidden[real]) for tokens, real in side_by_side(sequences, batch_tokens)]
+    return [reference(teacher, tokens, real) for tokens, real in side_by_side(sequences, batch_tokens)]
+
+
+@torch.no_grad()
+def reference(teacher: Decoder, tokens: Tensor, real: Tensor) -> Batch:
+    """One batch of them."""
+    return Batch(tokens, real, teacher(tokens).hidden[real])
 
 
 def divergence(teacher: Decoder, model: Decoder, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ stored: the estimate is the fall of the KL in nats a token, if the errors of sit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_rt_distill.compensate import bias, low_rank, tables
 from edge_rt_distill.compensate.correction import Correction
-from edge_rt_distill.compensate.cost import Candidate, Costs
+from edge_rt_distill.compensate.cost import Candidate
 from edge_rt_distill.compensate.sensitivity import Sensitivity
 from edge_rt_distill.compensate.storage import Storage, as_stored, stored_bytes
 from edge_rt_distill.model.decoder import GROUPS, Decoder
@@ -39,7 +39,6 @@ class Forms:
     ridge: float = 1e-3
     vectors: int = 4096
     seed: int = 0
-    costs: Costs = field(default_factory=Costs)
 
 
 class Inputs(NamedTuple):
@@ -181,5 +180,4 @@ class _Group:
         return self._candidate(site, one, float(weight @ fall @ g) / len(x) / 2)
 
     def _candidate(self, site: str, one: Correction, gain: float) -> Candidate:
-        size = stored_bytes(one, self.forms.storage)
-        return Candidate(site, one.kinds(), size, self.forms.costs.microseconds(one.kinds(), size), gain)
+        return Candidate(site, one.kinds(), stored_bytes(one, self.forms.storage), gain)

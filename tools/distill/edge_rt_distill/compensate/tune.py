@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from edge_rt.hooks import TrainingError
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.correction import Compensation
-from edge_rt_distill.compensate.measure import Batch, divergence, mean_divergence, references
+from edge_rt_distill.compensate.measure import Batch, divergence, mean_divergence, reference, references
 from edge_rt_distill.compensate.storage import Storage, all_as_stored
 from edge_rt_distill.model.decoder import Decoder, RMSNorm
+from edge_rt_distill.quantise.walk import side_by_side
 
 TRAINED = ("low_a", "low_b", "rows", "bias")
 """Parts that are trained. Centroids are not: a look-up has no gradient."""
@@ -60,11 +61,14 @@ def tune(
     The student is as before afterwards; its norms are returned. Raises TrainingError if the KL is no number any more.
     """
     run = _Run(teacher, student, compensation, storage, schedule)
-    batches, held = references(teacher, fitting, schedule.batch_tokens), references(teacher, held_out)
-    order = _order(len(batches), schedule.steps, schedule.seed)
+    texts, held = list(side_by_side(fitting, schedule.batch_tokens)), references(teacher, held_out)
+    batches: dict[int, Batch] = {}  # a step's batch may come again
+    order = _order(len(texts), schedule.steps, schedule.seed)
     with run.trainable():
         run.judge(0, held, told)
         for step, number in enumerate(order, 1):
+            if number not in batches:
+                batches[number] = reference(teacher, *texts[number])
             run.step(step, batches[number])
             if step % schedule.every == 0 or step == schedule.steps:
                 run.judge(step, held, told)
