@@ -30,6 +30,8 @@ HOMES = {
     "GGML_TYPES": ("edge_rt.core.load.gguf_tables", "GGML_TYPES"),
     "Gain": ("edge_rt.deployment", "Gain"),
     "Grade": ("edge_rt.core.context.grading", "Grade"),
+    "Compensation": ("edge_rt.core.load.compensation", "Compensation"),
+    "compensation_fingerprint": ("edge_rt.core.load.compensation", "compensation_fingerprint"),
     "LoraFile": ("edge_rt.core.load.adapter", "LoraFile"),
     "ModelFile": ("edge_rt.core.load.model_file", "ModelFile"),
     "Pass": ("edge_rt.deployment", "Pass"),

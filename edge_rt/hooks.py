@@ -26,6 +26,7 @@ import pluggy
 from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 from edge_rt.core.engine import (
     AppliesAdapters,
+    AppliesCompensation,
     EmbedsText,
     EmbedsTokens,
     Engine,
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.pieces import Piece, in_pieces
     from edge_rt.core.graph.support import unsupported as ggml_unsupported
     from edge_rt.core.load.adapter import LoraFile
+    from edge_rt.core.load.compensation import Compensation, compensation_fingerprint
     from edge_rt.core.load.gguf_tables import GGML_TYPES
     from edge_rt.core.load.header import metadata_spans as gguf_metadata_spans
     from edge_rt.core.load.model_file import ModelFile
@@ -194,6 +196,8 @@ class EngineOptions(NamedTuple):
     ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
     ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
     ``limits``: of power and temperature, to be held while it computes (None: none); an engine that cannot raises OptionError.
+    ``compensation``: what corrects the model's products, open as long as the engine is being opened (None: nothing); an engine that cannot
+    apply it refuses the model.
     ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
     """
 
@@ -207,6 +211,7 @@ class EngineOptions(NamedTuple):
     limits: Limits | None = None
     extra: Mapping[str, Any] = MappingProxyType({})
     cpus: tuple[int, ...] = ()
+    compensation: Compensation | None = None
 
 
 @runtime_checkable
@@ -351,17 +356,17 @@ class HookSpecs:
 
 __all__ = [
     "API_VERSION", "ENTRY_POINT_GROUP", "GGML_TYPES", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters",
-    "Basis", "Cache", "Cancelled", "Candidate", "CodeSpans", "ContextError", "ContextOverflow", "ContextPolicy", "Contribution", "Cores",
-    "CountsWork", "CpuSensors", "DataError", "Device", "EdgeError", "Embedder", "EmbedsText", "EmbedsTokens", "Engine", "EngineFactory",
-    "EngineInfo", "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut", "HasProfile", "Health", "HoldsLimits", "HoldsText",
-    "HookSpecs", "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport", "ModelChanged", "ModelFile", "ModelFileError",
-    "MovesCells", "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass", "Patient", "Piece", "PlacedCells", "Plan",
-    "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile", "Pruned", "PrunesCells", "Refusal", "RemovesCells",
-    "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth", "TellsProgress", "TrainingError", "UnsupportedModel",
-    "UserError", "Vocab", "Wanted", "available_cpus", "board_name", "check_fits", "check_parts", "check_pruning", "check_tokens",
-    "choose_cells", "content_grader", "cpu_processors", "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features",
-    "ggml_unsupported", "ggml_vector_length", "gguf_metadata_spans", "hookimpl", "hookspec", "in_pieces", "install_native_log",
-    "keep_graded", "keep_slide", "keep_strict", "largest_capacity", "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper",
-    "read_system_int", "read_system_text", "read_toml", "recent_native_errors", "resolve_model", "saved_mixed", "system_folders",
-    "tokenize_messages", "unmoved_cells",
+    "AppliesCompensation", "Basis", "Cache", "Cancelled", "Candidate", "CodeSpans", "Compensation", "ContextError", "ContextOverflow",
+    "ContextPolicy", "Contribution", "Cores", "CountsWork", "CpuSensors", "DataError", "Device", "EdgeError", "Embedder", "EmbedsText",
+    "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo", "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut",
+    "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs", "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport",
+    "ModelChanged", "ModelFile", "ModelFileError", "MovesCells", "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass",
+    "Patient", "Piece", "PlacedCells", "Plan", "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile",
+    "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth",
+    "TellsProgress", "TrainingError", "UnsupportedModel", "UserError", "Vocab", "Wanted", "available_cpus", "board_name", "check_fits",
+    "check_parts", "check_pruning", "check_tokens", "choose_cells", "compensation_fingerprint", "content_grader", "cpu_processors",
+    "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features", "ggml_unsupported", "ggml_vector_length", "gguf_metadata_spans",
+    "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict", "largest_capacity",
+    "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper", "read_system_int", "read_system_text", "read_toml",
+    "recent_native_errors", "resolve_model", "saved_mixed", "system_folders", "tokenize_messages", "unmoved_cells",
 ]  # fmt: skip

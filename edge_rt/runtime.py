@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from edge_rt import deployment
 from edge_rt.core.load import checked
 from edge_rt.core.load.model_file import ModelFile, OpenFile
-from edge_rt.errors import AbiMismatch, NativeError, OptionError, UnsupportedModel
-from edge_rt.native.vocab_load import VocabLoad
+from edge_rt.errors import AbiMismatch, OptionError, UnsupportedModel
+from edge_rt.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.compensating import Applied
     from edge_rt.core.assemble.pipeline import Pipeline
     from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.session_file import SavedSession
@@ -54,6 +55,7 @@ def open(
     policy: str = "graded",
     embedder: str | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    compensation: str | os.PathLike[str] = "auto",
     power: float | None = None,
     celsius: float | None = None,
     progress: Progress | None = None,
@@ -65,8 +67,9 @@ def open(
     ``threads``: else one for each CPU this process may use. ``memory``: bytes of weights that may be resident.
     ``pack``: make and use packed weights. ``policy``: what leaves the context when it gets short (docs/context.md).
     ``embedder``: by name, what tells which segments a question is about, else the model's own token embeddings.
-    ``adapters``: files of LoRA adapters, by the names that requests use. ``power``: watts, ``celsius``: degrees that the device is held to
-    by computing less (docs/power.md). ``progress`` is told (phase, done, total), on any thread.
+    ``adapters``: files of LoRA adapters, by the names that requests use. ``compensation``: a side file that corrects what quantisation did
+    (docs/adaptation.md); ``auto``: the one beside the model, if there is one; ``off``: none. ``power``: watts, ``celsius``: degrees that
+    the device is held to by computing less (docs/power.md). ``progress`` is told (phase, done, total), on any thread.
 
     A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
     ``Model.vocab`` then waits for the rest of the vocabulary.
@@ -79,7 +82,7 @@ def open(
         undo.callback(os.close, source.fd)
         mark = checked.mark(source.fd)
         sound = checked.known(mark)
-        vocabulary = _Vocabulary()
+        vocabulary = Vocabulary()
         undo.callback(vocabulary.close)
         if sound:  # before our header parser, which takes milliseconds too
             vocabulary.start(source.native_path)
@@ -88,7 +91,7 @@ def open(
         if not sound:
             checked.check_metadata(file)
             vocabulary.start(source.native_path)
-        from edge_rt import limits
+        from edge_rt import compensating, limits
         from edge_rt.hooks import EngineOptions
         from edge_rt.options import check_opening
         from edge_rt.registry import Registry
@@ -103,80 +106,27 @@ def open(
         held, named = limits.limits(choice.device, power, celsius), choice.device.name
         notices: list[str] = []
         own = held or (limits.planned(choice.device, deployed.plan.power, notices) if deployed else None)
-        options = EngineOptions(context, threads, memory, pack, key_type, named, progress, own, cpus=choice.offer.cpus)
+        corrected = compensating.opened(source.path, file, compensation, undo)
+        options = EngineOptions(
+            context, threads, memory, pack, key_type, named, progress, own, cpus=choice.offer.cpus, compensation=corrected
+        )
         options = deployment.follow(deployed, options)
         engines = plugins.choose_engine(file, options, engine, choice.offer)
         opened = _open_engine(engines, file, options, notices, strict=engine is not None)
         undo.callback(opened.close)
         limits.check_held(opened, held)
+        applied = compensating.applied(opened, corrected)
         vocabulary.engine = opened
         if not sound:
             vocabulary.get()
             if vocabulary.loaded:
                 checked.remember(mark)
-        model = Model(file, opened, vocabulary, plugins, fitting, chosen, notices)
+        model = Model(file, opened, vocabulary, plugins, fitting, chosen, notices, applied)
         undo.callback(model.adapters.close)
         for name, adapter in (adapters or {}).items():
             model.adapters.open(name, adapter)
         undo.pop_all()
     return model
-
-
-class _Vocabulary:
-    """The vocabulary of the model file, loaded beside everything else; or the engine's own."""
-
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-        self._load: VocabLoad | None = None
-        self._error: NativeError | None = None
-        self._found: Vocab | None = None
-
-    def start(self, path: str) -> None:
-        """Begin to load it. What goes wrong is told whoever asks for it: an engine may bring another."""
-        try:
-            self._load = VocabLoad(path)
-        except NativeError as error:
-            self._error = error
-
-    @property
-    def loading(self) -> bool:
-        """Whether ``get`` would wait."""
-        return self._found is None and self._load is not None and self._load.loading
-
-    @property
-    def loaded(self) -> bool:
-        """Whether libllama has loaded it from the file."""
-        return self._load is not None and self._found is not None and self._found is self._load.vocab
-
-    def get(self) -> Vocab:
-        """Wait for it. Raises what loading raised, NativeError after ``close``."""
-        if self._found is None:
-            self._found = self._find()
-        return self._found
-
-    def _find(self) -> Vocab:
-        own = getattr(self.engine, "vocab", None)
-        if own is not None:  # an engine without libllama brings its own (the null engine does)
-            return own  # type: ignore[no-any-return]
-        try:
-            if self._load is not None:
-                return self._load.result()
-            assert self._error is not None, "a load that did not start says why"
-            raise self._error
-        except AbiMismatch:  # our bindings refused the library: the engine's own bindings have opened the model
-            pointer = getattr(self.engine, "llama_model", None)
-            if pointer is None:
-                raise
-            from edge_rt.native.llama import Vocab
-
-            return Vocab.adopt(pointer, self.engine)
-
-    def close(self) -> None:
-        """Let go of it, at any moment; no thread is left behind."""
-        if self._load is not None:
-            self._load.close()
-        if self._found is not None:
-            self._found.close()
 
 
 def _open_engine(choice: EngineChoice, file: ModelFile, options: EngineOptions, notices: list[str], *, strict: bool) -> Engine:
@@ -211,17 +161,20 @@ class Model:
         self,
         file: ModelFile,
         engine: Engine,
-        vocabulary: _Vocabulary,
+        vocabulary: Vocabulary,
         registry: Registry,
         policy: PluginContextPolicy,
         embedder: PluginEmbedder | None,
         notices: list[str],
+        compensation: Applied | None = None,
     ) -> None:
         """Use ``open``."""
         from edge_rt.adapters import Adapters
         from edge_rt.core.context.prefix import PrefixCache
 
         self.file, self.engine, self.registry, self.policy = file, engine, registry, policy
+        self.compensation = compensation
+        """What compensates for quantisation, None if nothing does."""
         self._embedder = None if embedder is None else (embedder.start(), embedder.relevant)
         self._vocabulary = vocabulary
         self.lock = threading.RLock()
@@ -241,6 +194,11 @@ class Model:
     def info(self) -> EngineInfo:
         """Static facts."""
         return self.engine.info
+
+    @property
+    def key(self) -> str:
+        """Identifies what cells are made with: the model's content and its compensation's. Adapters are each session's own."""
+        return self.file.key() + (f"+{self.compensation.key}" if self.compensation else "")
 
     @property
     def vocab(self) -> Vocab:

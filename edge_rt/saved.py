@@ -26,13 +26,13 @@ def save(
         with model.lock:
             cells = model.engine.export_sequence(sequence)
     made_with = None if adapter is None else session_file.MadeWith(adapter.name, adapter.key, adapter.scale)
-    found = session_file.SavedSession(model.info.engine, model.file.key(), history, cells, made_with)
+    found = session_file.SavedSession(model.info.engine, model.key, history, cells, made_with)
     session_file.save(path, found, durable=durable, moved=moved)
 
 
 def read(path: Path, model: Model, moved: Callable[[], None] = lambda: None) -> session_file.SavedSession:
     """A saved session of this model; ``moved`` is called after each piece of the file. Raises SessionFileError."""
-    return session_file.load(path, engine=model.info.engine, model=model.file.key(), moved=moved)
+    return session_file.load(path, engine=model.info.engine, model=model.key, moved=moved)
 
 
 def place(saved: session_file.SavedSession, path: Path, model: Model) -> tuple[int | None, History, Adapter | None]:

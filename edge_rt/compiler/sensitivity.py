@@ -149,7 +149,7 @@ class FloatModel:
         if reason := unsupported(source):
             raise UnsupportedModel(f"the sensitivity of its weights cannot be measured: {reason}; leave --quality and --weights out")
         self.source, self.hyper = source, read_hyper(source.header)
-        self.centred = False
+        self.centred, self.corrections = False, None
         infos = source.header.tensors.values()
         self._ctx = ggml.context(len(source.header.tensors))
         self._tensors = {}

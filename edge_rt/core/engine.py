@@ -94,8 +94,8 @@ class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
 
     What only some engines can is in protocols of its own, which the runtime asks for with isinstance: RemovesCells, MovesCells,
-    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, TellsProgress, HoldsLimits, PredictsMemory. An engine has all methods of one,
-    or does without what it is for.
+    PrunesCells, EmbedsTokens, EmbedsText, AppliesAdapters, AppliesCompensation, TellsProgress, HoldsLimits, PredictsMemory. An engine has
+    all methods of one, or does without what it is for.
     """
 
     @property
@@ -302,6 +302,15 @@ class AppliesAdapters(Protocol):
         ``imported``: the sequence was opened by ``import_sequence``, and its cells were made with this adapter and scale.
         Raises ContextError if the sequence has other cells, as what was computed without the adapter must not be mixed with it.
         """
+        ...
+
+
+@runtime_checkable
+class AppliesCompensation(Protocol):
+    """Engines that correct a quantised model's products by its side file (``EngineOptions.compensation``)."""
+
+    def compensated(self) -> str | None:
+        """The ``key`` of the compensation that all steps go through, None without one. On any thread."""
         ...
 
 

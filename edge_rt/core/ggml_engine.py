@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
 from edge_rt.core.context.capacity import padded
-from edge_rt.core.context.kv import KvCache
 from edge_rt.core.decode.pace import Pace
-from edge_rt.core.engine import EngineInfo, MemoryReport, Part
+from edge_rt.core.engine import EngineInfo, Part
 from edge_rt.core.ggml_sequences import Decoding, GgmlSequences
 from edge_rt.core.graph.attention import ALL, FLASH_FROM, TILES_FROM
 from edge_rt.core.graph.common import SlotShape
@@ -18,11 +17,11 @@ from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.embedding import token_embeddings
 from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
 from edge_rt.core.graph.hyper import Hyper, fused, read_hyper
-from edge_rt.core.graph.largest import Largest, largest
-from edge_rt.core.graph.lora import check_adapted, widest
+from edge_rt.core.graph.lora import check_adapted
 from edge_rt.core.graph.pieces import Piece, in_pieces
+from edge_rt.core.graph.products import of_block
 from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.graph.step import GRAPH_BYTES, GraphCache, Slot, StepGraph, stacked
+from edge_rt.core.graph.step import GraphCache, Slot, StepGraph, stacked
 from edge_rt.core.graph.support import key_type, unsupported
 from edge_rt.core.load.adapter_weights import AdapterWeights
 from edge_rt.core.load.offload import Accelerator
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from edge_rt.core.engine import Logits
     from edge_rt.core.graph.decoder import Output
     from edge_rt.core.load.adapter import LoraFile
+    from edge_rt.core.load.compensation import Compensation
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.residency import Pager
     from edge_rt.core.load.units import Unit
@@ -78,7 +78,9 @@ class GgmlEngine(GgmlSequences):
         if accelerator:
             self._offload(accelerator, options)
         self._open_weights(options)
-        self._paging = Paging(self.weights, self.hyper, options.memory, options.progress, *paging_settings(options.extra))
+        self._correct(options.compensation)
+        beside = self._corrections.size if self._corrections else 0
+        self._paging = Paging(self.weights, self.hyper, options.memory, options.progress, *paging_settings(options.extra), beside=beside)
         cpus = affinity.fitting(options.cpus, options.threads)
         most = min(config.available_cpus(), len(cpus) or 1 << 16, int(options.extra.get("ggml.most_threads", 1 << 16)))
         self._threads = options.threads or most
@@ -88,7 +90,6 @@ class GgmlEngine(GgmlSequences):
         self._exact: int | None = None
         self._moved: Callable[[], None] = lambda: None
         self._after_node: Any = None
-        self._largest: dict[tuple[int, int, int], Largest] = {}
         self._closed = False
         self.info = EngineInfo(
             engine=name, architecture=self.hyper.architecture, n_vocab=self.hyper.n_vocab, n_layer=self.hyper.n_layer,
@@ -107,11 +108,33 @@ class GgmlEngine(GgmlSequences):
             self.notices.append(notice)
         self.weights = WeightStore(self._file, self.hyper, packed, self._elsewhere())
 
+    def _correct(self, compensation: Compensation | None) -> None:
+        """Take up the corrections of all products. Raises UnsupportedModel, ModelChanged, OutOfMemory."""
+        if compensation is None:
+            return
+        from edge_rt.core.load.corrections import Corrections
+
+        products: list[tuple[str, ...]] = []
+        for layer in range(self.hyper.n_layer):
+            far = self._offloaded if self._offloaded and layer in self._offloaded.layers else None
+            products += of_block(far.weights if far else self.weights, self.hyper, f"blk.{layer}")
+        self._corrections = Corrections(compensation, self._file.header, products, self._offloaded)
+        self._compensated = compensation.key
+        self.weights.corrections = self._corrections
+        if self._offloaded:
+            self._offloaded.weights.corrections = self._corrections
+
+    def compensated(self) -> str | None:
+        """The key of the compensation that steps go through; see ``AppliesCompensation``."""
+        return self._compensated
+
     def _offload(self, accelerator: Accelerator, options: EngineOptions) -> None:
         """Place the last blocks on the device."""
         from edge_rt.core.offloading import offload
 
-        self._offloaded, self._traits = offload(accelerator, self._file, self.hyper, self._key_type, options.context, self._chunk)
+        self._offloaded, self._traits = offload(
+            accelerator, self._file, self.hyper, self._key_type, options.context, self._chunk, options.compensation
+        )
         if self._transposed is None:
             self._transposed = not self._traits.flash
 
@@ -324,27 +347,6 @@ class GgmlEngine(GgmlSequences):
         self._largest.clear()
         return number
 
-    def memory(self) -> MemoryReport:
-        """Bytes held now."""
-        resident = [self.weights.resident(), *(weights.resident() for weights in self._adapters.values())]
-        mapped = self.weights.size + sum(weights.size for weights in self._adapters.values())
-        known, device = None if None in resident else sum(part or 0 for part in resident), self._offloaded
-        return MemoryReport(mapped, known, *self.held_bytes(), device.held if device else 0)
-
-    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
-        """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for up to twice as much."""
-        cells = min(padded(self.info.max_context), padded(1) << max(0, (padded(cells) // padded(1) - 1).bit_length()))
-        parts, rows = (1 << max(0, n - 1).bit_length() for n in (parts, rows))
-        found = self._largest.get((cells, parts, rows))
-        if found is None:
-            with closing(KvCache(self.hyper, self._key_type, cells, transposed=self.transposed_values)) as cache:
-                split, adapters = self._paging.streams, widest(self._adapters.values())
-                found = largest(self.hyper, self.weights, split, cache.view, self._chunk, parts, rows, adapters, traits=self._traits)
-            if self._offloaded:  # a part of it here and a part there; inputs in both places, and results
-                found = Largest(2 * found.arena, 2 * found.graph + 4 * rows * self.hyper.n_vocab)
-            self._largest[cells, parts, rows] = found
-        return max(self._graphs.arena_bytes, found.arena) + GRAPH_BYTES + found.graph
-
     @property
     def pager(self) -> Pager | None:
         """What streams the weights under a memory budget, None without one."""
@@ -384,6 +386,8 @@ class GgmlEngine(GgmlSequences):
         self._adapted.clear()
         for weights in self._adapters.values():
             weights.close()
+        if self._corrections:
+            self._corrections.close()
         self._backend.close()
         self.weights.close()
         if self._offloaded:

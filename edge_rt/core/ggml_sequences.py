@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edge_rt.core.context.capacity import largest_capacity, next_capacity, padded
 from edge_rt.core.context.kv import KvCache, cell_bytes
 from edge_rt.core.context.kv_bytes import read_cells, write_cells
-from edge_rt.core.engine import Pruned
+from edge_rt.core.engine import MemoryReport, Pruned
 from edge_rt.core.graph.decoder import FAMILIES
+from edge_rt.core.graph.largest import Largest, largest
 from edge_rt.core.graph.layout import transposed_decodes_faster
-from edge_rt.core.graph.lora import Applied
+from edge_rt.core.graph.lora import Applied, widest
 from edge_rt.core.graph.rotate import rotate_keys
+from edge_rt.core.graph.step import GRAPH_BYTES
 from edge_rt.core.part_checks import check_fits
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.native.memory import PAGE
@@ -21,10 +24,13 @@ from edge_rt.native.memory import PAGE
 if TYPE_CHECKING:
     from edge_rt.core.context.placed_cells import Move
     from edge_rt.core.engine import EngineInfo, Logits
+    from edge_rt.core.graph.attention import Traits
     from edge_rt.core.graph.hyper import Hyper
     from edge_rt.core.graph.step import GraphCache, StepGraph
     from edge_rt.core.load.adapter_weights import AdapterWeights
+    from edge_rt.core.load.corrections import Corrections
     from edge_rt.core.load.offloaded import Offloaded
+    from edge_rt.core.load.paging import Paging
     from edge_rt.core.load.weights import WeightStore
     from edge_rt.native import ggml
 
@@ -58,8 +64,13 @@ class GgmlSequences:
     weights: WeightStore
     _backend: ggml.Handle
     _graphs: GraphCache
+    _paging: Paging
     _key_type: int
+    _chunk: int
+    _traits: Traits
     _offloaded: Offloaded | None = None
+    _corrections: Corrections | None = None
+    _compensated: str | None = None
 
     def __init__(self, transposed: bool | None) -> None:
         """``transposed``: the layout of values, None for what is faster here."""
@@ -69,6 +80,7 @@ class GgmlSequences:
         self._next = 0
         self._last: Decoding | None = None
         self._transposed = transposed
+        self._largest: dict[tuple[int, int, int], Largest] = {}
 
     def new_sequence(self) -> int:
         """Open an empty sequence; memory comes with its first tokens."""
@@ -234,11 +246,33 @@ class GgmlSequences:
         """How many leading cells hold another token in every head."""
         return self._sequences[sequence].n_mixed
 
-    # ---- what they will take -----------------------------------------------------------------------------------------
+    # ---- what they take, and will take -------------------------------------------------------------------------------
+
+    def memory(self) -> MemoryReport:
+        """Bytes held now."""
+        resident, corrected = [self.weights.resident()], self._corrections.size if self._corrections else 0
+        resident += [weights.resident() for weights in self._adapters.values()]
+        mapped = self.weights.size + sum(weights.size for weights in self._adapters.values())
+        known, device = None if None in resident else corrected + sum(part or 0 for part in resident), self._offloaded
+        return MemoryReport(mapped + corrected, known, *self.held_bytes(), device.held if device else 0)
 
     def held_bytes(self) -> tuple[int, int]:
         """What all caches hold, and the compute buffer with the graphs."""
         return sum(cache.nbytes for cache in self._sequences.values()), self._graphs.nbytes
+
+    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+        """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for up to twice as much."""
+        cells = min(padded(self.info.max_context), padded(1) << max(0, (padded(cells) // padded(1) - 1).bit_length()))
+        parts, rows = (1 << max(0, n - 1).bit_length() for n in (parts, rows))
+        found = self._largest.get((cells, parts, rows))
+        if found is None:
+            with closing(KvCache(self.hyper, self._key_type, cells, transposed=self.transposed_values)) as cache:
+                split, adapters = self._paging.streams, widest(self._adapters.values())
+                found = largest(self.hyper, self.weights, split, cache.view, self._chunk, parts, rows, adapters, traits=self._traits)
+            if self._offloaded:  # a part of it here and a part there; inputs in both places, and results
+                found = Largest(2 * found.arena, 2 * found.graph + 4 * rows * self.hyper.n_vocab)
+            self._largest[cells, parts, rows] = found
+        return max(self._graphs.arena_bytes, found.arena) + GRAPH_BYTES + found.graph
 
     def sequence_bytes(self, sequence: int) -> int:
         """What a sequence may hold as it is."""

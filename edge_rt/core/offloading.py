@@ -15,6 +15,7 @@ from edge_rt.core.load.weights import WeightStore
 if TYPE_CHECKING:
     from edge_rt.core.graph.attention import Traits
     from edge_rt.core.graph.hyper import Hyper
+    from edge_rt.core.load.compensation import Compensation
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.core.load.offload import Accelerator
 
@@ -27,8 +28,9 @@ PLANNED_PARTS, PLANNED_ROWS = 4, 16
 
 
 def offload(
-    accelerator: Accelerator, file: ModelFile, hyper: Hyper, key_type: int, context: int | None, chunk: int
-) -> tuple[Offloaded, Traits]:
+    accelerator: Accelerator, file: ModelFile, hyper: Hyper, key_type: int, context: int | None, chunk: int,
+    compensation: Compensation | None = None,
+) -> tuple[Offloaded, Traits]:  # fmt: skip
     """Open the device and place the last blocks there, beside one sequence of ``context`` cells, which needs twice its memory when it
     grows by moving; and what attention may ask of it.
 
@@ -43,6 +45,10 @@ def offload(
             closing(KvCache(hyper, key_type, cells, transposed=not traits.flash)) as cache,
         ):
             found = largest(hyper, weights, False, cache.view, chunk, PLANNED_PARTS, PLANNED_ROWS, traits=traits)
+        if compensation:
+            from edge_rt.core.load.corrections import far_bytes
+
+            offloaded.weights.add(far_bytes(compensation))
         offloaded.place(2 * cells * cell_bytes(hyper, key_type) // hyper.n_layer, found.arena + found.graph)
     except BaseException:
         offloaded.close()

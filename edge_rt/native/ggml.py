@@ -108,6 +108,8 @@ c.declare("concat", P, P, P, P, I32)
 c.declare("swiglu", P, P, P)
 # struct ggml_tensor * ggml_swiglu_split(ctx, a, b);
 c.declare("swiglu_split", P, P, P, P)
+# struct ggml_tensor * ggml_argmax(ctx, a);
+c.declare("argmax", P, P, P)
 # struct ggml_tensor * ggml_argsort_top_k(ctx, a, int k);
 c.declare("argsort_top_k", P, P, P, I32)
 # struct ggml_tensor * ggml_soft_max(ctx, a);

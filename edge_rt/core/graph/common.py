@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from edge_rt.core.graph import attention, lora, offsets, stack
-from edge_rt.core.graph.hyper import Hyper, Rope
+from edge_rt.core.graph import attention, columns, compensation, lora, offsets, products, stack
+from edge_rt.core.graph.hyper import TOGETHER, Hyper, Rope
 from edge_rt.core.load.centred import offsets_name
 from edge_rt.native import ggml
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.corrections import Corrections
 
 c = ggml.c
 
@@ -36,6 +39,11 @@ class Weights(Protocol):
     @property
     def centred(self) -> bool:
         """Whether some lie as Q4_0 and offsets."""
+        ...
+
+    @property
+    def corrections(self) -> Corrections | None:
+        """What compensates for their quantisation, None without."""
         ...
 
 
@@ -192,13 +200,13 @@ class Builder:
         return lora.add_embeddings(self, lora.runs(self.shapes, [shape.tokens for shape in self.shapes]), rows)
 
     def product(self, weight: int, x: int, *names: str) -> int:
-        """``weight`` x, with what adapters add: the weights of these names, one below the other, are in it."""
+        """``weight`` x, with what compensation and adapters add: the weights of these names, one below the other, are in it."""
         y = int(c.mul_mat(self.ctx, weight, x))
         apart = tuple(map(offsets_name, names))
         if (more := self.weights.get(apart[0]) if len(apart) == 1 else self.weights.joined(apart)) is not None:
             y = int(c.add(self.ctx, y, offsets.product(self.ctx, more, x)))
-        # Behind ``wanted_rows`` there are fewer columns.
-        counts = [shape.tokens if ggml.fields(x).ne[1] == self.n_tokens else shape.rows for shape in self.shapes]
+        counts = columns.counts(self.shapes, x)
+        y = compensation.add_terms(self, counts, y, x, names)
         return lora.add_terms(self, lora.runs(self.shapes, counts), y, x, names)
 
     def rms_norm(self, x: int, name: str) -> int:
@@ -210,7 +218,7 @@ class Builder:
         """W x (+ b if the model has one)."""
         y = self.product(self.weights.require(f"{name}.weight"), x, f"{name}.weight")
         bias = self.weights.get(f"{name}.bias")
-        return int(c.add(self.ctx, y, bias) if bias else y)
+        return compensation.add_bias(self, int(c.add(self.ctx, y, bias) if bias else y), (f"{name}.weight",))
 
     def rope(self, x: int, mode: int, factors: int | None) -> int:
         """Rotate x [D, heads, T] by its positions; ``factors`` [D/2] divides the frequencies (Llama 3)."""
@@ -224,16 +232,11 @@ class Builder:
 
     def linears(self, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
         """Several products of one x as one: [sum of widths, T]; None where they are to stay apart, or do not lie side by side."""
-        if (wanted := self.hyper.fused.joined) is not None and "|".join(names) not in wanted:
+        one, weights = products.joined(self.weights, self.hyper.fused, prefix, names), products.weight_names(prefix, names)
+        if one is None:
             return None
-        weights = tuple(f"{prefix}.{name}.weight" for name in names)
-        weight = self.weights.joined(weights)
-        biases = tuple(f"{prefix}.{name}.bias" for name in names)
-        bias = self.weights.joined(biases)
-        if weight is None or (bias is None and any(self.weights.get(name) for name in biases)):
-            return None
-        y = self.product(weight, x, *weights)
-        return int(c.add(self.ctx, y, bias) if bias else y)
+        y = self.product(one.weight, x, *weights)
+        return compensation.add_bias(self, int(c.add(self.ctx, y, one.bias) if one.bias else y), weights)
 
     def heads(self, x: int, first: int, count: int) -> int:
         """Heads [D, count, T] out of contiguous x [W, T] or [D, heads, T], from head ``first`` on."""
@@ -244,11 +247,11 @@ class Builder:
     def qkv(self, x: int, prefix: str) -> tuple[int, int, int]:
         """Queries [D, H, T], keys and values [D, G, T] before rotation, in as few products as the weights' places in memory allow."""
         n_head, n_kv = self.hyper.n_head, self.hyper.n_head_kv
-        y = self._fused(x, prefix) or self.linears(x, prefix, ("attn_q", "attn_k", "attn_v"))
+        y = self._fused(x, prefix) or self.linears(x, prefix, TOGETHER[0])
         if y is not None:
             return self.heads(y, 0, n_head), self.heads(y, n_head, n_kv), self.heads(y, n_head + n_kv, n_kv)
         k = self.heads(self.linear(x, f"{prefix}.attn_k"), 0, n_kv)
-        y = self.linears(x, prefix, ("attn_q", "attn_v"))  # neighbours in most files: names are sorted, and attn_output comes before
+        y = self.linears(x, prefix, products.NEIGHBOURS)
         if y is not None:
             return self.heads(y, 0, n_head), k, self.heads(y, n_head, n_kv)
         return self.heads(self.linear(x, f"{prefix}.attn_q"), 0, n_head), k, self.heads(self.linear(x, f"{prefix}.attn_v"), 0, n_kv)
@@ -335,7 +338,7 @@ class Builder:
 
     def swiglu(self, x: int, prefix: str) -> int:
         """down(silu(gate x) * up x)."""
-        both = self.linears(x, prefix, ("ffn_gate", "ffn_up"))
+        both = self.linears(x, prefix, TOGETHER[1])
         if both is not None:
             return self.linear(c.swiglu(self.ctx, both), f"{prefix}.ffn_down")
         up, gate = self.linear(x, f"{prefix}.ffn_up"), self.linear(x, f"{prefix}.ffn_gate")

@@ -64,6 +64,7 @@ class NoWeights:
     """Attention alone needs none."""
 
     centred = False
+    corrections = None
 
     def get(self, name: str) -> int | None:
         """None."""

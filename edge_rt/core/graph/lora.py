@@ -1,8 +1,5 @@
-"""What adapters add to the products of a step: the base product is made for all tokens, scale * B (A x) for each adapter's own.
-
-A few tokens of a sequence go through the small products one by one (each as a matrix of its own, which ggml's kernels take as one
-column), as they do through attention: what a request gets then depends neither on drafts nor on who else is in the step. Many, of a
-prompt, go through together, as all do in llama.cpp.
+"""What adapters add to the products of a step: the base product is made for all tokens, scale * B (A x) for each adapter's own columns
+(columns.py).
 """
 
 from __future__ import annotations
@@ -11,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from edge_rt.core.graph.columns import Columns
 from edge_rt.core.load.adapter import EMBEDDING
 from edge_rt.errors import UnsupportedModel
 from edge_rt.native import ggml
@@ -54,12 +52,10 @@ def widest(adapters: Iterable[AdapterWeights]) -> list[Applied]:
 
 
 class Run(NamedTuple):
-    """Columns [first, first + n) of a step that one adapter changes; ``each``: one by one."""
+    """Columns of a step that one adapter changes."""
 
     applied: Applied
-    first: int
-    n: int
-    each: bool
+    columns: Columns
 
 
 def runs(shapes: Sequence[SlotShape], counts: Sequence[int]) -> list[Run]:
@@ -68,11 +64,11 @@ def runs(shapes: Sequence[SlotShape], counts: Sequence[int]) -> list[Run]:
     first = 0
     for shape, n in zip(shapes, counts, strict=True):
         if shape.adapter is not None and n:
-            run, last = Run(shape.adapter, first, n, not shape.together), found[-1] if found else None
-            if last and run.each and last.applied == run.applied and last.each and last.first + last.n == first:
-                found[-1] = last._replace(n=last.n + n)
+            own, last = Columns(first, n, not shape.together), found[-1] if found else None
+            if last and own.each and last.applied == shape.adapter and last.columns.each and sum(last.columns[:2]) == first:
+                found[-1] = last._replace(columns=last.columns._replace(n=last.columns.n + n))
             else:
-                found.append(run)
+                found.append(Run(shape.adapter, own))
         first += n
     return found
 
@@ -86,7 +82,7 @@ def add_terms(b: Builder, runs: Sequence[Run], y: int, x: int, names: Sequence[s
     for name in names:
         for run in runs:
             if factors := run.applied.weights.get(name, far=b.segments[-1].far):
-                y = _added(b, y, run, factors, c.mul_mat(b.ctx, factors.a, _columns(b, x, run)), row)
+                y = _added(b, y, run, factors, c.mul_mat(b.ctx, factors.a, run.columns.of(b, x)), row)
         row += int(ggml.fields(b.weights.require(name)).ne[1])
     return y
 
@@ -95,19 +91,11 @@ def add_embeddings(b: Builder, runs: Sequence[Run], y: int) -> int:
     """y [E, T], rows of the token embedding, with what adapters add."""
     for run in runs:
         if factors := run.applied.weights.get(EMBEDDING):
-            ids = c.view_2d(b.ctx, b.inputs.tokens, run.n, 1, 4 * run.n, 4 * run.first)
+            first, n, _ = run.columns
+            ids = c.view_2d(b.ctx, b.inputs.tokens, n, 1, 4 * n, 4 * first)
             found = c.get_rows(b.ctx, factors.a, ids)  # [rank, n]
-            y = _added(b, y, run, factors, _columns(b, found, run._replace(first=0)), 0)
+            y = _added(b, y, run, factors, run.columns._replace(first=0).of(b, found), 0)
     return y
-
-
-def _columns(b: Builder, x: int, run: Run) -> int:
-    """The run's columns of x [in, T]: [in, n], or one by one [in, 1, n]."""
-    fields = ggml.fields(x)
-    width, column = fields.ne[0], fields.nb[1]
-    if run.each:
-        return int(c.view_3d(b.ctx, x, width, 1, run.n, column, column, run.first * column))
-    return int(c.view_2d(b.ctx, x, width, run.n, column, run.first * column))
 
 
 def _added(b: Builder, y: int, run: Run, factors: Factors, low: int, row: int) -> int:
@@ -116,5 +104,4 @@ def _added(b: Builder, y: int, run: Run, factors: Factors, low: int, row: int) -
     scale = run.applied.weights.lora.scale(factors.pair, run.applied.scale)
     if scale != 1.0:
         change = c.scale(b.ctx, change, scale)
-    column = ggml.fields(y).nb[1]
-    return int(c.acc_inplace(b.ctx, y, change, column, column, column, run.first * column + 4 * row))
+    return run.columns.added(b, y, change, row)

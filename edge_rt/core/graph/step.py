@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.graph import decoder, lora, offsets, stack
+from edge_rt.core.graph import compensation, decoder, lora, offsets, stack
 from edge_rt.core.graph.attention import wants_flash
 from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
 from edge_rt.core.graph.crossing import Crossing
@@ -84,6 +84,7 @@ def _room(
     per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
     adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
     per_layer += lora.PRODUCTS_PER_LAYER * (adapted + (offsets.NODES if weights.centred else 0))
+    per_layer += compensation.nodes(weights.corrections.nodes, shapes) if weights.corrections else 0
     around = 64 + 2 * adapted  # embedding and head
     size, all_ = around + per_layer * (3 if split else hyper.n_layer), around + per_layer * hyper.n_layer
     return all_, (*(size,) * (hyper.n_layer + 2 if split else 1), *(all_,) * far)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from edge_rt.native import devices, ggml, memory
 
 if TYPE_CHECKING:
     from edge_rt.core.graph.hyper import Hyper
+    from edge_rt.core.load.corrections import Corrections
     from edge_rt.core.load.header import TensorInfo
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.native.devices import Device
@@ -51,6 +52,8 @@ class DeviceWeights:
         self._units: list[_Unit] = []
         self._tensors: dict[str, int] = {}
         self._joined: dict[tuple[str, ...], int] = {}
+        self.corrections: Corrections | None = None
+        """What compensates for their quantisation; it belongs to who set it."""
         self.sizes = [self._size(name) for name in self._order]
         """Bytes of each block, the norms, the head."""
 
@@ -64,6 +67,10 @@ class DeviceWeights:
         """Bytes of the device that they take now."""
         buffers = (unit.buffer for unit in self._units)
         return sum(int(ggml.c.backend_buffer_get_size(buffer.address)) for buffer in buffers if buffer)
+
+    def add(self, beside: Mapping[str, int]) -> None:
+        """Count bytes that lie on the device beside units' weights, by unit, among their ``sizes``."""
+        self.sizes = [size + beside.get(name, 0) for name, size in zip(self._order, self.sizes, strict=True)]
 
     def allocate(self, first: int) -> None:
         """Take memory for the blocks from ``first`` on and what is behind them. Raises OutOfMemory, and then has taken none."""

@@ -35,9 +35,12 @@ class Paging:
         progress: Callable[[str, int, int], None] | None = None,
         ahead: int = AHEAD,
         locked: Collection[str] = (),
+        *,
+        beside: int = 0,
     ) -> None:
         """``ahead``: bytes asked of the disk before they are read. ``locked``: units that stay in memory once they were read, where the
-        system lets this process lock so much. Raises OptionError if the budget cannot even hold the streaming window.
+        system lets this process lock so much. ``beside``: bytes of the budget that are taken. Raises OptionError if the budget cannot even
+        hold the streaming window.
         """
         self._weights, self._progress, self._ahead, self._locked = weights, progress, ahead, frozenset(locked)
         self._hyper = hyper
@@ -48,9 +51,9 @@ class Paging:
         tied = weights.get("output.weight") is None
         self._needs = {"embedding": ("head", True), "head": ("head", False)} if tied else {}
         dense = sum(unit.size for unit in weights.units if not unit.sparse)
-        if budget is not None and budget < weights.size:
-            sparse_budget = max(0, budget - dense) if hyper.n_expert else 0
-            pager = Pager(weights.units, budget - sparse_budget)
+        if budget is not None and budget - beside < weights.size:
+            sparse_budget = max(0, budget - beside - dense) if hyper.n_expert else 0
+            pager = Pager(weights.units, budget - sparse_budget, beside)
             self._pager = pager
             if hyper.n_expert:
                 self._experts = ExpertResidency(self._expert_spans(), hyper.n_expert, sparse_budget)

@@ -37,13 +37,14 @@ class Share(NamedTuple):
         return sum(span.size for span in self.streamed)
 
 
-def divide(units: Sequence[Unit], budget: int) -> list[Share]:
-    """Divide every dense unit so that what is kept and SLOTS slots, each of the largest streamed part, fit the budget.
+def divide(units: Sequence[Unit], budget: int, beside: int = 0) -> list[Share]:
+    """Divide every dense unit so that what is kept and SLOTS slots, each of the largest streamed part, fit the budget; ``beside`` of it is
+    taken.
 
     Slots are as small as that allows: then the least is read. Raises OptionError if no size of a slot fits.
     """
     dense = [unit for unit in units if not unit.sparse]
-    total = sum(unit.size for unit in dense)
+    total = sum(unit.size for unit in dense) + beside
     if total <= budget:
         return [Share(unit, unit.spans, ()) for unit in dense]
     fixed = _entangled(units) | {"norm"}  # factors of the rotation are in there too, and every block reads them
@@ -99,9 +100,9 @@ class Pager:
     Any order of units works; the order of the forward pass is fast.
     """
 
-    def __init__(self, units: Sequence[Unit], budget: int) -> None:
-        """Begins to read. Raises OptionError, OutOfMemory, NativeError, OSError."""
-        self.shares = divide(units, budget)
+    def __init__(self, units: Sequence[Unit], budget: int, beside: int = 0) -> None:
+        """Begins to read. ``beside``: bytes of the budget that are taken. Raises OptionError, OutOfMemory, NativeError, OSError."""
+        self.shares = divide(units, budget, beside)
         self._index = {share.unit.name: i for i, share in enumerate(self.shares)}
         streamed = [i for i, share in enumerate(self.shares) if share.streamed]
         self._slot = {index: turn % SLOTS for turn, index in enumerate(streamed)}

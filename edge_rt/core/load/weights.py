@@ -16,6 +16,7 @@ from edge_rt.errors import ModelFileError
 from edge_rt.native import ggml, memory
 
 if TYPE_CHECKING:
+    from edge_rt.core.load.corrections import Corrections
     from edge_rt.core.load.model_file import ModelFile
 
 
@@ -48,6 +49,8 @@ class WeightStore:
         self._packed_names = frozenset(packed_names)
         self.centred = any(name.endswith(OFFSETS) for name in packed_names)
         """Whether some weights lie as Q4_0 and offsets (centred.py)."""
+        self.corrections: Corrections | None = None
+        """What compensates for their quantisation; it belongs to who set it."""
         self.units = tuple(self._units(hyper, elsewhere))
         self._advise()
 

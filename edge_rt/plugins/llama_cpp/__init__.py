@@ -36,6 +36,8 @@ class LlamaCpp:
             return Refusal(f"it runs on the CPU, not on {options.device}", "choose --device cpu")
         if options.memory is not None:
             return Refusal("libllama cannot limit the memory of weights", "leave --memory out")
+        if options.compensation is not None:
+            return Refusal("llama.cpp applies no compensation", "give --compensation off to run without it")
         return 1.0
 
     def open(self, model: ModelFile, options: EngineOptions) -> Engine:

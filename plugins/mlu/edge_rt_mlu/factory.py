@@ -39,6 +39,8 @@ class TorchFactory:
             return Refusal(f"the torch engine cannot cache keys as {options.key_type}", "use --key-type f16")
         if options.limits is not None:
             return Refusal("the torch engine holds no limits of power or temperature", "leave --power and --celsius out")
+        if options.compensation is not None:
+            return Refusal("the torch engine applies no compensation", "give --compensation off to run without it")
         if reason := unsupported(model):
             return Refusal(reason, "the llama_cpp engine runs it on the CPU")
         try:

@@ -1,0 +1,55 @@
+"""The compensation of a model that is being opened: found, opened, handed to the engine; never silently left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edge_rt.core.engine import AppliesCompensation
+from edge_rt.core.load.compensation import WITHOUT, find, open_compensation
+from edge_rt.errors import OptionError
+
+if TYPE_CHECKING:
+    from edge_rt.core.engine import Engine
+    from edge_rt.core.load.compensation import Compensation
+    from edge_rt.core.load.model_file import ModelFile
+
+
+class Applied(NamedTuple):
+    """The compensation of an open model: ``key`` of its content, ``facts`` as `inspect` and the daemon show them."""
+
+    key: str
+    facts: Mapping[str, Any]
+
+    @property
+    def sentence(self) -> str:
+        """All that is known, in a few words."""
+        return f"{Path(self.facts['path']).name} at {self.facts['sites']} products"
+
+
+def opened(path: Path, model: ModelFile, asked: str | os.PathLike[str], undo: ExitStack) -> Compensation | None:
+    """The compensation of the model at a path, as ``asked`` of ``edge_rt.open``, None for none. It is closed with ``undo`` at the latest,
+    and has to be open until an engine has taken it up.
+
+    Raises ModelFileError, UnsupportedModel.
+    """
+    if (where := find(path, asked)) is None:
+        return None
+    found = open_compensation(where, model)
+    undo.callback(found.file.close)
+    return found
+
+
+def applied(engine: Engine, compensation: Compensation | None) -> Applied | None:
+    """What an engine was opened with, whose file can be closed now. Raises OptionError for an engine that would compute without it."""
+    if compensation is None:
+        return None
+    if not (isinstance(engine, AppliesCompensation) and engine.compensated() == compensation.key):
+        what = f"the engine {engine.info.engine} applies no compensation, and {compensation.file.path} is there"
+        raise OptionError(f"{what}; run it with ggml, {WITHOUT}")
+    found = Applied(compensation.key, compensation.facts())
+    compensation.file.close()
+    return found

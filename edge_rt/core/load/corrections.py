@@ -1,0 +1,254 @@
+"""The tensors of a compensation, in memory of their own: as graphs take them, for each product that they make of a block.
+
+They are few bytes and read by every step, so they are copied out of the side file once and stay, whatever limit the weights are held to.
+Where several sites share a product's input, their A and centroids stand one below the other, so that one product is enough for all, and
+their B side by side on a diagonal of a matrix that is zero elsewhere, if that is not much larger: each operation that a graph does without
+saves 2 to 4 us at two threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from edge_rt.core.load.compensation import WITHOUT, read_tensor
+from edge_rt.core.load.units import unit_name
+from edge_rt.errors import UnsupportedModel
+from edge_rt.native import devices, ggml, memory
+
+if TYPE_CHECKING:
+    from edge_rt.core.load.compensation import Compensation, LowRank, Site, Table
+    from edge_rt.core.load.header import Header, TensorInfo
+    from edge_rt.core.load.offloaded import Offloaded
+
+_WORTH = 64 << 10
+"""Bytes of zeros that may be read to save two operations, a product and an addition: they take about as long."""
+_TENSORS_PER_SITE = 6
+
+
+class Outer(NamedTuple):
+    """B [rank, rows] for rows [first, first + rank) of an inner product; the result is added from row ``row`` of the outputs on."""
+
+    b: int
+    first: int
+    rank: int
+    row: int
+
+
+class Lookup(NamedTuple):
+    """Rows [out, n], chosen by rows [first, first + n) of an inner product; added from row ``row`` of the outputs on."""
+
+    rows: int
+    first: int
+    n: int
+    row: int
+
+
+class Inner(NamedTuple):
+    """A matrix [in, height] that inputs are multiplied with, ``offsets`` [height] that are then added (0: none), and what follows."""
+
+    a: int
+    offsets: int
+    outers: tuple[Outer, ...]
+    lookups: tuple[Lookup, ...]
+
+
+class Correction(NamedTuple):
+    """What corrects one product. ``bias`` [out]: 0 if there is none."""
+
+    inners: tuple[Inner, ...]
+    bias: int
+
+    @property
+    def nodes(self) -> int:
+        """Tensors that it adds to a graph at most, for each run of columns."""
+        return 2 + sum(3 + 4 * len(inner.outers) + 5 * len(inner.lookups) for inner in self.inners)
+
+
+class _Piece(NamedTuple):
+    """Where a tensor of the file goes in a larger one: from byte ``at`` on, each row ``stride`` behind the last (0: as in the file)."""
+
+    info: TensorInfo
+    at: int = 0
+    stride: int = 0
+
+
+class _Filled(NamedTuple):
+    """A tensor of ours, and what it is made of; zeros elsewhere."""
+
+    tensor: int
+    nbytes: int
+    pieces: list[_Piece]
+
+
+class _Placed(NamedTuple):
+    """A weight of a product: its site, if it is one, and its rows."""
+
+    site: Site | None
+    rows: range
+
+
+class _Context:
+    """Tensors that are described, allocated and filled together, here or on a device."""
+
+    def __init__(self, sites: int) -> None:
+        self.handle = ggml.context(_TENSORS_PER_SITE * sites + 1)
+        self.filled: list[_Filled] = []
+
+    def new(self, type_: int, shape: tuple[int, ...], pieces: list[_Piece]) -> int:
+        """Describe a tensor."""
+        tensor, rows = ggml.new_tensor(self.handle.address, type_, shape), shape[1] if len(shape) > 1 else 1
+        self.filled.append(_Filled(tensor, int(ggml.c.row_size(type_, shape[0])) * rows, pieces))
+        return tensor
+
+
+class Corrections:
+    """The corrections of an open model's products. ``size``: bytes of the host's memory; ``nodes``: of the block that takes the most."""
+
+    def __init__(
+        self, found: Compensation, model: Header, products: Iterable[tuple[str, ...]], offloaded: Offloaded | None = None
+    ) -> None:  # fmt: skip
+        """``products``: names of the weights of each product that graphs make, one below the other. Reads the side file, which may be
+        closed then; what corrects ``offloaded`` units is copied to them.
+
+        Raises UnsupportedModel for a site that is in no product, ModelChanged, OutOfMemory.
+        """
+        self._offloaded, self._found = offloaded, dict[tuple[str, ...], Correction]()
+        names, known, nodes = offloaded.weights.names if offloaded else (), set[str](), dict[str, int]()
+        here, there = _Context(len(found.sites)), _Context(len(found.sites))
+        for product in products:
+            known |= set(product)
+            if found.sites.keys() & set(product):
+                unit = unit_name(product[0])
+                self._found[product] = made = _described(there if unit in names else here, _placed(product, found, model))
+                nodes[unit] = nodes.get(unit, 0) + made.nodes
+        if strange := next((name for name in found.sites if name not in known), None):
+            raise UnsupportedModel(f"no graph here corrects {strange}; {WITHOUT[3:]}")
+        self.nodes = max(nodes.values())
+        self._contexts = here.handle, there.handle
+        self._here = ggml.allocate_context(here.handle) if here.filled else None
+        self._there = offloaded.allocate_context(there.handle) if offloaded and there.filled else None
+        self.size = int(ggml.c.backend_buffer_get_size(self._here.address)) if self._here else 0
+        for one in (*here.filled, *there.filled):
+            _fill(one, found)
+        found.file.check_unchanged()
+
+    def get(self, names: tuple[str, ...]) -> Correction | None:
+        """What corrects the product with these weights, one below the other; None if nothing does."""
+        return self._found.get(names)
+
+    def close(self) -> None:
+        """Give the memory back. No graph over it may run afterwards."""
+        if self._here:
+            self._here.close()
+        if self._there and self._offloaded:
+            self._offloaded.give(self._there)
+            self._there = None
+        for context in self._contexts:
+            context.close()
+
+
+def far_bytes(found: Compensation) -> Mapping[str, int]:
+    """Bytes that the corrections of each unit may take on a device: with zeros, and what backends round up."""
+    sizes: dict[str, int] = {}
+    for weight, site in found.sites.items():
+        parts = [*(site.low or ()), *(site.table or ()), site.bias]
+        sizes[unit_name(weight)] = sizes.get(unit_name(weight), 0) + sum(one.nbytes + 512 for one in parts if one) + _WORTH
+    return sizes
+
+
+def _placed(product: Sequence[str], found: Compensation, model: Header) -> list[_Placed]:
+    """The weights of a product, and where their rows are in it."""
+    placed, row = list[_Placed](), 0
+    for name in product:
+        width = model.tensors[name].shape[1]
+        placed.append(_Placed(found.sites.get(name), range(row, row + width)))
+        row += width
+    return placed
+
+
+def _described(context: _Context, product: Sequence[_Placed]) -> Correction:
+    """Describe what corrects a product."""
+    lows = [(site.low, rows) for site, rows in product if site and site.low]
+    tables = [(site.table, rows.start) for site, rows in product if site and site.table]
+    types = dict.fromkeys([*(low.a.type for low, _ in lows), *(table.centroids.type for table, _ in tables)])
+    inners = tuple(
+        _inner(context, [one for one in lows if one[0].a.type == type_], [one for one in tables if one[0].centroids.type == type_])
+        for type_ in types
+    )
+    biases = [(site.bias, rows.start) for site, rows in product if site and site.bias]
+    pieces = [_Piece(bias, 4 * row) for bias, row in biases]
+    return Correction(inners, context.new(ggml.TYPE_F32, (product[-1].rows.stop,), pieces) if pieces else 0)
+
+
+def _inner(context: _Context, lows: list[tuple[LowRank, range]], tables: list[tuple[Table, int]]) -> Inner:
+    """What follows from one product with the inputs: all A of one type, then all centroids."""
+    groups = _groups(lows)
+    firsts = [low.a for group in groups for low, _ in group] + [table.centroids for table, _ in tables]
+    type_, width, height = firsts[0].type, firsts[0].shape[0], sum(info.shape[1] for info in firsts)
+    row_bytes, at, pieces, offsets = int(ggml.c.row_size(type_, width)), 0, list[_Piece](), list[_Piece]()
+    for info in firsts:
+        pieces.append(_Piece(info, at * row_bytes))
+        at += info.shape[1]
+    outers, lookups, first = list[Outer](), list[Lookup](), 0
+    for group in groups:
+        rank = sum(low.b.shape[0] for low, _ in group)
+        outers.append(Outer(_diagonal(context, group), first, rank, group[0][1].start))
+        first += rank
+    for table, row in tables:
+        count = table.centroids.shape[1]
+        lookups.append(Lookup(context.new(table.rows.type, table.rows.shape, [_Piece(table.rows)]), first, count, row))
+        if table.offsets:
+            offsets.append(_Piece(table.offsets, 4 * first))
+        first += count
+    added = context.new(ggml.TYPE_F32, (height,), offsets) if offsets else 0
+    return Inner(context.new(type_, (width, height), pieces), added, tuple(outers), tuple(lookups))
+
+
+def _groups(lows: list[tuple[LowRank, range]]) -> list[list[tuple[LowRank, range]]]:
+    """Factors whose B are one matrix: of one type, and not much larger together than apart."""
+    groups: list[list[tuple[LowRank, range]]] = []
+    for type_ in dict.fromkeys(low.b.type for low, _ in lows):
+        group = [one for one in lows if one[0].b.type == type_]
+        more = _diagonal_bytes(group) - sum(low.b.nbytes for low, _ in group)
+        groups += [group] if more <= _WORTH * (len(group) - 1) else [[one] for one in group]
+    return groups
+
+
+def _diagonal_bytes(group: list[tuple[LowRank, range]]) -> int:
+    rank, rows = sum(low.b.shape[0] for low, _ in group), group[-1][1].stop - group[0][1].start
+    return int(ggml.c.row_size(group[0][0].b.type, rank)) * rows
+
+
+def _diagonal(context: _Context, group: list[tuple[LowRank, range]]) -> int:
+    """All B of a group as one matrix, each in columns of its own."""
+    type_, start = group[0][0].b.type, group[0][1].start
+    rank = sum(low.b.shape[0] for low, _ in group)
+    stride, pieces, column = int(ggml.c.row_size(type_, rank)), list[_Piece](), 0
+    for low, rows in group:
+        pieces.append(_Piece(low.b, (rows.start - start) * stride + column, stride))
+        column += int(ggml.c.row_size(type_, low.b.shape[0]))
+    return context.new(type_, (rank, group[-1][1].stop - start), pieces)
+
+
+def _fill(one: _Filled, found: Compensation) -> None:
+    """Put a tensor's bytes where they belong, here or on a device."""
+    data = bytearray(one.nbytes)
+    for info, at, stride in one.pieces:
+        source, rows = read_tensor(found.file, info), info.shape[1] if len(info.shape) > 1 else 1
+        size = len(source) // rows
+        if stride in (0, size):
+            data[at : at + len(source)] = source
+        else:
+            _columns(memoryview(data), at, stride, memoryview(source), size)
+    devices.write(one.tensor, memory.address_of(data), len(data))
+
+
+def _columns(data: memoryview, at: int, stride: int, source: memoryview, size: int) -> None:
+    """Copy rows of ``size`` bytes to rows of ``stride`` bytes from ``at`` on; column by column, as there are fewer of them than rows."""
+    kinds: tuple[tuple[Literal["Q", "I", "H"], int], ...] = (("Q", 8), ("I", 4), ("H", 2))
+    kind, unit = next(one for one in kinds if not (size % one[1] or stride % one[1] or at % one[1]))
+    wide, narrow, rows = data.cast(kind), source.cast(kind), len(source) // size
+    for column in range(size // unit):
+        first, step = at // unit + column, stride // unit
+        wide[first : first + (rows - 1) * step + 1 : step] = narrow[column :: size // unit]
