@@ -33,8 +33,8 @@ def write_random_compensation(
 ) -> Path:
     """Write a compensation of every weight whose name matches ``target``, and return its path. The same arguments give the same file.
 
-    ``rank`` of the low-rank terms and ``rows`` of the tables: 0 for none. ``gain``: how large what each kind adds is beside inputs of size 1.
-    ``type`` of matrices: F32, F16 or Q8_0. ``changes`` replaces metadata, as (kind, value), or leaves it out (None).
+    ``rank`` of the low-rank terms and ``rows`` of the tables: 0 for none. ``gain``: how large what each kind adds is beside inputs of size
+    1. ``type`` of matrices: F32, F16 or Q8_0. ``changes`` replaces metadata, as (kind, value), or leaves it out (None).
     """
     import gguf
     import numpy as np
