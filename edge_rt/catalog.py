@@ -82,9 +82,11 @@ def find(name: str) -> KnownModel | None:
 
 def installed() -> list[InstalledModel]:
     """The models in the cache, by name."""
+    from edge_rt.core.load.compensation import SUFFIX
+
     by_file = {model.file: model for model in CATALOG}
     found = []
-    for path in models_dir().glob("*.gguf"):
+    for path in (one for one in models_dir().glob("*.gguf") if not one.name.endswith(SUFFIX)):
         known = by_file.get(path.name)
         found.append(InstalledModel(known.name if known else path.stem, path, path.stat().st_size, known))
     return sorted(found, key=lambda model: model.name)

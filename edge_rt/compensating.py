@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.engine import AppliesCompensation
-from edge_rt.core.load.compensation import WITHOUT, find, open_compensation
+from edge_rt.core.load.compensation import AUTO, WITHOUT, beside, find, open_compensation
+from edge_rt.deployment import COMPENSATION
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Engine
     from edge_rt.core.load.compensation import Compensation
     from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.deployment import Deployed
 
 
 class Applied(NamedTuple):
@@ -30,13 +32,18 @@ class Applied(NamedTuple):
         return f"{Path(self.facts['path']).name} at {self.facts['sites']} products"
 
 
-def opened(path: Path, model: ModelFile, asked: str | os.PathLike[str], undo: ExitStack) -> Compensation | None:
+def opened(
+    path: Path, model: ModelFile, asked: str | os.PathLike[str], undo: ExitStack, deployed: Deployed | None = None
+) -> Compensation | None:
     """The compensation of the model at a path, as ``asked`` of ``edge_rt.open``, None for none. It is closed with ``undo`` at the latest,
-    and has to be open until an engine has taken it up.
+    and has to be open until an engine has taken it up. One that was compiled with a ``deployed`` model has to be there.
 
     Raises ModelFileError, UnsupportedModel.
     """
-    if (where := find(path, asked)) is None:
+    where = find(path, asked)
+    if where is None and asked == AUTO and deployed and COMPENSATION in deployed.files:
+        where = beside(path)
+    if where is None:
         return None
     found = open_compensation(where, model)
     undo.callback(found.file.close)

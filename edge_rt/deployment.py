@@ -3,6 +3,7 @@
     plan.json      the decisions, where the model came from, and checksums of the other files
     model.gguf     the weights in the order in which they are used; stock llama.cpp reads it too
     model.pack     packed weights, where the target's layouts could be made
+    model.compensation.gguf  what compensates for quantisation, where the model had that
 
 The compiler (``edge_rt/compiler``) makes plans and writes directories; this module is what both it and the runtime know of them.
 """
@@ -21,7 +22,7 @@ from edge_rt.errors import ModelFileError
 if TYPE_CHECKING:
     from edge_rt.hooks import EngineOptions
 
-PLAN, MODEL, PACKED = "plan.json", "model.gguf", "model.pack"
+PLAN, MODEL, PACKED, COMPENSATION = "plan.json", "model.gguf", "model.pack", "model.compensation.gguf"
 FORMAT = 1
 
 

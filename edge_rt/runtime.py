@@ -68,7 +68,7 @@ def open(
     ``pack``: make and use packed weights. ``policy``: what leaves the context when it gets short (docs/context.md).
     ``embedder``: by name, what tells which segments a question is about, else the model's own token embeddings.
     ``adapters``: files of LoRA adapters, by the names that requests use. ``compensation``: a side file that corrects what quantisation did
-    (docs/adaptation.md); ``auto``: the one beside the model, if there is one; ``off``: none. ``power``: watts, ``celsius``: degrees that
+    (docs/compensation.md); ``auto``: the one beside the model, if there is one; ``off``: none. ``power``: watts, ``celsius``: degrees that
     the device is held to by computing less (docs/power.md). ``progress`` is told (phase, done, total), on any thread.
 
     A file that an earlier ``open`` found sound (core/load/checked.py) is open as soon as the engine takes tokens; the first use of
@@ -106,7 +106,7 @@ def open(
         held, named = limits.limits(choice.device, power, celsius), choice.device.name
         notices: list[str] = []
         own = held or (limits.planned(choice.device, deployed.plan.power, notices) if deployed else None)
-        corrected = compensating.opened(source.path, file, compensation, undo)
+        corrected = compensating.opened(source.path, file, compensation, undo, deployed)
         options = EngineOptions(
             context, threads, memory, pack, key_type, named, progress, own, cpus=choice.offer.cpus, compensation=corrected
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from edge_rt.compiler.plan import Goals, Situation
     from edge_rt.compiler.sensitivity import Sensitive
     from edge_rt.compiler.target import Target
+    from edge_rt.core.load.compensation import Compensation
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.deployment import Deployed, Plan
     from edge_rt.registry import Registry
@@ -49,11 +51,15 @@ class Options(JsonOption):
     )
     weights: str | None = option(None, "--weights SIZE", "Requantise by sensitivity: bytes of the weights at most, as 80M.")
     calibration: str | None = option(None, "--calibration FILE", "Text that sensitivities are measured on; our own if left out.")
+    compensation: str | None = option(
+        None, "--compensation auto|off|FILE", "Corrections that are copied along; those of the file beside the model, if any, if left out."
+    )
     dry_run: bool = option(False, "--dry-run", "Decide and print, write nothing.")
 
 
 def run(options: Options) -> int:
     """Decide, write and print."""
+    from edge_rt import compensating
     from edge_rt.catalog import resolve
     from edge_rt.compiler import folding
     from edge_rt.compiler import target as targets
@@ -63,23 +69,34 @@ def run(options: Options) -> int:
 
     registry = Registry.load()
     path = resolve(options.file)
-    with ModelFile.open(path) as source:
+    with ModelFile.open(path) as source, ExitStack() as undo:
+        corrected = compensating.opened(path, source, options.compensation or "auto", undo)
         here = options.target == targets.AUTO
         target = _here(registry, source) if here else targets.load(options.target, registry.compiler_targets())
-        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source), folding.norms(source))
+        norms = folding.norms(source) if corrected is None else folding.kept_for_compensation(folding.norms(source))
+        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source), norms)
         plan = decide(situation, [*built_in(), *registry.compiler_passes()])
-        deployed = None
+        deployed, copied = None, _fitting(corrected, plan)
         if not options.dry_run:
             from edge_rt.compiler.writer import write as write_directory
 
             folder = Path(options.output or f"{path.stem}-{target.name}")
             progress = ProgressBar()
             try:
-                deployed = write_directory(source, target, plan, folder, here=here, progress=progress)
+                deployed = write_directory(source, target, plan, folder, here=here, progress=progress, compensation=copied)
             finally:
                 progress.finish()
         _show(options, plan, situation, deployed)
     return 0
+
+
+def _fitting(corrected: Compensation | None, plan: Plan) -> Compensation | None:
+    """What compensates for the quantisation of the compiled model; what the plan makes useless is left out, aloud."""
+    if corrected is not None and plan.types:
+        many = f"{len(plan.types)} weights that it was made for get other types"
+        say(f"note: the compensation {corrected.file.path} is left out, as {many}; make one for the compiled model")
+        return None
+    return corrected
 
 
 def _here(registry: Registry, source: ModelFile) -> Target:

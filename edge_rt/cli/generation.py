@@ -62,6 +62,7 @@ def opened(
             policy=policy,
             embedder=embedder,
             adapters={Path(file).name: file for file, _ in _adapter(adapter)},
+            compensation=options.compensation or "auto",
             power=options.power,
             celsius=options.celsius,
             progress=progress,
@@ -75,8 +76,9 @@ def opened(
     with model:
         interrupts.forget()
         if options.verbose:
-            info = model.info
-            say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}; opened in {time.perf_counter() - started:.3f} s]")
+            info, with_ = model.info, f", with {model.compensation.sentence}" if model.compensation else ""
+            seconds = time.perf_counter() - started
+            say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}{with_}; opened in {seconds:.3f} s]")
         yield model
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_rt.cli.options import JsonOption, argument, option
 from edge_rt.cli.output import table, write, write_json
+from edge_rt.errors import ModelFileError
 from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Examples:
   edge-rt inspect smollm2 --json | jq .units
 """
 
+_MADE_FOR = "edge_rt.compensation.model"
 _FACTS = ("name", "type", "size_label", "quantization_version", "file_type", "license")
 _SIZES = (
     ("context_length", "context"),
@@ -64,6 +66,7 @@ def run(options: Options) -> int:
 def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
     """Everything the command shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
     from edge_rt.core.load.adapter import is_adapter
+    from edge_rt.core.load.compensation import find, is_compensation
 
     header = model.header
     found: dict[str, Any] = {
@@ -86,6 +89,10 @@ def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
     }
     if is_adapter(header):
         found["adapter"] = _adapter(header)
+    elif is_compensation(header):
+        found["corrects"] = {"weights": len({name.rpartition(".")[0] for name in header.tensors}), "model": header.get(_MADE_FOR)}
+    elif (side := find(Path(model.path))) is not None:
+        found["compensation"] = _compensation(side, model)
     if tensors:
         found["tensors"] = [
             {"name": t.name, "shape": list(t.shape), "type": t.type_name, "offset": t.offset, "bytes": t.nbytes}
@@ -99,6 +106,18 @@ def _adapter(header: Header) -> dict[str, Any]:
     second = [tensor for tensor in header.tensors.values() if tensor.name.endswith(".lora_b")]
     ranks = sorted({tensor.shape[0] for tensor in second})
     return {"type": header.get("adapter.type"), "alpha": header.get("adapter.lora.alpha"), "ranks": ranks, "weights": len(second)}
+
+
+def _compensation(side: Path, model: ModelFile) -> dict[str, Any]:
+    """What the side file of a model corrects, or the ``problem`` with it."""
+    from edge_rt.core.load.compensation import open_compensation
+
+    try:
+        found = open_compensation(side, model)
+    except ModelFileError as error:
+        return {"path": str(side), "problem": str(error)}
+    with found.file:
+        return {**found.facts(), "problem": None}
 
 
 def _elements(tensor: TensorInfo) -> int:
@@ -186,21 +205,19 @@ def _page_runs(base: int, tensors: list[TensorInfo]) -> list[tuple[int, int]]:
 
 
 def _text(found: dict[str, Any]) -> str:
-    units = found["units"]
+    units, kind = found["units"], "adapter" if "adapter" in found else "compensation" if "corrects" in found else "model"
     resident = [unit["resident"] for unit in units]
     in_memory = "" if None in resident else f", {shown(sum(resident))} of the weights in memory"
     rows: list[tuple[str, ...]] = [
         ("file", f"{found['path']}  ({shown(found['bytes'])}{in_memory})"),
         ("format", f"GGUF {found['gguf_version']}, tensors aligned to {found['alignment']}"),
-        (
-            "adapter" if "adapter" in found else "model",
-            f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters" + _of_adapter(found.get("adapter")),
-        ),
+        (kind, f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters" + _of_side_file(found)),
         *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
         *((name, str(value)) for name, value in found["sizes"].items()),
-        *([("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})")] if "adapter" not in found else []),
+        *([("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})")] if kind == "model" else []),
         *(("packed weights", f"{p['path']}  ({shown(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
-        *([("chat template", "yes" if found["chat_template"] else "no; run with --raw")] if "adapter" not in found else []),
+        *([("compensation", _of_compensation(found["compensation"]))] if "compensation" in found else []),
+        *([("chat template", "yes" if found["chat_template"] else "no; run with --raw")] if kind == "model" else []),
     ]
     text = table(rows) + "\n"
     text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"),
@@ -213,7 +230,17 @@ def _text(found: dict[str, Any]) -> str:
     return text
 
 
-def _of_adapter(adapter: dict[str, Any] | None) -> str:
+def _of_compensation(side: dict[str, Any]) -> str:
+    if side["problem"] is not None:
+        return str(side["problem"])
+    parts = f"{side['low_rank']} low-rank terms, {side['tables']} tables, {side['biases']} biases"
+    return f"{side['path']}  ({shown(side['bytes'])}, at {side['sites']} weights: {parts})"
+
+
+def _of_side_file(found: dict[str, Any]) -> str:
+    if "corrects" in found:
+        return f", corrects {found['corrects']['weights']} weights; run the model that it lies beside"
+    adapter = found.get("adapter")
     if adapter is None:
         return ""
     ranks, alpha = " and ".join(map(str, adapter["ranks"])), adapter["alpha"]

@@ -110,6 +110,9 @@ class ModelOptions(CommandOptions):
     key_type: str | None = option(
         None, "--key-type --cache-type-k TYPE", "Type of cached keys: f16 or q8_0; f16 if left out.", choices=("f16", "q8_0")
     )
+    compensation: str | None = option(
+        None, "--compensation auto|off|FILE", "Corrections of the model's quantisation; those of the file beside it, if any, if left out."
+    )
     engine: str | None = option(None, "--engine NAME", "Engine; the best that can run the model if left out.")
     device: str | None = option(None, "--device NAME", "Device, as `edge-rt doctor` names it; the best if left out.")
     power: float | None = option(None, "--power WATTS", "Hold the whole device to so many watts, on average, by computing less.", low=0)

@@ -82,6 +82,7 @@ def configured(options: Options) -> Config:
         "device": options.device,
         "policy": options.policy,
         "embedder": options.embedder,
+        "compensation": options.compensation,
         "power": options.power,
         "celsius": options.celsius,
     }
@@ -172,7 +173,7 @@ def check(config: Config) -> int:
 def _check_models(config: Config) -> None:
     """Say which models there would be, and what they need. Raises ModelFileError, OptionError."""
     from edge_rt.catalog import resolve
-    from edge_rt.core.load import checked
+    from edge_rt.core.load import checked, compensation
     from edge_rt.core.load.adapter import open_lora
     from edge_rt.core.load.model_file import ModelFile
     from edge_rt.daemon.hosted import foreseen
@@ -192,6 +193,9 @@ def _check_models(config: Config) -> None:
                 check_name(model, spec, config.models)
             needs = foreseen(spec).total
             say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {sizes.shown(needs)}")
+            if (side := compensation.find(path, options.get("compensation", compensation.AUTO))) is not None:
+                with compensation.open_compensation(side, file).file:
+                    say(f"would apply its compensation {side}")
             for name, adapter in options.get("adapters", {}).items():
                 with open_lora(adapter, file.header).file:
                     say(f"would offer its adapter {name}, {adapter}")

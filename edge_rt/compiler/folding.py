@@ -16,7 +16,7 @@ convert inputs as they like.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.compiler.shape import tensor_bytes
@@ -83,6 +83,11 @@ def norms(source: ModelFile) -> tuple[Norm, ...]:
         return ()
     names = [f"blk.{layer}.{part}.weight" for layer in range(hyper.n_layer) for part in _NORMS]
     return tuple(_looked_at(source, name) for name in (*names, "output_norm.weight") if name in tensors)
+
+
+def kept_for_compensation(found: Sequence[Norm]) -> tuple[Norm, ...]:
+    """The same, but none of them to be multiplied into weights: a compensation was made for inputs with their scales."""
+    return tuple(norm if norm.ones or norm.lacks else norm._replace(lacks="a compensation made for inputs with them") for norm in found)
 
 
 def _looked_at(source: ModelFile, name: str) -> Norm:

@@ -15,25 +15,28 @@ from edge_rt import __version__
 from edge_rt.compiler import folding
 from edge_rt.compiler.gguf_file import Importance, write_gguf
 from edge_rt.compiler.shape import tensor_bytes
+from edge_rt.core.load.compensation import open_compensation
 from edge_rt.core.load.interleaving import has_tiles
 from edge_rt.core.load.model_file import ModelFile
-from edge_rt.deployment import MODEL, PACKED, PLAN, Deployed, Plan, read, to_json
+from edge_rt.deployment import COMPENSATION, MODEL, PACKED, PLAN, Deployed, Plan, read, to_json
 from edge_rt.errors import ModelFileError, OptionError
 
 if TYPE_CHECKING:
     from edge_rt.compiler.target import Target
+    from edge_rt.core.load.compensation import Compensation
 
 Progress = Callable[[str, int, int], None]
 
 
 def write(
     source: ModelFile, target: Target, plan: Plan, folder: Path, *, here: bool, importance: Importance | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = lambda *_: None, compensation: Compensation | None = None,
 ) -> Deployed:  # fmt: skip
     """Write the model as the plan has it to a directory that does not exist, or that an earlier compilation made.
 
     ``here``: the target has this machine's library and CPU, which then packs the weights. For other CPUs they are packed in the layouts
     that the library takes there (core/load/interleaving.py). Tiles of AMX are made when the model is first opened there.
+    ``compensation``: the source's, which is copied; the plan must leave its weights as they are.
     Raises OptionError, ModelFileError, NativeError.
     """
     if folder.exists() and not (folder / PLAN).is_file():
@@ -48,7 +51,7 @@ def write(
     except OSError as error:
         raise OptionError(f"cannot write {folder}: {(error.strerror or str(error)).lower()}; choose another --output") from error
     try:
-        _fill(part, source, target, plan, here, importance, progress)
+        _fill(part, source, target, plan, here, importance, progress, compensation)
         _replace(part, folder)
     except OSError as error:
         raise OptionError(f"cannot write {folder}: {(error.strerror or str(error)).lower()}; choose another --output") from error
@@ -58,20 +61,24 @@ def write(
 
 
 def _fill(
-    part: Path, source: ModelFile, target: Target, plan: Plan, here: bool, importance: Importance | None, progress: Progress
-) -> None:
+    part: Path, source: ModelFile, target: Target, plan: Plan, here: bool, importance: Importance | None, progress: Progress,
+    compensation: Compensation | None,
+) -> None:  # fmt: skip
     with open(part / MODEL, "wb") as out:
         write_gguf(source, out, plan, importance, lambda done, total: progress("writing", done, total))
         out.flush()
         os.fsync(out.fileno())
     with ModelFile.open(part / MODEL) as written:
         folding.check(written, plan)
+        if compensation is not None:
+            (part / COMPENSATION).write_bytes(compensation.file.map)
+            open_compensation(part / COMPENSATION, written).file.close()  # or it does not fit
         if _packs(target, plan, here):
             from edge_rt.core.load.pack_cache import write_beside
             from edge_rt.core.load.packers import interleaver
 
             write_beside(written, progress, None if here else interleaver(target.features))
-    files = {name: sha256(part / name) for name in (MODEL, PACKED) if (part / name).exists()}
+    files = {name: sha256(part / name) for name in (MODEL, PACKED, COMPENSATION) if (part / name).exists()}
     provenance: dict[str, Any] = {
         "edge_rt": __version__,
         "source": source.path.name,

@@ -84,7 +84,7 @@ _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[
 _TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0, "wait_for_memory": 3600.0}
 _MODEL_NUMBERS = ("context", "threads")
 _MODEL_LIMITS = {"power": 10_000.0, "celsius": 150.0}
-_MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder")
+_MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder", "compensation")
 
 
 def default() -> Config:
@@ -136,6 +136,8 @@ def _model(table: Rules, folder: Path) -> tuple[str | None, dict[str, Any]]:
     found = {name: value for name, value in options.items() if value}
     if not table.flag("pack", True):
         found["pack"] = False
+    if (side := found.get("compensation", "auto")) not in ("auto", "off"):
+        found["compensation"] = str((folder / Path(side).expanduser()).absolute())
     if "adapters" in table:
         found["adapters"] = _adapters(table.table("adapters"), folder)
     return file or None, found

@@ -49,6 +49,7 @@ def foreseen(spec: Spec) -> Needs:
         size = Path(spec.model).stat().st_size
     except OSError as error:
         raise ModelFileError(f"{spec.model} cannot be opened: {(error.strerror or str(error)).lower()}; check the path") from error
+    size += _compensation_bytes(spec)
     limit = spec.options.get("memory")
     weights = min(size, limit) if limit else size
     return Needs(weights + _adapter_bytes(spec), _PROCESS + min(size // 16, 64 << 20), _WORKING + size // 16)
@@ -57,6 +58,14 @@ def foreseen(spec: Spec) -> Needs:
 def _adapter_bytes(spec: Spec) -> int:
     """Of all adapters: a worker opens them when they are first asked for, and does not count them before."""
     return sum(path.stat().st_size for path in map(Path, spec.options.get("adapters", {}).values()) if path.exists())
+
+
+def _compensation_bytes(spec: Spec) -> int:
+    """Of the side file that the model is opened with; one that cannot be is the worker's to refuse."""
+    from edge_rt.core.load.compensation import AUTO, find
+
+    side = find(Path(spec.model), spec.options.get("compensation", AUTO))
+    return side.stat().st_size if side is not None and side.exists() else 0
 
 
 class Hosted:

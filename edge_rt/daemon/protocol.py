@@ -166,7 +166,7 @@ OPTIONS: Mapping[str, str] = {
 PRUNE = {"budget": "number!", "unit": "text", "question": "flag", "every": "integer"}
 MODEL_OPTIONS = {
     "context": "integer", "threads": "integer", "memory": "integer", "pack": "flag", "key_type": "text", "engine": "text",
-    "device": "text", "policy": "text", "embedder": "text", "power": "number", "celsius": "number",
+    "device": "text", "policy": "text", "embedder": "text", "compensation": "text", "power": "number", "celsius": "number",
 }  # fmt: skip
 """Options of ``load_model``, those of ``edge_rt.open``."""
 

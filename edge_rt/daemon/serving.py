@@ -158,7 +158,8 @@ class Serving:
         return {
             "path": str(model.file.path), "engine": info.engine, "device": info.device, "architecture": info.architecture,
             "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices),
-            "adapters": list(model.adapters.names), "needs": self._needs(command),
+            "adapters": list(model.adapters.names), "compensation": dict(model.compensation.facts) if model.compensation else None,
+            "needs": self._needs(command),
         }  # fmt: skip
 
     def _needs(self, command: Message) -> Message:

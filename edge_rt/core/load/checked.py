@@ -49,6 +49,8 @@ def check_metadata(file: ModelFile) -> None:
 
     if file.header.get("general.type") == "adapter":
         raise ModelFileError("this is a LoRA adapter and no model; open the model that it was trained for, and give this as its adapter")
+    if file.header.get("general.type") == "compensation":
+        raise ModelFileError("this is the compensation of a model and no model; open the model that it lies beside")
     check_vocabulary(file.header)
     check_hyperparameters(file.header)
 
