@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import edge_rt_mlu
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 import edge_rt
 from edge_rt.hooks import (
+    Compensation,
     EngineOptions,
     Health,
     Limits,
@@ -133,6 +135,7 @@ def test_what_does_not_fit_the_context_leaves_it_and_cells_are_pruned(tiny: Path
         (EngineOptions(memory=1 << 10), "the weights take 1 MB as PyTorch computes with them, more than --memory allows"),
         (EngineOptions(limits=Limits(Health, power=5.0)), "holds no limits of power"),
         (EngineOptions(key_type="q8_0"), "cannot cache keys as q8_0"),
+        (EngineOptions(compensation=Compensation(Mock(), {})), "applies no compensation"),
     ],
 )
 def test_options_that_it_refuses(tiny: Path, options: EngineOptions, reason: str) -> None:
