@@ -127,7 +127,8 @@ def choose(
 
 
 def _check(teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> None:
-    if teacher.architecture != student.architecture:
+    shapes = [{name: tensor.shape for name, tensor in tensors(model).items()} for model in (teacher, student)]
+    if shapes[0] != shapes[1]:  # a model that was read from a file knows no more which layers of its teacher it came from
         raise OptionError("compensation needs both models in the same architecture; give the float model that was quantised")
     for text, what in ((fitting, "text to fit to"), (held_out, "held-out text to judge by")):
         if not any(len(one) > 1 for one in text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_rt.hooks import OptionError
-from edge_rt_distill.run import prepare, shape, study, teach
+from edge_rt_distill.run import deliver, prepare, shape, study, teach
 from edge_rt_distill.run.config import Config, read
 from edge_rt_distill.run.steps import Done, Step, Told, read_done, run_steps
 from edge_rt_distill.run.workshop import Workshop
@@ -15,7 +15,8 @@ def steps(shop: Workshop) -> list[Step]:
     """The steps of a run, in order."""
     return [
         prepare.data_step(shop), prepare.rollouts_step(shop), study.library_step(shop), study.diagnose_step(shop), shape.cut_step(shop),
-        teach.answers_step(shop), teach.distil_step(shop),
+        teach.answers_step(shop), teach.distil_step(shop), deliver.quantise_step(shop), deliver.compensate_step(shop),
+        deliver.verify_step(shop),
     ]  # fmt: skip
 
 

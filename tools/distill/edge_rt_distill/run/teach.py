@@ -95,13 +95,13 @@ def distil_step(shop: Workshop) -> Step:
         found = divergence(student, shop.teacher.model, shop.held_out(place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_text(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
-        _keep_log(place.folder)
+        clear_training(place.folder)
         return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
 
     return Step("distil", run, settings, ("data", "rollouts", "diagnose", "cut", "answers"))
 
 
-def _keep_log(folder: Path) -> None:
+def clear_training(folder: Path) -> None:
     """Keep what training logged; its checkpoints, five times the student's size, are for resuming."""
     training = folder / "training"
     if (training / "log.jsonl").exists():

@@ -1,0 +1,234 @@
+"""Steps that deliver: the student in INT4, corrected, written, and checked in the runtimes that will run it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from edge_rt.hooks import ModelFile, NativeError, compensation_fingerprint
+from edge_rt_distill.compensate import choose as corrections
+from edge_rt_distill.compensate import files as side_files
+from edge_rt_distill.compensate.cost import Budget, Costs
+from edge_rt_distill.compensate.report import as_json, table
+from edge_rt_distill.compensate.tune import Schedule
+from edge_rt_distill.data.batches import Sequence as Tokens
+from edge_rt_distill.data.batches import batches
+from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.export import export
+from edge_rt_distill.model import snapshot
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.load import read_gguf, tensors
+from edge_rt_distill.portable import portable
+from edge_rt_distill.quantise import qat
+from edge_rt_distill.quantise.matrices import Encoded, Method, QuantiseOptions, quantise_model
+from edge_rt_distill.run.config import Config
+from edge_rt_distill.run.running import against, equal_to_stock, run_logits
+from edge_rt_distill.run.shape import STUDENT, measured
+from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.teach import clear_training, unigram
+from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, shuffled
+from edge_rt_distill.stages.gate import Gate
+from edge_rt_distill.stages.levels import Level
+from edge_rt_distill.stages.material import Material
+from edge_rt_distill.stages.teachers import CachingTeacher
+from edge_rt_distill.stages.trainer import Options, train
+
+QUANTISED, CORRECTED = "quantised.gguf", "corrections"
+_NODES = 15
+"""Of a layer in the runtime's graph, about."""
+
+
+def quantise_step(shop: Workshop) -> Step:
+    """Quantises the student: ``quantised.gguf``."""
+    config = shop.config
+    settings = {**asdict(config.quantise), "seed": config.run.seed, "length": config.data.length, "batch": config.distil.batch_tokens}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        student = portable(snapshot.read(place.need("distil") / STUDENT)[0])
+        sequences = _training(shop, place)
+        how: dict[str, Encoded] = {}
+        if config.quantise.type != "F16":
+            options = QuantiseOptions(config.quantise.type, method=cast(Method, config.quantise.method))
+            calibration = [one.tokens for one in first(sequences, config.quantise.calibration_tokens)]
+            found = quantise_model(student, calibration, options, lambda done, total: place.told("layers", done, total))
+            how = found.tensors
+            if config.quantise.aware_tokens:
+                how = _aware(shop, place, student, how)
+        target = place.folder / QUANTISED
+        export(
+            target, student, shop.teacher.tokeniser, matrices=config.quantise.type, embedding=config.quantise.embedding, how=how,
+            name=config.name, provenance=_provenance(shop, student),
+            told=lambda done, total: place.told("bytes written", done, total),
+        )  # fmt: skip
+        clear_training(place.folder)
+        held_out = shop.held_out(place.need("data"))
+        written = read_gguf(target)
+        return {"bytes": target.stat().st_size, **measured(divergence(written, shop.teacher.model, held_out))}
+
+    return Step("quantise", run, settings, ("data", "rollouts", "distil"))
+
+
+def _training(shop: Workshop, place: Place) -> list[Tokens]:
+    """All that was learnt from, in an order of its own."""
+    found = shop.sequences(place.need("data") / TRAIN) + shop.sequences(place.need("rollouts") / ROLLOUTS)
+    return shuffled(found, shop.config.run.seed + 1)
+
+
+def first(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
+    """The first sequences that have so many tokens together."""
+    found, left = [], tokens
+    for one in sequences:
+        if left <= 0:
+            break
+        found.append(one)
+        left -= len(one.tokens)
+    return found
+
+
+def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, Encoded]) -> dict[str, Encoded]:
+    """A last phase of training that computes with what the file will hold, from what was quantised; the bytes then."""
+    config = shop.config
+    student.requires_grad_(True)
+    qat.attach(student, config.quantise.type, scales="fixed", start=dict(start))
+    sequences = _training(shop, place)
+    steps = max(1, config.quantise.aware_tokens // config.distil.batch_tokens)
+    every = max(1, min(steps, config.distil.evaluate_every // config.distil.batch_tokens))
+    level = Level(
+        "token", {"token": 1.0}, Gate(1e-9), steps=steps, every=every, learning_rate=config.quantise.aware_rate,
+        frozen=("token_embd.*", "output.*"),
+    )  # fmt: skip
+    material = Material(
+        epoch=lambda number, begin: batches(sequences, config.distil.batch_tokens, config.run.seed + 1, number, begin),
+        held_out=list(batches(shop.held_out(place.need("data")), config.distil.batch_tokens, 0, 0)),
+        prior=unigram(sequences, student.architecture.vocabulary), seed=config.run.seed,
+    )  # fmt: skip
+    train(
+        student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training"), levels=[level],
+        told=lambda event: place.told(f"trains on the grid: {event.message}", event.step, event.steps),
+    )  # fmt: skip
+    return qat.detach(student)
+
+
+def compensate_step(shop: Workshop) -> Step:
+    """Finds corrections of the quantised student: ``compensation.json`` and ``.txt`` say which and why."""
+    config = shop.config
+    settings = {**asdict(config.compensate), "seed": config.run.seed}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        source = place.need("quantise") / QUANTISED
+        if not config.compensate.bytes:
+            write_text(place.folder / "compensation.txt", "No corrections: their budget is 0.\n")
+            return {"sites": 0}
+        reference = portable(snapshot.read(place.need("distil") / STUDENT)[0])
+        quantised = read_gguf(source)
+        costs = Costs()
+        size = source.stat().st_size
+        step = size / (costs.gigabytes_per_second * 1e3) + _NODES * len(reference.layers) * costs.node
+        budget = Budget.share(size, step, of_bytes=config.compensate.bytes, of_time=config.compensate.time)
+        sequences = [one.tokens for one in first(_training(shop, place), config.compensate.tokens)]
+        apart = max(1, len(sequences) // 8)  # of the training data: what is held out of the run judges only in the end
+        found = corrections.choose(
+            reference, quantised, sequences[apart:], sequences[:apart], budget, _options(config), place.told
+        )
+        write_text(place.folder / "compensation.json", json.dumps(as_json(found), indent=1, default=str))
+        write_text(place.folder / "compensation.txt", table(found) + "\n")
+        _write_corrected(shop, place, source, found)
+        kl = {"kl without": found.kl_none, "kl with": found.kl}
+        return {"sites": len(found.compensation), "bytes": found.bytes, "microseconds": found.microseconds, **kl}
+
+    return Step("compensate", run, settings, ("data", "rollouts", "distil", "quantise"))
+
+
+def _options(config: Config) -> corrections.Options:
+    base = corrections.Options()
+    tokens = config.compensate.tune_tokens
+    schedule = replace(base.tuning or Schedule(), seed=config.run.seed, norm_rate=config.compensate.norm_rate)
+    tuning = replace(schedule, steps=max(1, tokens // schedule.batch_tokens)) if tokens else None
+    return replace(base, tuning=tuning)
+
+
+def _write_corrected(shop: Workshop, place: Place, source: Path, found: corrections.Result) -> None:
+    """The model with the norms that tuning changed, its side file, and the low rank part as an adapter for stock llama.cpp."""
+    name, storage = shop.config.name, corrections.Options().forms.storage
+    model = read_gguf(source)
+    target = place.folder / f"{name}.gguf"
+    _rewrite(shop, source, target, model, found.norms)
+    if found.compensation:
+        side = side_files.side_path(target)
+        side_files.write_side_file(
+            side, found.compensation, architecture=model.architecture.family, model=fingerprint(target), storage=storage
+        )
+        side_files.write_lora(
+            place.folder / f"{name}.lora.gguf", found.compensation, architecture=model.architecture.family, storage=storage
+        )
+
+
+def _rewrite(shop: Workshop, source: Path, target: Path, model: Decoder, norms: Mapping[str, torch.Tensor]) -> None:
+    """Write a model file again, its matrices byte for byte, with other norms."""
+    with torch.no_grad():
+        for name, weight in norms.items():
+            tensors(model)[name].copy_(weight)
+    export(
+        target, model, shop.teacher.tokeniser, matrices=shop.config.quantise.type, embedding=shop.config.quantise.embedding,
+        how=raw_tensors(source), name=shop.config.name, provenance=_provenance(shop, model),
+    )  # fmt: skip
+
+
+def _provenance(shop: Workshop, model: Decoder) -> dict[str, str | int]:
+    return {"teacher": shop.teacher.digest, "parameters": model.architecture.parameters()}
+
+
+def raw_tensors(path: Path) -> dict[str, Encoded]:
+    """The matrices of a GGUF as they lie in it."""
+    file = ModelFile.open(path)
+    try:
+        found = {}
+        for name, info in file.header.tensors.items():
+            if len(info.shape) == 2:
+                raw = np.frombuffer(file.map, np.uint8, info.nbytes, info.offset).copy()
+                found[name] = Encoded(info.type_name, raw.reshape(info.shape[1], -1))
+        return found
+    finally:
+        file.close()
+
+
+def fingerprint(path: Path) -> str:
+    """By which a side file knows its model."""
+    file = ModelFile.open(path)
+    try:
+        return compensation_fingerprint(file)
+    finally:
+        file.close()
+
+
+def verify_step(shop: Workshop) -> Step:
+    """Runs what was written in edge-rt and in stock llama.cpp, and measures it against the teacher: ``verify.json``."""
+    settings = {"held_out": shop.config.distil.held_out, "length": shop.config.data.length}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        corrected = place.need("compensate") / f"{shop.config.name}.gguf"
+        model = corrected if corrected.exists() else place.need("quantise") / QUANTISED
+        has_side = side_files.side_path(model).exists()
+        sequences = shop.held_out(place.need("data"))
+        found: dict[str, Any] = {"file": str(model.relative_to(shop.folder)), "bytes": model.stat().st_size}
+        for name, applied in (("off", "off"), ("corrected", "auto"))[: 1 + has_side]:
+            logits = run_logits(model, sequences, compensation=applied, told=partial(place.told, f"runs it, compensation {applied}"))
+            found[name] = against(shop.teacher.model, sequences, logits)
+        if has_side:
+            side = side_files.side_path(model)
+            found |= {"compensation": str(side.relative_to(shop.folder)), "compensation bytes": side.stat().st_size}
+        found["equal to stock llama.cpp"] = equal_to_stock(model, sequences[:4])
+        write_text(place.folder / "verify.json", json.dumps(found, indent=1))
+        if not found["equal to stock llama.cpp"]:
+            raise NativeError(f"{model} gives other logits in edge-rt than in stock llama.cpp; report this with the file's header")
+        last = found.get("corrected", found["off"])
+        return {"file": found["file"], "bytes": found["bytes"], **last}
+
+    return Step("verify", run, settings, ("data", "quantise", "compensate"))
