@@ -25,6 +25,7 @@ def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None)
     shop = _workshop(file)
     _threads(shop.config)
     planned = steps(shop)
+    _ = shop.teacher_path  # a wrong name is told before anything is done
     if until is not None:
         names = [one.name for one in planned]
         if until not in names:

@@ -87,6 +87,7 @@ def distil_step(shop: Workshop) -> Step:
         results: list[LevelResult] = []
         if planned:
             material = _material(shop, place, student)
+            planned = [one for one in (_possible(level, material, place) for level in planned) if one is not None]
             results = train(
                 student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training"), levels=planned,
                 scorer=_scorer(shop, place), told=lambda event: _tell(place, event),
@@ -126,6 +127,20 @@ def levels(config: DistilConfig) -> list[Level]:
                 )
             )  # fmt: skip
     return found
+
+
+def _possible(level: Level, material: Material, place: Place) -> Level | None:
+    """The level without the terms that there is nothing to learn from, which is told; None where nothing is left to be judged on."""
+    there = {"imitation": material.examples, "preference": material.pairs, "on_policy": material.prompts}
+    missing = [term for term in level.terms if not there.get(term, True)]
+    if level.name == "behaviour" and not material.held_out_examples:
+        place.told("level behaviour is left out: no answer of the teacher is good enough to be judged on; see [behaviour]", 0, 0)
+        place.log({"event": "left out", "level": level.name, "reason": "no held-out answers"})
+        return None
+    for term in missing:
+        place.told(f"level {level.name}: nothing to learn from for {term}, which is left out", 0, 0)
+        place.log({"event": "left out", "level": level.name, "term": term})
+    return level._replace(terms={term: weight for term, weight in level.terms.items() if term not in missing})
 
 
 def _material(shop: Workshop, place: Place, student: Decoder) -> Material:

@@ -1,0 +1,196 @@
+"""A whole run through the real command line: a random teacher of two layers becomes an INT4 student with corrections."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edge_rt
+
+DISTRIBUTION = Path(__file__).parents[1]
+RUN = """
+name = "tiny"
+[run]
+threads = 1
+[teacher]
+model = "tiny.gguf"
+[data]
+samples = ["demo", "more.jsonl"]
+length = 96
+held_out = 0.2
+rollouts = 4
+rollout_tokens = 12
+[library]
+samples = 6
+answer_tokens = 6
+[diagnose]
+sequences = 4
+removal_tokens = 64
+order = 1
+paths = 1
+[student]
+parameters = 0.8
+repair_tokens = 1024
+side_rank = 2
+[behaviour]
+prompts = 16
+per_prompt = 3
+tokens = 8
+[distil]
+batch_tokens = 256
+evaluate_every = 512
+held_out = 6
+asked = 2
+[distil.token]
+tokens = 1024
+[distil.hidden]
+tokens = 512
+[distil.attention]
+tokens = 512
+[distil.behaviour]
+tokens = 512
+[quantise]
+calibration_tokens = 1024
+aware_tokens = 512
+[compensate]
+bytes = 0.2
+time = 1.0
+tokens = 2048
+tune_tokens = 2048
+"""
+MORE = '{"text": "A sentence of the user\'s own, long enough to be learnt from."}\nthis is no JSON\n{"messages": []}\n'
+Command = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """``edge-rt`` with this distribution installed, as a process that was started."""
+    target, copy = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("build") / "distill"  # building leaves files behind
+    shutil.copytree(DISTRIBUTION, copy, ignore=shutil.ignore_patterns("tests", "__pycache__"))
+    install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target), str(copy)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(target / "mpl")}
+
+    def start(*words: str | Path, cwd: Path) -> subprocess.Popen[str]:
+        line = [sys.executable, "-m", "edge_rt.cli.main", "distill", *map(str, words)]
+        return subprocess.Popen(line, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+def folder(base: Path, tiny: Path, text: str = RUN) -> Path:
+    base.mkdir()
+    shutil.copy(tiny, base / "tiny.gguf")
+    (base / "more.jsonl").write_text(MORE)
+    (base / "run.toml").write_text(text)
+    return base
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, error = process.communicate(timeout=240)
+    return process.returncode, out, error
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from its beginning to its end."""
+    place = folder(tmp_path_factory.mktemp("run") / "whole", tiny)
+    code, out, error = finish(command("run", "run.toml", "--json", cwd=place))
+    assert code == 0, error
+    (place / "said.json").write_text(out)
+    (place / "told.txt").write_text(error)
+    return place
+
+
+def results(place: Path) -> dict[str, dict[str, str]]:
+    """By step the checksums of what it left, without those of times."""
+    found = {}
+    for path in sorted((place / "run").glob("*/done.json")):
+        files = json.loads(path.read_text())["files"]
+        found[path.parent.name] = {name: known for name, known in files.items() if name not in ("log.jsonl", "records.txt")}
+    return found
+
+
+def test_a_teacher_becomes_a_student_that_runs(whole):
+    steps = {one["name"]: one["summary"] for one in json.loads((whole / "said.json").read_text())}
+    assert [problem.partition(":")[0] for problem in steps["data"]["broken"]] == ["more.jsonl, line 2", "more.jsonl, line 3"]
+    assert steps["cut"]["share"] <= 0.8
+    assert steps["distil"]["levels"] == 4
+    verified = json.loads((whole / "run" / "verify" / "verify.json").read_text())
+    assert verified["equal to stock llama.cpp"] is True
+    with edge_rt.open(whole / "run" / verified["file"], context=64) as model, model.session() as session:
+        assert model.compensation is not None
+        assert len(list(session.generate("Hello", max_tokens=4))) > 1
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+def test_a_run_that_is_done_is_not_done_again(command, whole):
+    code, out, error = finish(command("run", "run.toml", cwd=whole))
+    assert code == 0
+    assert error.count("done before") == len(out.splitlines())
+    code, out, _ = finish(command("status", "run.toml", cwd=whole))
+    assert (code, "not done" in out) == (0, False)
+    code, out, _ = finish(command("library", "ls", "--library", whole / "run" / "teacher-library", "--json", cwd=whole))
+    assert code == 0
+    assert {one["kind"] for one in json.loads(out)} >= {"snapshot", "trajectories", "activations", "attention"}
+
+
+@pytest.mark.parametrize("after", ["library", "distil", "compensate"])
+def test_a_run_that_is_killed_comes_to_the_same_end(command, whole, tmp_path, after):
+    place = tmp_path / "killed"
+    shutil.copytree(whole, place)
+    steps = [one["name"] for one in json.loads((whole / "said.json").read_text())]
+    for name in steps[steps.index(after) :]:
+        shutil.rmtree(place / "run" / name)
+    if after == "library":
+        shutil.rmtree(place / "run" / "teacher-library")
+    process = command("run", "run.toml", cwd=place)
+    work, until = place / "run" / f"{after}.work", time.monotonic() + 120
+    while not (work / "key").exists():
+        assert time.monotonic() < until
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    code, _, error = finish(command("run", "run.toml", cwd=place))
+    assert code == 0, error
+    assert results(place) == results(whole)
+
+
+MISTAKES = {
+    "no such model": ('[teacher]\nmodel = "none.gguf"\n', "there is no file none.gguf; did you mean tiny.gguf?"),
+    "a wrong value": ("[student]\nparameters = 2\n", "run.toml, line 2: parameters is 2.0; give 0.05 to 1"),
+    "an unknown key": ("[distil.token]\ntoken = 2\n", "did you mean tokens?"),
+    "samples that are not there": ('[data]\nsamples = ["nothing.jsonl"]\n', "nothing.jsonl: no such file"),
+    "a broken line that stops": ('[teacher]\nmodel = "tiny.gguf"\n[data]\nsamples = ["more.jsonl"]\npolicy = "stop"\n', "line 2"),
+    "too few samples": ('[teacher]\nmodel = "tiny.gguf"\n[data]\nsamples = ["more.jsonl"]\n', "cannot be split; add samples that differ"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exits_with_1(command, tiny, tmp_path, name):
+    text, expected = MISTAKES[name]
+    place = folder(tmp_path / "mistake", tiny, text)
+    code, _, error = finish(command("run", "run.toml", cwd=place))
+    assert (code, "Traceback" in error) == (1, False), error
+    assert expected in error
+
+
+def test_a_file_to_begin_with_is_written_once(command, tmp_path):
+    assert finish(command("init", "my.toml", cwd=tmp_path))[0] == 0
+    assert "# Share of the teacher's parameters at most." in (tmp_path / "my.toml").read_text()
+    code, _, error = finish(command("init", "my.toml", cwd=tmp_path))
+    assert (code, "is there already" in error) == (1, True)
+    code, _, error = finish(command("run", "my.toml", "--until", "nowhere", cwd=tmp_path))
+    assert (code, "there is no step nowhere; the steps are data" in error) == (1, True)
