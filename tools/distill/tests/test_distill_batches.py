@@ -92,6 +92,7 @@ def test_the_models_own_tokeniser_counts_the_answer_with_its_end(tiny: Path) -> 
     (item,) = encode([sample], tokeniser, 400)
     end = turn_end(tokeniser)
     assert tokeniser.piece(end) == "<|im_end|>"  # the vocabulary calls <|endoftext|> the end of a turn
+    assert tokeniser.end == end
     assert item.tokens[-1] == end
     assert counted(item).count(end) == 2
     assert tokeniser.decode(counted(item)).replace(" ", "") == "GooddayNothing"

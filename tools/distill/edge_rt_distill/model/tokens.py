@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from edge_rt.hooks import ModelFile, Vocab, gguf_metadata_spans, tokenize_messages
+from edge_rt.hooks import ModelFile, UserError, Vocab, gguf_metadata_spans, tokenize_messages
 
 _HEADER = struct.Struct("<4sIQQ")
 
@@ -30,10 +31,17 @@ class Tokeniser:
         """Tokens there are."""
         return self.vocab.n_tokens
 
-    @property
+    @cached_property
     def end(self) -> int:
-        """The token that ends an answer."""
-        found = self.vocab.eos if self.vocab.eot is None else self.vocab.eot
+        """The token that ends an answer: the one the template writes behind an answer, else the vocabulary's; -1 if there is none.
+
+        SmolLM2's vocabulary calls <|endoftext|> the end of a turn, and its template ends turns with <|im_end|>.
+        """
+        written: list[int] = []
+        with suppress(UserError):  # a template that refuses this conversation: the vocabulary knows
+            written = self.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False)
+        last = next((token for token in reversed(written) if self.vocab.is_eog(token)), None)
+        found = next((token for token in (last, self.vocab.eot, self.vocab.eos) if token is not None), None)
         return -1 if found is None else found
 
     def encode(self, text: str, special: bool = False) -> list[int]:
