@@ -58,12 +58,12 @@ def heat_map(values: ArrayLike, axes: Axes, *, log: bool = False, unit: str = ""
         high = low * 10 if log and low > 0 else low + 1.0
     height = axes.height or min(7.0, max(1.6, 0.17 * len(table) + 0.9))
     with matplotlib.rc_context(_STYLE):
-        figure, plot = _figure(axes, height, right=0.95)
+        figure, plot = _figure(axes, height, right=1.2)
         norm = LogNorm(low, high) if log else Normalize(low, high)
         image = plot.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
         plot.spines[:].set_visible(False)
         place = plot.get_position()
-        bar = figure.colorbar(image, cax=figure.add_axes((place.x1 + 0.015, place.y0, 0.014, place.height)))
+        bar = figure.colorbar(image, cax=figure.add_axes((place.x1 + 0.015, place.y0, 0.013, place.height)))
         bar.outline.set_visible(False)
         bar.set_label(unit)
         _ticks(plot, axes, table.shape[1], len(table))

@@ -17,7 +17,8 @@ import torch
 from edge_rt_distill import plots
 from edge_rt_distill.diagnose import measure, parts
 from edge_rt_distill.diagnose.diagnosis import Diagnosis, diagnose
-from edge_rt_distill.diagnose.groups import lift
+from edge_rt_distill.diagnose.findings import Measured, rank
+from edge_rt_distill.diagnose.groups import Group, lift
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.report import write
 from edge_rt_distill.diagnose.rows import Labels
@@ -95,12 +96,26 @@ def test_the_json_says_what_was_looked_at_and_ranks_by_share(done, teacher, sequ
     assert shares == sorted(shares, reverse=True)
     assert [one["rank"] for one in data["findings"]] == list(range(1, len(shares) + 1))
     kinds = {one["kind"] for one in data["findings"]}
-    assert {"layer", "half", "head", "KV group", "FFN channels", "hidden dimension", "matrix", "path", "domain", "language"} <= kinds
+    assert {"layer", "half", "head", "KV group", "FFN channels", "hidden dimension", "matrix", "path"} <= kinds
     assert all(one["explanation"] for one in data["findings"])
     one = data["traces"][0]
     assert len(one["pieces"]) == len(one["tokens"]) == len(one["weights"])
     assert one["answer"] == 4
     assert sum(one["weights"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_domain_has_a_row_where_it_differs_and_was_seen_enough(done) -> None:
+    heads, kl = done[0].arrays["heads"], done[0].arrays["layer_kl"]
+    tilted = kl * np.array([1.0, 3.0], np.float32)
+    cases = {
+        "seen": Group("domain", "seen", 4, 40, 4, 1.0, heads, tilted), "rare": Group("domain", "rare", 3, 40, 3, 1.0, heads, tilted),
+        "alike": Group("domain", "alike", 9, 90, 9, 1.0, heads, kl * 5),
+        "by heads": Group("language", "by heads", 9, 90, 1, 1.0, heads, tilted),
+    }  # fmt: skip
+    found = rank(Measured(done[0].arrays, done[0].facts, list(cases.values()), dict.fromkeys(done[0].fisher, 1)))
+    rows = [one for one in found if one.kind in ("domain", "language")]
+    assert [one.place for one in rows] == ["seen, layer 1"]
+    assert rows[0].share == pytest.approx(float(tilted[1] / tilted.sum()))
 
 
 def test_what_was_written_is_read_again(done) -> None:

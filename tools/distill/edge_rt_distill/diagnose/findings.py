@@ -16,6 +16,8 @@ from edge_rt_distill.diagnose.parts import Array
 
 TOP = 3
 """Rows at each end of a kind."""
+ENOUGH, DIFFERENT = 4, 1.1
+"""A domain or language gets a row with so many sequences, and for a layer whose share is so many times the usual."""
 SINK = 0.5
 """A head is said to rest on the first token if so much of its attention is there."""
 
@@ -72,7 +74,7 @@ def _times(value: float, values: Array) -> str:
 
 
 def _nth(place: int) -> str:
-    return {1: "most", -1: "least"}.get(place, f"{abs(place)}. {'most' if place > 0 else 'least'}")
+    return ("", "second ", "third ")[abs(place) - 1] + ("most" if place > 0 else "least")
 
 
 def _layers(found: Measured) -> Iterator[_Row]:
@@ -124,9 +126,8 @@ def _kv_groups(found: Measured) -> Iterator[_Row]:
 def _channels(found: Measured) -> Iterator[_Row]:
     """How unequal a layer's channels are: what its least quarter carries."""
     for layer, value, _, end in _ends(np.array([_least_quarter(row) for row in found.arrays["ffn_channels"]]), 2):
-        text = f"the least important quarter of its channels carries {value:.1%} of what they all do, "
-        text += "hardly less than a quarter's due: cut it last" if value > 0.2 else "so they are " + ("alike" if end > 0 else "unlike")
-        yield _Row("FFN channels", f"layer {layer}", value, value, text + f" ({_nth(end)} of all layers)")
+        text = f"the least important quarter of its channels carries {value:.1%} of what they all do, the {_nth(end)} of all layers; "
+        yield _Row("FFN channels", f"layer {layer}", value, value, text + ("narrow it last" if end > 0 else "narrow it first"))
 
 
 def _least_quarter(row: Array) -> float:
@@ -163,8 +164,8 @@ def _massive(found: Measured) -> Iterator[_Row]:
         largest = max(met, key=lambda one: float(one["value"]))
         first = min(one["layer"] for one in met)
         text = f"from {'the embeddings' if first < 0 else f'layer {first}'} on the stream is up to {largest['value']:.0f} there, "
-        text += f"{largest['times_median']:.0f} times the median, {largest['share']:.0%} of all squares behind layer {largest['layer']}; "
-        text += "a mean over it is a mean of nothing else, and it must not be cut away"
+        text += f"{largest['times_median']:.0f} times the median, {largest['share']:.1%} of all squares behind layer {largest['layer']}; "
+        text += "what is averaged over it is an average of it alone" if largest["share"] > SINK else "it must not be cut away"
         yield _Row("massive activation", f"position {position}, dimension {channel}", largest["value"], largest["share"], text)
 
 
@@ -186,17 +187,18 @@ def _paths(found: Measured) -> Iterator[_Row]:
 
 
 def _groups(found: Measured) -> Iterator[_Row]:
-    """For each domain and language the layer that stands out most against all samples (by heads where layers were not left out)."""
+    """For each domain and language the layer that stands out most against all samples, by its heads where it was left out on too few."""
     for group in found.groups:
-        own, whole = group.layer_kl, found.arrays["layer_kl"]
-        if own is None:
-            own, whole = np.nansum(group.heads, 1), np.nansum(found.arrays["heads"], 1)
-        risen = lift(own, whole) - 1
-        weighed = risen * whole / max(float(whole.sum()), 1e-30)
-        layer = int(weighed.argmax())
+        own, whole, what = group.layer_kl, found.arrays["layer_kl"], "layers"
+        if own is None or group.removal < ENOUGH:
+            own, whole, what = np.nansum(group.heads, 1), np.nansum(found.arrays["heads"], 1), "layers' heads"
+        risen = lift(own, whole)
+        layer = int(((risen - 1) * whole).argmax())
+        if group.sequences < ENOUGH or risen[layer] < DIFFERENT:
+            continue
         share = float(own[layer]) / max(float(own.sum()), 1e-30)
-        text = f"for {group.name} ({group.sequences} sequences, loss {group.loss:.2f}) it carries {share:.1%} of what layers do, "
-        text += f"{risen[layer] + 1:.2f} times its share for all samples, the largest difference of all layers"
+        text = f"for {group.name} ({group.sequences} sequences, loss {group.loss:.2f}) it carries {share:.1%} of what {what} do, "
+        text += f"{risen[layer]:.2f} times its share for all samples, the largest difference of all"
         yield _Row(group.kind, f"{group.name}, layer {layer}", float(own[layer]), share, text)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,16 +92,17 @@ def removal_kl(
     """
     sums = torch.zeros(len(removals), sequences, dtype=torch.float64)
     counts = torch.zeros(sequences, dtype=torch.float64)
-    steps = len(batches) * len(removals)
+    steps = len(batches) * 2 * len(removals)  # as many of passes as of divergences, which take about as long
     for number, rows in enumerate(batches):
+        before = number * 2 * len(removals)
         where, at = rows.mask.nonzero(as_tuple=True)
         with torch.no_grad():
             whole = model(rows.tokens).hidden[where, at]
             finals: list[Tensor] = []
             for final in _without(model, rows, removals, without):
                 finals.append(final[where, at])
-                told(part, number * len(removals) + len(finals), steps)
-            found = divergences(model, whole, finals)
+                told(part, before + len(finals), steps)
+            found = divergences(model, whole, finals, partial(_told_divergence, told, part, before + len(finals), len(finals), steps))
         index = torch.tensor(rows.numbers)
         sums.index_add_(1, index[where], found)
         counts[index] = rows.mask.sum(1).double()
@@ -129,7 +131,14 @@ def _silent(model: Decoder, layer: int, matrix: str) -> Iterator[None]:
         handle.remove()
 
 
-def divergences(model: Decoder, whole: Tensor, others: Sequence[Tensor]) -> Tensor:
+def _told_divergence(told: Told, part: str, before: int, share: int, steps: int, done: int, total: int) -> None:
+    """Progress of divergences as ``share`` steps of all."""
+    told(part, before + share * done // total, steps)
+
+
+def divergences(
+    model: Decoder, whole: Tensor, others: Sequence[Tensor], told: Callable[[int, int], None] = lambda done, total: None
+) -> Tensor:
     """[R, n] float64: KL(p || q) in nats of final states [n, D] to each of others [n, D]; exact, with few logits in memory at a time."""
     out = torch.zeros(len(others), len(whole), dtype=torch.float64)
     with torch.no_grad():
@@ -140,6 +149,7 @@ def divergences(model: Decoder, whole: Tensor, others: Sequence[Tensor]) -> Tens
             for number, other in enumerate(others):
                 log_q = F.log_softmax(model.logits(other[chunk]), -1)
                 out[number, chunk] = (p * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp_min(0)
+            told(min(start + LOGIT_CHUNK, len(whole)), len(whole))
     return out
 
 
