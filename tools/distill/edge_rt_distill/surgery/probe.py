@@ -81,4 +81,4 @@ def select(
             told(at, len(cuts))
         predicted = cut.chosen.loss if cut.chosen is not None else float("nan")
         made.append(Measured(cut, predicted, divergence(apply(teacher, cut), teacher, batches, known=known)))
-    return sorted(made, key=lambda one: one.divergence)
+    return sorted(made, key=lambda one: (one.divergence != one.divergence, one.divergence))  # what is not a number is last

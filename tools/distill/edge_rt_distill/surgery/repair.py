@@ -36,7 +36,8 @@ class RepairOptions:
     ``ridges``: tried, relative to the mean of the diagonal. ``apart``: share of passages that judge and are not fitted. ``background``:
     weight of tokens whose prediction does not count (of a prompt). ``outlier``: tokens whose stream is so many times the median's norm
     count less, by the square of the excess. ``first``: weight of the first position, where a massive activation sits (Sun et al. 2024,
-    arXiv:2402.17762) to which heads attend that have nothing to say. ``norms``: refit norms too where dimensions were removed.
+    arXiv:2402.17762) to which heads attend that have nothing to say. ``carry``: share of the errors
+    made before that a matrix is to make good, beside what it lacks itself. ``norms``: refit norms too where dimensions were removed.
     """
 
     sites: tuple[str, ...] = SUMS
@@ -45,6 +46,7 @@ class RepairOptions:
     background: float = 0.25
     outlier: float = 10.0
     first: float = 0.0
+    carry: float = 1.0
     norms: bool = True
 
     def __post_init__(self) -> None:
@@ -147,17 +149,19 @@ def _layer(walk: _Walk, place: int) -> None:
         _norm(walk, f"blk.{place}.attn_norm", layer.attn_norm, normed)
         for name in LINEARS[:3]:
             _copy(walk, place, name, [layer.attn_norm(x) for x in walk.ours], [getattr(model, name)(h) for h in normed])
-    walk.theirs = [x + model.attn_output(a) for x, a in zip(walk.theirs, attend(walk.teacher, model, normed), strict=True)]
+    before = walk.theirs
+    walk.theirs = [x + model.attn_output(a) for x, a in zip(before, attend(walk.teacher, model, normed), strict=True)]
     attended = attend(walk.student, layer, [layer.attn_norm(x) for x in walk.ours])
-    _sum(walk, place, "attn_output", attended, own)
+    _sum(walk, place, "attn_output", attended, before, own)
     normed = [model.ffn_norm(x) for x in walk.theirs]
     if own:
         _norm(walk, f"blk.{place}.ffn_norm", layer.ffn_norm, normed)
         for name in LINEARS[4:6]:
             _copy(walk, place, name, [layer.ffn_norm(x) for x in walk.ours], [getattr(model, name)(h) for h in normed])
-    walk.theirs = [x + model.ffn_down(gated(model, h)) for x, h in zip(walk.theirs, normed, strict=True)]
+    before = walk.theirs
+    walk.theirs = [x + model.ffn_down(gated(model, h)) for x, h in zip(before, normed, strict=True)]
     _advance(walk, source + 1, end)
-    _sum(walk, place, "ffn_down", [gated(layer, layer.ffn_norm(x)) for x in walk.ours], own)
+    _sum(walk, place, "ffn_down", [gated(layer, layer.ffn_norm(x)) for x in walk.ours], before, own)
 
 
 def _advance(walk: _Walk, first: int, last: int) -> None:
@@ -166,13 +170,14 @@ def _advance(walk: _Walk, first: int, last: int) -> None:
         walk.theirs = [walk.teacher.layers[i](x, walk.teacher.turn(torch.arange(x.shape[1])))[0] for x in walk.theirs]
 
 
-def _sum(walk: _Walk, place: int, name: str, inputs: list[Tensor], own: bool) -> None:
-    """Fit a matrix that writes to the stream, and move the student's stream behind it."""
+def _sum(walk: _Walk, place: int, name: str, inputs: list[Tensor], before: list[Tensor], own: bool) -> None:
+    """Fit a matrix that writes to the stream, and move the student's stream behind it. ``before``: the teacher's in front of it."""
     linear = getattr(walk.student.layers[place], name)
     if name in walk.options.sites:
         targets = [x[..., walk.hidden] for x in walk.theirs]
         if own:
-            _fit(walk, f"blk.{place}.{name}", linear, inputs, targets, walk.ours)
+            base = [old[..., walk.hidden].lerp(x, walk.options.carry) for old, x in zip(before, walk.ours, strict=True)]
+            _fit(walk, f"blk.{place}.{name}", linear, inputs, targets, base)
         else:
             walk.report.sites.append(Refit(f"blk.{place}.{name}", 0.0, 0.0, None, "shared between layers: not refitted"))
     walk.ours = [x + linear(h) for x, h in zip(walk.ours, inputs, strict=True)]
