@@ -15,14 +15,14 @@ from edge_rt.hooks import GGML_TYPES, NativeError, OptionError, quantise_rows
 from edge_rt_distill.model.decoder import GROUPS, Decoder
 from edge_rt_distill.model.load import empty, frozen
 from edge_rt_distill.model.load import tensors as named_tensors
-from edge_rt_distill.quantise.formats import format_named
+from edge_rt_distill.quantise.formats import FORMATS
 from edge_rt_distill.quantise.gptq import DEFAULTS as GPTQ_DEFAULTS
 from edge_rt_distill.quantise.gptq import GptqOptions, damped, gptq
 from edge_rt_distill.quantise.statistics import First, Moments, counted, layers
 from edge_rt_distill.quantise.walk import BATCH_TOKENS, Step, Stream, walk
 
 Method = Literal["plain", "importance", "gptq"]
-"""ggml's quantiser without and with the mean squares of the inputs; GPTQ."""
+"""ggml's quantiser without and with the mean squares of the inputs; GPTQ, which for types that are not of blocks of 32 is the second."""
 Aim = Literal["weights", "outputs", "residual"]
 """What GPTQ's matrices are to give on their (already disturbed) inputs: what the float weights would give on them; what the float model has
 there; or, where a matrix adds to the residual stream, also what the stream lacks so far. Asymmetric calibration as in GPTAQ
@@ -174,9 +174,14 @@ def _quantise_group(step: Step, group: tuple[str, ...], student: Decoder, tensor
         hessian, aims = _corrections(step, group, options)
     for name in group:
         site = f"blk.{step.layer}.{name}"
-        weights = student.linear(site).weight.detach()
-        blocks = gptq(weights + aims[name] if name in aims else weights, hessian, format_named(options.type_of(site)), options.gptq)
-        _put(student, site, tensors, Encoded(blocks.format.name, blocks.pack()), blocks.values())
+        weights, type_name = student.linear(site).weight.detach(), options.type_of(site)
+        if name in aims:
+            weights = weights + aims[name]
+        if type_name in FORMATS:
+            blocks = gptq(weights, hessian, FORMATS[type_name], options.gptq)
+            _put(student, site, tensors, Encoded(type_name, blocks.pack()), blocks.values())
+        else:
+            _put(student, site, tensors, encode(weights, type_name, hessian.diagonal()))
 
 
 def _hessian(stream: Stream, name: str, first: First) -> Tensor:

@@ -1,0 +1,143 @@
+"""Whole models in INT4: bytes are what the model computes with, GPTQ costs less than rounding, and more bits go where they count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from edge_rt_distill.model.architecture import Architecture, LayerShape
+from edge_rt_distill.model.decoder import LINEARS, Decoder
+from edge_rt_distill.model.load import frozen, tensors
+from edge_rt_distill.quantise.matrices import Aim, QuantiseOptions, decode, encode, materialised, quantise_model
+from edge_rt_distill.quantise.mixed import Choice, allocate, choices, sensitivity
+from torch import Tensor
+
+from edge_rt.hooks import DataError, OptionError
+
+SHAPE = Architecture("llama", 96, 64, 16, (LayerShape(4, 2, 96),) * 3, True, 1e-5, 1e4, "interleaved", 64)
+
+
+def _tokens(seed: int, count: int = 24) -> list[list[int]]:
+    """Sequences in which some tokens are much more frequent than others."""
+    draw = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = (96 * torch.rand(count, 32, generator=draw) ** 3).long().tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    model, draw = Decoder(SHAPE), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, one in tensors(model).items():
+            if one.ndim == 2:
+                size = 2.0 if name.startswith("blk.") else 1.0
+                one.copy_(torch.randn(one.shape, generator=draw) * size / one.shape[1] ** 0.5)
+            else:
+                one.mul_(torch.rand(one.shape, generator=draw).square() * 2)
+    return frozen(model)
+
+
+@torch.no_grad()
+def _log_p(model: Decoder, sequences: list[list[int]]) -> Tensor:
+    return model.logits(model(torch.tensor(sequences)).hidden).log_softmax(-1)
+
+
+def _divergence(student: Decoder, model: Decoder, sequences: list[list[int]]) -> float:
+    p, q = _log_p(model, sequences), _log_p(student, sequences)
+    return float((p.exp() * (p - q)).sum(-1)[:, 1:].mean())
+
+
+@pytest.mark.parametrize("options", [
+    QuantiseOptions(method="plain", type="Q8_0"), QuantiseOptions(method="importance", type="Q4_1"),
+    QuantiseOptions(type="Q4_0", types={"ffn_down": "Q5_0", "blk.1.attn_v": "Q8_0", "blk.2.attn_v": "F16"}),
+])  # fmt: skip
+def test_the_model_that_comes_back_computes_with_what_its_bytes_decode_to(model: Decoder, options: QuantiseOptions) -> None:
+    told: list[tuple[int, int]] = []
+    before = {name: one.clone() for name, one in tensors(model).items()}
+    found = quantise_model(model, _tokens(0, 4), options, lambda *step: told.append(step))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert sorted(found.tensors) == sorted(f"{site}.weight" for site in model.sites())
+    for site in model.sites():
+        one = found.tensors[f"{site}.weight"]
+        assert one.type == options.type_of(site)
+        assert torch.equal(decode(one), found.model.linear(site).weight), site
+    for name, one in tensors(model).items():
+        assert torch.equal(one, before[name])
+        if f"{name}" not in found.tensors:
+            assert torch.equal(tensors(found.model)[name], one)
+    again = quantise_model(model, _tokens(0, 4), options)
+    assert all(np.array_equal(again.tensors[name].data, one.data) for name, one in found.tensors.items())
+
+
+@pytest.mark.parametrize("aim", ["weights", "outputs", "residual"])
+def test_gptq_costs_less_divergence_than_rounding_by_importance_on_other_text(model: Decoder, aim: Aim) -> None:
+    calibration, other = _tokens(0), _tokens(1)
+    weighted = _divergence(quantise_model(model, calibration, QuantiseOptions(method="importance")).model, model, other)
+    found = _divergence(quantise_model(model, calibration, QuantiseOptions(aim=aim)).model, model, other)
+    assert found < 0.85 * weighted
+
+
+def test_what_a_disturbed_input_lacks_is_made_good(model: Decoder) -> None:
+    """With a first layer that is spoilt, later layers bring the stream back towards the float model's if they are told to."""
+    calibration = _tokens(0)
+    types = dict.fromkeys(LINEARS, "Q8_0") | {f"blk.0.{name}": "Q4_0" for name in LINEARS}
+    found = {
+        aim: _divergence(quantise_model(model, calibration, QuantiseOptions(types=types, aim=aim)).model, model, _tokens(2))
+        for aim in ("weights", "residual")
+    }
+    assert found["residual"] < 0.9 * found["weights"]
+
+
+def test_bad_input_is_said(model: Decoder) -> None:
+    with pytest.raises(DataError, match="no tokens"):
+        quantise_model(model, [], QuantiseOptions())
+    with pytest.raises(OptionError, match="there is no type Q9"):
+        quantise_model(model, _tokens(0, 1), QuantiseOptions(type="Q9"))
+    with pytest.raises(OptionError, match="choose another type"):
+        quantise_model(model, _tokens(0, 1), QuantiseOptions(type="Q4_K"))
+
+
+def test_predicted_divergence_is_near_what_a_matrix_costs(model: Decoder) -> None:
+    """Each matrix alone in Q4_0: rank and size of what it costs are foreseen."""
+    sequences = _tokens(0)
+    fisher = sensitivity(model, sequences)
+    predicted, measured = [], []
+    for site, some in choices(model, sequences, ["Q4_0"], fisher):
+        student = materialised(model)
+        student.linear(site).weight.copy_(decode(encode(model.linear(site).weight, "Q4_0", None)))
+        predicted.append(some[0].cost)
+        measured.append(_divergence(student, model, sequences))
+    ratio = torch.tensor(predicted) / torch.tensor(measured)
+    ranks = [torch.tensor(values).argsort().argsort().float() for values in (predicted, measured)]
+    assert 0.5 < float(ratio.median()) < 2.0
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.7
+
+
+def test_more_bits_where_they_count_cost_less_than_anywhere_at_equal_bytes(model: Decoder) -> None:
+    sequences = _tokens(0)
+    offers = dict(choices(model, sequences, ["Q4_0", "Q5_0", "Q8_0"], sensitivity(model, sequences)))
+    small = sum(min(one.nbytes for one in some) for some in offers.values())
+    types = allocate(offers, int(small * 1.15))
+    assert len(set(types.values())) > 1
+    nbytes = sum(next(one.nbytes for one in offers[site] if one.type == type_name) for site, type_name in types.items())
+    assert small < nbytes <= small * 1.15
+    reverse = {site: [one._replace(cost=1 / one.cost) for one in some] for site, some in offers.items()}
+    worst = allocate({site: [one._replace(cost=-one.nbytes * one.cost) for one in some] for site, some in reverse.items()}, nbytes)
+    wise, foolish = (
+        _divergence(quantise_model(model, sequences, QuantiseOptions(method="importance", types=chosen)).model, model, _tokens(1))
+        for chosen in (types, worst)
+    )
+    assert wise < foolish
+
+
+def test_a_budget_is_kept_and_a_type_that_is_worse_is_not_taken() -> None:
+    offers = {
+        "a": [Choice("small", 10, 5.0), Choice("same", 10, 4.0), Choice("large", 20, 1.0)],
+        "b": [Choice("small", 10, 5.0), Choice("large", 12, 4.0), Choice("worse", 13, 6.0)],
+    }
+    assert allocate(offers, 20) == {"a": "same", "b": "small"}
+    assert allocate(offers, 22) == {"a": "same", "b": "large"}
+    assert allocate(offers, 31) == {"a": "same", "b": "large"}
+    assert allocate(offers, 1000) == {"a": "large", "b": "large"}
+    with pytest.raises(OptionError, match="more bytes"):
+        allocate(offers, 19)
