@@ -170,6 +170,19 @@ def test_later_fits_mend_what_earlier_layers_left(teacher):
     assert one.after < 0.95 * one.before
 
 
+def test_all_forms_can_be_fitted_together(teacher, quantised):
+    """What a survey may choose, the fit can make, and all of it ends in the kinds asked for."""
+    minds = sensitivities(teacher, FITTING)
+    kinds = {one.site: one.kinds for one in survey(teacher, quantised, FITTING, HELD_OUT, minds, FORMS) if "table 8" in one.kinds}
+    assert ("rank 8", "table 8") in kinds.values()
+    kinds["blk.0.attn_v"] = ("rank 4", "bias")
+    found = sequential.fit(teacher, quantised, FITTING, HELD_OUT, kinds, minds, FORMS)
+    for site, wanted in kinds.items():
+        assert found[site].after < found[site].before, site
+        assert set(found[site].correction.kinds()) <= set(wanted)
+    assert ("rank 8", "table 8") in {one.correction.kinds() for one in found.values()}
+
+
 def test_gains_estimated_from_gradients_are_of_the_size_of_the_real_ones(teacher, quantised):
     minds = sensitivities(teacher, FITTING, seed=1)
     found = survey(teacher, quantised, FITTING, HELD_OUT, minds, replace(FORMS, tables=(), bias=False, ranks=(32,), storage="F32"))

@@ -26,12 +26,14 @@ from edge_rt_distill.quantise.walk import Stream
 class Forms:
     """Which forms are tried, at which matrices (``sites``: names, () for all).
 
-    ``table_sites``: where tables are tried. ``vectors``: inputs of a site that its tables are fitted to. ``ridge``: see `low_rank.factors`.
+    ``table_sites``: where tables are tried, alone and together with the ranks of ``table_ranks``. ``vectors``: inputs of a site that its
+    tables are fitted to. ``ridge``: see `low_rank.factors`.
     """
 
-    ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
+    ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     tables: tuple[int, ...] = (8, 16, 32, 64)
     table_sites: tuple[str, ...] = ("attn_output", "ffn_down")
+    table_ranks: tuple[int, ...] = (8,)
     bias: bool = True
     spherical: bool = False
     sites: tuple[str, ...] = ()
@@ -139,13 +141,11 @@ class _Group:
         first = minds.first_weight(here.x[here.first] @ difference.T)
         if forms.bias and (one := self._bias(difference, minds.features, first)):
             yield self._candidate(site, one, self._bias_gain(one, difference, minds.features, first))
-        if site.split(".")[2] in forms.table_sites:
-            for count in forms.tables:
-                yield self._table(site, count, difference, minds.features, first)
+        yield from self._tables(site, Correction(), 0.0, difference, minds.features, first)
         yield from self._low_ranks(site, difference, minds.features, first)
 
     def _low_ranks(self, site: str, difference: Tensor, g: Tensor, first: float) -> Iterator[Candidate]:
-        """Low rank, and where that is to be tried a bias with it."""
+        """Low rank, and where these are to be tried a bias or a table with it."""
         forms = self.forms
         ranks = [rank for rank in forms.ranks if rank <= min(difference.shape)]
         here, there = (low_rank.of_difference(text.gram(first), difference) for text in (self.here, self.other))
@@ -156,10 +156,12 @@ class _Group:
             assert stored.low_a is not None
             assert stored.low_b is not None
             before, after = low_rank.left_over(there, stored.low_a, stored.low_b, g)
-            yield self._candidate(site, stored, (before - after) / 2)
-            rest = difference - stored.low_b @ stored.low_a
+            gain, rest = (before - after) / 2, difference - stored.low_b @ stored.low_a
+            yield self._candidate(site, stored, gain)
             if forms.bias and (one := self._bias(rest, g, first)):
-                yield self._candidate(site, stored._replace(bias=one.bias), (before - after) / 2 + self._bias_gain(one, rest, g, first))
+                yield self._candidate(site, stored._replace(bias=one.bias), gain + self._bias_gain(one, rest, g, first))
+            if rank in forms.table_ranks:
+                yield from self._tables(site, stored, gain, rest, g, first)
 
     def _bias(self, difference: Tensor, g: Tensor, first: float) -> Correction | None:
         mean, other = (difference @ text.mean(first)[0] for text in (self.here, self.other))
@@ -171,13 +173,18 @@ class _Group:
         mean, mass = self.other.mean(first)
         return mass * float(g @ (2 * one.bias * (difference @ mean) - one.bias.square())) / 2
 
-    def _table(self, site: str, count: int, difference: Tensor, g: Tensor, first: float) -> Candidate:
+    def _tables(self, site: str, low: Correction, gain: float, difference: Tensor, g: Tensor, first: float) -> Iterator[Candidate]:
+        """Tables for what ``low``, which gains ``gain``, left of the difference."""
+        if site.split(".")[2] not in self.forms.table_sites or not self.forms.tables:
+            return
         some, other = (text.inputs.spread(self.forms.vectors) for text in (self.here, self.other))
         here, there = ((seen.x, seen.x @ difference.T, seen.weight(first)) for seen in (some, other))
-        one = as_stored(tables.fit(self.clusters(count), here, there, g), self.forms.storage)
         x, t, weight = there
-        fall = t.square() - (t - one.change(x)).square()
-        return self._candidate(site, one, float(weight @ fall @ g) / len(x) / 2)
+        for count in self.forms.tables:
+            one = as_stored(tables.fit(self.clusters(count), here, there, g), self.forms.storage)
+            fall = t.square() - (t - one.change(x)).square()
+            both = low._replace(centroids=one.centroids, offsets=one.offsets, rows=one.rows)
+            yield self._candidate(site, both, gain + float(weight @ fall @ g) / len(x) / 2)
 
     def _candidate(self, site: str, one: Correction, gain: float) -> Candidate:
         return Candidate(site, one.kinds(), stored_bytes(one, self.forms.storage), gain)
