@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")
 
 
-class Apart(torch.Tensor):  # type: ignore[misc]
+class Apart(torch.Tensor):  # type: ignore[misc, unused-ignore]
     """A tensor on the device; ``numbers``: the CPU's."""
 
     numbers: torch.Tensor
@@ -33,7 +33,9 @@ class Apart(torch.Tensor):  # type: ignore[misc]
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override, unused-ignore]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Compute with the numbers. Raises RuntimeError for what no device could compute."""
         kwargs = dict(kwargs or {})
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
@@ -60,7 +62,7 @@ def _numbers(one: Any) -> Any:
     return one.numbers if isinstance(one, Apart) else one
 
 
-class _Factories(TorchDispatchMode):  # type: ignore[misc]
+class _Factories(TorchDispatchMode):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """Makes tensors on the device where they are asked for there."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,5 +86,6 @@ def apart() -> Iterator[torch.device]:
         made = make(data, **more)
         return made if device is None else made.to(device)
 
-    with _Factories(), mock.patch.object(torch, "inference_mode", torch.no_grad), mock.patch.object(torch, "tensor", tensor):
+    factories = _Factories()  # type: ignore[no-untyped-call, unused-ignore]
+    with factories, mock.patch.object(torch, "inference_mode", torch.no_grad), mock.patch.object(torch, "tensor", tensor):
         yield DEVICE

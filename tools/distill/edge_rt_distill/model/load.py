@@ -110,7 +110,8 @@ def read_tensor(file: ModelFile, name: str) -> np.ndarray[tuple[int, ...], np.dt
     shape = info.shape[::-1]
     kind = gguf.GGMLQuantizationType(info.type)
     if kind == gguf.GGMLQuantizationType.F32:
-        return raw.view(np.float32).reshape(shape).copy()
+        plain: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = raw.view(np.float32).reshape(shape).copy()
+        return plain
     rows = raw.reshape(-1, info.nbytes // max(1, int(np.prod(shape[:-1]))))
     values: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = gguf.quants.dequantize(rows, kind).astype(np.float32, copy=False)
     return np.ascontiguousarray(values.reshape(shape))
