@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from edge_rt_distill.library import commands as library
+
+if TYPE_CHECKING:
+    from edge_rt_distill.run.pipeline import Planned
 
 HELP = """Make a small INT4 student of a large teacher.
 
@@ -26,7 +29,9 @@ def add_commands(app: typer.Typer) -> None:
     distill = typer.Typer(name="distill", help=HELP, no_args_is_help=True, rich_markup_mode=None)
     distill.command("init")(init)
     distill.command("run")(run)
+    distill.command("ablate")(ablate)
     distill.command("status")(status)
+    distill.command("report")(report)
     library.add(distill)
     app.add_typer(distill)
 
@@ -54,12 +59,25 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print what each step found as JSON.")] = False,
 ) -> None:
     """Do a run, or go on with it: what is done and has not changed is not done again."""
+    from edge_rt_distill.run.pipeline import steps
+
+    _do(file, steps, until, as_json)
+
+
+def ablate(file: Annotated[Path, _FILE], as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Teach the same cut by no level, one, two, three and all four, with as many tokens each, and say what each adds."""
+    from edge_rt_distill.run.pipeline import ablation
+
+    _do(file, ablation, None, as_json)
+
+
+def _do(file: Path, planning: Planned, until: str | None, as_json: bool) -> None:
     from edge_rt_distill.run.pipeline import run_file
     from edge_rt_distill.run.progress import Shown
 
     shown = Shown()
     try:
-        done = run_file(file, until=until, told=shown)
+        done = run_file(file, until=until, told=shown, planning=planning)
     finally:
         shown.close()
     if as_json:
@@ -67,6 +85,16 @@ def run(
         return
     for one in done:
         typer.echo(f"{one.name:12} {one.seconds:8.1f} s  {_short(one.summary)}")
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = Path("distill-report.md"),
+) -> None:
+    """Write one page of Markdown about runs: what became of the teacher, how the levels ended, what each adds."""
+    from edge_rt_distill.run.report import write_report
+
+    typer.echo(f"wrote {write_report(files, output)}")
 
 
 def status(file: Annotated[Path, _FILE]) -> None:

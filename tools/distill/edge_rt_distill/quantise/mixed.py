@@ -2,8 +2,8 @@
 
 An error d of a matrix' output changes the model's distribution by KL = d^T F d / 2 to second order, F the Fisher information of that
 output: the expected outer product of the gradients of log-probabilities of tokens drawn from the model itself. With the diagonal of F
-[out] and the second moments H of the input, an error E of the weights costs sum_r F_r (E H E^T)_rr / 2 nats a token (K-FAC's factors, Martens and Grosse
-2015, arXiv:1503.05671; as a measure for bits: Dong et al. 2020, arXiv:1911.03852).
+[out] and the second moments H of the input, an error E of the weights costs sum_r F_r (E H E^T)_rr / 2 nats a token (K-FAC's factors,
+Martens and Grosse 2015, arXiv:1503.05671; as a measure for bits: Dong et al. 2020, arXiv:1911.03852).
 """
 
 from __future__ import annotations

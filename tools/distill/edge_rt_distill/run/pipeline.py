@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_rt.hooks import OptionError
-from edge_rt_distill.run import deliver, prepare, shape, study, teach
+from edge_rt_distill.run import ablate, deliver, prepare, shape, study, teach
 from edge_rt_distill.run.config import Config, read
 from edge_rt_distill.run.steps import Done, Step, Told, read_done, run_steps
 from edge_rt_distill.run.workshop import Workshop
@@ -20,11 +21,20 @@ def steps(shop: Workshop) -> list[Step]:
     ]  # fmt: skip
 
 
-def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None) -> list[Done]:
+def ablation(shop: Workshop) -> list[Step]:
+    """The steps up to teaching, and each variant of it."""
+    names = [one.name for one in steps(shop)]
+    return [*steps(shop)[: names.index("distil")], *ablate.ablation_steps(shop)]
+
+
+Planned = Callable[[Workshop], list[Step]]
+
+
+def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None, planning: Planned = steps) -> list[Done]:
     """Do a run, or go on with it, up to the step ``until``. Raises UserErrors of every stage; what is done stays."""
-    shop = _workshop(file)
+    shop = workshop(file)
     _threads(shop.config)
-    planned = steps(shop)
+    planned = planning(shop)
     _ = shop.teacher_path  # a wrong name is told before anything is done
     if until is not None:
         names = [one.name for one in planned]
@@ -36,11 +46,12 @@ def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None)
 
 def state(file: Path) -> list[tuple[str, Done | None]]:
     """What is done of a run, by step."""
-    shop = _workshop(file)
+    shop = workshop(file)
     return [(one.name, read_done(shop.folder / one.name)) for one in steps(shop)]
 
 
-def _workshop(file: Path) -> Workshop:
+def workshop(file: Path) -> Workshop:
+    """The workshop of a run's file. Raises OptionError, RuleError."""
     config = read(file)
     folder = file.parent / (config.run.folder or file.stem)
     if folder.resolve() == file.resolve():

@@ -40,6 +40,8 @@ from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.reparam import Form, attach, fold
 
 ANSWERS, RESULTS = "answers.jsonl", "levels.json"
+TEACHING = ("data", "rollouts", "diagnose", "cut", "answers")
+"""Steps that teaching needs."""
 
 
 def answers_step(shop: Workshop) -> Step:
@@ -79,31 +81,39 @@ def distil_step(shop: Workshop) -> Step:
     settings = {**asdict(config.distil), "side": config.student.side_rank, "seed": config.run.seed, "length": config.data.length}
 
     def run(place: Place) -> Mapping[str, Any]:
-        student, _ = snapshot.read(place.need("cut") / STUDENT)
-        student.requires_grad_(True)
-        if config.student.side_rank:
-            attach(student, Form("low_rank", rank=config.student.side_rank, seed=config.run.seed))
-        planned = levels(config.distil)
-        results: list[LevelResult] = []
-        if planned:
-            material = _material(shop, place, student)
-            planned = [one for one in (_possible(level, material, place) for level in planned) if one is not None]
-            results = train(
-                student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training"), levels=planned,
-                scorer=_scorer(shop, place), told=lambda event: _tell(place, event),
-            )  # fmt: skip
-        fold(student)
+        student, results = teach(shop, place, levels(config.distil))
         found = divergence(student, shop.teacher.model, shop.held_out(place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_text(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
-        clear_training(place.folder)
         return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
 
-    return Step("distil", run, settings, ("data", "rollouts", "diagnose", "cut", "answers"))
+    return Step("distil", run, settings, TEACHING)
+
+
+def teach(shop: Workshop, place: Place, planned: Sequence[Level], to_limit: bool = False) -> tuple[Decoder, list[LevelResult]]:
+    """The cut student after some levels, as plain matrices, and how the levels ended. ``to_limit``: open gates end none of them.
+
+    Resumes what is in the place, and clears it of checkpoints when it is done.
+    """
+    config, results = shop.config, list[LevelResult]()
+    student, _ = snapshot.read(place.need("cut") / STUDENT)
+    student.requires_grad_(True)
+    if config.student.side_rank:
+        attach(student, Form("low_rank", rank=config.student.side_rank, seed=config.run.seed))
+    if planned:
+        material = _material(shop, place, student)
+        possible = [one for one in (_possible(level, material, place) for level in planned) if one is not None]
+        results = train(
+            student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training", to_limit=to_limit), levels=possible,
+            scorer=score_of(shop, place), told=lambda event: _tell(place, event),
+        )  # fmt: skip
+    fold(student)
+    clear_training(place.folder)
+    return student, results
 
 
 def clear_training(folder: Path) -> None:
-    """Keep what training logged; its checkpoints, five times the student's size, are for resuming."""
+    """Keep what training logged; its checkpoints, several times the student's size, are for resuming."""
     training = folder / "training"
     if (training / "log.jsonl").exists():
         (training / "log.jsonl").rename(folder / "log.jsonl")
@@ -186,7 +196,7 @@ def unigram(sequences: Sequence[Tokens], vocabulary: int) -> Tensor:
     return (counts / counts.sum()).log()
 
 
-def _scorer(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
+def score_of(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
     """The composite score of a student: on held-out sequences, and on answers to held-out questions."""
     config, teacher = shop.config, shop.teacher
     asked = [one for one in read_back(place.need("data") / HELD_OUT) if one.prompt][: config.distil.asked]

@@ -1,0 +1,125 @@
+"""What runs found, as one page of Markdown: every figure with the command that makes it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.run.ablate import VARIANTS
+from edge_rt_distill.run.config import Config, read
+from edge_rt_distill.run.pipeline import ablation, steps, workshop
+from edge_rt_distill.run.steps import Done, read_done, write_text
+
+Row = Sequence[object]
+_ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
+_THROUGH = {
+    "cut": "cut and repaired", "distil": "after the levels", "quantise": "quantised", "off": "in the runtime, compensation off",
+    "corrected": "in the runtime, corrected",
+}  # fmt: skip
+
+
+def write_report(files: Sequence[Path], out: Path) -> Path:
+    """Write the page about some runs. Raises DataError for a run of which nothing is done, OSError."""
+    parts = [
+        "# Students, as they were distilled\n",
+        "<!-- Made by `edge-rt distill report`. -->\n",
+        "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
+        "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the teacher's. "
+        f"Times are of {platform.processor() or platform.machine()}, other work may have shared the machine.\n",
+    ]
+    for file in files:
+        parts += _run(file)
+    write_text(out, "\n".join(parts))
+    return out
+
+
+def _run(file: Path) -> Iterator[str]:
+    shop = workshop(file)
+    found = {one.name: read_done(shop.folder / one.name) for one in (*steps(shop), *ablation(shop))}
+    done = {name: one for name, one in found.items() if one is not None}
+    if not done:
+        raise DataError(f"nothing of {file} is done yet; run `edge-rt distill run {file}` first")
+    yield f"## {file.stem}\n"
+    yield f"`edge-rt distill run {file.name}`, with {_said(read(file))}\n"
+    yield from _student(done, shop.folder)
+    yield from _levels(done, shop.folder)
+    yield from _ablation(done, file)
+    planned = [one.name for one in steps(shop)]
+    rows = [(name, f"{done[name].seconds:.0f}" if name in done else "not done") for name in planned]
+    total = sum(one.seconds for name, one in done.items() if name in planned)
+    yield _table(("step", "seconds"), [*rows, ("all", f"{total:.0f}")])
+
+
+def _said(config: Config) -> str:
+    """The settings that are not the usual ones."""
+    return ", ".join(_changes(config, Config(), "")) or "the usual settings"
+
+
+def _changes(config: Any, usual: Any, prefix: str) -> Iterator[str]:
+    for one in fields(config):
+        value, standard = getattr(config, one.name), getattr(usual, one.name)
+        if not one.metadata:
+            yield from _changes(value, standard, f"{prefix}{one.name}.")
+        elif value != standard:
+            yield f"`{prefix}{one.name} = {json.dumps(value)}`"
+
+
+def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
+    """What became of the teacher on the way, and the file."""
+    measured: dict[str, Mapping[str, Any]] = {name: done[name].summary for name in ("cut", "distil", "quantise") if name in done}
+    verified = folder / "verify" / "verify.json"
+    facts = json.loads(verified.read_text(encoding="utf-8")) if "verify" in done else {}
+    measured |= {name: facts[name] for name in ("off", "corrected") if name in facts}
+    rows = [
+        (_THROUGH[name], f"{one['kl']:.4f}", f"{one['top1']:.3f}", f"{one['perplexity_ratio']:.3f}") for name, one in measured.items()
+    ]  # fmt: skip
+    if rows:
+        yield _table(("", "KL", "top-1", "perplexity"), rows)
+    if "cut" in done:
+        share, parameters = done["cut"].summary["share"], done["cut"].summary["parameters"]
+        yield f"{parameters:,} parameters, {share:.1%} of the teacher's."
+    if facts:
+        same = "equal" if facts["equal to stock llama.cpp"] else "not equal"
+        side = f", corrections {facts['compensation bytes']:,}" if "compensation" in facts else ""
+        yield f"The file has {facts['bytes']:,} bytes{side}; without corrections its logits are {same} to stock llama.cpp's.\n"
+
+
+def _levels(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
+    if "distil" not in done:
+        return
+    results = json.loads((folder / "distil" / "levels.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            one["name"], "open" if one["opened"] else "**FAIL**", one["ended_by"], one["steps"], _error(one["before"], one["name"]),
+            _error(one["errors"], one["name"]), one["reason"],
+        )
+        for one in results
+    ]  # fmt: skip
+    if rows:
+        yield _table(("level", "gate", "ended by its", "steps", "held-out error before", "after", "why the gate is shut"), rows)
+
+
+def _error(errors: Mapping[str, float], name: str) -> str:
+    return f"{errors[name]:.4f}" if name in errors else ""
+
+
+def _ablation(done: Mapping[str, Done], file: Path) -> Iterator[str]:
+    rows: list[Row] = []
+    for name, count in VARIANTS.items():
+        if name in done:
+            one = done[name].summary
+            kl = f"{one['kl']:.4f} ± {one['kl error']:.4f}"
+            rows.append((_ADDED[count], one["tokens"], kl, f"{one['top1']:.3f}", f"{one['perplexity_ratio']:.3f}", f"{one['score']:.4f}"))
+    if rows:
+        yield f"What each level adds, at equal tokens (`edge-rt distill ablate {file.name}`):\n"
+        yield _table(("levels", "tokens", "KL", "top-1", "perplexity", "score"), rows)
+
+
+def _table(head: Row, rows: Sequence[Row]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines) + "\n"
