@@ -8,8 +8,11 @@ import torch
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import LINEARS, Decoder
 from edge_rt_distill.model.load import frozen, tensors
+from edge_rt_distill.quantise.formats import FORMATS
+from edge_rt_distill.quantise.gptq import GptqOptions, gptq
 from edge_rt_distill.quantise.matrices import Aim, QuantiseOptions, decode, encode, materialised, quantise_model
 from edge_rt_distill.quantise.mixed import Choice, allocate, choices, sensitivity
+from edge_rt_distill.quantise.statistics import First, Moments, counted
 from torch import Tensor
 
 from edge_rt.hooks import DataError, OptionError
@@ -79,13 +82,31 @@ def test_gptq_costs_less_divergence_than_rounding_by_importance_on_other_text(mo
 
 def test_what_a_disturbed_input_lacks_is_made_good(model: Decoder) -> None:
     """With a first layer that is spoilt, later layers bring the stream back towards the float model's if they are told to."""
-    calibration = _tokens(0)
+    calibration, quick = _tokens(0, 96), GptqOptions(tried=2, sweeps=1)
     types = dict.fromkeys(LINEARS, "Q8_0") | {f"blk.0.{name}": "Q4_0" for name in LINEARS}
     found = {
-        aim: _divergence(quantise_model(model, calibration, QuantiseOptions(types=types, aim=aim)).model, model, _tokens(2))
-        for aim in ("weights", "residual")
+        aim: _divergence(quantise_model(model, calibration, QuantiseOptions(types=types, aim=aim, gptq=quick)).model, model, _tokens(2))
+        for aim in ("weights", "outputs", "residual")
     }
+    assert found["outputs"] < 0.9 * found["weights"]
     assert found["residual"] < 0.9 * found["weights"]
+
+
+def test_errors_are_not_moved_to_where_only_a_massive_first_position_sees_them() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, 16, generator=draw) @ torch.randn(16, 64, generator=draw)
+    x[..., :8] *= 0.05
+    x[:, 0, :8] = 1000 * (1 + torch.rand(8, generator=draw))
+    w = torch.randn(32, 64, generator=draw)
+    lost: dict[First, float] = {}
+    firsts: tuple[First, ...] = ("leave", "cap", "keep")
+    for first in firsts:
+        moments = Moments(hessian=True)
+        moments.add(counted(x, torch.ones(8, 64, dtype=torch.bool), first)[0])
+        e = gptq(w, moments.hessian(), FORMATS["Q4_0"]).values() - w
+        lost[first] = float((x[0, 0] @ e.T).norm() / (x[0, 0] @ w.T).norm())
+    assert lost["cap"] < 0.5 * lost["leave"]
+    assert lost["keep"] < 0.5 * lost["leave"]
 
 
 def test_bad_input_is_said(model: Decoder) -> None:

@@ -40,7 +40,9 @@ class Encoded(NamedTuple):
 
 class QuantiseOptions(NamedTuple):
     """``types``: by site ("blk.3.ffn_down"), else by matrix ("ffn_down"), else ``type``. ``ridge``: share of the mean square of an input
-    that holds ``aim``'s correction back. ``first``: what becomes of position 0 (``statistics.First``).
+    that holds ``aim``'s correction back. ``first``: what becomes of position 0 (``statistics.First``). GPTQ must
+    not leave it out: errors are moved to where only that position's massive activation sees them, and attention loses what it rests on
+    (SmolLM2-135M in Q4_0, 4k tokens of calibration, unrelated text: KL .986 without it, .135 with it, .248 rounded by importance).
     """
 
     type: str = "Q4_0"
@@ -48,7 +50,7 @@ class QuantiseOptions(NamedTuple):
     method: Method = "gptq"
     aim: Aim = "weights"
     ridge: float = 0.1
-    first: First = "leave"
+    first: First = "keep"
     gptq: GptqOptions = GPTQ_DEFAULTS
     batch_tokens: int = BATCH_TOKENS
 

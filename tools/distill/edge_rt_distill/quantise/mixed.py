@@ -1,16 +1,16 @@
 """Which matrices get more bits: by the divergence that their error is predicted to cost, per byte.
 
-An error d of a matrix' output changes the model's distribution by KL = d^T F d / 2 to second order, F the Fisher information of that
-output: the expected outer product of the gradients of log-probabilities of tokens drawn from the model itself. With the diagonal of F
-[out] and the second moments H of the input, an error E of the weights costs sum_r F_r (E H E^T)_rr / 2 nats a token (K-FAC's factors,
-Martens and Grosse 2015, arXiv:1503.05671; as a measure for bits: Dong et al. 2020, arXiv:1911.03852).
+An error d of a matrix' output changes the model's distribution by KL = d^T F d / 2 to second order, F the output's Fisher information:
+the expected outer product of the gradients of log-probabilities of tokens drawn from the model itself. With the diagonal of F [out] and the
+second moments H of the input, an error E of the weights costs sum_r F_r (E H E^T)_rr / 2 nats a token (K-FAC's factors, Martens and Grosse
+2015, arXiv:1503.05671; as a measure for bits: Dong et al. 2020, arXiv:1911.03852).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def _adds_to(total: Tensor, real: Tensor) -> Callable[[nn.Module, tuple[Tensor, 
         total.add_(gradient[:, 1:][real[:, 1:]].square().sum(0))
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
-        out.register_hook(add)  # type: ignore[no-untyped-call, unused-ignore]
+        cast("Any", out).register_hook(add)
 
     return hook
 
