@@ -25,6 +25,7 @@ check: .venv/.ready-dev  ## lint, types, generated docs, links
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_cli_doc.py --check
 	$(BIN)/python tools/generate_hooks_doc.py --check
+	$(BIN)/python tools/generate_distill_doc.py --check
 	$(BIN)/python tools/check_links.py
 
 bench: .venv/.ready-dev  ## compare with llama-cpp-python, as docs/performance.md tells
@@ -34,6 +35,7 @@ bench: .venv/.ready-dev  ## compare with llama-cpp-python, as docs/performance.m
 docs: .venv/.ready-dev  ## write the generated docs
 	$(BIN)/python tools/generate_cli_doc.py
 	$(BIN)/python tools/generate_hooks_doc.py
+	$(BIN)/python tools/generate_distill_doc.py
 
 clean:  ## remove .venv and what tools leave (not the models in the cache)
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

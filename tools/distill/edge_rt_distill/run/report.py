@@ -29,8 +29,8 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
         "# Students, as they were distilled\n",
         "<!-- Made by `edge-rt distill report`. -->\n",
         "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
-        "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the teacher's. "
-        f"Times are of {platform.processor() or platform.machine()}, other work may have shared the machine.\n",
+        "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
+        f"teacher's. Times are of {platform.processor() or platform.machine()}, other work may have shared the machine.\n",
     ]
     for file in files:
         parts += _run(file)
