@@ -100,6 +100,8 @@ c.declare("sum_rows", P, P, P)
 c.declare("pad", P, P, P, C.c_int, C.c_int, C.c_int, C.c_int)
 # struct ggml_tensor * ggml_mul_mat(ctx, a, b);
 c.declare("mul_mat", P, P, P, P)
+# struct ggml_tensor * ggml_out_prod(ctx, a, b);
+c.declare("out_prod", P, P, P, P)
 # struct ggml_tensor * ggml_mul_mat_id(ctx, as, b, ids);
 c.declare("mul_mat_id", P, P, P, P, P)
 # struct ggml_tensor * ggml_concat(ctx, a, b, int dim);

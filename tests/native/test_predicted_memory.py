@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_host import Host
 
-from edge_rt.core import ggml_engine
+from edge_rt.core import ggml_sequences
 from edge_rt.core.context import kv
 from edge_rt.core.engine import Part, PredictsMemory
 from edge_rt.core.ggml_engine import CHUNK, GgmlEngine
@@ -32,7 +32,7 @@ PARTS = 6
 def engine(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> Iterator[GgmlEngine]:
     options = EngineOptions(threads=1, context=CONTEXT, extra={"ggml.transposed_values": request.param})
     with pytest.MonkeyPatch.context() as patch:
-        for module in (step, ggml_engine):
+        for module in (step, ggml_sequences):
             patch.setattr(module, "GRAPH_BYTES", 1 << 20)  # so that graphs leave
         with ModelFile.open(random_model("llama")) as file, closing(GgmlEngine(file, options)) as opened:
             yield opened

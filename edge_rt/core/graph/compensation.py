@@ -11,7 +11,7 @@ from edge_rt.native import ggml
 if TYPE_CHECKING:
     from edge_rt.core.graph.columns import Columns
     from edge_rt.core.graph.common import Builder, SlotShape
-    from edge_rt.core.load.corrections import Inner
+    from edge_rt.core.load.corrections import Inner, Outer
 
 c = ggml.c
 
@@ -47,13 +47,21 @@ def _corrected(b: Builder, y: int, x: int, run: Columns, inner: Inner) -> int:
     if inner.offsets:
         found = int(c.add(b.ctx, found, inner.offsets))
     for outer in inner.outers:
-        y = run.added(b, y, int(c.mul_mat(b.ctx, outer.b, _rows(b, found, outer.first, outer.rank, run))), outer.row)
+        y = run.added(b, y, _outer(b, found, outer, run), outer.row)
     for lookup in inner.lookups:
         scores = _rows(b, found, lookup.first, lookup.n, run)
         if run.each and run.n > 1:  # the largest is looked for in the columns of a matrix
             scores = int(c.reshape_2d(b.ctx, scores, lookup.n, run.n))
         y = run.added(b, y, int(c.get_rows(b.ctx, lookup.rows, c.argmax(b.ctx, scores))), lookup.row)
     return y
+
+
+def _outer(b: Builder, found: int, outer: Outer, run: Columns) -> int:
+    """B times its rows of the inner product [height, n] or [height, 1, n]."""
+    if not outer.turned:
+        return int(c.mul_mat(b.ctx, outer.b, _rows(b, found, outer.first, outer.rank, run)))
+    column = ggml.fields(found).nb[2 if run.each else 1]
+    return int(c.out_prod(b.ctx, outer.b, c.transpose(b.ctx, c.view_2d(b.ctx, found, outer.rank, run.n, column, 4 * outer.first))))
 
 
 def _rows(b: Builder, x: int, first: int, count: int, run: Columns) -> int:

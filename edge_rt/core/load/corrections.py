@@ -4,16 +4,20 @@ They are few bytes and read by every step, so they are copied out of the side fi
 Where several sites share a product's input, their A and centroids stand one below the other, so that one product is enough for all, and
 their B side by side on a diagonal of a matrix that is zero elsewhere, if that is not much larger: each operation that a graph does without
 saves 2 to 4 us at two threads.
+
+On the CPU B is turned, and in F32: added up column by column (ggml_out_prod). As a product with rows of few elements it took three times
+as long as all else of a correction, as ggml's kernels for those go element by element (rank 8, AVX-512).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edge_rt.core.load.compensation import WITHOUT, read_tensor
 from edge_rt.core.load.units import unit_name
-from edge_rt.errors import UnsupportedModel
+from edge_rt.errors import OutOfMemory, UnsupportedModel
 from edge_rt.native import devices, ggml, memory
 
 if TYPE_CHECKING:
@@ -21,18 +25,21 @@ if TYPE_CHECKING:
     from edge_rt.core.load.header import Header, TensorInfo
     from edge_rt.core.load.offloaded import Offloaded
 
-_WORTH = 64 << 10
+_WORTH = 32 << 10
 """Bytes of zeros that may be read to save two operations, a product and an addition: they take about as long."""
 _TENSORS_PER_SITE = 6
 
 
 class Outer(NamedTuple):
-    """B [rank, rows] for rows [first, first + rank) of an inner product; the result is added from row ``row`` of the outputs on."""
+    """B for rows [first, first + rank) of an inner product, whose result is added from row ``row`` of the outputs on: [rank, rows], or
+    ``turned`` [rows, rank].
+    """
 
     b: int
     first: int
     rank: int
     row: int
+    turned: bool
 
 
 class Lookup(NamedTuple):
@@ -89,15 +96,30 @@ class _Placed(NamedTuple):
 
 
 class _Context:
-    """Tensors that are described, allocated and filled together, here or on a device."""
+    """Tensors that are described, allocated and filled together, here or on a device. ``turned``: (from, to) of those that are turned
+    once they are filled, which are in a context of their own.
+    """
 
-    def __init__(self, sites: int) -> None:
+    def __init__(self, sites: int, *, turn: bool) -> None:
         self.handle = ggml.context(_TENSORS_PER_SITE * sites + 1)
+        self.passing = ggml.context(sites + 1)
         self.filled: list[_Filled] = []
+        self.turn, self.turned = turn, list[tuple[int, int]]()
 
     def new(self, type_: int, shape: tuple[int, ...], pieces: list[_Piece]) -> int:
         """Describe a tensor."""
-        tensor, rows = ggml.new_tensor(self.handle.address, type_, shape), shape[1] if len(shape) > 1 else 1
+        return self._filled(self.handle, type_, shape, pieces)
+
+    def outer(self, type_: int, shape: tuple[int, int], pieces: list[_Piece]) -> int:
+        """Describe a B [rank, rows], or what it is turned to."""
+        if not self.turn:
+            return self.new(type_, shape, pieces)
+        turned = ggml.new_tensor(self.handle.address, ggml.TYPE_F32, shape[::-1])
+        self.turned.append((self._filled(self.passing, type_, shape, pieces), turned))
+        return turned
+
+    def _filled(self, context: ggml.Handle, type_: int, shape: tuple[int, ...], pieces: list[_Piece]) -> int:
+        tensor, rows = ggml.new_tensor(context.address, type_, shape), shape[1] if len(shape) > 1 else 1
         self.filled.append(_Filled(tensor, int(ggml.c.row_size(type_, shape[0])) * rows, pieces))
         return tensor
 
@@ -115,7 +137,7 @@ class Corrections:
         """
         self._offloaded, self._found = offloaded, dict[tuple[str, ...], Correction]()
         names, known, nodes = offloaded.weights.names if offloaded else (), set[str](), dict[str, int]()
-        here, there = _Context(len(found.sites)), _Context(len(found.sites))
+        here, there = _Context(len(found.sites), turn=True), _Context(len(found.sites), turn=False)
         for product in products:
             known |= set(product)
             if found.sites.keys() & set(product):
@@ -125,12 +147,15 @@ class Corrections:
         if strange := next((name for name in found.sites if name not in known), None):
             raise UnsupportedModel(f"no graph here corrects {strange}; {WITHOUT[3:]}")
         self.nodes = max(nodes.values())
-        self._contexts = here.handle, there.handle
+        self._contexts = here.handle, here.passing, there.handle, there.passing
         self._here = ggml.allocate_context(here.handle) if here.filled else None
         self._there = offloaded.allocate_context(there.handle) if offloaded and there.filled else None
         self.size = int(ggml.c.backend_buffer_get_size(self._here.address)) if self._here else 0
-        for one in (*here.filled, *there.filled):
-            _fill(one, found)
+        with ggml.allocate_context(here.passing) if here.turned else nullcontext():
+            for one in (*here.filled, *there.filled):
+                _fill(one, found)
+            if here.turned:
+                _turn(here.turned)
         found.file.check_unchanged()
 
     def get(self, names: tuple[str, ...]) -> Correction | None:
@@ -183,7 +208,7 @@ def _described(context: _Context, product: Sequence[_Placed]) -> Correction:
 
 def _inner(context: _Context, lows: list[tuple[LowRank, range]], tables: list[tuple[Table, int]]) -> Inner:
     """What follows from one product with the inputs: all A of one type, then all centroids."""
-    groups = _groups(lows)
+    groups = _groups(lows, 4 if context.turn else 0)
     firsts = [low.a for group in groups for low, _ in group] + [table.centroids for table, _ in tables]
     type_, width, height = firsts[0].type, firsts[0].shape[0], sum(info.shape[1] for info in firsts)
     row_bytes, at, pieces, offsets = int(ggml.c.row_size(type_, width)), 0, list[_Piece](), list[_Piece]()
@@ -193,7 +218,7 @@ def _inner(context: _Context, lows: list[tuple[LowRank, range]], tables: list[tu
     outers, lookups, first = list[Outer](), list[Lookup](), 0
     for group in groups:
         rank = sum(low.b.shape[0] for low, _ in group)
-        outers.append(Outer(_diagonal(context, group), first, rank, group[0][1].start))
+        outers.append(Outer(_diagonal(context, group), first, rank, group[0][1].start, context.turn))
         first += rank
     for table, row in tables:
         count = table.centroids.shape[1]
@@ -205,19 +230,20 @@ def _inner(context: _Context, lows: list[tuple[LowRank, range]], tables: list[tu
     return Inner(context.new(type_, (width, height), pieces), added, tuple(outers), tuple(lookups))
 
 
-def _groups(lows: list[tuple[LowRank, range]]) -> list[list[tuple[LowRank, range]]]:
-    """Factors whose B are one matrix: of one type, and not much larger together than apart."""
+def _groups(lows: list[tuple[LowRank, range]], element: int) -> list[list[tuple[LowRank, range]]]:
+    """Factors whose B are one matrix: of one type, and not much larger together than apart, with ``element`` bytes each (0: as they are)."""
     groups: list[list[tuple[LowRank, range]]] = []
     for type_ in dict.fromkeys(low.b.type for low, _ in lows):
         group = [one for one in lows if one[0].b.type == type_]
-        more = _diagonal_bytes(group) - sum(low.b.nbytes for low, _ in group)
+        more = _bytes(group, element) - sum(_bytes([one], element) for one in group)
         groups += [group] if more <= _WORTH * (len(group) - 1) else [[one] for one in group]
     return groups
 
 
-def _diagonal_bytes(group: list[tuple[LowRank, range]]) -> int:
+def _bytes(group: list[tuple[LowRank, range]], element: int) -> int:
+    """Bytes of the matrix of a group."""
     rank, rows = sum(low.b.shape[0] for low, _ in group), group[-1][1].stop - group[0][1].start
-    return int(ggml.c.row_size(group[0][0].b.type, rank)) * rows
+    return rows * (element * rank or int(ggml.c.row_size(group[0][0].b.type, rank)))
 
 
 def _diagonal(context: _Context, group: list[tuple[LowRank, range]]) -> int:
@@ -228,7 +254,7 @@ def _diagonal(context: _Context, group: list[tuple[LowRank, range]]) -> int:
     for low, rows in group:
         pieces.append(_Piece(low.b, (rows.start - start) * stride + column, stride))
         column += int(ggml.c.row_size(type_, low.b.shape[0]))
-    return context.new(type_, (rank, group[-1][1].stop - start), pieces)
+    return context.outer(type_, (rank, group[-1][1].stop - start), pieces)
 
 
 def _fill(one: _Filled, found: Compensation) -> None:
@@ -242,6 +268,20 @@ def _fill(one: _Filled, found: Compensation) -> None:
         else:
             _columns(memoryview(data), at, stride, memoryview(source), size)
     devices.write(one.tensor, memory.address_of(data), len(data))
+
+
+def _turn(pairs: Sequence[tuple[int, int]]) -> None:
+    """Write matrices, as single-precision floats, with their dimensions exchanged."""
+    c = ggml.c
+    with ggml.context(4 * len(pairs), (4 * len(pairs),)) as ctx, ggml.cpu_backend(1) as backend, ggml.allocator() as arena:
+        graph = c.new_graph_custom(ctx.address, 4 * len(pairs), False)
+        for source, target in pairs:
+            fields = ggml.fields(source)
+            floats = c.cpy(ctx.address, source, ggml.new_tensor(ctx.address, ggml.TYPE_F32, tuple(fields.ne[:2])))
+            c.build_forward_expand(graph, c.cpy(ctx.address, c.transpose(ctx.address, floats), target))
+        if not c.gallocr_alloc_graph(arena.address, graph):
+            raise OutOfMemory("no memory to take up the compensation; close other programs")
+        ggml.compute(backend, graph)
 
 
 def _columns(data: memoryview, at: int, stride: int, source: memoryview, size: int) -> None:
