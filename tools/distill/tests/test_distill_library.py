@@ -354,6 +354,13 @@ def test_a_recording_goes_on_where_it_was(library: Library) -> None:
     assert list(library.unfinished.iterdir()) == []
     assert verify(library) == []
     assert list(library.find()) == [record]
+    steps.clear()
+    assert go("2026-03-03T00:00:00Z") == record  # made once
+    assert made == [0, 3, -1, 6]
+    assert steps == [(8, 8)]
+    library.path(record.objects["part-3"]).unlink()
+    assert go("2026-03-03T00:00:00Z").date == "2026-03-03T00:00:00Z"  # made again, as it is not whole
+    assert made == [0, 3, -1, 6, 0, 3, 6]
 
 
 def test_a_damaged_or_abandoned_part_is_made_again(library: Library) -> None:
@@ -365,19 +372,19 @@ def test_a_damaged_or_abandoned_part_is_made_again(library: Library) -> None:
             raise KeyboardInterrupt
         return Part({"x": library.put(b"%d" % indices.start)}, {})
 
-    def go() -> Record:
-        return record_shards(library, Record("hidden", MODEL), 2, 1, work, lambda parts: Merged(parts[0].objects, {}))
+    def go(domain: str) -> Record:
+        return record_shards(library, Record("hidden", MODEL, domain), 2, 1, work, lambda parts: Merged(parts[0].objects, {}))
 
     with pytest.raises(KeyboardInterrupt):
-        go()
+        go("a")
     part = next(library.unfinished.glob("*/00000000.json"))
     part.chmod(0o644)
     part.write_text("{")
-    go()
+    go("a")
     assert calls == [0, 1, 0, 1]
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        go()
+        go("b")
     for path in (*library.unfinished.glob("*/*"), *library.unfinished.glob("*")):
         os.utime(path, (1, 1))
     assert collect(library).unfinished == 1

@@ -163,42 +163,42 @@ def call(app: typer.Typer, *words: object, code: int = 0) -> str:
 
 
 def test_commands(library: Library, app: typer.Typer, tmp_path: Path) -> None:
-    where = ("--library", library.folder)
-    found = json.loads(call(app, "ls", *where, "--json"))
+    where = library.folder
+    found = json.loads(call(app, "ls", where, "--json"))
     assert len(found) == 8
     assert [one["date"] for one in found] == sorted((one["date"] for one in found), reverse=True)
     last = found[-1]
     assert (last["kind"], last["date"], last["score"]) == ("evaluation", "2026-01-02T03:04:05Z", 0.25)
-    lines = call(app, "ls", *where).splitlines()
+    lines = call(app, "ls", where).splitlines()
     assert len(lines) == 9
     assert lines[0].split() == ["ID", "KIND", "DATE", "MODEL", "DOMAIN", "SCORE"]
-    assert len(json.loads(call(app, "ls", *where, "--json", "--domain", NASTY))) == 5
-    assert len(json.loads(call(app, "ls", *where, "--json", "-n", 2))) == 2
-    assert [one["id"] for one in json.loads(call(app, "ls", *where, "--json", "--max-score", 0.3))] == [last["id"]]
-    assert call(app, "ls", *where, "--until", "2025-01-01") == "no records\n"
-    shown = json.loads(call(app, "show", last["id"][:8], *where, "--json"))
+    assert len(json.loads(call(app, "ls", where, "--json", "--domain", NASTY))) == 5
+    assert len(json.loads(call(app, "ls", where, "--json", "-n", 2))) == 2
+    assert [one["id"] for one in json.loads(call(app, "ls", where, "--json", "--max-score", 0.3))] == [last["id"]]
+    assert call(app, "ls", where, "--until", "2025-01-01") == "no records\n"
+    shown = json.loads(call(app, "show", where, last["id"][:8], "--json"))
     assert shown["facts"] == {NASTY: NASTY}
-    text = call(app, "show", found[0]["id"][:8], *where)
+    text = call(app, "show", where, found[0]["id"][:8])
     assert text.splitlines()[0].split() == ["id", found[0]["id"]]
-    assert call(app, "verify", *where) == "no damage\n"
-    call(app, "report", *where, "-o", tmp_path / "r.html", "--kind", "evaluation")
+    assert call(app, "verify", where) == "no damage\n"
+    call(app, "report", where, "-o", tmp_path / "r.html", "--kind", "evaluation")
     assert "<h3>evaluation</h3>" in (tmp_path / "r.html").read_text("utf-8")
-    result = CliRunner().invoke(app, ["library", "show", "nothing", *map(str, where)])
+    result = CliRunner().invoke(app, ["library", "show", str(where), "nothing"])
     assert isinstance(result.exception, DataError)
 
 
 def test_commands_that_tidy(app: typer.Typer, tmp_path: Path) -> None:
     library = Library.open(tmp_path / "l", create=True)
     record = library.add(Record("diagnosis", "ab", objects={"x": library.put(b"12345")}))
-    call(app, "gc", "-l", library.folder)
+    call(app, "gc", library.folder)
     library.path(record.objects["x"]).chmod(0o644)
     library.path(record.objects["x"]).write_bytes(b"1234")
-    damage = json.loads(call(app, "verify", "-l", library.folder, "--json", code=1))
+    damage = json.loads(call(app, "verify", library.folder, "--json", code=1))
     assert len(damage) == 1
-    assert "missing" not in call(app, "show", record.id, "-l", library.folder)
-    told = call(app, "gc", "-l", library.folder, "--grace", "0", "--forget", record.id[:6])
+    assert "missing" not in call(app, "show", library.folder, record.id)
+    told = call(app, "gc", library.folder, "--grace", "0", "--forget", record.id[:6])
     assert told == "removed 1 objects, 0 temporary files and 0 abandoned recordings; 4 B freed\n"
-    assert call(app, "verify", "-l", library.folder) == "no damage\n"
+    assert call(app, "verify", library.folder) == "no damage\n"
 
 
 def test_listing_reads_no_records(library: Library) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +140,35 @@ def test_a_stopped_recording_goes_on_to_the_same(library: Library, tmp_path: Pat
     assert len(arrays[0]) == 5
     assert list(library.unfinished.iterdir()) == []
     assert verify(library) == []
+
+
+KILLED = """
+import os, signal, sys, torch
+from edge_rt_distill.library.record import Answers, Prompt, record_trajectories
+from edge_rt_distill.library.store import Library
+from edge_rt_distill.model.load import load
+torch.set_num_threads(1)
+def told(done, total):
+    if done >= 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+prompts = [Prompt(f"p{i}", [5 + i, 9, 17]) for i in range(4)]
+record_trajectories(Library.open(sys.argv[1]), load(sys.argv[2]), prompts, options=Answers(tokens=3, batch=1, shard=2), told=told)
+"""
+
+
+def test_a_killed_recording_goes_on(library: Library, tiny: Path, teacher: Teacher) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(library.folder), str(tiny)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert verify(library) == []
+    assert library.entries() == []
+    kept = {path.name: path.read_bytes() for path in library.unfinished.glob("*/0*.json")}
+    assert list(kept) == ["00000000.json"]
+    prompts = [Prompt(f"p{i}", [5 + i, 9, 17]) for i in range(4)]
+    record = record_trajectories(library, teacher, prompts, options=Answers(tokens=3, batch=1, shard=2))
+    first = json.loads(kept["00000000.json"])["objects"]
+    assert len(first) == 2
+    assert first.items() <= record.objects.items()
+    assert [one.sample for one in trajectories(library, record)] == ["p0", "p1", "p2", "p3"]
 
 
 def test_hidden_states_give_the_exact_distribution(library: Library, teacher: Teacher, rows: list[Row]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +13,8 @@ from edge_rt_distill.library import care
 from edge_rt_distill.library.catalogue import KINDS, Query, Record
 from edge_rt_distill.library.store import Library
 
-FOLDER = "teacher-library"
-"""Where the library is if no other is named."""
-
-_FOLDER = typer.Option(FOLDER, "--library", "-l", metavar="FOLDER", envvar="EDGE_RT_LIBRARY", help="The library.")
+_FOLDER = typer.Argument(metavar="DIRECTORY", help="The library.")
+_ID = typer.Argument(metavar="ID", help="The beginning of a record's id.")
 _KIND = typer.Option(None, "--kind", metavar="KIND", help=f"Records of this kind: {', '.join(KINDS)}.")
 _MODEL = typer.Option(None, "--model", metavar="DIGEST", help="Records of the model whose digest begins so.")
 _DOMAIN = typer.Option(None, "--domain", metavar="NAME", help="Records of this domain; empty for those of none.")
@@ -30,7 +28,7 @@ _JSON = typer.Option(False, "--json", help="Write JSON on standard output.")
 
 def add(app: typer.Typer) -> None:
     """Add the group of commands."""
-    group = typer.Typer(no_args_is_help=True, help="See, check and tidy a teacher library.")
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See, check and tidy a teacher library.")
     app.add_typer(group, name="library")
     _add_looks(group)
     _add_care(group)
@@ -39,7 +37,7 @@ def add(app: typer.Typer) -> None:
 def _add_looks(group: typer.Typer) -> None:
     @group.command("ls", help="List records, newest first.")
     def ls(
-        folder: str = _FOLDER, kind: str | None = _KIND, model: str | None = _MODEL, domain: str | None = _DOMAIN,
+        folder: Annotated[str, _FOLDER], kind: str | None = _KIND, model: str | None = _MODEL, domain: str | None = _DOMAIN,
         since: str | None = _SINCE, until: str | None = _UNTIL, low: float | None = _LOW, high: float | None = _HIGH,
         limit: int = typer.Option(50, "-n", "--limit", metavar="N", help="At most so many; 0: all.", min=0), as_json: bool = _JSON,
     ) -> None:  # fmt: skip
@@ -47,16 +45,15 @@ def _add_looks(group: typer.Typer) -> None:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else listed_text(found))
 
     @group.command("show", help="Show all that is known of a record.")
-    def show(
-        record: str = typer.Argument(metavar="ID", help="The beginning of its id."), folder: str = _FOLDER, as_json: bool = _JSON
-    ) -> None:
+    def show(folder: Annotated[str, _FOLDER], record: Annotated[str, _ID], as_json: bool = _JSON) -> None:
         found = details(Library.open(folder), record)
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else details_text(found))
 
     @group.command("report", help="Write one HTML file with pictures of what is stored.")
     def report(
+        folder: Annotated[str, _FOLDER],
         output: str = typer.Option("library.html", "-o", "--output", metavar="FILE", help="Where to write."),
-        folder: str = _FOLDER, kind: str | None = _KIND, model: str | None = _MODEL, domain: str | None = _DOMAIN,
+        kind: str | None = _KIND, model: str | None = _MODEL, domain: str | None = _DOMAIN,
         since: str | None = _SINCE, until: str | None = _UNTIL, low: float | None = _LOW, high: float | None = _HIGH,
     ) -> None:  # fmt: skip
         from edge_rt_distill.library.report import write_report  # matplotlib and torch take seconds to import
@@ -67,7 +64,7 @@ def _add_looks(group: typer.Typer) -> None:
 
 def _add_care(group: typer.Typer) -> None:
     @group.command("verify", help="Read everything and name what is damaged; exits with 1 if anything is.")
-    def verify(folder: str = _FOLDER, as_json: bool = _JSON) -> None:
+    def verify(folder: Annotated[str, _FOLDER], as_json: bool = _JSON) -> None:
         damage = care.verify(Library.open(folder))
         if as_json:
             typer.echo(json.dumps([one._asdict() for one in damage], indent=2))
@@ -78,7 +75,7 @@ def _add_care(group: typer.Typer) -> None:
 
     @group.command("gc", help="Remove objects no record refers to, and what killed processes left.")
     def gc(
-        folder: str = _FOLDER, as_json: bool = _JSON,
+        folder: Annotated[str, _FOLDER], as_json: bool = _JSON,
         grace: float = typer.Option(
             care.GRACE, "--grace", metavar="SECONDS", help="Spare what was written or renewed since; another process may use it.", min=0.0
         ),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.library import files
-from edge_rt_distill.library.catalogue import Record
+from edge_rt_distill.library.catalogue import Query, Record
 from edge_rt_distill.library.store import Library
 
 Told = Callable[[int, int], None]
@@ -64,15 +64,21 @@ def record_shards(
     """Record ``count`` samples, ``size`` a shard, and add the record.
 
     ``draft``: the record without objects, facts and score; with its date left out it says what is recorded, of what and how, and so
-    finds its own unfinished parts (its ``arguments`` must hold ``digest_of`` the samples). ``work``: gets the indices of a shard, and
-    whom to tell of samples done within it. ``merge``: puts the parts together, in order. Raises DataError without samples, and what
-    ``work`` raises.
+    finds its own unfinished parts (its ``arguments`` must hold ``digest_of`` the samples). A record that is there already and was
+    made of just this is returned, and nothing is recorded: a step of a run that is done again, or another run, shares it.
+    ``work``: gets the indices of a shard, and whom to tell of samples done within it. ``merge``: puts the parts together, in order.
+    Raises DataError without samples, and what ``work`` raises.
     """
     if count == 0:
         raise DataError("there are no samples to record; give some")
     if size < 1:
         raise ValueError("a shard has at least one sample")
     folder = library.unfinished / _key(draft)
+    known = _known(library, draft)
+    if known is not None:
+        _finish(library, folder)  # a process that was killed between the record and this left it
+        told(count, count)
+        return known
     begun = _part_file(library, folder / "begun.json", lambda: Part({}, {"date": draft.date}))
     parts = []
     for start in range(0, count, size):
@@ -85,6 +91,15 @@ def record_shards(
     library.add(record)
     _finish(library, folder)
     return record
+
+
+def _known(library: Library, draft: Record) -> Record | None:
+    """The newest whole record that says what the draft says."""
+    for record in library.find(Query(draft.kind, draft.model, draft.domain)):
+        same = replace(draft, date=record.date, objects=record.objects, facts=record.facts, score=record.score)
+        if same.id == record.id and all(library.path(digest).exists() for digest in record.objects.values()):
+            return record
+    return None
 
 
 def _within(told: Told, start: int, count: int) -> Told:
