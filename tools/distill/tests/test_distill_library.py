@@ -399,3 +399,30 @@ def test_names_are_shown_whole(library: Library) -> None:
     assert re.fullmatch(r"[\w.%!~-]+", name)
     assert len(name.encode()) < 255
     assert record.entry.domain == "<script>alert(1)</script>"
+
+
+def test_two_processes_at_the_same_recording(library: Library) -> None:
+    """One finishes, and removes the parts, while the other is in the middle."""
+
+    def go(between: object) -> Record:
+        def work(indices: range, told: object) -> Part:
+            if indices.start == 1 and callable(between):
+                between()
+            return Part({f"part-{indices.start}": library.put(b"%d" % indices.start)}, {})
+
+        def merge(parts: object) -> Merged:
+            return Merged({f"part-{i}": library.put(b"%d" % i) for i in range(3)}, {})
+
+        return record_shards(library, Record("hidden", MODEL), 3, 1, work, merge)
+
+    other: list[Record] = []
+    one = go(lambda: other.append(go(None)))
+    assert other == [one]
+    assert list(library.find()) == [one]
+    assert list(library.unfinished.iterdir()) == []
+    assert verify(library) == []
+    folder = library.unfinished / "x"
+    files.remove_folder(folder)  # another process has removed it
+    (folder / "y").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"directory|permitted"):  # what is no race is an error
+        files.remove_folder(folder)

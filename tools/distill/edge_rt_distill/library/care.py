@@ -132,9 +132,7 @@ def _abandon(library: Library, before: float) -> int:
         for folder in library.unfinished.iterdir():
             parts = list(folder.iterdir())
             if max((part.stat().st_mtime for part in [folder, *parts]), default=before) < before:
-                for part in parts:
-                    part.unlink(missing_ok=True)
-                folder.rmdir()
+                files.remove_folder(folder)
                 count += 1
     return count
 

@@ -76,6 +76,17 @@ def place(temporary: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of files. Others may do so too, or put a new file in, and then it stays with that. Raises OSError."""
+    try:
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
 def pieces(path: Path) -> Iterator[bytes]:
     """A file's content, piece by piece. Raises OSError."""
     with open(path, "rb") as file:

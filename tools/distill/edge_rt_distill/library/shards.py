@@ -120,18 +120,23 @@ def _part_file(library: Library, path: Path, make: Callable[[], Part]) -> Part:
         if all(library.path(digest).exists() for digest in part.objects.values()):
             return part
     part = make()
+    data = json.dumps({"objects": dict(part.objects), "facts": dict(part.facts)}, allow_nan=False).encode()
     with library.writing():
-        for folder in (library.unfinished, path.parent, library.incoming):
-            files.make_folder(folder)
-        data = json.dumps({"objects": dict(part.objects), "facts": dict(part.facts)}, allow_nan=False).encode()
-        temporary, _ = files.write_temporary(library.incoming, [data])
-        files.place(temporary, path)
+        try:
+            _place(library, path, data)
+        except FileNotFoundError:  # another process finished the same recording at this moment, and removed the folder
+            _place(library, path, data)
     return part
 
 
+def _place(library: Library, path: Path, data: bytes) -> None:
+    for folder in (library.unfinished, path.parent, library.incoming):
+        files.make_folder(folder)
+    temporary, _ = files.write_temporary(library.incoming, [data])
+    files.place(temporary, path)
+
+
 def _finish(library: Library, folder: Path) -> None:
-    """Remove a recording's parts; another process that made the same recording may have done so."""
-    with library.writing(), contextlib.suppress(FileNotFoundError):
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+    """Remove a recording's parts; another process may be at the same recording."""
+    with library.writing():
+        files.remove_folder(folder)
