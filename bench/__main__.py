@@ -32,6 +32,8 @@ BENCHMARKS = {
     "predictions": ("predictions", "run"),
     "compiled": ("compiled", "run"),
     "compiled-quality": ("compiled", "quality"),
+    "quantised": ("distilled", "quantised"),
+    "compensation": ("distilled", "overhead"),
     "context-retrieval": ("context.retrieval", "run"),
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
@@ -58,13 +60,15 @@ QUALITY = (
 """Those of context handling."""
 POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
 """Those of post-processing."""
+DISTILLED = ("quantised", "compensation")
+"""Those of quantisation and its compensation."""
 ADAPTATION = ("contention", "predictions", "compiled", "compiled-quality")
 """Those of the compiler and the governor."""
 SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
 SCORES = (*QUALITY[:-1], POST[0], "serve-isolation")
 """Those whose figures are scores, which a busy machine does not change."""
-LIMITS = {"predictions": 1800, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
+LIMITS = {"predictions": 1800, "quantised": 3600, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
 """Seconds of those that take longer than others by what they are to show."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""

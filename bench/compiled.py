@@ -140,9 +140,17 @@ def _weights(path: Path) -> int:
 
 def _divergences(source: Path, files: Mapping[str, Path], settings: Settings) -> dict[str, list[float]]:
     """Of each file to the source, for each piece of held-out prose: the mean over its tokens, nats."""
-    prose, values = run_of_prose(random.Random("compiled")), {name: list[float]() for name in files}
+    return divergences(source, {name: (path, "auto") for name, path in files.items()}, settings, "compiled")
+
+
+def divergences(source: Path, files: Mapping[str, tuple[Path, str]], settings: Settings, seed: str) -> dict[str, list[float]]:
+    """Of each file, with a compensation as ``edge_rt.open`` takes it, to the source: for each piece of held-out prose the mean over its
+    tokens, nats.
+    """
+    prose, values = run_of_prose(random.Random(seed)), {name: list[float]() for name in files}
     with ExitStack() as stack:
-        opened = [stack.enter_context(closing(edge_rt.open(path, context=PIECE + 1))) for path in (source, *files.values())]
+        chosen = ((source, "off"), *files.values())
+        opened = [stack.enter_context(closing(edge_rt.open(path, context=PIECE + 1, compensation=how))) for path, how in chosen]
         for _ in range(settings.pick(16, 1)):
             tokens: list[int] = []
             while len(tokens) < PIECE:

@@ -50,8 +50,8 @@ class Contender(Protocol):
 class Ours:
     """The engine of an open edge-rt model."""
 
-    def __init__(self, path: Path, context: int, threads: int | None = None, pack: bool = True) -> None:
-        self.model = edge_rt.open(path, context=context, threads=threads, pack=pack)
+    def __init__(self, path: Path, context: int, threads: int | None = None, pack: bool = True, compensation: str = "auto") -> None:
+        self.model = edge_rt.open(path, context=context, threads=threads, pack=pack, compensation=compensation)
         self._engine = self.model.engine
         self._sequence = self._engine.new_sequence()
 

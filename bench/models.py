@@ -26,7 +26,7 @@ def smollm2(settings: Settings, kind: str) -> Path:
         return source
     with ModelFile.open(source) as file:
         key = zlib.crc32(file.key().encode())
-    return _made_once(_folder() / f"smollm2-{key:08x}-{kind}.gguf", lambda path: _quantise(source, path, kind, settings.threads))
+    return made_once(folder() / f"smollm2-{key:08x}-{kind}.gguf", lambda path: _quantise(source, path, kind, settings.threads))
 
 
 def large(settings: Settings) -> Path:
@@ -43,7 +43,7 @@ def random(kind: str, measures: Mapping[str, int]) -> Path:
     def write(path: Path) -> None:
         write_random_model(path, "llama", type=kind, context=4096, **measures)  # type: ignore[arg-type]
 
-    return _made_once(_folder() / (f"random-{name}.gguf" if kind == "Q4_0" else f"random-{name}-{kind}.gguf"), write)
+    return made_once(folder() / (f"random-{name}.gguf" if kind == "Q4_0" else f"random-{name}-{kind}.gguf"), write)
 
 
 def packed(path: Path) -> Path:
@@ -61,13 +61,13 @@ def packed(path: Path) -> Path:
     return where
 
 
-def _folder() -> Path:
+def folder() -> Path:
     folder = config.cache_dir() / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     """Make a file beside its name, put it on disk (pages not yet written cannot be dropped from memory) and rename it."""
     if target.exists():
         return target

@@ -140,7 +140,7 @@ def test_a_run_that_is_done_is_not_done_again(command, whole):
     assert error.count("done before") == len(out.splitlines())
     code, out, _ = finish(command("status", "run.toml", cwd=whole))
     assert (code, "not done" in out) == (0, False)
-    code, out, _ = finish(command("library", "ls", "--library", whole / "run" / "teacher-library", "--json", cwd=whole))
+    code, out, _ = finish(command("library", "ls", whole / "run" / "teacher-library", "--json", cwd=whole))
     assert code == 0
     assert {one["kind"] for one in json.loads(out)} >= {"snapshot", "trajectories", "activations", "attention"}
 

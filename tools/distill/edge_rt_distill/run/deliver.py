@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
-
-from edge_rt.hooks import ModelFile, NativeError, compensation_fingerprint
+from edge_rt.hooks import NativeError
 from edge_rt_distill.compensate import choose as corrections
 from edge_rt_distill.compensate import files as side_files
-from edge_rt_distill.compensate.cost import Budget, Costs
 from edge_rt_distill.compensate.report import as_json, table
-from edge_rt_distill.compensate.tune import Schedule
 from edge_rt_distill.data.batches import Sequence as Tokens
 from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.export import export
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.load import read_gguf, tensors
+from edge_rt_distill.model.load import read_gguf
 from edge_rt_distill.portable import portable
 from edge_rt_distill.quantise import qat
 from edge_rt_distill.quantise.matrices import Encoded, Method, QuantiseOptions, quantise_model
-from edge_rt_distill.run.config import Config
+from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.running import against, equal_to_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step, write_text
@@ -41,8 +35,6 @@ from edge_rt_distill.stages.teachers import CachingTeacher
 from edge_rt_distill.stages.trainer import Options, train
 
 QUANTISED, CORRECTED = "quantised.gguf", "corrections"
-_NODES = 15
-"""Of a layer in the runtime's graph, about."""
 
 
 def quantise_step(shop: Workshop) -> Step:
@@ -128,84 +120,23 @@ def compensate_step(shop: Workshop) -> Step:
             return {"sites": 0}
         reference = portable(snapshot.read(place.need("distil") / STUDENT)[0])
         quantised = read_gguf(source)
-        costs = Costs()
-        size = source.stat().st_size
-        step = size / (costs.gigabytes_per_second * 1e3) + _NODES * len(reference.layers) * costs.node
-        budget = Budget.share(size, step, of_bytes=config.compensate.bytes, of_time=config.compensate.time)
+        budget = budget_of(source, len(reference.layers), config.compensate)
         sequences = [one.tokens for one in first(_training(shop, place), config.compensate.tokens)]
         apart = max(1, len(sequences) // 8)  # of the training data: what is held out of the run judges only in the end
         found = corrections.choose(
-            reference, quantised, sequences[apart:], sequences[:apart], budget, _options(config), place.told
+            reference, quantised, sequences[apart:], sequences[:apart], budget, options_of(config.compensate, config.run.seed), place.told
         )
         write_text(place.folder / "compensation.json", json.dumps(as_json(found), indent=1, default=str))
         write_text(place.folder / "compensation.txt", table(found) + "\n")
-        _write_corrected(shop, place, source, found)
+        write_corrected(source, place.folder / f"{config.name}.gguf", found, shop.teacher.tokeniser, _provenance(shop, quantised))
         kl = {"kl without": found.kl_none, "kl with": found.kl}
         return {"sites": len(found.compensation), "bytes": found.bytes, "microseconds": found.microseconds, **kl}
 
     return Step("compensate", run, settings, ("data", "rollouts", "distil", "quantise"))
 
 
-def _options(config: Config) -> corrections.Options:
-    base = corrections.Options()
-    tokens = config.compensate.tune_tokens
-    schedule = replace(base.tuning or Schedule(), seed=config.run.seed, norm_rate=config.compensate.norm_rate)
-    tuning = replace(schedule, steps=max(1, tokens // schedule.batch_tokens)) if tokens else None
-    return replace(base, tuning=tuning)
-
-
-def _write_corrected(shop: Workshop, place: Place, source: Path, found: corrections.Result) -> None:
-    """The model with the norms that tuning changed, its side file, and the low rank part as an adapter for stock llama.cpp."""
-    name, storage = shop.config.name, corrections.Options().forms.storage
-    model = read_gguf(source)
-    target = place.folder / f"{name}.gguf"
-    _rewrite(shop, source, target, model, found.norms)
-    if found.compensation:
-        side = side_files.side_path(target)
-        side_files.write_side_file(
-            side, found.compensation, architecture=model.architecture.family, model=fingerprint(target), storage=storage
-        )
-        side_files.write_lora(
-            place.folder / f"{name}.lora.gguf", found.compensation, architecture=model.architecture.family, storage=storage
-        )
-
-
-def _rewrite(shop: Workshop, source: Path, target: Path, model: Decoder, norms: Mapping[str, torch.Tensor]) -> None:
-    """Write a model file again, its matrices byte for byte, with other norms."""
-    with torch.no_grad():
-        for name, weight in norms.items():
-            tensors(model)[name].copy_(weight)
-    export(
-        target, model, shop.teacher.tokeniser, matrices=shop.config.quantise.type, embedding=shop.config.quantise.embedding,
-        how=raw_tensors(source), name=shop.config.name, provenance=_provenance(shop, model),
-    )  # fmt: skip
-
-
 def _provenance(shop: Workshop, model: Decoder) -> dict[str, str | int]:
     return {"teacher": shop.teacher.digest, "parameters": model.architecture.parameters()}
-
-
-def raw_tensors(path: Path) -> dict[str, Encoded]:
-    """The matrices of a GGUF as they lie in it."""
-    file = ModelFile.open(path)
-    try:
-        found = {}
-        for name, info in file.header.tensors.items():
-            if len(info.shape) == 2:
-                raw = np.frombuffer(file.map, np.uint8, info.nbytes, info.offset).copy()
-                found[name] = Encoded(info.type_name, raw.reshape(info.shape[1], -1))
-        return found
-    finally:
-        file.close()
-
-
-def fingerprint(path: Path) -> str:
-    """By which a side file knows its model."""
-    file = ModelFile.open(path)
-    try:
-        return compensation_fingerprint(file)
-    finally:
-        file.close()
 
 
 def verify_step(shop: Workshop) -> Step:

@@ -1,0 +1,158 @@
+"""INT4 with importance, GPTQ and corrections against plain types: how far each file is from the model it was made of, and what it costs."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from bench import models
+from bench.compiled import divergences
+from bench.contenders import Ours, decode_seconds, random_prompt
+from bench.results import OURS, Bound, Result, Settings, compare
+from bench.timing import interleave
+from edge_rt.core.load.model_file import ModelFile
+from edge_rt.testing.random_compensations import write_random_compensation
+
+TOOL = Path(__file__).parents[1] / "tools" / "distill"
+CALIBRATION, TUNING = 16_384, 60_000
+"""Tokens of technical text, to which the prose that is measured on is not related."""
+BILLION = {"n_layer": 22, "n_embd": 2048, "n_head": 32, "n_head_kv": 4, "head_dim": 64, "n_ff": 5632, "n_vocab": 32000}
+"""TinyLlama's measures, 1.1 billion weights."""
+PLAIN = "plain Q4_0"
+OTHERS = ("Q4_1", "IQ4_NL", "Q5_0", "Q5_1")
+"""Types of more bits, or another grid."""
+
+
+def quantised(settings: Settings) -> list[Result]:
+    """Divergence in the running product, on prose that has nothing to do with the text that was calibrated with."""
+    sys.path.insert(0, str(TOOL))
+    source = models.smollm2(settings, "F16")
+    files = {
+        OURS: (_corrected(settings), "auto"),
+        "GPTQ and tuned norms, no corrections": (_corrected(settings), "off"),
+        "GPTQ": (_quantised(settings, "Q4_0", "gptq"), "off"),
+        "importance-weighted Q4_0": (_quantised(settings, "Q4_0", "importance"), "off"),
+        **{f"importance-weighted {kind}": (_quantised(settings, kind, "importance"), "off") for kind in settings.pick(OTHERS, ())},
+        PLAIN: (_quantised(settings, "Q4_0", "plain"), "off"),
+    }
+    found = divergences(source, files, settings, "quantised")
+    side = _side(files[OURS][0])
+    sizes = {name: path.stat().st_size + (side.stat().st_size if how == "auto" else 0) for name, (path, how) in files.items()}
+    notes = [f"bytes of {name}: {size:,} ({size / sizes[PLAIN]:.3f})" for name, size in sizes.items()]
+    bounds = (Bound(PLAIN, "at most", 0.4),)
+    return [compare("KL divergence to F16, embedding F16 in all", "nats a token", found, bounds, notes)]
+
+
+def overhead(settings: Settings) -> list[Result]:
+    """Decoding with corrections against without, on SmolLM2 and on a model of a billion weights with corrections of 3 % of its bytes."""
+    sys.path.insert(0, str(TOOL))
+    results = [_overhead(_corrected(settings), "135M", 1.04, settings)]
+    large = models.random("Q4_0", settings.pick(BILLION, models.SMALL))
+    with ModelFile.open(large) as file:
+        # The matrices that are corrected first, at a rank that makes 3 % of the bytes.
+        sites = r"blk\.\d+\.(attn_v|ffn_down)\.weight"
+        write_random_compensation(_side(large), file, rank=16, rows=0, bias=False, target=sites, type="Q8_0")
+    try:
+        results.append(_overhead(large, "1B", 1.01, settings))
+    finally:
+        _side(large).unlink()
+    return results
+
+
+def _overhead(path: Path, what: str, most: float, settings: Settings) -> Result:
+    opened = {OURS: Ours(path, 512, compensation="auto"), "without": Ours(path, 512, compensation="off")}
+    try:
+        for one in opened.values():
+            one.feed(random_prompt(100))
+        contenders: dict[str, Callable[[], float]] = {
+            name: partial(decode_seconds, one, 100, settings.pick(64, 4)) for name, one in opened.items()
+        }
+        samples = interleave(contenders, rounds=settings.pick(25, 2), most=settings.pick(75, 2), deadline=settings.deadline, wide=0.02)
+        notes = [f"the side file has {_side(path).stat().st_size / path.stat().st_size:.1%} of the file's bytes"]
+        return compare(f"a token, {what}, with compensation", "s", samples, (Bound("without", "at most", most),), notes)
+    finally:
+        for one in opened.values():
+            one.close()
+
+
+def _side(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.compensation.gguf")
+
+
+# ---- the files, made once ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _version() -> str:
+    """Of the code that makes them."""
+    found = hashlib.sha256()
+    for folder in ("quantise", "compensate"):
+        for path in sorted((TOOL / "edge_rt_distill" / folder).glob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:8]
+
+
+@cache
+def _teacher(source: Path) -> Any:
+    from edge_rt_distill.model.load import load
+
+    return load(source)
+
+
+@cache
+def _sequences(source: Path) -> list[list[int]]:
+    """Technical text, 256 tokens a piece, in an order of its own."""
+    from edge_rt_distill.data.batches import encode
+    from edge_rt_distill.data.sources import technical_text
+    from edge_rt_distill.run.workshop import shuffled
+
+    return [one.tokens for one in shuffled(encode(technical_text(), _teacher(source).tokeniser, 256), 0)]
+
+
+def _first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
+    return sequences[: tokens // 256]
+
+
+def _quantised(settings: Settings, kind: str, method: str) -> Path:
+    """SmolLM2 in a type, by a method of the tool; embedding F16."""
+    source = settings.model or models.smollm2(settings, "Q4_1")
+
+    def make(path: Path) -> None:
+        from edge_rt_distill.export import export
+        from edge_rt_distill.quantise.matrices import QuantiseOptions, quantise_model
+
+        teacher = _teacher(source)
+        calibration = _first(_sequences(source), settings.pick(CALIBRATION, 512))
+        found = quantise_model(teacher.model, calibration, QuantiseOptions(kind, method=method))  # type: ignore[arg-type]
+        export(path, teacher.model, teacher.tokeniser, matrices=kind, embedding="F16", how=found.tensors)
+
+    quick = "-quick" if settings.quick else ""
+    return models.made_once(models.folder() / f"distilled-{_version()}-{method}-{kind}{quick}.gguf", make)
+
+
+def _corrected(settings: Settings) -> Path:
+    """SmolLM2 by GPTQ with corrections of 3 % of its bytes, as a run makes them; its side file is beside it."""
+    sys.path.insert(0, str(TOOL))
+    plain = _quantised(settings, "Q4_0", "gptq")
+    target = plain.with_name(plain.name.replace("gptq-Q4_0", "corrected"))
+    if target.exists() and _side(target).exists():
+        return target
+    from edge_rt_distill.compensate.choose import choose
+    from edge_rt_distill.model.load import read_gguf
+    from edge_rt_distill.run.config import CompensateConfig
+    from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
+
+    source = settings.model or models.smollm2(settings, "Q4_1")
+    teacher, sequences = _teacher(source), _sequences(source)
+    config = CompensateConfig(tune_tokens=settings.pick(TUNING, 0))
+    fitting = _first(sequences, settings.pick(CALIBRATION, 1024))
+    apart = max(1, len(fitting) // 8)
+    model = read_gguf(plain)
+    budget = budget_of(plain, len(model.layers), config)
+    found = choose(teacher.model, model, fitting[apart:], fitting[:apart], budget, options_of(config, 0))
+    write_corrected(plain, target, found, teacher.tokeniser, {"teacher": teacher.digest})
+    return target

@@ -1,0 +1,79 @@
+"""A quantised model with its corrections, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_rt.hooks import ModelFile, compensation_fingerprint
+from edge_rt_distill.compensate import files as side_files
+from edge_rt_distill.compensate.choose import Options, Result
+from edge_rt_distill.compensate.cost import Budget, Costs
+from edge_rt_distill.compensate.tune import Schedule
+from edge_rt_distill.export import export
+from edge_rt_distill.model.load import read_gguf, tensors
+from edge_rt_distill.model.tokens import Tokeniser
+from edge_rt_distill.quantise.matrices import Encoded
+from edge_rt_distill.run.config import CompensateConfig
+
+_NODES = 15
+"""Of a layer in the runtime's graph, about."""
+
+
+def budget_of(path: Path, layers: int, config: CompensateConfig) -> Budget:
+    """What corrections of a model file may take. A step's time is projected, not measured: a run that is resumed decides the same."""
+    costs, size = Costs(), path.stat().st_size
+    step = size / (costs.gigabytes_per_second * 1e3) + _NODES * layers * costs.node
+    return Budget.share(size, step, of_bytes=config.bytes, of_time=config.time)
+
+
+def options_of(config: CompensateConfig, seed: int) -> Options:
+    """How corrections are chosen and trained."""
+    base = Options()
+    schedule = replace(base.tuning or Schedule(), seed=seed, norm_rate=config.norm_rate)
+    tuning = replace(schedule, steps=max(1, config.tune_tokens // schedule.batch_tokens)) if config.tune_tokens else None
+    return replace(base, tuning=tuning)
+
+
+def write_corrected(source: Path, target: Path, found: Result, tokeniser: Tokeniser, provenance: Mapping[str, str | int]) -> None:
+    """Write a model again, matrix by matrix the same bytes, with the norms that tuning changed; its side file; and the low rank part as
+    an adapter for stock llama.cpp, ``STEM.lora.gguf``. Raises UserError if the disk is full, OSError.
+    """
+    model, storage = read_gguf(source), Options().forms.storage
+    with torch.no_grad():
+        for name, weight in found.norms.items():
+            tensors(model)[name].copy_(weight)
+    export(target, model, tokeniser, how=raw_tensors(source), name=target.stem, provenance=provenance)
+    if found.compensation:
+        family = model.architecture.family
+        side_files.write_side_file(
+            side_files.side_path(target), found.compensation, architecture=family, model=fingerprint(target), storage=storage
+        )
+        side_files.write_lora(target.with_name(f"{target.stem}.lora.gguf"), found.compensation, architecture=family, storage=storage)
+
+
+def raw_tensors(path: Path) -> dict[str, Encoded]:
+    """The matrices of a GGUF as they lie in it."""
+    file = ModelFile.open(path)
+    try:
+        found = {}
+        for name, info in file.header.tensors.items():
+            if len(info.shape) == 2:
+                raw = np.frombuffer(file.map, np.uint8, info.nbytes, info.offset).copy()
+                found[name] = Encoded(info.type_name, raw.reshape(info.shape[1], -1))
+        return found
+    finally:
+        file.close()
+
+
+def fingerprint(path: Path) -> str:
+    """By which a side file knows its model."""
+    file = ModelFile.open(path)
+    try:
+        return compensation_fingerprint(file)
+    finally:
+        file.close()
