@@ -21,7 +21,7 @@ where u = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from edge_rt.hooks import OptionError
+from edge_rt_distill.model.precision import Head
 
 Kind = Literal["forward", "reverse", "skewed", "taid"]
 CHUNK_BYTES = 24 << 20
@@ -92,6 +93,7 @@ class _Work(NamedTuple):
     labels: Tensor | None
     prior: Tensor | None
     options: TokenOptions
+    theirs: Head | None
 
 
 def check_options(options: TokenOptions) -> None:
@@ -138,7 +140,8 @@ def token_loss(
         hidden, row_weights, labels = hidden[counted], row_weights[counted], None if labels is None else labels[counted]
     if len(counted) == 0:
         return TokenLoss(hidden.sum() * 0, {name: hidden.new_zeros(()) for name in PARTS})
-    work = _Work(teacher, row_weights / row_weights.sum(), labels, prior, options)
+    theirs = Head.of(teacher.weight) if isinstance(teacher, FromHidden) else None
+    work = _Work(teacher, row_weights / row_weights.sum(), labels, prior, options, theirs)
     loss, parts = _Fused.apply(hidden, weight, work, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenLoss(loss, dict(zip(PARTS, parts.unbind(), strict=True)))
 
@@ -159,19 +162,26 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        to_hidden = torch.empty_like(hidden) if with_gradient and ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight) if with_gradient and ctx.needs_input_grad[1] else None
+        head = Head.of(weight)
+        with torch.autocast("cpu", enabled=False):  # logits may be rounded, what is made of them is not
+            return _Fused.compute(ctx, hidden, head, work, [with_gradient and ctx.needs_input_grad[i] for i in range(2)])
+
+    @staticmethod
+    def compute(ctx: Any, hidden: Tensor, head: Head, work: _Work, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Chunk by chunk. ``wanted``: whether the gradients of hidden states and head are."""
+        to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        to_weight = torch.zeros(head.weight.shape, dtype=hidden.dtype) if wanted[1] else None
         parts = torch.zeros(len(PARTS), dtype=torch.float64)
-        size = positions_at_once(len(weight), hidden.element_size(), work.options.chunk)
+        size = positions_at_once(len(head.weight), hidden.element_size(), work.options.chunk)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            columns, gradient = _chunk(hidden[rows] @ weight.T, work, rows)
+            columns, gradient = _chunk(head.logits(hidden[rows]), work, rows)
             parts += work.weights[rows].double() @ columns.double()
             gradient *= work.weights[rows, None]
             if to_hidden is not None:
-                torch.mm(gradient, weight, out=to_hidden[rows])
+                to_hidden[rows] = head.back(gradient)
             if to_weight is not None:
-                to_weight.addmm_(gradient.T, hidden[rows])
+                to_weight += head.of_weight(gradient, hidden[rows])
         ctx.save_for_backward(to_hidden, to_weight)
         scale = parts.new_tensor((1.0, work.options.beta, work.options.ranking, work.options.cross_entropy))
         parts_out = parts.to(hidden)
@@ -191,7 +201,8 @@ def _chunk(logits: Tensor, work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
     if isinstance(teacher, FromTopK):
         return _decoupled(logits, teacher.tokens, _known_buckets(teacher), None, labels, work)
     if isinstance(teacher, FromHidden):
-        theirs = teacher.hidden @ teacher.weight.T
+        assert work.theirs is not None
+        theirs = work.theirs.logits(teacher.hidden)
         if work.options.head:
             index = theirs.topk(min(work.options.head, theirs.shape[-1] - 1), sorted=True).indices
             buckets, inside = _split(theirs, index)
@@ -357,12 +368,13 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.size = size
+        ctx.size, ctx.head = size, Head.of(weight)
         found = hidden.new_empty(len(hidden))
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            logits = hidden[rows] @ weight.T
-            found[rows] = logits.gather(-1, labels[rows, None]).squeeze(-1) - logits.logsumexp(-1)
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(hidden), size):
+                rows = slice(start, start + size)
+                logits = ctx.head.logits(hidden[rows])
+                found[rows] = logits.gather(-1, labels[rows, None]).squeeze(-1) - logits.logsumexp(-1)
         return found
 
     @staticmethod
@@ -371,13 +383,14 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        head: Head = ctx.head
         for start in range(0, len(hidden), ctx.size):
             rows = slice(start, start + ctx.size)
-            gradient = torch.softmax(hidden[rows] @ weight.T, -1).neg_()
+            gradient = torch.softmax(head.logits(hidden[rows]), -1).neg_()
             gradient.scatter_add_(-1, labels[rows, None], gradient.new_ones((len(gradient), 1)))
             gradient *= gradients[0][rows, None]
             if to_hidden is not None:
-                torch.mm(gradient, weight, out=to_hidden[rows])
+                to_hidden[rows] = head.back(gradient)
             if to_weight is not None:
-                to_weight.addmm_(gradient.T, hidden[rows])
+                to_weight += head.of_weight(gradient, hidden[rows])
         return to_hidden, to_weight, None, None

@@ -106,7 +106,7 @@ class Layer(nn.Module):
         found = None
         if maps:
             found = self._probabilities(q, k, mask)
-            out = found @ v
+            out = found.to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
         if head_mask is not None:
@@ -114,7 +114,7 @@ class Layer(nn.Module):
         return out.transpose(1, 2).reshape(batch, length, -1), found
 
     def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        scores: Tensor = q @ k.transpose(-1, -2) / self.head**0.5
+        scores: Tensor = (q @ k.transpose(-1, -2)).float() / self.head**0.5
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(scores.shape[-1] - scores.shape[-2])
         return scores.masked_fill(~mask, float("-inf")).softmax(-1)

@@ -112,6 +112,7 @@ class DistilConfig:
     cross_entropy: float = setting(0.0, "Weight of the samples' own tokens beside the teacher's distribution, in all levels.", 0, 10)
     patience: int = setting(0, "Evaluations without a better score after which a level stops, 0: never for that.", most=1 << 20)
     asked: int = setting(8, "Held-out questions that are answered for the score.", most=1 << 20)
+    precision: str = setting("auto", "Of products in training.", choices=("auto", "float32", "bfloat16"))
     freeze_embedding: bool = setting(True, "Leave the embedding as the teacher has it.")
     evaluator: str = setting("quick", "Whose score ends a level early: `quick`, or MODULE:ATTRIBUTE.")
     token: LevelConfig = LevelConfig()

@@ -26,13 +26,13 @@ from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.running import against, equal_to_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step, write_text
-from edge_rt_distill.run.teach import clear_training, unigram
+from edge_rt_distill.run.teach import clear_training, training_options, unigram
 from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, shuffled
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import Level
 from edge_rt_distill.stages.material import Material
 from edge_rt_distill.stages.teachers import CachingTeacher
-from edge_rt_distill.stages.trainer import Options, train
+from edge_rt_distill.stages.trainer import train
 
 QUANTISED, CORRECTED = "quantised.gguf", "corrections"
 
@@ -102,7 +102,7 @@ def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, E
         prior=unigram(sequences, student.architecture.vocabulary), seed=config.run.seed,
     )  # fmt: skip
     train(
-        student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training"), levels=[level],
+        student, CachingTeacher(shop.teacher.model), material, training_options(config, place.folder / "training"), levels=[level],
         told=lambda event: place.told(f"trains on the grid: {event.message}", event.step, event.steps),
     )  # fmt: skip
     return qat.detach(student)

@@ -25,6 +25,7 @@ from edge_rt_distill.losses.attention import match_heads, priorities
 from edge_rt_distill.losses.token import Kind
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.precision import Precision, best
 from edge_rt_distill.run.config import Config, DistilConfig
 from edge_rt_distill.run.shape import CUT, STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step, write_text
@@ -104,12 +105,18 @@ def teach(shop: Workshop, place: Place, planned: Sequence[Level], to_limit: bool
         material = _material(shop, place, student)
         possible = [one for one in (_possible(level, material, place) for level in planned) if one is not None]
         results = train(
-            student, CachingTeacher(shop.teacher.model), material, Options(place.folder / "training", to_limit=to_limit), levels=possible,
-            scorer=score_of(shop, place), told=lambda event: _tell(place, event),
+            student, CachingTeacher(shop.teacher.model), material, training_options(config, place.folder / "training", to_limit),
+            levels=possible, scorer=score_of(shop, place), told=lambda event: _tell(place, event),
         )  # fmt: skip
     fold(student)
     clear_training(place.folder)
     return student, results
+
+
+def training_options(config: Config, folder: Path, to_limit: bool = False) -> Options:
+    """How is trained in a folder."""
+    said = config.distil.precision
+    return Options(folder, to_limit=to_limit, precision=best() if said == "auto" else cast(Precision, said))
 
 
 def clear_training(folder: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from edge_rt.hooks import Cancelled, DataError, OptionError, TrainingError
 from edge_rt_distill.losses.balance import balance
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.precision import Precision, computing_in
 from edge_rt_distill.stages import checkpoint
 from edge_rt_distill.stages.gate import failure, is_open, judge
 from edge_rt_distill.stages.guides import Guides
@@ -51,13 +52,15 @@ class Scored(Protocol):
 class Options(NamedTuple):
     """``folder``: where ``last.pt``, ``best.pt`` and ``log.jsonl`` are. ``checkpoint_every``: steps between checkpoints besides those of
     evaluations, 0: none. ``diverged``: a loss of more than so many times the usual one stops the run. ``to_limit``: go on to a level's
-    limit after its gate opened (to compare at equal tokens). ``calibration``: batches that guides are fitted on."""
+    limit after its gate opened (to compare at equal tokens). ``calibration``: batches that guides are fitted on. ``precision``: of the
+    products of training steps; evaluations are in float32."""
 
     folder: Path
     checkpoint_every: int = 0
     diverged: float = 8.0
     to_limit: bool = False
     calibration: int = 4
+    precision: Precision = "float32"
 
 
 class Event(NamedTuple):
@@ -190,7 +193,8 @@ class _Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
-        terms = self._backward(level)
+        with computing_in(self.options.precision):
+            terms = self._backward(level)
         loss = sum(level.terms[term] * value for term, value in terms.items())
         self._stop_if(complaint(loss, self.state.recent, self.options.diverged), level)
         trained = [one for group in self.optimiser.param_groups for one in group["params"] if one.grad is not None]
