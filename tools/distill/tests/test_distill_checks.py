@@ -103,21 +103,23 @@ def ask(question: str, *checks: dict[str, Any]) -> Sample:
     return make_sample([Message("user", question)], checks=checks)
 
 
-def test_a_reward_is_the_weighted_mean_of_the_checks_and_tells_its_parts() -> None:
+def test_a_reward_is_the_mean_of_the_checks_if_the_answer_stops_and_tells_its_parts() -> None:
     sample = ask(
         "How much?",
         {"kind": "number", "equals": 5, "weight": 2},
         {"kind": "contains", "all": ["euros"]},
         {"kind": "contains", "all": ["x"]},
     )
-    assert reward(sample, "5 euros.", True) == Reward(5 / 6, {"number": 1, "contains": 1, "contains 2": 0, "ends": 1, "no_loops": 1})
+    assert reward(sample, "5 euros.", True) == Reward(3 / 4, {"number": 1, "contains": 1, "contains 2": 0, "ends": 1, "no_loops": 1})
+    assert reward(sample, "5 euros.", False).value == 3 / 8
+    assert reward(sample, "Nothing of that.", True).value == 0
     assert reward(sample, " ", True) == Reward(0, {"not_empty": 0})
     assert reward(ask("q", {"kind": "ends", "weight": 0}, {"kind": "no_loops", "weight": 0}), "a", True).value == 0
 
 
 def test_without_checks_an_answer_must_end_not_loop_and_be_in_the_questions_language() -> None:
     sample = ask("退货需要什么？")
-    assert [check["kind"] for check in checks_of(sample)] == ["language", "ends", "no_loops"]
+    assert [[check["kind"] for check in checks] for checks in checks_of(sample)] == [["language"], ["ends", "no_loops"]]
     good = reward(sample, "请带上小票和完整的商品。", True).value
     worse = [
         reward(sample, text, ended).value

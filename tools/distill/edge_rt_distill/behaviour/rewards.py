@@ -1,4 +1,4 @@
-"""The reward of an answer: the weighted mean of what it gets for the sample's checks (checks.py), or what a function of the user's says."""
+"""The reward of an answer: what it gets for the sample's checks (checks.py) times whether it stops; or what the user's function says."""
 
 from __future__ import annotations
 
@@ -25,31 +25,34 @@ class Reward(NamedTuple):
 RewardFunction = Callable[[Sample, str, bool], Reward]
 
 
-def checks_of(sample: Sample) -> tuple[dict[str, Any], ...]:
-    """The checks of an answer to ``sample``: its own and ``ALWAYS``; without any of its own also that the language is the question's."""
-    own = sample.checks
-    if not own:
-        language = sample.language
-        own = ({"kind": "language", "is": language},) if language else ()
+def checks_of(sample: Sample) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    """The checks of ``sample`` (if it has none: that the answer is in its language), and those of ``ALWAYS`` that are not among them."""
+    own = sample.checks or (({"kind": "language", "is": sample.language},) if sample.language else ())
     named = {check["kind"] for check in own}
-    return (*own, *(check for check in ALWAYS if check["kind"] not in named))
+    return own, tuple(check for check in ALWAYS if check["kind"] not in named)
 
 
 def reward(sample: Sample, answer: str, ended: bool) -> Reward:
-    """What ``answer`` is worth. ``ended``: the model ended its turn by itself. An empty answer is worth nothing."""
+    """What ``answer`` is worth. ``ended``: the model ended its turn by itself. An empty answer is worth nothing.
+
+    The weighted mean of the sample's checks times the mean of ``ALWAYS``: stopping in time does not make up for a wrong answer, and a
+    right one that never stops is worth half.
+    """
     given = Answer(answer, ended)
-    checks = checks_of(sample)
     if not score({"kind": "not_empty"}, given):
         return Reward(0.0, {"not_empty": 0.0})
     parts: dict[str, float] = {}
-    total = weights = 0.0
-    for check in checks:
-        value, weight = score(check, given), float(check.get("weight", 1))
-        kind = check["kind"]
-        count = sum(name.split(" ")[0] == kind for name in parts)
-        parts[f"{kind} {count + 1}" if count else kind] = value
-        total, weights = total + weight * value, weights + weight
-    return Reward(total / weights if weights else 0.0, parts)
+    value = 1.0
+    for checks in checks_of(sample):
+        total = weights = 0.0
+        for check in checks:
+            got, weight = score(check, given), float(check.get("weight", 1))
+            count = sum(name.split(" ")[0] == check["kind"] for name in parts)
+            parts[f"{check['kind']} {count + 1}" if count else check["kind"]] = got
+            total, weights = total + weight * got, weights + weight
+        if checks:
+            value *= total / weights if weights else 0.0
+    return Reward(value, parts)
 
 
 def load_reward(name: str) -> RewardFunction:
