@@ -15,7 +15,8 @@ class Options:
     """``sequences``: looked at, at most. ``removal_tokens``: of these, tokens on which layers are left out in turn (the dearest part).
 
     ``halves``: leave out attention and FFN alone too. ``order``: layers to drop one after the other, given those already gone, each time
-    trying ``candidates``. ``channels``, ``hidden``: by which measure (heads.py). ``fisher``: with tokens drawn from the model (the true
+    trying ``candidates``. ``channels``, ``hidden``: by which measure (heads.py; of SmolLM2's channels a sixth chosen by "activation" costs
+    .32 nats a token, by "taylor" .39, at random 1.46, nothing repaired). ``fisher``: with tokens drawn from the model (the true
     Fisher information) or the text's own (no pass of its own). ``paths``: sequences whose key tokens are traced. ``far``: tokens back
     from which on a link is far. ``batch_tokens``: positions in memory at once.
     """
@@ -25,7 +26,7 @@ class Options:
     halves: bool = True
     order: int = 0
     candidates: int = 8
-    channels: Measure = "taylor"
+    channels: Measure = "activation"
     hidden: Measure = "taylor"
     fisher: Literal["model", "text"] = "model"
     paths: int = 8
