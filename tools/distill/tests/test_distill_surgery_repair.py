@@ -169,6 +169,8 @@ def test_what_cannot_be_repaired_is_refused() -> None:
         ({"sites": ("x",)}, "no matrix"),
         ({"ridges": ()}, "above 0"),
         ({"apart": 1.0}, "between 0 and 1"),
+        ({"carry": 1.5}, "carry"),
+        ({"outlier": 0}, "outlier"),
     ]
     for options, said in wrong:
         with pytest.raises(OptionError, match=said):
@@ -259,3 +261,17 @@ def test_a_cut_is_chosen_anew_for_its_repair() -> None:
     assert set(range(32, 64)) <= set(blocks.layers[0].channels)
     shared = replace(cut, layers=(layers[0], replace(layers[1], channels=layers[0].channels, like=0)))
     assert rechosen(teacher, shared, TEXT[:1]) == shared
+
+
+def test_earlier_errors_are_made_good_as_far_as_they_are_carried() -> None:
+    teacher = random_decoder()
+    cut = whole(teacher.architecture)
+    cut = replace(cut, layers=(replace(cut.layers[0], channels=tuple(range(48))), *cut.layers[1:]))
+    own, full = (
+        {one.site: one for one in repair(apply(teacher, cut), teacher, cut, TEXT, RepairOptions(carry=c)).sites} for c in (0.0, 1.0)
+    )
+    assert own["blk.0.ffn_down"] == full["blk.0.ffn_down"]  # nothing was wrong in front of it
+    assert own["blk.0.ffn_down"].after < own["blk.0.ffn_down"].before
+    # The attention of the next layer lacks nothing itself but what its inputs changed; what is missing in the stream is carried to it.
+    assert own["blk.1.attn_output"].before < full["blk.1.attn_output"].before
+    assert full["blk.1.attn_output"].before > 0.5 * own["blk.0.ffn_down"].after

@@ -36,8 +36,8 @@ class RepairOptions:
     ``ridges``: tried, relative to the mean of the diagonal. ``apart``: share of passages that judge and are not fitted. ``background``:
     weight of tokens whose prediction does not count (of a prompt). ``outlier``: tokens whose stream is so many times the median's norm
     count less, by the square of the excess. ``first``: weight of the first position, where a massive activation sits (Sun et al. 2024,
-    arXiv:2402.17762) to which heads attend that have nothing to say. ``carry``: share of the errors
-    made before that a matrix is to make good, beside what it lacks itself. ``norms``: refit norms too where dimensions were removed.
+    arXiv:2402.17762) to which heads attend that have nothing to say. ``carry``: share of the errors made in front of a matrix that it is
+    to make good, beside what it lacks itself. ``norms``: refit norms too where dimensions were removed.
     """
 
     sites: tuple[str, ...] = SUMS
@@ -55,6 +55,8 @@ class RepairOptions:
             raise OptionError(f"a layer has no matrix {unknown[0]!r}; choose of {', '.join(LINEARS)}")
         if not self.ridges or min(self.ridges) <= 0 or not 0 < self.apart < 1:
             raise OptionError("ridges must be above 0, and apart a share between 0 and 1; leave them out for the usual ones")
+        if not 0 <= self.carry <= 1 or min(self.background, self.first) < 0 or self.outlier <= 0:
+            raise OptionError("carry is a share from 0 to 1, weights are from 0, outlier is above 0; leave them out for the usual ones")
 
 
 class Refit(NamedTuple):
