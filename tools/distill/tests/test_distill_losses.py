@@ -221,8 +221,9 @@ def architecture(*sources: tuple[int, ...], heads: int = 4) -> Architecture:
     ("sources", "layers", "expected"),
     [
         (((),) * 24, 24, [(6, 6), (12, 12), (18, 18), (24, 24)]),
-        (tuple((i,) for i in range(30) if i not in (14, 20)), 30, [(8, 8), (16, 15), (22, 20), (30, 28)]),
-        (((0,), (1, 2), (3,)), 5, [(1, 1), (3, 2), (5, 3)]),  # 4 is dropped: the last still matches the last
+        (tuple((i,) for i in range(30) if i not in (14, 20)), 30, [(8, 8), (15, 14), (22, 20), (30, 28)]),
+        (((0,), (1, 2), (3,)), 5, [(1, 1), (3, 2), (5, 3)]),  # 4 is dropped: the last state still matches the last
+        (((),) * 12, 24, [(6, 3), (12, 6), (18, 9), (24, 12)]),  # not recorded
         (((0,),), 4, [(4, 1)]),
     ],
 )
@@ -309,8 +310,8 @@ def test_attention_loss_pulls_the_student_to_the_teacher_and_nowhere_else():
     scores = torch.zeros(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
     theirs, causal = maps(5, 1, 6)[:1], torch.ones(6, 6, dtype=torch.bool).tril()
     keys = attention.key_weights(6, torch.tensor([[1.0, 5, 1, 1, 9, 1]]))
-    optimiser = torch.optim.Adam([scores], 0.1)
-    for _ in range(300):
+    optimiser = torch.optim.Adam([scores], 0.3)
+    for _ in range(120):
         ours = scores.masked_fill(~causal, -math.inf).softmax(-1)
         loss = attention.attention_loss(ours, theirs, torch.ones(1, 6), torch.ones(1), keys)
         optimiser.zero_grad()
@@ -326,7 +327,7 @@ def test_heads_are_matched_by_the_table_of_the_cut():
     teacher = architecture((), (), (), ())
     student = architecture((0,), (2, 3), heads=2)
     found = attention.match_heads(student, teacher, [1, 0], [(0, 3), (1, 2)])
-    assert found == [(0, 0, (0, 3)), (1, 3, (1, 2))]
+    assert found == [(0, 0, (0, 3)), (1, 2, (1, 2))]
     assert attention.match_heads(architecture((0,), (1,)), teacher) == [(0, 0, (0, 1, 2, 3)), (1, 1, (0, 1, 2, 3))]
     for layers, heads, word in (([0], None, "table"), ([2], None, "layer 2"), ([0], [(0, 4), (0, 1)], "table")):
         with pytest.raises(OptionError, match=word):

@@ -44,11 +44,11 @@ def match_heads(
     """
     count = len(student.layers)
     chosen = sorted({max(0, count // 3 - 1), max(0, 2 * count // 3 - 1), count - 1}) if layers is None else sorted(set(layers))
-    sources, found = teacher_layers(student), []
+    sources, found = teacher_layers(student, len(teacher.layers)), []
     for layer in chosen:
         if not 0 <= layer < count:
             raise OptionError(f"attention is to be compared at layer {layer}, and the student has {count}; choose 0 to {count - 1}")
-        source = sources[layer][-1]
+        source = sources[layer]
         here = range(student.layers[layer].heads) if heads is None else heads[layer]
         theirs = teacher.layers[source].heads
         if len(here) != student.layers[layer].heads or (heads is None and len(here) != theirs) or not all(0 <= h < theirs for h in here):

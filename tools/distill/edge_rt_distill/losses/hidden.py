@@ -29,27 +29,31 @@ class Match(NamedTuple):
     student: int
 
 
-def teacher_layers(architecture: Architecture) -> list[tuple[int, ...]]:
-    """For each layer of a student the teacher's layers it came from. A model without that record is taken as a whole teacher's copy."""
-    return [shape.sources or (i,) for i, shape in enumerate(architecture.layers)]
+def teacher_layers(student: Architecture, layers: int) -> list[int]:
+    """For each layer of a student the teacher's layer it stands for: the first it came from, whose input it gets.
+
+    Where that is not recorded, layers stand for those at the same depth of the teacher's ``layers``.
+    """
+    count = len(student.layers)
+    return [shape.sources[0] if shape.sources else i * layers // count for i, shape in enumerate(student.layers)]
 
 
 def match_states(student: Architecture, layers: int, depths: Sequence[float] = DEPTHS) -> list[Match]:
     """Pairs of states nearest to some depths, rising; ``layers``: how many the teacher has.
 
-    The state behind a student's layer stands for the one behind the last of the teacher's layers it came from; where layers were dropped,
-    that is the nearest there is to the depth wanted. The last states always match, as the logits are made of them.
+    The state at the entry of a student's layer stands for that at the entry of the teacher's layer it came from: where layers were dropped
+    the one before them is to do their work too, so that what follows gets what it is used to (surgery/repair.py fits it the same way).
+    The last states always match, as the logits are made of them.
     Raises OptionError for depths outside 0 < depth <= 1.
     """
     if not depths or not all(0 < depth <= 1 for depth in depths):
         raise OptionError(f"depths {list(depths)} are fractions of the teacher's layers; give some above 0 and up to 1")
-    behind = [max(sources) + 1 for sources in teacher_layers(student)]
-    behind[-1] = layers
+    entries = [*teacher_layers(student, layers), layers]
     found: dict[int, int] = {}
     for depth in depths:
         wanted = max(1, round(depth * layers))
-        best = min(range(len(behind)), key=lambda i: (abs(behind[i] - wanted), -i))
-        found[best + 1] = behind[best]
+        best = min(range(1, len(entries)), key=lambda i: (abs(entries[i] - wanted), -i))
+        found[best] = entries[best]
     return [Match(teacher, state) for state, teacher in sorted(found.items())]
 
 
