@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import gguf
@@ -17,7 +18,7 @@ from edge_rt_distill.compensate.correction import Correction
 from edge_rt_distill.compensate.cost import Budget
 from edge_rt_distill.compensate.measure import divergence, mean_divergence, references
 from edge_rt_distill.compensate.sensitivity import sensitivities
-from edge_rt_distill.compensate.storage import as_stored
+from edge_rt_distill.compensate.storage import all_as_stored, as_stored
 from edge_rt_distill.compensate.survey import Forms, survey
 from edge_rt_distill.compensate.tune import Schedule, tune
 from edge_rt_distill.model.architecture import Architecture, LayerShape
@@ -26,7 +27,7 @@ from edge_rt_distill.model.load import load, tensors
 
 import edge_rt
 from edge_rt.errors import DataError, ModelFileError, OptionError, TrainingError
-from edge_rt.hooks import Part
+from edge_rt.hooks import ModelFile, Part, compensation_fingerprint
 
 ARCHITECTURE = Architecture(
     family="llama", vocabulary=160, width=64, head=16, layers=(LayerShape(4, 2, 96),) * 2, tied=True, norm_epsilon=1e-5, rope_base=1e4,
@@ -264,6 +265,42 @@ def test_a_side_file_gives_back_what_was_written(teacher, tmp_path, storage, ran
     files.write_side_file(tmp_path / "again.gguf", found.compensation, architecture="llama", model="abc", storage=storage)
     assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(("storage", "tables"), [("F32", False), ("F32", True), ("F16", True), ("Q8_0", False), ("Q8_0", True)])
+def test_the_runtime_applies_a_side_file_as_torch_does(tiny, tmp_path, storage, tables):
+    """At all sites, in all mixtures of forms; ranks that Q8_0 holds and ranks that fall back."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny, path)
+    model = load(path).model
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.15 * torch.randn(*shape, generator=generator)
+
+    made: dict[str, Correction] = {}
+    for number, site in enumerate(model.sites()):
+        inner, outer, rank = model.linear(site).in_features, model.linear(site).out_features, (4, 32, 8)[number % 3]
+        low = {"low_a": normal(rank, inner), "low_b": normal(outer, rank)} if number % 2 else {}
+        table = {"centroids": normal(16, inner), "rows": normal(16, outer)} if tables and number % 3 == 0 else {}
+        offsets = {"offsets": normal(16)} if table and number % 2 else {}
+        made[site] = Correction(**low, **table, **offsets, bias=normal(outer) if number % 4 < 2 else None)
+    made = all_as_stored({site: one for site, one in made.items() if one.kinds()}, storage)
+    with ModelFile.open(path) as file:
+        fingerprint = compensation_fingerprint(file)
+    files.write_side_file(files.side_path(path), made, architecture="llama", model=fingerprint, storage=storage)
+    tokens = [5, 17, 99, 3, 42, 8, 120, 77]
+    with torch.no_grad(), compensated(model, made):
+        expected = model.logits(model(torch.tensor([tokens])).hidden)[0].numpy()
+    with edge_rt.open(path, pack=False) as running:
+        found = running.logits(tokens)
+    with edge_rt.open(path, pack=False, compensation="off") as running:
+        plain = running.logits(tokens)
+    # Inputs that meet Q8_0 are rounded to 8 bits by the runtime.
+    # With tables, where two centroids are as near as rounding, another row is looked up: not so at most of the positions.
+    error = np.abs(found - expected).max(1)
+    assert (np.median(error) if tables else error.max()) < (3e-2 if storage == "Q8_0" else 5e-3) * np.abs(expected).max()
+    assert np.abs(plain - expected).max() > 0.2 * np.abs(expected).max()
 
 
 def test_what_is_no_side_file_is_refused(tiny, tmp_path):
