@@ -82,7 +82,9 @@ def configured(options: Options) -> Config:
         "device": options.device,
         "policy": options.policy,
         "embedder": options.embedder,
-        "compensation": options.compensation,
+        "compensation": (
+            options.compensation if options.compensation in (None, "auto", "off") else str(Path(options.compensation).absolute())
+        ),
         "power": options.power,
         "celsius": options.celsius,
     }

@@ -93,8 +93,11 @@ def test_logits_are_what_the_formulas_say(kind: str, joined: bool, random_model:
     assert np.abs(found - expected).mean() < 1e-2 * np.abs(without - expected).mean()
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "f16", "f32"])
-def test_a_low_rank_term_is_an_adapter_of_scale_one(kind: str, random_model: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tolerance"), [("q8_0", 3e-2), ("f16", 5e-3), ("f32", 1e-3)])
+def test_a_low_rank_term_is_an_adapter_of_scale_one(
+    kind: str, tolerance: float, random_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An adapter's kernels round A x to the type of B, and those of a compensation do not."""
     path = random_model("llama", n_embd=128, n_ff=256)
     side = side_for(path, tmp_path, rank=32, rows=0, bias=False, type=kind.upper())
     raw = side.read_bytes()
@@ -115,8 +118,8 @@ def test_a_low_rank_term_is_an_adapter_of_scale_one(kind: str, random_model: Cal
             plain.adapt(sequence, number)
             for ours, without, part in zip(talked(corrected, tokens), base, (20, 10, *[1] * 6), strict=True):
                 expected = feed(plain, sequence, [tokens.pop(0) for _ in range(part)])
-                assert np.abs(ours - expected).max() < 1e-3 * np.abs(expected).max()
-                assert np.abs(without - expected).max() > 0.1
+                assert np.abs(ours - expected).mean() < tolerance * np.abs(without - expected).mean()
+                assert np.abs(without - expected).mean() > 0.1
             plain.close()
 
 

@@ -69,7 +69,7 @@ class Correction(NamedTuple):
     @property
     def nodes(self) -> int:
         """Tensors that it adds to a graph at most, for each run of columns."""
-        return 2 + sum(3 + 4 * len(inner.outers) + 5 * len(inner.lookups) for inner in self.inners)
+        return 2 + sum(3 + 4 * len(inner.outers) + 6 * len(inner.lookups) for inner in self.inners)
 
 
 class _Piece(NamedTuple):
@@ -231,7 +231,7 @@ def _inner(context: _Context, lows: list[tuple[LowRank, range]], tables: list[tu
 
 
 def _groups(lows: list[tuple[LowRank, range]], element: int) -> list[list[tuple[LowRank, range]]]:
-    """Factors whose B are one matrix: of one type, not much larger together than apart, with ``element`` bytes each (0: as they are)."""
+    """Factors whose B are one matrix: of one type, and not much larger together than apart; ``element``: bytes of each (0: as they are)."""
     groups: list[list[tuple[LowRank, range]]] = []
     for type_ in dict.fromkeys(low.b.type for low, _ in lows):
         group = [one for one in lows if one[0].b.type == type_]
