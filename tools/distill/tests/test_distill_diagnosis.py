@@ -79,6 +79,7 @@ def test_the_arrays_are_those_that_were_agreed_on_and_finite(done, teacher) -> N
     assert (done[0].arrays["layer_kl"] > 0).all()
     assert done[0].arrays["drop_order"][0] == done[0].arrays["layer_kl"].argmin()
     np.testing.assert_array_equal(done[0].arrays["ffn_channels"], done[0].arrays["ffn_channels_activation"])
+    np.testing.assert_array_equal(done[0].arrays["hidden"], done[0].arrays["hidden_activation"])
 
 
 def test_the_json_says_what_was_looked_at_and_ranks_by_share(done, teacher, sequences) -> None:
@@ -151,11 +152,11 @@ def test_a_diagnosis_resumes_with_the_parts_it_has_and_comes_to_the_same(done, t
 
 def test_other_measures_can_be_chosen_and_the_parts_that_are_not_wanted_left_out(teacher, sequences, tmp_path) -> None:
     options = dataclasses.replace(
-        OPTIONS, channels="taylor", hidden="activation", fisher="text", halves=False, order=0, sequences=3, removal_tokens=2
+        OPTIONS, channels="taylor", hidden="taylor", fisher="text", halves=False, order=0, sequences=3, removal_tokens=2
     )
     found = diagnose(teacher, [*sequences, One([5, 6], [True, False], "none")], options, folder=tmp_path)
     np.testing.assert_array_equal(found.arrays["ffn_channels"], found.arrays["ffn_channels_taylor"])
-    np.testing.assert_array_equal(found.arrays["hidden"], found.arrays["hidden_activation"])
+    np.testing.assert_array_equal(found.arrays["hidden"], found.arrays["hidden_taylor"])
     assert "attention_kl" not in found.arrays
     assert len(found.arrays["drop_order"]) == 0
     assert found.facts["samples"]["removal"]["sequences"] == 1

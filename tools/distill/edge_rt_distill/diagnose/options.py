@@ -15,10 +15,11 @@ class Options:
     """``sequences``: looked at, at most. ``removal_tokens``: of these, tokens on which layers are left out in turn (the dearest part).
 
     ``halves``: leave out attention and FFN alone too. ``order``: layers to drop one after the other, given those already gone, each time
-    trying ``candidates``. ``channels``, ``hidden``: by which measure (heads.py; of SmolLM2's channels a sixth chosen by "activation" costs
-    .32 nats a token, by "taylor" .39, at random 1.46, nothing repaired). ``fisher``: with tokens drawn from the model (the true
-    Fisher information) or the text's own (no pass of its own). ``paths``: sequences whose key tokens are traced. ``far``: tokens back
-    from which on a link is far. ``batch_tokens``: positions in memory at once.
+    trying ``candidates``. ``channels``, ``hidden``: by which measure (heads.py; without a sixth of SmolLM2's channels the distribution
+    moved by .32 nats a token by "activation", .39 by "taylor", 1.46 at random; without a ninth of its dimensions by 1.23, 1.97 and 3.92;
+    measured on 16 sequences, tested on 1,020 predictions of other text, nothing repaired). ``fisher``: with tokens drawn from the
+    model (the true Fisher information) or the text's own (no pass of its own). ``paths``: sequences whose key tokens are traced.
+    ``far``: tokens back from which on a link is far. ``batch_tokens``: positions in memory at once.
     """
 
     sequences: int = 32
@@ -27,7 +28,7 @@ class Options:
     order: int = 0
     candidates: int = 8
     channels: Measure = "activation"
-    hidden: Measure = "taylor"
+    hidden: Measure = "activation"
     fisher: Literal["model", "text"] = "model"
     paths: int = 8
     far: int = 64
