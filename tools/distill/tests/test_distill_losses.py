@@ -317,7 +317,7 @@ def test_attention_loss_pulls_the_student_to_the_teacher_and_nowhere_else():
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert float(loss.detach()) < 1e-6  # weights of keys do not move where the minimum is
+    assert float(loss.detach()) < 1e-5  # weights of keys do not move where the minimum is
     torch.testing.assert_close(
         ours[0, 0, 5, 1:] / ours[0, 0, 5, 1:].sum(), theirs[0, 0, 5, 1:] / theirs[0, 0, 5, 1:].sum(), rtol=0.01, atol=1e-3
     )
