@@ -45,7 +45,10 @@ class Schedule:
 
 
 class Tuned(NamedTuple):
-    """``norms``: norm weights by tensor name, if they were trained. ``history``: (step, KL on held-out text); the best is what is kept."""
+    """``norms``: norm weights by tensor name, those that training changed.
+
+    ``history``: (step, KL on held-out text); the best is what is kept.
+    """
 
     compensation: Compensation
     norms: dict[str, Tensor]
@@ -84,6 +87,7 @@ class _Run:
             (site, name): nn.Parameter(part.clone()) for site, one in start.items() for name, part in one.parts() if name in TRAINED
         }
         self.norms = dict(_norms(student)) if schedule.norm_rate else {}
+        self.before = {name: norm.detach().clone() for name, norm in self.norms.items()}
         groups = [(part, schedule.rate) for part in self.parts.values()] + [(norm, schedule.norm_rate) for norm in self.norms.values()]
         self.sizes = [rate * max(float(part.detach().square().mean().sqrt()), 1e-6) for part, rate in groups]
         self.adam = torch.optim.Adam([{"params": [part]} for part, _ in groups], lr=0.0, betas=(0.9, 0.99)) if groups else None
@@ -94,7 +98,6 @@ class _Run:
     @contextmanager
     def trainable(self) -> Iterator[None]:
         """While open, norms take gradients; afterwards they are as they were."""
-        before = {name: norm.detach().clone() for name, norm in self.norms.items()}
         flags = {name: norm.requires_grad for name, norm in self.norms.items()}
         try:
             for norm in self.norms.values():
@@ -103,7 +106,7 @@ class _Run:
         finally:
             with torch.no_grad():
                 for name, norm in self.norms.items():
-                    norm.copy_(before[name])
+                    norm.copy_(self.before[name])
                     norm.requires_grad_(flags[name]).grad = None
 
     def compensation(self) -> Compensation:
@@ -141,7 +144,8 @@ class _Run:
             found = mean_divergence(self.teacher, self.student, held)
         if not self.history or found < min(kl for _, kl in self.history):
             self.best = stored
-            self.best_norms = {name: norm.detach().clone() for name, norm in self.norms.items()}
+            changed = {name: norm for name, norm in self.norms.items() if not torch.equal(norm, self.before[name])}
+            self.best_norms = {name: norm.detach().clone() for name, norm in changed.items()}
         self.history.append((step, found))
         told(step, found)
 
