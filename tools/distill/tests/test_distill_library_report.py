@@ -104,6 +104,7 @@ def test_report_shows_all_and_runs_nothing(source: str) -> None:
     assert used
     assert {a or b for a, b in used} <= set(ids)
     assert "#010203" not in source
+    assert "mathdefault" not in source
     assert "1 more samples are stored" in source
 
 

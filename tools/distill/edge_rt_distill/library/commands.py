@@ -11,6 +11,7 @@ import typer
 from edge_rt.hooks import OptionError
 from edge_rt_distill.library import care
 from edge_rt_distill.library.catalogue import KINDS, Query, Record
+from edge_rt_distill.library.files import shown_size
 from edge_rt_distill.library.store import Library
 
 _FOLDER = typer.Argument(metavar="DIRECTORY", help="The library.")
@@ -89,7 +90,7 @@ def _add_care(group: typer.Typer) -> None:
             typer.echo(json.dumps(found._asdict()))
         else:
             left = f"{found.temporary} temporary files and {found.unfinished} abandoned recordings"
-            typer.echo(f"removed {found.objects} objects, {left}; {_size(found.freed)} freed")
+            typer.echo(f"removed {found.objects} objects, {left}; {shown_size(found.freed)} freed")
 
 
 def _say_progress(done: int, total: int) -> None:
@@ -163,7 +164,7 @@ def details_text(found: dict[str, Any]) -> str:
     rows = [(name, _said(found[name])) for name in ("id", "kind", "model", "domain", "date", "score", "version", "seed")]
     rows += [(f"{group}.{name}", _said(value)) for group in ("arguments", "facts") for name, value in found[group].items()]
     for name, one in found["objects"].items():
-        size = "missing" if one["bytes"] is None else _size(one["bytes"])
+        size = "missing" if one["bytes"] is None else shown_size(one["bytes"])
         rows.append((name, f"{size}  {one['sha256'][:16]}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
@@ -173,12 +174,3 @@ def _said(value: Any) -> str:
     if value is None:
         return "-"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _size(size: float) -> str:
-    """Bytes as everything of edge-rt writes them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5 or unit == "GB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError

@@ -114,3 +114,12 @@ def locked(path: Path, *, alone: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def shown_size(size: float) -> str:
+    """Bytes for a person: 98.4 MB, as everything of edge-rt writes them."""
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

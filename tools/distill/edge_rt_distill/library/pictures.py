@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Array = npt.NDArray[np.floating[Any]]
@@ -62,7 +63,17 @@ def draw(name: str, title: str, width: float, height: float, plot: Callable[[Fig
 
 def _image(figure: Figure, axes: Axes, values: Array, label: str, **options: Any) -> None:
     shown = axes.imshow(values, aspect="auto", interpolation="none", origin="upper", **options)
-    figure.colorbar(shown, ax=axes, label=label)
+    bar = figure.colorbar(shown, ax=axes, label=label)
+    if "norm" in options:
+        _plain_logarithm(bar.ax.yaxis)
+
+
+def _plain_logarithm(axis: Axis) -> None:
+    """Labels as text: matplotlib's own for logarithms are formulas, which are off so that names may have dollar signs."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def activation_maps(name: str, rms: Array, largest: Array) -> str:
@@ -111,6 +122,7 @@ def histograms(name: str, title: str, label: str, series: Mapping[str, Array], l
             low = max(low, 1e-8)
             edges = np.geomspace(low, max(high, low * 2), 41)
             axes.set_xscale("log")
+            _plain_logarithm(axes.xaxis)
         else:
             edges = np.linspace(low, max(high, low + 1e-6), 41)
         for place, (key, one) in enumerate(series.items()):

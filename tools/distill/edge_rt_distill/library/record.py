@@ -284,11 +284,10 @@ def record_attention(
     def work(indices: range, tell: Told) -> Part:
         tokens = list(sequences[indices.start].tokens)
         arrays = {"tokens": np.array(tokens, np.int32), **attention_maps(teacher.model, tokens, size)}
-        line = {"sample": sequences[indices.start].sample, "file": f"attention-{indices.start:08d}.npz"}
-        return Part({line["file"]: library.put(npz(arrays))}, line)
+        return Part({f"attention-{indices.start:08d}.npz": library.put(npz(arrays))}, {"sample": sequences[indices.start].sample})
 
     def merge(parts: Sequence[Part]) -> Merged:
-        facts = {"samples": [part.facts["sample"] for part in parts], "files": [part.facts["file"] for part in parts]}
+        facts = {"samples": [part.facts["sample"] for part in parts]}
         return Merged(_objects(parts), facts)
 
     return record_shards(library, drafted, len(sequences), 1, work, merge, told)

@@ -133,7 +133,7 @@ class Maps(NamedTuple):
 def attention(library: Library, record: Record) -> Iterator[Maps]:
     """A record's samples. Raises DataError."""
     _is(record, "attention")
-    for sample, name in zip(record.facts["samples"], record.facts["files"], strict=True):
+    for sample, name in zip(record.facts["samples"], _files(record, "attention-", ".npz"), strict=True):
         yield Maps(sample, **unpack(library.read(record.objects[name])))
 
 

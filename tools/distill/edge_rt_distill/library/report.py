@@ -34,6 +34,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 body {{ max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
 th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }}
+td:first-child, td:nth-child(2) {{ white-space: nowrap }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
 svg {{ max-width: 100%; height: auto }} svg image {{ image-rendering: pixelated }}
 code, .tokens {{ font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }}
@@ -101,7 +102,7 @@ def _overview(library: Library, records: Sequence[Record]) -> str:
         sizes[record.model, record.domain] += library.size(record)
     kinds = [kind for kind in KINDS if any(one[kind] for one in counted.values())]
     rows = [
-        [model[:16], domain or "all", *(one[kind] or "" for kind in kinds), f"{sizes[model, domain] / 1e6:.1f} MB"]
+        [model[:16], domain or "all", *(one[kind] or "" for kind in kinds), files.shown_size(sizes[model, domain])]
         for (model, domain), one in sorted(counted.items())
     ]
     return _rows(["model", "domain", *kinds, "size"], rows)
@@ -120,7 +121,7 @@ def _table(library: Library, records: Sequence[Record]) -> str:
     rows = [
         [
             record.id[:12], record.date, record.domain or "all", "" if record.score is None else round(record.score, 4),
-            f"{library.size(record) / 1e6:.1f} MB", shown(record.facts),
+            files.shown_size(library.size(record)), shown(record.facts),
         ]
         for record in records
     ]  # fmt: skip
