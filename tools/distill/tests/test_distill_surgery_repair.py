@@ -193,9 +193,11 @@ def test_equations_give_what_numpy_gives() -> None:
     energy = ((root * error) ** 2).sum(0)
     assert equations.relative(found) == pytest.approx(float((left / energy).mean()), rel=1e-4)
     assert equations.relative() == pytest.approx(1, rel=1e-4)
-    best = fit(equations, equations, (1e-12, 10.0))
+    best = fit(equations, equations, (1e-12, 100.0))
     assert best.ridge == 1e-12
     assert best.change is not None
+    mild = fit(equations, equations, (1e-12, 1e-3, 100.0))
+    assert mild.ridge == 1e-3  # nearly as good, and it changes less
     damped = np.linalg.solve(
         x.T @ (x * weights[:, None]) + np.eye(7) * 10 * np.mean((weights[:, None] * x * x).sum(0)), x.T @ (weights[:, None] * error)
     )

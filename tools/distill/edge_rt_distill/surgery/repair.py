@@ -41,7 +41,7 @@ class RepairOptions:
     """
 
     sites: tuple[str, ...] = SUMS
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     apart: float = 0.25
     background: float = 0.25
     outlier: float = 10.0
