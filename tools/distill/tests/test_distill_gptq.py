@@ -17,7 +17,9 @@ from torch import Tensor
 
 from edge_rt.hooks import DataError, OptionError
 
-SHAPE = Architecture("llama", 96, 64, 16, (LayerShape(4, 2, 96),) * 3, True, 1e-5, 1e4, "interleaved", 64)
+SHAPE = Architecture("llama", 96, 64, 16, (LayerShape(4, 2, 96),) * 2, True, 1e-5, 1e4, "interleaved", 64)
+
+QUICK = GptqOptions(tried=2, sweeps=1)
 
 
 def _tokens(seed: int, count: int = 24) -> list[list[int]]:
@@ -52,13 +54,13 @@ def _divergence(student: Decoder, model: Decoder, sequences: list[list[int]]) ->
 
 @pytest.mark.parametrize("options", [
     QuantiseOptions(method="plain", type="Q8_0"), QuantiseOptions(method="importance", type="Q4_1"),
-    QuantiseOptions(type="Q4_0", types={"ffn_down": "Q5_0", "blk.1.attn_v": "Q8_0", "blk.2.attn_v": "F16"}),
+    QuantiseOptions(type="Q4_0", types={"ffn_down": "Q5_0", "blk.1.attn_v": "Q8_0", "blk.1.attn_k": "F16"}, gptq=QUICK),
 ])  # fmt: skip
 def test_the_model_that_comes_back_computes_with_what_its_bytes_decode_to(model: Decoder, options: QuantiseOptions) -> None:
     told: list[tuple[int, int]] = []
     before = {name: one.clone() for name, one in tensors(model).items()}
     found = quantise_model(model, _tokens(0, 4), options, lambda *step: told.append(step))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(1, 2), (2, 2)]
     assert sorted(found.tensors) == sorted(f"{site}.weight" for site in model.sites())
     for site in model.sites():
         one = found.tensors[f"{site}.weight"]
@@ -76,19 +78,18 @@ def test_the_model_that_comes_back_computes_with_what_its_bytes_decode_to(model:
 def test_gptq_costs_less_divergence_than_rounding_by_importance_on_other_text(model: Decoder, aim: Aim) -> None:
     calibration, other = _tokens(0), _tokens(1)
     weighted = _divergence(quantise_model(model, calibration, QuantiseOptions(method="importance")).model, model, other)
-    found = _divergence(quantise_model(model, calibration, QuantiseOptions(aim=aim)).model, model, other)
+    found = _divergence(quantise_model(model, calibration, QuantiseOptions(aim=aim, gptq=QUICK)).model, model, other)
     assert found < 0.85 * weighted
 
 
 def test_what_a_disturbed_input_lacks_is_made_good(model: Decoder) -> None:
     """With a first layer that is spoilt, later layers bring the stream back towards the float model's if they are told to."""
-    calibration, quick = _tokens(0, 96), GptqOptions(tried=2, sweeps=1)
+    calibration = _tokens(0, 64)
     types = dict.fromkeys(LINEARS, "Q8_0") | {f"blk.0.{name}": "Q4_0" for name in LINEARS}
     found = {
-        aim: _divergence(quantise_model(model, calibration, QuantiseOptions(types=types, aim=aim, gptq=quick)).model, model, _tokens(2))
-        for aim in ("weights", "outputs", "residual")
+        aim: _divergence(quantise_model(model, calibration, QuantiseOptions(types=types, aim=aim, gptq=QUICK)).model, model, _tokens(2))
+        for aim in ("weights", "residual")
     }
-    assert found["outputs"] < 0.9 * found["weights"]
     assert found["residual"] < 0.9 * found["weights"]
 
 
