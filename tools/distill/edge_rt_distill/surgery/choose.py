@@ -73,7 +73,7 @@ def rechosen(
     places = {one.sources[0]: i for i, one in enumerate(layers) if len(one.sources) == 1}
     sharing = {one.like for one in layers} | {i for i, one in enumerate(layers) if one.like is not None}
     streams = [teacher.token_embd(batch.tokens) for batch in batches]
-    counts = [weights(batch, 0.25, 0.0) for batch in batches]
+    counts = [weights(batch, 0.25, 1.0) for batch in batches]
     for number, layer in enumerate(teacher.layers):
         if told is not None:
             told(number, len(teacher.layers))

@@ -36,8 +36,9 @@ class RepairOptions:
     ``ridges``: tried, relative to the mean of the diagonal. ``apart``: share of passages that judge and are not fitted. ``background``:
     weight of tokens whose prediction does not count (of a prompt). ``outlier``: tokens whose stream is so many times the median's norm
     count less, by the square of the excess. ``first``: weight of the first position, where a massive activation sits (Sun et al. 2024,
-    arXiv:2402.17762) to which heads attend that have nothing to say. ``carry``: share of the errors made in front of a matrix that it is
-    to make good, beside what it lacks itself. ``norms``: refit norms too where dimensions were removed.
+    arXiv:2402.17762) to which heads attend that have nothing to say; with none, a refit may lose it and such passages with it (a passage
+    of SmolLM2-135M with 1,280 of 1,536 channels: a tenth of the norm, 1.14 nats instead of 0.42). ``carry``: share of the errors made in
+    front of a matrix that it is to make good, beside what it lacks itself. ``norms``: refit norms too where dimensions were removed.
     """
 
     sites: tuple[str, ...] = SUMS
@@ -45,7 +46,7 @@ class RepairOptions:
     apart: float = 0.25
     background: float = 0.25
     outlier: float = 10.0
-    first: float = 0.0
+    first: float = 1.0
     carry: float = 1.0
     norms: bool = True
 
