@@ -18,7 +18,7 @@ from edge_rt.core.load.model_file import ModelFile
 from edge_rt.testing.random_compensations import write_random_compensation
 
 TOOL = Path(__file__).parents[1] / "tools" / "distill"
-CALIBRATION, TUNING = 16_384, 60_000
+CALIBRATION, TUNING = 8_192, 20_480
 """Tokens of technical text, to which the prose that is measured on is not related."""
 BILLION = {"n_layer": 22, "n_embd": 2048, "n_head": 32, "n_head_kv": 4, "head_dim": 64, "n_ff": 5632, "n_vocab": 32000}
 """TinyLlama's measures, 1.1 billion weights."""

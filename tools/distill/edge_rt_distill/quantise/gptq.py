@@ -25,9 +25,9 @@ class GptqOptions(NamedTuple):
     """
 
     damping: float = 0.01
-    tried: int = 6
+    tried: int = 3
     by_importance: bool = True
-    sweeps: int = 3
+    sweeps: int = 1
 
 
 DEFAULTS = GptqOptions()

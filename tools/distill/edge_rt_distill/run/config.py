@@ -139,7 +139,7 @@ class QuantiseConfig:
     type: str = setting("Q4_0", "Of matrices.", choices=("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16"))
     method: str = setting("gptq", "How codes are chosen.", choices=("plain", "importance", "gptq"))
     embedding: str = setting("F16", "Type of the embedding and the output.", choices=("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"))
-    calibration_tokens: int = setting(16_384, "Tokens that statistics are taken of.", 256, 1 << 24)
+    calibration_tokens: int = setting(8_192, "Tokens that statistics are taken of.", 256, 1 << 24)
     aware_tokens: int = setting(0, "Tokens of a last phase of training that knows of the quantisation, 0: none.", most=1 << 40)
     aware_rate: float = setting(5e-5, "Its learning rate.", 1e-8, 1)
 
@@ -150,9 +150,9 @@ class CompensateConfig:
 
     bytes: float = setting(0.03, "Share of the file's bytes that corrections may add, 0: none.", 0, 1)
     time: float = setting(0.04, "Share of a decoding step's time that they may add.", 0, 1)
-    tokens: int = setting(16_384, "Tokens that corrections are fitted to; an eighth of them judges.", 256, 1 << 40)
+    tokens: int = setting(8_192, "Tokens that corrections are fitted to; an eighth of them judges.", 256, 1 << 40)
     norm_rate: float = setting(0.002, "How fast norms learn with them, as a share of their size a step; 0: they stay.", 0, 1)
-    tune_tokens: int = setting(60_000, "Tokens on which the chosen corrections are trained together, 0: none.", most=1 << 40)
+    tune_tokens: int = setting(20_480, "Tokens on which the chosen corrections are trained together, 0: none.", most=1 << 40)
 
 
 @dataclass(frozen=True)
