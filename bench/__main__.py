@@ -66,7 +66,9 @@ ADAPTATION = ("contention", "predictions", "compiled", "compiled-quality")
 """Those of the compiler and the governor."""
 SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
-SCORES = (*QUALITY[:-1], POST[0], "serve-isolation")
+SPEED = tuple(name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION + DISTILLED)
+"""The others."""
+SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised")
 """Those whose figures are scores, which a busy machine does not change."""
 LIMITS = {"predictions": 1800, "quantised": 3600, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
 """Seconds of those that take longer than others by what they are to show."""
@@ -163,10 +165,10 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _report() -> int:
     """Write the pages of which something was measured."""
-    from bench.report import DOCS, pages, render
+    from bench.report import DOCS, Kinds, pages, render
 
     stored = load_all()
-    for page in pages(QUALITY, POST, [name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION], SERVE, ADAPTATION):
+    for page in pages(Kinds(QUALITY, POST, SPEED, SERVE, ADAPTATION, DISTILLED)):
         if not any(name in stored for name in page.benchmarks):
             continue
         try:

@@ -127,12 +127,12 @@ def test_results_come_back_from_json_as_they_were(tmp_path: Path) -> None:
 
 
 def speed(*benchmarks: str) -> report.Page:
-    return report.pages([], [], benchmarks)[0]
+    return report.pages(report.Kinds([], [], benchmarks))[0]
 
 
 def test_each_page_has_its_own_results() -> None:
     results = {"decode": stored(), "pruning": stored("pruning")}
-    found = {page.file: report.render(results, page) for page in report.pages(["pruning"], [], ["decode"])}
+    found = {page.file: report.render(results, page) for page in report.pages(report.Kinds(["pruning"], [], ["decode"]))}
     assert "decode at 50 cells" in found["performance.md"]
     assert found["quality.md"].startswith("# What is left")
     assert "create_chat_completion" not in found["quality.md"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench.__main__ import BENCHMARKS, SERVE
-from bench.report import pages, render
+from bench.report import Kinds, pages, render
 from bench.serve import hostile, isolation, soak
 from bench.serve.conversations import Turn
 from bench.serve.hostile import Bystander, Hurt
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 def test_every_bench_of_the_daemon_has_its_place_on_the_page() -> None:
     assert {name for name in BENCHMARKS if name.startswith("serve-")} == set(SERVE)
-    text = render({}, pages([], [], [], SERVE)[-1])
+    text = render({}, pages(Kinds([], [], [], SERVE))[-1])
     assert text.startswith("# What the daemon stands")
     assert all(f"`serve-{name}`" in text for name in ("start", "idle", "faults", "isolation", "hostile", "soak", "throughput", "fairness"))
 
