@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from edge_rt_distill.model.decoder import LINEARS
-from edge_rt_distill.quantise.statistics import CAP, SiteStatistics, Statistics, collect, collect_to, counted
+from edge_rt_distill.quantise.statistics import CAP, SiteStatistics, counted, layers
 from edge_rt_distill.quantise.walk import Stream, walk
 from torch import Tensor, nn
 
@@ -63,6 +63,11 @@ def _inputs(net: Net, layer: int, name: str) -> Tensor:
     return torch.cat(rows)
 
 
+def collect(net: Net, sequences: list[list[int]], sites: list[str] | None = None, **how: Any) -> dict[str, SiteStatistics]:
+    """By site, of all layers."""
+    return {f"blk.{layer}.{name}": one for layer, found in layers(net, sequences, sites, **how) for name, one in found.items()}
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 14, 4096])
 def test_they_are_those_of_whole_passes_however_sequences_are_batched(batch_tokens: int) -> None:
     net = Net()
@@ -102,36 +107,22 @@ def test_a_sample_is_of_the_same_positions_at_every_site_and_seeded() -> None:
     assert not torch.equal(found["blk.2.ffn_up"].sample, other["blk.2.ffn_up"].sample)
 
 
-def test_a_file_gives_the_same_and_only_some_sites_where_only_some_are_wanted(tmp_path: Path) -> None:
+def test_only_what_is_wanted_is_looked_at() -> None:
     wanted = ["blk.0.attn_k", "blk.0.attn_v", "blk.2.ffn_down"]
-    held = collect(Net(), SEQUENCES, wanted, hessian=True, sample=5)
-    for read in (collect_to(tmp_path / "a.npz", Net(), SEQUENCES, wanted, hessian=True, sample=5), _saved(held, tmp_path / "b.npz")):
-        assert list(read) == wanted
-        for site in wanted:
-            for part in ("count", "mean", "square", "sample", "hessian"):
-                mine, theirs = getattr(held[site], part), getattr(read[site], part)
-                assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs)), (site, part)
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+    whole, some = collect(Net(), SEQUENCES, hessian=True, sample=5), collect(Net(), SEQUENCES, wanted, hessian=False, sample=5)
+    assert list(some) == wanted
+    for site in wanted:
+        assert some[site].hessian is None
+        for part in ("count", "mean", "square", "sample"):
+            assert torch.equal(torch.as_tensor(getattr(whole[site], part)), torch.as_tensor(getattr(some[site], part))), (site, part)
 
 
-def _saved(held: Statistics, path: Path) -> Statistics:
-    held.save(path)
-    return Statistics.read(path)
-
-
-def test_a_failed_collection_leaves_no_file_and_not_the_old_one_changed(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    before = collect_to(path, Net(), SEQUENCES, hessian=False, sample=5)["blk.0.attn_q"].mean
+def test_what_is_not_finite_is_said() -> None:
     broken = Net()
     with torch.no_grad():
         broken.layers[1].get_submodule("attn_q").get_parameter("weight").fill_(float("inf"))
     with pytest.raises(DataError, match="not finite"):
-        collect_to(path, broken, SEQUENCES, hessian=False)
-    assert torch.equal(Statistics.read(path)["blk.0.attn_q"].mean, before)
-    assert [one.name for one in tmp_path.iterdir()] == ["a.npz"]
-    (tmp_path / "c.npz").write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(DataError, match="collect them again"):
-        Statistics.read(tmp_path / "c.npz")
+        collect(broken, SEQUENCES, hessian=False)
 
 
 @pytest.mark.parametrize("sequences", [[], [[]], [[3], [5]]])
@@ -193,8 +184,3 @@ def test_a_look_runs_no_further_than_it_must_and_leaves_no_hook() -> None:
 def test_models_of_different_depth_do_not_walk_together() -> None:
     with pytest.raises(OptionError, match="equal depths can"):
         next(walk(Net(), Net(2), SEQUENCES))
-
-
-def test_what_is_known_of_a_site_holds_no_hessian_unless_asked() -> None:
-    one: SiteStatistics = collect(Net(), SEQUENCES, ["blk.0.attn_q"], hessian=False)["blk.0.attn_q"]
-    assert one.hessian is None

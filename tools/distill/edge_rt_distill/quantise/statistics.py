@@ -8,15 +8,11 @@ and all moments would speak of it alone. ``First`` says what becomes of such vec
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -139,126 +135,14 @@ def layers(
     model: nn.Module, sequences: Sequence[Sequence[int]], sites: Collection[str] | None = None, *, hessian: bool, first: First = "leave",
     sample: int = SAMPLE, seed: int = 0, batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[int, dict[str, SiteStatistics]]]:  # fmt: skip
-    """Layer by layer, what goes into its matrices by name ("attn_q"): only one layer's statistics need to live. Arguments: ``collect``."""
+    """Layer by layer, what goes into its matrices by name ("attn_q"), over token sequences: only one layer's statistics need to live.
+
+    ``sites``: "blk.0.attn_q"; None: all. ``sample``: how many vectors are kept of each site, chosen by ``seed``. With ``hessian`` a layer
+    of width 576 and FFN 1536 takes 13 MB. Raises DataError if there is nothing to count or a value is not finite.
+    """
     stream = Stream(model, sequences, batch_tokens=batch_tokens)
     while not stream.ended:
         names = [name for name in LINEARS if sites is None or f"blk.{stream.index}.{name}" in sites]
         if names:
             yield stream.index, observe(stream, names, hessian=hessian, first=first, sample=sample, seed=seed)
         stream.advance()
-
-
-class Statistics(Mapping[str, SiteStatistics]):
-    """Site ("blk.3.attn_q") -> its statistics. Read from a file, each is fetched when asked for and not kept."""
-
-    def __init__(self, sites: Mapping[str, str], fetch: Callable[[str], SiteStatistics]) -> None:
-        """``sites``: site -> the site whose input it shares, by which ``fetch`` finds it."""
-        self._sites, self._fetch = dict(sites), fetch
-
-    def __getitem__(self, site: str) -> SiteStatistics:
-        return self._fetch(self._sites[site])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    @classmethod
-    def read(cls, path: Path) -> Statistics:
-        """What ``collect_to`` or ``save`` wrote. Raises DataError if it is something else."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                sites = dict(zip(file["sites"].tolist(), file["shared"].tolist(), strict=True))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} holds no statistics of calibration ({error}); collect them again") from None
-        return cls(sites, lambda shared: _read_site(path, shared))
-
-    def save(self, path: Path) -> None:
-        """Write an npz; what is there under that name is replaced when all is written."""
-        with _Writer(path) as writer:
-            for site, shared in self._sites.items():
-                writer.add(site, shared, self[site])
-
-
-def _read_site(path: Path, shared: str) -> SiteStatistics:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {part: torch.from_numpy(file[f"{shared}.{part}"]) for part in ("mean", "square", "sample")}
-        hessian = f"{shared}.hessian"
-        found = torch.from_numpy(file[hessian]) if hessian in file.files else None
-        return SiteStatistics(int(file[f"{shared}.count"].item()), arrays["mean"], arrays["square"], arrays["sample"], found)
-
-
-class _Writer:
-    """An npz, written array by array, in place of an older one only when it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_name(path.name + ".part")
-
-    def __enter__(self) -> _Writer:
-        self._zip = zipfile.ZipFile(self._part, "w", allowZip64=True)
-        self._sites: dict[str, str] = {}
-        return self
-
-    def add(self, site: str, shared: str, one: SiteStatistics) -> None:
-        """Add a site; the arrays of one whose input another shared before are there already."""
-        if shared not in self._sites.values():
-            parts = {"mean": one.mean, "square": one.square, "sample": one.sample, "hessian": one.hessian}
-            self._array(f"{shared}.count", np.array([one.count]))
-            for part, tensor in parts.items():
-                if tensor is not None:
-                    self._array(f"{shared}.{part}", tensor.numpy())
-        self._sites[site] = shared
-
-    def _array(self, name: str, array: npt.NDArray[Any]) -> None:
-        with self._zip.open(f"{name}.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            with self._zip:
-                if kind is None:
-                    self._array("sites", np.array(list(self._sites)))
-                    self._array("shared", np.array(list(self._sites.values())))
-            if kind is None:
-                self._part.replace(self._path)
-        finally:
-            self._part.unlink(missing_ok=True)
-
-
-def _named(index: int, found: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, str, SiteStatistics]]:
-    """(site, site it shares its input with, statistics) of a layer."""
-    for group in GROUPS:
-        names = [name for name in group if name in found]
-        yield from ((f"blk.{index}.{name}", f"blk.{index}.{names[0]}", found[name]) for name in names)
-
-
-def collect(
-    model: nn.Module, sequences: Sequence[Sequence[int]], sites: Collection[str] | None = None, *, hessian: bool, first: First = "leave",
-    sample: int = SAMPLE, seed: int = 0, batch_tokens: int = BATCH_TOKENS,
-) -> Statistics:  # fmt: skip
-    """Statistics of the inputs of ``sites`` ("blk.0.attn_q"; None: all), over token sequences, in memory.
-
-    ``sample``: how many vectors are kept of each site, chosen by ``seed``. Raises DataError if there is nothing to count or a value is
-    not finite. With ``hessian`` a model of width 576 and FFN 1536 takes 13 MB a layer: see ``collect_to`` and ``layers``.
-    """
-    shared: dict[str, str] = {}
-    held: dict[str, SiteStatistics] = {}
-    for index, found in layers(model, sequences, sites, hessian=hessian, first=first, sample=sample, seed=seed, batch_tokens=batch_tokens):
-        for site, of, one in _named(index, found):
-            shared[site], held[of] = of, one
-    return Statistics(shared, held.__getitem__)
-
-
-def collect_to(
-    path: Path, model: nn.Module, sequences: Sequence[Sequence[int]], sites: Collection[str] | None = None, *, hessian: bool,
-    first: First = "leave", sample: int = SAMPLE, seed: int = 0, batch_tokens: int = BATCH_TOKENS,
-) -> Statistics:  # fmt: skip
-    """As ``collect``, but into an npz: memory holds one layer's statistics. Raises OSError too."""
-    with _Writer(path) as writer:
-        for index, found in layers(
-            model, sequences, sites, hessian=hessian, first=first, sample=sample, seed=seed, batch_tokens=batch_tokens
-        ):
-            for site, of, one in _named(index, found):
-                writer.add(site, of, one)
-    return Statistics.read(path)
