@@ -41,15 +41,12 @@ def init(
 ) -> None:
     """Write a run's file: the demo, with every setting explained."""
     from edge_rt.hooks import OptionError
+    from edge_rt_distill.files import write_file
     from edge_rt_distill.run.config import Config, to_toml
-    from edge_rt_distill.run.steps import write_text
 
     if file.exists() and not force:
         raise OptionError(f"{file} is there already; choose another name, or replace it with --force")
-    try:
-        write_text(file, to_toml(Config()))
-    except OSError as error:
-        raise OptionError(f"{file} cannot be written: {(error.strerror or str(error)).lower()}; choose another place") from error
+    write_file(file, to_toml(Config()))
     typer.echo(f"{file} is written; change what you like and run `edge-rt distill run {file}`")
 
 

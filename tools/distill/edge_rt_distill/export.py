@@ -6,7 +6,6 @@ one piece (docs/compiler.md). Layers that share parameters are written out: GGUF
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections import Counter
@@ -21,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_rt.hooks import GGML_TYPES, ModelFile, ModelFileError, OptionError, UnsupportedModel, UserError, gguf_metadata_spans
+from edge_rt.hooks import GGML_TYPES, ModelFile, ModelFileError, OptionError, UnsupportedModel, gguf_metadata_spans
+from edge_rt_distill import files
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import tensors as named_tensors
@@ -75,7 +75,7 @@ def export(
     ``matrices``, ``embedding`` (and head): ggml types; ``how``: by GGUF name ("blk.0.attn_q.weight") where one is to be different, or is
     there as bytes. ``provenance``: what is said of the student's origin, under ``PROVENANCE``. ``told``: bytes written, of how many.
     Raises UnsupportedModel for layers of different sizes, OptionError for types that do not fit or weights that are not finite,
-    ModelFileError for another model's vocabulary, UserError if the disk is full, OSError.
+    ModelFileError for another model's vocabulary, UserError where it cannot be written.
     """
     target, how = Path(path), dict(how or {})
     file = ModelFile.open(tokeniser.source)
@@ -87,17 +87,11 @@ def export(
         header = _header(file, architecture, placed, words, name, dict(provenance or {}))
     finally:
         file.close()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        _write(part, header, placed, told)
-        os.replace(part, target)
+        with files.replacing(target) as part:
+            _write(part, header, placed, told)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            need = len(header) + placed[-1].offset + placed[-1].nbytes
-            raise UserError(f"the disk is full: {target} needs {need / 1e6:.0f} MB; free some, or choose another folder") from None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+        raise files.write_error(error, target, len(header) + placed[-1].offset + placed[-1].nbytes) from error
     return target
 
 
@@ -246,7 +240,7 @@ def _entry(key: str, value: Value) -> bytes:
 
 
 def _write(part: Path, header: bytes, placed: list[_Placed], told: Callable[[int, int], None]) -> None:
-    """All of the file, and onto the disk."""
+    """All of the file."""
     total, done = sum(one.nbytes for one in placed), 0
     with part.open("wb") as out:
         out.write(header)
@@ -257,5 +251,3 @@ def _write(part: Path, header: bytes, placed: list[_Placed], told: Callable[[int
             out.write(b"\0" * (-one.nbytes % ALIGNMENT))
             done += one.nbytes
             told(done, total)
-        out.flush()
-        os.fsync(out.fileno())

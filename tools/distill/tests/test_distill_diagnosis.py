@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from edge_rt_distill import plots
-from edge_rt_distill.diagnose import measure, parts
 from edge_rt_distill.diagnose.diagnosis import Diagnosis, diagnose
 from edge_rt_distill.diagnose.findings import Measured, rank
 from edge_rt_distill.diagnose.groups import Group, lift
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.report import write
 from edge_rt_distill.diagnose.rows import Labels
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model.load import Teacher, load
 from edge_rt_distill.plots import Axes
 
@@ -181,9 +181,9 @@ def test_what_cannot_be_diagnosed_is_said(teacher, sequences, tmp_path, monkeypa
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(parts.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="disk is full"):
-        parts.write_file(tmp_path / "new" / "file", b"x")
+        write_file(tmp_path / "new" / "file", b"x")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -193,14 +193,6 @@ def test_damaged_weights_end_a_diagnosis_with_their_layer(tiny, sequences, tmp_p
     with pytest.raises(DataError, match="layer 1 of the teacher"):
         diagnose(broken, sequences, OPTIONS, folder=tmp_path)
     assert not (tmp_path / "diagnosis.json").exists()
-
-
-def test_the_removal_part_remembers_what_it_measured(done, teacher) -> None:
-    path = next((done[1] / "parts").glob("removal.npz"))
-    arrays = parts.unpacked(path)
-    arrays.pop("__facts__")
-    removed = measure.removed_of(parts.Part(arrays, {}), teacher.model, OPTIONS.halves)
-    np.testing.assert_allclose(removed.mean()[:2].numpy(), done[0].arrays["layer_kl"], rtol=1e-5)
 
 
 def test_lift_is_a_share_against_the_usual_share() -> None:

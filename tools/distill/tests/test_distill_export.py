@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from edge_rt_distill import export as export_module
 from edge_rt_distill.export import ALIGNMENT, PROVENANCE, export
 from edge_rt_distill.model.architecture import LayerShape
 from edge_rt_distill.model.decoder import LINEARS, Decoder
@@ -165,8 +165,8 @@ def test_a_full_disk_is_said_and_leaves_the_file_that_was_there(tiny: Path, tmp_
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_module.os, "fsync", full)
-    with pytest.raises(UserError, match=r"the disk is full: .* MB; free some"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"s.gguf, which takes .* [kM]B: the disk is full; make room"):
         export(tmp_path / "s.gguf", first.model, first.tokeniser)
     assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("s.gguf", b"before")]
 

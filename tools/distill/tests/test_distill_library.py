@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from edge_rt_distill.library import files
+from edge_rt_distill import files
 from edge_rt_distill.library.care import collect, verify
 from edge_rt_distill.library.catalogue import Entry, Query, Record
 from edge_rt_distill.library.shards import Merged, Part, digest_of, record_shards
@@ -89,7 +89,7 @@ def test_killed_writers_leave_a_sound_library(tmp_path: Path) -> None:
 
 KILLED_AT = """
 import os, signal, sys
-from edge_rt_distill.library import files
+from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import Record
 from edge_rt_distill.library.store import Library
 library = Library.open(sys.argv[1])
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_nothing_half(library: Library, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(files.tempfile, "mkstemp", full)
-        with pytest.raises(UserError, match=r"the disk is full; make room there, or choose another folder") as caught:
+        with pytest.raises(UserError, match=r"the disk is full; make room, or choose another folder") as caught:
             library.put(b"x" * 5_000_000)
         assert not isinstance(caught.value, DataError)
         with pytest.raises(UserError, match="the disk is full"):

@@ -19,6 +19,7 @@ import torch
 from edge_rt.hooks import ModelFileError
 from edge_rt_distill.compensate.correction import PARTS, Compensation, Correction
 from edge_rt_distill.compensate.storage import Storage, encoded, part_type
+from edge_rt_distill.files import replacing, write_error
 
 VERSION = 1
 
@@ -37,7 +38,7 @@ def side_path(model: Path) -> Path:
 
 
 def write_side_file(path: Path, compensation: Compensation, *, architecture: str, model: str, storage: Storage) -> None:
-    """Write corrections for the model with the fingerprint ``model``. Raises OSError; a file that was there is then whole still."""
+    """Write corrections for the model with the fingerprint ``model``. Raises UserError; a file that was there is then whole still."""
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type("compensation")
     writer.add_uint32("edge_rt.compensation.version", VERSION)
@@ -49,7 +50,7 @@ def write_side_file(path: Path, compensation: Compensation, *, architecture: str
 
 
 def write_lora(path: Path, compensation: Compensation, *, architecture: str, storage: Storage) -> bool:
-    """Write the low rank parts as an adapter to be applied once; False, and no file, if there are none. Raises OSError."""
+    """Write the low rank parts as an adapter to be applied once; False, and no file, if there are none. Raises UserError."""
     pairs = {site: (one.low_a, one.low_b) for site, one in compensation.items() if one.low_a is not None and one.low_b is not None}
     if not pairs:
         return False
@@ -106,13 +107,11 @@ def _add(writer: gguf.GGUFWriter, name: str, part: torch.Tensor, type_: Storage)
 
 
 def _write(writer: gguf.GGUFWriter, path: Path) -> None:
-    """Beside its place first, then moved there: nobody finds half a file."""
-    unfinished = path.with_name(path.name + ".part")
     try:
-        writer.write_header_to_file(unfinished)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with replacing(path) as part:
+            writer.write_header_to_file(part)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    except OSError as error:
+        raise write_error(error, path) from error

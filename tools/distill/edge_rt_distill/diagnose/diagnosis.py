@@ -30,9 +30,10 @@ from edge_rt_distill.diagnose.findings import Finding, Measured, rank
 from edge_rt_distill.diagnose.groups import Group, by_label
 from edge_rt_distill.diagnose.measure import PARTS, Task
 from edge_rt_distill.diagnose.options import Options
-from edge_rt_distill.diagnose.parts import Array, Part, find, key_of, packed, save, unpacked, write_file
+from edge_rt_distill.diagnose.parts import Array, Part, find, key_of, packed, save, unpacked
 from edge_rt_distill.diagnose.passes import Told, check_own_parameters, quiet
 from edge_rt_distill.diagnose.rows import Labels, Sequenced, checked, mixed
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model.decoder import Decoder
 
 VERSION = 1
@@ -73,7 +74,7 @@ class Diagnosis:
         """Write both files, the arrays first. Raises UserError if the disk says no."""
         write_file(folder / "diagnosis.npz", packed(self.arrays))
         data = {**self.facts, "findings": [one._asdict() for one in self.findings]}
-        write_file(folder / "diagnosis.json", (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        write_file(folder / "diagnosis.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Diagnosis:

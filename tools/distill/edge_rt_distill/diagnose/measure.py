@@ -12,7 +12,7 @@ from torch import Tensor
 from edge_rt_distill.diagnose.activations import Activations, Spread
 from edge_rt_distill.diagnose.attention import MEASURES, measures
 from edge_rt_distill.diagnose.heads import ChannelImportance, HeadImportance, HiddenActivation, HiddenImportance, channel_activation, table
-from edge_rt_distill.diagnose.layers import BlockInfluence, Removed, all_removals, greedy, removal_kl
+from edge_rt_distill.diagnose.layers import BlockInfluence, all_removals, greedy, removal_kl
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.parts import Array, Part
 from edge_rt_distill.diagnose.passes import Told, backward, inputs, walk
@@ -179,9 +179,3 @@ PARTS: dict[str, tuple[Callable[[Task], Part], tuple[str, ...]]] = {
     "paths": (paths, ("paths",)),
 }
 """By name what makes it, and which options it depends on, in the order in which they are made."""
-
-
-def removed_of(part: Part, model: Decoder, halves: bool) -> Removed:
-    """The ``removal`` part as it was measured."""
-    sums, counts = torch.from_numpy(part.arrays["removal_sums"]), torch.from_numpy(part.arrays["removal_counts"])
-    return Removed(tuple(all_removals(model, halves)), sums, counts)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_rt.hooks import DataError, UserError
+from edge_rt.hooks import DataError
+from edge_rt_distill.files import write_file
 
 Array = NDArray[Any]
 _FACTS = "__facts__"
@@ -32,26 +30,6 @@ class Part(NamedTuple):
 def key_of(*made_of: Any) -> str:
     """A digest of plain data."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there, durably. Raises UserError if the disk says no."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
-        raise UserError(f"cannot write {path}: {reason}; make room, or choose another folder, and run the same command again") from error
 
 
 def packed(arrays: Mapping[str, Array]) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from edge_rt_distill import plots
 from edge_rt_distill.diagnose.diagnosis import Diagnosis
 from edge_rt_distill.diagnose.groups import lift
-from edge_rt_distill.diagnose.parts import write_file
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model.decoder import LINEARS
 from edge_rt_distill.plots import Axes
 
@@ -31,7 +31,7 @@ _MOST_TOKENS = 400
 
 def write(found: Diagnosis, path: Path, title: str = "Diagnosis") -> None:
     """Write the page. Raises UserError if the disk says no."""
-    write_file(path, page(found, title).encode())
+    write_file(path, page(found, title))
 
 
 def page(found: Diagnosis, title: str = "Diagnosis") -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.library import files
+from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import KINDS, Entry, Record
 from edge_rt_distill.library.store import Library
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from edge_rt.hooks import OptionError
+from edge_rt_distill.files import shown_size
 from edge_rt_distill.library import care
 from edge_rt_distill.library.catalogue import KINDS, Query, Record
-from edge_rt_distill.library.files import shown_size
 from edge_rt_distill.library.store import Library
 
 _FOLDER = typer.Argument(metavar="DIRECTORY", help="The library.")

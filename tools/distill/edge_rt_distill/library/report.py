@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.library import files, pictures, recorded
+from edge_rt_distill import files
+from edge_rt_distill.library import pictures, recorded
 from edge_rt_distill.library.catalogue import KINDS, Query, Record
 from edge_rt_distill.library.shards import Told, quiet
 from edge_rt_distill.library.store import Library
@@ -54,13 +55,7 @@ def write_report(library: Library, out: Path, query: Query = Query(), told: Told
     Raises DataError for damaged objects, OptionError for a bad query, UserError where it cannot be written.
     """
     page = render(library, query, told).encode("utf-8", "replace")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary, _ = files.write_temporary(out.parent, [page])
-        temporary.chmod(0o644)
-        files.place(temporary, out)
-    except OSError as error:
-        raise files.write_error(error, out.parent) from error
+    files.write_file(out, page)
     return out
 
 

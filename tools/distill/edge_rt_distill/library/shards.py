@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.library import files
+from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import Query, Record
 from edge_rt_distill.library.store import Library
 

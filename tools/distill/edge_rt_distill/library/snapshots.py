@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from edge_rt.hooks import DataError, OptionError, UserError
-from edge_rt_distill.library import files
+from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import Query, Record
 from edge_rt_distill.library.record import tool_version
 from edge_rt_distill.library.store import Library

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edge_rt.hooks import DataError, UserError
-from edge_rt_distill.library import files
+from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import KINDS, Entry, Query, Record
 
 FORMAT = 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_rt.hooks import ModelFileError, UnsupportedModel
+from edge_rt_distill import files
 from edge_rt_distill.model.architecture import FAMILIES, Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.tokens import Tokeniser, write_vocabulary
@@ -38,11 +38,10 @@ def save(folder: Path, model: Decoder, tokeniser: Tokeniser, dtype: torch.dtype 
     """Write a snapshot into a folder (made if it is not there), each file at once. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: _unrotated(model, name, tensor).to(dtype).contiguous() for name, tensor in _named(model).items()}
-    part = folder / f"{_WEIGHTS}.part"
-    save_file(weights, part, metadata={"format": "pt"})
-    os.replace(part, folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(json.dumps(_config(model.architecture, tokeniser.end, dtype), indent=1), encoding="utf-8")
-    (folder / _OURS).write_text(json.dumps(model.architecture.to_json(), indent=1), encoding="utf-8")
+    with files.replacing(folder / _WEIGHTS) as part:
+        save_file(weights, part, metadata={"format": "pt"})
+    files.write_file(folder / _CONFIG, json.dumps(_config(model.architecture, tokeniser.end, dtype), indent=1))
+    files.write_file(folder / _OURS, json.dumps(model.architecture.to_json(), indent=1))
     write_vocabulary(tokeniser.source, folder / _VOCABULARY)
 
 
@@ -76,9 +75,8 @@ def digest(folder: Path) -> str:
     found = hashlib.sha256()
     for path in sorted([folder / _CONFIG, *folder.glob("*.safetensors")]):
         found.update(path.name.encode())
-        with path.open("rb") as file:
-            while piece := file.read(1 << 22):
-                found.update(piece)
+        for piece in files.pieces(path):
+            found.update(piece)
     return found.hexdigest()
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from edge_rt.hooks import ModelFile, UserError, Vocab, gguf_metadata_spans, tokenize_messages
+from edge_rt_distill.files import write_file
 
 _HEADER = struct.Struct("<4sIQQ")
 
@@ -62,7 +63,7 @@ class Tokeniser:
 
 
 def write_vocabulary(source: str | os.PathLike[str], out: Path) -> None:
-    """A GGUF without tensors that has the vocabulary and metadata of another. Raises ModelFileError, OSError."""
+    """A GGUF without tensors that has the vocabulary and metadata of another. Raises ModelFileError, UserError."""
     file = ModelFile.open(source)
     try:
         _, spans = gguf_metadata_spans(file.map)
@@ -70,7 +71,7 @@ def write_vocabulary(source: str | os.PathLike[str], out: Path) -> None:
         data = _HEADER.pack(b"GGUF", 3, 0, len(spans)) + bytes(file.map[start:end])
     finally:
         file.close()
-    out.write_bytes(data)
+    write_file(out, data)
 
 
 def tokens_digest(source: str | os.PathLike[str]) -> str:

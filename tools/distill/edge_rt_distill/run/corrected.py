@@ -41,7 +41,7 @@ def options_of(config: CompensateConfig, seed: int) -> Options:
 
 def write_corrected(source: Path, target: Path, found: Result, tokeniser: Tokeniser, provenance: Mapping[str, str | int]) -> None:
     """Write a model again, matrix by matrix the same bytes, with the norms that tuning changed; its side file; and the low rank part as
-    an adapter for stock llama.cpp, ``STEM.lora.gguf``. Raises UserError if the disk is full, OSError.
+    an adapter for stock llama.cpp, ``STEM.lora.gguf``. Raises UserError where they cannot be written.
     """
     model, storage = read_gguf(source), Options().forms.storage
     with torch.no_grad():

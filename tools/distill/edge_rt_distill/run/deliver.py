@@ -16,6 +16,7 @@ from edge_rt_distill.data.batches import Sequence as Tokens
 from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.export import export
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import read_gguf
@@ -25,7 +26,7 @@ from edge_rt_distill.quantise.matrices import Encoded, Method, QuantiseOptions, 
 from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.running import against, equal_to_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
-from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import clear_training, training_options, unigram
 from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, shuffled
 from edge_rt_distill.stages.gate import Gate
@@ -116,7 +117,7 @@ def compensate_step(shop: Workshop) -> Step:
     def run(place: Place) -> Mapping[str, Any]:
         source = place.need("quantise") / QUANTISED
         if not config.compensate.bytes:
-            write_text(place.folder / "compensation.txt", "No corrections: their budget is 0.\n")
+            write_file(place.folder / "compensation.txt", "No corrections: their budget is 0.\n")
             return {"sites": 0}
         reference = portable(snapshot.read(place.need("distil") / STUDENT)[0])
         quantised = read_gguf(source)
@@ -126,8 +127,8 @@ def compensate_step(shop: Workshop) -> Step:
         found = corrections.choose(
             reference, quantised, sequences[apart:], sequences[:apart], budget, options_of(config.compensate, config.run.seed), place.told
         )
-        write_text(place.folder / "compensation.json", json.dumps(as_json(found), indent=1, default=str))
-        write_text(place.folder / "compensation.txt", table(found) + "\n")
+        write_file(place.folder / "compensation.json", json.dumps(as_json(found), indent=1, default=str))
+        write_file(place.folder / "compensation.txt", table(found) + "\n")
         write_corrected(source, place.folder / f"{config.name}.gguf", found, shop.teacher.tokeniser, _provenance(shop, quantised))
         kl = {"kl without": found.kl_none, "kl with": found.kl}
         return {"sites": len(found.compensation), "bytes": found.bytes, "microseconds": found.microseconds, **kl}
@@ -156,7 +157,7 @@ def verify_step(shop: Workshop) -> Step:
             side = side_files.side_path(model)
             found |= {"compensation": str(side.relative_to(shop.folder)), "compensation bytes": side.stat().st_size}
         found["equal to stock llama.cpp"] = equal_to_stock(model, sequences[:4])
-        write_text(place.folder / "verify.json", json.dumps(found, indent=1))
+        write_file(place.folder / "verify.json", json.dumps(found, indent=1))
         if not found["equal to stock llama.cpp"]:
             raise NativeError(f"{model} gives other logits in edge-rt than in stock llama.cpp; report this with the file's header")
         last = found.get("corrected", found["off"])

@@ -13,8 +13,9 @@ from edge_rt_distill.data.dedupe import deduplicate
 from edge_rt_distill.data.samples import Problem, Sample, demo, make_sample, read_samples
 from edge_rt_distill.data.sources import technical_text
 from edge_rt_distill.data.splits import leaks, split
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
-from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, write_samples
 
 _BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {"demo": lambda: demo().samples, "technical": technical_text}
@@ -44,7 +45,7 @@ def data_step(shop: Workshop) -> Step:
             "read": len(samples), "broken": [str(one) for one in problems[:100]], "duplicates": len(samples) - len(kept.samples),
             "leaks": len(leaking), "train": _counted(train), "held_out": _counted(held_out),
         }  # fmt: skip
-        write_text(place.folder / "data.json", json.dumps(summary, ensure_ascii=False, indent=1))
+        write_file(place.folder / "data.json", json.dumps(summary, ensure_ascii=False, indent=1))
         return summary
 
     return Step("data", run, settings)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_rt.hooks import DataError
+from edge_rt_distill.files import write_file
 from edge_rt_distill.run.ablate import VARIANTS
 from edge_rt_distill.run.config import Config, read
 from edge_rt_distill.run.pipeline import ablation, steps, workshop
-from edge_rt_distill.run.steps import Done, read_done, write_text
+from edge_rt_distill.run.steps import Done, read_done
 
 Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
@@ -34,7 +35,7 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
     ]
     for file in files:
         parts += _run(file)
-    write_text(out, "\n".join(parts))
+    write_file(out, "\n".join(parts))
     return out
 
 

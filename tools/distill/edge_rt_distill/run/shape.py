@@ -11,9 +11,10 @@ import torch
 
 from edge_rt_distill.data.batches import Batch, Sequence, batches
 from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.run.config import Config, StudentConfig
-from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import TRAIN, Workshop, shuffled
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
@@ -45,8 +46,8 @@ def cut_step(shop: Workshop) -> Step:
             text.append(explain_repair(repair(student, teacher, cut, some, told=lambda done, total: place.told("repairs", done, total))))
         found = divergence(student, teacher, shop.held_out(place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
-        write_text(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
-        write_text(place.folder / "cut.txt", "\n\n".join(text) + "\n")
+        write_file(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
+        write_file(place.folder / "cut.txt", "\n\n".join(text) + "\n")
         parameters = student_architecture(teacher.architecture, cut).parameters()
         return {"parameters": parameters, "share": parameters / teacher.architecture.parameters(), **measured(found)}
 

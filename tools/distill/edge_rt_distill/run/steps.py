@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from edge_rt.hooks import DataError, UserError
+from edge_rt_distill import files
 
 _DONE, _KEY, _LOG, _LOCK = "done.json", "key", "log.jsonl", "lock"
 
@@ -98,16 +99,7 @@ def _key(step: Step, found: Mapping[str, Done]) -> str:
 
 def _whole(folder: Path, done: Done) -> bool:
     """Whether a step's files are all there with their sizes' worth of content; a damaged one is made again."""
-    return all((folder / name).is_file() and digest(folder / name) == known for name, known in done.files.items())
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            found.update(piece)
-    return found.hexdigest()
+    return all((folder / name).is_file() and files.sha256(folder / name) == known for name, known in done.files.items())
 
 
 def _run(folder: Path, step: Step, key: str, told: Told) -> Done:
@@ -142,26 +134,28 @@ def _prepare(work: Path, key: str) -> float:
     if work.exists() and (not known.is_file() or known.read_text(encoding="utf-8").split()[0] != key):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
+    for unfinished in work.rglob(f"*{files.PART}"):
+        unfinished.unlink()
     if known.is_file():
         return float(known.read_text(encoding="utf-8").split()[1])
-    write_text(known, f"{key} 0")
+    files.write_file(known, f"{key} 0")
     return 0.0
 
 
 def _note_time(work: Path, seconds: float) -> None:
     known = work / _KEY
     if known.is_file():  # the step did not come to its end
-        with contextlib.suppress(OSError):  # a full disk: the time is told, and nothing depends on it
-            write_text(known, f"{known.read_text(encoding='utf-8').split()[0]} {seconds:.3f}")
+        with contextlib.suppress(UserError):  # a full disk: the time is told, and nothing depends on it
+            files.write_file(known, f"{known.read_text(encoding='utf-8').split()[0]} {seconds:.3f}")
 
 
 def _finish(name: str, key: str, work: Path, final: Path, summary: Mapping[str, Any], seconds: float) -> Done:
     names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file() and path.name != _KEY)
-    files = {one: digest(work / one) for one in names}
-    done = {"name": name, "key": key, "files": files, "summary": dict(summary), "seconds": round(seconds, 3)}
-    write_text(work / _DONE, json.dumps(done, indent=1))
+    sums = {one: files.sha256(work / one) for one in names}
+    done = {"name": name, "key": key, "files": sums, "summary": dict(summary), "seconds": round(seconds, 3)}
+    files.write_file(work / _DONE, json.dumps(done, indent=1))
     _promote(work, final)
-    return Done(name, key, files, summary, seconds, False)
+    return Done(name, key, sums, summary, seconds, False)
 
 
 def _promote(work: Path, final: Path) -> None:
@@ -175,23 +169,9 @@ def _promote(work: Path, final: Path) -> None:
 
 
 def _explained(error: OSError, step: str, folder: Path) -> BaseException:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if files.is_full(error):
         return UserError(f"the disk of {folder} is full, in the step {step}; make room and run the same command again: it goes on")
     return error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader sees the old one or the new one, also after the power went. Raises OSError."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -220,7 +200,7 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("w")
     except OSError as error:
-        raise DataError(f"{folder} cannot be written to: {(error.strerror or str(error)).lower()}; choose another folder") from error
+        raise DataError(f"{folder} cannot be written to: {files.reason(error)}; choose another folder") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

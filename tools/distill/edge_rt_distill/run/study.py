@@ -16,6 +16,7 @@ from edge_rt_distill.diagnose.diagnosis import diagnose
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.report import write as write_page
 from edge_rt_distill.diagnose.rows import Labels
+from edge_rt_distill.files import write_file
 from edge_rt_distill.library import errors, record, recorded, snapshots
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.run.steps import Place, Step
@@ -49,7 +50,7 @@ def library_step(shop: Workshop) -> Step:
             own = [one for one in samples if one.domain == domain]
             made, summary[f"score of {domain}"] = _record(shop, library, domain, own, sequences, place)
             records += made
-        (place.folder / "records.txt").write_text("\n".join(records), encoding="utf-8")
+        write_file(place.folder / "records.txt", "\n".join(records))
         return {**summary, "records": len(records)}
 
     return Step("library", run, settings, ("data",))

@@ -21,6 +21,7 @@ from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import Diagnosis
 from edge_rt_distill.evaluate.evaluator import Context, Score, Task, load_evaluator, scorer
 from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.files import write_file
 from edge_rt_distill.losses.attention import match_heads, priorities
 from edge_rt_distill.losses.token import Kind
 from edge_rt_distill.model import snapshot
@@ -28,7 +29,7 @@ from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.precision import Precision, best
 from edge_rt_distill.run.config import Config, DistilConfig
 from edge_rt_distill.run.shape import CUT, STUDENT, measured
-from edge_rt_distill.run.steps import Place, Step, write_text
+from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, read_back
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import LEVELS as STANDARD
@@ -52,7 +53,7 @@ def answers_step(shop: Workshop) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         if not _wanted(shop.config):
-            write_text(place.folder / ANSWERS, "")
+            write_file(place.folder / ANSWERS, "")
             return {"answers": 0}
         samples = [one for one in read_back(place.need("data") / TRAIN) if one.prompt]
         samples = sorted(samples, key=lambda one: one.id)[: config.prompts]
@@ -85,7 +86,7 @@ def distil_step(shop: Workshop) -> Step:
         student, results = teach(shop, place, levels(config.distil))
         found = divergence(student, shop.teacher.model, shop.held_out(place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
-        write_text(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
+        write_file(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
         return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
 
     return Step("distil", run, settings, TEACHING)

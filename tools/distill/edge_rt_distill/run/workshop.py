@@ -13,9 +13,9 @@ from edge_rt.hooks import DataError, resolve_model
 from edge_rt_distill.data.batches import Sequence, encode
 from edge_rt_distill.data.records import parse
 from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.files import write_file
 from edge_rt_distill.model.load import Teacher, load
 from edge_rt_distill.run.config import Config
-from edge_rt_distill.run.steps import write_text
 
 TRAIN, HELD_OUT, ROLLOUTS = "train.jsonl", "held_out.jsonl", "rollouts.jsonl"
 
@@ -66,8 +66,8 @@ def shuffled(sequences: list[Sequence], seed: int) -> list[Sequence]:
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Samples as JSONL that ``read_back`` reads, in their order, at once. Raises OSError."""
-    write_text(path, "".join(json.dumps(_record(sample), ensure_ascii=False) + "\n" for sample in samples))
+    """Samples as JSONL that ``read_back`` reads, in their order, at once. Raises UserError."""
+    write_file(path, "".join(json.dumps(_record(sample), ensure_ascii=False) + "\n" for sample in samples))
 
 
 def _record(sample: Sample) -> Mapping[str, Any]:

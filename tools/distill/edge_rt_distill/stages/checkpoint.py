@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,24 +12,19 @@ from typing import Any
 import torch
 
 from edge_rt.hooks import DataError
+from edge_rt_distill import files
 
 VERSION = 1
 
 
 def save(path: Path, data: Mapping[str, Any]) -> str:
     """Write tensors and plain data. "" when that is done; else why it is not, and what stood there before still stands there."""
-    temporary = path.with_name(f"{path.name}.part")  # one name: what a killed run left is written over
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(path) as part, part.open("wb") as file:
             torch.save({"version": VERSION, **data}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps what goes wrong in writing into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else _os_error(error)
-        return (cause.strerror or str(cause)).lower() if isinstance(cause, OSError) else _first_line(error)
+        cause = _os_error(error)
+        return files.reason(cause) if isinstance(cause, OSError) else _first_line(error)
     return ""
 
 
@@ -43,15 +37,6 @@ def _os_error(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return error
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's entries last through a loss of power, where the system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -85,7 +70,7 @@ class Log:
             self.length += len(line)
         except OSError as error:
             if not self._lost:
-                self._told(f"the log cannot be written: {(error.strerror or str(error)).lower()}; the run goes on without")
+                self._told(f"the log cannot be written: {files.reason(error)}; the run goes on without")
             self._lost = True
             self._restart()
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, made durable, renamed; and the lock between writers and the collector.
+"""Files that are whole or not there: written beside their place, made durable, renamed; what is said when they cannot be; locks.
 
 The order is the usual one (write, fsync the file, rename, fsync the folder): after a crash at any moment a name holds the old
 content, the new one, or nothing (Pillai et al. 2014, "All File Systems Are Not Created Equal", OSDI).
@@ -19,12 +19,54 @@ from edge_rt.hooks import UserError
 
 PIECE = 1 << 20
 """Bytes read or written at once."""
+PART = ".part"
+"""How the name of a file ends that is being written."""
 
 
-def write_error(error: OSError, folder: Path) -> UserError:
-    """What to say of a file that could not be written in ``folder``."""
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
-    return UserError(f"cannot write to {folder}: {reason}; make room there, or choose another folder, and run the same command again")
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, is what was lacking."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def reason(error: OSError) -> str:
+    """Why, in a few words."""
+    return "the disk is full" if is_full(error) else (error.strerror or str(error)).lower()
+
+
+def write_error(error: OSError, place: Path, need: int = 0) -> UserError:
+    """What to say of a file or folder that could not be written. ``need``: how many bytes it takes, if that is known."""
+    size = f", which takes {shown_size(need)}" if need else ""
+    return UserError(f"cannot write {place}{size}: {reason(error)}; make room, or choose another folder, and run the same command again")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a file to be written to; when that went well, it takes the place of ``path``, durably.
+
+    Whatever goes wrong, what was there before stays, and nothing else. Only one writer at a time. Raises OSError.
+    """
+    part = path.with_name(f"{path.name}{PART}")  # one name: what a killed process left is written over
+    try:
+        yield part
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(part, path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file at once, in a folder that is made if it is not there. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise write_error(error, path) from error
 
 
 def sync_folder(folder: Path) -> None:
