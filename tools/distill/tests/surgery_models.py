@@ -9,6 +9,7 @@ import torch
 from edge_rt_distill.model.architecture import FAMILIES, Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import frozen
+from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.surgery.evidence import Evidence, evidence
 
 VOCABULARY = 61
@@ -44,6 +45,11 @@ def random_decoder(family: str = "llama", layers: int = 4, seed: int = 0, **chan
 def random_tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
     """[rows, length]."""
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def passages(tokens: torch.Tensor) -> Rows:
+    """Passages of equal length [B, T], in which every prediction counts."""
+    return fill(tokens.tolist())
 
 
 def random_evidence(architecture: Architecture, seed: int = 0, **given: Any) -> Evidence:

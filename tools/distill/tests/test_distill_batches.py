@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from edge_rt_distill.data.batches import Sequence, batches, collate, encode, mix, pack, plan, turn_end
+from edge_rt_distill.data.batches import batches, encode, mix, plan, turn_end
 from edge_rt_distill.data.samples import Message, make_sample
+from edge_rt_distill.model.rows import TokenSequence, fill, rows_of
 from edge_rt_distill.model.tokens import Tokeniser
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ def conversation(*turns: str) -> list[Message]:
     return [Message(("user", "assistant")[index % 2], turn) for index, turn in enumerate(turns)]
 
 
-def counted(item: Sequence) -> list[int]:
+def counted(item: TokenSequence) -> list[int]:
     return [token for token, counts in zip(item.tokens, item.targets, strict=True) if counts]
 
 
@@ -99,14 +100,16 @@ def test_the_models_own_tokeniser_counts_the_answer_with_its_end(tiny: Path) -> 
 
 
 def test_a_batch_is_filled_and_masked_by_position() -> None:
-    rows = [Sequence([5, 0, 7], [False, False, True], "a", 2.0), Sequence([1, 1], [False, True], "b")]
-    found = collate(rows)
+    sequences = [TokenSequence([1, 1], [False, True]), TokenSequence([2, 2], [False, True]), TokenSequence([5, 0, 7], [False, False, True])]
+    found = rows_of(sequences, [2, 0])
     assert torch.equal(found.tokens, torch.tensor([[5, 0, 7], [1, 1, 0]]))
-    assert found.lengths.tolist() == [3, 2]
-    assert torch.equal(found.mask, torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
-    assert found.samples == ("a", "b")
+    assert (found.lengths.tolist(), found.numbers) == ([3, 2], (2, 0))
+    assert torch.equal(found.mask, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    assert found.real.tolist() == [[True, True, True], [True, True, False]]
+    assert found.labels.tolist() == [[0, 7, 0], [1, 0, 0]]
+    assert torch.equal(fill([[5, 0, 7], [1, 1]]).mask, torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
     with pytest.raises(DataError, match="2 tokens and 1 targets"):
-        collate([Sequence([1, 2], [False], "a")])
+        rows_of([TokenSequence([1, 2], [False], "a")])
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=120), st.integers(1, 200), st.integers(0, 5), st.integers(0, 3))
@@ -124,14 +127,14 @@ def test_a_plan_has_every_sequence_once_within_its_bounds_and_the_same_each_time
 @settings(max_examples=25, deadline=None)
 def test_a_run_goes_on_where_it_stopped(seed: int, start: int) -> None:
     dice = random.Random(seed)
-    items = [Sequence([dice.randrange(99) for _ in range(length)], [False] + [True] * (length - 1), str(length)) for length in range(2, 60)]
+    items = [TokenSequence([dice.randrange(99) for _ in range(length)], [False] + [True] * (length - 1)) for length in range(2, 60)]
     whole = list(batches(items, 128, seed, 1))
     rest = list(batches(items, 128, seed, 1, start))
     assert len(rest) == max(0, len(whole) - start)
     assert all(
         torch.equal(one.tokens, other.tokens) and torch.equal(one.mask, other.mask) for one, other in zip(rest, whole[start:], strict=True)
     )
-    assert [one.samples for one in batches(items, 128, seed, 2)] != [one.samples for one in whole]
+    assert [one.numbers for one in batches(items, 128, seed, 2)] != [one.numbers for one in whole]
 
 
 def test_rows_of_a_batch_are_alike_in_length() -> None:
@@ -142,20 +145,9 @@ def test_rows_of_a_batch_are_alike_in_length() -> None:
     assert sum(lengths) / filled > 0.93
 
 
-def test_packing_joins_texts_and_counts_no_seam() -> None:
-    items = [
-        Sequence([1, 2, 3], [False, True, True], "a"),
-        Sequence([4, 5], [False, True], "b"),
-        Sequence([6] * 5, [False] + [True] * 4, "c"),
-    ]
-    first, second = pack(items, 6, 9)
-    assert first == Sequence([1, 2, 3, 9, 4, 5], [False, True, True, False, False, True], "a+b")
-    assert second == items[2]
-
-
 def test_a_mixture_keeps_its_shares_tells_them_and_goes_on_where_the_epoch_before_ended() -> None:
     sources = {
-        name: [Sequence([9] * 10, [False] + [True] * 9, f"{name}{i}") for i in range(count)] for name, count in (("a", 100), ("b", 7))
+        name: [TokenSequence([9] * 10, [False] + [True] * 9, f"{name}{i}") for i in range(count)] for name, count in (("a", 100), ("b", 7))
     }
     found = mix(sources, {"a": 3, "b": 1}, 400, seed=1)
     assert {name: (share.tokens, share.targets, share.sequences) for name, share in found.shares.items()} == {

@@ -18,6 +18,7 @@ from edge_rt_distill.losses.token import (
     token_loss,
 )
 from edge_rt_distill.model.architecture import Architecture, LayerShape
+from edge_rt_distill.model.rows import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -337,14 +338,9 @@ def test_heads_are_matched_by_the_table_of_the_cut():
 # ---- behaviour and balance ---------------------------------------------------------------------------------------------------------------
 
 
-class Example:
-    def __init__(self, tokens: list[int], weights: list[float]) -> None:
-        self.tokens, self.weights, self.targets = tokens, weights, [bool(weight) for weight in weights]
-
-
 def test_imitation_weighs_each_token_and_predicts_from_the_one_before():
     case = Case(7)
-    batch = behaviour.pad([Example([3, 1, 4, 2], [0, 0, 1.0, 3.0]), Example([9, 2], [0, 0.5])])
+    batch = fill([[3, 1, 4, 2], [9, 2]], [[0, 0, 1.0, 3.0], [0, 0.5]])
     states = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logprobs = torch.log_softmax(states @ case.weight.T, -1)
     expected = -(logprobs[0, 1, 4] + 3 * logprobs[0, 2, 2] + 0.5 * logprobs[1, 0, 2]) / 4.5

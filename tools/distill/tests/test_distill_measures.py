@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,22 +11,15 @@ from edge_rt_distill.diagnose import heads, layers, sensitivity
 from edge_rt_distill.diagnose.activations import Activations
 from edge_rt_distill.diagnose.attention import MEASURES, measures
 from edge_rt_distill.diagnose.passes import Watch, backward, inputs, walk
-from edge_rt_distill.diagnose.paths import Rollout, as_rows, path_importance, token_paths
-from edge_rt_distill.diagnose.rows import Labels, Rows, beginning, checked, in_rows, mixed, side_by_side
+from edge_rt_distill.diagnose.paths import Rollout, token_paths, trace
+from edge_rt_distill.diagnose.rows import Labels, beginning, checked, in_rows, mixed
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows, TokenSequence, rows_of
 
 from edge_rt.hooks import DataError, OptionError
 
 VOCABULARY, HEADS, KV, FFN = 61, 4, 2, 24
-
-
-class One(NamedTuple):
-    """A sequence as the tests make them."""
-
-    tokens: list[int]
-    targets: list[bool]
-    sample: str
 
 
 def decoder(depth: int = 3, seed: int = 0) -> Decoder:
@@ -42,21 +34,21 @@ def decoder(depth: int = 3, seed: int = 0) -> Decoder:
     return model.eval().requires_grad_(False)
 
 
-def some(count: int = 5, seed: int = 1) -> list[One]:
+def some(count: int = 5, seed: int = 1) -> list[TokenSequence]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(count):
         length = 6 + 3 * number
         tokens = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
-        found.append(One(tokens, [place >= 3 for place in range(length)], f"s{number}"))
+        found.append(TokenSequence(tokens, [place >= 3 for place in range(length)], f"s{number}"))
     return found
 
 
-def alone(one: One) -> Rows:
-    return side_by_side([one], [0])
+def alone(one: TokenSequence) -> Rows:
+    return rows_of([one])
 
 
-def loss(model: Decoder, one: One, **options: object) -> torch.Tensor:
+def loss(model: Decoder, one: TokenSequence, **options: object) -> torch.Tensor:
     """The summed loss of one sequence, written out plainly."""
     logits = model.logits(model(torch.tensor([one.tokens]), **options).hidden)[0]  # type: ignore[arg-type]
     at = [t for t in range(len(one.tokens) - 1) if one.targets[t + 1]]
@@ -80,16 +72,17 @@ def test_rows_hold_every_sequence_once_with_the_mask_of_what_is_predicted() -> N
 
 def test_sequences_that_do_not_fit_the_model_are_refused_with_their_sample() -> None:
     with pytest.raises(DataError, match="s9 has token 61"):
-        checked([One([1, VOCABULARY], [False, True], "s9")], VOCABULARY)
+        checked([TokenSequence([1, VOCABULARY], [False, True], "s9")], VOCABULARY)
     with pytest.raises(DataError, match="2 tokens and 1 targets"):
-        checked([One([1, 2], [True], "a")], VOCABULARY)
+        checked([TokenSequence([1, 2], [True], "a")], VOCABULARY)
     with pytest.raises(DataError, match="no sample has a token"):
-        checked([One([1, 2], [True, False], "a"), One([], [], "b")], VOCABULARY)
-    assert len(checked([*some(), One([3], [True], "short")], VOCABULARY)) == 5
+        checked([TokenSequence([1, 2], [True, False], "a"), TokenSequence([], [], "b")], VOCABULARY)
+    assert len(checked([*some(), TokenSequence([3], [True], "short")], VOCABULARY)) == 5
 
 
 def test_a_small_budget_takes_the_beginning_of_a_large_one_and_something_of_each_domain() -> None:
-    sequences = [One([1, 2, 3, 4], [True] * 4, f"{domain}{n}") for domain, many in (("a", 20), ("b", 2), ("c", 2)) for n in range(many)]
+    names = [f"{domain}{n}" for domain, many in (("a", 20), ("b", 2), ("c", 2)) for n in range(many)]
+    sequences = [TokenSequence([1, 2, 3, 4], [True] * 4, name) for name in names]
     labels = {one.sample: Labels(one.sample[0], "en") for one in sequences}
     order = mixed(sequences, 5, labels)
     small, large = beginning(order, 12), beginning(order, 40)
@@ -160,7 +153,8 @@ def test_fisher_is_the_squared_gradient_of_each_sequence(length: int) -> None:
     """Short sequences go by the Gram matrices, long ones by the gradient itself."""
     model = decoder()
     generator = torch.Generator().manual_seed(3)
-    sequences = [One(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist(), [True] * length, str(n)) for n in range(3)]
+    tokens = [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for _ in range(3)]
+    sequences = [TokenSequence(one, [True] * length) for one in tokens]
     found = sensitivity.fisher(model, list(in_rows(sequences, 1000)), sampled=False)
     assert set(found) == set(model.sites())
     for site in ("blk.0.attn_k", "blk.1.ffn_gate", "blk.2.ffn_down"):
@@ -173,7 +167,7 @@ def test_true_fisher_is_of_the_model_and_seeded_and_predicts_the_divergence_of_a
     model = decoder()
     model.token_embd.weight *= 3
     generator = torch.Generator().manual_seed(8)
-    sequences = [One(torch.randint(0, VOCABULARY, (24,), generator=generator).tolist(), [True] * 24, str(n)) for n in range(24)]
+    sequences = [TokenSequence(torch.randint(0, VOCABULARY, (24,), generator=generator).tolist(), [True] * 24, str(n)) for n in range(24)]
     batches = list(in_rows(sequences, 600))
     one, again, other = (sensitivity.fisher(model, batches, sampled=True, seed=seed) for seed in (1, 1, 2))
     assert one == again
@@ -276,7 +270,7 @@ def test_what_is_dead_ranks_last() -> None:
 def test_activations_are_described_as_they_are() -> None:
     model, sequences = decoder(), some(3)
     model.token_embd.weight[sequences[2].tokens[0], 9] = 5e5
-    rows = side_by_side(sequences, [2, 0])
+    rows = rows_of(sequences, [2, 0])
     acts = Activations(model, rows.tokens.shape[1])
     with inputs(acts.watch(model, lambda: rows)):
         for step in walk(model, rows.tokens):
@@ -330,18 +324,17 @@ def test_rollout_follows_attention_to_its_source() -> None:
     assert rollout.flow(torch.tensor([[0.0, 0, 0, 1]]))[0].tolist() == [[0, 0, 0, 1]]
 
 
-def test_path_importance_has_a_weight_for_each_position_and_none_for_a_dead_head() -> None:
+def test_a_trace_has_a_weight_for_each_position_and_none_for_a_dead_head() -> None:
     model = decoder()
     model.linear("blk.1.attn_output").weight[:, :8] = 0
-    rows = side_by_side(some(), [4, 2, 0])
-    found = path_importance(model, rows)
+    rows = rows_of(some(), [4, 2, 0])
+    found = trace(model, rows)
     assert found.heads.shape == (3, HEADS)
     assert float(found.heads[1, 0]) == 0 == float(found.heads.min())
     assert float(found.heads.mean()) == pytest.approx(1)
     torch.testing.assert_close(found.positions.sum(1), torch.ones(3))
     assert float(found.positions[:, 0].abs().sum()) == 0
     assert float(found.positions[~rows.real].abs().sum()) == 0
-    assert as_rows(rows).numbers == (0, 1, 2)
 
 
 def test_values_that_are_no_numbers_are_reported_with_their_layer() -> None:

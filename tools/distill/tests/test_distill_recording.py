@@ -19,7 +19,6 @@ from edge_rt_distill.library.attribution import Aim, explain_answer
 from edge_rt_distill.library.care import verify
 from edge_rt_distill.library.catalogue import Query, Record
 from edge_rt_distill.library.errors import failures, improbable, record_errors
-from edge_rt_distill.library.measure import batches
 from edge_rt_distill.library.record import (
     Answers,
     Prompt,
@@ -34,6 +33,7 @@ from edge_rt_distill.library.store import Library
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.model.load import Teacher, load
+from edge_rt_distill.model.rows import grouped
 
 from edge_rt.hooks import Cancelled, DataError, OptionError, UserError
 
@@ -409,7 +409,7 @@ def test_what_cannot_be_recorded(library: Library, teacher: Teacher, rows: list[
 
 def test_batches_hold_what_they_may() -> None:
     lengths = [5, 1, 9, 3, 3, 100, 2]
-    found = list(batches(lengths, 12))
+    found = list(grouped(lengths, 12))
     assert sorted(i for batch in found for i in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 12 for batch in found)
     assert found[-1] == [5]

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from edge_rt_distill.behaviour.examples import Pair, example
 from edge_rt_distill.losses.token import TokenOptions
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.stages import checkpoint, trainer
 from edge_rt_distill.stages.gate import Gate, GateState, failure, is_open, judge
 from edge_rt_distill.stages.health import complaint
@@ -26,7 +28,7 @@ from edge_rt_distill.stages.levels import LEVELS, Level, check_level
 from edge_rt_distill.stages.material import Answers, Material, check_material
 from edge_rt_distill.stages.schedule import learning_rate, taid_mix
 from edge_rt_distill.stages.state import Best, LevelResult, State
-from edge_rt_distill.stages.teachers import CachingTeacher, Filled, LiveTeacher
+from edge_rt_distill.stages.teachers import CachingTeacher, LiveTeacher
 from edge_rt_distill.stages.terms import Scene, errors, own_answers
 from edge_rt_distill.stages.trainer import Event, Options, train
 from hypothesis import given
@@ -154,27 +156,16 @@ def pair(width: int = 16) -> tuple[Decoder, Decoder]:
     return student, teacher
 
 
-class Example:
-    def __init__(self, tokens: list[int], begin: int) -> None:
-        self.tokens, self.targets = tokens, [i >= begin for i in range(len(tokens))]
-        self.weights = [float(target) for target in self.targets]
-
-
-class Pair:
-    def __init__(self, chosen: Example, rejected: Example) -> None:
-        self.chosen, self.rejected = chosen, rejected
-
-
-def rows(seed: int, count: int = 4, length: int = 12) -> Filled:
+def rows(seed: int, count: int = 4, length: int = 12) -> Rows:
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCABULARY, (count, length), generator=draw)
     lengths = torch.randint(length // 2, length + 1, (count,), generator=draw)
     places = torch.arange(length)
     mask = ((places < lengths[:, None] - 1) & (places >= 2)).float()
-    return Filled(tokens * (places < lengths[:, None]), mask, lengths)
+    return Rows(tokens * (places < lengths[:, None]), mask, lengths)
 
 
-def epoch(number: int, start: int) -> Iterator[Filled]:
+def epoch(number: int, start: int) -> Iterator[Rows]:
     yield from [rows(1000 * number + i) for i in range(start, 5)]
 
 
@@ -182,9 +173,10 @@ def material(**changed: object) -> Material:
     draw = torch.Generator().manual_seed(9)
     tokens = torch.randint(1, VOCABULARY, (24, 8), generator=draw).tolist()
     whole = {
-        "epoch": epoch, "held_out": [rows(-1), rows(-2)], "examples": [Example(one, 3) for one in tokens[:8]],
-        "held_out_examples": [Example(one, 3) for one in tokens[8:13]], "pairs": [Pair(Example(a, 3), Example(b, 3)) for a, b in
-        zip(tokens[13:18], tokens[18:23], strict=True)], "prompts": [one[:3] for one in tokens[:6]], "answers": Answers(6, 1.0, 0),
+        "epoch": epoch, "held_out": [rows(-1), rows(-2)], "examples": [example(one[:3], one[3:]) for one in tokens[:8]],
+        "held_out_examples": [example(one[:3], one[3:]) for one in tokens[8:13]],
+        "pairs": [Pair(example(a[:3], a[3:]), example(b[:3], b[3:])) for a, b in zip(tokens[13:18], tokens[18:23], strict=True)],
+        "prompts": [one[:3] for one in tokens[:6]], "answers": Answers(6, 1.0, 0),
         "prior": torch.full((VOCABULARY,), -math.log(VOCABULARY)),
     }  # fmt: skip
     return Material(**{**whole, **changed})
@@ -486,7 +478,7 @@ def test_a_log_that_cannot_grow_keeps_whole_lines_and_the_run_goes_on(tmp_path):
     ("changed", "word"),
     [
         ({"held_out": []}, "held-out"),
-        ({"held_out": [Filled(torch.ones(1, 3, dtype=torch.long), torch.zeros(1, 3), torch.tensor([3]))]}, "no position"),
+        ({"held_out": [Rows(torch.ones(1, 3, dtype=torch.long), torch.zeros(1, 3), torch.tensor([3]))]}, "no position"),
         ({"held_out_examples": []}, "behaviour"),
         ({"examples": []}, "imitation"),
         ({"pairs": []}, "preference"),
@@ -523,7 +515,7 @@ def test_a_cached_teacher_gives_the_same_whatever_it_has_seen():
     live, cached, small = LiveTeacher(teacher).hidden(batch), CachingTeacher(teacher), CachingTeacher(teacher, 500)
     first = cached.hidden(batch)
     assert len(cached.kept) == 4
-    single = Filled(batch.tokens[2:3], batch.mask[2:3], batch.lengths[2:3])
+    single = Rows(batch.tokens[2:3], batch.mask[2:3], batch.lengths[2:3])
     length = int(batch.lengths[2])
     for again in (cached.hidden(batch), small.hidden(batch), CachingTeacher(teacher).hidden(batch)):
         assert again.equal(first)

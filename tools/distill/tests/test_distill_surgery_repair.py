@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from edge_rt_distill.model.decoder import LINEARS, Decoder
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery import repair as repair_module
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.choose import least_needed, rechosen
 from edge_rt_distill.surgery.cut import Cut, whole
 from edge_rt_distill.surgery.explain import explain_repair
 from edge_rt_distill.surgery.least_squares import Equations, Fit, fit, fit_scale, solve
-from edge_rt_distill.surgery.measure import Passages, divergence, passages
+from edge_rt_distill.surgery.measure import divergence
 from edge_rt_distill.surgery.repair import RepairOptions, repair
 from edge_rt_distill.surgery.reparam import Form, attach
 from edge_rt_distill.surgery.streams import weights
-from surgery_models import VOCABULARY, logits, random_decoder, random_tokens
+from surgery_models import VOCABULARY, logits, passages, random_decoder, random_tokens
 
 from edge_rt.hooks import Cancelled, DataError, OptionError
 
@@ -121,13 +122,13 @@ def test_padding_counts_for_nothing() -> None:
     for filler in (0, VOCABULARY - 1):
         filled = torch.where(real, tokens, torch.tensor(filler))
         student = apply(teacher, cut)
-        repair(student, teacher, cut, [Passages(filled, mask, length)])
+        repair(student, teacher, cut, [Rows(filled, mask, length)])
         students.append(logits(student, OTHER[0].tokens))
     torch.testing.assert_close(*students, rtol=1e-4, atol=1e-4)
 
 
 def test_the_first_position_and_outliers_do_not_decide() -> None:
-    batch = Passages(random_tokens(1, 4), torch.tensor([[0.0, 0, 1, 0]]), torch.tensor([4]))
+    batch = Rows(random_tokens(1, 4), torch.tensor([[0.0, 0, 1, 0]]), torch.tensor([4]))
     assert weights(batch, 0.5, 0.0).tolist() == [[0.0, 0.5, 1.0, 0.5]]
     teacher, cut = redundant("llama")
     with torch.no_grad():
@@ -176,7 +177,7 @@ def test_what_cannot_be_repaired_is_refused() -> None:
         with pytest.raises(OptionError, match=said):
             RepairOptions(**options)
     with pytest.raises(DataError, match="no prediction counts"):
-        divergence(teacher, teacher, [Passages(random_tokens(1, 4), torch.zeros(1, 4), torch.tensor([4]))])
+        divergence(teacher, teacher, [Rows(random_tokens(1, 4), torch.zeros(1, 4), torch.tensor([4]))])
 
 
 def test_equations_give_what_numpy_gives() -> None:

@@ -4,8 +4,6 @@
 - ``imitation``: answers above a quantile and a threshold (rejection sampling: RAFT, Dong et al. 2023, arXiv 2304.06767), weighed by
   how far they are above their prompt's mean (advantage-weighted regression, Peng et al. 2019, arXiv 1910.00177).
 - ``pairs``: best against worst of a prompt (for DPO, Rafailov et al. 2023, arXiv 2305.18290).
-- ``on_policy``: the beginnings of the student's own answers, on which the teacher's distribution is the label (GKD, Agarwal et al.
-  2023, arXiv 2306.13649; MiniLLM, Gu et al. 2023, arXiv 2306.08543).
 Equal calls give equal answers, in whatever order the samples come and wherever a run was stopped: what is sampled side by side
 depends on the samples alone, and of a group that was not finished nothing is used.
 """
@@ -247,29 +245,3 @@ def _quantile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least ``share`` of ``values`` do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def on_policy(
-    student: Decoder,
-    tokeniser: Tokeniser,
-    samples: Sequence[Sample],
-    *,
-    tokens: int = 100,
-    temperature: float = 1.0,
-    seed: int = 0,
-    rows: int = 16,
-    sample_with: Generate = generate,
-) -> list[batches.Sequence]:
-    """The student's own answers to ``samples`` up to ``tokens`` tokens, for the teacher to label; no reward, all of them count.
-
-    A student that changes is sampled again with another ``seed``: the step it has reached. Prompts that do not fit are left out.
-    """
-    asking = [(sample.id, _prompt(sample, tokeniser)) for sample in samples if sample.prompt]
-    fitting = [(name, prompt) for name, prompt in asking if 0 < len(prompt) <= student.architecture.context - tokens]
-    prompts = [prompt for _, prompt in fitting]
-    answers = sample_with(student, prompts, tokens=tokens, temperature=temperature, seed=seed, end=batches.turn_end(tokeniser), batch=rows)
-    return [
-        batches.Sequence([*prompt, *answer.tokens], [False] * len(prompt) + [True] * len(answer.tokens), name)
-        for (name, prompt), answer in zip(fitting, answers, strict=True)
-        if answer.tokens
-    ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.quantise.walk import side_by_side
 
 CHUNK = 512
@@ -25,13 +26,13 @@ class Batch(NamedTuple):
 
 def references(teacher: Decoder, sequences: Sequence[Sequence[int]], batch_tokens: int = CHUNK) -> list[Batch]:
     """What other models are compared with. 4 D bytes a token; D is the width."""
-    return [reference(teacher, tokens, real) for tokens, real in side_by_side(sequences, batch_tokens)]
+    return [reference(teacher, rows) for rows in side_by_side(sequences, batch_tokens)]
 
 
 @torch.no_grad()
-def reference(teacher: Decoder, tokens: Tensor, real: Tensor) -> Batch:
+def reference(teacher: Decoder, rows: Rows) -> Batch:
     """One batch of them."""
-    return Batch(tokens, real, teacher(tokens).hidden[real])
+    return Batch(rows.tokens, rows.real, teacher(rows.tokens).hidden[rows.real])
 
 
 def divergence(teacher: Decoder, model: Decoder, batch: Batch) -> Tensor:

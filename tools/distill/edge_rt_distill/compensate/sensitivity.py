@@ -39,8 +39,8 @@ def sensitivities(model: Decoder, sequences: Sequence[Sequence[int]], *, seed: i
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[Tensor]] = {}
     counts = [0, 0]
-    for tokens, real in side_by_side(sequences, batch_tokens):
-        caught = _gradients(model, tokens, real, generator)
+    for rows in side_by_side(sequences, batch_tokens):
+        real, caught = rows.real, _gradients(model, rows.tokens, rows.real, generator)
         counts[0] += int(real[:, 0].sum())
         counts[1] += int(real[:, 1:].sum())
         for site, gradient in caught.items():

@@ -71,7 +71,7 @@ def tune(
         run.judge(0, held, told)
         for step, number in enumerate(order, 1):
             if number not in batches:
-                batches[number] = reference(teacher, *texts[number])
+                batches[number] = reference(teacher, texts[number])
             run.step(step, batches[number])
             if step % schedule.every == 0 or step == schedule.steps:
                 run.judge(step, held, told)

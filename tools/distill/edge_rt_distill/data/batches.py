@@ -1,20 +1,17 @@
 """Samples -> sequences of tokens -> batches of similar length; each order is a function of (seed, epoch), so that a run can resume.
 
-Which predictions count: all of a text; of a conversation only the assistant's words and the end of its turn. Rows are filled up at
-their right end and masked by position, never by id: in some vocabularies the end of a turn and the filling are the same token.
+Which predictions count: all of a text; of a conversation only the assistant's words and the end of its turn.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Listed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
-
-import torch
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.model.rows import Rows, TokenSequence, grouped, rows_of
 
 
 class Tokeniser(Protocol):
@@ -29,25 +26,6 @@ class Tokeniser(Protocol):
     def chat(self, messages: list[dict[str, str]], answer: bool) -> list[int]: ...
 
 
-class Sequence(NamedTuple):
-    """``targets[t]``: the prediction of token t, made at t - 1, counts. ``sample``: id of where it comes from."""
-
-    tokens: list[int]
-    targets: list[bool]
-    sample: str
-    weight: float = 1.0
-
-
-class Batch(NamedTuple):
-    tokens: torch.Tensor
-    """[B, T] int64; what stands behind a row's length means nothing."""
-    mask: torch.Tensor
-    """[B, T] float32: the weight of the sequence where position t's prediction of token t + 1 counts, else 0. The last column is 0."""
-    lengths: torch.Tensor
-    """[B] int64"""
-    samples: tuple[str, ...] = ()
-
-
 class Share(NamedTuple):
     """What a source gave to a mixture. ``passes``: how often it was gone through; Muennighoff et al. 2023 (arXiv 2305.16264) found
     up to four passes to be worth nearly as much as new data."""
@@ -60,11 +38,13 @@ class Share(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     shares: dict[str, Share]
 
 
-def encode(samples: Listed[Sample], tokeniser: Tokeniser, length: int, *, told: Callable[[str], None] | None = None) -> list[Sequence]:
+def encode(
+    samples: Sequence[Sample], tokeniser: Tokeniser, length: int, *, told: Callable[[str], None] | None = None
+) -> list[TokenSequence]:
     """The sequences of ``samples``, none longer than ``length`` tokens, in their order.
 
     A longer text becomes several. A longer conversation is cut behind ``length``, and left out if no answer begins before that;
@@ -73,12 +53,12 @@ def encode(samples: Listed[Sample], tokeniser: Tokeniser, length: int, *, told: 
     """
     if length < 2:
         raise DataError(f"a sequence of {length} tokens has nothing to predict; choose a length of at least 2")
-    found: list[Sequence] = []
+    found: list[TokenSequence] = []
     cut = left_out = 0
     end = turn_end(tokeniser) if any(sample.messages for sample in samples) else -1
     for sample in samples:
         made = _text(sample, tokeniser, length) if sample.text else _conversation(sample, tokeniser, end)
-        fitting = [Sequence(item.tokens[:length], item.targets[:length], item.sample, item.weight) for item in made]
+        fitting = [TokenSequence(item.tokens[:length], item.targets[:length], item.sample) for item in made]
         kept = [item for item in fitting if any(item.targets)]
         cut += sum(len(item.tokens) > length for item in made)
         left_out += not kept
@@ -91,7 +71,7 @@ def encode(samples: Listed[Sample], tokeniser: Tokeniser, length: int, *, told: 
     return found
 
 
-def _check_ids(sequences: Listed[Sequence], tokeniser: Tokeniser) -> None:
+def _check_ids(sequences: Sequence[TokenSequence], tokeniser: Tokeniser) -> None:
     for item in sequences:
         if item.tokens and not (min(item.tokens) >= 0 and max(item.tokens) < tokeniser.size):
             raise DataError(
@@ -100,10 +80,10 @@ def _check_ids(sequences: Listed[Sequence], tokeniser: Tokeniser) -> None:
             )
 
 
-def _text(sample: Sample, tokeniser: Tokeniser, length: int) -> list[Sequence]:
+def _text(sample: Sample, tokeniser: Tokeniser, length: int) -> list[TokenSequence]:
     tokens = tokeniser.encode(sample.text)
     pieces = [tokens[at : at + length] for at in range(0, len(tokens), length)]
-    return [Sequence(piece, [False] + [True] * (len(piece) - 1), sample.id) for piece in pieces if len(piece) > 1]
+    return [TokenSequence(piece, [False] + [True] * (len(piece) - 1), sample.id) for piece in pieces if len(piece) > 1]
 
 
 def as_dicts(sample: Sample, count: int | None = None) -> list[dict[str, str]]:
@@ -127,7 +107,7 @@ def turn_end(tokeniser: Tokeniser) -> int:
     return tokeniser.end
 
 
-def _conversation(sample: Sample, tokeniser: Tokeniser, end: int) -> list[Sequence]:
+def _conversation(sample: Sample, tokeniser: Tokeniser, end: int) -> list[TokenSequence]:
     """One sequence in which all answers count; or one an answer, where the template writes earlier turns another way than the last."""
     answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
     if not answers:
@@ -143,39 +123,21 @@ def _conversation(sample: Sample, tokeniser: Tokeniser, end: int) -> list[Sequen
         if not before or not last or tokens[:first] != before or words.strip() != sample.messages[index].content.strip():
             return [_answer(sample, index, tokeniser, end) for index in answers]
         targets[first : last + 1] = [True] * (last + 1 - first)
-    return [Sequence(tokens[: last + 1], targets[: last + 1], sample.id)]
+    return [TokenSequence(tokens[: last + 1], targets[: last + 1], sample.id)]
 
 
-def _answer(sample: Sample, index: int, tokeniser: Tokeniser, end: int) -> Sequence:
+def _answer(sample: Sample, index: int, tokeniser: Tokeniser, end: int) -> TokenSequence:
     """What the model itself would write: the prompt as it is given to it, the words, the end of the turn."""
     before = tokeniser.chat(as_dicts(sample, index), True)
     words = [*tokeniser.encode(sample.messages[index].content), end]
-    return Sequence([*before, *words], [False] * len(before) + [True] * len(words), sample.id)
-
-
-def pack(sequences: Listed[Sequence], length: int, separator: int) -> list[Sequence]:
-    """Sequences joined to ``length`` tokens, ``separator`` between them, in their order: fewer rows, no filling.
-
-    Tokens see those of the sequences before theirs in the row, as in the pre-training of GPT-3 (arXiv 2005.14165, section 2.2): for
-    texts, not for conversations. The prediction of a separator and of the first token behind it does not count. Ids join with "+".
-    """
-    packed: list[Sequence] = []
-    for item in sequences:
-        last = packed[-1] if packed else None
-        if last is not None and last.weight == item.weight and len(last.tokens) + 1 + len(item.tokens) <= length:
-            tokens, targets = [*last.tokens, separator, *item.tokens], [*last.targets, False, False, *item.targets[1:]]
-            ids = last.sample if last.sample.split("+")[-1] == item.sample else f"{last.sample}+{item.sample}"
-            packed[-1] = Sequence(tokens, targets, ids, item.weight)
-        else:
-            packed.append(item)
-    return packed
+    return TokenSequence([*before, *words], [False] * len(before) + [True] * len(words), sample.id)
 
 
 WINDOW = 32
 """Batches whose sequences are sorted by length together: enough that rows are alike, few enough that each epoch's batches differ."""
 
 
-def plan(lengths: Listed[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+def plan(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """Which sequences stand in which batch, the same for the same arguments: every one once, rows x longest <= ``batch_tokens``.
 
     A sequence that is longer than that is a batch by itself.
@@ -188,40 +150,21 @@ def plan(lengths: Listed[int], batch_tokens: int, seed: int, epoch: int) -> list
     window = max(1, WINDOW * batch_tokens * len(lengths) // max(1, sum(lengths)))
     found: list[list[int]] = []
     for start in range(0, len(order), window):
-        rows: list[int] = []
-        for index in sorted(order[start : start + window], key=lambda index: lengths[index]):  # stable: equals stay shuffled
-            if rows and lengths[index] * (len(rows) + 1) > batch_tokens:
-                found.append(rows)
-                rows = []
-            rows.append(index)
-        found.append(rows)
+        some = sorted(order[start : start + window], key=lambda index: lengths[index])  # stable: equals stay shuffled
+        found += grouped(lengths, batch_tokens, some)
     dice.shuffle(found)
     return found
 
 
-def batches(sequences: Listed[Sequence], batch_tokens: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+def batches(sequences: Sequence[TokenSequence], batch_tokens: int, seed: int, epoch: int, start: int = 0) -> Iterator[Rows]:
     """The batches of an epoch from number ``start`` on: going on at ``start`` gives what the whole epoch would have given from there."""
     if not sequences:
         raise DataError("no sequences to make batches of; check that the samples have answers or text")
-    for rows in plan([len(item.tokens) for item in sequences], batch_tokens, seed, epoch)[start:]:
-        yield collate([sequences[index] for index in rows])
+    for numbers in plan([len(item.tokens) for item in sequences], batch_tokens, seed, epoch)[start:]:
+        yield rows_of(sequences, numbers)
 
 
-def collate(rows: Listed[Sequence]) -> Batch:
-    """One batch of ``rows``. Raises ``DataError`` where a row's lists have different lengths."""
-    longest = max(len(item.tokens) for item in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.float32)
-    for row, item in enumerate(rows):
-        if len(item.tokens) != len(item.targets):
-            raise DataError(f"sample {item.sample}: {len(item.tokens)} tokens and {len(item.targets)} targets; encode it again")
-        tokens[row, : len(item.tokens)] = torch.tensor(item.tokens, dtype=torch.int64)
-        mask[row, : len(item.tokens) - 1] = torch.tensor(item.targets[1:], dtype=torch.float32) * item.weight
-    lengths = torch.tensor([len(item.tokens) for item in rows], dtype=torch.int64)
-    return Batch(tokens, mask, lengths, tuple(item.sample for item in rows))
-
-
-def mix(sources: Mapping[str, Listed[Sequence]], weights: Mapping[str, float], tokens: int, *, seed: int, epoch: int = 0) -> Mixture:
+def mix(sources: Mapping[str, Sequence[TokenSequence]], weights: Mapping[str, float], tokens: int, *, seed: int, epoch: int = 0) -> Mixture:
     """About ``tokens`` tokens of several sources, shares as ``weights``, each source from where the epoch before left it.
 
     Each source is gone through in an order shuffled anew on each pass. A source gives at most one sequence more than its share.
@@ -232,7 +175,7 @@ def mix(sources: Mapping[str, Listed[Sequence]], weights: Mapping[str, float], t
     total = sum(weights.values())
     if not (0 < total < float("inf")) or min(weights.values()) < 0 or tokens < 1:
         raise DataError("weights of sources are not negative, not all zero, and at least one token is wanted; mend them")
-    found: list[Sequence] = []
+    found: list[TokenSequence] = []
     shares: dict[str, Share] = {}
     for name in sorted(sources):
         taken, passes = _take(sources[name], name, int(tokens * weights[name] / total), seed, epoch)
@@ -243,11 +186,11 @@ def mix(sources: Mapping[str, Listed[Sequence]], weights: Mapping[str, float], t
     return Mixture(found, shares)
 
 
-def _take(source: Listed[Sequence], name: str, budget: int, seed: int, epoch: int) -> tuple[list[Sequence], float]:
+def _take(source: Sequence[TokenSequence], name: str, budget: int, seed: int, epoch: int) -> tuple[list[TokenSequence], float]:
     """(sequences of at least ``budget`` tokens, share of the source that is), after those that earlier epochs took."""
     if budget and not any(item.tokens for item in source):
         raise DataError(f"the source {name} is empty; leave it out or set its weight to 0")
-    taken: list[Sequence] = []
+    taken: list[TokenSequence] = []
     order: list[int] = []
     position = 0
     for _ in range(epoch + 1 if budget else 0):

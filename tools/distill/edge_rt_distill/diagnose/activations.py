@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_rt_distill.diagnose.passes import SeesValue, Step
-from edge_rt_distill.diagnose.rows import Rows
 from edge_rt_distill.model.decoder import GROUPS, Decoder
+from edge_rt_distill.model.rows import Rows
 
 MASSIVE, MASSIVE_TIMES = 100.0, 1000.0
 """A massive activation is larger than both: this number, and so many medians (Sun et al. 2024)."""

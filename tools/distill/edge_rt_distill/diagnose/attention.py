@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edge_rt_distill.diagnose.rows import Rows
+from edge_rt_distill.model.rows import Rows
 
 MEASURES = ("entropy", "distance", "sink", "far")
 """``entropy``: nats, mean over queries. ``distance``: tokens between query and key, mean over the attention that is not on the first

@@ -32,9 +32,10 @@ from edge_rt_distill.diagnose.measure import PARTS, Task
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.parts import Array, Part, find, key_of, packed, save, unpacked
 from edge_rt_distill.diagnose.passes import Told, check_own_parameters, quiet
-from edge_rt_distill.diagnose.rows import Labels, Sequenced, checked, mixed
+from edge_rt_distill.diagnose.rows import Labels, checked, mixed
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import TokenSequence
 
 VERSION = 1
 
@@ -97,7 +98,7 @@ class Diagnosis:
 
 
 def diagnose(
-    teacher: Taught, sequences: Sequence[Sequenced], options: Options = Options(), told: Told = quiet, *,  # noqa: B008 (frozen)
+    teacher: Taught, sequences: Sequence[TokenSequence], options: Options = Options(), told: Told = quiet, *,  # noqa: B008 (frozen)
     folder: Path, labels: Mapping[str, Labels] | None = None,
 ) -> Diagnosis:  # fmt: skip
     """Measure a teacher on sequences, and write the result into ``folder``; parts that were done before with the same are taken from there.
@@ -125,7 +126,7 @@ def diagnose(
 
 
 def assemble(
-    teacher: Taught, kept: Sequence[Sequenced], options: Options, parts: Mapping[str, Part], labels: Mapping[str, Labels], skipped: int
+    teacher: Taught, kept: Sequence[TokenSequence], options: Options, parts: Mapping[str, Part], labels: Mapping[str, Labels], skipped: int
 ) -> Diagnosis:
     """The diagnosis that the parts amount to."""
     model = teacher.model
@@ -147,7 +148,7 @@ def assemble(
 
 
 def facts_of(
-    teacher: Taught, kept: Sequence[Sequenced], options: Options, parts: Mapping[str, Part], groups: Sequence[Group], skipped: int
+    teacher: Taught, kept: Sequence[TokenSequence], options: Options, parts: Mapping[str, Part], groups: Sequence[Group], skipped: int
 ) -> dict[str, Any]:
     """What ``diagnosis.json`` holds beside the findings.
 

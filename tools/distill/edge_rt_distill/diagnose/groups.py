@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_rt_distill.diagnose.parts import Array, Part
-from edge_rt_distill.diagnose.rows import Labels, Sequenced
+from edge_rt_distill.diagnose.rows import Labels
+from edge_rt_distill.model.rows import TokenSequence
 
 
 class Group(NamedTuple):
@@ -27,7 +28,7 @@ class Group(NamedTuple):
     layer_kl: Array | None
 
 
-def by_label(sequences: Sequence[Sequenced], labels: Mapping[str, Labels], gradients: Part, removal: Part, depth: int) -> list[Group]:
+def by_label(sequences: Sequence[TokenSequence], labels: Mapping[str, Labels], gradients: Part, removal: Part, depth: int) -> list[Group]:
     """Groups of all domains and languages that have a name, if there are two or more of that kind."""
     predictions = np.array([sum(map(bool, one.targets[1:])) for one in sequences], np.float64)
     sums, counts = removal.arrays["removal_sums"][:depth], removal.arrays["removal_counts"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_rt_distill.diagnose.passes import SeesValue, Watch, counted
-from edge_rt_distill.diagnose.rows import Rows
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 
 Current = Callable[[], Rows]
 """Gives the batch under way."""

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_rt_distill.diagnose.passes import LOGIT_CHUNK, Step, Told, quiet
-from edge_rt_distill.diagnose.rows import Rows
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 
 _WRITES = {"attention": "attn_output", "ffn": "ffn_down"}
 """The matrix through which a half of a layer writes to the stream: without what it writes, the half is not there."""

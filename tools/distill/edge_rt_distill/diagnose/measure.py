@@ -17,9 +17,10 @@ from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.parts import Array, Part
 from edge_rt_distill.diagnose.passes import Told, backward, inputs, walk
 from edge_rt_distill.diagnose.paths import trace
-from edge_rt_distill.diagnose.rows import Rows, Sequenced, beginning, in_rows, side_by_side
+from edge_rt_distill.diagnose.rows import beginning, in_rows
 from edge_rt_distill.diagnose.sensitivity import Fisher, fisher
 from edge_rt_distill.model.decoder import GROUPS, Decoder
+from edge_rt_distill.model.rows import Rows, TokenSequence, rows_of
 
 _MAPS_BYTES = 128 << 20
 """Attention maps of a layer, with what is made of them, may take about three times as much."""
@@ -32,7 +33,7 @@ class Task(NamedTuple):
     """What a part is made of. ``before``: the parts done before it, by name."""
 
     model: Decoder
-    sequences: Sequence[Sequenced]
+    sequences: Sequence[TokenSequence]
     options: Options
     told: Told
     before: Mapping[str, Part]
@@ -157,7 +158,7 @@ def paths(task: Task) -> Part:
     rows = []
     traces: list[dict[str, Any]] = []
     for number, one in enumerate(kept):
-        found = trace(task.model, side_by_side([one], [0]))
+        found = trace(task.model, rows_of([one]))
         rows.append(found.heads)
         first = next(place for place in range(1, len(one.targets)) if one.targets[place])
         weights, owed, flow = (values[0].tolist() for values in (found.positions, found.owed, found.flow))

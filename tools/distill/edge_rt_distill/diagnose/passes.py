@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_rt.hooks import DataError, OptionError
-from edge_rt_distill.diagnose.rows import Rows
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 
 LOGIT_CHUNK = 128
 """Positions whose logits are held at once: 25 MB with a vocabulary of 49k."""

@@ -7,50 +7,28 @@ layer's stream being carried straight on. The first token is left out of both: i
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from edge_rt_distill.diagnose.heads import HeadImportance
 from edge_rt_distill.diagnose.passes import backward, walk
-from edge_rt_distill.diagnose.rows import Rows
 from edge_rt_distill.model.decoder import Decoder
-
-
-class Paths(NamedTuple):
-    """``heads`` [L, H]: how much each head matters for the answer by what it brings from positions that matter; mean 1 over all heads.
-
-    ``positions`` [B, T]: how much each position matters as a source; sums to 1 over a sequence, 0 at the first token and in padding.
-    """
-
-    heads: Tensor
-    positions: Tensor
+from edge_rt_distill.model.rows import Rows
 
 
 class Trace(NamedTuple):
-    """Paths, and what they were made of: ``owed`` [B, T], see ``token_paths``; ``flow`` [B, T], the roll-out, summing to 1."""
+    """``heads`` [L, H]: how much each head matters for the answer by what it brings from positions that matter; mean 1 over all heads.
+
+    ``positions`` [B, T]: how much each position matters as a source; sums to 1 over a sequence, 0 at the first token and in padding.
+    What they were made of: ``owed`` [B, T], see ``token_paths``; ``flow`` [B, T], the roll-out, summing to 1.
+    """
 
     heads: Tensor
     positions: Tensor
     owed: Tensor
     flow: Tensor
-
-
-class Batched(Protocol):
-    """What of a batch is needed (data/batches.py)."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[B, T]."""
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T], 1 where the prediction of the next token counts."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B]."""
 
 
 def token_paths(embeddings: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
@@ -90,17 +68,6 @@ class Rollout:
 def answer_start(rows: Rows) -> Tensor:
     """[B, T]: evenly over the positions whose predictions count."""
     return rows.mask / rows.mask.sum(1, keepdim=True).clamp_min(1)
-
-
-def as_rows(batch: Batched) -> Rows:
-    """A training batch as Rows, numbered from 0; a prediction counts or not, whatever its sequence's weight."""
-    return Rows(batch.tokens, (batch.mask > 0).float(), batch.lengths, tuple(range(len(batch.tokens))))
-
-
-def path_importance(teacher: Decoder, batch: Batched) -> Paths:
-    """Heads and positions of a batch by what they did for the answer: ``trace`` without its details."""
-    found = trace(teacher, as_rows(batch))
-    return Paths(found.heads, found.positions)
 
 
 def trace(teacher: Decoder, rows: Rows) -> Trace:

@@ -4,28 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from edge_rt.hooks import DataError
-
-
-class Sequenced(Protocol):
-    """A tokenised sample, as data/batches.py makes them. ``targets[t]``: the prediction of token t, from those before it, counts."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """Token ids."""
-
-    @property
-    def targets(self) -> Sequence[bool]:
-        """As many as tokens."""
-
-    @property
-    def sample(self) -> str:
-        """The id of the sample it was made of."""
+from edge_rt_distill.model.rows import Rows, TokenSequence, grouped, rows_of
 
 
 class Labels(NamedTuple):
@@ -35,25 +17,7 @@ class Labels(NamedTuple):
     language: str = ""
 
 
-class Rows(NamedTuple):
-    """Sequences side by side, padded on the right with token 0, which causal attention never sees.
-
-    ``tokens`` [B, T] int64; ``mask`` [B, T] float, 1 where the prediction of the NEXT token counts; ``lengths`` [B];
-    ``numbers``: the number of each sequence in the list they were taken from.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    lengths: Tensor
-    numbers: tuple[int, ...]
-
-    @property
-    def real(self) -> Tensor:
-        """[B, T] bool: no padding."""
-        return torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
-
-
-def checked(sequences: Sequence[Sequenced], vocabulary: int) -> list[Sequenced]:
+def checked(sequences: Sequence[TokenSequence], vocabulary: int) -> list[TokenSequence]:
     """Those in which at least one prediction counts.
 
     Raises DataError if there are none, or if one does not fit the model: unequal lists, or tokens outside of the vocabulary.
@@ -75,7 +39,7 @@ def checked(sequences: Sequence[Sequenced], vocabulary: int) -> list[Sequenced]:
     return kept
 
 
-def mixed(sequences: Sequence[Sequenced], seed: int, labels: Mapping[str, Labels]) -> list[Sequenced]:
+def mixed(sequences: Sequence[TokenSequence], seed: int, labels: Mapping[str, Labels]) -> list[TokenSequence]:
     """All in an order whose beginnings have something of all: domains in turn, each time in another language, by a seeded hash."""
     queues: dict[Labels, list[tuple[bytes, int]]] = {}
     for number, one in enumerate(sequences):
@@ -101,7 +65,7 @@ def _turns(labels: Iterable[Labels]) -> list[Labels]:
     ]  # fmt: skip
 
 
-def beginning(sequences: Sequence[Sequenced], tokens: int) -> list[Sequenced]:
+def beginning(sequences: Sequence[TokenSequence], tokens: int) -> list[TokenSequence]:
     """The first that have ``tokens`` tokens together at most; at least one."""
     used = 0
     for count, one in enumerate(sequences):
@@ -111,29 +75,8 @@ def beginning(sequences: Sequence[Sequenced], tokens: int) -> list[Sequenced]:
     return list(sequences)
 
 
-def in_rows(sequences: Sequence[Sequenced], batch_tokens: int, square: int = 0) -> Iterator[Rows]:
-    """All sequences, long ones first, so many at once that B * T <= ``batch_tokens`` (at least one).
-
-    ``square``: if given, B * T * T <= ``square`` too, which bounds what attention maps take.
-    """
-    order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number].tokens), number))
-    start = 0
-    while start < len(order):
-        longest = len(sequences[order[start]].tokens)
-        count = max(1, batch_tokens // longest)
-        if square:
-            count = max(1, min(count, square // longest**2))
-        yield side_by_side(sequences, order[start : start + count])
-        start += count
-
-
-def side_by_side(sequences: Sequence[Sequenced], index: Sequence[int]) -> Rows:
-    """Some of the sequences as one batch."""
-    lengths = [len(sequences[number].tokens) for number in index]
-    tokens = torch.zeros(len(index), max(lengths), dtype=torch.long)
-    mask = torch.zeros(len(index), max(lengths))
-    for row, number in enumerate(index):
-        one = sequences[number]
-        tokens[row, : lengths[row]] = torch.tensor(one.tokens)
-        mask[row, : lengths[row] - 1] = torch.tensor(one.targets[1:], dtype=torch.float32)
-    return Rows(tokens, mask, torch.tensor(lengths), tuple(index))
+def in_rows(sequences: Sequence[TokenSequence], batch_tokens: int, square: int = 0) -> Iterator[Rows]:
+    """All sequences, long ones first, in batches: see ``model.rows.grouped``."""
+    lengths = [len(one.tokens) for one in sequences]
+    order = sorted(range(len(sequences)), key=lambda number: (-lengths[number], number))
+    return (rows_of(sequences, numbers) for numbers in grouped(lengths, batch_tokens, order, square))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.diagnose.passes import Told, Watch, backward, quiet
-from edge_rt_distill.diagnose.rows import Rows
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 
 
 def squared_norms(inputs: Tensor, gradients: Tensor) -> Tensor:

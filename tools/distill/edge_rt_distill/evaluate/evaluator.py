@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from edge_rt.hooks import OptionError
-from edge_rt_distill.evaluate.measures import Targeted, divergence
+from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
+from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
 
 WEIGHTS: Mapping[str, float] = {"fidelity": 0.3, "agreement": 0.2, "perplexity": 0.2, "stop": 0.1, "reward": 0.2}
@@ -52,7 +53,7 @@ class Context:
     ``end``: the token that ends an answer. ``decode``: tokens -> text. ``batch_tokens``: computed together.
     """
 
-    sequences: Sequence[Targeted]
+    sequences: Sequence[TokenSequence]
     tasks: Sequence[Task] = ()
     tokens: int = 96
     end: int | None = None

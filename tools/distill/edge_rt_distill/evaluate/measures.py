@@ -8,8 +8,8 @@ ratio, Cochran 1977, Sampling Techniques, 6.4). Of a single sequence no error is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,22 +17,8 @@ from torch import Tensor
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.losses.token import positions_at_once
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.stages.material import labels_of
-from edge_rt_distill.stages.teachers import Filled, LiveTeacher, TeacherView
-
-
-class Targeted(Protocol):
-    """A sequence whose predictions count in places: ``data.batches.Sequence`` is one."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """All tokens."""
-        ...
-
-    @property
-    def targets(self) -> Sequence[bool]:
-        """For each token, whether its prediction counts."""
-        ...
+from edge_rt_distill.model.rows import TokenSequence, grouped, rows_of
+from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
 
 
 class Counts(NamedTuple):
@@ -65,14 +51,14 @@ class Measures(NamedTuple):
 
 
 def divergence(
-    student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[Targeted], *, batch_tokens: int = 2048
+    student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[TokenSequence], *, batch_tokens: int = 2048
 ) -> Measures:  # fmt: skip
     """Compare on ``sequences``, at most ``batch_tokens`` at a time. Raises DataError if nothing counts, OptionError for other tokens."""
     return summarise(count(student, teacher, sequences, batch_tokens=batch_tokens))
 
 
 @torch.no_grad()
-def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[Targeted], *, batch_tokens: int = 2048) -> Counts:
+def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[TokenSequence], *, batch_tokens: int = 2048) -> Counts:
     """What ``divergence`` is made of, sequence by sequence in their order. Raises as it does."""
     view = LiveTeacher(teacher) if isinstance(teacher, Decoder) else teacher
     if student.architecture.vocabulary != view.architecture.vocabulary:
@@ -82,33 +68,14 @@ def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[
     if not counted:
         raise DataError("no position counts in what a student is to be measured on; add samples with an answer or a text")
     sums = torch.zeros(5, len(sequences), dtype=torch.float64)
-    for chosen, rows in _batches(sequences, counted, batch_tokens):
+    for chosen in grouped([len(sequences[i].tokens) for i in counted], batch_tokens):
+        rows = rows_of(sequences, [counted[i] for i in chosen])
         at = rows.mask.flatten().nonzero().squeeze(-1)
-        owner = torch.tensor(chosen)[at // rows.tokens.shape[1]]
+        owner = torch.tensor(rows.numbers)[at // rows.tokens.shape[1]]
         mine, others = student(rows.tokens).hidden.flatten(0, 1)[at], view.hidden(rows).flatten(0, 1)[at]
-        found = compare(mine, student.head_weight, others, view.head, labels_of(rows).flatten()[at])
+        found = compare(mine, student.head_weight, others, view.head, rows.labels.flatten()[at])
         sums.index_add_(1, owner, torch.cat((torch.ones(1, len(at), dtype=torch.float64), found.double())))
     return Counts(*sums[:, counted])
-
-
-def _batches(sequences: Sequence[Targeted], counted: Sequence[int], batch_tokens: int) -> Iterator[tuple[list[int], Filled]]:
-    """Sequences of similar length together, filled up at the right."""
-    chosen: list[int] = []
-    for i in sorted(counted, key=lambda i: (len(sequences[i].tokens), i)):
-        if chosen and len(sequences[i].tokens) * (len(chosen) + 1) > batch_tokens:
-            yield chosen, _fill([sequences[one] for one in chosen])
-            chosen = []
-        chosen.append(i)
-    yield chosen, _fill([sequences[one] for one in chosen])
-
-
-def _fill(sequences: Sequence[Targeted]) -> Filled:
-    length = max(len(sequence.tokens) for sequence in sequences)
-    tokens, mask = torch.zeros(len(sequences), length, dtype=torch.long), torch.zeros(len(sequences), length)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
-        mask[row, : len(sequence.tokens) - 1] = torch.tensor(sequence.targets[1:], dtype=torch.float32)
-    return Filled(tokens, mask, torch.tensor([len(sequence.tokens) for sequence in sequences]))
 
 
 def compare(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, chunk: int = 0) -> Tensor:

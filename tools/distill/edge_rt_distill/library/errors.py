@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,30 +18,12 @@ from edge_rt_distill.library.shards import Merged, Part, Told, digest_of, quiet,
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import Teacher
+from edge_rt_distill.model.rows import TokenSequence
 
 Check = Callable[[str, str, bool], Sequence[str]]
 """What is wrong with an answer: (sample id, its text, whether it ended by itself) -> reasons, none if it is right."""
 
 _WORST = 8
-
-
-class Referenced(Protocol):
-    """A sample as tokens with the positions that count, as ``data.encode`` makes them."""
-
-    @property
-    def sample(self) -> str:
-        """Id of the sample."""
-        ...
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """Its tokens [T]."""
-        ...
-
-    @property
-    def targets(self) -> Sequence[bool]:
-        """[T], True for tokens of the reference answer, which the model should predict."""
-        ...
 
 
 class Case(NamedTuple):
@@ -67,7 +49,7 @@ def failures(answers: Iterable[Trajectory], check: Check) -> list[Case]:
 
 
 def improbable(
-    model: Decoder, sequences: Sequence[Referenced], *, below: float = -4.0, batch_tokens: int = 2048, told: Told = quiet
+    model: Decoder, sequences: Sequence[TokenSequence], *, below: float = -4.0, batch_tokens: int = 2048, told: Told = quiet
 ) -> list[Case]:
     """The samples whose reference has a mean log-probability under ``below`` (nats a token).
 

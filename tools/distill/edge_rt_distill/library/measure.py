@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_rt_distill.model.decoder import Decoder, Output
+from edge_rt_distill.model.rows import fill, grouped
 
 ROWS = 256
 """Positions whose logits are in memory at once: 50 MB with a vocabulary of 49,152."""
@@ -27,34 +28,14 @@ class Said(NamedTuple):
     entropy: Tensor
 
 
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices by rising length in batches of at most ``tokens`` with their padding; a longer one goes alone."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        if batch and (len(batch) + 1) * lengths[index] > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of tokens as [B, T]. Zeros are filled in behind: nothing before them sees them, as attention is causal."""
-    found = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        found[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return found
-
-
 @torch.no_grad()
 def each_output(
     model: Decoder, rows: Sequence[Sequence[int]], tokens: int, *, states: Sequence[int] = (), told: Callable[[int, int], None]
 ) -> Iterator[tuple[int, Output]]:
     """Each row's index and Output, [T, D] without batch or padding, in order of length, ``tokens`` a batch. ``told`` (done, total)."""
     done = 0
-    for batch in batches([len(row) for row in rows], tokens):
-        out = model(padded([rows[i] for i in batch]), states=states)
+    for batch in grouped([len(row) for row in rows], tokens):
+        out = model(fill([rows[i] for i in batch]).tokens, states=states)
         for place, i in enumerate(batch):
             length = len(rows[i])
             yield i, Output(out.hidden[place, :length], {key: state[place, :length] for key, state in out.states.items()}, {})

@@ -11,70 +11,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from edge_rt_distill.losses.token import FromHidden, TokenLoss, TokenOptions, token_logprobs, token_loss
+from edge_rt_distill.model.rows import Rows
 
 
-class Weighted(Protocol):
-    """A sequence and which of its tokens are learnt, how much: ``behaviour.examples.Example`` is one."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """All tokens, prompt and answer."""
-        ...
-
-    @property
-    def targets(self) -> Sequence[bool]:
-        """For each token, whether its prediction counts."""
-        ...
-
-    @property
-    def weights(self) -> Sequence[float]:
-        """For each token, how much."""
-        ...
-
-
-class Padded(NamedTuple):
-    """Sequences side by side. ``tokens`` [B, T] (0 behind the end). ``weights`` [B, T]: of what a position predicts of the next."""
-
-    tokens: Tensor
-    weights: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        """The token behind each position [B, T]; behind the last, 0, whose weight is 0."""
-        return F.pad(self.tokens[:, 1:], (0, 1))
-
-
-def pad(examples: Sequence[Weighted]) -> Padded:
-    """Examples as one batch."""
-    length = max(len(example.tokens) for example in examples)
-    tokens, weights = torch.zeros(len(examples), length, dtype=torch.long), torch.zeros(len(examples), length)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        counted = [weight if target else 0.0 for target, weight in zip(example.targets, example.weights, strict=True)]
-        weights[row, : len(example.tokens) - 1] = torch.tensor(counted[1:])  # a first token is predicted by nothing
-    return Padded(tokens, weights)
-
-
-def imitation_loss(hidden: Tensor, weight: Tensor, batch: Padded) -> Tensor:
+def imitation_loss(hidden: Tensor, weight: Tensor, batch: Rows) -> Tensor:
     """Weighted mean negative log-likelihood in nats. ``hidden`` [B, T, D]: the student's on ``batch.tokens``; ``weight``: its head."""
     return token_loss(
-        hidden.flatten(0, 1), weight, None, weights=batch.weights.flatten(), labels=batch.labels.flatten(),
+        hidden.flatten(0, 1), weight, None, weights=batch.mask.flatten(), labels=batch.labels.flatten(),
         options=TokenOptions(cross_entropy=1.0),
     ).loss  # fmt: skip
 
 
-def answer_logprobs(hidden: Tensor, weight: Tensor, batch: Padded) -> Tensor:
+def answer_logprobs(hidden: Tensor, weight: Tensor, batch: Rows) -> Tensor:
     """Sum over an example's weighted tokens of weight x log q [B]."""
-    rows = batch.weights.flatten().nonzero().squeeze(-1)
-    found = token_logprobs(hidden.flatten(0, 1)[rows], weight, batch.labels.flatten()[rows]) * batch.weights.flatten()[rows].to(hidden)
+    rows = batch.mask.flatten().nonzero().squeeze(-1)
+    found = token_logprobs(hidden.flatten(0, 1)[rows], weight, batch.labels.flatten()[rows]) * batch.mask.flatten()[rows].to(hidden)
     owner = rows // batch.tokens.shape[1]
     return hidden.new_zeros(len(batch.tokens)).index_add(0, owner, found)
 
@@ -85,6 +40,6 @@ def preference_loss(student: Tensor, teacher: Tensor, beta: float = 0.1) -> Tens
     return -F.logsigmoid(beta * lead).mean()
 
 
-def on_policy_loss(hidden: Tensor, weight: Tensor, teacher: FromHidden, batch: Padded, options: TokenOptions) -> TokenLoss:
+def on_policy_loss(hidden: Tensor, weight: Tensor, teacher: FromHidden, batch: Rows, options: TokenOptions) -> TokenLoss:
     """Reverse KL (or what ``options`` says) on the student's own answers. ``teacher``: rows for all B x T positions."""
-    return token_loss(hidden.flatten(0, 1), weight, teacher, weights=batch.weights.flatten(), options=options)
+    return token_loss(hidden.flatten(0, 1), weight, teacher, weights=batch.mask.flatten(), options=options)

@@ -39,7 +39,8 @@ def sensitivity(model: Decoder, sequences: Sequence[Sequence[int]], *, seed: int
     """
     found = {site: torch.zeros(model.linear(site).out_features, dtype=torch.float64) for site in model.sites()}
     draw, count = torch.Generator().manual_seed(seed), 0
-    for tokens, real in side_by_side(sequences, batch_tokens):
+    for rows in side_by_side(sequences, batch_tokens):
+        tokens, real = rows.tokens, rows.real
         with ExitStack() as stack:
             for site in found:
                 handle = model.linear(site).register_forward_hook(_adds_to(found[site], real))

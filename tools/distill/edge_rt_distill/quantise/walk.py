@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_rt.hooks import DataError, OptionError
+from edge_rt_distill.model.rows import Rows, fill, grouped
 
 BATCH_TOKENS = 4096
 """Positions that go through a layer at once."""
@@ -31,7 +32,6 @@ class _ReachedError(Exception):
 class Batch:
     """Sequences side by side. ``real`` [B, T]: False where a shorter sequence is padded on the right, which causal attention never sees."""
 
-    tokens: Tensor
     real: Tensor
     hidden: Tensor
     args: tuple[Any, ...]
@@ -49,9 +49,9 @@ class Stream:
         self.model, self.index = model, 0
         self.layers = list(cast("Iterable[nn.Module]", model.get_submodule("layers")))  # children() would leave out those that are shared
         with torch.no_grad():
-            self.batches = [self._enter(tokens, real) for tokens, real in side_by_side(sequences, batch_tokens)]
+            self.batches = [self._enter(rows) for rows in side_by_side(sequences, batch_tokens)]
 
-    def _enter(self, tokens: Tensor, real: Tensor) -> Batch:
+    def _enter(self, rows: Rows) -> Batch:
         """Catch what the model hands its first layer: the states, and whatever else (rotations, masks) is the same for all layers."""
         caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -61,13 +61,13 @@ class Stream:
 
         handle = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            self.model(tokens)
+            self.model(rows.tokens)
         except _ReachedError:
             pass
         finally:
             handle.remove()
         (hidden, *args), kwargs = caught[0]
-        return Batch(tokens, real, hidden, tuple(args), kwargs)
+        return Batch(rows.real, hidden, tuple(args), kwargs)
 
     @property
     def ended(self) -> bool:
@@ -156,21 +156,10 @@ def walk(teacher: nn.Module, student: nn.Module, sequences: Sequence[Sequence[in
             stream.advance()
 
 
-def side_by_side(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens [B, T] and which of them are real [B, T], in the sequences' order. Raises DataError if there are no tokens."""
-    rows = [list(one) for one in sequences if len(one)]
-    if not rows:
+def side_by_side(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
+    """Rows of the sequences in their order. Raises DataError if there are no tokens."""
+    some = [one for one in sequences if len(one)]
+    if not some:
         raise DataError("there are no tokens to calibrate with; give longer text or more samples")
-    start = 0
-    while start < len(rows):
-        end, longest = start, 0
-        while end < len(rows) and max(longest, len(rows[end])) * (end + 1 - start) <= max(batch_tokens, len(rows[start])):
-            longest = max(longest, len(rows[end]))
-            end += 1
-        tokens = torch.zeros(end - start, longest, dtype=torch.long)
-        real = torch.zeros(end - start, longest, dtype=torch.bool)
-        for i, row in enumerate(rows[start:end]):
-            tokens[i, : len(row)] = torch.tensor(row)
-            real[i, : len(row)] = True
-        yield tokens, real
-        start = end
+    for chosen in grouped([len(one) for one in some], batch_tokens, range(len(some))):
+        yield fill([some[i] for i in chosen])

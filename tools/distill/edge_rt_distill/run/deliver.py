@@ -12,7 +12,6 @@ from edge_rt.hooks import NativeError
 from edge_rt_distill.compensate import choose as corrections
 from edge_rt_distill.compensate import files as side_files
 from edge_rt_distill.compensate.report import as_json, table
-from edge_rt_distill.data.batches import Sequence as Tokens
 from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.export import export
@@ -20,6 +19,7 @@ from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import read_gguf
+from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.portable import portable
 from edge_rt_distill.quantise import qat
 from edge_rt_distill.quantise.matrices import Encoded, Method, QuantiseOptions, quantise_model
@@ -68,13 +68,13 @@ def quantise_step(shop: Workshop) -> Step:
     return Step("quantise", run, settings, ("data", "rollouts", "distil"))
 
 
-def _training(shop: Workshop, place: Place) -> list[Tokens]:
+def _training(shop: Workshop, place: Place) -> list[TokenSequence]:
     """All that was learnt from, in an order of its own."""
     found = shop.sequences(place.need("data") / TRAIN) + shop.sequences(place.need("rollouts") / ROLLOUTS)
     return shuffled(found, shop.config.run.seed + 1)
 
 
-def first(sequences: Sequence[Tokens], tokens: int) -> list[Tokens]:
+def first(sequences: Sequence[TokenSequence], tokens: int) -> list[TokenSequence]:
     """The first sequences that have so many tokens together."""
     found, left = [], tokens
     for one in sequences:

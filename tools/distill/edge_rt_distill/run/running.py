@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 
 import edge_rt
-from edge_rt_distill.data.batches import Sequence as Tokens
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import TokenSequence
 
 Logits = npt.NDArray[np.float32]
 
 
 def run_logits(
-    model: Path, sequences: Sequence[Tokens], *, compensation: str = "auto", engine: str | None = None,
+    model: Path, sequences: Sequence[TokenSequence], *, compensation: str = "auto", engine: str | None = None,
     told: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[Logits]:  # fmt: skip
     """The runtime's logits [T, V] of one sequence after the other. Raises what ``edge_rt.open`` raises."""
@@ -29,7 +29,7 @@ def run_logits(
             told(done, len(sequences))
 
 
-def equal_to_stock(model: Path, sequences: Sequence[Tokens]) -> bool:
+def equal_to_stock(model: Path, sequences: Sequence[TokenSequence]) -> bool:
     """Whether stock llama.cpp gives the same logits, within what its own kernels differ by between batch sizes."""
     ours = run_logits(model, sequences, compensation="off")
     stock = run_logits(model, sequences, compensation="off", engine="llama_cpp")
@@ -37,7 +37,7 @@ def equal_to_stock(model: Path, sequences: Sequence[Tokens]) -> bool:
 
 
 @torch.no_grad()
-def against(teacher: Decoder, sequences: Sequence[Tokens], logits: Iterable[Logits]) -> dict[str, float]:
+def against(teacher: Decoder, sequences: Sequence[TokenSequence], logits: Iterable[Logits]) -> dict[str, float]:
     """KL(teacher||runtime) in nats, share of positions with the same likeliest token, and perplexity by the teacher's."""
     kl = same = excess = count = 0.0
     for one, found in zip(sequences, logits, strict=True):

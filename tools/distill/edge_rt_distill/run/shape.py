@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from edge_rt_distill.data.batches import Batch, Sequence, batches
+from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
+from edge_rt_distill.model.rows import Rows, TokenSequence
 from edge_rt_distill.run.config import Config, StudentConfig
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import TRAIN, Workshop, shuffled
@@ -59,7 +60,7 @@ def measured(found: Any) -> dict[str, float]:
     return {"kl": found.kl, "top1": found.top1, "perplexity_ratio": found.perplexity_ratio}
 
 
-def _choose(shop: Workshop, place: Place, sequences: list[Sequence]) -> tuple[list[str], Cut]:
+def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tuple[list[str], Cut]:
     """What was decided and why, and the cut that loses least when it is made."""
     teacher, config = shop.teacher.model, shop.config.student
     if config.parameters >= 1 and not config.speed and not (config.drop or config.ffn):
@@ -84,7 +85,7 @@ def _options(config: StudentConfig) -> PlanOptions:
     )  # fmt: skip
 
 
-def some_batches(sequences: list[Sequence], tokens: int, config: Config) -> list[Batch]:
+def some_batches(sequences: list[TokenSequence], tokens: int, config: Config) -> list[Rows]:
     """Batches of the first sequences that have so many tokens together."""
     chosen, left = [], tokens
     for one in sequences:

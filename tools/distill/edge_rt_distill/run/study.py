@@ -9,7 +9,6 @@ from typing import Any
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.behaviour.rewards import reward
-from edge_rt_distill.data.batches import Sequence as Tokens
 from edge_rt_distill.data.batches import as_dicts
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import diagnose
@@ -19,6 +18,7 @@ from edge_rt_distill.diagnose.rows import Labels
 from edge_rt_distill.files import write_file
 from edge_rt_distill.library import errors, record, recorded, snapshots
 from edge_rt_distill.library.store import Library
+from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import TRAIN, Workshop, read_back
 
@@ -57,7 +57,7 @@ def library_step(shop: Workshop) -> Step:
 
 
 def _record(
-    shop: Workshop, library: Library, domain: str, samples: Sequence[Sample], sequences: Sequence[Tokens], place: Place
+    shop: Workshop, library: Library, domain: str, samples: Sequence[Sample], sequences: Sequence[TokenSequence], place: Place
 ) -> tuple[list[str], float | None]:
     """The records made of a domain, and the mean score of the teacher's answers there."""
     teacher, config = shop.teacher, shop.config.library

@@ -15,7 +15,6 @@ from torch import Tensor
 from edge_rt_distill.behaviour.examples import Example, Pair
 from edge_rt_distill.behaviour.rewards import load_reward, reward
 from edge_rt_distill.behaviour.rollouts import Choice, Sampling, Trajectory, imitation, pairs, trajectories
-from edge_rt_distill.data.batches import Sequence as Tokens
 from edge_rt_distill.data.batches import as_dicts, batches
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import Diagnosis
@@ -27,6 +26,7 @@ from edge_rt_distill.losses.token import Kind
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.precision import Precision, best
+from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.run.config import Config, DistilConfig
 from edge_rt_distill.run.shape import CUT, STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
@@ -196,7 +196,7 @@ def _answered(shop: Workshop, place: Place) -> tuple[list[Example], list[Example
     return imitation(learnt, tokeniser, choice), imitation(judged, tokeniser, choice), pairs(learnt, tokeniser, choice)
 
 
-def unigram(sequences: Sequence[Tokens], vocabulary: int) -> Tensor:
+def unigram(sequences: Sequence[TokenSequence], vocabulary: int) -> Tensor:
     """Log of the unigram distribution [V] of some sequences, one added to every count."""
     counts = torch.ones(vocabulary)
     for one in sequences:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from edge_rt.hooks import DataError, resolve_model
-from edge_rt_distill.data.batches import Sequence, encode
+from edge_rt_distill.data.batches import encode
 from edge_rt_distill.data.records import parse
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.load import Teacher, load
+from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.run.config import Config
 
 TRAIN, HELD_OUT, ROLLOUTS = "train.jsonl", "held_out.jsonl", "rollouts.jsonl"
@@ -49,16 +50,16 @@ class Workshop:
         vocabulary = self.config.teacher.vocabulary
         return load(self.teacher_path, self.path(vocabulary) if vocabulary else None)
 
-    def sequences(self, file: Path) -> list[Sequence]:
+    def sequences(self, file: Path) -> list[TokenSequence]:
         """The sequences of a file of samples that ``write_samples`` wrote."""
         return encode(read_back(file), self.teacher.tokeniser, self.config.data.length)
 
-    def held_out(self, data: Path) -> list[Sequence]:
+    def held_out(self, data: Path) -> list[TokenSequence]:
         """The sequences that students are measured on: some of all kinds."""
         return shuffled(self.sequences(data / HELD_OUT), 0)[: self.config.distil.held_out]
 
 
-def shuffled(sequences: list[Sequence], seed: int) -> list[Sequence]:
+def shuffled(sequences: list[TokenSequence], seed: int) -> list[TokenSequence]:
     """The same in an order of its own: whoever takes the first few gets some of everything."""
     found = list(sequences)
     random.Random(f"shuffled {seed}").shuffle(found)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from edge_rt_distill.losses.attention import HeadMatch, attention_loss, key_weights, match_heads, priorities
 from edge_rt_distill.losses.hidden import Match, hidden_loss, inverse_variance, least_squares, match_states, without_first
 from edge_rt_distill.model.decoder import Decoder, Output
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.stages.material import Material
-from edge_rt_distill.stages.teachers import Rows, TeacherView
+from edge_rt_distill.stages.teachers import TeacherView
 
 UNEVEN = 0.5
 """Share of a key's weight that goes by the attention it got; the rest is equal for all, so that none is left out."""
@@ -48,7 +49,7 @@ class Guides(nn.Module):
     @torch.no_grad()
     def fit(self, student: Decoder, teacher: TeacherView, batches: Sequence[Rows]) -> None:
         """Take variances of the teacher's states, and least-squares projections of the student's onto them, from some batches."""
-        weights = [_visible(rows) for rows in batches]
+        weights = [rows.real.float() for rows in batches]
         theirs = [teacher.observe(rows, [m.teacher for m in self.matches], ()).states for rows in batches]
         ours: list[dict[int, Tensor]] = []
         if not self.same_width:
@@ -64,7 +65,7 @@ class Guides(nn.Module):
 
     def hidden_term(self, ours: Output, theirs: Output, rows: Rows) -> Tensor:
         """Mean of the states' losses over the depths. All of a sequence's positions count, prompts too: states carry them on."""
-        weights, losses = _visible(rows), []
+        weights, losses = rows.real.float(), []
         for i, match in enumerate(self.matches):
             projection = None if self.same_width else self.projections[i]
             losses.append(hidden_loss(ours.states[match.student], theirs.states[match.teacher], weights, self.dimensions[i], projection))
@@ -78,7 +79,7 @@ class Guides(nn.Module):
             importance = self._material.head_importance.get(match.student)
             head_weights = priorities(torch.ones(len(match.heads)) if importance is None else importance)
             keys = key_weights(maps.shape[-1], looked_at(maps, rows, head_weights))
-            losses.append(attention_loss(ours.attention[match.student], maps, _visible(rows), head_weights, keys))
+            losses.append(attention_loss(ours.attention[match.student], maps, rows.real.float(), head_weights, keys))
         return torch.stack(losses).mean()
 
 
@@ -88,12 +89,8 @@ def looked_at(maps: Tensor, rows: Rows, head_weights: Tensor) -> Tensor:
     It is how much attention the teacher's heads, as they are weighted, give a position from where predictions count (the answer).
     ``maps`` [B, H, T, T].
     """
-    visible = without_first(_visible(rows))
+    visible = without_first(rows.real.float())
     got = torch.einsum("bhtk,bt,h->bk", maps, rows.mask.to(maps), head_weights.to(maps)) * visible
     mean = got.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp(min=1)
     return (1 - UNEVEN) + UNEVEN * got / mean.clamp(min=1e-9)
 
-
-def _visible(rows: Rows) -> Tensor:
-    """1 where a row has a token [B, T]."""
-    return (torch.arange(rows.tokens.shape[1]) < rows.lengths[:, None]).float()

@@ -5,33 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from edge_rt.hooks import DataError
+from edge_rt_distill.behaviour.examples import Example, Pair
 from edge_rt_distill.losses.attention import HeadMatch
-from edge_rt_distill.losses.behaviour import Weighted, pad
 from edge_rt_distill.losses.hidden import DEPTHS
+from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.stages.levels import Level
-from edge_rt_distill.stages.teachers import Filled, Rows
 
 T = TypeVar("T")
-
-
-class Preferred(Protocol):
-    """A better and a worse answer to one prompt: ``behaviour.examples.Pair`` is one."""
-
-    @property
-    def chosen(self) -> Weighted:
-        """The better."""
-        ...
-
-    @property
-    def rejected(self) -> Weighted:
-        """The worse."""
-        ...
 
 
 class Answers(NamedTuple):
@@ -58,9 +43,9 @@ class Material:
 
     epoch: Callable[[int, int], Iterator[Rows]]
     held_out: Sequence[Rows]
-    examples: Sequence[Weighted] = ()
-    held_out_examples: Sequence[Weighted] = ()
-    pairs: Sequence[Preferred] = ()
+    examples: Sequence[Example] = ()
+    held_out_examples: Sequence[Example] = ()
+    pairs: Sequence[Pair] = ()
     prompts: Sequence[Sequence[int]] = ()
     answers: Answers = DEFAULT_ANSWERS
     beside: int = 4
@@ -95,12 +80,7 @@ def check_material(material: Material, levels: Sequence[Level]) -> None:
             raise DataError(f"the loss {term} has nothing to learn from; set its weight to 0, or record rollouts that give it something")
 
 
-def rows_of(examples: Sequence[Weighted]) -> Filled:
-    """Examples as rows."""
-    batch = pad(examples)
-    return Filled(batch.tokens, batch.weights, torch.tensor([len(example.tokens) for example in examples]))
-
-
-def labels_of(rows: Rows) -> Tensor:
-    """The token behind each position [B, T]; behind the last, 0, whose weight is 0."""
-    return torch.nn.functional.pad(rows.tokens[:, 1:], (0, 1))
+def rows_of_examples(examples: Sequence[Example]) -> Rows:
+    """Examples as rows; the mask is their weights."""
+    weights = [[weight if target else 0.0 for target, weight in zip(one.targets, one.weights, strict=True)] for one in examples]
+    return fill([one.tokens for one in examples], weights)

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder, Output
-
-
-class Rows(Protocol):
-    """Sequences side by side: ``data.batches.Batch`` is such, and what ``as_rows`` makes."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[B, T] int64."""
-        ...
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T]: the weight of what a position predicts of the next token."""
-        ...
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B] int64."""
-        ...
-
-
-class Filled(NamedTuple):
-    """Rows made here, of examples and answers."""
-
-    tokens: Tensor
-    mask: Tensor
-    lengths: Tensor
+from edge_rt_distill.model.rows import Rows
 
 
 class TeacherView(Protocol):

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from edge_rt_distill.losses.balance import Name
-from edge_rt_distill.losses.behaviour import Padded, answer_logprobs, imitation_loss, on_policy_loss, preference_loss
+from edge_rt_distill.losses.behaviour import answer_logprobs, imitation_loss, on_policy_loss, preference_loss
 from edge_rt_distill.losses.token import FromHidden, TokenOptions, token_loss
 from edge_rt_distill.model.decoder import Decoder, Output
 from edge_rt_distill.model.generate import generate
+from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.stages.guides import Guides
 from edge_rt_distill.stages.levels import Level, Term
-from edge_rt_distill.stages.material import Material, labels_of, rows_of
+from edge_rt_distill.stages.material import Material, rows_of_examples
 from edge_rt_distill.stages.schedule import taid_mix
-from edge_rt_distill.stages.teachers import Filled, Rows, TeacherView
+from edge_rt_distill.stages.teachers import TeacherView
 
 
 class Scene(NamedTuple):
@@ -39,8 +40,8 @@ def groups(scene: Scene, level: Level, rows: Rows, step: int, number: int) -> It
     if corpus:
         yield corpus_terms(scene, rows, corpus, level.token._replace(mix=taid_mix(level, step)))
     if "imitation" in wanted:
-        batch = rows_of(scene.material.turn(scene.material.examples, number))
-        yield {"imitation": imitation_loss(scene.student(batch.tokens).hidden, scene.student.head_weight, Padded(batch.tokens, batch.mask))}
+        batch = rows_of_examples(scene.material.turn(scene.material.examples, number))
+        yield {"imitation": imitation_loss(scene.student(batch.tokens).hidden, scene.student.head_weight, batch)}
     if "preference" in wanted:
         yield {"preference": _preference(scene, number)}
     if "on_policy" in wanted and number % level.on_policy_every == 0:
@@ -58,7 +59,7 @@ def corpus_terms(scene: Scene, rows: Rows, wanted: Collection[Term], options: To
         if term == "token":
             teacher = FromHidden(theirs.hidden.flatten(0, 1), scene.teacher.head)
             found[term] = token_loss(
-                ours.hidden.flatten(0, 1), weight, teacher, weights=rows.mask.flatten(), labels=labels_of(rows).flatten(),
+                ours.hidden.flatten(0, 1), weight, teacher, weights=rows.mask.flatten(), labels=rows.labels.flatten(),
                 prior=scene.material.prior, options=options,
             ).loss  # fmt: skip
         else:
@@ -81,16 +82,16 @@ def observe(scene: Scene, rows: Rows, wanted: Collection[Term]) -> tuple[Output,
 
 def _preference(scene: Scene, number: int) -> Tensor:
     pairs = scene.material.turn(scene.material.pairs, number)
-    batch = rows_of([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    batch = rows_of_examples([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
     # Both weigh whole answers: with the weights of imitation a pair could be won by its format tokens alone.
-    padded = Padded(batch.tokens, (batch.mask > 0).float())
-    ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, padded)
+    batch = batch._replace(mask=(batch.mask > 0).float())
+    ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, batch)
     with torch.no_grad():
-        theirs = answer_logprobs(scene.teacher.hidden(batch), scene.teacher.head, padded)
+        theirs = answer_logprobs(scene.teacher.hidden(batch), scene.teacher.head, batch)
     return preference_loss(ours.view(2, -1), theirs.view(2, -1))
 
 
-def own_answers(scene: Scene, number: int) -> Filled | None:
+def own_answers(scene: Scene, number: int) -> Rows | None:
     """The student's answers to the ``number``-th handful of prompts, as rows whose answers count; None if all are empty.
 
     Drawn from a seed made of the number: they depend on the student's weights and on nothing else.
@@ -103,19 +104,14 @@ def own_answers(scene: Scene, number: int) -> Filled | None:
     both = [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers, strict=True) if answer.tokens]
     if not both:
         return None
-    length = max(len(prompt) + len(answer) for prompt, answer in both)
-    tokens, mask = torch.zeros(len(both), length, dtype=torch.long), torch.zeros(len(both), length)
-    for row, (prompt, answer) in enumerate(both):
-        tokens[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        mask[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = 1
-    return Filled(tokens, mask, torch.tensor([len(prompt) + len(answer) for prompt, answer in both]))
+    return fill([prompt + answer for prompt, answer in both], [[0] * len(prompt) + [1] * len(answer) for prompt, answer in both])
 
 
-def _on_policy(scene: Scene, rows: Filled, options: TokenOptions) -> Tensor:
+def _on_policy(scene: Scene, rows: Rows, options: TokenOptions) -> Tensor:
     teacher = FromHidden(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1), scene.teacher.head)  # never seen again: not cached
     hidden = scene.student(rows.tokens).hidden
     return on_policy_loss(
-        hidden, scene.student.head_weight, teacher, Padded(rows.tokens, rows.mask), TokenOptions("reverse", chunk=options.chunk)
+        hidden, scene.student.head_weight, teacher, rows, TokenOptions("reverse", chunk=options.chunk)
     ).loss
 
 
@@ -146,10 +142,9 @@ def errors(scene: Scene, names: Sequence[str]) -> dict[str, float]:
 def _excess(scene: Scene) -> float:
     examples, excess, total = scene.material.held_out_examples, 0.0, 0.0
     for start in range(0, len(examples), scene.material.beside):
-        rows = rows_of(examples[start : start + scene.material.beside])
-        padded = Padded(rows.tokens, rows.mask)
-        ours = answer_logprobs(scene.student(rows.tokens).hidden, scene.student.head_weight, padded)
-        theirs = answer_logprobs(scene.teacher.hidden(rows), scene.teacher.head, padded)
+        rows = rows_of_examples(examples[start : start + scene.material.beside])
+        ours = answer_logprobs(scene.student(rows.tokens).hidden, scene.student.head_weight, rows)
+        theirs = answer_logprobs(scene.teacher.hidden(rows), scene.teacher.head, rows)
         excess, total = excess + float((theirs - ours).sum()), total + float(rows.mask.sum())
     return excess / total
 

@@ -24,6 +24,7 @@ from edge_rt.hooks import Cancelled, DataError, OptionError, TrainingError
 from edge_rt_distill.losses.balance import balance
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.precision import Precision, computing_in
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.stages import checkpoint
 from edge_rt_distill.stages.gate import failure, is_open, judge
 from edge_rt_distill.stages.guides import Guides
@@ -32,7 +33,7 @@ from edge_rt_distill.stages.levels import LEVELS, Level, Term, check_level
 from edge_rt_distill.stages.material import Material, check_material
 from edge_rt_distill.stages.schedule import learning_rate
 from edge_rt_distill.stages.state import Best, LevelResult, State
-from edge_rt_distill.stages.teachers import Rows, TeacherView
+from edge_rt_distill.stages.teachers import TeacherView
 from edge_rt_distill.stages.terms import Scene, errors, groups, say
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from edge_rt_distill.model.decoder import Decoder, Layer
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import CHUNK
-from edge_rt_distill.surgery.measure import Tokens
 from edge_rt_distill.surgery.streams import attend, gated, soft, weights
 
 STEPS = 64
@@ -63,7 +63,7 @@ def _costs(inverse: Tensor, left: Tensor, block: int) -> Tensor:
 
 @torch.no_grad()
 def rechosen(
-    teacher: Decoder, cut: Cut, batches: Sequence[Tokens], *, block: int = 1, told: Callable[[int, int], None] | None = None
+    teacher: Decoder, cut: Cut, batches: Sequence[Rows], *, block: int = 1, told: Callable[[int, int], None] | None = None
 ) -> Cut:  # fmt: skip
     """The cut with its channels chosen anew on calibration text, as many as before in each layer; ``block``: as ``least_needed``.
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.cut import Merge
 from edge_rt_distill.surgery.evidence import Evidence
-from edge_rt_distill.surgery.measure import Tokens, divergence, final_states
+from edge_rt_distill.surgery.measure import divergence, final_states
 
 
 def merge(layers: Sequence[Mapping[str, Tensor]], how: Merge) -> dict[str, Tensor]:
@@ -32,7 +33,7 @@ def merge(layers: Sequence[Mapping[str, Tensor]], how: Merge) -> dict[str, Tenso
 
 
 def removal_order(
-    teacher: Decoder, batches: Sequence[Tokens], found: Evidence, count: int, *, protect: Sequence[int] | None = None, width: int = 8,
+    teacher: Decoder, batches: Sequence[Rows], found: Evidence, count: int, *, protect: Sequence[int] | None = None, width: int = 8,
     told: Callable[[int, int], None] | None = None,
 ) -> Evidence:  # fmt: skip
     """Which layers can go, each chosen with those before it gone, and the divergence measured (SLEB, Song et al. 2024, arXiv:2402.09025).

@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.model.decoder import Decoder
-
-
-class Tokens(Protocol):
-    """A batch as ``data.batches`` makes them."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[B, T], int64."""
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T], 1 where the prediction of the next token counts."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B]: tokens behind it are padding."""
-
-
-class Passages(NamedTuple):
-    """Tokens of which all count: [B, T], the mask [B, T] and the lengths [B]."""
-
-    tokens: Tensor
-    mask: Tensor
-    lengths: Tensor
-
-
-def passages(tokens: Tensor) -> Passages:
-    """Passages of equal length [B, T], in which every prediction but that behind the end counts."""
-    mask = torch.ones(tokens.shape)
-    mask[:, -1] = 0
-    return Passages(tokens, mask, torch.full((len(tokens),), tokens.shape[1]))
+from edge_rt_distill.model.rows import Rows
 
 
 @torch.no_grad()
-def final_states(model: Decoder, batches: Sequence[Tokens]) -> list[Tensor]:
+def final_states(model: Decoder, batches: Sequence[Rows]) -> list[Tensor]:
     """What a model makes its logits of, [B, T, D] a batch: worth keeping where many students are compared with one teacher."""
     return [model(batch.tokens).hidden for batch in batches]
 
 
 @torch.no_grad()
 def divergence(
-    student: Decoder, teacher: Decoder, batches: Sequence[Tokens], *, skip: Collection[int] = (), known: Sequence[Tensor] | None = None
+    student: Decoder, teacher: Decoder, batches: Sequence[Rows], *, skip: Collection[int] = (), known: Sequence[Tensor] | None = None
 ) -> float:
     """Mean KL(teacher || student) in nats over the predictions that count. ``skip``: layers that the student leaves out.
 

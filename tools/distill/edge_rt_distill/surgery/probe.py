@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.evidence import Evidence
-from edge_rt_distill.surgery.measure import Tokens, divergence, final_states
+from edge_rt_distill.surgery.measure import divergence, final_states
 from edge_rt_distill.surgery.options import Budget, PlanOptions
 from edge_rt_distill.surgery.plan import plan
 
@@ -20,7 +21,7 @@ SHARE = 7 / 8
 
 
 def calibrated(
-    found: Evidence, teacher: Decoder, batches: Sequence[Tokens], options: PlanOptions = PlanOptions(), *,  # noqa: B008 (frozen)
+    found: Evidence, teacher: Decoder, batches: Sequence[Rows], options: PlanOptions = PlanOptions(), *,  # noqa: B008 (frozen)
     told: Callable[[int, int], None] | None = None,
 ) -> Evidence:  # fmt: skip
     """The evidence with a scale for each part that may be cut: measured divergence of a small cut of it over the predicted.
@@ -71,7 +72,7 @@ class Measured(NamedTuple):
 
 
 def select(
-    teacher: Decoder, cuts: Sequence[Cut], batches: Sequence[Tokens], *, told: Callable[[int, int], None] | None = None
+    teacher: Decoder, cuts: Sequence[Cut], batches: Sequence[Rows], *, told: Callable[[int, int], None] | None = None
 ) -> list[Measured]:
     """The cuts (``plan.candidates``), least measured divergence first. ``told(done, all)`` is called before each."""
     made = []

@@ -19,10 +19,11 @@ from torch.nn.utils import parametrize
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import LINEARS, Decoder, Layer, RMSNorm
+from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import Equations, fit, fit_scale
-from edge_rt_distill.surgery.measure import Tokens, divergence, final_states
-from edge_rt_distill.surgery.streams import attend, gated, soft, split, weights
+from edge_rt_distill.surgery.measure import divergence, final_states
+from edge_rt_distill.surgery.streams import attend, gated, soft, some, split, weights
 from edge_rt_distill.surgery.width import AXES, indices
 
 SUMS = ("attn_output", "ffn_down")
@@ -98,7 +99,7 @@ class _Walk:
 
 @torch.no_grad()
 def repair(
-    student: Decoder, teacher: Decoder, cut: Cut, batches: Sequence[Tokens], options: RepairOptions = RepairOptions(), *,
+    student: Decoder, teacher: Decoder, cut: Cut, batches: Sequence[Rows], options: RepairOptions = RepairOptions(), *,
     told: Callable[[int, int], None] | None = None,
 ) -> Repair:  # fmt: skip
     """Refit the student's matrices in place. ``told(layers done, all)`` is called before each layer, and may raise to stop.
@@ -110,7 +111,7 @@ def repair(
     if any(parametrize.is_parametrized(student.linear(site)) for site in student.sites()):
         raise OptionError("the student's matrices are parametrised; repair it before a form is attached, or fold it first")
     apart = split([len(batch.tokens) for batch in batches], options.apart)
-    judged = [_Rows(batch, rows) for batch, rows in zip(batches, apart, strict=True) if rows.any()]
+    judged = [some(batch, which) for batch, which in zip(batches, apart, strict=True) if which.any()]
     known = final_states(teacher, judged)
     report = Repair(divergence(student, teacher, judged, known=known))
     old = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -129,13 +130,6 @@ def repair(
         student.load_state_dict(old)
         report.undone = bool(report.sites)
     return report
-
-
-class _Rows:
-    """Some passages of a batch."""
-
-    def __init__(self, batch: Tokens, rows: Tensor) -> None:
-        self.tokens, self.mask, self.lengths = batch.tokens[rows], batch.mask[rows], batch.lengths[rows]
 
 
 def _layer(walk: _Walk, place: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.model.decoder import Decoder, Layer
-from edge_rt_distill.surgery.measure import Tokens
+from edge_rt_distill.model.rows import Rows
 
 
 def attend(model: Decoder, layer: Layer, normed: Sequence[Tensor]) -> list[Tensor]:
@@ -37,11 +37,16 @@ def split(sizes: Sequence[int], share: float) -> list[Tensor]:
     return list(torch.split(chosen, list(sizes)))
 
 
-def weights(batch: Tokens, background: float, first: float) -> Tensor:
+def some(batch: Rows, which: Tensor) -> Rows:
+    """Those passages of a batch that ``which`` [B] says."""
+    return Rows(batch.tokens[which], batch.mask[which], batch.lengths[which])
+
+
+def weights(batch: Rows, background: float, first: float) -> Tensor:
     """[B, T]: 1 where the prediction counts, ``background`` elsewhere, ``first`` at the first position, nothing for padding."""
     found = torch.maximum(batch.mask.float(), torch.tensor(background))
     found[:, 0] = first
-    return found * (torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None])
+    return found * batch.real
 
 
 def soft(weights: Tensor, stream: Tensor, outlier: float) -> Tensor:
