@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from edge_rt_distill.model.architecture import FAMILIES, Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.load import frozen
 from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.surgery.evidence import Evidence, evidence
@@ -50,6 +52,11 @@ def random_tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
 def passages(tokens: torch.Tensor) -> Rows:
     """Passages of equal length [B, T], in which every prediction counts."""
     return fill(tokens.tolist())
+
+
+def divergence(student: Decoder, teacher: Decoder, batches: Sequence[Rows]) -> float:
+    """Nats a token."""
+    return mean_divergence(student, finals(teacher, batches), batches)
 
 
 def random_evidence(architecture: Architecture, seed: int = 0, **given: Any) -> Evidence:

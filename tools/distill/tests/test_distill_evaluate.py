@@ -9,9 +9,10 @@ import pytest
 import torch
 from edge_rt_distill.evaluate import evaluator
 from edge_rt_distill.evaluate.evaluator import WEIGHTS, Context, Evaluator, Quick, Score, Task, load_evaluator, scorer
-from edge_rt_distill.evaluate.measures import Counts, compare, count, difference, divergence, summarise
+from edge_rt_distill.evaluate.measures import Counts, count, difference, divergence, summarise
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import Final, compare
 from edge_rt_distill.model.generate import Rollout
 from edge_rt_distill.stages.teachers import CachingTeacher, LiveTeacher
 
@@ -79,8 +80,9 @@ def test_chunks_do_not_change_a_comparison():
     draw = torch.Generator().manual_seed(0)
     hidden, heads = torch.randn(2, 11, 8, generator=draw), torch.randn(2, VOCABULARY, 8, generator=draw)
     labels = torch.randint(VOCABULARY, (11,), generator=draw)
-    whole = compare(hidden[0], heads[0], hidden[1], heads[1], labels)
-    torch.testing.assert_close(compare(hidden[0], heads[0], hidden[1], heads[1], labels, 3), whole)
+    student, teacher = (Final(hidden[i], heads[i]) for i in range(2))
+    whole = compare(student, teacher, labels)
+    torch.testing.assert_close(compare(student, teacher, labels, 3), whole)
 
 
 def test_standard_errors_are_the_spread_of_repeated_samples():

@@ -15,6 +15,7 @@ from edge_rt_distill.diagnose.paths import Rollout, token_paths, trace
 from edge_rt_distill.diagnose.rows import Labels, beginning, checked, in_rows, mixed
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows, TokenSequence, rows_of
 
 from edge_rt.hooks import DataError, OptionError
@@ -176,12 +177,11 @@ def test_true_fisher_is_of_the_model_and_seeded_and_predicts_the_divergence_of_a
     weight = model.linear(site).weight
     kept, moved = weight.clone(), []
     for _ in range(6):
-        whole = [model(rows.tokens).hidden[:, :-1].flatten(0, 1) for rows in batches]
+        whole = finals(model, batches)
         weight += deviation * torch.randn(weight.shape, generator=generator)
-        after = [model(rows.tokens).hidden[:, :-1].flatten(0, 1) for rows in batches]
-        moved.append(torch.cat([layers.divergences(model, a, [b])[0] for a, b in zip(whole, after, strict=True)]).mean())
+        moved.append(mean_divergence(model, whole, batches))
         weight.copy_(kept)
-    assert float(torch.stack(moved).mean()) == pytest.approx(deviation**2 / 2 * one[site], rel=0.3)
+    assert sum(moved) / len(moved) == pytest.approx(deviation**2 / 2 * one[site], rel=0.3)
 
 
 def test_removal_is_measured_as_direct_computation_says() -> None:
@@ -227,9 +227,7 @@ def test_greedy_removal_gives_the_divergence_of_all_that_is_gone() -> None:
 
 
 def _kl_without(model: Decoder, rows: Rows, gone: list[int]) -> float:
-    where = rows.mask.bool()
-    whole, other = model(rows.tokens).hidden[where], model(rows.tokens, skip=gone).hidden[where]
-    return float(layers.divergences(model, whole, [other]).mean())
+    return mean_divergence(model, finals(model, [rows]), [rows], skip=gone)
 
 
 def test_what_is_dead_ranks_last() -> None:

@@ -18,14 +18,13 @@ from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
 from edge_rt_distill.surgery.depth import removal_order
 from edge_rt_distill.surgery.evidence import evidence, read_evidence
 from edge_rt_distill.surgery.explain import explain, explain_measured
-from edge_rt_distill.surgery.measure import divergence
 from edge_rt_distill.surgery.options import PARTS, Budget, PlanOptions
 from edge_rt_distill.surgery.plan import candidates, plan
 from edge_rt_distill.surgery.predict import best, lost
 from edge_rt_distill.surgery.probe import calibrated, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery_models import logits, passages, random_architecture, random_decoder, random_evidence, random_tokens
+from surgery_models import divergence, logits, passages, random_architecture, random_decoder, random_evidence, random_tokens
 
 from edge_rt.hooks import DataError, OptionError
 

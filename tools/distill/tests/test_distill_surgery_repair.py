@@ -16,11 +16,10 @@ from edge_rt_distill.surgery.choose import least_needed, rechosen
 from edge_rt_distill.surgery.cut import Cut, whole
 from edge_rt_distill.surgery.explain import explain_repair
 from edge_rt_distill.surgery.least_squares import Equations, Fit, fit, fit_scale, solve
-from edge_rt_distill.surgery.measure import divergence
 from edge_rt_distill.surgery.repair import RepairOptions, repair
 from edge_rt_distill.surgery.reparam import Form, attach
 from edge_rt_distill.surgery.streams import weights
-from surgery_models import VOCABULARY, logits, passages, random_decoder, random_tokens
+from surgery_models import VOCABULARY, divergence, logits, passages, random_decoder, random_tokens
 
 from edge_rt.hooks import Cancelled, DataError, OptionError
 

@@ -25,7 +25,7 @@ from edge_rt_distill.compensate import sequential
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.correction import Compensation
 from edge_rt_distill.compensate.cost import Budget, Candidate, Costs, select
-from edge_rt_distill.compensate.measure import Batch, mean_divergence, references
+from edge_rt_distill.compensate.measure import Reference, reference
 from edge_rt_distill.compensate.sensitivity import sensitivities
 from edge_rt_distill.compensate.storage import stored_bytes
 from edge_rt_distill.compensate.survey import Forms, survey
@@ -108,8 +108,8 @@ def choose(
     kinds = {site: one.kinds for site, one in taken.items()}
     fitted = sequential.fit(teacher, student, fitting, held_out, kinds, minds, forms, lambda done, all_: told("fit", done, all_))
     kept: Compensation = {site: one.correction for site, one in fitted.items() if one.correction is not None}
-    batches = references(teacher, held_out)
-    none, after = mean_divergence(teacher, student, batches), kl_with(teacher, student, kept, batches)
+    held = reference(teacher, held_out)
+    none, after = held.kl(student), kl_with(student, kept, held)
     if after >= none:
         kept = {}
     norms, history = dict[str, Tensor](), list[tuple[int, float]]()
@@ -121,7 +121,7 @@ def choose(
     kept = {site: one for site, one in kept.items() if gains.get(site, 1.0) > 0}
     best = {one.site: one for one in sorted(candidates, key=lambda one: one.gain)}
     sites = _sites(student.sites(), kept, _Found(best, taken, fitted, gains), options)
-    kl = kl_with(teacher, student, kept, batches, norms)
+    kl = kl_with(student, kept, held, norms)
     size, time = sum(one.bytes for one in sites), options.costs.of_all({one.site: (one.kinds, one.bytes) for one in sites if one.kinds})
     return Result(kept, norms, sites, none, after, kl, size, time, budget, history)
 
@@ -162,14 +162,12 @@ def with_norms(model: Decoder, norms: Mapping[str, Tensor]) -> Iterator[None]:
                 places[name].copy_(values)
 
 
-def kl_with(
-    teacher: Decoder, student: Decoder, compensation: Compensation, batches: Sequence[Batch], norms: Mapping[str, Tensor] | None = None
-) -> float:
+def kl_with(student: Decoder, compensation: Compensation, held: Reference, norms: Mapping[str, Tensor] | None = None) -> float:
     """The KL of the corrected student, nats a token."""
     with ExitStack() as stack:
         stack.enter_context(with_norms(student, norms or {}))
         stack.enter_context(compensated(student, compensation))
-        return mean_divergence(teacher, student, batches)
+        return held.kl(student)
 
 
 def _left_out(
@@ -179,11 +177,11 @@ def _left_out(
     """By how much the KL rises without each site's correction."""
     if not most:
         return {}
-    batches = references(teacher, first_tokens(held_out, most))
-    whole = kl_with(teacher, student, kept, batches, norms)
+    held = reference(teacher, first_tokens(held_out, most))
+    whole = kl_with(student, kept, held, norms)
     found: dict[str, float] = {}
     for number, site in enumerate(kept, 1):
-        found[site] = kl_with(teacher, student, {other: one for other, one in kept.items() if other != site}, batches, norms) - whole
+        found[site] = kl_with(student, {other: one for other, one in kept.items() if other != site}, held, norms) - whole
         told("leave out", number, len(kept))
     return found
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from edge_rt.hooks import TrainingError
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.correction import Compensation
-from edge_rt_distill.compensate.measure import Batch, divergence, mean_divergence, reference, references
+from edge_rt_distill.compensate.measure import Reference, everywhere, reference
 from edge_rt_distill.compensate.storage import Storage, all_as_stored
 from edge_rt_distill.model.decoder import Decoder, RMSNorm
-from edge_rt_distill.quantise.walk import side_by_side
+from edge_rt_distill.model.divergence import Final, divergence, final, finals
+from edge_rt_distill.model.rows import Rows
 
 TRAINED = ("low_a", "low_b", "rows", "bias")
 """Parts that are trained. Centroids are not: a look-up has no gradient."""
@@ -63,16 +64,16 @@ def tune(
 
     The student is as before afterwards; its norms are returned. Raises TrainingError if the KL is no number any more.
     """
-    run = _Run(teacher, student, compensation, storage, schedule)
-    texts, held = list(side_by_side(fitting, schedule.batch_tokens)), references(teacher, held_out)
-    batches: dict[int, Batch] = {}  # a step's batch may come again
-    order = _order(len(texts), schedule.steps, schedule.seed)
+    run = _Run(student, compensation, storage, schedule)
+    batches, held = everywhere(fitting, schedule.batch_tokens), reference(teacher, held_out)
+    said: dict[int, Final] = {}  # a step's batch may come again
+    order = _order(len(batches), schedule.steps, schedule.seed)
     with run.trainable():
         run.judge(0, held, told)
         for step, number in enumerate(order, 1):
-            if number not in batches:
-                batches[number] = reference(teacher, texts[number])
-            run.step(step, batches[number])
+            if number not in said:
+                (said[number],) = finals(teacher, [batches[number]])
+            run.step(step, batches[number], said[number])
             if step % schedule.every == 0 or step == schedule.steps:
                 run.judge(step, held, told)
     return Tuned(run.best, run.best_norms, run.history)
@@ -81,8 +82,8 @@ def tune(
 class _Run:
     """What changes from step to step."""
 
-    def __init__(self, teacher: Decoder, student: Decoder, start: Compensation, storage: Storage, schedule: Schedule) -> None:
-        self.teacher, self.student, self.start, self.storage, self.schedule = teacher, student, start, storage, schedule
+    def __init__(self, student: Decoder, start: Compensation, storage: Storage, schedule: Schedule) -> None:
+        self.student, self.start, self.storage, self.schedule = student, start, storage, schedule
         self.parts = {
             (site, name): nn.Parameter(part.clone()) for site, one in start.items() for name, part in one.parts() if name in TRAINED
         }
@@ -116,12 +117,12 @@ class _Run:
             for site, one in self.start.items()
         }
 
-    def step(self, step: int, batch: Batch) -> None:
+    def step(self, step: int, batch: Rows, said: Final) -> None:
         """One step of Adam. Raises TrainingError."""
         if self.adam is None:
             return
         with torch.enable_grad(), compensated(self.student, self.compensation()):
-            loss = divergence(self.teacher, self.student, batch).mean()
+            loss = divergence(final(self.student, batch), said).mean()
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(f"the KL is no number any more at step {step} of tuning the compensation; lower its rate")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -137,11 +138,11 @@ class _Run:
         progress = min(1.0, step / max(schedule.steps, 1))
         return min(1.0, step / max(schedule.warm_up, 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
-    def judge(self, step: int, held: Sequence[Batch], told: Callable[[int, float], None]) -> None:
+    def judge(self, step: int, held: Reference, told: Callable[[int, float], None]) -> None:
         """Measure what would be stored now, and keep it if it is the best yet."""
         stored = all_as_stored(self.compensation(), self.storage)
         with compensated(self.student, stored):
-            found = mean_divergence(self.teacher, self.student, held)
+            found = held.kl(self.student)
         if not self.history or found < min(kl for _, kl in self.history):
             self.best = stored
             changed = {name: norm for name, norm in self.norms.items() if not torch.equal(norm, self.before[name])}

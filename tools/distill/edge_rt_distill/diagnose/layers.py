@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_rt_distill.diagnose.passes import LOGIT_CHUNK, Step, Told, quiet
+from edge_rt_distill.diagnose.passes import Step, Told, quiet
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import Final, divergences, final
 from edge_rt_distill.model.rows import Rows
 
 _WRITES = {"attention": "attn_output", "ffn": "ffn_down"}
@@ -97,12 +98,12 @@ def removal_kl(
         before = number * 2 * len(removals)
         where, at = rows.mask.nonzero(as_tuple=True)
         with torch.no_grad():
-            whole = model(rows.tokens).hidden[where, at]
-            finals: list[Tensor] = []
-            for final in _without(model, rows, removals, without):
-                finals.append(final[where, at])
-                told(part, before + len(finals), steps)
-            found = divergences(model, whole, finals, partial(_told_divergence, told, part, before + len(finals), len(finals), steps))
+            whole = final(model, rows)
+            others: list[Final] = []
+            for states in _without(model, rows, removals, without):
+                others.append(Final(states[where, at], whole.head))
+                told(part, before + len(others), steps)
+            found = divergences(others, whole, partial(_told_divergence, told, part, before + len(others), len(others), steps)).double()
         index = torch.tensor(rows.numbers)
         sums.index_add_(1, index[where], found)
         counts[index] = rows.mask.sum(1).double()
@@ -134,23 +135,6 @@ def _silent(model: Decoder, layer: int, matrix: str) -> Iterator[None]:
 def _told_divergence(told: Told, part: str, before: int, share: int, steps: int, done: int, total: int) -> None:
     """Progress of divergences as ``share`` steps of all."""
     told(part, before + share * done // total, steps)
-
-
-def divergences(
-    model: Decoder, whole: Tensor, others: Sequence[Tensor], told: Callable[[int, int], None] = lambda done, total: None
-) -> Tensor:
-    """[R, n] float64: KL(p || q) in nats of final states [n, D] to each of others [n, D]; exact, with few logits in memory at a time."""
-    out = torch.zeros(len(others), len(whole), dtype=torch.float64)
-    with torch.no_grad():
-        for start in range(0, len(whole), LOGIT_CHUNK):
-            chunk = slice(start, start + LOGIT_CHUNK)
-            log_p = F.log_softmax(model.logits(whole[chunk]), -1)
-            p = log_p.exp()
-            for number, other in enumerate(others):
-                log_q = F.log_softmax(model.logits(other[chunk]), -1)
-                out[number, chunk] = (p * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp_min(0)
-            told(min(start + LOGIT_CHUNK, len(whole)), len(whole))
-    return out
 
 
 class Dropped(NamedTuple):

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.rows import Rows
-
-LOGIT_CHUNK = 128
-"""Positions whose logits are held at once: 25 MB with a vocabulary of 49k."""
 
 Told = Callable[[str, int, int], None]
 """Progress: the part's name, how much of it is done, and of how much. May raise ``Cancelled``."""
@@ -140,12 +138,12 @@ def next_token_loss(model: Decoder, hidden: Tensor, rows: Rows, sample: torch.Ge
     labels = rows.tokens[where, step + 1]
     loss = torch.zeros(len(rows.tokens), dtype=torch.float64)
     gradient = torch.zeros_like(hidden)
-    for start in range(0, len(where), LOGIT_CHUNK):
-        b, t = where[start : start + LOGIT_CHUNK], step[start : start + LOGIT_CHUNK]
+    for some in pieces(len(where), model.architecture.vocabulary):
+        b, t = where[some], step[some]
         with torch.enable_grad():
             states = hidden[b, t].requires_grad_()
             logits = model.logits(states)
-            wanted = labels[start : start + LOGIT_CHUNK]
+            wanted = labels[some]
             if sample is not None and torch.isfinite(logits).all():
                 wanted = torch.multinomial(logits.detach().softmax(-1), 1, generator=sample).squeeze(1)
             each = F.cross_entropy(logits, wanted, reduction="none")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from edge_rt.hooks import DataError, OptionError
-from edge_rt_distill.losses.token import positions_at_once
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import Final, compare, final
 from edge_rt_distill.model.rows import TokenSequence, grouped, rows_of
 from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
 
@@ -72,30 +72,10 @@ def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[
         rows = rows_of(sequences, [counted[i] for i in chosen])
         at = rows.mask.flatten().nonzero().squeeze(-1)
         owner = torch.tensor(rows.numbers)[at // rows.tokens.shape[1]]
-        mine, others = student(rows.tokens).hidden.flatten(0, 1)[at], view.hidden(rows).flatten(0, 1)[at]
-        found = compare(mine, student.head_weight, others, view.head, rows.labels.flatten()[at])
+        known = Final(view.hidden(rows).flatten(0, 1)[at], view.head)
+        found = compare(final(student, rows), known, rows.labels.flatten()[at])
         sums.index_add_(1, owner, torch.cat((torch.ones(1, len(at), dtype=torch.float64), found.double())))
     return Counts(*sums[:, counted])
-
-
-def compare(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor, chunk: int = 0) -> Tensor:
-    """[4, N]: KL(teacher||student), same likeliest token (1 or 0), negative log-likelihood to the student and to the teacher.
-
-    Hidden states [N, D] behind the final norms, heads [V, D], true next tokens [N]. ``chunk`` positions at a time, 0: as many as fit.
-    """
-    found = []
-    size = positions_at_once(len(student_head), student.element_size(), chunk)
-    for start in range(0, len(student), size):
-        rows = slice(start, start + size)
-        log_q = torch.log_softmax(student[rows] @ student_head.T, -1)
-        log_p = torch.log_softmax(teacher[rows] @ teacher_head.T, -1)
-        true = labels[rows, None]
-        likelihoods = [-one.gather(-1, true).squeeze(-1) for one in (log_q, log_p)]
-        same = (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q)
-        p = log_p.exp()
-        kl = torch.bmm(p[:, None], log_p.sub_(log_q)[:, :, None])[:, 0, 0]
-        found.append(torch.stack((kl, same, *likelihoods)))
-    return torch.cat(found, -1)
 
 
 def summarise(counts: Counts) -> Measures:

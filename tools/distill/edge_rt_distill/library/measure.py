@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from edge_rt_distill.model.decoder import Decoder, Output
+from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.rows import fill, grouped
-
-ROWS = 256
-"""Positions whose logits are in memory at once: 50 MB with a vocabulary of 49,152."""
 
 
 class Said(NamedTuple):
@@ -46,7 +44,7 @@ def each_output(
 @torch.no_grad()
 def measure(model: Decoder, hidden: Tensor, came: Tensor, top: int) -> Said:
     """What is said at hidden states [N, D] of the tokens ``came`` [N] and of the ``top`` likeliest."""
-    parts = [_measure(model, hidden[i : i + ROWS], came[i : i + ROWS], top) for i in range(0, max(1, len(came)), ROWS)]
+    parts = [_measure(model, hidden[some], came[some], top) for some in pieces(max(1, len(came)), model.architecture.vocabulary)]
     return Said(*map(torch.cat, zip(*parts, strict=True)))
 
 

@@ -29,11 +29,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from edge_rt.hooks import OptionError
+from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.precision import Head
 
 Kind = Literal["forward", "reverse", "skewed", "taid"]
-CHUNK_BYTES = 24 << 20
-"""Of one matrix of logits: large enough for products at full speed, small enough that the allocator hands the same memory out again."""
 PARTS = ("divergence", "tail", "ranking", "cross_entropy")
 RANK_MARGIN = 1.0  # nats: a lead of the teacher's that is larger need not be larger in the student
 
@@ -44,7 +43,7 @@ class TokenOptions(NamedTuple):
     ``kind``: the divergence (in a decoupled loss: of the head). ``alpha``: the skew. ``mix``: TAID's t, 0 (student) to 1 (teacher).
     ``head``: K of the decoupled form, 0 for the plain one; with it ``beta``, ``floor``, ``clip``, ``least`` as the module explains.
     ``ranking``: weight of a hinge on neighbours in the teacher's order of the top K: max(0, min(lead of p, 1) - lead of q), in nats.
-    ``cross_entropy``: weight of the negative log-likelihood of the true tokens. ``chunk``: positions at a time, 0 for CHUNK_BYTES.
+    ``cross_entropy``: weight of the negative log-likelihood of the true tokens. ``chunk``: positions at a time, 0: as many as fit.
     """
 
     kind: Kind = "forward"
@@ -152,11 +151,6 @@ def _rows_of(teacher: FromHidden | FromTopK, rows: Tensor | slice) -> FromHidden
     return FromTopK(teacher.tokens[rows], teacher.logprob[rows], teacher.tail[rows])
 
 
-def positions_at_once(vocabulary: int, element: int, chunk: int = 0) -> int:
-    """How many rows of logits of ``element`` bytes each are computed together."""
-    return chunk or max(16, CHUNK_BYTES // (vocabulary * element))
-
-
 class _Fused(torch.autograd.Function):
     """Loss and its gradients in one pass over chunks of positions; backward only scales what forward kept."""
 
@@ -172,9 +166,7 @@ class _Fused(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if wanted[0] else None
         to_weight = torch.zeros(head.weight.shape, dtype=hidden.dtype) if wanted[1] else None
         parts = torch.zeros(len(PARTS), dtype=torch.float64)
-        size = positions_at_once(len(head.weight), hidden.element_size(), work.options.chunk)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
+        for rows in pieces(len(hidden), len(head.weight), hidden.element_size(), work.options.chunk):
             columns, gradient = _chunk(head.logits(hidden[rows]), work, rows)
             parts += work.weights[rows].double() @ columns.double()
             gradient *= work.weights[rows, None]
@@ -359,20 +351,18 @@ def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 
 
     ``hidden`` [N, D], ``weight`` [V, D], ``labels`` [N].
     """
-    size = positions_at_once(len(weight), hidden.element_size(), chunk)
-    result: Tensor = _LogProbs.apply(hidden, weight, labels, size)  # type: ignore[no-untyped-call]
+    result: Tensor = _LogProbs.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
     return result
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.size, ctx.head = size, Head.of(weight)
+        ctx.chunk, ctx.head = chunk, Head.of(weight)
         found = hidden.new_empty(len(hidden))
         with torch.autocast("cpu", enabled=False):
-            for start in range(0, len(hidden), size):
-                rows = slice(start, start + size)
+            for rows in pieces(len(hidden), len(weight), hidden.element_size(), chunk):
                 logits = ctx.head.logits(hidden[rows])
                 found[rows] = logits.gather(-1, labels[rows, None]).squeeze(-1) - logits.logsumexp(-1)
         return found
@@ -384,8 +374,7 @@ class _LogProbs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         head: Head = ctx.head
-        for start in range(0, len(hidden), ctx.size):
-            rows = slice(start, start + ctx.size)
+        for rows in pieces(len(hidden), len(weight), hidden.element_size(), ctx.chunk):
             gradient = torch.softmax(head.logits(hidden[rows]), -1).neg_()
             gradient.scatter_add_(-1, labels[rows, None], gradient.new_ones((len(gradient), 1)))
             gradient *= gradients[0][rows, None]

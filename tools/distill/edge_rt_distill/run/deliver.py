@@ -152,7 +152,7 @@ def verify_step(shop: Workshop) -> Step:
         found: dict[str, Any] = {"file": str(model.relative_to(shop.folder)), "bytes": model.stat().st_size}
         for name, applied in (("off", "off"), ("corrected", "auto"))[: 1 + has_side]:
             logits = run_logits(model, sequences, compensation=applied, told=partial(place.told, f"runs it, compensation {applied}"))
-            found[name] = against(shop.teacher.model, sequences, logits)
+            found[name] = measured(against(shop.teacher.model, sequences, logits))
         if has_side:
             side = side_files.side_path(model)
             found |= {"compensation": str(side.relative_to(shop.folder)), "compensation bytes": side.stat().st_size}

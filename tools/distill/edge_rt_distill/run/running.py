@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,8 +10,10 @@ import numpy.typing as npt
 import torch
 
 import edge_rt
+from edge_rt_distill.evaluate.measures import Counts, Measures, summarise
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.model.divergence import agreements, final
+from edge_rt_distill.model.rows import TokenSequence, rows_of
 
 Logits = npt.NDArray[np.float32]
 
@@ -37,17 +38,13 @@ def equal_to_stock(model: Path, sequences: Sequence[TokenSequence]) -> bool:
 
 
 @torch.no_grad()
-def against(teacher: Decoder, sequences: Sequence[TokenSequence], logits: Iterable[Logits]) -> dict[str, float]:
-    """KL(teacher||runtime) in nats, share of positions with the same likeliest token, and perplexity by the teacher's."""
-    kl = same = excess = count = 0.0
+def against(teacher: Decoder, sequences: Sequence[TokenSequence], logits: Iterable[Logits]) -> Measures:
+    """How far the runtime's logits are from the teacher's."""
+    sums = []
     for one, found in zip(sequences, logits, strict=True):
-        tokens = torch.tensor([one.tokens])
-        counted = torch.tensor(one.targets[1:]).nonzero().squeeze(-1)
-        p = torch.log_softmax(teacher.logits(teacher(tokens).hidden[0][counted]), -1)
-        q = torch.log_softmax(torch.from_numpy(found)[counted], -1)
-        true = tokens[0][counted + 1][:, None]
-        kl += float((p.exp() * (p - q)).sum())
-        same += float((p.argmax(-1) == q.argmax(-1)).sum())
-        excess += float((p.gather(-1, true) - q.gather(-1, true)).sum())
-        count += len(counted)
-    return {"kl": kl / count, "top1": same / count, "perplexity_ratio": math.exp(min(700.0, excess / count))}
+        rows = rows_of([one])
+        at = rows.mask[0] > 0
+        said = final(teacher, rows).log_probabilities(slice(None))
+        each = agreements(said, torch.from_numpy(found)[at].log_softmax(-1), rows.labels[0][at])
+        sums.append(torch.cat((at.sum()[None], each.sum(1))).double())
+    return summarise(Counts(*torch.stack(sums, 1)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edge_rt_distill.data.batches import batches
-from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.evaluate.measures import Measures, divergence
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.rows import Rows, TokenSequence
@@ -55,7 +55,7 @@ def cut_step(shop: Workshop) -> Step:
     return Step("cut", run, settings, ("data", "diagnose"))
 
 
-def measured(found: Any) -> dict[str, float]:
+def measured(found: Measures) -> dict[str, float]:
     """Of held-out measures what summaries say."""
     return {"kl": found.kl, "top1": found.top1, "perplexity_ratio": found.perplexity_ratio}
 

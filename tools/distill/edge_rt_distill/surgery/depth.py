@@ -9,10 +9,10 @@ from torch import Tensor
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.cut import Merge
 from edge_rt_distill.surgery.evidence import Evidence
-from edge_rt_distill.surgery.measure import divergence, final_states
 
 
 def merge(layers: Sequence[Mapping[str, Tensor]], how: Merge) -> dict[str, Tensor]:
@@ -48,11 +48,11 @@ def removal_order(
         raise OptionError(f"the order of {count} layers cannot be measured, {len(free)} may go; ask for 1 to {len(free)}")
     order: list[int] = []
     losses: list[float] = []
-    known = final_states(teacher, batches)
+    known = finals(teacher, batches)
     for step in range(count):
         if told is not None:
             told(step, count)
-        tried = [(divergence(teacher, teacher, batches, skip=(*order, i), known=known), i) for i in free[:width]]
+        tried = [(mean_divergence(teacher, known, batches, skip=(*order, i)), i) for i in free[:width]]
         loss, chosen = min(tried)
         order.append(chosen)
         losses.append(loss)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.evidence import Evidence
-from edge_rt_distill.surgery.measure import divergence, final_states
 from edge_rt_distill.surgery.options import Budget, PlanOptions
 from edge_rt_distill.surgery.plan import plan
 
@@ -30,7 +30,7 @@ def calibrated(
     """
     probes = _probes(found, teacher, options)
     scales: dict[str, float] = {}
-    known = final_states(teacher, batches)
+    known = finals(teacher, batches)
     for at, (part, changes) in enumerate(probes.items()):
         if told is not None:
             told(at, len(probes))
@@ -39,7 +39,7 @@ def calibrated(
         except OptionError:  # too few layers may go, say: nothing of this part will be cut in the plan either
             continue
         predicted = cut.chosen.loss if cut.chosen is not None else 0.0
-        measured = divergence(apply(teacher, cut), teacher, batches, known=known)
+        measured = mean_divergence(apply(teacher, cut), known, batches)
         if predicted > 0 and 0 < measured < float("inf"):
             scales[part] = measured / predicted
     return replace(found, scales=scales)
@@ -76,10 +76,10 @@ def select(
 ) -> list[Measured]:
     """The cuts (``plan.candidates``), least measured divergence first. ``told(done, all)`` is called before each."""
     made = []
-    known = final_states(teacher, batches)
+    known = finals(teacher, batches)
     for at, cut in enumerate(cuts):
         if told is not None:
             told(at, len(cuts))
         predicted = cut.chosen.loss if cut.chosen is not None else float("nan")
-        made.append(Measured(cut, predicted, divergence(apply(teacher, cut), teacher, batches, known=known)))
+        made.append(Measured(cut, predicted, mean_divergence(apply(teacher, cut), known, batches)))
     return sorted(made, key=lambda one: (one.divergence != one.divergence, one.divergence))  # what is not a number is last

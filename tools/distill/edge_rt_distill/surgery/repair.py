@@ -19,10 +19,10 @@ from torch.nn.utils import parametrize
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import LINEARS, Decoder, Layer, RMSNorm
+from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import Equations, fit, fit_scale
-from edge_rt_distill.surgery.measure import divergence, final_states
 from edge_rt_distill.surgery.streams import attend, gated, soft, some, split, weights
 from edge_rt_distill.surgery.width import AXES, indices
 
@@ -112,8 +112,8 @@ def repair(
         raise OptionError("the student's matrices are parametrised; repair it before a form is attached, or fold it first")
     apart = split([len(batch.tokens) for batch in batches], options.apart)
     judged = [some(batch, which) for batch, which in zip(batches, apart, strict=True) if which.any()]
-    known = final_states(teacher, judged)
-    report = Repair(divergence(student, teacher, judged, known=known))
+    known = finals(teacher, judged)
+    report = Repair(mean_divergence(student, known, judged))
     old = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     walk = _Walk(
         teacher, student, cut, options, [teacher.token_embd(b.tokens) for b in batches], [student.token_embd(b.tokens) for b in batches],
@@ -125,7 +125,7 @@ def repair(
             told(place, len(cut.layers))
         _layer(walk, place)
     _norm(walk, "output_norm", student.output_norm, [teacher.output_norm(x) for x in walk.theirs])
-    report.after = divergence(student, teacher, judged, known=known)
+    report.after = mean_divergence(student, known, judged)
     if not report.after < report.before:
         student.load_state_dict(old)
         report.undone = bool(report.sites)

@@ -1,0 +1,92 @@
+"""How far one model's distributions are from another's: KL(teacher || student) over the whole vocabulary, in nats.
+
+Every stage that judges a model by another does it with these. (What students are trained by is in ``losses.token``: it has gradients of
+its own, and other divergences; what a student is told to be worth, with standard errors, in ``evaluate.measures``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.logits import pieces
+from edge_rt_distill.model.rows import Rows
+
+
+class Final(NamedTuple):
+    """All that a model says at N positions: states behind its final norm [N, D], and its head [V, D]. 4 D bytes a position."""
+
+    hidden: Tensor
+    head: Tensor
+
+    def log_probabilities(self, rows: slice) -> Tensor:
+        """Of every token at some of the positions [n, V], in nats."""
+        return F.linear(self.hidden[rows], self.head).log_softmax(-1)
+
+
+def final(model: Decoder, rows: Rows, *, skip: Collection[int] = ()) -> Final:
+    """What a model says where predictions count, row by row. ``skip``: layers that are left out."""
+    return Final(model(rows.tokens, skip=skip).hidden[rows.mask > 0], model.head_weight)
+
+
+@torch.no_grad()
+def finals(model: Decoder, batches: Sequence[Rows]) -> list[Final]:
+    """The same of several batches: worth keeping where many students are compared with one teacher."""
+    return [final(model, rows) for rows in batches]
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) [n] of log-probabilities [n, V], with gradients by q."""
+    # Where nothing differs, rounding may give less than nothing.
+    return torch.bmm(log_p.exp()[:, None], (log_p - log_q)[:, :, None])[:, 0, 0].clamp_min(0)
+
+
+def divergences(student: Sequence[Final], teacher: Final, told: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+    """[R, N]: the divergence of each of R students at each position, with gradients by the students'. ``told``: positions done, and all."""
+    found = []
+    for rows in pieces(len(teacher.hidden), len(teacher.head)):
+        with torch.no_grad():
+            log_p = teacher.log_probabilities(rows)
+        found.append(torch.stack([kl(log_p, one.log_probabilities(rows)) for one in student]))
+        told(rows.stop, len(teacher.hidden))
+    return torch.cat(found, 1) if found else torch.zeros(len(student), 0)
+
+
+def divergence(student: Final, teacher: Final) -> Tensor:
+    """[N], with gradients by the student's states and head."""
+    return divergences([student], teacher)[0]
+
+
+@torch.no_grad()
+def mean_divergence(student: Decoder, teacher: Sequence[Final], batches: Sequence[Rows], *, skip: Collection[int] = ()) -> float:
+    """Mean over the predictions of ``batches`` by what they weigh. ``teacher``: its ``finals`` there. ``skip``: the student's layers to
+    leave out. Raises DataError where no prediction counts.
+    """
+    total = count = 0.0
+    for known, rows in zip(teacher, batches, strict=True):
+        weights = rows.mask[rows.mask > 0].double()
+        total += float(divergence(final(student, rows, skip=skip), known).double() @ weights)
+        count += float(weights.sum())
+    if not count:
+        raise DataError("no prediction counts in these samples; take longer or more samples")
+    return total / count
+
+
+def agreements(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
+    """[4, n]: KL(p || q), same likeliest token (1 or 0), negative log-likelihood of the tokens ``labels`` [n] to q and to p."""
+    likelihoods = [-one.gather(-1, labels[:, None])[:, 0] for one in (log_q, log_p)]
+    return torch.stack((kl(log_p, log_q), (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q), *likelihoods))
+
+
+@torch.no_grad()
+def compare(student: Final, teacher: Final, labels: Tensor, chunk: int = 0) -> Tensor:
+    """``agreements`` of two models [4, N]. ``labels`` [N]: the true next tokens. ``chunk``: positions at a time, 0: as many as fit."""
+    parts = pieces(len(labels), len(student.head), student.hidden.element_size(), chunk)
+    found = [agreements(teacher.log_probabilities(rows), student.log_probabilities(rows), labels[rows]) for rows in parts]
+    return torch.cat(found, -1)
