@@ -30,5 +30,3 @@ def smollm2() -> Path:
     from edge_rt import catalog
 
     return catalog.fetch(catalog.DEFAULT)
-
-

@@ -48,10 +48,7 @@ class HeadImportance:
             owed = (value * gradient).sum(1).view(len(value), -1, head).sum(-1)
             self.by_sequence[list(rows.numbers), layer, : owed.shape[1]] = (owed / counted(rows)[:, None]).float()
 
-        return [
-            Watch(model.linear(f"blk.{number}.attn_output"), "input", partial(see, number))
-            for number in range(len(self.shapes))
-        ]
+        return [Watch(model.linear(f"blk.{number}.attn_output"), "input", partial(see, number)) for number in range(len(self.shapes))]
 
     def heads(self, among: Tensor | None = None) -> Tensor:
         """[L, H], mean over all sequences or those of the index ``among``; NaN where a layer has fewer heads."""
@@ -87,10 +84,7 @@ class ChannelImportance:
             self.sums[layer] += owed.abs().sum(0)
             self.sequences += len(owed) if layer == 0 else 0
 
-        return [
-            Watch(model.linear(f"blk.{number}.ffn_down"), "input", partial(see, number))
-            for number in range(len(self.sums))
-        ]
+        return [Watch(model.linear(f"blk.{number}.ffn_down"), "input", partial(see, number)) for number in range(len(self.sums))]
 
     def taylor(self) -> Tensor:
         """Mean over sequences."""

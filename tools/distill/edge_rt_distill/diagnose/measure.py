@@ -144,9 +144,7 @@ def order(task: Task) -> Part:
     kept = beginning(task.sequences, task.options.removal_tokens)
     batches = list(in_rows(kept, min(512, task.options.batch_tokens)))
     first = torch.from_numpy(task.before["removal"].arrays["layer_kl"])
-    found = greedy(
-        task.model, batches, first, task.options.order, len(task.sequences), candidates=task.options.candidates, told=task.told
-    )
+    found = greedy(task.model, batches, first, task.options.order, len(task.sequences), candidates=task.options.candidates, told=task.told)
     return Part({
         "drop_order": np.array([one.layer for one in found], np.int64), "drop_kl": np.array([one.kl for one in found], np.float32),
     }, {})  # fmt: skip

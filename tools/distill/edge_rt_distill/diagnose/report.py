@@ -64,7 +64,7 @@ def _findings(found: Diagnosis) -> str:
     )
     head = "".join(f"<th>{name}</th>" for name in ("", "kind", "place", "value", "share", "why"))
     return (
-        "<h2>What carries the value</h2>\n<p class=\"note\">By share: of all that parts of the same kind do, what this one does. "
+        '<h2>What carries the value</h2>\n<p class="note">By share: of all that parts of the same kind do, what this one does. '
         f"Both ends of each kind; the last rows are what can go.</p>\n<table><tr>{head}</tr>\n{rows}\n</table>"
     )
 

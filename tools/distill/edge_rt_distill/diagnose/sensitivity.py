@@ -73,5 +73,3 @@ def fisher(
         found.add(rows)
         told(part, number + 1, len(batches))
     return found.traces()
-
-

@@ -17,9 +17,7 @@ LEVELS = ("token", "hidden", "attention", "behaviour")
 """The levels of distillation, in order."""
 
 
-def setting(
-    default: Any, help: str, least: float = 0, most: float = 1 << 40, choices: tuple[str, ...] = (), numbers: bool = False
-) -> Any:
+def setting(default: Any, help: str, least: float = 0, most: float = 1 << 40, choices: tuple[str, ...] = (), numbers: bool = False) -> Any:
     """A field of a table: its default, what it means, and which values it may have. ``numbers``: a list of them and not of texts."""
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, "numbers": numbers})
 

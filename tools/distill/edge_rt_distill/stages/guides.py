@@ -93,4 +93,3 @@ def looked_at(maps: Tensor, rows: Rows, head_weights: Tensor) -> Tensor:
     got = torch.einsum("bhtk,bt,h->bk", maps, rows.mask.to(maps), head_weights.to(maps)) * visible
     mean = got.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp(min=1)
     return (1 - UNEVEN) + UNEVEN * got / mean.clamp(min=1e-9)
-

@@ -110,9 +110,7 @@ def own_answers(scene: Scene, number: int) -> Rows | None:
 def _on_policy(scene: Scene, rows: Rows, options: TokenOptions) -> Tensor:
     teacher = FromHidden(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1), scene.teacher.head)  # never seen again: not cached
     hidden = scene.student(rows.tokens).hidden
-    return on_policy_loss(
-        hidden, scene.student.head_weight, teacher, rows, TokenOptions("reverse", chunk=options.chunk)
-    ).loss
+    return on_policy_loss(hidden, scene.student.head_weight, teacher, rows, TokenOptions("reverse", chunk=options.chunk)).loss
 
 
 # ---- held-out errors -------------------------------------------------------------------------------------------------------------------
