@@ -26,6 +26,7 @@ from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import tensors as named_tensors
 from edge_rt_distill.model.tokens import Tokeniser
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.quantise.matrices import Encoded, encode
 
 ALIGNMENT = 4096
@@ -68,7 +69,7 @@ def export(
     how: Mapping[str, How] | None = None,
     name: str = "student",
     provenance: Mapping[str, Value] | None = None,
-    told: Callable[[int, int], None] = lambda *_: None,
+    told: Told = quiet,
 ) -> Path:
     """Write the model; vectors are F32. The file appears under its name when it is whole.
 
@@ -239,7 +240,7 @@ def _entry(key: str, value: Value) -> bytes:
         raise OptionError(f"{key} cannot be {value} in a GGUF; give a number of 32 bits") from None
 
 
-def _write(part: Path, header: bytes, placed: list[_Placed], told: Callable[[int, int], None]) -> None:
+def _write(part: Path, header: bytes, placed: list[_Placed], told: Told) -> None:
     """All of the file."""
     total, done = sum(one.nbytes for one in placed), 0
     with part.open("wb") as out:

@@ -214,7 +214,7 @@ def test_greedy_removal_gives_the_divergence_of_all_that_is_gone() -> None:
     batches = list(in_rows(sequences, 1000))
     alone_kl = layers.removal_kl(model, batches, layers.all_removals(model, False), 5).mean()
     seen: list[tuple[int, int]] = []
-    order = layers.greedy(model, batches, alone_kl, 3, 5, told=lambda part, done, total: seen.append((done, total)))
+    order = layers.greedy(model, batches, alone_kl, 3, 5, told=lambda done, total: seen.append((done, total)))
     assert order[0] == (int(alone_kl.argmin()), float(alone_kl.min()))
     for steps in (2, 3):
         gone = [one.layer for one in order[:steps]]

@@ -21,10 +21,11 @@ from edge_rt_distill.behaviour.examples import Example, Pair, example
 from edge_rt_distill.behaviour.journal import Journal
 from edge_rt_distill.behaviour.rewards import RewardFunction, reward
 from edge_rt_distill.data import batches
-from edge_rt_distill.data.batches import Tokeniser
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
+from edge_rt_distill.model.tokens import Tokeniser
+from edge_rt_distill.progress import Told, quiet
 
 Generate = Callable[..., list[Rollout]]
 
@@ -115,7 +116,7 @@ def trajectories(
     origin: str = "",
     score: RewardFunction = reward,
     sample_with: Generate = generate,
-    told: Callable[[int, int], None] = lambda *_: None,
+    told: Told = quiet,
 ) -> list[Trajectory]:
     """The answers of ``model`` to the last question of each of ``samples``, scored; passages and prompts too long are left out.
 

@@ -12,9 +12,10 @@ Everything is measured with the values that the file will hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,7 @@ from edge_rt_distill.compensate.survey import Forms, survey
 from edge_rt_distill.compensate.tune import Schedule, tune
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import tensors
-
-Told = Callable[[str, int, int], None]
-"""Called with the step's name, what is done of it and how much it is."""
+from edge_rt_distill.progress import PartTold, quiet
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class _Found(NamedTuple):
 
 def choose(
     teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], budget: Budget,
-    options: Options | None = None, told: Told = lambda *_: None,
+    options: Options | None = None, told: PartTold = quiet,
 ) -> Result:  # fmt: skip
     """Corrections for ``student``, which has the teacher's architecture and quantised weights. The models are as before afterwards.
 
@@ -103,10 +102,10 @@ def choose(
     _check(teacher, student, fitting, held_out)
     forms = options.forms
     minds = sensitivities(teacher, first_tokens(fitting, options.sensitivity_tokens))
-    candidates = survey(teacher, student, fitting, held_out, minds, forms, lambda done, all_: told("survey", done, all_))
+    candidates = survey(teacher, student, fitting, held_out, minds, forms, partial(told, "survey"))
     taken = select(candidates, budget, options.costs)
     kinds = {site: one.kinds for site, one in taken.items()}
-    fitted = sequential.fit(teacher, student, fitting, held_out, kinds, minds, forms, lambda done, all_: told("fit", done, all_))
+    fitted = sequential.fit(teacher, student, fitting, held_out, kinds, minds, forms, partial(told, "fit"))
     kept: Compensation = {site: one.correction for site, one in fitted.items() if one.correction is not None}
     held = reference(teacher, held_out)
     none, after = held.kl(student), kl_with(student, kept, held)
@@ -114,8 +113,7 @@ def choose(
         kept = {}
     norms, history = dict[str, Tensor](), list[tuple[int, float]]()
     if options.tuning and kept:
-        steps = options.tuning.steps
-        tuned = tune(teacher, student, kept, fitting, held_out, forms.storage, options.tuning, lambda step, _: told("tune", step, steps))
+        tuned = tune(teacher, student, kept, fitting, held_out, forms.storage, options.tuning, partial(told, "tune"))
         kept, norms, history = tuned
     gains = _left_out(teacher, student, kept, norms, held_out, options.left_out_tokens, told)
     kept = {site: one for site, one in kept.items() if gains.get(site, 1.0) > 0}
@@ -172,7 +170,7 @@ def kl_with(student: Decoder, compensation: Compensation, held: Reference, norms
 
 def _left_out(
     teacher: Decoder, student: Decoder, kept: Compensation, norms: Mapping[str, Tensor], held_out: Sequence[Sequence[int]], most: int,
-    told: Told,
+    told: PartTold,
 ) -> dict[str, float]:  # fmt: skip
     """By how much the KL rises without each site's correction."""
     if not most:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from edge_rt_distill.compensate.choose import Options, Result, choose, first_tokens
 from edge_rt_distill.compensate.cost import Budget
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.progress import Told, quiet
 
 
 class Saturation(NamedTuple):
@@ -20,7 +21,7 @@ class Saturation(NamedTuple):
 
 def saturation(
     teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], budget: Budget,
-    counts: Sequence[int], options: Options | None = None, told: Callable[[int, int], None] = lambda *_: None,
+    counts: Sequence[int], options: Options | None = None, told: Told = quiet,
 ) -> list[Saturation]:  # fmt: skip
     """`choose.choose` anew on the first so many tokens of the text. ``told``: called with points done and in all. Raises as that does."""
     found: list[Saturation] = []

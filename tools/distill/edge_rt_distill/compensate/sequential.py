@@ -22,6 +22,7 @@ from edge_rt_distill.compensate.sensitivity import Sensitivity
 from edge_rt_distill.compensate.storage import as_stored
 from edge_rt_distill.compensate.survey import Forms, Inputs, first_positions
 from edge_rt_distill.model.decoder import GROUPS, LINEARS, Decoder
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.quantise.walk import Stream
 
 RIDGES = (1e-2, 1e-1, 1.0)
@@ -51,7 +52,7 @@ class _Seen(NamedTuple):
 def fit(
     teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]],
     chosen: Mapping[str, tuple[str, ...]], sensitivity: Mapping[str, Sensitivity], forms: Forms,
-    told: Callable[[int, int], None] = lambda *_: None,
+    told: Told = quiet,
 ) -> dict[str, Fitted]:  # fmt: skip
     """Fit ``chosen`` (site -> kinds, as `correction.Correction.kinds` names them). ``told``: called with layers done and in all."""
     texts = [(Stream(teacher, text), Stream(student, text)) for text in (fitting, held_out)]

@@ -19,6 +19,7 @@ from edge_rt_distill.compensate.cost import Candidate
 from edge_rt_distill.compensate.sensitivity import Sensitivity
 from edge_rt_distill.compensate.storage import Storage, as_stored, stored_bytes
 from edge_rt_distill.model.decoder import GROUPS, Decoder
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.quantise.walk import Stream
 
 
@@ -79,7 +80,7 @@ def first_positions(stream: Stream) -> Tensor:
 
 def survey(
     teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]],
-    sensitivity: Mapping[str, Sensitivity], forms: Forms, told: Callable[[int, int], None] = lambda *_: None,
+    sensitivity: Mapping[str, Sensitivity], forms: Forms, told: Told = quiet,
 ) -> list[Candidate]:  # fmt: skip
     """All candidates, with their gains on held-out text. ``told``: called with layers done and in all."""
     streams = Stream(student, fitting), Stream(student, held_out)

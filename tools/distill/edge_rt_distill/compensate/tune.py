@@ -8,7 +8,7 @@ weights may be trained with them: they cost neither bytes nor time, but belong i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from edge_rt_distill.compensate.storage import Storage, all_as_stored
 from edge_rt_distill.model.decoder import Decoder, RMSNorm
 from edge_rt_distill.model.divergence import Final, divergence, final, finals
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 
 TRAINED = ("low_a", "low_b", "rows", "bias")
 """Parts that are trained. Centroids are not: a look-up has no gradient."""
@@ -58,9 +59,9 @@ class Tuned(NamedTuple):
 
 def tune(
     teacher: Decoder, student: Decoder, compensation: Compensation, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]],
-    storage: Storage, schedule: Schedule, told: Callable[[int, float], None] = lambda *_: None,
+    storage: Storage, schedule: Schedule, told: Told = quiet,
 ) -> Tuned:  # fmt: skip
-    """Train ``compensation`` from where it stands. ``told``: called with the step and the KL on held-out text, measured as stored.
+    """Train ``compensation`` from where it stands. ``told``: steps done, at each measurement on held-out text.
 
     The student is as before afterwards; its norms are returned. Raises TrainingError if the KL is no number any more.
     """
@@ -138,7 +139,7 @@ class _Run:
         progress = min(1.0, step / max(schedule.steps, 1))
         return min(1.0, step / max(schedule.warm_up, 1)) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
-    def judge(self, step: int, held: Reference, told: Callable[[int, float], None]) -> None:
+    def judge(self, step: int, held: Reference, told: Told) -> None:
         """Measure what would be stored now, and keep it if it is the best yet."""
         stored = all_as_stored(self.compensation(), self.storage)
         with compensated(self.student, stored):
@@ -148,7 +149,7 @@ class _Run:
             changed = {name: norm for name, norm in self.norms.items() if not torch.equal(norm, self.before[name])}
             self.best_norms = {name: norm.detach().clone() for name, norm in changed.items()}
         self.history.append((step, found))
-        told(step, found)
+        told(step, self.schedule.steps)
 
 
 def _norms(model: Decoder) -> Iterator[tuple[str, nn.Parameter]]:

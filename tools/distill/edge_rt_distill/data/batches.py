@@ -7,23 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.model.rows import Rows, TokenSequence, grouped, rows_of
-
-
-class Tokeniser(Protocol):
-    """What of ``model.tokens.Tokeniser`` is used here. ``chat`` with ``answer`` ends where the assistant's next words begin."""
-
-    @property
-    def end(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def encode(self, text: str, special: bool = False) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def chat(self, messages: list[dict[str, str]], answer: bool) -> list[int]: ...
+from edge_rt_distill.model.tokens import Tokeniser
 
 
 class Share(NamedTuple):

@@ -20,8 +20,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,36 +32,14 @@ from edge_rt_distill.diagnose.groups import Group, by_label
 from edge_rt_distill.diagnose.measure import PARTS, Task
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.parts import Array, Part, find, key_of, packed, save, unpacked
-from edge_rt_distill.diagnose.passes import Told, check_own_parameters, quiet
+from edge_rt_distill.diagnose.passes import check_own_parameters
 from edge_rt_distill.diagnose.rows import Labels, checked, mixed
 from edge_rt_distill.files import write_file
-from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.load import Teacher
 from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.progress import PartTold, quiet
 
 VERSION = 1
-
-
-class Reads(Protocol):
-    """What of a tokeniser is used: what one token stands for."""
-
-    def piece(self, token: int) -> str:
-        """As text."""
-
-
-class Taught(Protocol):
-    """What of a teacher is used (``model.load.Teacher``)."""
-
-    @property
-    def model(self) -> Decoder:
-        """Float32, not to be changed."""
-
-    @property
-    def tokeniser(self) -> Reads:
-        """For the names of key tokens."""
-
-    @property
-    def digest(self) -> str:
-        """Of what the model was read from."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +77,7 @@ class Diagnosis:
 
 
 def diagnose(
-    teacher: Taught, sequences: Sequence[TokenSequence], options: Options = Options(), told: Told = quiet, *,  # noqa: B008 (frozen)
+    teacher: Teacher, sequences: Sequence[TokenSequence], options: Options = Options(), told: PartTold = quiet, *,  # noqa: B008 (frozen)
     folder: Path, labels: Mapping[str, Labels] | None = None,
 ) -> Diagnosis:  # fmt: skip
     """Measure a teacher on sequences, and write the result into ``folder``; parts that were done before with the same are taken from there.
@@ -117,7 +96,7 @@ def diagnose(
         key = key_of(made_of, name, {option: getattr(options, option) for option in depends})
         part = find(folder / "parts", name, key)
         if part is None:
-            part = measure(Task(model, kept, options, told, parts))
+            part = measure(Task(model, kept, options, partial(told, name), parts))
             save(folder / "parts", name, key, part)
         parts[name] = part
     found = assemble(teacher, kept, options, parts, labels, skipped=len(sequences) - len(usable))
@@ -126,7 +105,7 @@ def diagnose(
 
 
 def assemble(
-    teacher: Taught, kept: Sequence[TokenSequence], options: Options, parts: Mapping[str, Part], labels: Mapping[str, Labels], skipped: int
+    teacher: Teacher, kept: Sequence[TokenSequence], options: Options, parts: Mapping[str, Part], labels: Mapping[str, Labels], skipped: int
 ) -> Diagnosis:
     """The diagnosis that the parts amount to."""
     model = teacher.model
@@ -148,7 +127,7 @@ def assemble(
 
 
 def facts_of(
-    teacher: Taught, kept: Sequence[TokenSequence], options: Options, parts: Mapping[str, Part], groups: Sequence[Group], skipped: int
+    teacher: Teacher, kept: Sequence[TokenSequence], options: Options, parts: Mapping[str, Part], groups: Sequence[Group], skipped: int
 ) -> dict[str, Any]:
     """What ``diagnosis.json`` holds beside the findings.
 

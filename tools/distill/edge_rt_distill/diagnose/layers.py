@@ -6,19 +6,19 @@ KL(teacher || teacher without the layer), in nats a token over the whole vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_rt_distill.diagnose.passes import Step, Told, quiet
+from edge_rt_distill.diagnose.passes import Step
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import Final, divergences, final
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 
 _WRITES = {"attention": "attn_output", "ffn": "ffn_down"}
 """The matrix through which a half of a layer writes to the stream: without what it writes, the half is not there."""
@@ -84,7 +84,7 @@ class BlockInfluence:
 
 def removal_kl(
     model: Decoder, batches: Sequence[Rows], removals: Sequence[Removal], sequences: int, *, without: Collection[int] = (),
-    told: Told = quiet, part: str = "removal",
+    told: Told = quiet,
 ) -> Removed:  # fmt: skip
     """The divergence of the model without each of ``removals`` (and without the layers ``without``, in each case) from the whole model.
 
@@ -102,8 +102,8 @@ def removal_kl(
             others: list[Final] = []
             for states in _without(model, rows, removals, without):
                 others.append(Final(states[where, at], whole.head))
-                told(part, before + len(others), steps)
-            found = divergences(others, whole, partial(_told_divergence, told, part, before + len(others), len(others), steps)).double()
+                told(before + len(others), steps)
+            found = divergences(others, whole, _share(told, before + len(others), len(others), steps)).double()
         index = torch.tensor(rows.numbers)
         sums.index_add_(1, index[where], found)
         counts[index] = rows.mask.sum(1).double()
@@ -132,9 +132,9 @@ def _silent(model: Decoder, layer: int, matrix: str) -> Iterator[None]:
         handle.remove()
 
 
-def _told_divergence(told: Told, part: str, before: int, share: int, steps: int, done: int, total: int) -> None:
-    """Progress of divergences as ``share`` steps of all."""
-    told(part, before + share * done // total, steps)
+def _share(told: Told, before: int, share: int, steps: int) -> Told:
+    """Progress of a part that is ``share`` of all steps, ``before`` of which are done."""
+    return lambda done, total: told(before + share * done // total, steps)
 
 
 class Dropped(NamedTuple):
@@ -146,7 +146,6 @@ class Dropped(NamedTuple):
 
 def greedy(
     model: Decoder, batches: Sequence[Rows], first: Tensor, count: int, sequences: int, *, candidates: int = 8, told: Told = quiet,
-    part: str = "order",
 ) -> list[Dropped]:  # fmt: skip
     """``count`` layers, one after the other, each time that without which the divergence is least, given those already gone.
 
@@ -160,10 +159,9 @@ def greedy(
     while len(order) < min(count, len(model.layers) - 1):
         gone = [one.layer for one in order]
         tried = [Removal("layer", layer) for layer in best if layer not in gone][:candidates]
-        shift = len(order) - 1
         found = removal_kl(
             model, batches, tried, sequences, without=gone,
-            told=_shifted(told, part, shift, min(count, len(model.layers) - 1) - 1),
+            told=_within(told, len(order) - 1, min(count, len(model.layers) - 1) - 1),
         ).mean()  # fmt: skip
         order.append(Dropped(tried[int(found.argmin())].layer, float(found.min())))
         ranked = [tried[place].layer for place in found.argsort().tolist()]
@@ -171,6 +169,6 @@ def greedy(
     return order
 
 
-def _shifted(told: Told, part: str, step: int, steps: int) -> Callable[[str, int, int], None]:
+def _within(told: Told, step: int, steps: int) -> Told:
     """Progress of one step of several, in one count."""
-    return lambda _, done, total: told(part, step * total + done, steps * total)
+    return lambda done, total: told(step * total + done, steps * total)

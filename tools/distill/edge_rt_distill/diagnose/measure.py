@@ -15,12 +15,13 @@ from edge_rt_distill.diagnose.heads import ChannelImportance, HeadImportance, Hi
 from edge_rt_distill.diagnose.layers import BlockInfluence, all_removals, greedy, removal_kl
 from edge_rt_distill.diagnose.options import Options
 from edge_rt_distill.diagnose.parts import Array, Part
-from edge_rt_distill.diagnose.passes import Told, backward, inputs, walk
+from edge_rt_distill.diagnose.passes import backward, inputs, walk
 from edge_rt_distill.diagnose.paths import trace
 from edge_rt_distill.diagnose.rows import beginning, in_rows
 from edge_rt_distill.diagnose.sensitivity import Fisher, fisher
 from edge_rt_distill.model.decoder import GROUPS, Decoder
 from edge_rt_distill.model.rows import Rows, TokenSequence, rows_of
+from edge_rt_distill.progress import Told
 
 _MAPS_BYTES = 128 << 20
 """Attention maps of a layer, with what is made of them, may take about three times as much."""
@@ -64,7 +65,7 @@ def look(task: Task) -> Part:
                 last = step.exit
             with torch.no_grad():
                 sizes.add(model.output_norm(last), rows)
-            task.told("activations", number + 1, len(batches))
+            task.told(number + 1, len(batches))
     spreads = {site: moments.spread() for site, moments in acts.sites.items()}
     stream = [moments.spread() for moments in acts.stream]
     channels = [spreads[f"blk.{number}.ffn_down"].channels for number in range(len(model.layers))]
@@ -107,7 +108,7 @@ def gradients(task: Task) -> Part:
         loss[list(rows.numbers)] = found.loss
         if own is not None:
             own.add(rows)
-        task.told("gradients", number + 1, len(batches))
+        task.told(number + 1, len(batches))
     arrays = {
         "heads": numbers(heads.heads()), "kv_groups": numbers(heads.groups()), "heads_by_sequence": numbers(heads.by_sequence.abs()),
         "ffn_channels_taylor": numbers(channels.taylor()), "hidden_taylor": numbers(hidden.taylor()), "loss": loss.numpy(),
@@ -165,7 +166,7 @@ def paths(task: Task) -> Part:
             "sample": one.sample, "tokens": list(one.tokens), "answer": first, "weights": [round(value, 6) for value in weights],
             "key": [{"position": p, "token": one.tokens[p], "weight": weights[p], "owed": owed[p], "flow": flow[p]} for p in top],
         })  # fmt: skip
-        task.told("paths", number + 1, len(kept))
+        task.told(number + 1, len(kept))
     return Part({"path_heads": numbers(table(torch.stack(rows).mean(0)))}, {"traces": traces})
 
 

@@ -20,16 +20,10 @@ from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.rows import Rows
 
-Told = Callable[[str, int, int], None]
-"""Progress: the part's name, how much of it is done, and of how much. May raise ``Cancelled``."""
 SeesGradient = Callable[[Tensor, Tensor], None]
 """Takes an activation [B, T, n] and the loss' gradient by it."""
 SeesValue = Callable[[Tensor], None]
 """Takes an activation [B, T, n]."""
-
-
-def quiet(part: str, done: int, total: int) -> None:
-    """A ``Told`` that tells nobody."""
 
 
 class Step(NamedTuple):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.diagnose.passes import Told, Watch, backward, quiet
+from edge_rt_distill.diagnose.passes import Watch, backward
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 
 
 def squared_norms(inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -58,9 +59,7 @@ class Fisher:
         return {site: total / max(1.0, self.predictions) for site, total in self.sums.items()}
 
 
-def fisher(
-    model: Decoder, batches: Sequence[Rows], *, sampled: bool, seed: int = 0, told: Told = quiet, part: str = "fisher"
-) -> dict[str, float]:
+def fisher(model: Decoder, batches: Sequence[Rows], *, sampled: bool, seed: int = 0, told: Told = quiet) -> dict[str, float]:
     """By site the trace of the Fisher information. ``sampled``: with tokens drawn from the model. Raises DataError.
 
     The same seed, batches and number of threads give the same result.
@@ -71,5 +70,5 @@ def fisher(
     for number, rows in enumerate(batches):
         backward(model, rows, watched, generator)
         found.add(rows)
-        told(part, number + 1, len(batches))
+        told(number + 1, len(batches))
     return found.traces()

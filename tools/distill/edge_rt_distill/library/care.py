@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from edge_rt.hooks import DataError
 from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import KINDS, Entry, Record
 from edge_rt_distill.library.store import Library
+from edge_rt_distill.progress import Told, quiet
 
 GRACE = 3600.0
 """Seconds an object may lie without a record: between a writer's first object and its record, or its shard's file (shards.py)."""
@@ -38,7 +39,7 @@ class Collected(NamedTuple):
     freed: int
 
 
-def verify(library: Library, told: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+def verify(library: Library, told: Told = quiet) -> list[Damage]:
     """Read everything and name what is damaged, missing or does not belong there. ``told``: objects done, and in all.
 
     Safe beside writers and the collector: what vanishes while it looks, vanished soundly. Raises OSError for a disk that cannot be read.

@@ -14,11 +14,12 @@ from edge_rt_distill.library.catalogue import Record
 from edge_rt_distill.library.measure import each_output, measure
 from edge_rt_distill.library.record import draft, jsonl
 from edge_rt_distill.library.recorded import Trajectory
-from edge_rt_distill.library.shards import Merged, Part, Told, digest_of, quiet, record_shards
+from edge_rt_distill.library.shards import Merged, Part, digest_of, record_shards
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import Teacher
 from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.progress import Told, quiet
 
 Check = Callable[[str, str, bool], Sequence[str]]
 """What is wrong with an answer: (sample id, its text, whether it ended by itself) -> reasons, none if it is right."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from edge_rt_distill.model.decoder import Decoder, Output
 from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.rows import fill, grouped
+from edge_rt_distill.progress import Told
 
 
 class Said(NamedTuple):
@@ -28,7 +29,7 @@ class Said(NamedTuple):
 
 @torch.no_grad()
 def each_output(
-    model: Decoder, rows: Sequence[Sequence[int]], tokens: int, *, states: Sequence[int] = (), told: Callable[[int, int], None]
+    model: Decoder, rows: Sequence[Sequence[int]], tokens: int, *, states: Sequence[int] = (), told: Told
 ) -> Iterator[tuple[int, Output]]:
     """Each row's index and Output, [T, D] without batch or padding, in order of length, ``tokens`` a batch. ``told`` (done, total)."""
     done = 0

@@ -21,11 +21,12 @@ from torch import Tensor
 from edge_rt.hooks import DataError, OptionError, UnsupportedModel
 from edge_rt_distill.library.catalogue import Record
 from edge_rt_distill.library.measure import each_output, measure
-from edge_rt_distill.library.shards import Merged, Part, Told, digest_of, quiet, record_shards
+from edge_rt_distill.library.shards import Merged, Part, digest_of, record_shards
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
 from edge_rt_distill.model.load import Teacher
+from edge_rt_distill.progress import Told, quiet
 
 MAP = 64
 """Rows and columns of a recorded attention map at most."""
@@ -37,7 +38,7 @@ Scorer = Callable[[str, str, bool], "float | None"]
 
 
 class Tokens(Protocol):
-    """A sample as tokens, as ``data.encode`` makes them. One sample may be several of these, in order."""
+    """What records are made of: ``model.rows.TokenSequence`` (one sample may be several, in order), ``Prompt``, ``errors.Case``."""
 
     @property
     def sample(self) -> str:

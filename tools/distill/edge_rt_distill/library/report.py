@@ -16,8 +16,8 @@ from edge_rt.hooks import DataError
 from edge_rt_distill import files
 from edge_rt_distill.library import pictures, recorded
 from edge_rt_distill.library.catalogue import KINDS, Query, Record
-from edge_rt_distill.library.shards import Told, quiet
 from edge_rt_distill.library.store import Library
+from edge_rt_distill.progress import Told, quiet
 
 SAMPLES = 2
 """Attention maps shown of a record."""

@@ -20,9 +20,7 @@ from edge_rt.hooks import DataError
 from edge_rt_distill import files
 from edge_rt_distill.library.catalogue import Query, Record
 from edge_rt_distill.library.store import Library
-
-Told = Callable[[int, int], None]
-"""Told (done, total) samples; it stops the recording by raising, and what was done is kept."""
+from edge_rt_distill.progress import Told, quiet
 
 
 class Part(NamedTuple):
@@ -38,10 +36,6 @@ class Merged(NamedTuple):
     objects: Mapping[str, str]
     facts: Mapping[str, Any]
     score: float | None = None
-
-
-def quiet(done: int, total: int) -> None:
-    """Tells nobody."""
 
 
 def digest_of(items: Iterable[Any]) -> str:

@@ -6,7 +6,7 @@ its own, and other divergences; what a student is told to be worth, with standar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from edge_rt.hooks import DataError
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 
 
 class Final(NamedTuple):
@@ -47,7 +48,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.bmm(log_p.exp()[:, None], (log_p - log_q)[:, :, None])[:, 0, 0].clamp_min(0)
 
 
-def divergences(student: Sequence[Final], teacher: Final, told: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+def divergences(student: Sequence[Final], teacher: Final, told: Told = quiet) -> Tensor:
     """[R, N]: the divergence of each of R students at each position, with gradients by the students'. ``told``: positions done, and all."""
     found = []
     for rows in pieces(len(teacher.hidden), len(teacher.head)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Cache, Decoder
+from edge_rt_distill.progress import Told, quiet
 
 
 class Rollout(NamedTuple):
@@ -23,7 +24,7 @@ class Rollout(NamedTuple):
 
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float = 1.0, seed: int = 0, end: int | None = None,
-    top_k: int = 0, batch: int = 16, told: Callable[[int, int], None] = lambda *_: None,
+    top_k: int = 0, batch: int = 16, told: Told = quiet,
 ) -> list[Rollout]:  # fmt: skip
     """An answer of at most ``tokens`` tokens to each prompt, in their order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from edge_rt.hooks import GGML_TYPES, NativeError, OptionError, quantise_rows
 from edge_rt_distill.model.decoder import GROUPS, Decoder
 from edge_rt_distill.model.load import empty, frozen
 from edge_rt_distill.model.load import tensors as named_tensors
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.quantise.formats import FORMATS
 from edge_rt_distill.quantise.gptq import DEFAULTS as GPTQ_DEFAULTS
 from edge_rt_distill.quantise.gptq import GptqOptions, damped, gptq
@@ -73,7 +74,7 @@ def quantise_model(
     model: Decoder,
     sequences: Sequence[Sequence[int]],
     options: QuantiseOptions = DEFAULTS,
-    told: Callable[[int, int], None] = lambda *_: None,
+    told: Told = quiet,
 ) -> Quantised:
     """Quantise the matrices of all layers; embedding, norms and biases stay. ``told``: layers done, of how many.
 
@@ -118,7 +119,7 @@ def decode(encoded: Encoded) -> Tensor:
 
 
 def _by_columns(
-    model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], options: QuantiseOptions, told: Callable[[int, int], None]
+    model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], options: QuantiseOptions, told: Told
 ) -> dict[str, Encoded]:
     """Each matrix for itself, by ggml's quantiser."""
     tensors: dict[str, Encoded] = {}
@@ -143,7 +144,7 @@ def _put(student: Decoder, site: str, tensors: dict[str, Encoded], encoded: Enco
 
 
 def _sequential(
-    model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], options: QuantiseOptions, told: Callable[[int, int], None]
+    model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], options: QuantiseOptions, told: Told
 ) -> dict[str, Encoded]:
     """GPTQ group by group: a matrix' inputs are those of the model in which all matrices before it are quantised."""
     tensors: dict[str, Encoded] = {}

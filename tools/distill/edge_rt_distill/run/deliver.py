@@ -50,7 +50,7 @@ def quantise_step(shop: Workshop) -> Step:
         if config.quantise.type != "F16":
             options = QuantiseOptions(config.quantise.type, method=cast(Method, config.quantise.method))
             calibration = [one.tokens for one in first(sequences, config.quantise.calibration_tokens)]
-            found = quantise_model(student, calibration, options, lambda done, total: place.told("layers", done, total))
+            found = quantise_model(student, calibration, options, partial(place.told, "layers"))
             how = found.tensors
             if config.quantise.aware_tokens:
                 how = _aware(shop, place, student, how)
@@ -58,7 +58,7 @@ def quantise_step(shop: Workshop) -> Step:
         export(
             target, student, shop.teacher.tokeniser, matrices=config.quantise.type, embedding=config.quantise.embedding, how=how,
             name=config.name, provenance=_provenance(shop, student),
-            told=lambda done, total: place.told("bytes written", done, total),
+            told=partial(place.told, "bytes written"),
         )  # fmt: skip
         clear_training(place.folder)
         held_out = shop.held_out(place.need("data"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_rt.hooks import OptionError
+from edge_rt_distill.progress import quiet
 from edge_rt_distill.run import ablate, deliver, prepare, shape, study, teach
 from edge_rt_distill.run.config import Config, read
 from edge_rt_distill.run.steps import Done, Step, Told, read_done, run_steps
@@ -30,7 +31,7 @@ def ablation(shop: Workshop) -> list[Step]:
 Planned = Callable[[Workshop], list[Step]]
 
 
-def run_file(file: Path, until: str | None = None, told: Told = lambda *_: None, planning: Planned = steps) -> list[Done]:
+def run_file(file: Path, until: str | None = None, told: Told = quiet, planning: Planned = steps) -> list[Done]:
     """Do a run, or go on with it, up to the step ``until``. Raises UserErrors of every stage; what is done stays."""
     shop = workshop(file)
     _threads(shop.config)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from edge_rt.hooks import DataError, OptionError
@@ -101,7 +102,7 @@ def rollouts_step(shop: Workshop) -> Step:
         prompts = _openings(shop, place)
         answers = generate(
             teacher.model, prompts, tokens=config.rollout_tokens, seed=shop.config.run.seed, end=teacher.tokeniser.end, batch=32,
-            told=lambda done, total: place.told("the teacher writes", done, total),
+            told=partial(place.told, "the teacher writes"),
         )  # fmt: skip
         texts = [teacher.tokeniser.decode([*prompt, *one.tokens]) for prompt, one in zip(prompts, answers, strict=True)]
         made = [make_sample(text=text, source="the teacher itself", domain="general") for text in texts if text.strip()]

@@ -17,7 +17,7 @@ class Shown:
         self._terminal = self._out.isatty()
         self._last, self._said, self._began, self._line = 0.0, "", time.monotonic(), ""
 
-    def __call__(self, step: str, what: str, done: int = 0, total: int = 0) -> None:
+    def __call__(self, step: str, what: str, done: int, total: int) -> None:
         """Show that ``step`` does ``what`` and is so far."""
         share = f" {done * 100 // total:3d} % ({done:,} of {total:,})" if total > 1 else ""
         line = f"{self._clock()}  {step}: {what}{share}"[:_WIDTH]

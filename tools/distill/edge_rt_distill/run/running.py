@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,14 @@ from edge_rt_distill.evaluate.measures import Counts, Measures, summarise
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import agreements, final
 from edge_rt_distill.model.rows import TokenSequence, rows_of
+from edge_rt_distill.progress import Told, quiet
 
 Logits = npt.NDArray[np.float32]
 
 
 def run_logits(
     model: Path, sequences: Sequence[TokenSequence], *, compensation: str = "auto", engine: str | None = None,
-    told: Callable[[int, int], None] = lambda *_: None,
+    told: Told = quiet,
 ) -> Iterator[Logits]:  # fmt: skip
     """The runtime's logits [T, V] of one sequence after the other. Raises what ``edge_rt.open`` raises."""
     longest = max(len(one.tokens) for one in sequences)

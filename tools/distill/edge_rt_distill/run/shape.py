@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def cut_step(shop: Workshop) -> Step:
         if config.repair_tokens and cut != whole(teacher.architecture):
             place.told("repairs", 0, 0)
             some = some_batches(sequences, config.repair_tokens, shop.config)
-            text.append(explain_repair(repair(student, teacher, cut, some, told=lambda done, total: place.told("repairs", done, total))))
+            text.append(explain_repair(repair(student, teacher, cut, some, told=partial(place.told, "repairs"))))
         found = divergence(student, teacher, shop.held_out(place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_file(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
@@ -68,10 +69,10 @@ def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tup
     evidence: Evidence = read_evidence(place.need("diagnose") / "diagnosis.npz", teacher.architecture)
     probed = some_batches(sequences, _PROBED, shop.config)
     options, budget = _options(config), Budget(parameters=config.parameters, speed=1 / config.speed if config.speed else None)
-    evidence = calibrated(evidence, teacher, probed, options, told=lambda done, total: place.told("tries small cuts", done, total))
+    evidence = calibrated(evidence, teacher, probed, options, told=partial(place.told, "tries small cuts"))
     found = select(
         teacher, candidates(evidence, teacher.architecture, budget, options), probed,
-        told=lambda done, total: place.told("compares cuts", done, total),
+        told=partial(place.told, "compares cuts"),
     )  # fmt: skip
     return [explain_measured(found), explain(found[0].cut, teacher.architecture)], found[0].cut
 

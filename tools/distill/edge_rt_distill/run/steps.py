@@ -16,20 +16,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError, UserError
 from edge_rt_distill import files
+from edge_rt_distill.progress import PartTold, quiet
 
 _DONE, _KEY, _LOG, _LOCK = "done.json", "key", "log.jsonl", "lock"
 
 
-class Told(Protocol):
-    """Who watches a run: ``step`` does ``what``, of which ``done`` of ``total`` parts are done (0 of 0: not known)."""
-
-    def __call__(self, step: str, what: str, done: int = 0, total: int = 0) -> None:
-        """Called on the run's own thread."""
-        ...
+Told = Callable[[str, str, int, int], None]
+"""Told that a step does something, of which so many parts of so many are done (0 of 0: not known), on the run's own thread."""
 
 
 class Place(NamedTuple):
@@ -37,7 +34,7 @@ class Place(NamedTuple):
 
     folder: Path
     need: Callable[[str], Path]
-    told: Callable[[str, int, int], None]
+    told: PartTold
     log: Callable[[Mapping[str, Any]], None]
 
 
@@ -64,7 +61,7 @@ class Done(NamedTuple):
     again: bool
 
 
-def run_steps(folder: Path, steps: Sequence[Step], told: Told = lambda *_: None) -> list[Done]:
+def run_steps(folder: Path, steps: Sequence[Step], told: Told = quiet) -> list[Done]:
     """Do what is not done yet, in order.
 
     Raises what a step raises, when everything done so far stays; UserError when another run works in the folder or the disk is full.

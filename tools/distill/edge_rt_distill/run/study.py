@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _record(
     by_id = {one.id: one for one in samples}
 
     def told(what: str) -> Quiet:
-        return lambda done, total: place.told(f"{domain}: {what}", done, total)
+        return partial(place.told, f"{domain}: {what}")
 
     def score(sample: str, text: str, ended: bool) -> float:
         return reward(by_id[sample], text, ended).value

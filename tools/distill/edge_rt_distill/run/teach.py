@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,7 +61,7 @@ def answers_step(shop: Workshop) -> Step:
         found = trajectories(
             shop.teacher.model, shop.teacher.tokeniser, samples, _sampling(shop.config), file=place.folder / ANSWERS,
             origin=shop.teacher.digest, score=load_reward(config.reward) if config.reward else reward,
-            told=lambda done, total: place.told("the teacher answers", done, total),
+            told=partial(place.told, "the teacher answers"),
         )  # fmt: skip
         rewards = [one.reward for one in found]
         return {"answers": len(found), "reward": sum(rewards) / len(rewards), "ended": sum(one.ended for one in found) / len(found)}

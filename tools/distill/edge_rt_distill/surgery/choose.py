@@ -7,7 +7,7 @@ the least error after the others were refitted, and goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edge_rt_distill.model.decoder import Decoder, Layer
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import CHUNK
 from edge_rt_distill.surgery.streams import attend, gated, soft, weights
@@ -63,7 +64,7 @@ def _costs(inverse: Tensor, left: Tensor, block: int) -> Tensor:
 
 @torch.no_grad()
 def rechosen(
-    teacher: Decoder, cut: Cut, batches: Sequence[Rows], *, block: int = 1, told: Callable[[int, int], None] | None = None
+    teacher: Decoder, cut: Cut, batches: Sequence[Rows], *, block: int = 1, told: Told = quiet
 ) -> Cut:  # fmt: skip
     """The cut with its channels chosen anew on calibration text, as many as before in each layer; ``block``: as ``least_needed``.
 
@@ -75,8 +76,7 @@ def rechosen(
     streams = [teacher.token_embd(batch.tokens) for batch in batches]
     counts = [weights(batch, 0.25, 1.0) for batch in batches]
     for number, layer in enumerate(teacher.layers):
-        if told is not None:
-            told(number, len(teacher.layers))
+        told(number, len(teacher.layers))
         assert isinstance(layer, Layer)
         attended = attend(teacher, layer, [layer.attn_norm(x) for x in streams])
         streams = [x + layer.attn_output(a) for x, a in zip(streams, attended, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.surgery.cut import Merge
 from edge_rt_distill.surgery.evidence import Evidence
 
@@ -34,7 +35,7 @@ def merge(layers: Sequence[Mapping[str, Tensor]], how: Merge) -> dict[str, Tenso
 
 def removal_order(
     teacher: Decoder, batches: Sequence[Rows], found: Evidence, count: int, *, protect: Sequence[int] | None = None, width: int = 8,
-    told: Callable[[int, int], None] | None = None,
+    told: Told = quiet,
 ) -> Evidence:  # fmt: skip
     """Which layers can go, each chosen with those before it gone, and the divergence measured (SLEB, Song et al. 2024, arXiv:2402.09025).
 
@@ -50,8 +51,7 @@ def removal_order(
     losses: list[float] = []
     known = finals(teacher, batches)
     for step in range(count):
-        if told is not None:
-            told(step, count)
+        told(step, count)
         tried = [(mean_divergence(teacher, known, batches, skip=(*order, i)), i) for i in free[:width]]
         loss, chosen = min(tried)
         order.append(chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.evidence import Evidence
@@ -22,7 +23,7 @@ SHARE = 7 / 8
 
 def calibrated(
     found: Evidence, teacher: Decoder, batches: Sequence[Rows], options: PlanOptions = PlanOptions(), *,  # noqa: B008 (frozen)
-    told: Callable[[int, int], None] | None = None,
+    told: Told = quiet,
 ) -> Evidence:  # fmt: skip
     """The evidence with a scale for each part that may be cut: measured divergence of a small cut of it over the predicted.
 
@@ -32,8 +33,7 @@ def calibrated(
     scales: dict[str, float] = {}
     known = finals(teacher, batches)
     for at, (part, changes) in enumerate(probes.items()):
-        if told is not None:
-            told(at, len(probes))
+        told(at, len(probes))
         try:
             cut = plan(replace(found, scales=None), teacher.architecture, Budget(), changes)
         except OptionError:  # too few layers may go, say: nothing of this part will be cut in the plan either
@@ -71,15 +71,12 @@ class Measured(NamedTuple):
     divergence: float
 
 
-def select(
-    teacher: Decoder, cuts: Sequence[Cut], batches: Sequence[Rows], *, told: Callable[[int, int], None] | None = None
-) -> list[Measured]:
+def select(teacher: Decoder, cuts: Sequence[Cut], batches: Sequence[Rows], *, told: Told = quiet) -> list[Measured]:
     """The cuts (``plan.candidates``), least measured divergence first. ``told(done, all)`` is called before each."""
     made = []
     known = finals(teacher, batches)
     for at, cut in enumerate(cuts):
-        if told is not None:
-            told(at, len(cuts))
+        told(at, len(cuts))
         predicted = cut.chosen.loss if cut.chosen is not None else float("nan")
         made.append(Measured(cut, predicted, mean_divergence(apply(teacher, cut), known, batches)))
     return sorted(made, key=lambda one: (one.divergence != one.divergence, one.divergence))  # what is not a number is last

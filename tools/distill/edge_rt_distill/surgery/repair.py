@@ -8,7 +8,7 @@ Errors made before are thus made good later, as far as a linear map can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import LINEARS, Decoder, Layer, RMSNorm
 from edge_rt_distill.model.divergence import finals, mean_divergence
 from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.least_squares import Equations, fit, fit_scale
 from edge_rt_distill.surgery.streams import attend, gated, soft, some, split, weights
@@ -100,7 +101,7 @@ class _Walk:
 @torch.no_grad()
 def repair(
     student: Decoder, teacher: Decoder, cut: Cut, batches: Sequence[Rows], options: RepairOptions = RepairOptions(), *,
-    told: Callable[[int, int], None] | None = None,
+    told: Told = quiet,
 ) -> Repair:  # fmt: skip
     """Refit the student's matrices in place. ``told(layers done, all)`` is called before each layer, and may raise to stop.
 
@@ -121,8 +122,7 @@ def repair(
     )  # fmt: skip
     _advance(walk, 0, cut.layers[0].sources[0])
     for place in range(len(cut.layers)):
-        if told is not None:
-            told(place, len(cut.layers))
+        told(place, len(cut.layers))
         _layer(walk, place)
     _norm(walk, "output_norm", student.output_norm, [teacher.output_norm(x) for x in walk.theirs])
     report.after = mean_divergence(student, known, judged)
