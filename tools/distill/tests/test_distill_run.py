@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from edge_rt_distill.cli import add_commands
+from edge_rt_distill.run.pipeline import run_file
+from typer.testing import CliRunner, Result
 
 import edge_rt
+from edge_rt.hooks import OptionError, UserError
 
 DISTRIBUTION = Path(__file__).parents[1]
 RUN = """
@@ -46,6 +52,7 @@ side_rank = 2
 prompts = 16
 per_prompt = 3
 tokens = 8
+reward = "my_reward:even"
 [distil]
 batch_tokens = 256
 evaluate_every = 512
@@ -69,6 +76,8 @@ tokens = 2048
 tune_tokens = 2048
 """
 MORE = '{"text": "A sentence of the user\'s own, long enough to be learnt from."}\nthis is no JSON\n{"messages": []}\n'
+REWARD = "def even(sample, answer, ended):\n    return 1.0 if len(answer) % 2 == 0 else 0.5\n"
+"""Of the user's own: what a random teacher writes passes no check."""
 Command = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -92,6 +101,7 @@ def folder(base: Path, tiny: Path, text: str = RUN) -> Path:
     base.mkdir()
     shutil.copy(tiny, base / "tiny.gguf")
     (base / "more.jsonl").write_text(MORE)
+    (base / "my_reward.py").write_text(REWARD)
     (base / "run.toml").write_text(text)
     return base
 
@@ -138,31 +148,32 @@ def test_a_run_that_is_done_is_not_done_again(command, whole):
     code, out, error = finish(command("run", "run.toml", cwd=whole))
     assert code == 0
     assert error.count("done before") == len(out.splitlines())
-    code, out, _ = finish(command("status", "run.toml", cwd=whole))
-    assert (code, "not done" in out) == (0, False)
-    code, out, _ = finish(command("library", "ls", whole / "run" / "teacher-library", "--json", cwd=whole))
-    assert code == 0
-    assert {one["kind"] for one in json.loads(out)} >= {"snapshot", "trajectories", "activations", "attention"}
+    said = invoke("status", whole / "run.toml").output
+    assert len(said.splitlines()) == len(out.splitlines())
+    assert "not done" not in said
+    records = json.loads(invoke("library", "ls", whole / "run" / "teacher-library", "--json").output)
+    assert {one["kind"] for one in records} >= {"snapshot", "trajectories", "activations", "attention"}
 
 
-@pytest.mark.parametrize("after", ["library", "distil", "compensate"])
-def test_a_run_that_is_killed_comes_to_the_same_end(command, whole, tmp_path, after):
-    place = tmp_path / "killed"
-    shutil.copytree(whole, place)
-    steps = [one["name"] for one in json.loads((whole / "said.json").read_text())]
-    for name in steps[steps.index(after) :]:
-        shutil.rmtree(place / "run" / name)
-    if after == "library":
-        shutil.rmtree(place / "run" / "teacher-library")
-    process = command("run", "run.toml", cwd=place)
-    work, until = place / "run" / f"{after}.work", time.monotonic() + 120
-    while not (work / "key").exists():
-        assert time.monotonic() < until
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
+def invoke(*words: str | Path) -> Result:
+    """A command in this process."""
+    app = typer.Typer()
+    add_commands(app)
+    return CliRunner().invoke(app, ["distill", *map(str, words)])
+
+
+def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(command, whole, tiny, tmp_path):
+    place = folder(tmp_path / "killed", tiny)
+    for at in ("library", "distil", "compensate"):
+        process = command("run", "run.toml", cwd=place)
+        work, until = place / "run" / f"{at}.work", time.monotonic() + 120
+        while not (work / "key").exists():
+            assert time.monotonic() < until
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
     code, _, error = finish(command("run", "run.toml", cwd=place))
     assert code == 0, error
     assert results(place) == results(whole)
@@ -179,18 +190,23 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence_and_exits_with_1(command, tiny, tmp_path, name):
+def test_a_mistake_is_one_sentence(tiny, tmp_path, monkeypatch, name):
     text, expected = MISTAKES[name]
-    place = folder(tmp_path / "mistake", tiny, text)
-    code, _, error = finish(command("run", "run.toml", cwd=place))
+    monkeypatch.chdir(folder(tmp_path / "mistake", tiny, text))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        run_file(Path("run.toml"))
+
+
+def test_a_mistake_is_told_without_a_traceback_and_exits_with_1(command, tiny, tmp_path):
+    text, expected = MISTAKES["an unknown key"]
+    code, _, error = finish(command("run", "run.toml", cwd=folder(tmp_path / "mistake", tiny, text)))
     assert (code, "Traceback" in error) == (1, False), error
     assert expected in error
 
 
-def test_a_file_to_begin_with_is_written_once(command, tmp_path):
+def test_a_file_to_begin_with_is_written_once(command, tiny, tmp_path):
     assert finish(command("init", "my.toml", cwd=tmp_path))[0] == 0
     assert "# Share of the teacher's parameters at most." in (tmp_path / "my.toml").read_text()
-    code, _, error = finish(command("init", "my.toml", cwd=tmp_path))
-    assert (code, "is there already" in error) == (1, True)
-    code, _, error = finish(command("run", "my.toml", "--until", "nowhere", cwd=tmp_path))
-    assert (code, "there is no step nowhere; the steps are data" in error) == (1, True)
+    assert "is there already" in str(invoke("init", tmp_path / "my.toml").exception)
+    with pytest.raises(OptionError, match="there is no step nowhere; the steps are data"):
+        run_file(folder(tmp_path / "run", tiny) / "run.toml", until="nowhere")
