@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,7 +207,6 @@ def test_removal_is_measured_as_direct_computation_says() -> None:
     assert found.counts.tolist() == [sum(one.targets[1:]) for one in sequences]
     torch.testing.assert_close(found.mean(), wanted.sum(1) / found.counts.sum(), rtol=1e-3, atol=1e-5)
     assert (found.error() > 0).all()
-    assert float(found.mean(torch.tensor([1]))[0]) == pytest.approx(float(wanted[0, 1] / found.counts[1]), rel=1e-3)
 
 
 def test_greedy_removal_gives_the_divergence_of_all_that_is_gone() -> None:
@@ -352,6 +352,6 @@ def test_values_that_are_no_numbers_are_reported_with_their_layer() -> None:
 def test_a_model_that_shares_layers_is_refused() -> None:
     from edge_rt_distill.diagnose.passes import check_own_parameters
 
-    architecture = decoder().architecture.with_layers(*decoder().architecture.layers, parameters_of=(0, 1, 0))
+    architecture = replace(decoder().architecture, parameters_of=(0, 1, 0))
     with pytest.raises(OptionError, match="share parameters"):
         check_own_parameters(Decoder(architecture))

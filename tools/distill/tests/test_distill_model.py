@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.model.load import load, read_gguf, tensors
-from edge_rt_distill.model.tokens import Tokeniser, tokens_digest, write_vocabulary
+from edge_rt_distill.model.tokens import Tokeniser, write_vocabulary
 
 import edge_rt
 from edge_rt.errors import ModelFileError, OptionError, UnsupportedModel
@@ -61,7 +62,6 @@ def test_a_snapshot_gives_the_same_model_back(any_model, tmp_path):
     for (name, one), other in zip(tensors(teacher.model).items(), tensors(again.model).values(), strict=True):
         assert torch.equal(one, other), name
     assert again.model.architecture == teacher.model.architecture
-    assert tokens_digest(again.tokeniser.source) == tokens_digest(any_model)
     assert again.digest == load(tmp_path / "snapshot").digest != teacher.digest
     text = "Two words, 数字 12."
     assert again.tokeniser.encode(text) == teacher.tokeniser.encode(text)
@@ -94,7 +94,7 @@ def test_an_architecture_survives_json_and_counts_its_parameters(any_model):
 
 def test_shared_layers_are_one_module(tiny):
     a = read_gguf(tiny).architecture
-    model = Decoder(a.with_layers(*a.layers, *a.layers, parameters_of=(0, 1, 0, 1)))
+    model = Decoder(replace(a, layers=a.layers * 2, parameters_of=(0, 1, 0, 1)))
     assert model.architecture.parameters() == sum(one.numel() for one in model.parameters()) == a.parameters()
     assert model.layers[2] is model.layers[0]
     assert (len(model.sites()), len(tensors(model))) == (14, 2 + 4 * 9)

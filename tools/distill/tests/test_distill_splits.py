@@ -7,7 +7,7 @@ import random
 import pytest
 from edge_rt_distill.data.dedupe import deduplicate, near_pairs, shingles, similarity
 from edge_rt_distill.data.samples import Message, Sample, demo, make_sample
-from edge_rt_distill.data.splits import grams, leak_report, leaks, split, tied
+from edge_rt_distill.data.splits import grams, leaks, split, tied
 from edge_rt_distill.data.text import units
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,10 +131,7 @@ def test_a_planted_quotation_is_found_and_reported(text: str) -> None:
     found = leaks(train, evaluation)
     assert [(one.evaluation, one.train) for one in found] == [(evaluation[1].id, train[1].id), (evaluation[0].id, train[0].id)]
     assert (found[0].share, found[1].shared, found[1].total) == (1.0, 2, 3)
-    assert "2 of 3 evaluation samples share" in leak_report(found, 3)
-    assert found[1].text in leak_report(found, 3)
     assert leaks(train, evaluation[2:]) == []
-    assert leak_report([], 3).startswith("no run of 13")
 
 
 def test_the_system_message_is_a_setting_and_no_leak() -> None:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from edge_rt_distill.model.architecture import LayerShape
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cost import CostModel, cost_of
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
-from edge_rt_distill.surgery.depth import removal_order
 from edge_rt_distill.surgery.evidence import evidence, read_evidence
 from edge_rt_distill.surgery.explain import explain, explain_measured
 from edge_rt_distill.surgery.options import PARTS, Budget, PlanOptions
@@ -24,7 +22,7 @@ from edge_rt_distill.surgery.predict import best, lost
 from edge_rt_distill.surgery.probe import calibrated, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery_models import divergence, logits, passages, random_architecture, random_decoder, random_evidence, random_tokens
+from surgery_models import divergence, passages, random_architecture, random_decoder, random_evidence, random_tokens
 
 from edge_rt.hooks import DataError, OptionError
 
@@ -127,7 +125,7 @@ def test_evenly_important_layers_lose_channels_before_one_of_them_is_lost() -> N
 
 
 def test_measured_removal_stands_in_place_of_the_prediction() -> None:
-    found = EVIDENCE.with_drops((2, 4), (0.01, 0.02))
+    found = replace(EVIDENCE, drop_order=(2, 4), drop_kl=(0.01, 0.02))
     cut = plan(found, TEACHER, Budget(), replace(FINE, drop=2))
     assert list(cut.dropped or ()) == [2, 4]
     assert cut.chosen is not None
@@ -289,19 +287,3 @@ def test_cuts_are_compared_by_making_them() -> None:
     assert [one.divergence for one in found] == sorted(one.divergence for one in found)
     assert found[0].divergence == pytest.approx(divergence(apply(teacher, found[0].cut), teacher, text))
     assert all(one.cut.chosen is not None and one.cut.chosen.name in explain_measured(found) for one in found)
-
-
-def test_the_order_of_removal_is_that_of_the_teacher_itself() -> None:
-    teacher = random_decoder(layers=5)
-    with torch.no_grad():
-        for i in (1, 3):  # layers that do nothing
-            teacher.layers[i].attn_output.weight.zero_()
-            teacher.layers[i].ffn_down.weight.zero_()
-    tokens = random_tokens(2, 12)
-    found = removal_order(teacher, [passages(tokens)], random_evidence(teacher.architecture), 3)
-    assert set(found.drop_order[:2]) == {1, 3}
-    assert found.drop_kl[1] == pytest.approx(0, abs=1e-6)
-    p, q = (logits(teacher, tokens, skip=skip).log_softmax(-1)[:, :-1] for skip in ((), found.drop_order))
-    assert found.drop_kl[2] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-    with pytest.raises(OptionError, match="ask for 1 to 3"):
-        removal_order(teacher, [passages(tokens)], found, 4)

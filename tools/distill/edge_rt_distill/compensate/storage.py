@@ -56,9 +56,3 @@ def all_as_stored(compensation: Compensation, storage: Storage) -> Compensation:
 def stored_bytes(correction: Correction, storage: Storage) -> int:
     """Bytes of a correction's tensors in its file, without the padding between them (at most 31 bytes a tensor)."""
     return sum(int(part.numel() * _BITS[part_type(name, part.shape[-1], storage)] / 8) for name, part in correction.parts())
-
-
-def low_rank_bytes(inner: int, outer: int, rank: int, storage: Storage) -> int:
-    """Bytes of a low rank part, before there is one."""
-    a, b = part_type("low_a", inner, storage), part_type("low_b", rank, storage)
-    return int(rank * (inner * _BITS[a] + outer * _BITS[b]) / 8)

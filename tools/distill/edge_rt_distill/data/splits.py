@@ -127,12 +127,3 @@ def leaks(train: Sequence[Sample], evaluation: Sequence[Sample], size: int = GRA
         if shared:
             found.append(Leak(sample.id, holder[shared[0]], len(shared), len(own), " ".join(shared[0])))
     return sorted(found, key=lambda leak: (-leak.share, leak.evaluation))
-
-
-def leak_report(found: Sequence[Leak], evaluation: int, size: int = GRAM) -> str:
-    """A few lines for a person: how many of ``evaluation`` samples leak, and the worst."""
-    if not found:
-        return f"no run of {size} words or characters of the {evaluation} evaluation samples occurs in the training samples"
-    lines = [f"{len(found)} of {evaluation} evaluation samples share a run of {size} words or characters with the training samples:"]
-    lines += [f"  {leak.evaluation}: {leak.shared} of {leak.total} runs, as in {leak.train}: {leak.text}" for leak in found[:10]]
-    return "\n".join([*lines, *([f"  and {len(found) - 10} more"] if len(found) > 10 else [])])

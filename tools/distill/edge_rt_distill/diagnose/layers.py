@@ -41,10 +41,9 @@ class Removed(NamedTuple):
     sums: Tensor
     counts: Tensor
 
-    def mean(self, among: Tensor | None = None) -> Tensor:
-        """[R]: nats a token over all sequences, or those of the index ``among``."""
-        sums, counts = (self.sums, self.counts) if among is None else (self.sums[:, among], self.counts[among])
-        return sums.sum(1) / counts.sum().clamp_min(1)
+    def mean(self) -> Tensor:
+        """[R]: nats a token."""
+        return self.sums.sum(1) / self.counts.sum().clamp_min(1)
 
     def error(self) -> Tensor:
         """[R]: the standard error of the mean, sequences being what was drawn; NaN for less than two."""

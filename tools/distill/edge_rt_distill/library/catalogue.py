@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -95,10 +95,6 @@ class Record:
     def entry(self) -> Entry:
         """What its name tells."""
         return Entry(self.kind, _compact(self.date), self.model[:_MODEL_SHOWN], self.score, self.id, _slot(self.domain))
-
-    def with_facts(self, **facts: Any) -> Record:
-        """The same with more facts; another id."""
-        return replace(self, facts={**self.facts, **facts})
 
 
 _FIELDS = ("kind", "model", "domain", "date", "score", "version", "seed", "arguments", "objects", "facts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from edge_rt.hooks import UnsupportedModel
@@ -65,10 +65,6 @@ class Architecture:
         """Numbers in the model, each counted once however many layers share it."""
         own = sorted({self.owner(i) for i in range(len(self.layers))})
         return self.vocabulary * self.width * (1 if self.tied else 2) + self.width + sum(map(self.layer_parameters, own))
-
-    def with_layers(self, *layers: LayerShape, **changed: Any) -> Architecture:
-        """The same with other layers (and other fields)."""
-        return replace(self, layers=layers, **changed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -72,17 +72,3 @@ def write_vocabulary(source: str | os.PathLike[str], out: Path) -> None:
     finally:
         file.close()
     write_file(out, data)
-
-
-def tokens_digest(source: str | os.PathLike[str]) -> str:
-    """SHA-256 over a GGUF's tokens in order: equal for files whose students and teachers understand each other's numbers."""
-    import hashlib
-
-    file = ModelFile.open(source)
-    try:
-        found = hashlib.sha256()
-        for text in file.header.raw_strings("tokenizer.ggml.tokens"):
-            found.update(len(text).to_bytes(4, "little") + text)
-        return found.hexdigest()
-    finally:
-        file.close()

@@ -118,12 +118,6 @@ class Stream:
         return state
 
     @torch.no_grad()
-    def exits(self) -> Iterator[Tensor]:
-        """The states [B, T, D] behind the layer, batch after batch; the stream stays."""
-        for batch in self.batches:
-            yield self._run(batch)
-
-    @torch.no_grad()
     def advance(self) -> None:
         """Go through the layer as it now is, to the entry of the next."""
         for batch in self.batches:

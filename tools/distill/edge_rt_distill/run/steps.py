@@ -180,16 +180,6 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         file.write(line)
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that a kill cut short is left out."""
-    path, found = folder / _LOG, []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
-
-
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder. Raises UserError if another process does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,6 @@ class Evidence:
     def scale(self, name: str) -> float:
         """By how much a predicted loss of a kind (depth, ffn, heads, groups, hidden) is off, as measured; 1 where it was not."""
         return 1.0 if self.scales is None else self.scales.get(name, 1.0)
-
-    def with_drops(self, order: tuple[int, ...], kl: tuple[float, ...]) -> Evidence:
-        """The same with layers' removal measured together."""
-        return replace(self, drop_order=order, drop_kl=kl)
 
 
 def evidence(arrays: Mapping[str, Any], architecture: Architecture) -> Evidence:
