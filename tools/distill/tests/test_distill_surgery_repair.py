@@ -12,7 +12,6 @@ from edge_rt_distill.model.decoder import LINEARS, Decoder
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.surgery import repair as repair_module
 from edge_rt_distill.surgery.apply import apply
-from edge_rt_distill.surgery.choose import least_needed, rechosen
 from edge_rt_distill.surgery.cut import Cut, whole
 from edge_rt_distill.surgery.explain import explain_repair
 from edge_rt_distill.surgery.least_squares import Equations, Fit, fit, fit_scale, solve
@@ -210,59 +209,6 @@ def test_a_norms_weight_is_fitted_by_dimension() -> None:
     found = fit_scale(x, x * truth, torch.ones(200), torch.ones(5), 1e-9)
     torch.testing.assert_close(found, truth)
     torch.testing.assert_close(fit_scale(x, x * truth, torch.ones(200), torch.ones(5), 1e9), torch.ones(5))
-
-
-def test_channels_go_that_others_stand_in_for() -> None:
-    draw = torch.Generator().manual_seed(0)
-    z = torch.randn(300, 6, generator=draw, dtype=torch.float64)
-    z[:, 4] = z[:, 0] + z[:, 1]  # large, and not needed
-    matrix = torch.ones(5, 6, dtype=torch.float64) * torch.tensor([1.0, 2.5, 0.3, 1, 3, 1])
-    assert least_needed(z.T @ z, matrix, 6) == tuple(range(6))
-    kept = least_needed(z.T @ z, matrix, 5, ridge=1e-9)
-    assert len({0, 1, 4} & set(kept)) == 2
-    assert {2, 3, 5} <= set(kept)
-    assert 2 not in least_needed(z.T @ z, matrix, 4, ridge=1e-9)
-
-
-def brute(gram: torch.Tensor, matrix: torch.Tensor, sets: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Of some sets of inputs the one that leaves the least error after the others were refitted."""
-
-    def error(kept: tuple[int, ...]) -> float:
-        own = list(kept)
-        fitted = torch.linalg.solve(gram[own][:, own], gram[own] @ matrix.T)
-        return float(torch.trace(matrix @ gram @ matrix.T) - torch.trace(fitted.T @ gram[own] @ matrix.T))
-
-    return min(sets, key=error)
-
-
-@pytest.mark.parametrize("block", [1, 2])
-def test_the_first_to_go_is_that_which_leaves_the_least_error(block: int) -> None:
-    for seed in range(5):
-        draw = torch.Generator().manual_seed(seed)
-        z = torch.randn(40, 8, generator=draw, dtype=torch.float64) @ torch.randn(8, 8, generator=draw, dtype=torch.float64)
-        matrix = torch.randn(5, 8, generator=draw, dtype=torch.float64)
-        sets = [tuple(i for i in range(8) if i // block != gone) for gone in range(8 // block)]
-        assert least_needed(z.T @ z, matrix, 8 - block, block=block, ridge=1e-12) == brute(z.T @ z, matrix, sets)
-    assert len(least_needed(z.T @ z, matrix[:, :8], 6, block=3)) == 6  # of a last, partial block nothing stays
-
-
-def test_a_cut_is_chosen_anew_for_its_repair() -> None:
-    teacher, _ = redundant("llama")
-    draw = torch.Generator().manual_seed(0)
-    cut = whole(teacher.architecture)
-    layers = [replace(one, channels=tuple(sorted(torch.randperm(96, generator=draw)[:64].tolist()))) for one in cut.layers]
-    cut = replace(cut, layers=(layers[0], replace(layers[1], sources=(1, 2)), layers[3]))
-    better = rechosen(teacher, cut, TEXT)
-    assert better.layers[1] == cut.layers[1]  # merged
-    assert [len(one.channels) for one in better.layers] == [64] * 3
-    for place in (0, 2):  # of each pair of copies one is left
-        kept = set(better.layers[place].channels)
-        assert all(len({i, i + 64} & kept) == 1 for i in range(32))
-        assert "repair in mind" in better.layers[place].reason
-    blocks = rechosen(teacher, cut, TEXT, block=32)
-    assert set(range(32, 64)) <= set(blocks.layers[0].channels)
-    shared = replace(cut, layers=(layers[0], replace(layers[1], channels=layers[0].channels, like=0)))
-    assert rechosen(teacher, shared, TEXT[:1]) == shared
 
 
 def test_earlier_errors_are_made_good_as_far_as_they_are_carried() -> None:
