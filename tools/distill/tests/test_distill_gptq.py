@@ -10,8 +10,7 @@ from edge_rt_distill.model.decoder import LINEARS, Decoder
 from edge_rt_distill.model.load import frozen, tensors
 from edge_rt_distill.quantise.formats import FORMATS
 from edge_rt_distill.quantise.gptq import GptqOptions, gptq
-from edge_rt_distill.quantise.matrices import Aim, QuantiseOptions, decode, encode, materialised, quantise_model
-from edge_rt_distill.quantise.mixed import Choice, allocate, choices, sensitivity
+from edge_rt_distill.quantise.matrices import Aim, QuantiseOptions, decode, quantise_model
 from edge_rt_distill.quantise.statistics import First, Moments, counted
 from torch import Tensor
 
@@ -117,49 +116,3 @@ def test_bad_input_is_said(model: Decoder) -> None:
         quantise_model(model, _tokens(0, 1), QuantiseOptions(type="Q9"))
     with pytest.raises(OptionError, match="choose another type"):
         quantise_model(model, _tokens(0, 1), QuantiseOptions(type="Q4_K"))
-
-
-def test_predicted_divergence_is_near_what_a_matrix_costs(model: Decoder) -> None:
-    """Each matrix alone in Q4_0: rank and size of what it costs are foreseen."""
-    sequences = _tokens(0)
-    fisher = sensitivity(model, sequences)
-    predicted, measured = [], []
-    for site, some in choices(model, sequences, ["Q4_0"], fisher):
-        student = materialised(model)
-        student.linear(site).weight.copy_(decode(encode(model.linear(site).weight, "Q4_0", None)))
-        predicted.append(some[0].cost)
-        measured.append(_divergence(student, model, sequences))
-    ratio = torch.tensor(predicted) / torch.tensor(measured)
-    ranks = [torch.tensor(values).argsort().argsort().float() for values in (predicted, measured)]
-    assert 0.5 < float(ratio.median()) < 2.0
-    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.7
-
-
-def test_more_bits_where_they_count_cost_less_than_anywhere_at_equal_bytes(model: Decoder) -> None:
-    sequences = _tokens(0)
-    offers = dict(choices(model, sequences, ["Q4_0", "Q5_0", "Q8_0"], sensitivity(model, sequences)))
-    small = sum(min(one.nbytes for one in some) for some in offers.values())
-    types = allocate(offers, int(small * 1.15))
-    assert len(set(types.values())) > 1
-    nbytes = sum(next(one.nbytes for one in offers[site] if one.type == type_name) for site, type_name in types.items())
-    assert small < nbytes <= small * 1.15
-    reverse = {site: [one._replace(cost=1 / one.cost) for one in some] for site, some in offers.items()}
-    worst = allocate({site: [one._replace(cost=-one.nbytes * one.cost) for one in some] for site, some in reverse.items()}, nbytes)
-    wise, foolish = (
-        _divergence(quantise_model(model, sequences, QuantiseOptions(method="importance", types=chosen)).model, model, _tokens(1))
-        for chosen in (types, worst)
-    )
-    assert wise < foolish
-
-
-def test_a_budget_is_kept_and_a_type_that_is_worse_is_not_taken() -> None:
-    offers = {
-        "a": [Choice("small", 10, 5.0), Choice("same", 10, 4.0), Choice("large", 20, 1.0)],
-        "b": [Choice("small", 10, 5.0), Choice("large", 12, 4.0), Choice("worse", 13, 6.0)],
-    }
-    assert allocate(offers, 20) == {"a": "same", "b": "small"}
-    assert allocate(offers, 22) == {"a": "same", "b": "large"}
-    assert allocate(offers, 31) == {"a": "same", "b": "large"}
-    assert allocate(offers, 1000) == {"a": "large", "b": "large"}
-    with pytest.raises(OptionError, match="more bytes"):
-        allocate(offers, 19)
