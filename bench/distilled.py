@@ -33,7 +33,7 @@ def quantised(settings: Settings) -> list[Result]:
     source = models.smollm2(settings, "F16")
     files = {
         OURS: (_corrected(settings), "auto"),
-        "GPTQ and tuned norms, no corrections": (_corrected(settings), "off"),
+        "the same without its corrections": (_corrected(settings), "off"),
         "GPTQ": (_quantised(settings, "Q4_0", "gptq"), "off"),
         "importance-weighted Q4_0": (_quantised(settings, "Q4_0", "importance"), "off"),
         **{f"importance-weighted {kind}": (_quantised(settings, kind, "importance"), "off") for kind in settings.pick(OTHERS, ())},
@@ -53,9 +53,9 @@ def overhead(settings: Settings) -> list[Result]:
     results = [_overhead(_corrected(settings), "135M", 1.04, settings)]
     large = models.random("Q4_0", settings.pick(BILLION, models.SMALL))
     with ModelFile.open(large) as file:
-        # The matrices that are corrected first, at a rank that makes 3 % of the bytes.
+        # The matrices that are corrected first.
         sites = r"blk\.\d+\.(attn_v|ffn_down)\.weight"
-        write_random_compensation(_side(large), file, rank=16, rows=0, bias=False, target=sites, type="Q8_0")
+        write_random_compensation(_side(large), file, rank=32, rows=0, bias=False, target=sites, type="Q8_0")
     try:
         results.append(_overhead(large, "1B", 1.01, settings))
     finally:
