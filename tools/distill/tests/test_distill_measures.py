@@ -13,11 +13,11 @@ from edge_rt_distill.diagnose.activations import Activations
 from edge_rt_distill.diagnose.attention import MEASURES, measures
 from edge_rt_distill.diagnose.passes import Watch, backward, inputs, walk
 from edge_rt_distill.diagnose.paths import Rollout, token_paths, trace
-from edge_rt_distill.diagnose.rows import Labels, beginning, checked, in_rows, mixed
+from edge_rt_distill.diagnose.rows import Labels, checked, in_rows, mixed
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import finals, mean_divergence
-from edge_rt_distill.model.rows import Rows, TokenSequence, rows_of
+from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, rows_of
 
 from edge_rt.hooks import DataError, OptionError
 
@@ -87,7 +87,8 @@ def test_a_small_budget_takes_the_beginning_of_a_large_one_and_something_of_each
     sequences = [TokenSequence([1, 2, 3, 4], [True] * 4, name) for name in names]
     labels = {one.sample: Labels(one.sample[0], "en") for one in sequences}
     order = mixed(sequences, 5, labels)
-    small, large = beginning(order, 12), beginning(order, 40)
+    size = lambda one: len(one.tokens)  # noqa: E731
+    small, large = (beginning(order, tokens, size) for tokens in (12, 40))
     assert [one.sample[0] for one in small] == ["a", "b", "c"]
     assert large[:3] == small
     assert len(large) == 10
@@ -97,8 +98,8 @@ def test_a_small_budget_takes_the_beginning_of_a_large_one_and_something_of_each
     assert first[:6] == [Labels(*pair.split()) for pair in ("a en", "b zh", "c en", "a zh", "b en", "c zh")]
     assert mixed([], 5, {}) == []
     assert mixed(sequences, 6, labels) != order
-    assert len(beginning(order, 1)) == 1
-    assert beginning(order, 10**9) == order
+    assert len(beginning(order, 1, size)) == 1
+    assert beginning(order, 10**9, size) == order
 
 
 def test_backward_gives_the_loss_and_the_gradient_by_the_embeddings_and_leaves_parameters_alone() -> None:

@@ -33,6 +33,7 @@ from edge_rt_distill.compensate.survey import Forms, survey
 from edge_rt_distill.compensate.tune import Schedule, tune
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import tensors
+from edge_rt_distill.model.rows import beginning
 from edge_rt_distill.progress import PartTold, quiet
 
 
@@ -101,7 +102,7 @@ def choose(
     options = options or Options()
     _check(teacher, student, fitting, held_out)
     forms = options.forms
-    minds = sensitivities(teacher, first_tokens(fitting, options.sensitivity_tokens))
+    minds = sensitivities(teacher, beginning(fitting, options.sensitivity_tokens, len))
     candidates = survey(teacher, student, fitting, held_out, minds, forms, partial(told, "survey"))
     taken = select(candidates, budget, options.costs)
     kinds = {site: one.kinds for site, one in taken.items()}
@@ -131,18 +132,6 @@ def _check(teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]],
     for text, what in ((fitting, "text to fit to"), (held_out, "held-out text to judge by")):
         if not any(len(one) > 1 for one in text):
             raise DataError(f"compensation has no {what}; give more samples, or another share of held-out ones")
-
-
-def first_tokens(sequences: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:
-    """The first sequences, as many as have no more than so many tokens; at least one."""
-    found: list[Sequence[int]] = []
-    total = 0
-    for one in sequences:
-        total += len(one)
-        if found and total > most:
-            break
-        found.append(one)
-    return found
 
 
 @contextmanager
@@ -175,7 +164,7 @@ def _left_out(
     """By how much the KL rises without each site's correction."""
     if not most:
         return {}
-    held = reference(teacher, first_tokens(held_out, most))
+    held = reference(teacher, beginning(held_out, most, len))
     whole = kl_with(student, kept, held, norms)
     found: dict[str, float] = {}
     for number, site in enumerate(kept, 1):

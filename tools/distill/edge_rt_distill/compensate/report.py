@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from edge_rt_distill.compensate.choose import Options, Result, choose, first_tokens
+from edge_rt_distill.compensate.choose import Options, Result, choose
 from edge_rt_distill.compensate.cost import Budget
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.rows import beginning
 from edge_rt_distill.progress import Told, quiet
 
 
@@ -26,7 +27,7 @@ def saturation(
     """`choose.choose` anew on the first so many tokens of the text. ``told``: called with points done and in all. Raises as that does."""
     found: list[Saturation] = []
     for number, count in enumerate(counts, 1):
-        some = first_tokens(fitting, count)
+        some = beginning(fitting, count, len)
         result = choose(teacher, student, some, held_out, budget, options)
         found.append(Saturation(sum(map(len, some)), result.kl, result.kl_none))
         told(number, len(counts))

@@ -1,1 +1,6 @@
-"""Samples, where they come from, and the batches made of them."""
+"""From the user's files to batches of tokens.
+
+``samples`` and ``records`` read JSONL and text, each sample with where it came from; ``dedupe`` and ``splits`` keep training and evaluation
+apart; ``batches`` tokenises (which predictions count is decided there) and makes the batches of an epoch, which are a function of its
+number. ``demo`` is the set that ships: eight domains, English and Chinese.
+"""

@@ -65,16 +65,6 @@ def _turns(labels: Iterable[Labels]) -> list[Labels]:
     ]  # fmt: skip
 
 
-def beginning(sequences: Sequence[TokenSequence], tokens: int) -> list[TokenSequence]:
-    """The first that have ``tokens`` tokens together at most; at least one."""
-    used = 0
-    for count, one in enumerate(sequences):
-        used += len(one.tokens)
-        if count and used > tokens:
-            return list(sequences[:count])
-    return list(sequences)
-
-
 def in_rows(sequences: Sequence[TokenSequence], batch_tokens: int, square: int = 0) -> Iterator[Rows]:
     """All sequences, long ones first, in batches: see ``model.rows.grouped``."""
     lengths = [len(one.tokens) for one in sequences]

@@ -6,14 +6,16 @@ some vocabularies the end of a turn and the filling are the same token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from edge_rt.hooks import DataError
+
+T = TypeVar("T")
 
 
 class TokenSequence(NamedTuple):
@@ -81,3 +83,12 @@ def grouped(lengths: Sequence[int], batch_tokens: int, order: Iterable[int] | No
         longest = more
     if found:
         yield found
+
+
+def beginning(items: Sequence[T], tokens: int, length: Callable[[T], int]) -> list[T]:
+    """The first, as many as have at most ``tokens`` tokens together; at least one, if there is one. ``length``: of one."""
+    for count, one in enumerate(items):
+        tokens -= length(one)
+        if count and tokens < 0:
+            return list(items[:count])
+    return list(items)

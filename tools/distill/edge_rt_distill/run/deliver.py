@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -28,7 +28,7 @@ from edge_rt_distill.run.running import against, equal_to_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import clear_training, training_options, unigram
-from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, shuffled
+from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, enough, shuffled
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import Level
 from edge_rt_distill.stages.material import Material
@@ -49,7 +49,7 @@ def quantise_step(shop: Workshop) -> Step:
         how: dict[str, Encoded] = {}
         if config.quantise.type != "F16":
             options = QuantiseOptions(config.quantise.type, method=cast(Method, config.quantise.method))
-            calibration = [one.tokens for one in first(sequences, config.quantise.calibration_tokens)]
+            calibration = [one.tokens for one in enough(sequences, config.quantise.calibration_tokens)]
             found = quantise_model(student, calibration, options, partial(place.told, "layers"))
             how = found.tensors
             if config.quantise.aware_tokens:
@@ -72,17 +72,6 @@ def _training(shop: Workshop, place: Place) -> list[TokenSequence]:
     """All that was learnt from, in an order of its own."""
     found = shop.sequences(place.need("data") / TRAIN) + shop.sequences(place.need("rollouts") / ROLLOUTS)
     return shuffled(found, shop.config.run.seed + 1)
-
-
-def first(sequences: Sequence[TokenSequence], tokens: int) -> list[TokenSequence]:
-    """The first sequences that have so many tokens together."""
-    found, left = [], tokens
-    for one in sequences:
-        if left <= 0:
-            break
-        found.append(one)
-        left -= len(one.tokens)
-    return found
 
 
 def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, Encoded]) -> dict[str, Encoded]:
@@ -122,7 +111,7 @@ def compensate_step(shop: Workshop) -> Step:
         reference = portable(snapshot.read(place.need("distil") / STUDENT)[0])
         quantised = read_gguf(source)
         budget = budget_of(source, len(reference.layers), config.compensate)
-        sequences = [one.tokens for one in first(_training(shop, place), config.compensate.tokens)]
+        sequences = [one.tokens for one in enough(_training(shop, place), config.compensate.tokens)]
         apart = max(1, len(sequences) // 8)  # of the training data: what is held out of the run judges only in the end
         found = corrections.choose(
             reference, quantised, sequences[apart:], sequences[:apart], budget, options_of(config.compensate, config.run.seed), place.told

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-
 from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import Measures, divergence
 from edge_rt_distill.files import write_file
@@ -17,7 +15,7 @@ from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.rows import Rows, TokenSequence
 from edge_rt_distill.run.config import Config, StudentConfig
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.workshop import TRAIN, Workshop, shuffled
+from edge_rt_distill.run.workshop import TRAIN, Workshop, enough, shuffled
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
 from edge_rt_distill.surgery.evidence import Evidence, read_evidence
@@ -88,11 +86,4 @@ def _options(config: StudentConfig) -> PlanOptions:
 
 def some_batches(sequences: list[TokenSequence], tokens: int, config: Config) -> list[Rows]:
     """Batches of the first sequences that have so many tokens together."""
-    chosen, left = [], tokens
-    for one in sequences:
-        if left <= 0:
-            break
-        chosen.append(one)
-        left -= len(one.tokens)
-    with torch.no_grad():
-        return list(batches(chosen, config.distil.batch_tokens, config.run.seed, 0))
+    return list(batches(enough(sequences, tokens), config.distil.batch_tokens, config.run.seed, 0))
