@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_rt_distill.behaviour.checks import KINDS, Answer, check_checks, score
 from edge_rt_distill.behaviour.rewards import Reward, checks_of, load_reward, reward
+from edge_rt_distill.data.checks import KINDS, Answer, check_checks, score
 from edge_rt_distill.data.samples import Message, Sample, demo, make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st

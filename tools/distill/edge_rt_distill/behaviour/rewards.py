@@ -1,4 +1,4 @@
-"""The reward of an answer: what it gets for the sample's checks (checks.py) times whether it stops; or what the user's function says."""
+"""The reward of an answer: what it gets for the sample's checks times whether it stops; or what the user's function says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError, OptionError
-from edge_rt_distill.behaviour.checks import Answer, score
+from edge_rt_distill.data.checks import Answer, score
 from edge_rt_distill.data.samples import Sample
 
 ALWAYS: tuple[dict[str, Any], ...] = ({"kind": "ends"}, {"kind": "no_loops"})

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.behaviour.checks import check_checks
+from edge_rt_distill.data.checks import check_checks
 from edge_rt_distill.data.samples import Message, Sample, make_sample
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}

@@ -5,7 +5,7 @@ A line of JSONL is one of (records.py has the details)
     {"prompt": "...", "response": "..."}
     {"custom_id": "...", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}      an OpenAI request
     {"text": "..."}
-with ``domain``, ``language``, ``source``, ``licence``, ``split`` and ``checks`` (behaviour/checks.py) where known.
+with ``domain``, ``language``, ``source``, ``licence``, ``split`` and ``checks`` (data/checks.py) where known.
 Text files (.txt, .md) become passages.
 """
 
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     split: str = "train"
     """``train``, or ``evaluation`` for what must never be trained on (splits.py)."""
     checks: tuple[dict[str, Any], ...] = ()
-    """What can be verified of an answer to the last question (behaviour/checks.py)."""
+    """What can be verified of an answer to the last question (data/checks.py)."""
     file: str = ""
     line: int = 0
     """Where it was read: the line of JSONL, or the number of the passage in a text file."""
