@@ -138,12 +138,12 @@ def test_tokens_are_marked_by_what_they_did() -> None:
 def test_pictures_of_extreme_values() -> None:
     zeros = np.zeros((3, 4), np.float32)
     for svg in (
-        pictures.activation_maps("a", zeros, zeros + 1e9),
-        pictures.histograms("b", "t", "l", {"": np.zeros(5), "金": np.ones(1)}, log=True),
-        pictures.histograms("c", "t", "l", {"x": np.full(5, 2.0)}),
-        pictures.carried("d", [0.0, 0.0], np.full((2, 2), np.nan)),
-        pictures.attention_series("e", np.ones((1, 1, 1, 1), np.float16)),
-        pictures.scores("f", {"x": [0.5]}),
+        pictures.activation_maps(zeros, zeros + 1e9),
+        pictures.histograms("t", "l", {"": np.zeros(5), "金": np.ones(1)}, log=True),
+        pictures.histograms("t", "l", {"x": np.full(5, 2.0)}),
+        pictures.carried([0.0, 0.0], np.full((2, 2), np.nan)),
+        pictures.attention_series(np.ones((1, 1, 1, 1), np.float16)),
+        pictures.scores({"x": [0.5]}),
     ):
         assert svg.startswith("<svg role")
         ElementTree.fromstring(svg)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ def write_report(library: Library, out: Path, query: Query = Query(), told: Told
 def render(library: Library, query: Query = Query(), told: Told = quiet) -> str:  # noqa: B008
     """The report as text. Raises DataError, OptionError."""
     records = list(library.find(query))
-    names = (f"p{i}" for i in count())
     parts = ["<h1>Teacher library</h1>", _overview(library, records)]
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -76,7 +75,7 @@ def render(library: Library, query: Query = Query(), told: Told = quiet) -> str:
             if these:
                 parts.append(f"<h3>{text(kind)}</h3>")
                 parts.append(_table(library, these))
-                parts += _DRAWN.get(kind, _nothing)(library, these, names)
+                parts += _DRAWN.get(kind, _nothing)(library, these)
             done += len(these)
             told(done, len(records))
     return _PAGE.format(title="Teacher library", body="\n".join(parts))
@@ -135,10 +134,8 @@ def shown(facts: Mapping[str, Any], longest: int = 300) -> str:
 
 # ---- kind by kind ----------------------------------------------------------------------------------------------------
 
-Names = Iterator[str]
 
-
-def _nothing(library: Library, records: Sequence[Record], names: Names) -> list[str]:
+def _nothing(library: Library, records: Sequence[Record]) -> list[str]:
     return []
 
 
@@ -148,7 +145,7 @@ def _some(records: Sequence[Record]) -> tuple[Sequence[Record], list[str]]:
     return records[:_RECORDS], [f'<p class="note">The newest {_RECORDS} of {len(records)} are drawn.</p>'] if left > 0 else []
 
 
-def _trajectories(library: Library, records: Sequence[Record], names: Names) -> list[str]:
+def _trajectories(library: Library, records: Sequence[Record]) -> list[str]:
     chosen, note = _some(records)
     entropy: dict[str, list[Any]] = defaultdict(list)
     tail: dict[str, list[Any]] = defaultdict(list)
@@ -164,10 +161,10 @@ def _trajectories(library: Library, records: Sequence[Record], names: Names) -> 
                 examples.append([answer.sample, record.domain or "all", len(answer.answer), answer.text])
     drawn = []
     if any(len(one) for parts in entropy.values() for one in parts):
-        drawn.append(pictures.histograms(next(names), "entropy of the teacher", "nats a token", _joined(entropy)))
-        drawn.append(pictures.histograms(next(names), "mass behind the kept candidates", "probability", _joined(tail), log=True))
+        drawn.append(pictures.histograms("entropy of the teacher", "nats a token", _joined(entropy)))
+        drawn.append(pictures.histograms("mass behind the kept candidates", "probability", _joined(tail), log=True))
     if scored:
-        drawn.append(pictures.scores(next(names), dict(sorted(scored.items()))))
+        drawn.append(pictures.scores(dict(sorted(scored.items()))))
     return [*note, *drawn, "<details><summary>answers</summary>", _rows(["sample", "domain", "tokens", "answer"], examples), "</details>"]
 
 
@@ -175,30 +172,30 @@ def _joined(series: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     return {key: np.concatenate(parts) for key, parts in sorted(series.items())}
 
 
-def _activations(library: Library, records: Sequence[Record], names: Names) -> list[str]:
+def _activations(library: Library, records: Sequence[Record]) -> list[str]:
     chosen, parts = _some(records)
     for record in chosen:
         found = recorded.activations(library, record)
         parts.append(f"<p>{text(record.domain or 'all')}</p>")
-        parts.append(pictures.activation_maps(next(names), found.rms, found.max))
+        parts.append(pictures.activation_maps(found.rms, found.max))
     return parts
 
 
-def _attention(library: Library, records: Sequence[Record], names: Names) -> list[str]:
+def _attention(library: Library, records: Sequence[Record]) -> list[str]:
     chosen, parts = _some(records)
     for record in chosen:
         for maps in islice(recorded.attention(library, record), SAMPLES):
             first, distance = float(maps.first.mean()), float(maps.distance.mean())
             facts = f"{len(maps.tokens)} tokens, {first:.0%} of all attention on the first, mean distance {distance:.1f} tokens"
             parts.append(f"<p>{text(record.domain or 'all')}, sample {text(maps.sample)}: {text(facts)}</p>")
-            parts.append(pictures.attention_series(next(names), maps.maps))
+            parts.append(pictures.attention_series(maps.maps))
         left = len(record.facts["samples"]) - SAMPLES
         if left > 0:
             parts.append(f'<p class="note">{left} more samples are stored.</p>')
     return parts
 
 
-def _errors(library: Library, records: Sequence[Record], names: Names) -> list[str]:
+def _errors(library: Library, records: Sequence[Record]) -> list[str]:
     chosen, parts = _some(records)
     parts.append(
         '<p class="note">Marked <span class="for" style="--a:.5">red</span>: the token spoke for the wrong answer (gradient x input); '
@@ -209,7 +206,7 @@ def _errors(library: Library, records: Sequence[Record], names: Names) -> list[s
             parts.append(f"<p>{text(record.domain or 'all')}, sample {text(case['sample'])}: {text('; '.join(case['reasons']))}</p>")
             parts.append(tokens_marked(case["pieces"], case["token_scores"], case["first"]))
             heads = np.array([[np.nan if value is None else value for value in row] for row in case["heads"]], float)
-            parts.append(pictures.carried(next(names), case["layers"], heads))
+            parts.append(pictures.carried(case["layers"], heads))
             parts.append(f"<p>{text(_strongest(case['layers'], heads))}</p>")
         left = int(record.facts["cases"]) - CASES
         if left > 0:
@@ -240,6 +237,6 @@ def tokens_marked(pieces: Sequence[str], scores: Sequence[float], first: int) ->
     return f'<div class="tokens">{"".join(spans)}</div>'
 
 
-_DRAWN: Mapping[str, Callable[[Library, Sequence[Record], Names], list[str]]] = {
+_DRAWN: Mapping[str, Callable[[Library, Sequence[Record]], list[str]]] = {
     "trajectories": _trajectories, "activations": _activations, "attention": _attention, "errors": _errors,
 }  # fmt: skip
