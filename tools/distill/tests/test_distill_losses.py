@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from edge_rt_distill.losses import attention, behaviour, hidden
 from edge_rt_distill.losses.balance import balance
 from edge_rt_distill.losses.token import (
-    FromHidden,
     FromTopK,
     TokenOptions,
     token_logprobs,
     token_loss,
 )
 from edge_rt_distill.model.architecture import Architecture, LayerShape
+from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.rows import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,15 +48,15 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
-        self.teacher = FromHidden(normal(N, D) * 2, normal(V, D))
+        self.teacher = Final(normal(N, D) * 2, normal(V, D))
         self.hidden = (self.teacher.hidden.clone() if same else normal(N, D)).requires_grad_()
-        self.weight = (self.teacher.weight.clone() if same else normal(V, D)).requires_grad_()
+        self.weight = (self.teacher.head.clone() if same else normal(V, D)).requires_grad_()
         self.weights = torch.rand(N, generator=draw, dtype=torch.float64).to(dtype)
         self.weights[2] = 0
         self.labels = torch.randint(V, (N,), generator=draw)
         self.prior = torch.log_softmax(normal(V), -1)
 
-    def loss(self, options: TokenOptions, teacher: FromHidden | FromTopK | None = None) -> Tensor:
+    def loss(self, options: TokenOptions, teacher: Final | FromTopK | None = None) -> Tensor:
         return token_loss(
             self.hidden, self.weight, teacher or self.teacher, weights=self.weights, labels=self.labels, prior=self.prior, options=options
         ).loss
@@ -79,7 +79,7 @@ def written_out(case: Case, options: TokenOptions) -> Tensor:
     """The loss as the module's text has it, by autograd, one row at a time."""
     rows = []
     for n in range(N):
-        p, q = torch.softmax(case.teacher.weight @ case.teacher.hidden[n], -1), torch.softmax(case.weight @ case.hidden[n], -1)
+        p, q = torch.softmax(case.teacher.head @ case.teacher.hidden[n], -1), torch.softmax(case.weight @ case.hidden[n], -1)
         if not options.head:
             loss = divergence(options.kind, p, q, options)
         else:
@@ -140,7 +140,7 @@ def test_chunks_do_not_change_what_comes_out(name):
 def test_plain_and_decoupled_add_up_whatever_the_distributions(seed, scale, head):
     """With beta 1, no floor and no prior the decoupled form is the KL itself, of sharp and of flat distributions; never negative."""
     case = Case(seed, dtype=torch.float32)
-    case.teacher = FromHidden(case.teacher.hidden * scale, case.teacher.weight)
+    case.teacher = Final(case.teacher.hidden * scale, case.teacher.head)
     plain = token_loss(case.hidden, case.weight, case.teacher, options=TokenOptions())
     split = token_loss(case.hidden, case.weight, case.teacher, options=TokenOptions(head=head, floor=0.0))
     torch.testing.assert_close(split.loss, plain.loss, rtol=1e-4, atol=1e-5)
@@ -153,7 +153,7 @@ def test_plain_and_decoupled_add_up_whatever_the_distributions(seed, scale, head
 
 def test_recorded_top_tokens_give_the_head_of_the_decoupled_loss():
     case = Case(3)
-    logprobs = torch.log_softmax(case.teacher.hidden @ case.teacher.weight.T, -1)
+    logprobs = torch.log_softmax(case.teacher.hidden @ case.teacher.head.T, -1)
     top = logprobs.topk(4, -1)
     recorded = FromTopK(top.indices, top.values, 1 - top.values.exp().sum(-1))
     options = SMALL._replace(head=4, beta=0.0, cross_entropy=0.2, ranking=0.1)

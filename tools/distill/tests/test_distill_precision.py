@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edge_rt_distill.losses.token import FromHidden, TokenOptions, token_logprobs, token_loss
+from edge_rt_distill.losses.token import TokenOptions, token_logprobs, token_loss
 from edge_rt_distill.model import precision
+from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.load import load
 from edge_rt_distill.model.precision import Head, best, computing_in
 
@@ -15,7 +16,7 @@ from edge_rt.hooks import cpu_processors
 def loss_and_gradients(kind: precision.Precision, options: TokenOptions):
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 64, requires_grad=True), (torch.randn(500, 64) / 4).requires_grad_(True)
-    teacher = FromHidden(hidden.detach() + 0.3 * torch.randn(40, 64), weight.detach().clone())
+    teacher = Final(hidden.detach() + 0.3 * torch.randn(40, 64), weight.detach().clone())
     with computing_in(kind):
         found = token_loss(hidden, weight, teacher, labels=torch.arange(40), prior=torch.full((500,), -6.2), options=options).loss
         chosen = token_logprobs(hidden, weight, torch.arange(40))

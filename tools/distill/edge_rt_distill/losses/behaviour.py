@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_rt_distill.losses.token import FromHidden, TokenLoss, TokenOptions, token_logprobs, token_loss
+from edge_rt_distill.losses.token import TokenLoss, TokenOptions, token_logprobs, token_loss
+from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.rows import Rows
 
 
@@ -40,6 +41,6 @@ def preference_loss(student: Tensor, teacher: Tensor, beta: float = 0.1) -> Tens
     return -F.logsigmoid(beta * lead).mean()
 
 
-def on_policy_loss(hidden: Tensor, weight: Tensor, teacher: FromHidden, batch: Rows, options: TokenOptions) -> TokenLoss:
+def on_policy_loss(hidden: Tensor, weight: Tensor, teacher: Final, batch: Rows, options: TokenOptions) -> TokenLoss:
     """Reverse KL (or what ``options`` says) on the student's own answers. ``teacher``: rows for all B x T positions."""
     return token_loss(hidden.flatten(0, 1), weight, teacher, weights=batch.mask.flatten(), options=options)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from edge_rt.hooks import OptionError
+from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.logits import pieces
 from edge_rt_distill.model.precision import Head
 
@@ -59,13 +60,6 @@ class TokenOptions(NamedTuple):
     chunk: int = 0
 
 
-class FromHidden(NamedTuple):
-    """The exact distributions softmax(h W^T). ``hidden`` [N, Dt]: behind the final norm. ``weight`` [V, Dt]: the teacher's head."""
-
-    hidden: Tensor
-    weight: Tensor
-
-
 class FromTopK(NamedTuple):
     """Recorded distributions: ``tokens``, ``logprob`` [N, K], the likeliest first, and the mass of all others ``tail`` [N], 0 to 1.
 
@@ -87,7 +81,7 @@ class TokenLoss(NamedTuple):
 class _Work(NamedTuple):
     """What a chunk needs besides the student: all of N rows."""
 
-    teacher: FromHidden | FromTopK | None
+    teacher: Final | FromTopK | None
     weights: Tensor
     labels: Tensor | None
     prior: Tensor | None
@@ -113,7 +107,7 @@ def check_options(options: TokenOptions) -> None:
 def token_loss(
     hidden: Tensor,
     weight: Tensor,
-    teacher: FromHidden | FromTopK | None,
+    teacher: Final | FromTopK | None,
     *,
     weights: Tensor | None = None,
     labels: Tensor | None = None,
@@ -139,15 +133,15 @@ def token_loss(
         hidden, row_weights, labels = hidden[counted], row_weights[counted], None if labels is None else labels[counted]
     if len(counted) == 0:
         return TokenLoss(hidden.sum() * 0, {name: hidden.new_zeros(()) for name in PARTS})
-    theirs = Head.of(teacher.weight) if isinstance(teacher, FromHidden) else None
+    theirs = Head.of(teacher.head) if isinstance(teacher, Final) else None
     work = _Work(teacher, row_weights / row_weights.sum(), labels, prior, options, theirs)
     loss, parts = _Fused.apply(hidden, weight, work, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenLoss(loss, dict(zip(PARTS, parts.unbind(), strict=True)))
 
 
-def _rows_of(teacher: FromHidden | FromTopK, rows: Tensor | slice) -> FromHidden | FromTopK:
-    if isinstance(teacher, FromHidden):
-        return FromHidden(teacher.hidden[rows], teacher.weight)
+def _rows_of(teacher: Final | FromTopK, rows: Tensor | slice) -> Final | FromTopK:
+    if isinstance(teacher, Final):
+        return Final(teacher.hidden[rows], teacher.head)
     return FromTopK(teacher.tokens[rows], teacher.logprob[rows], teacher.tail[rows])
 
 
@@ -192,7 +186,7 @@ def _chunk(logits: Tensor, work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
     labels = None if work.labels is None else work.labels[rows]
     if isinstance(teacher, FromTopK):
         return _decoupled(logits, teacher.tokens, _known_buckets(teacher), None, labels, work)
-    if isinstance(teacher, FromHidden):
+    if isinstance(teacher, Final):
         assert work.theirs is not None
         theirs = work.theirs.logits(teacher.hidden)
         if work.options.head:

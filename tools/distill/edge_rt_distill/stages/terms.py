@@ -10,8 +10,9 @@ from torch import Tensor
 
 from edge_rt_distill.losses.balance import Name
 from edge_rt_distill.losses.behaviour import answer_logprobs, imitation_loss, on_policy_loss, preference_loss
-from edge_rt_distill.losses.token import FromHidden, TokenOptions, token_loss
+from edge_rt_distill.losses.token import TokenOptions, token_loss
 from edge_rt_distill.model.decoder import Decoder, Output
+from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.stages.guides import Guides
@@ -57,7 +58,7 @@ def corpus_terms(scene: Scene, rows: Rows, wanted: Collection[Term], options: To
     found: dict[Term, Tensor] = {}
     for term in wanted:
         if term == "token":
-            teacher = FromHidden(theirs.hidden.flatten(0, 1), scene.teacher.head)
+            teacher = Final(theirs.hidden.flatten(0, 1), scene.teacher.head)
             found[term] = token_loss(
                 ours.hidden.flatten(0, 1), weight, teacher, weights=rows.mask.flatten(), labels=rows.labels.flatten(),
                 prior=scene.material.prior, options=options,
@@ -108,7 +109,7 @@ def own_answers(scene: Scene, number: int) -> Rows | None:
 
 
 def _on_policy(scene: Scene, rows: Rows, options: TokenOptions) -> Tensor:
-    teacher = FromHidden(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1), scene.teacher.head)  # never seen again: not cached
+    teacher = Final(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1), scene.teacher.head)  # never seen again: not cached
     hidden = scene.student(rows.tokens).hidden
     return on_policy_loss(hidden, scene.student.head_weight, teacher, rows, TokenOptions("reverse", chunk=options.chunk)).loss
 
