@@ -1,7 +1,7 @@
 """How far one model's distributions are from another's: KL(teacher || student) over the whole vocabulary, in nats.
 
-Every stage that judges a model by another does it with these. (What students are trained by is in ``losses.token``: it has gradients of
-its own, and other divergences; what a student is told to be worth, with standard errors, in ``evaluate.measures``.)
+Every stage that judges a model by another does it with these. ``evaluate.measures`` adds standard errors; ``losses.token``, by which
+students are trained, has other divergences too, and gradients of its own.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def finals(model: Decoder, batches: Sequence[Rows]) -> list[Final]:
     return [final(model, rows) for rows in batches]
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) [n] of log-probabilities [n, V], with gradients by q."""
+def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) [n] of probabilities and log-probabilities [n, V], with gradients by q."""
     # Where nothing differs, rounding may give less than nothing.
-    return torch.bmm(log_p.exp()[:, None], (log_p - log_q)[:, :, None])[:, 0, 0].clamp_min(0)
+    return torch.bmm(p[:, None], (log_p - log_q)[:, :, None])[:, 0, 0].clamp_min(0)
 
 
 def divergences(student: Sequence[Final], teacher: Final, told: Told = quiet) -> Tensor:
@@ -54,7 +54,8 @@ def divergences(student: Sequence[Final], teacher: Final, told: Told = quiet) ->
     for rows in pieces(len(teacher.hidden), len(teacher.head)):
         with torch.no_grad():
             log_p = teacher.log_probabilities(rows)
-        found.append(torch.stack([kl(log_p, one.log_probabilities(rows)) for one in student]))
+            p = log_p.exp()
+        found.append(torch.stack([kl(p, log_p, one.log_probabilities(rows)) for one in student]))
         told(rows.stop, len(teacher.hidden))
     return torch.cat(found, 1) if found else torch.zeros(len(student), 0)
 
@@ -82,7 +83,7 @@ def mean_divergence(student: Decoder, teacher: Sequence[Final], batches: Sequenc
 def agreements(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     """[4, n]: KL(p || q), same likeliest token (1 or 0), negative log-likelihood of the tokens ``labels`` [n] to q and to p."""
     likelihoods = [-one.gather(-1, labels[:, None])[:, 0] for one in (log_q, log_p)]
-    return torch.stack((kl(log_p, log_q), (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q), *likelihoods))
+    return torch.stack((kl(log_p.exp(), log_p, log_q), (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q), *likelihoods))
 
 
 @torch.no_grad()

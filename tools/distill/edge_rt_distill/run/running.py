@@ -47,5 +47,5 @@ def against(teacher: Decoder, sequences: Sequence[TokenSequence], logits: Iterab
         at = rows.mask[0] > 0
         said = final(teacher, rows).log_probabilities(slice(None))
         each = agreements(said, torch.from_numpy(found)[at].log_softmax(-1), rows.labels[0][at])
-        sums.append(torch.cat((at.sum()[None], each.sum(1))).double())
+        sums.append(torch.cat((at.sum()[None], each.double().sum(1))))
     return summarise(Counts(*torch.stack(sums, 1)))
