@@ -109,7 +109,7 @@ Measured with `python -m bench` and written by `python -m bench report`. What it
   that Python ships, 20,480 for training the corrections); measured is prose that has nothing to do with it. The file that was quantised
   is in Q4_1, so its weights lie on that type's grid, and Q4_1 loses nothing.
 - `compensation`: decoding with the corrections against decoding without, in turns, with all threads. The model of a billion weights is
-  random, its corrections are of rank 32 at two matrices of every block.
+  random, its corrections are of rank 32 at ten matrices.
 """
 SPEED_WHY_NOT = """## What the published run does not meet, and why
 

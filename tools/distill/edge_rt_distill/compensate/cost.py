@@ -21,7 +21,7 @@ class Costs:
     input once: ``inner``, the product with their stacked ``low_a`` and centroids, ``offsets`` if a table has some, ``bias``.
     """
 
-    node: float = 3.0
+    node: float = 3.5
     gigabytes_per_second: float = 12.0
     nodes: Mapping[str, int] = field(default_factory=lambda: {"inner": 1, "offsets": 1, "rank": 2, "table": 3, "bias": 1})
 
