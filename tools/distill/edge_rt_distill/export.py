@@ -67,6 +67,7 @@ def export(
     matrices: str = "F16",
     embedding: str = "F16",
     how: Mapping[str, How] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
     name: str = "student",
     provenance: Mapping[str, Value] | None = None,
     told: Told = quiet,
@@ -74,7 +75,9 @@ def export(
     """Write the model; vectors are F32. The file appears under its name when it is whole.
 
     ``matrices``, ``embedding`` (and head): ggml types; ``how``: by GGUF name ("blk.0.attn_q.weight") where one is to be different, or is
-    there as bytes. ``provenance``: what is said of the student's origin, under ``PROVENANCE``. ``told``: bytes written, of how many.
+    there as bytes. ``biases``: vectors by GGUF name ("blk.0.ffn_down.bias") that are added behind products, to the model's own where it has
+    some; stock llama.cpp knows them of a llama. ``provenance``: what is said of the student's origin, under ``PROVENANCE``. ``told``: bytes
+    written, of how many.
     Raises UnsupportedModel for layers of different sizes, OptionError for types that do not fit or weights that are not finite,
     ModelFileError for another model's vocabulary, UserError where it cannot be written.
     """
@@ -84,7 +87,7 @@ def export(
         words = len(file.header.raw_strings("tokenizer.ggml.tokens"))
         architecture = _checked(model, words)
         types = {"matrices": matrices, "embedding": embedding}
-        placed = _place(_tensors(model, words), model, types, how)
+        placed = _place(_with_biases(_tensors(model, words), architecture, biases or {}), model, types, how)
         header = _header(file, architecture, placed, words, name, dict(provenance or {}))
     finally:
         file.close()
@@ -128,6 +131,23 @@ def _tensors(model: Decoder, words: int) -> dict[str, Tensor]:
     ordered = {name: found[name][:words] if name in ("token_embd.weight", "output.weight") else found[name] for name in names}
     if model.architecture.rope_factors:
         ordered["rope_freqs.weight"] = torch.tensor(model.architecture.rope_factors)
+    return ordered
+
+
+def _with_biases(found: dict[str, Tensor], a: Architecture, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with biases, each behind its matrix, or added to the one that is there. Raises OptionError, UnsupportedModel."""
+    strange = sorted(name for name in biases if f"{name.removesuffix('.bias')}.weight" not in found or not name.endswith(".bias"))
+    if strange:
+        raise OptionError(f"the model has no matrix for {strange[0]}; name biases as blk.0.ffn_down.bias")
+    new = {name for name in biases if name not in found}
+    if new and a.family != "llama":
+        raise UnsupportedModel(f"stock llama.cpp reads no {min(new)} of a {a.family}; leave biases in the side file")
+    ordered = {}
+    for name, tensor in found.items():
+        ordered[name] = tensor + biases[name] if name in biases else tensor
+        bias = f"{name.removesuffix('.weight')}.bias"
+        if bias in new:
+            ordered[bias] = biases[bias].detach()
     return ordered
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from edge_rt.hooks import ModelFileError
@@ -66,9 +65,9 @@ def write_lora(path: Path, compensation: Compensation, *, architecture: str, sto
     return True
 
 
-def bias_tensors(compensation: Compensation) -> dict[str, npt.NDArray[np.float32]]:
+def bias_tensors(compensation: Compensation) -> dict[str, torch.Tensor]:
     """Biases as tensors of the model file itself, by name; the side file is then to be written `without_biases`."""
-    return {f"{site}.bias": one.bias.numpy().astype(np.float32) for site, one in compensation.items() if one.bias is not None}
+    return {f"{site}.bias": one.bias for site, one in compensation.items() if one.bias is not None}
 
 
 def without_biases(compensation: Compensation) -> Compensation:

@@ -148,6 +148,7 @@ class CompensateConfig:
 
     bytes: float = setting(0.03, "Share of the file's bytes that corrections may add, 0: none.", 0, 1)
     time: float = setting(0.035, "Share of a decoding step's time that they may add, projected.", 0, 1)
+    biases_in_model: bool = setting(False, "Biases become tensors of the model itself, which stock llama.cpp adds too (llama models).")
     tokens: int = setting(8_192, "Tokens that corrections are fitted to; an eighth of them judges.", 256, 1 << 40)
     norm_rate: float = setting(0.002, "How fast norms learn with them, as a share of their size a step; 0: they stay.", 0, 1)
     tune_tokens: int = setting(20_480, "Tokens on which the chosen corrections are trained together, 0: none.", most=1 << 40)

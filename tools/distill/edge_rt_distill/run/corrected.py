@@ -40,21 +40,27 @@ def options_of(config: CompensateConfig, seed: int) -> Options:
     return replace(base, tuning=tuning)
 
 
-def write_corrected(source: Path, target: Path, found: Result, tokeniser: Tokeniser, provenance: Mapping[str, str | int]) -> None:
+def write_corrected(
+    source: Path, target: Path, found: Result, tokeniser: Tokeniser, provenance: Mapping[str, str | int], *, biases_in_model: bool = False
+) -> None:
     """Write a model again, matrix by matrix the same bytes, with the norms that tuning changed; its side file; and the low rank part as
-    an adapter for stock llama.cpp, ``STEM.lora.gguf``. Raises UserError where they cannot be written.
+    an adapter for stock llama.cpp, ``STEM.lora.gguf``. ``biases_in_model``: biases become tensors of the model, which stock llama.cpp adds
+    too. Raises UserError where they cannot be written, UnsupportedModel for biases of a model that llama.cpp reads none of.
     """
     model, storage = read_gguf(source), Options().forms.storage
     with torch.no_grad():
         for name, weight in found.norms.items():
             tensors(model)[name].copy_(weight)
-    export(target, model, tokeniser, how=raw_tensors(source), name=target.stem, provenance=provenance)
-    if found.compensation:
+    rest, biases = found.compensation, dict[str, torch.Tensor]()
+    if biases_in_model:
+        rest, biases = side_files.without_biases(rest), side_files.bias_tensors(rest)
+    export(target, model, tokeniser, how=raw_tensors(source), biases=biases, name=target.stem, provenance=provenance)
+    if rest:
         family = model.architecture.family
         side_files.write_side_file(
-            side_files.side_path(target), found.compensation, architecture=family, model=fingerprint(target), storage=storage
+            side_files.side_path(target), rest, architecture=family, model=fingerprint(target), storage=storage
         )
-        side_files.write_lora(target.with_name(f"{target.stem}.lora.gguf"), found.compensation, architecture=family, storage=storage)
+        side_files.write_lora(target.with_name(f"{target.stem}.lora.gguf"), rest, architecture=family, storage=storage)
 
 
 def raw_tensors(path: Path) -> dict[str, Encoded]:

@@ -118,7 +118,10 @@ def compensate_step(shop: Workshop) -> Step:
         )
         write_file(place.folder / "compensation.json", json.dumps(as_json(found), indent=1, default=str))
         write_file(place.folder / "compensation.txt", table(found) + "\n")
-        write_corrected(source, place.folder / f"{config.name}.gguf", found, shop.teacher.tokeniser, _provenance(shop, quantised))
+        write_corrected(
+            source, place.folder / f"{config.name}.gguf", found, shop.teacher.tokeniser, _provenance(shop, quantised),
+            biases_in_model=config.compensate.biases_in_model,
+        )  # fmt: skip
         kl = {"kl without": found.kl_none, "kl with": found.kl}
         return {"sites": len(found.compensation), "bytes": found.bytes, "microseconds": found.microseconds, **kl}
 
