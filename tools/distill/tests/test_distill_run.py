@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import typer
 from edge_rt_distill.cli import add_commands
-from edge_rt_distill.run.pipeline import run_file
+from edge_rt_distill.run.pipeline import run_file, state, workshop
+from edge_rt_distill.run.pipeline import steps as planned
 from typer.testing import CliRunner, Result
 
 import edge_rt
 from edge_rt.hooks import OptionError, UserError
+from edge_rt.testing.random_models import write_random_model
 
 DISTRIBUTION = Path(__file__).parents[1]
 RUN = """
@@ -210,3 +212,13 @@ def test_a_file_to_begin_with_is_written_once(command, tiny, tmp_path):
     assert "is there already" in str(invoke("init", tmp_path / "my.toml").exception)
     with pytest.raises(OptionError, match="there is no step nowhere; the steps are data"):
         run_file(folder(tmp_path / "run", tiny) / "run.toml", until="nowhere")
+
+
+def test_another_teacher_of_the_same_name_is_another_teacher(tiny, tmp_path):
+    place = folder(tmp_path / "stamps", tiny)
+    keys = {one.name: one.settings for one in planned(workshop(place / "run.toml"))}
+    write_random_model(place / "tiny.gguf", "llama", n_layer=2, seed=1, type="F32")
+    changed = {one.name for one in planned(workshop(place / "run.toml")) if one.settings != keys[one.name]}
+    assert changed == {"rollouts", "library", "diagnose", "answers"}, "the others depend on these"
+    (place / "tiny.gguf").unlink()
+    assert [done for _, done in state(place / "run.toml")] == [None] * len(keys), "what is done can be told without the teacher"

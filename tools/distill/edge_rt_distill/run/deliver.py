@@ -35,7 +35,7 @@ from edge_rt_distill.stages.material import Material
 from edge_rt_distill.stages.teachers import CachingTeacher
 from edge_rt_distill.stages.trainer import train
 
-QUANTISED, CORRECTED = "quantised.gguf", "corrections"
+QUANTISED = "quantised.gguf"
 
 
 def quantise_step(shop: Workshop) -> Step:

@@ -35,8 +35,8 @@ def run_file(file: Path, until: str | None = None, told: Told = quiet, planning:
     """Do a run, or go on with it, up to the step ``until``. Raises UserErrors of every stage; what is done stays."""
     shop = workshop(file)
     _threads(shop.config)
-    planned = planning(shop)
     _ = shop.teacher_path  # a wrong name is told before anything is done
+    planned = planning(shop)
     if until is not None:
         names = [one.name for one in planned]
         if until not in names:

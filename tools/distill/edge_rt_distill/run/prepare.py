@@ -91,7 +91,7 @@ def rollouts_step(shop: Workshop) -> Step:
     """
     config = shop.config.data
     settings = {
-        "count": config.rollouts, "tokens": config.rollout_tokens, "teacher": shop.config.teacher.model, "seed": shop.config.run.seed,
+        "count": config.rollouts, "tokens": config.rollout_tokens, "teacher": shop.teacher_stamp, "seed": shop.config.run.seed,
     }  # fmt: skip
 
     def run(place: Place) -> Mapping[str, Any]:

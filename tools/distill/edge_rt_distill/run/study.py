@@ -35,7 +35,7 @@ _HEADS = 16
 def library_step(shop: Workshop) -> Step:
     """Records the teacher into the library, domain by domain: answers, activations, attention, errors; and its parameters, once."""
     config = shop.config.library
-    settings = {**asdict(config), "teacher": shop.config.teacher.model, "seed": shop.config.run.seed}
+    settings = {**asdict(config), "teacher": shop.teacher_stamp, "seed": shop.config.run.seed}
 
     def run(place: Place) -> Mapping[str, Any]:
         library = Library.open(shop.library_folder, create=True)
@@ -96,7 +96,7 @@ def _record(
 def diagnose_step(shop: Workshop) -> Step:
     """Measures what of the teacher carries the value on the samples: ``diagnosis.json``, ``diagnosis.npz``, ``diagnosis.html``."""
     options = Options(**asdict(shop.config.diagnose), seed=shop.config.run.seed)
-    settings = {**asdict(options), "teacher": shop.config.teacher.model, "length": shop.config.data.length}
+    settings = {**asdict(options), "teacher": shop.teacher_stamp, "length": shop.config.data.length}
 
     def run(place: Place) -> Mapping[str, Any]:
         train = place.need("data") / TRAIN

@@ -50,7 +50,7 @@ TEACHING = ("data", "rollouts", "diagnose", "cut", "answers")
 def answers_step(shop: Workshop) -> Step:
     """The teacher's answers to the questions of the samples, several to each, with what they were rewarded: ``answers.jsonl``."""
     config = shop.config.behaviour
-    settings = {**asdict(config), "teacher": shop.config.teacher.model, "seed": shop.config.run.seed, "wanted": _wanted(shop.config)}
+    settings = {**asdict(config), "teacher": shop.teacher_stamp, "seed": shop.config.run.seed, "wanted": _wanted(shop.config)}
 
     def run(place: Place) -> Mapping[str, Any]:
         if not _wanted(shop.config):

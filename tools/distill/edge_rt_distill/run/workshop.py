@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edge_rt.hooks import DataError, resolve_model
+from edge_rt.hooks import DataError, ModelFileError, resolve_model
 from edge_rt_distill.data.batches import encode
 from edge_rt_distill.data.records import parse
 from edge_rt_distill.data.samples import Sample
@@ -43,6 +43,19 @@ class Workshop:
     def teacher_path(self) -> Path:
         """The teacher's file or folder. Raises ModelFileError when there is none."""
         return resolve_model(self.path(self.config.teacher.model))
+
+    @cached_property
+    def teacher_stamp(self) -> list[Any]:
+        """Name, size and time of change of the teacher's files: another teacher under the same name makes other keys of steps.
+
+        Its name alone where it is not there: what a run found can be told without it, and doing one asks for its path before this.
+        """
+        try:
+            path = self.teacher_path
+        except ModelFileError:
+            return [self.config.teacher.model]
+        files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+        return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
 
     @cached_property
     def teacher(self) -> Teacher:
