@@ -61,6 +61,7 @@ class LibraryConfig:
     snapshot: bool = setting(True, "Keep all of the teacher's parameters there.")
     samples: int = setting(0, "Chat samples that are recorded at most, 0: all.", most=1 << 30)
     answer_tokens: int = setting(96, "Tokens of an answer at most.", 1, 1 << 16)
+    errors: int = setting(1, "Errors of a domain that are explained: a pass for each layer, and for some heads.", most=1 << 20)
 
 
 @dataclass(frozen=True)

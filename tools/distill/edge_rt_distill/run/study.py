@@ -26,8 +26,6 @@ from edge_rt_distill.run.workshop import TRAIN, Workshop, read_back
 Quiet = Callable[[int, int], None]
 _MAPS = 2
 """Samples of a domain whose attention maps are kept."""
-_CASES = 4
-"""Errors of a domain that are explained."""
 _HEADS = 16
 """Heads that are left out in turn to explain an error."""
 
@@ -84,7 +82,7 @@ def _record(
             library, teacher, prompts, domain=domain, options=options, score=score, scored_by="checks", told=told("answers")
         )
         made, mean = [answers], answers.score
-        cases = errors.failures(recorded.trajectories(library, answers), failed)[:_CASES]
+        cases = errors.failures(recorded.trajectories(library, answers), failed)[: config.errors]
         if cases:
             made.append(errors.record_errors(library, teacher, cases, domain=domain, heads=_HEADS, told=told("errors explained")))
     if sequences:
