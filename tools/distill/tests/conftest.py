@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+
+# Processes that tests start know this distribution too, whether it is installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
 
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]

@@ -19,6 +19,10 @@ from edge_rt_distill.progress import Told, quiet
 Logits = npt.NDArray[np.float32]
 
 
+_APART = 0.01
+"""Of the root mean square of logits, by which two runtimes may differ."""
+
+
 def run_logits(
     model: Path, sequences: Sequence[TokenSequence], *, compensation: str = "auto", engine: str | None = None,
     told: Told = quiet,
@@ -32,10 +36,14 @@ def run_logits(
 
 
 def equal_to_stock(model: Path, sequences: Sequence[TokenSequence]) -> bool:
-    """Whether stock llama.cpp gives the same logits, within what its own kernels differ by between batch sizes."""
+    """Whether stock llama.cpp gives the same logits, as far as its own kernels agree with each other.
+
+    Of weights that are packed and of those that are not, sums are made in another order; where that moves an input over the border between
+    two of the 8-bit steps to which it is rounded, logits move by up to half a percent. A model that is read wrongly is far beyond that.
+    """
     ours = run_logits(model, sequences, compensation="off")
     stock = run_logits(model, sequences, compensation="off", engine="llama_cpp")
-    return all(bool(np.abs(one - other).max() <= 1e-3 * np.abs(one).max()) for one, other in zip(ours, stock, strict=True))
+    return all(bool(np.square(one - other).mean() <= _APART**2 * np.square(other).mean()) for one, other in zip(ours, stock, strict=True))
 
 
 @torch.no_grad()
