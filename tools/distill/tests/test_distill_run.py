@@ -222,3 +222,12 @@ def test_another_teacher_of_the_same_name_is_another_teacher(tiny, tmp_path):
     assert changed == {"rollouts", "library", "diagnose", "answers"}, "the others depend on these"
     (place / "tiny.gguf").unlink()
     assert [done for _, done in state(place / "run.toml")] == [None] * len(keys), "what is done can be told without the teacher"
+
+
+def test_a_run_without_texts_of_the_teacher_learns_from_the_samples_alone(tiny, tmp_path):
+    shop = workshop(folder(tmp_path / "alone", tiny) / "run.toml")
+    (tmp_path / "train.jsonl").write_text(MORE.splitlines()[0] + "\n")
+    (tmp_path / "rollouts.jsonl").write_text("")
+    found = shop.sequences(tmp_path / "train.jsonl", tmp_path / "rollouts.jsonl")
+    assert found == shop.sequences(tmp_path / "train.jsonl")
+    assert len(found) == 1

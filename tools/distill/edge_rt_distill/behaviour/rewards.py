@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.data.checks import Answer, score
 from edge_rt_distill.data.samples import Sample
+from edge_rt_distill.named import find
 
 ALWAYS: tuple[dict[str, Any], ...] = ({"kind": "ends"}, {"kind": "no_loops"})
 """Asked of every answer: one that has all that was required and then goes on for ever is of no use."""
@@ -62,22 +62,14 @@ def load_reward(name: str) -> RewardFunction:
     """
     if not name:
         return reward
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise OptionError(f"{name!r} names no reward; write MODULE:FUNCTION, as in my_rewards:polite")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise OptionError(f"the reward {name}: {error}; is its folder in PYTHONPATH?") from error
-    except AttributeError:
-        raise OptionError(f"the reward {name}: {module_name} has no {function_name}; check the spelling") from None
+    function = find(name, "reward", "MODULE:FUNCTION, as in my_rewards:polite")
     if not callable(function):
         raise OptionError(f"the reward {name} is not a function; name one that takes (sample, answer, ended)")
 
     def checked(sample: Sample, answer: str, ended: bool) -> Reward:
         result = function(sample, answer, ended)
         if isinstance(result, (int, float)) and not isinstance(result, bool):
-            result = Reward(float(result), {function_name: float(result)})
+            result = Reward(float(result), {name.partition(":")[2]: float(result)})
         if not isinstance(result, Reward) or not math.isfinite(result.value) or not 0 <= result.value <= 1:
             raise DataError(f"the reward {name} returned {result!r} for sample {sample.id}; it must be a Reward or a number from 0 to 1")
         return result

@@ -147,7 +147,7 @@ def trajectories(
 
 def _prompts(samples: Sequence[Sample], tokeniser: Tokeniser, room: int) -> dict[str, list[int]]:
     """Sample -> the tokens of its prompt, for those that ask something and fit into ``room`` tokens, in their order."""
-    asking = {sample.id: _prompt(sample, tokeniser) for sample in samples if sample.prompt}
+    asking = {sample.id: batches.question(sample, tokeniser) for sample in samples if sample.prompt}
     fitting = {name: prompt for name, prompt in asking.items() if 0 < len(prompt) <= room}
     if not fitting:
         why = f"none of their questions fits into {room} tokens" if asking else "none of them asks anything"
@@ -163,10 +163,6 @@ def _groups(prompts: Mapping[str, list[int]], size: int) -> list[list[str]]:
 
 def _cut(rollouts: Sequence[Rollout], size: int) -> list[Sequence[Rollout]]:
     return [rollouts[at : at + size] for at in range(0, len(rollouts), size)]
-
-
-def _prompt(sample: Sample, tokeniser: Tokeniser) -> list[int]:
-    return tokeniser.chat(batches.as_dicts(sample, len(sample.prompt)), True)
 
 
 def _known(records: Sequence[dict[str, object]], per_prompt: int) -> dict[str, list[Trajectory]]:

@@ -80,6 +80,11 @@ def as_dicts(sample: Sample, count: int | None = None) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in sample.messages[:count]]
 
 
+def question(sample: Sample, tokeniser: Tokeniser) -> list[int]:
+    """The tokens of a sample's last question and what came before it, in the model's template, up to where the answer begins."""
+    return tokeniser.chat(as_dicts(sample, len(sample.prompt)), answer=True)
+
+
 def turn_end(tokeniser: Tokeniser) -> int:
     """The token with which the model's template ends an answer, so what the model writes when it is done; else ``tokeniser.end``.
 

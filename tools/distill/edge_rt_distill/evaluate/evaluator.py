@@ -14,7 +14,6 @@ Answers are greedy, so that the same weights have the same score.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
 from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.named import find
 from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
 
 WEIGHTS: Mapping[str, float] = {"fidelity": 0.3, "agreement": 0.2, "perplexity": 0.2, "stop": 0.1, "reward": 0.2}
@@ -134,15 +134,7 @@ def load_evaluator(name: str) -> Evaluator:
     """
     if name in ("", "quick"):
         return Quick()
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise OptionError(f"{name!r} names no evaluator; write quick, or MODULE:ATTRIBUTE")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise OptionError(f"the evaluator {name}: {error}; is its folder in PYTHONPATH?") from error
-    except AttributeError:
-        raise OptionError(f"the evaluator {name}: {module} has no {attribute}; check the spelling") from None
+    found = find(name, "evaluator", "quick, or MODULE:ATTRIBUTE")
     made = found() if isinstance(found, type) else found
     if not isinstance(made, Evaluator):
         raise OptionError(f"the evaluator {name} has no method score; see edge_rt_distill.evaluate.evaluator.Evaluator")

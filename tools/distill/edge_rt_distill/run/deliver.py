@@ -27,7 +27,7 @@ from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.running import against, equal_to_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.teach import clear_training, training_options, unigram
+from edge_rt_distill.run.teach import clear_training, paced, training_options, unigram
 from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, enough, shuffled
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import Level
@@ -70,8 +70,7 @@ def quantise_step(shop: Workshop) -> Step:
 
 def _training(shop: Workshop, place: Place) -> list[TokenSequence]:
     """All that was learnt from, in an order of its own."""
-    found = shop.sequences(place.need("data") / TRAIN) + shop.sequences(place.need("rollouts") / ROLLOUTS)
-    return shuffled(found, shop.config.run.seed + 1)
+    return shuffled(shop.sequences(place.need("data") / TRAIN, place.need("rollouts") / ROLLOUTS), shop.config.run.seed + 1)
 
 
 def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, Encoded]) -> dict[str, Encoded]:
@@ -80,8 +79,7 @@ def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, E
     student.requires_grad_(True)
     qat.attach(student, config.quantise.type, scales="fixed", start=dict(start))
     sequences = _training(shop, place)
-    steps = max(1, config.quantise.aware_tokens // config.distil.batch_tokens)
-    every = max(1, min(steps, config.distil.evaluate_every // config.distil.batch_tokens))
+    steps, every = paced(config.quantise.aware_tokens, config.distil)
     level = Level(
         "token", {"token": 1.0}, Gate(1e-9), steps=steps, every=every, learning_rate=config.quantise.aware_rate,
         frozen=("token_embd.*", "output.*"),

@@ -17,7 +17,7 @@ from edge_rt_distill.data.splits import leaks, split
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, write_samples
+from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, stamps, write_samples
 
 _BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {"demo": lambda: demo().samples, "technical": technical_text}
 _OPENING = 4
@@ -27,7 +27,8 @@ _OPENING = 4
 def data_step(shop: Workshop) -> Step:
     """Reads the samples: ``train.jsonl``, ``held_out.jsonl`` and ``data.json``, which says what was left out and why."""
     config = shop.config.data
-    settings = {**asdict(config), "seed": shop.config.run.seed, "rollouts": 0, "rollout_tokens": 0, "files": _stamps(shop)}
+    files = [[name, stamps(shop.path(name))] for name in config.samples]
+    settings = {**asdict(config), "seed": shop.config.run.seed, "rollouts": 0, "rollout_tokens": 0, "files": files}
 
     def run(place: Place) -> Mapping[str, Any]:
         samples, problems = _read(shop, place)
@@ -50,16 +51,6 @@ def data_step(shop: Workshop) -> Step:
         return summary
 
     return Step("data", run, settings)
-
-
-def _stamps(shop: Workshop) -> list[Any]:
-    """Size and time of change of every file of samples: other content, another key."""
-    found: list[Any] = []
-    for name in shop.config.data.samples:
-        path = shop.path(name)
-        files = [one for one in sorted(path.rglob("*")) if one.is_file()] if path.is_dir() else [path] if path.is_file() else []
-        found.append([name, [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]])
-    return found
 
 
 def _read(shop: Workshop, place: Place) -> tuple[list[Sample], list[Problem]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.behaviour.rewards import reward
-from edge_rt_distill.data.batches import as_dicts
+from edge_rt_distill.data.batches import question
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import diagnose
 from edge_rt_distill.diagnose.options import Options
@@ -71,7 +71,7 @@ def _record(
     def failed(sample: str, text: str, ended: bool) -> list[str]:
         return [name for name, value in reward(by_id[sample], text, ended).parts.items() if value < 0.5]
 
-    prompts = [record.Prompt(one.id, teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True)) for one in samples if one.prompt]
+    prompts = [record.Prompt(one.id, question(one, teacher.tokeniser)) for one in samples if one.prompt]
     room = teacher.model.architecture.context - config.answer_tokens
     prompts = [one for one in prompts if len(one.tokens) <= room]
     sequences = [one for one in sequences if one.sample in by_id]

@@ -16,7 +16,7 @@ from torch import Tensor
 from edge_rt_distill.behaviour.examples import Example, Pair
 from edge_rt_distill.behaviour.rewards import load_reward, reward
 from edge_rt_distill.behaviour.rollouts import Choice, Sampling, Trajectory, imitation, pairs, trajectories
-from edge_rt_distill.data.batches import as_dicts, batches
+from edge_rt_distill.data.batches import batches, question
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import Diagnosis
 from edge_rt_distill.evaluate.evaluator import Context, Score, Task, load_evaluator, scorer
@@ -60,7 +60,7 @@ def answers_step(shop: Workshop) -> Step:
         samples = sorted(samples, key=lambda one: one.id)[: config.prompts]
         found = trajectories(
             shop.teacher.model, shop.teacher.tokeniser, samples, _sampling(shop.config), file=place.folder / ANSWERS,
-            origin=shop.teacher.digest, score=load_reward(config.reward) if config.reward else reward,
+            origin=shop.teacher.digest, score=load_reward(config.reward),
             told=partial(place.told, "the teacher answers"),
         )  # fmt: skip
         rewards = [one.reward for one in found]
@@ -136,8 +136,7 @@ def levels(config: DistilConfig) -> list[Level]:
     for standard in STANDARD:
         said = getattr(config, standard.name)
         if said.tokens:
-            steps = max(1, said.tokens // config.batch_tokens)
-            every = max(1, min(steps, config.evaluate_every // config.batch_tokens))
+            steps, every = paced(said.tokens, config)
             found.append(
                 standard._replace(
                     gate=Gate(said.threshold or standard.gate.threshold), steps=steps, every=every, learning_rate=said.learning_rate,
@@ -146,6 +145,12 @@ def levels(config: DistilConfig) -> list[Level]:
                 )
             )  # fmt: skip
     return found
+
+
+def paced(tokens: int, config: DistilConfig) -> tuple[int, int]:
+    """(steps, steps between evaluations) that some tokens make."""
+    steps = max(1, tokens // config.batch_tokens)
+    return steps, max(1, min(steps, config.evaluate_every // config.batch_tokens))
 
 
 def _possible(level: Level, material: Material, place: Place) -> Level | None:
@@ -165,14 +170,14 @@ def _possible(level: Level, material: Material, place: Place) -> Level | None:
 def _material(shop: Workshop, place: Place, student: Decoder) -> Material:
     """What the levels learn from and are judged on."""
     config, teacher = shop.config, shop.teacher
-    train_on = shop.sequences(place.need("data") / TRAIN) + shop.sequences(place.need("rollouts") / ROLLOUTS)
+    train_on = shop.sequences(place.need("data") / TRAIN, place.need("rollouts") / ROLLOUTS)
     held_out = shop.held_out(place.need("data"))
     learnt, kept, better = _answered(shop, place)
     diagnosis = Diagnosis.read(place.need("diagnose"))
     cut = Cut.from_json(json.loads((place.need("cut") / CUT).read_text(encoding="utf-8")))
     heads = match_heads(student.architecture, teacher.model.architecture, heads=[one.heads for one in cut.layers])
     importance = torch.from_numpy(diagnosis.arrays["path_heads"])
-    prompts = [teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True) for one in _asking(place)]
+    prompts = [question(one, teacher.tokeniser) for one in _asking(place)]
     return Material(
         epoch=lambda number, start: batches(train_on, config.distil.batch_tokens, config.run.seed, number, start),
         held_out=list(batches(held_out, config.distil.batch_tokens, 0, 0)), examples=learnt, held_out_examples=kept, pairs=better,
@@ -209,7 +214,7 @@ def score_of(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
     """The composite score of a student: on held-out sequences, and on answers to held-out questions."""
     config, teacher = shop.config, shop.teacher
     asked = [one for one in read_back(place.need("data") / HELD_OUT) if one.prompt][: config.distil.asked]
-    tasks = [Task(teacher.tokeniser.chat(as_dicts(one, len(one.prompt)), answer=True), _rewarded(one)) for one in asked]
+    tasks = [Task(question(one, teacher.tokeniser), _rewarded(one)) for one in asked]
     context = Context(
         shop.held_out(place.need("data")), tasks, tokens=config.behaviour.tokens, end=teacher.tokeniser.end,
         decode=teacher.tokeniser.decode,

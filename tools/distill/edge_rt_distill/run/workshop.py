@@ -54,8 +54,7 @@ class Workshop:
             path = self.teacher_path
         except ModelFileError:
             return [self.config.teacher.model]
-        files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-        return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
+        return stamps(path)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -63,13 +62,19 @@ class Workshop:
         vocabulary = self.config.teacher.vocabulary
         return load(self.teacher_path, self.path(vocabulary) if vocabulary else None)
 
-    def sequences(self, file: Path) -> list[TokenSequence]:
-        """The sequences of a file of samples that ``write_samples`` wrote."""
-        return encode(read_back(file), self.teacher.tokeniser, self.config.data.length)
+    def sequences(self, *files: Path) -> list[TokenSequence]:
+        """The sequences of files of samples that ``write_samples`` wrote, one of which may be empty."""
+        return encode([sample for file in files for sample in read_back(file)], self.teacher.tokeniser, self.config.data.length)
 
     def held_out(self, data: Path) -> list[TokenSequence]:
         """The sequences that students are measured on: some of all kinds."""
         return shuffled(self.sequences(data / HELD_OUT), 0)[: self.config.distil.held_out]
+
+
+def stamps(path: Path) -> list[list[Any]]:
+    """Name, size and time of change of a file or of all in a folder: other content, other stamps. Empty where nothing is there."""
+    files = [one for one in ([path, *sorted(path.rglob("*"))]) if one.is_file()]
+    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
 
 
 def shuffled(sequences: list[TokenSequence], seed: int) -> list[TokenSequence]:
