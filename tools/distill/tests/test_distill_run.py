@@ -139,7 +139,7 @@ def test_a_teacher_becomes_a_student_that_runs(whole):
     assert steps["cut"]["share"] <= 0.8
     assert steps["distil"]["levels"] == 4
     verified = json.loads((whole / "run" / "verify" / "verify.json").read_text())
-    assert verified["equal to stock llama.cpp"] is True
+    assert verified["kl from stock llama.cpp"] < 0.005
     with edge_rt.open(whole / "run" / verified["file"], context=64) as model, model.session() as session:
         assert model.compensation is not None
         assert len(list(session.generate("Hello", max_tokens=4))) > 1

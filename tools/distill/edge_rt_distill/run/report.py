@@ -85,9 +85,8 @@ def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
         share, parameters = done["cut"].summary["share"], done["cut"].summary["parameters"]
         yield f"{parameters:,} parameters, {share:.1%} of the teacher's."
     if facts:
-        same = "equal" if facts["equal to stock llama.cpp"] else "not equal"
         side = f", corrections {facts['compensation bytes']:,}" if "compensation" in facts else ""
-        yield f"The file has {facts['bytes']:,} bytes{side}; without corrections its logits are {same} to stock llama.cpp's.\n"
+        yield f"The file has {facts['bytes']:,} bytes{side}; without corrections stock llama.cpp is {facts['kl from stock llama.cpp']:.2g} nats away.\n"
 
 
 def _levels(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
