@@ -86,7 +86,8 @@ def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
         yield f"{parameters:,} parameters, {share:.1%} of the teacher's."
     if facts:
         side = f", corrections {facts['compensation bytes']:,}" if "compensation" in facts else ""
-        yield f"The file has {facts['bytes']:,} bytes{side}; without corrections stock llama.cpp is {facts['kl from stock llama.cpp']:.2g} nats away.\n"
+        apart = facts["kl from stock llama.cpp"]
+        yield f"The file has {facts['bytes']:,} bytes{side}; without corrections stock llama.cpp is {apart:.2g} nats away.\n"
 
 
 def _levels(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
