@@ -117,6 +117,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def whole(command: Command, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from its beginning to its end."""
     place = folder(tmp_path_factory.mktemp("run") / "whole", tiny)
+    (place / "demo").mkdir()  # as a run named demo.toml leaves it; the set of that name is meant
     code, out, error = finish(command("run", "run.toml", "--json", cwd=place))
     assert code == 0, error
     (place / "said.json").write_text(out)

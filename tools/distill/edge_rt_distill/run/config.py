@@ -44,8 +44,9 @@ class DataConfig:
     """``[data]``"""
 
     samples: tuple[str, ...] = setting(
-        ("demo",), "Files and folders of JSONL or text; `demo` ships with the tool, `technical` is text that ships with Python."
-    )
+        ("demo",),
+        "Files and folders of JSONL or text; `demo` ships with the tool, `technical` is text that ships with Python (`./demo` is your own)."
+    )  # fmt: skip
     policy: str = setting("skip", "What a broken line does: it is skipped and told, or stops the run.", choices=("skip", "stop"))
     length: int = setting(256, "Tokens of a sequence at most.", 16, 1 << 16)
     held_out: float = setting(0.1, "Share of the samples that nothing is learnt from.", 0.01, 0.9)

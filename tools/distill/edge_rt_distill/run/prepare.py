@@ -27,7 +27,7 @@ _OPENING = 4
 def data_step(shop: Workshop) -> Step:
     """Reads the samples: ``train.jsonl``, ``held_out.jsonl`` and ``data.json``, which says what was left out and why."""
     config = shop.config.data
-    files = [[name, stamps(shop.path(name))] for name in config.samples]
+    files = [[name, stamps(shop.path(name)) if name not in _BUILT_IN else None] for name in config.samples]
     settings = {**asdict(config), "seed": shop.config.run.seed, "rollouts": 0, "rollout_tokens": 0, "files": files}
 
     def run(place: Place) -> Mapping[str, Any]:
@@ -57,7 +57,7 @@ def _read(shop: Workshop, place: Place) -> tuple[list[Sample], list[Problem]]:
     samples: list[Sample] = []
     problems: list[Problem] = []
     for name in shop.config.data.samples:
-        if name in _BUILT_IN and not shop.path(name).exists():
+        if name in _BUILT_IN:
             samples += _BUILT_IN[name]()
             continue
         found = read_samples([shop.path(name)], policy="stop" if shop.config.data.policy == "stop" else "skip", minimum=1)
