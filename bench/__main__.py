@@ -33,7 +33,9 @@ BENCHMARKS = {
     "compiled": ("compiled", "run"),
     "compiled-quality": ("compiled", "quality"),
     "quantised": ("distilled", "quantised"),
+    "saturation": ("distilled", "saturation"),
     "compensation": ("distilled", "overhead"),
+    "student": ("students", "run"),
     "context-retrieval": ("context.retrieval", "run"),
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
@@ -60,17 +62,17 @@ QUALITY = (
 """Those of context handling."""
 POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
 """Those of post-processing."""
-DISTILLED = ("quantised", "compensation")
-"""Those of quantisation and its compensation."""
+DISTILLED = ("quantised", "saturation", "compensation", "student")
+"""Those of quantisation, its compensation, and a student."""
 ADAPTATION = ("contention", "predictions", "compiled", "compiled-quality")
 """Those of the compiler and the governor."""
 SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
 SPEED = tuple(name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION + DISTILLED)
 """The others."""
-SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised")
+SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised", "saturation")
 """Those whose figures are scores, which a busy machine does not change."""
-LIMITS = {"predictions": 1800, "quantised": 3600, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
+LIMITS = {"predictions": 1800, "quantised": 3600, "saturation": 5400, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
 """Seconds of those that take longer than others by what they are to show."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
@@ -130,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="prove that everything runs; the figures mean nothing and are not stored")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct Q4_1, instead of the one that edge-rt pull fetches")
+    parser.add_argument("--student", type=Path, help="a student that `edge-rt distill run` made (default: that of the demo run)")
     parser.add_argument("--memory-group", type=Path, help="directory of a memory cgroup in which `limited` may make groups")
     parser.add_argument("--items", type=int, help="texts, conversations or secrets that a benchmark of scores uses")
     parser.add_argument("--minutes", type=float, help="how long the daemon is soaked (default: 20)")
@@ -152,7 +155,8 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
     settings = Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items)
-    results = run(replace(settings, minutes=options.minutes, peer_python=options.peer_python, llama_server=options.llama_server))
+    servers = {"peer_python": options.peer_python, "llama_server": options.llama_server}
+    results = run(replace(settings, minutes=options.minutes, student=options.student, **servers))
     if warning:
         results = [replace(result, notes=[*result.notes, warning]) for result in results]
     from bench.report import plain

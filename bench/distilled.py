@@ -20,6 +20,8 @@ from edge_rt.testing.random_compensations import write_random_compensation
 TOOL = Path(__file__).parents[1] / "tools" / "distill"
 CALIBRATION, TUNING = 8_192, 20_480
 """Tokens of technical text, to which the prose that is measured on is not related."""
+COUNTS = (512, 1024, 2048, 4096, 8192, 16_384)
+"""Tokens of calibration that are compared."""
 BILLION = {"n_layer": 22, "n_embd": 2048, "n_head": 32, "n_head_kv": 4, "head_dim": 64, "n_ff": 5632, "n_vocab": 32000}
 """TinyLlama's measures, 1.1 billion weights."""
 PLAIN = "plain Q4_0"
@@ -37,6 +39,7 @@ def quantised(settings: Settings) -> list[Result]:
         "GPTQ": (_quantised(settings, "Q4_0", "gptq"), "off"),
         "importance-weighted Q4_0": (_quantised(settings, "Q4_0", "importance"), "off"),
         **{f"importance-weighted {kind}": (_quantised(settings, kind, "importance"), "off") for kind in settings.pick(OTHERS, ())},
+        "llama.cpp's Q4_K_M": (models.smollm2(settings, "Q4_K_M", keep_embedding=True), "off"),
         PLAIN: (_quantised(settings, "Q4_0", "plain"), "off"),
     }
     found = divergences(source, files, settings, "quantised")
@@ -45,6 +48,17 @@ def quantised(settings: Settings) -> list[Result]:
     notes = [f"bytes of {name}: {size:,} ({size / sizes[PLAIN]:.3f})" for name, size in sizes.items()]
     bounds = (Bound(PLAIN, "at most", 0.4),)
     return [compare("KL divergence to F16, embedding F16 in all", "nats a token", found, bounds, notes)]
+
+
+def saturation(settings: Settings) -> list[Result]:
+    """How divergence falls with the tokens of calibration: GPTQ, and corrections that are fitted to them and not trained."""
+    sys.path.insert(0, str(TOOL))
+    counts = settings.pick(COUNTS, (512,))
+    files = {f"GPTQ, {count:,} tokens": (_quantised(settings, "Q4_0", "gptq", count), "off") for count in counts}
+    corrected = {f"corrected, {count:,} tokens": (_corrected(settings, count, 0), "auto") for count in counts}
+    *most, last = {**files, **corrected}.items()
+    found = divergences(models.smollm2(settings, "F16"), {OURS: last[1], **dict(most)}, settings, "quantised")
+    return [compare(f"KL divergence to F16, {last[0]}", "nats a token", found)]
 
 
 def overhead(settings: Settings) -> list[Result]:
@@ -117,8 +131,8 @@ def _first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
     return sequences[: tokens // 256]
 
 
-def _quantised(settings: Settings, kind: str, method: str) -> Path:
-    """SmolLM2 in a type, by a method of the tool; embedding F16."""
+def _quantised(settings: Settings, kind: str, method: str, tokens: int = CALIBRATION) -> Path:
+    """SmolLM2 in a type, by a method of the tool that was calibrated with so many tokens; embedding F16."""
     source = settings.model or models.smollm2(settings, "Q4_1")
 
     def make(path: Path) -> None:
@@ -126,19 +140,19 @@ def _quantised(settings: Settings, kind: str, method: str) -> Path:
         from edge_rt_distill.quantise.matrices import QuantiseOptions, quantise_model
 
         teacher = _teacher(source)
-        calibration = _first(_sequences(source), settings.pick(CALIBRATION, 512))
+        calibration = _first(_sequences(source), settings.pick(tokens, 512))
         found = quantise_model(teacher.model, calibration, QuantiseOptions(kind, method=method))  # type: ignore[arg-type]
         export(path, teacher.model, teacher.tokeniser, matrices=kind, embedding="F16", how=found.tensors)
 
-    quick = "-quick" if settings.quick else ""
+    quick = "-quick" if settings.quick else "" if tokens == CALIBRATION else f"-{tokens}"
     return models.made_once(models.folder() / f"distilled-{_version()}-{method}-{kind}{quick}.gguf", make)
 
 
-def _corrected(settings: Settings) -> Path:
+def _corrected(settings: Settings, tokens: int = CALIBRATION, tuning: int = TUNING) -> Path:
     """SmolLM2 by GPTQ with corrections of 3 % of its bytes, as a run makes them; its side file is beside it."""
     sys.path.insert(0, str(TOOL))
-    plain = _quantised(settings, "Q4_0", "gptq")
-    target = plain.with_name(plain.name.replace("gptq-Q4_0", "corrected"))
+    plain = _quantised(settings, "Q4_0", "gptq", tokens)
+    target = plain.with_name(plain.name.replace("gptq-Q4_0", "corrected" if tuning else "untuned"))
     if target.exists() and _side(target).exists():
         return target
     from edge_rt_distill.compensate.choose import choose
@@ -148,8 +162,8 @@ def _corrected(settings: Settings) -> Path:
 
     source = settings.model or models.smollm2(settings, "Q4_1")
     teacher, sequences = _teacher(source), _sequences(source)
-    config = CompensateConfig(tune_tokens=settings.pick(TUNING, 0))
-    fitting = _first(sequences, settings.pick(CALIBRATION, 1024))
+    config = CompensateConfig(tune_tokens=settings.pick(tuning, 0))
+    fitting = _first(sequences, settings.pick(tokens, 1024))
     apart = max(1, len(fitting) // 8)
     model = read_gguf(plain)
     budget = budget_of(plain, len(model.layers), config)

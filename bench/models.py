@@ -12,21 +12,26 @@ from bench.results import Settings
 from edge_rt import catalog, config
 from edge_rt.core.load.model_file import ModelFile
 
-_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # enum llama_ftype
+_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
+_F16 = 1  # enum ggml_type
 
 LARGE = {"n_layer": 32, "n_embd": 2560, "n_head": 20, "n_head_kv": 4, "head_dim": 128, "n_ff": 6912, "n_vocab": 49152}
 """2.3 billion weights, 1.3 GB as Q4_0."""
 SMALL = {"n_layer": 12, "n_embd": 512, "n_head": 8, "n_head_kv": 2, "head_dim": 64, "n_ff": 2048, "n_vocab": 8192}
 
 
-def smollm2(settings: Settings, kind: str) -> Path:
-    """SmolLM2-135M-Instruct in a GGUF type; made once from the Q4_1 file and kept in the cache. Raises DownloadError, RuntimeError."""
+def smollm2(settings: Settings, kind: str, *, keep_embedding: bool = False) -> Path:
+    """SmolLM2-135M-Instruct as llama.cpp's quantiser makes it of the Q4_1 file; made once and kept in the cache.
+
+    ``keep_embedding``: it is F16, instead of what goes with the type. Raises DownloadError, RuntimeError.
+    """
     source = settings.model or catalog.fetch(catalog.DEFAULT)
     if kind == "Q4_1":
         return source
     with ModelFile.open(source) as file:
         key = zlib.crc32(file.key().encode())
-    return made_once(folder() / f"smollm2-{key:08x}-{kind}.gguf", lambda path: _quantise(source, path, kind, settings.threads))
+    name = f"smollm2-{key:08x}-{kind}{'-embedding-F16' if keep_embedding else ''}.gguf"
+    return made_once(folder() / name, lambda path: _quantise(source, path, kind, settings.threads, keep_embedding))
 
 
 def large(settings: Settings) -> Path:
@@ -82,7 +87,7 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _quantise(source: Path, target: Path, kind: str, threads: int) -> None:
+def _quantise(source: Path, target: Path, kind: str, threads: int, keep_embedding: bool) -> None:
     import ctypes
 
     from llama_cpp import llama_cpp
@@ -92,6 +97,8 @@ def _quantise(source: Path, target: Path, kind: str, threads: int) -> None:
     silence_libllama()  # it tells of every tensor
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = _FILE_TYPES[kind], True, threads
+    if keep_embedding:  # it is the output too
+        params.token_embedding_type = params.output_tensor_type = _F16
     status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status != 0:
         raise RuntimeError(f"libllama could not make {kind} from {source} (status {status})")

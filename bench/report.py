@@ -108,8 +108,11 @@ Measured with `python -m bench` and written by `python -m bench report`. What it
   divergence of the next token in the running product. Everything was calibrated with English technical text (8,192 tokens of the pages
   that Python ships, 20,480 for training the corrections); measured is prose that has nothing to do with it. The file that was quantised
   is in Q4_1, so its weights lie on that type's grid, and Q4_1 loses nothing.
+- `saturation`: the same after other numbers of tokens of calibration; the corrections are fitted to them and not trained after that.
 - `compensation`: decoding with the corrections against decoding without, in turns, with all threads. The model of a billion weights is
   random, its corrections are of rank 32 at ten matrices.
+- `student`: what the demo run made ([report](distill-report.md)) against its teacher as llama.cpp's quantiser makes it in Q4_0, both in
+  edge-rt, in turns.
 """
 SPEED_WHY_NOT = """## What the published run does not meet, and why
 

@@ -98,8 +98,9 @@ def status(file: Annotated[Path, _FILE]) -> None:
     """Say what of a run is done, and what it found."""
     from edge_rt_distill.run.pipeline import state
 
-    for name, done in state(file):
-        typer.echo(f"{name:12} {'not done' if done is None else f'{done.seconds:8.1f} s  {_short(done.summary)}'}")
+    for name, done, current in state(file):
+        again = "" if current else "(to be done again: settings or the teacher have changed) "
+        typer.echo(f"{name:12} {'not done' if done is None else f'{done.seconds:8.1f} s  {again}{_short(done.summary)}'}")
 
 
 def _short(summary: object) -> str:

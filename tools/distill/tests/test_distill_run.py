@@ -154,8 +154,16 @@ def test_a_run_that_is_done_is_not_done_again(command, whole):
     said = invoke("status", whole / "run.toml").output
     assert len(said.splitlines()) == len(out.splitlines())
     assert "not done" not in said
+    assert "again" not in said
     records = json.loads(invoke("library", "ls", whole / "run" / "teacher-library", "--json").output)
     assert {one["kind"] for one in records} >= {"snapshot", "trajectories", "activations", "attention"}
+
+
+def test_status_says_what_changed_settings_would_do_again(whole):
+    other = whole / "other.toml"
+    other.write_text(RUN.replace('[run]', '[run]\nfolder = "run"').replace("calibration_tokens = 1024", "calibration_tokens = 2048"))
+    said = {line.split()[0]: "again" in line for line in invoke("status", other).output.splitlines()}
+    assert [name for name, again in said.items() if again] == ["quantise", "compensate", "verify"]
 
 
 def invoke(*words: str | Path) -> Result:
@@ -222,7 +230,7 @@ def test_another_teacher_of_the_same_name_is_another_teacher(tiny, tmp_path):
     changed = {one.name for one in planned(workshop(place / "run.toml")) if one.settings != keys[one.name]}
     assert changed == {"rollouts", "library", "diagnose", "answers"}, "the others depend on these"
     (place / "tiny.gguf").unlink()
-    assert [done for _, done in state(place / "run.toml")] == [None] * len(keys), "what is done can be told without the teacher"
+    assert [one.done for one in state(place / "run.toml")] == [None] * len(keys), "what is done can be told without the teacher"
 
 
 def test_a_run_without_texts_of_the_teacher_learns_from_the_samples_alone(tiny, tmp_path):

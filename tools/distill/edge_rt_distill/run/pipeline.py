@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.progress import quiet
 from edge_rt_distill.run import ablate, deliver, prepare, shape, study, teach
 from edge_rt_distill.run.config import Config, read
-from edge_rt_distill.run.steps import Done, Step, Told, read_done, run_steps
+from edge_rt_distill.run.steps import Done, Step, Told, keys, read_done, run_steps
 from edge_rt_distill.run.workshop import Workshop
 
 
@@ -45,10 +46,20 @@ def run_file(file: Path, until: str | None = None, told: Told = quiet, planning:
     return run_steps(shop.folder, planned, told)
 
 
-def state(file: Path) -> list[tuple[str, Done | None]]:
+class State(NamedTuple):
+    """A step of a run: what is known of it, and whether that was found with the settings and the teacher as they are now."""
+
+    name: str
+    done: Done | None
+    current: bool
+
+
+def state(file: Path) -> list[State]:
     """What is done of a run, by step."""
     shop = workshop(file)
-    return [(one.name, read_done(shop.folder / one.name)) for one in steps(shop)]
+    planned = steps(shop)
+    known = {name: (key, read_done(shop.folder / name)) for name, key in keys(planned).items()}
+    return [State(name, done, done is not None and done.key == key) for name, (key, done) in known.items()]
 
 
 def workshop(file: Path) -> Workshop:

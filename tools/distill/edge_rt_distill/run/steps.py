@@ -67,9 +67,10 @@ def run_steps(folder: Path, steps: Sequence[Step], told: Told = quiet) -> list[D
     Raises what a step raises, when everything done so far stays; UserError when another run works in the folder or the disk is full.
     """
     found: dict[str, Done] = {}
+    known = keys(steps)
     with _alone(folder):
         for step in steps:
-            key = _key(step, found)
+            key = known[step.name]
             _promote(folder / f"{step.name}.work", folder / step.name)
             before = read_done(folder / step.name)
             if before is not None and before.key == key and _whole(folder / step.name, before):
@@ -89,9 +90,13 @@ def read_done(folder: Path) -> Done | None:
         return None
 
 
-def _key(step: Step, found: Mapping[str, Done]) -> str:
-    parts = [step.name, step.settings, {name: found[name].key for name in step.needs}]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def keys(steps: Sequence[Step]) -> dict[str, str]:
+    """By step a hash of all that its result depends on."""
+    found: dict[str, str] = {}
+    for step in steps:
+        parts = [step.name, step.settings, {name: found[name] for name in step.needs}]
+        found[step.name] = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return found
 
 
 def _whole(folder: Path, done: Done) -> bool:

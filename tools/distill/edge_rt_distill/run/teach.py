@@ -141,7 +141,10 @@ def levels(config: DistilConfig) -> list[Level]:
                 standard._replace(
                     gate=Gate(said.threshold or standard.gate.threshold), steps=steps, every=every, learning_rate=said.learning_rate,
                     frozen=("token_embd.*", "output.*") if config.freeze_embedding else (), score_patience=config.patience,
-                    token=standard.token._replace(kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy),
+                    token=standard.token._replace(
+                        kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy,
+                        head=standard.token.head if config.decoupled else 0,
+                    ),
                 )
             )  # fmt: skip
     return found
