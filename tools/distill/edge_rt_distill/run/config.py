@@ -109,7 +109,7 @@ class DistilConfig:
     evaluate_every: int = setting(16_384, "Tokens between evaluations: the epochs that gates count.", 256, 1 << 40)
     held_out: int = setting(64, "Sequences of the held-out samples that are measured on.", 1, 1 << 20)
     divergence: str = setting("forward", "Of the token level.", choices=("forward", "reverse", "skewed", "taid"))
-    decoupled: bool = setting(True, "The token level counts discriminative candidates that are unlikely for more; a third slower than plain.")
+    decoupled: bool = setting(True, "Discriminative candidates that are unlikely count for more; a third slower than plain divergence.")
     cross_entropy: float = setting(0.0, "Weight of the samples' own tokens beside the teacher's distribution, in all levels.", 0, 10)
     patience: int = setting(0, "Evaluations without a better score after which a level stops, 0: never for that.", most=1 << 20)
     asked: int = setting(8, "Held-out questions that are answered for the score.", most=1 << 20)

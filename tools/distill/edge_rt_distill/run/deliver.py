@@ -27,7 +27,7 @@ from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.running import against, from_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.teach import clear_training, paced, training_options, unigram
+from edge_rt_distill.run.teach import clear_training, paced, token_options, training_options, unigram
 from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, enough, shuffled
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import Level
@@ -82,7 +82,7 @@ def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, E
     steps, every = paced(config.quantise.aware_tokens, config.distil)
     level = Level(
         "token", {"token": 1.0}, Gate(1e-9), steps=steps, every=every, learning_rate=config.quantise.aware_rate,
-        frozen=("token_embd.*", "output.*"),
+        frozen=("token_embd.*", "output.*"), token=token_options(config.distil),
     )  # fmt: skip
     material = Material(
         epoch=lambda number, begin: batches(sequences, config.distil.batch_tokens, config.run.seed + 1, number, begin),

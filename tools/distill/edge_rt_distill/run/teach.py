@@ -23,7 +23,7 @@ from edge_rt_distill.evaluate.evaluator import Context, Score, Task, load_evalua
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.files import write_file
 from edge_rt_distill.losses.attention import match_heads, priorities
-from edge_rt_distill.losses.token import Kind
+from edge_rt_distill.losses.token import Kind, TokenOptions
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.precision import Precision, best
@@ -141,13 +141,17 @@ def levels(config: DistilConfig) -> list[Level]:
                 standard._replace(
                     gate=Gate(said.threshold or standard.gate.threshold), steps=steps, every=every, learning_rate=said.learning_rate,
                     frozen=("token_embd.*", "output.*") if config.freeze_embedding else (), score_patience=config.patience,
-                    token=standard.token._replace(
-                        kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy,
-                        head=standard.token.head if config.decoupled else 0,
-                    ),
+                    token=token_options(config),
                 )
             )  # fmt: skip
     return found
+
+
+def token_options(config: DistilConfig) -> TokenOptions:
+    """Those of the token term: the standard ones, with what a run says of them."""
+    standard = STANDARD[0].token
+    head = standard.head if config.decoupled else 0
+    return standard._replace(kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy, head=head)
 
 
 def paced(tokens: int, config: DistilConfig) -> tuple[int, int]:
