@@ -1,37 +1,10 @@
-"""What was chosen and why, as data and as a table; and how the gain grows with the text that corrections are fitted to."""
+"""What was chosen and why, as data and as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from edge_rt_distill.compensate.choose import Options, Result, choose
-from edge_rt_distill.compensate.cost import Budget
-from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.rows import beginning
-from edge_rt_distill.progress import Told, quiet
-
-
-class Saturation(NamedTuple):
-    """KL on held-out text, nats a token, with corrections fitted to so many tokens, and without any."""
-
-    tokens: int
-    kl: float
-    kl_none: float
-
-
-def saturation(
-    teacher: Decoder, student: Decoder, fitting: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], budget: Budget,
-    counts: Sequence[int], options: Options | None = None, told: Told = quiet,
-) -> list[Saturation]:  # fmt: skip
-    """`choose.choose` anew on the first so many tokens of the text. ``told``: called with points done and in all. Raises as that does."""
-    found: list[Saturation] = []
-    for number, count in enumerate(counts, 1):
-        some = beginning(fitting, count, len)
-        result = choose(teacher, student, some, held_out, budget, options)
-        found.append(Saturation(sum(map(len, some)), result.kl, result.kl_none))
-        told(number, len(counts))
-    return found
+from edge_rt_distill.compensate.choose import Result
 
 
 def as_json(result: Result) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from edge_rt_distill.diagnose.paths import trace
 from edge_rt_distill.diagnose.rows import in_rows
 from edge_rt_distill.diagnose.sensitivity import Fisher, fisher
 from edge_rt_distill.model.decoder import GROUPS, Decoder
-from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, rows_of
+from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, count_tokens, rows_of
 from edge_rt_distill.progress import Told
 
 _MAPS_BYTES = 128 << 20
@@ -126,7 +126,7 @@ def fisher_part(task: Task) -> Part:
 
 def removal(task: Task) -> Part:
     """The divergence without each layer, on fewer tokens."""
-    kept = beginning(task.sequences, task.options.removal_tokens, lambda one: len(one.tokens))
+    kept = beginning(task.sequences, task.options.removal_tokens, count_tokens)
     batches = list(in_rows(kept, min(512, task.options.batch_tokens)))
     found = removal_kl(task.model, batches, all_removals(task.model, task.options.halves), len(task.sequences), told=task.told)
     mean, error = found.mean(), found.error()
@@ -142,7 +142,7 @@ def removal(task: Task) -> Part:
 
 def order(task: Task) -> Part:
     """Layers in the order in which they can go."""
-    kept = beginning(task.sequences, task.options.removal_tokens, lambda one: len(one.tokens))
+    kept = beginning(task.sequences, task.options.removal_tokens, count_tokens)
     batches = list(in_rows(kept, min(512, task.options.batch_tokens)))
     first = torch.from_numpy(task.before["removal"].arrays["layer_kl"])
     found = greedy(task.model, batches, first, task.options.order, len(task.sequences), candidates=task.options.candidates, told=task.told)

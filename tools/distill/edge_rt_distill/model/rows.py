@@ -26,6 +26,11 @@ class TokenSequence(NamedTuple):
     sample: str = ""
 
 
+def count_tokens(one: TokenSequence) -> int:
+    """Tokens of a sequence."""
+    return len(one.tokens)
+
+
 class Rows(NamedTuple):
     """``tokens`` [B, T] int64; ``mask`` [B, T] float32: what the prediction of the NEXT token weighs, 0 where it does not count;
     ``lengths`` [B] int64; ``numbers``: the place of each row in the list of sequences it was taken from, if it is from one."""
@@ -85,10 +90,10 @@ def grouped(lengths: Sequence[int], batch_tokens: int, order: Iterable[int] | No
         yield found
 
 
-def beginning(items: Sequence[T], tokens: int, length: Callable[[T], int]) -> list[T]:
-    """The first, as many as have at most ``tokens`` tokens together; at least one, if there is one. ``length``: of one."""
+def beginning(items: Sequence[T], tokens: int, size: Callable[[T], int]) -> list[T]:
+    """The first, as many as have at most ``tokens`` tokens together; at least one, if there is one. ``size``: of one."""
     for count, one in enumerate(items):
-        tokens -= length(one)
+        tokens -= size(one)
         if count and tokens < 0:
             return list(items[:count])
     return list(items)

@@ -19,7 +19,7 @@ from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import read_gguf
-from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.model.rows import TokenSequence, beginning, count_tokens
 from edge_rt_distill.portable import portable
 from edge_rt_distill.quantise import qat
 from edge_rt_distill.quantise.matrices import Encoded, Method, QuantiseOptions, quantise_model
@@ -28,7 +28,7 @@ from edge_rt_distill.run.running import against, from_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import clear_training, paced, token_options, training_options, unigram
-from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, enough, shuffled
+from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, shuffled
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import Level
 from edge_rt_distill.stages.material import Material
@@ -49,7 +49,7 @@ def quantise_step(shop: Workshop) -> Step:
         how: dict[str, Encoded] = {}
         if config.quantise.type != "F16":
             options = QuantiseOptions(config.quantise.type, method=cast(Method, config.quantise.method))
-            calibration = [one.tokens for one in enough(sequences, config.quantise.calibration_tokens)]
+            calibration = [one.tokens for one in beginning(sequences, config.quantise.calibration_tokens, count_tokens)]
             found = quantise_model(student, calibration, options, partial(place.told, "layers"))
             how = found.tensors
             if config.quantise.aware_tokens:
@@ -109,7 +109,7 @@ def compensate_step(shop: Workshop) -> Step:
         reference = portable(snapshot.read(place.need("distil") / STUDENT)[0])
         quantised = read_gguf(source)
         budget = budget_of(source, len(reference.layers), config.compensate)
-        sequences = [one.tokens for one in enough(_training(shop, place), config.compensate.tokens)]
+        sequences = [one.tokens for one in beginning(_training(shop, place), config.compensate.tokens, count_tokens)]
         apart = max(1, len(sequences) // 8)  # of the training data: what is held out of the run judges only in the end
         found = corrections.choose(
             reference, quantised, sequences[apart:], sequences[:apart], budget, options_of(config.compensate, config.run.seed), place.told

@@ -12,10 +12,10 @@ from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import Measures, divergence
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
-from edge_rt_distill.model.rows import Rows, TokenSequence
+from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, count_tokens
 from edge_rt_distill.run.config import Config, StudentConfig
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.workshop import TRAIN, Workshop, enough, shuffled
+from edge_rt_distill.run.workshop import TRAIN, Workshop, shuffled
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
 from edge_rt_distill.surgery.evidence import Evidence, read_evidence
@@ -86,4 +86,4 @@ def _options(config: StudentConfig) -> PlanOptions:
 
 def some_batches(sequences: list[TokenSequence], tokens: int, config: Config) -> list[Rows]:
     """Batches of the first sequences that have so many tokens together."""
-    return list(batches(enough(sequences, tokens), config.distil.batch_tokens, config.run.seed, 0))
+    return list(batches(beginning(sequences, tokens, count_tokens), config.distil.batch_tokens, config.run.seed, 0))

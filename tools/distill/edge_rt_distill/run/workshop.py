@@ -84,17 +84,6 @@ def shuffled(sequences: list[TokenSequence], seed: int) -> list[TokenSequence]:
     return found
 
 
-def enough(sequences: Iterable[TokenSequence], tokens: int) -> list[TokenSequence]:
-    """The first sequences that have so many tokens together, or more."""
-    found, left = [], tokens
-    for one in sequences:
-        if left <= 0:
-            break
-        found.append(one)
-        left -= len(one.tokens)
-    return found
-
-
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Samples as JSONL that ``read_back`` reads, in their order, at once. Raises UserError."""
     write_file(path, "".join(json.dumps(_record(sample), ensure_ascii=False) + "\n" for sample in samples))
