@@ -74,7 +74,8 @@ def run(options: Options) -> int:
         here = options.target == targets.AUTO
         target = _here(registry, source) if here else targets.load(options.target, registry.compiler_targets())
         norms = folding.norms(source) if corrected is None else folding.kept_for_compensation(folding.norms(source))
-        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source), norms)
+        size = 0 if corrected is None else corrected.size
+        situation = Situation(source.header, target, _goals(options), _sensitivities(options, source), norms, size)
         plan = decide(situation, [*built_in(), *registry.compiler_passes()])
         deployed, copied = None, _fitting(corrected, plan)
         if not options.dry_run:

@@ -41,7 +41,7 @@ class Goals(NamedTuple):
 
 class Situation(NamedTuple):
     """What a pass may look at: the source's header, the target, the goals, how sensitive groups of weights are, if measured, and what
-    its norms are, if they were looked at (``folding.norms``).
+    its norms are, if they were looked at (``folding.norms``). ``corrections``: bytes of a compensation that is applied, 0 for none.
     """
 
     header: Header
@@ -49,6 +49,7 @@ class Situation(NamedTuple):
     goals: Goals
     sensitivities: Sequence[Sensitive] = ()
     norms: Sequence[Norm] = ()
+    corrections: int = 0
 
     def shape(self, plan: Plan) -> ModelShape:
         """The model's shape as the plan has it."""
@@ -78,6 +79,8 @@ class Situation(NamedTuple):
     def memory(self, plan: Plan) -> cost.Memory:
         """Bytes of the process, with weights streamed by the plan's budget."""
         held = cost.memory(self.shape(plan), self.target, self.context, plan.chunk, plan.key_type)
+        if not plan.types:  # of weights that get other types, corrections are left out
+            held = held._replace(process=held.process + self.corrections)
         return held if plan.memory is None else held._replace(weights=min(held.weights, plan.memory))
 
 

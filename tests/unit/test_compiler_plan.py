@@ -144,6 +144,13 @@ def test_a_memory_limit_streams_what_does_not_fit_or_says_how_much_it_takes(tmp_
     assert pipeline.apply(Plan("rpi-cm4"), found._replace(goals=Goals(memory=enough))).chunk
 
 
+def test_corrections_take_memory_unless_the_plan_makes_them_useless(tmp_path: Path) -> None:
+    plain = situation(tmp_path, "rpi-cm4")
+    corrected, kept, changed = plain._replace(corrections=1000), Plan("rpi-cm4"), Plan("rpi-cm4", types={"blk.0.attn_q.weight": "Q8_0"})
+    assert corrected.memory(kept).total == plain.memory(kept).total + 1000
+    assert corrected.memory(changed) == plain.memory(changed)
+
+
 def test_a_card_takes_the_layers_that_fit(tmp_path: Path) -> None:
     found = situation(tmp_path, "a10g")
     assert pipeline.apply(Plan("a10g"), found).layers == 5  # four blocks and the head

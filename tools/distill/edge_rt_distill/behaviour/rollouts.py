@@ -42,7 +42,7 @@ class Sampling:
     temperature: float = 0.8
     top_k: int = 0
     seed: int = 0
-    rows: int = 16
+    rows: int = 32
     reward: str = ""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
 from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.named import find
-from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
+from edge_rt_distill.stages.teachers import CachingTeacher
 
 WEIGHTS: Mapping[str, float] = {"fidelity": 0.3, "agreement": 0.2, "perplexity": 0.2, "stop": 0.1, "reward": 0.2}
 SLACK = 8
@@ -72,15 +72,17 @@ class Evaluator(Protocol):
 
 @dataclass
 class Quick:
-    """The built-in evaluator. It remembers the teacher's answers. ``view``: the teacher's states, where they are kept somewhere."""
+    """The built-in evaluator. It remembers what the teacher said, its states (in half precision) and its answers."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
-    view: TeacherView | None = None
+    _view: CachingTeacher | None = field(default=None, repr=False)
     _answers: list[tuple[Decoder, Context, list[Rollout]]] = field(default_factory=list, repr=False)
 
     def score(self, student: Decoder, teacher: Decoder, context: Context) -> Score:
         """See the module. Raises as ``divergence`` and ``generate`` do."""
-        measures = divergence(student, self.view or LiveTeacher(teacher), context.sequences, batch_tokens=context.batch_tokens)
+        if self._view is None or self._view.model is not teacher:
+            self._view = CachingTeacher(teacher)
+        measures = divergence(student, self._view, context.sequences, batch_tokens=context.batch_tokens)
         parts = {
             "fidelity": math.exp(-max(0.0, measures.kl)),
             "agreement": measures.top1,
