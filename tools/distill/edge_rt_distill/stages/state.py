@@ -33,7 +33,7 @@ class LevelResult(NamedTuple):
 
 @dataclass
 class Best:
-    """The best evaluation of a level. ``value``: the composite score, or without one minus the level's error."""
+    """The best evaluation of a level. ``value``: the composite score where that ends the level, else minus the level's error."""
 
     value: float
     step: int

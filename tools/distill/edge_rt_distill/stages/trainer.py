@@ -82,8 +82,8 @@ def train(
 ) -> list[LevelResult]:  # fmt: skip
     """Take the student through the levels, in place, from where ``options.folder`` says it is, and say how each ended.
 
-    ``scorer`` gives the composite score, after which the best weights of a level are chosen, and a level stops (``score_patience``).
-    Without one the level's own error chooses. A level whose gate opened hands on its last weights, which the gate judged.
+    ``scorer`` gives the composite score; a level with ``score_patience`` stops when it gets no better, with its best weights by that.
+    In other levels the level's own error chooses. A level whose gate opened hands on its last weights, which the gate judged.
     ``told`` is called after each step; it stops the run by raising Cancelled, and the next call goes on from there.
 
     Raises OptionError or DataError for levels that cannot be run or lack data, TrainingError when training diverged: the student and the
@@ -279,7 +279,8 @@ class _Trainer:
         state.opened = state.opened or is_open(level.gate, state.gate)
         score = None if self.scorer is None else self.scorer(self.scene.student)
         state.score = None if score is None else score.value
-        self._keep_if_best(-own if score is None else score.value)
+        # A score has coarse parts, such as a few answers: where it ends no level, it does not choose either.
+        self._keep_if_best(-own if score is None or not level.score_patience else score.value)
         values: dict[str, Any] = {
             "kind": "evaluation", "level": level.name, "step": state.step, "errors": state.errors, "passed": state.gate.passed,
             "opened": state.opened, "reason": state.gate.reason, "tokens": state.tokens,
