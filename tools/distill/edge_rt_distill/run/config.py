@@ -98,7 +98,7 @@ class LevelConfig:
 
     tokens: int = setting(60_000, "Tokens to learn from at most; 0: the level is left out.", most=1 << 40)
     learning_rate: float = setting(1.5e-4, "The largest.", 1e-8, 1)
-    threshold: float = setting(0.0, "Held-out error below which the gate opens; 0: it stays shut, and all tokens are taken.", 0, 1e9)
+    threshold: float = setting(0.0, "Held-out error below which the gate opens, 0: the usual one.", 0, 1e9)
 
 
 @dataclass(frozen=True)
