@@ -29,7 +29,7 @@ from edge_rt_distill.stages.material import Answers, Material, check_material
 from edge_rt_distill.stages.schedule import learning_rate, taid_mix
 from edge_rt_distill.stages.state import Best, LevelResult, State
 from edge_rt_distill.stages.teachers import CachingTeacher, LiveTeacher
-from edge_rt_distill.stages.terms import Scene, errors, own_answers
+from edge_rt_distill.stages.terms import Scene, errors, groups, own_answers
 from edge_rt_distill.stages.trainer import Event, Options, train
 from hypothesis import given
 from hypothesis import strategies as st
@@ -534,6 +534,20 @@ def test_own_answers_count_from_the_last_token_of_the_prompt_to_the_last_but_one
         length = int(found.lengths[row])
         assert found.mask[row].nonzero().flatten().tolist() == list(range(2, length - 1))
     assert not found.tokens.equal(own_answers(scene, 1).tokens)
+
+
+def test_a_pair_is_judged_token_by_token_however_long_its_answers_are():
+    """A student that knows nothing loses more on a long answer; that is no lead of the short one."""
+    student, teacher = decoder(2).requires_grad_(False), decoder(3).requires_grad_(False)
+    student.head_weight.zero_()
+    both = Pair(example([1, 2], [3]), example([1, 2], [4] * 30))
+    scene = Scene(student, LiveTeacher(teacher), None, material(pairs=[both]))
+    (found,) = groups(scene, short("behaviour", {"preference": 1.0}), rows(1), 0, 0)
+    likely = []
+    for one in (both.chosen, both.rejected):
+        said = (teacher(torch.tensor([one.tokens])).hidden[0] @ teacher.head_weight.T).log_softmax(-1)
+        likely.append(float(said[1:-1].gather(-1, torch.tensor(one.tokens)[2:, None]).mean()))
+    assert float(found["preference"]) == pytest.approx(math.log1p(math.exp(2 * (likely[0] - likely[1]))), rel=1e-4)
 
 
 def test_a_position_is_only_seen_where_there_is_a_token():

@@ -84,8 +84,9 @@ def observe(scene: Scene, rows: Rows, wanted: Collection[Term]) -> tuple[Output,
 def _preference(scene: Scene, number: int) -> Tensor:
     pairs = scene.material.turn(scene.material.pairs, number)
     batch = rows_of_examples([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
-    # Both weigh whole answers: with the weights of imitation a pair could be won by its format tokens alone.
-    batch = batch._replace(mask=(batch.mask > 0).float())
+    # Both weigh whole answers, each token the same: with the weights of imitation a pair could be won by its format tokens alone.
+    answers = (batch.mask > 0).float()
+    batch = batch._replace(mask=answers / answers.sum(1, keepdim=True).clamp_min(1))
     ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, batch)
     with torch.no_grad():
         theirs = answer_logprobs(scene.teacher.hidden(batch), scene.teacher.head, batch)
