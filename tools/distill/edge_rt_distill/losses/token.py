@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,6 @@ from edge_rt_distill.model.precision import Head
 
 Kind = Literal["forward", "reverse", "skewed", "taid"]
 PARTS = ("divergence", "tail", "ranking", "cross_entropy")
-CACHED = 8
-"""Positions whose logits the caches hold: what is done element by element is done with so many at a time, products with more."""
 RANK_MARGIN = 1.0  # nats: a lead of the teacher's that is larger need not be larger in the student
 
 
@@ -141,7 +139,7 @@ def token_loss(
     return TokenLoss(loss, dict(zip(PARTS, parts.unbind(), strict=True)))
 
 
-def _rows_of(teacher: Final | FromTopK, rows: Tensor) -> Final | FromTopK:
+def _rows_of(teacher: Final | FromTopK, rows: Tensor | slice) -> Final | FromTopK:
     if isinstance(teacher, Final):
         return Final(teacher.hidden[rows], teacher.head)
     return FromTopK(teacher.tokens[rows], teacher.logprob[rows], teacher.tail[rows])
@@ -163,13 +161,9 @@ class _Fused(torch.autograd.Function):
         to_weight = torch.zeros(head.weight.shape, dtype=hidden.dtype) if wanted[1] else None
         parts = torch.zeros(len(PARTS), dtype=torch.float64)
         for rows in pieces(len(hidden), len(head.weight), hidden.element_size(), work.options.chunk):
-            gradient = head.logits(hidden[rows])
-            theirs = None if work.theirs is None else work.theirs.logits(cast(Final, work.teacher).hidden[rows])
-            for some in pieces(len(gradient), len(head.weight), chunk=CACHED):
-                at = slice(rows.start + some.start, rows.start + some.stop)
-                columns, found = _chunk(gradient[some], None if theirs is None else theirs[some], work, at)
-                parts += work.weights[at].double() @ columns.double()
-                torch.mul(found, work.weights[at, None], out=gradient[some])
+            columns, gradient = _chunk(head.logits(hidden[rows]), work, rows)
+            parts += work.weights[rows].double() @ columns.double()
+            gradient *= work.weights[rows, None]
             if to_hidden is not None:
                 to_hidden[rows] = head.back(gradient)
             if to_weight is not None:
@@ -186,18 +180,22 @@ class _Fused(torch.autograd.Function):
         return (*(None if kept is None else kept * gradients[0] for kept in ctx.saved_tensors), None, None)
 
 
-def _chunk(logits: Tensor, theirs: Tensor | None, work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
-    """(PARTS of each row [C, 4], gradient of the loss of each row with respect to its logits [C, V]). Both logits are overwritten."""
+def _chunk(logits: Tensor, work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
+    """(PARTS of each row [C, 4], gradient of the loss of each row with respect to its logits [C, V]). ``logits`` is overwritten."""
+    teacher = None if work.teacher is None else _rows_of(work.teacher, rows)
     labels = None if work.labels is None else work.labels[rows]
-    if isinstance(work.teacher, FromTopK):
-        known = FromTopK(*(one[rows] for one in work.teacher))
-        return _decoupled(logits, known.tokens, _known_buckets(known), None, labels, work)
-    if theirs is not None:
+    if isinstance(teacher, FromTopK):
+        return _decoupled(logits, teacher.tokens, _known_buckets(teacher), None, labels, work)
+    if isinstance(teacher, Final):
+        assert work.theirs is not None
+        theirs = work.theirs.logits(teacher.hidden)
         if work.options.head:
             index = theirs.topk(min(work.options.head, theirs.shape[-1] - 1), sorted=True).indices
             buckets, inside = _split(theirs, index)
             return _decoupled(logits, index, buckets, inside, labels, work)
         theirs = torch.log_softmax(theirs, -1)
+    else:
+        theirs = None
     log_q = torch.log_softmax(logits, -1)
     zero = log_q.new_zeros(len(log_q))
     divergence, gradient = (zero, logits.zero_()) if theirs is None else KINDS[work.options.kind](theirs, log_q, work.options)
