@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import typer
 from edge_rt_distill.cli import add_commands
-from edge_rt_distill.run.pipeline import run_file, state, workshop
+from edge_rt_distill.run.pipeline import ablation, run_file, state, workshop
 from edge_rt_distill.run.pipeline import steps as planned
+from edge_rt_distill.run.report import write_report
 from typer.testing import CliRunner, Result
 
 import edge_rt
@@ -164,6 +165,22 @@ def test_status_says_what_changed_settings_would_do_again(whole):
     other.write_text(RUN.replace('[run]', '[run]\nfolder = "run"').replace("calibration_tokens = 1024", "calibration_tokens = 2048"))
     said = {line.split()[0]: "again" in line for line in invoke("status", other).output.splitlines()}
     assert [name for name, again in said.items() if again] == ["quantise", "compensate", "verify"]
+
+
+def test_an_ablation_shares_the_cut_and_a_report_tells_of_all(whole):
+    (whole / "run.toml").write_text("# A student for tests.\n#   edge-rt distill run run.toml\n" + RUN)
+    before = results(whole)
+    done = {one.name: one for one in run_file(whole / "run.toml", planning=ablation)}
+    assert all(one.again for name, one in done.items() if not name.startswith("ablation"))
+    assert {name: found for name, found in results(whole).items() if not name.startswith("ablation")} == before
+    found = [done[f"ablation-{count}"].summary for count in range(5)]
+    assert found[0]["kl"] == pytest.approx(done["cut"].summary["kl"]), "taught nothing, the student is the cut"
+    assert len({one["tokens"] // 1024 for one in found[1:]}) == 1, "all learn from as many tokens"
+    page = write_report([whole / "run.toml"], whole / "report.md").read_text()
+    assert "## run\n\nA student for tests.\n\n```sh\nedge-rt distill run run.toml\n```" in page
+    assert page.count("| + ") == 4
+    for one in found:
+        assert f"| {one['kl']:.4f} ± {one['kl error']:.4f} | {one['top1']:.3f} | {one['perplexity_ratio']:.3f} |" in page
 
 
 def invoke(*words: str | Path) -> Result:

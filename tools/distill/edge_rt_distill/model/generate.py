@@ -103,11 +103,12 @@ def _step(model: Decoder, ids: Tensor, past: int, caches: Sequence[Cache], visib
 
 
 def _draw(logprobs: Tensor, temperature: float, draws: Sequence[torch.Generator], top_k: int) -> Tensor:
-    """A token for each row [B, V], as [B, 1]. Gumbel's trick: the largest of log-probability plus noise is a sample."""
+    """A token for each row [B, V], as [B, 1]: the first at which the sum of probabilities passes a random number."""
     if temperature <= 0:
         return logprobs.argmax(-1, keepdim=True)
     scores = logprobs / temperature
     if top_k:
         scores = scores.masked_fill(scores < scores.topk(top_k, -1).values[:, -1:], float("-inf"))
-    uniform = torch.stack([torch.rand(scores.shape[-1], generator=draw) for draw in draws])
-    return (scores - (-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()).argmax(-1, keepdim=True)
+    sums = scores.softmax(-1).double().cumsum(-1)  # in single precision unlikely tokens would add nothing
+    uniform = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_max(sums.shape[-1] - 1)

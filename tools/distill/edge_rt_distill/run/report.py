@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from edge_rt.hooks import DataError
+from edge_rt.hooks import DataError, available_cpus, cpu_processors
 from edge_rt_distill.files import write_file
 from edge_rt_distill.run.ablate import VARIANTS
 from edge_rt_distill.run.config import Config, read
@@ -31,7 +32,7 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
         "<!-- Made by `edge-rt distill report`. -->\n",
         "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
         "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
-        f"teacher's. Times are of {platform.processor() or platform.machine()}, other work may have shared the machine.\n",
+        f"teacher's. Times are of {_machine()}; other work may have shared it.\n",
     ]
     for file in files:
         parts += _run(file)
@@ -39,26 +40,39 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def _machine() -> str:
+    processor = next(cpu_processors(), None)
+    return f"{available_cpus()} CPUs, {(processor and processor.model) or platform.machine()}"
+
+
 def _run(file: Path) -> Iterator[str]:
     shop = workshop(file)
-    found = {one.name: read_done(shop.folder / one.name) for one in (*steps(shop), *ablation(shop))}
+    names = dict.fromkeys(one.name for one in (*steps(shop), *ablation(shop)))
+    found = {name: read_done(shop.folder / name) for name in names}
     done = {name: one for name, one in found.items() if one is not None}
     if not done:
         raise DataError(f"nothing of {file} is done yet; run `edge-rt distill run {file}` first")
     yield f"## {file.stem}\n"
-    yield f"`edge-rt distill run {file.name}`, with {_said(read(file))}\n"
+    yield _intro(file)
+    yield f"The settings that are not the usual ones: {_said(read(file))}.\n"
     yield from _student(done, shop.folder)
     yield from _levels(done, shop.folder)
     yield from _ablation(done, file)
-    planned = [one.name for one in steps(shop)]
-    rows = [(name, f"{done[name].seconds:.0f}" if name in done else "not done") for name in planned]
-    total = sum(one.seconds for name, one in done.items() if name in planned)
-    yield _table(("step", "seconds"), [*rows, ("all", f"{total:.0f}")])
+    total = sum(one.seconds for one in done.values())
+    yield _table(("step", "seconds"), [*((name, f"{one.seconds:.0f}") for name, one in done.items()), ("all", f"{total:.0f}")])
+
+
+def _intro(file: Path) -> str:
+    """What a run's file says of itself: the comment that it begins with, the commands in it as code."""
+    lines = [line[1:] for line in itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())]
+    words = " ".join(line.strip() for line in lines if not line.startswith("  "))
+    commands = [line.strip() for line in lines if line.startswith("  ")] or [f"edge-rt distill run {file.name}"]
+    return (f"{words}\n\n" if words else "") + "\n".join(["```sh", *commands, "```\n"])
 
 
 def _said(config: Config) -> str:
     """The settings that are not the usual ones."""
-    return ", ".join(_changes(config, Config(), "")) or "the usual settings"
+    return ", ".join(_changes(config, Config(), "")) or "none"
 
 
 def _changes(config: Any, usual: Any, prefix: str) -> Iterator[str]:
