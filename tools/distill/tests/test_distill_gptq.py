@@ -51,6 +51,21 @@ def _divergence(student: Decoder, model: Decoder, sequences: list[list[int]]) ->
     return float((p.exp() * (p - q)).sum(-1)[:, 1:].mean())
 
 
+def test_the_head_is_rounded_for_what_goes_into_it_and_comes_first(model: Decoder) -> None:
+    calibration = _tokens(0, 4)
+    found = quantise_model(model, calibration, QuantiseOptions(head="Q4_0", gptq=QUICK))
+    name = "token_embd.weight" if model.architecture.tied else "output.weight"
+    assert set(found.tensors) == {name, *(f"{site}.weight" for site in model.sites())}
+    assert torch.equal(decode(found.tensors[name]), found.model.head_weight)
+    with torch.no_grad():
+        x = model(torch.tensor(calibration)).hidden.flatten(0, 1)
+    hessian = x.T @ x
+    rounded = decode(encode(model.head_weight, "Q4_0"))
+    assert error(model.head_weight, found.model.head_weight, hessian) < 0.8 * error(model.head_weight, rounded, hessian)
+    for kept in ("Q8_0", "F16"):
+        assert name not in quantise_model(model, calibration, QuantiseOptions(head=kept, gptq=QUICK)).tensors
+
+
 @pytest.mark.parametrize("options", [
     QuantiseOptions(method="plain", type="Q8_0"), QuantiseOptions(method="importance", type="Q4_1"),
     QuantiseOptions(type="Q4_0", types={"ffn_down": "Q5_0", "blk.1.attn_v": "Q8_0", "blk.1.attn_k": "F16"}, gptq=QUICK),

@@ -20,7 +20,7 @@ from edge_rt_distill.quantise.formats import FORMATS
 from edge_rt_distill.quantise.gptq import DEFAULTS as GPTQ_DEFAULTS
 from edge_rt_distill.quantise.gptq import GptqOptions, damped, gptq
 from edge_rt_distill.quantise.statistics import First, Moments, counted, layers
-from edge_rt_distill.quantise.walk import BATCH_TOKENS, Step, Stream, walk
+from edge_rt_distill.quantise.walk import BATCH_TOKENS, Step, Stream, side_by_side, walk
 
 Method = Literal["plain", "importance", "gptq"]
 """ggml's quantiser without and with the mean squares of the inputs; GPTQ, which for types that are not of blocks of 32 is the second."""
@@ -30,6 +30,9 @@ there; or, where a matrix adds to the residual stream, also what the stream lack
 (Li et al. 2025, arXiv:2504.02692), in closed form."""
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 _ADDS = ("attn_output", "ffn_down")
+_TIED = 0.1
+"""Damping of a head that is the embedding too, where each error counts by itself. Of a student of SmolLM2 in Q4_0, embedding included,
+held-out KL was .428 with that in float, .443 with GPTQ (.444 and .447 with .02 and 1 as damping), .475 by importance, .505 rounded."""
 
 
 class Encoded(NamedTuple):
@@ -44,9 +47,11 @@ class QuantiseOptions(NamedTuple):
     that holds ``aim``'s correction back. ``first``: what becomes of position 0 (``statistics.First``). GPTQ must
     not leave it out: errors are moved to where only that position's massive activation sees them, and attention loses what it rests on
     (SmolLM2-135M in Q4_0, 4k tokens of calibration, unrelated text: KL .986 without it, .135 with it, .248 rounded by importance).
+    ``head``: type of the matrix that makes logits, the embedding where it is tied; by GPTQ in a type of fewer than 8 bits, else it stays.
     """
 
     type: str = "Q4_0"
+    head: str = "F16"
     types: Mapping[str, str] = {}
     method: Method = "gptq"
     aim: Aim = "weights"
@@ -76,7 +81,7 @@ def quantise_model(
     options: QuantiseOptions = DEFAULTS,
     told: Told = quiet,
 ) -> Quantised:
-    """Quantise the matrices of all layers; embedding, norms and biases stay. ``told``: layers done, of how many.
+    """Quantise the matrices of all layers, and the head if it is to be; norms and biases stay. ``told``: layers done, of how many.
 
     ``sequences``: tokens to calibrate with (``plain`` needs none). A layer whose parameters others share is quantised at its first place.
     Raises OptionError, DataError.
@@ -149,12 +154,29 @@ def _sequential(
     """GPTQ group by group: a matrix' inputs are those of the model in which all matrices before it are quantised."""
     tensors: dict[str, Encoded] = {}
     depth = len(model.layers)
+    if options.head in FORMATS and FORMATS[options.head].bits < 8:
+        _quantise_head(model, student, sequences, tensors, options)
     for step in _steps(model, student, sequences, options):
         if model.architecture.owner(step.layer) == step.layer:
             for group in GROUPS:
                 _quantise_group(step, group, student, tensors, options)
         told(step.layer + 1, depth)
     return tensors
+
+
+@torch.no_grad()
+def _quantise_head(
+    model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], tensors: dict[str, Encoded], options: QuantiseOptions
+) -> None:
+    """Before all else, for the inputs of the float model: as embedding it makes the inputs of all matrices, which are rounded to suit."""
+    moments = Moments(hessian=True)
+    for rows in side_by_side(sequences, options.batch_tokens):
+        moments.add(counted(model(rows.tokens).hidden, rows.real, options.first)[0])
+    tied = student.architecture.tied
+    how = options.gptq._replace(damping=_TIED) if tied else options.gptq
+    blocks = gptq(student.head_weight.detach(), moments.hessian(), FORMATS[options.head], how)
+    student.head_weight.copy_(blocks.values())
+    tensors["token_embd.weight" if tied else "output.weight"] = Encoded(options.head, blocks.pack())
 
 
 def _steps(model: Decoder, student: Decoder, sequences: Sequence[Sequence[int]], options: QuantiseOptions) -> Iterator[Step]:

@@ -139,7 +139,10 @@ class QuantiseConfig:
 
     type: str = setting("Q4_0", "Of matrices.", choices=("Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16"))
     method: str = setting("gptq", "How codes are chosen.", choices=("plain", "importance", "gptq"))
-    embedding: str = setting("F16", "Type of the embedding and the output.", choices=("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"))
+    embedding: str = setting(
+        "F16", "Type of the embedding and the output; GPTQ makes the one that gives logits, too.",
+        choices=("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
+    )  # fmt: skip
     calibration_tokens: int = setting(8_192, "Tokens that statistics are taken of.", 256, 1 << 24)
     aware_tokens: int = setting(0, "Tokens of a last phase of training that knows of the quantisation, 0: none.", most=1 << 40)
     aware_rate: float = setting(5e-5, "Its learning rate.", 1e-8, 1)
