@@ -9,8 +9,8 @@ from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import LINEARS, Decoder
 from edge_rt_distill.model.load import frozen, tensors
 from edge_rt_distill.quantise.formats import FORMATS
-from edge_rt_distill.quantise.gptq import GptqOptions, gptq
-from edge_rt_distill.quantise.matrices import Aim, QuantiseOptions, decode, quantise_model
+from edge_rt_distill.quantise.gptq import GptqOptions, error, gptq
+from edge_rt_distill.quantise.matrices import Aim, QuantiseOptions, decode, encode, quantise_model
 from edge_rt_distill.quantise.statistics import First, Moments, counted
 from torch import Tensor
 
