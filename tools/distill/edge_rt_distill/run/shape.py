@@ -33,7 +33,11 @@ _PROBED = 2048
 def cut_step(shop: Workshop) -> Step:
     """Cuts the teacher: ``student`` (a snapshot), ``cut.json`` with every decision and its reason, ``cut.txt`` for people."""
     config = shop.config.student
-    settings = {**asdict(config), "seed": shop.config.run.seed, "length": shop.config.data.length}
+    learning = shop.config.distil
+    settings = {
+        **asdict(config), "seed": shop.config.run.seed, "length": shop.config.data.length, "batch": learning.batch_tokens,
+        "held_out": learning.held_out,
+    }  # fmt: skip
 
     def run(place: Place) -> Mapping[str, Any]:
         teacher = shop.teacher.model
