@@ -167,16 +167,17 @@ def test_status_says_what_changed_settings_would_do_again(whole):
     assert [name for name, again in said.items() if again] == ["quantise", "compensate", "verify"]
 
 
-def test_an_ablation_shares_the_cut_and_a_report_tells_of_all(whole):
-    (whole / "run.toml").write_text("# A student for tests.\n#   edge-rt distill run run.toml\n" + RUN)
-    before = results(whole)
-    done = {one.name: one for one in run_file(whole / "run.toml", planning=ablation)}
+def test_an_ablation_shares_the_cut_and_a_report_tells_of_all(whole, tmp_path):
+    place = shutil.copytree(whole, tmp_path / "place")
+    (place / "run.toml").write_text("# A student for tests.\n#   edge-rt distill run run.toml\n" + RUN)
+    before = results(place)
+    done = {one.name: one for one in run_file(place / "run.toml", planning=ablation)}
     assert all(one.again for name, one in done.items() if not name.startswith("ablation"))
-    assert {name: found for name, found in results(whole).items() if not name.startswith("ablation")} == before
+    assert {name: found for name, found in results(place).items() if not name.startswith("ablation")} == before
     found = [done[f"ablation-{count}"].summary for count in range(5)]
     assert found[0]["kl"] == pytest.approx(done["cut"].summary["kl"]), "taught nothing, the student is the cut"
     assert len({one["tokens"] // 1024 for one in found[1:]}) == 1, "all learn from as many tokens"
-    page = write_report([whole / "run.toml"], whole / "report.md").read_text()
+    page = write_report([place / "run.toml"], place / "report.md").read_text()
     assert "## run\n\nA student for tests.\n\n```sh\nedge-rt distill run run.toml\n```" in page
     assert page.count("| + ") == 4
     for one in found:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
+
 from edge_rt.hooks import OptionError
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.model.decoder import Decoder
@@ -72,7 +74,7 @@ class Evaluator(Protocol):
 
 @dataclass
 class Quick:
-    """The built-in evaluator. It remembers what the teacher said, its states (in half precision) and its answers."""
+    """The built-in evaluator. It remembers what the teacher said, its states and its answers."""
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     _view: CachingTeacher | None = field(default=None, repr=False)
@@ -81,7 +83,7 @@ class Quick:
     def score(self, student: Decoder, teacher: Decoder, context: Context) -> Score:
         """See the module. Raises as ``divergence`` and ``generate`` do."""
         if self._view is None or self._view.model is not teacher:
-            self._view = CachingTeacher(teacher)
+            self._view = CachingTeacher(teacher, kept_as=torch.float32)
         measures = divergence(student, self._view, context.sequences, batch_tokens=context.batch_tokens)
         parts = {
             "fidelity": math.exp(-max(0.0, measures.kl)),

@@ -64,15 +64,15 @@ class LiveTeacher:
 
 
 class CachingTeacher(LiveTeacher):
-    """Keeps hidden states of up to ``capacity`` bytes, in half precision (1.1 kB a token of SmolLM2, where its logits are 197 kB).
+    """Keeps hidden states of up to ``capacity`` bytes, as ``kept_as`` (in half precision 1.1 kB a token of SmolLM2; its logits are 197 kB).
 
     Each sequence is computed by itself, and rounded before its first use too: so what is given does not depend on what it was batched
     with, nor on what is in the cache, and a resumed run sees what the first one saw.
     """
 
-    def __init__(self, model: Decoder, capacity: int = 1 << 30) -> None:
+    def __init__(self, model: Decoder, capacity: int = 1 << 30, kept_as: torch.dtype = torch.float16) -> None:
         super().__init__(model)
-        self.capacity, self.used = capacity, 0
+        self.capacity, self.used, self.kept_as = capacity, 0, kept_as
         self.kept: dict[bytes, Tensor] = {}
 
     def hidden(self, rows: Rows) -> Tensor:
@@ -89,7 +89,7 @@ class CachingTeacher(LiveTeacher):
         key = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest()
         states = self.kept.get(key)
         if states is None:
-            states = self.model(tokens[None]).hidden[0].half()
+            states = self.model(tokens[None]).hidden[0].to(self.kept_as)
             size = states.numel() * states.element_size()
             if self.used + size <= self.capacity:
                 self.kept[key] = states
