@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 from llama_cpp import llama_cpp
 
 import edge_rt
+from bench.timing import WIDE, interleave
 from edge_rt.core.engine import Part
 
 AUTO, OFF, ON = -1, 0, 1
@@ -172,6 +174,20 @@ class Peer:
             llama_cpp.llama_free(self._context)
             llama_cpp.llama_model_free(self._model)
             self._context = self._model = None
+
+
+def in_turns(
+    opened: Mapping[str, Ours], start: int, measure: Callable[[Ours], float], *, rounds: int, most: int, deadline: float, wide: float = WIDE
+) -> dict[str, list[float]]:
+    """Measure models that have ``start`` cells, as ``timing.interleave`` does, and close them."""
+    try:
+        for one in opened.values():
+            one.feed(random_prompt(start))
+        contenders = {name: partial(measure, one) for name, one in opened.items()}
+        return interleave(contenders, rounds=rounds, most=most, deadline=deadline, wide=wide)
+    finally:
+        for one in opened.values():
+            one.close()
 
 
 def decode_seconds(contender: Contender, start: int, tokens: int) -> float:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from bench import models
 from bench.compiled import divergences
-from bench.contenders import Ours, decode_seconds, random_prompt
+from bench.contenders import Ours, decode_seconds, in_turns
 from bench.results import OURS, Bound, Result, Settings, compare
-from bench.timing import interleave
+from edge_rt.core.load.compensation import beside
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.testing.random_compensations import write_random_compensation
 
@@ -43,7 +42,7 @@ def quantised(settings: Settings) -> list[Result]:
         PLAIN: (_quantised(settings, "Q4_0", "plain"), "off"),
     }
     found = divergences(source, files, settings, "quantised")
-    side = _side(files[OURS][0])
+    side = beside(files[OURS][0])
     sizes = {name: path.stat().st_size + (side.stat().st_size if how == "auto" else 0) for name, (path, how) in files.items()}
     notes = [f"bytes of {name}: {size:,} ({size / sizes[PLAIN]:.3f})" for name, size in sizes.items()]
     bounds = (Bound(PLAIN, "at most", 0.4),)
@@ -69,32 +68,20 @@ def overhead(settings: Settings) -> list[Result]:
     with ModelFile.open(large) as file:
         # As many as a hundredth of a step's time allows, by the costs that sites are chosen with.
         sites = r"blk\.(0|4|8|12|16)\.(attn_v|ffn_down)\.weight"
-        write_random_compensation(_side(large), file, rank=32, rows=0, bias=False, target=sites, type="Q8_0")
+        write_random_compensation(beside(large), file, rank=32, rows=0, bias=False, target=sites, type="Q8_0")
     try:
         results.append(_overhead(large, "1B", 1.01, settings))
     finally:
-        _side(large).unlink()
+        beside(large).unlink()
     return results
 
 
 def _overhead(path: Path, what: str, most: float, settings: Settings) -> Result:
     opened = {OURS: Ours(path, 512, compensation="auto"), "without": Ours(path, 512, compensation="off")}
-    try:
-        for one in opened.values():
-            one.feed(random_prompt(100))
-        contenders: dict[str, Callable[[], float]] = {
-            name: partial(decode_seconds, one, 100, settings.pick(64, 4)) for name, one in opened.items()
-        }
-        samples = interleave(contenders, rounds=settings.pick(25, 2), most=settings.pick(75, 2), deadline=settings.deadline, wide=0.02)
-        notes = [f"the side file has {_side(path).stat().st_size / path.stat().st_size:.1%} of the file's bytes"]
-        return compare(f"a token, {what}, with compensation", "s", samples, (Bound("without", "at most", most),), notes)
-    finally:
-        for one in opened.values():
-            one.close()
-
-
-def _side(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.compensation.gguf")
+    measure = partial(decode_seconds, start=100, tokens=settings.pick(64, 4))
+    samples = in_turns(opened, 100, measure, rounds=settings.pick(25, 2), most=settings.pick(75, 2), deadline=settings.deadline, wide=0.02)
+    notes = [f"the side file has {beside(path).stat().st_size / path.stat().st_size:.1%} of the file's bytes"]
+    return compare(f"a token, {what}, with compensation", "s", samples, (Bound("without", "at most", most),), notes)
 
 
 # ---- the files, made once ----------------------------------------------------------------------------------------------
@@ -153,7 +140,7 @@ def _corrected(settings: Settings, tokens: int = CALIBRATION, tuning: int = TUNI
     sys.path.insert(0, str(TOOL))
     plain = _quantised(settings, "Q4_0", "gptq", tokens)
     target = plain.with_name(plain.name.replace("gptq-Q4_0", "corrected" if tuning else "untuned"))
-    if target.exists() and _side(target).exists():
+    if target.exists() and beside(target).exists():
         return target
     from edge_rt_distill.compensate.choose import choose
     from edge_rt_distill.model.load import read_gguf

@@ -13,7 +13,6 @@ from edge_rt import catalog, config
 from edge_rt.core.load.model_file import ModelFile
 
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
-_F16 = 1  # enum ggml_type
 
 LARGE = {"n_layer": 32, "n_embd": 2560, "n_head": 20, "n_head_kv": 4, "head_dim": 128, "n_ff": 6912, "n_vocab": 49152}
 """2.3 billion weights, 1.3 GB as Q4_0."""
@@ -98,7 +97,7 @@ def _quantise(source: Path, target: Path, kind: str, threads: int, keep_embeddin
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = _FILE_TYPES[kind], True, threads
     if keep_embedding:  # it is the output too
-        params.token_embedding_type = params.output_tensor_type = _F16
+        params.token_embedding_type = params.output_tensor_type = llama_cpp.GGML_TYPE_F16
     status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status != 0:
         raise RuntimeError(f"libllama could not make {kind} from {source} (status {status})")

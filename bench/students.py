@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from bench import models
-from bench.contenders import Ours, decode_seconds, random_prompt
+from bench.contenders import Ours, decode_seconds, in_turns
 from bench.results import OURS, Bound, Result, Settings, compare
-from bench.timing import interleave
+from edge_rt.core.load.compensation import beside
 
 TEACHER = "the teacher's own Q4_0"
 MADE = Path(__file__).parents[1] / "tools" / "distill" / "runs" / "demo" / "compensate" / "smollm2-108m.gguf"
@@ -23,8 +21,7 @@ def run(settings: Settings) -> list[Result]:
         made = "make it with `edge-rt distill run tools/distill/runs/demo.toml`, or name another with --student"
         raise RuntimeError(f"there is no student {student}; {made}")
     teacher = models.smollm2(settings, "Q4_0")
-    side = student.with_name(f"{student.stem}.compensation.gguf")
-    files = {OURS: (student, side), TEACHER: (teacher,)}
+    files = {OURS: (student, beside(student)), TEACHER: (teacher,)}
     sizes = {name: [sum(one.stat().st_size for one in some if one.exists()) / 1e6] for name, some in files.items()}
     return [
         _decode(student, teacher, settings),
@@ -38,12 +35,5 @@ def _decode(student: Path, teacher: Path, settings: Settings) -> Result:
     def rate(one: Ours) -> float:
         return 1.0 / decode_seconds(one, 50, settings.pick(96, 4))
 
-    try:
-        for one in opened.values():
-            one.feed(random_prompt(50))
-        contenders: dict[str, Callable[[], float]] = {name: partial(rate, one) for name, one in opened.items()}
-        samples = interleave(contenders, rounds=settings.pick(15, 2), most=settings.pick(45, 2), deadline=settings.deadline)
-    finally:
-        for one in opened.values():
-            one.close()
+    samples = in_turns(opened, 50, rate, rounds=settings.pick(15, 2), most=settings.pick(45, 2), deadline=settings.deadline)
     return compare("decode at 146 cells, a student", "tokens/s", samples, (Bound(TEACHER, "at least", 1.25),))

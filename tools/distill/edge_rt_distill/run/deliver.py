@@ -20,11 +20,11 @@ from edge_rt_distill.export import export
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.load import read_gguf, tensors
+from edge_rt_distill.model.load import read_gguf
 from edge_rt_distill.model.rows import TokenSequence, beginning, count_tokens
 from edge_rt_distill.portable import portable
 from edge_rt_distill.quantise import qat
-from edge_rt_distill.quantise.matrices import Encoded, Method, QuantiseOptions, decode, quantise_model
+from edge_rt_distill.quantise.matrices import Encoded, Method, Quantised, QuantiseOptions, quantise_model
 from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.running import against, from_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
@@ -50,14 +50,12 @@ def quantise_step(shop: Workshop) -> Step:
         sequences = _training(shop, place)
         how: dict[str, Encoded] = {}
         if config.quantise.type != "F16":
-            options = QuantiseOptions(
-                config.quantise.type, config.quantise.embedding, method=cast(Method, config.quantise.method)
-            )
+            options = QuantiseOptions(config.quantise.type, config.quantise.embedding, method=cast(Method, config.quantise.method))
             calibration = [one.tokens for one in beginning(sequences, config.quantise.calibration_tokens, count_tokens)]
             found = quantise_model(student, calibration, options, partial(place.told, "layers"))
             how = found.tensors
             if config.quantise.aware_tokens:
-                how |= _aware(shop, place, student, how)
+                how |= _aware(shop, place, student, found)
         target = place.folder / QUANTISED
         export(
             target, student, shop.teacher.tokeniser, matrices=config.quantise.type, embedding=config.quantise.embedding, how=how,
@@ -77,14 +75,13 @@ def _training(shop: Workshop, place: Place) -> list[TokenSequence]:
     return shuffled(shop.sequences(place.need("data") / TRAIN, place.need("rollouts") / ROLLOUTS), shop.config.run.seed + 1)
 
 
-def _aware(shop: Workshop, place: Place, student: Decoder, start: Mapping[str, Encoded]) -> dict[str, Encoded]:
-    """A last phase of training that computes with what the file will hold, from what was quantised; the bytes then."""
+def _aware(shop: Workshop, place: Place, student: Decoder, start: Quantised) -> dict[str, Encoded]:
+    """A last phase of training that computes with what the file will hold, from what was quantised; the bytes then, but for the head's."""
     config = shop.config
     with torch.no_grad():
-        for name in start.keys() - {f"{site}.weight" for site in student.sites()}:  # the head, which does not learn
-            tensors(student)[name].copy_(decode(start[name]))
+        student.head_weight.copy_(start.model.head_weight)
     student.requires_grad_(True)
-    qat.attach(student, config.quantise.type, scales="fixed", start=dict(start))
+    qat.attach(student, config.quantise.type, scales="fixed", start=start.tensors)
     sequences = _training(shop, place)
     steps, every = paced(config.quantise.aware_tokens, config.distil)
     level = Level(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from edge_rt_distill.files import write_file
 from edge_rt_distill.library import errors, record, recorded, snapshots
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.progress import Told
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import TRAIN, Workshop, read_back
 
-Quiet = Callable[[int, int], None]
 _MAPS = 2
 """Samples of a domain whose attention maps are kept."""
 _HEADS = 16
@@ -62,7 +62,7 @@ def _record(
     teacher, config = shop.teacher, shop.config.library
     by_id = {one.id: one for one in samples}
 
-    def told(what: str) -> Quiet:
+    def told(what: str) -> Told:
         return partial(place.told, f"{domain}: {what}")
 
     def score(sample: str, text: str, ended: bool) -> float:
