@@ -9,6 +9,8 @@ from edge_rt_distill.model import precision
 from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.load import load
 from edge_rt_distill.model.precision import Head, best, computing_in
+from edge_rt_distill.model.rows import TokenSequence, rows_of
+from edge_rt_distill.stages.teachers import CachingTeacher
 
 from edge_rt.hooks import cpu_processors
 
@@ -69,3 +71,15 @@ def test_the_faster_one_is_found_by_the_cpu(monkeypatch, features, expected):
     assert best() == expected
     monkeypatch.setattr(precision, "cpu_processors", lambda: iter([]))
     assert best() == "float32"
+
+
+def test_a_teacher_whose_matrices_are_rounded_once_gives_the_same_bits(tiny):
+    model, rows = load(tiny).model, rows_of([TokenSequence([3, 1, 4, 1, 5, 9], [True] * 6)])
+    with torch.no_grad(), computing_in("bfloat16"):
+        expected = model(rows.tokens).hidden
+        found = CachingTeacher(model, kept_as=torch.float32).hidden(rows)
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        exact = CachingTeacher(model, kept_as=torch.float32).hidden(rows)
+        assert torch.equal(exact, model(rows.tokens).hidden)
+    assert not torch.equal(found, exact)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from edge_rt_distill.data import samples as module
-from edge_rt_distill.data.samples import DOMAINS, Message, Problem, demo, make_sample, read_samples
-from edge_rt_distill.data.sources import technical_text
+from edge_rt_distill.data.samples import DOMAINS, Message, Problem, Sample, demo, make_sample, read_samples
+from edge_rt_distill.data.sources import docstrings, technical_text
 from edge_rt_distill.data.text import language_of, passages, sentences, units
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -213,8 +215,26 @@ def test_the_demo_set_has_its_domains_and_languages_each_in_full() -> None:
         assert all(one.source and one.licence == "Apache-2.0" for one in own)
 
 
-def test_the_general_text_is_there_with_its_licence() -> None:
-    found = technical_text()
-    assert sum(len(one.text) for one in found) > 200_000
+@pytest.mark.parametrize(("source", "letters"), [(technical_text, 200_000), (docstrings, 500_000)])
+def test_the_general_text_is_there_with_its_licence(source: Callable[[], list[Sample]], letters: int) -> None:
+    found = source()
+    assert sum(len(one.text) for one in found) > letters
     assert len({one.id for one in found}) == len(found)
     assert all(one.licence == "PSF-2.0" and "CPython" in one.source and len(one.text) <= 1500 for one in found)
+
+
+def test_docstrings_are_read_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, other = "Says what it is about. " * 10, "Another thing altogether. " * 10
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "foreign.py").write_text(f'"""{long} And foreign."""\n')
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "good.py").write_text(
+        f'"""{long}"""\nraise SystemExit\ndef f():\n  """{other}"""\ndef g():\n  """{long}"""\ndef h():\n  "Short."\n'
+    )
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    (found,) = docstrings()
+    assert found.text == f"{long.strip()}\n\n{other.strip()}"
+    assert "good.py, passage 1" in found.source
+    (tmp_path / "good.py").unlink()
+    with pytest.raises(DataError, match="no source"):
+        docstrings()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder, Output
@@ -89,9 +91,21 @@ class CachingTeacher(LiveTeacher):
         key = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest()
         states = self.kept.get(key)
         if states is None:
-            states = self.model(tokens[None]).hidden[0].to(self.kept_as)
+            states = self._computed(tokens[None]).hidden[0].to(self.kept_as)
             size = states.numel() * states.element_size()
             if self.used + size <= self.capacity:
                 self.kept[key] = states
                 self.used += size
         return states
+
+    def _computed(self, tokens: Tensor) -> Output:
+        """The model's, of matrices that were rounded once: where products are rounded, torch does so anew for each that is not trained."""
+        rounded = self._rounded if torch.is_autocast_enabled("cpu") else {}
+        found: Output = functional_call(self.model, rounded, (tokens,))
+        return found
+
+    @cached_property
+    def _rounded(self) -> dict[str, Tensor]:
+        kind = torch.get_autocast_dtype("cpu")
+        found = self.model.layers.named_modules(prefix="layers")
+        return {f"{name}.weight": one.weight.detach().to(kind) for name, one in found if isinstance(one, nn.Linear)}
