@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.generate import generate
+from edge_rt_distill.model.generate import _draw, generate
 from edge_rt_distill.model.load import load, read_gguf, tensors
 from edge_rt_distill.model.tokens import Tokeniser, write_vocabulary
 
@@ -136,6 +137,39 @@ def test_answers_are_the_models_own_and_always_the_same(tiny):
     assert (ended[0].tokens, ended[0].ended) == (greedy[0].tokens[: greedy[0].tokens.index(greedy[0].tokens[2]) + 1], True)
     with pytest.raises(OptionError, match="0 tokens cannot be answered"):
         generate(teacher.model, [[]], tokens=1)
+
+
+def test_who_is_beside_an_answer_does_not_change_it(tiny):
+    """Rows close up and others join, after ends at any place."""
+    teacher = load(tiny)
+    dice = random.Random(0)
+    prompts = [[dice.randrange(1, 256) for _ in range(dice.randrange(1, 12))] for _ in range(23)]
+    reports = []
+    for how in ({"temperature": 0.0}, {"seed": 5, "temperature": 3.0}):
+        end = generate(teacher.model, prompts[:1], tokens=4, **how)[0].tokens[3]
+        lone = generate(teacher.model, prompts, tokens=20, batch=1, end=end, **how)
+        beside = generate(teacher.model, prompts, tokens=20, batch=5, end=end, told=lambda *now: reports.append(now), **how)
+        assert [one.tokens for one in beside] == [one.tokens for one in lone]
+        assert [one.ended for one in beside] == [one.ended for one in lone]
+        assert len({len(one.tokens) for one in beside}) > 1, "all ended at once"
+        for one, other in zip(beside, lone, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert reports[-1] == (23, 23)
+        assert reports == sorted(reports)
+        reports.clear()
+
+
+def test_a_draw_is_the_first_token_at_which_the_sum_passes_the_number():
+    torch.manual_seed(0)
+    scores = torch.randn(64, 1000) * 4
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    numbers = torch.tensor([torch.rand(1, generator=torch.Generator().manual_seed(i), dtype=torch.float64).item() for i in range(64)])
+    sums = scores.double().softmax(-1).cumsum(-1)
+    expected = [int(torch.searchsorted(one, number, right=True)) for one, number in zip(sums, numbers, strict=True)]
+    assert _draw(scores, 1.0, generators, 0)[:, 0].tolist() == expected
+    allowed = scores.topk(3).indices
+    drawn = _draw(scores, 1.0, generators, 3)
+    assert bool((drawn == allowed).any(-1).all())
 
 
 def test_draws_follow_the_distribution(tiny):

@@ -102,13 +102,17 @@ class Layer(nn.Module):
             cache.keys[:, :, past : past + length], cache.values[:, :, past : past + length] = k, v
             k, v = cache.keys[:, :, : past + length], cache.values[:, :, : past + length]
         times = self.shape.heads // self.shape.kv_heads
-        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        if length == 1 and not maps:  # the heads of a group are rows that attend to the same: nothing is copied
+            q = q.reshape(batch, -1, times, self.head)
+        else:
+            k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
         found = None
         if maps:
             found = self._probabilities(q, k, mask)
             out = found.to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
+            out = out.reshape(batch, -1, length, self.head)
         if head_mask is not None:
             out = out * head_mask.view(1, -1, 1, 1)
         return out.transpose(1, 2).reshape(batch, length, -1), found
