@@ -20,7 +20,7 @@ from edge_rt.core.load.gguf_tables import GGML_TYPES
 from edge_rt.errors import OptionError
 from edge_rt.testing.random_vocabulary import CHATML, Kind, Vocabulary, make_vocabulary
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma")
+ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3", "qwen3moe", "gemma")
 """``gemma`` is here because edge-rt has no graph of its own for it: it goes to the fallback engine."""
 
 _LOGIT_DEVIATION = 2.0
@@ -47,7 +47,7 @@ class _Plan:
     n_head: int
     n_head_kv: int
     head_dim: int
-    n_ff: int
+    n_ff: tuple[int, ...]
     n_vocab: int
     n_expert: int
     type: str
@@ -72,7 +72,7 @@ def write_random_model(
     n_head: int = 4,
     n_head_kv: int = 2,
     head_dim: int | None = None,
-    n_ff: int = 128,
+    n_ff: int | Sequence[int] = 128,
     n_vocab: int | None = None,
     context: int = 512,
     type: str = "F32",
@@ -101,10 +101,14 @@ def write_random_model(
     ``rope_scaling`` is ``{"type": "linear" | "yarn", "factor": ..., "original_context": ...}``; ``rope_freqs`` are llama3's
     head_dim / 2 factors. ``bias`` adds attention biases (qwen2 always has them). ``qwen3moe`` defaults to 4 experts, 2 of them used.
     ``pooling_type`` is llama.cpp's number of how embeddings are pooled, ``add_eos`` whether the end-of-text token belongs after a text.
-    ``n_vocab`` None is the vocabulary's own size. Raises OptionError for measures that do not fit together.
+    ``n_ff`` may be of each layer, for deci. ``n_vocab`` None is the vocabulary's own size.
+    Raises OptionError for measures that do not fit together.
     """
     if architecture == "qwen3moe" and n_expert == 0:
         n_expert, n_expert_used = 4, 2
+    widths = (n_ff,) * n_layer if isinstance(n_ff, int) else tuple(n_ff)
+    if len(widths) != n_layer or (len(set(widths)) > 1 and architecture != "deci"):
+        raise OptionError(f"n_ff is of {len(widths)} layers; give one for all {n_layer}, or of a deci one for each")
     try:
         words = make_vocabulary(vocabulary, n_vocab)
     except ValueError as error:
@@ -116,7 +120,7 @@ def write_random_model(
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim or n_embd // n_head,
-        n_ff=(n_ff_exp or n_ff) if n_expert else n_ff,
+        n_ff=(n_ff_exp,) * n_layer if n_expert and n_ff_exp else widths,
         n_vocab=len(words.tokens),
         n_expert=n_expert,
         type=type,
@@ -174,7 +178,7 @@ def _tensors(plan: _Plan) -> Iterator[_Tensor]:
     embedding_deviation = _LOGIT_DEVIATION / math.sqrt(plan.n_embd)
     yield _Tensor("token_embd.weight", (plan.n_embd, plan.n_vocab), plan.embedding_type, embedding_deviation)
     for i in range(plan.n_layer):
-        for tensor in (*_attention(plan), *_feed_forward(plan)):
+        for tensor in (*_attention(plan), *_feed_forward(plan, plan.n_ff[i])):
             yield _Tensor(f"blk.{i}.{tensor.name}", tensor.shape, tensor.type, tensor.deviation, tensor.mean)
     yield _norm("output_norm.weight", plan.n_embd)
     if not plan.tied:
@@ -206,11 +210,11 @@ def _attention(plan: _Plan) -> Iterator[_Tensor]:
         yield _norm("attn_q_norm.weight", plan.head_dim, 1.5)
         yield _norm("attn_k_norm.weight", plan.head_dim, 1.5)
     yield _matrix(plan, "attn_output.weight", query, plan.n_embd, _residual_gain(plan))
-    if plan.bias and plan.architecture == "llama":
+    if plan.bias and plan.architecture in ("llama", "deci"):
         yield _Tensor("attn_output.bias", (plan.n_embd,), "F32", 0.1)
 
 
-def _feed_forward(plan: _Plan) -> Iterator[_Tensor]:
+def _feed_forward(plan: _Plan, n_ff: int) -> Iterator[_Tensor]:
     yield _norm("ffn_norm.weight", plan.n_embd)
     experts: tuple[int, ...] = ()
     if plan.moe:
@@ -220,7 +224,7 @@ def _feed_forward(plan: _Plan) -> Iterator[_Tensor]:
     # silu(gate) * up is about half as large as its factors: the way down makes up for it.
     gains = {"gate": 1.0, "up": 1.0, "down": 2 * _residual_gain(plan)}
     for name, gain in gains.items():
-        rows, columns = (plan.n_ff, plan.n_embd) if name == "down" else (plan.n_embd, plan.n_ff)
+        rows, columns = (n_ff, plan.n_embd) if name == "down" else (plan.n_embd, n_ff)
         matrix = _matrix(plan, f"ffn_{name}{suffix}.weight", rows, columns, gain)
         yield _Tensor(matrix.name, (*matrix.shape, *experts), matrix.type, matrix.deviation)
 
@@ -239,7 +243,7 @@ def _write_hyperparameters(
     writer.add_context_length(context)
     writer.add_embedding_length(plan.n_embd)
     writer.add_block_count(plan.n_layer)
-    writer.add_feed_forward_length(plan.n_ff)
+    writer.add_feed_forward_length(list(plan.n_ff) if plan.architecture == "deci" else plan.n_ff[0])
     writer.add_head_count(plan.n_head)
     writer.add_head_count_kv(plan.n_head_kv)
     writer.add_key_length(plan.head_dim)
@@ -253,7 +257,7 @@ def _write_hyperparameters(
         writer.add_expert_count(plan.n_expert)
         writer.add_expert_used_count(n_expert_used)
         if plan.architecture == "qwen3moe":
-            writer.add_expert_feed_forward_length(plan.n_ff)
+            writer.add_expert_feed_forward_length(plan.n_ff[0])
     if rope_scaling is not None:
         kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
         if rope_scaling.get("type") not in kinds or not rope_scaling.get("factor", 0) > 0:

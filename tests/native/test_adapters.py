@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fused": ("llama", {"fused_qkv": True, "bias": True}, {}),
     "some-weights": ("llama", {}, {"target": r"blk\.1\.(attn_k|attn_v|ffn_up)\.weight"}),
     "ends": ("llama", {"tied": False}, {"target": WITH_ENDS}),
+    "deci": ("deci", {"n_ff": (96, 160)}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {"head_dim": 32}, {"rank": 3, "alpha": 5.0}),
     "experts": ("qwen3moe", {}, {}),

@@ -56,9 +56,9 @@ def logits(path: Path) -> np.ndarray:
     "changes",
     [
         {}, {"type": "Q4_1"}, {"type": "Q5_0"}, {"type": "F16", "tied": False}, {"architecture": "qwen2"},
-        {"architecture": "qwen3moe", "n_ff": 256},
+        {"architecture": "qwen3moe", "n_ff": 256}, {"architecture": "deci", "n_layer": 2, "n_ff": (256, 512)},
     ],
-    ids=["packed", "centred", "plain", "float", "biases", "experts"],
+    ids=["packed", "centred", "plain", "float", "biases", "experts", "widths"],
 )  # fmt: skip
 def test_the_logits_are_the_same_to_the_bit(tmp_path: Path, changes: dict[str, object]) -> None:
     path = made(tmp_path, **changes)

@@ -48,13 +48,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "q8_0": {"type": "Q8_0", "tied": False},
     "q4_k": {"type": "Q4_K"},
     "fused-qkv": {"type": "F32", "fused_qkv": True, "bias": True},
+    "deci": {"architecture": "deci", "type": "Q4_K", "n_ff": (512, 256)},
     "qwen2": {"architecture": "qwen2", "type": "Q4_K"},
     "qwen3": {"architecture": "qwen3", "type": "BF16"},
     "qwen3-q8_0": {"architecture": "qwen3", "type": "Q8_0"},
     "experts": {"architecture": "qwen3moe", "type": "Q4_K", "tied": False},
     "mixtral": {"n_expert": 4, "n_expert_used": 2, "type": "F32"},
 }
-EXACT = ("f32", "bf16", "q4_k", "fused-qkv", "qwen2", "qwen3", "experts", "mixtral")
+EXACT = ("f32", "bf16", "q4_k", "fused-qkv", "deci", "qwen2", "qwen3", "experts", "mixtral")
 """Those whose kernels take inputs in formats with a wide range."""
 Scales = Callable[[str, int], Any]
 

@@ -36,6 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3": ("llama", {"rope_freqs": LLAMA3_FACTORS}),
     "llama-gqa-wide": ("llama", {"n_head": 8, "n_head_kv": 1, "head_dim": 32}),
     "llama-experts": ("llama", {"n_expert": 4, "n_expert_used": 2}),
+    "deci": ("deci", {"n_ff": (160, 64)}),
+    "deci-packed": ("deci", {"type": "Q4_0", "n_ff": (96, 288), "bias": True}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3moe": ("qwen3moe", {}),

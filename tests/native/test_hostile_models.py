@@ -24,6 +24,7 @@ BASES = (
     {"architecture": "qwen2", "type": "Q4_0"},
     {"architecture": "qwen3", "type": "F16", "rope_scaling": {"type": "yarn", "factor": 2, "original_context": 64}},
     {"architecture": "qwen3moe", "type": "Q4_0"},
+    {"architecture": "deci", "type": "Q4_0"},
     {"architecture": "gemma"},
 )
 

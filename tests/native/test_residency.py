@@ -179,6 +179,20 @@ def test_a_budget_below_the_window_is_refused_with_the_least_that_works(model: P
         pass
 
 
+def test_blocks_of_different_widths_are_streamed(tmp_path: Path) -> None:
+    from edge_rt.testing.random_models import write_random_model
+
+    path = write_random_model(tmp_path / "widths.gguf", "deci", n_layer=6, n_embd=256, n_ff=(256, 1024, 512, 256, 2048, 768), type="F16")
+    on_disk(path)
+    with opened(path) as free:
+        expected = logits(free, list(range(20)))
+        free.cool()
+    evict(path)
+    with opened(path, memory=8 * MB) as engine:
+        assert engine.pager is not None
+        np.testing.assert_array_equal(expected, logits(engine, list(range(20))))
+
+
 def test_experts_stay_within_their_budget(tmp_path: Path) -> None:
     from edge_rt.testing.random_models import write_random_model
 

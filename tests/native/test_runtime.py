@@ -106,7 +106,7 @@ def test_a_context_beyond_the_models_own_is_said_aloud(random_model: Callable[..
 def test_an_architecture_without_a_graph_runs_on_the_fallback_and_says_so(random_model: Callable[..., Path]) -> None:
     from edge_rt.testing.random_models import ARCHITECTURES
 
-    (other,) = set(ARCHITECTURES) - {"llama", "qwen2", "qwen3", "qwen3moe"}
+    (other,) = set(ARCHITECTURES) - {"llama", "deci", "qwen2", "qwen3", "qwen3moe"}
     with edge_rt.open(random_model(other), threads=1, context=128) as model, model.session() as session:
         assert model.info.engine == "llama_cpp"
         assert any("no graph for architecture" in notice for notice in model.notices)

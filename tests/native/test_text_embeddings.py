@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-untied": ("llama", {"tied": False, "output_type": "Q8_0"}),
     "llama-yarn": ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context": 128}}),
     "llama-experts": ("llama", {"n_expert": 4, "n_expert_used": 2}),
+    "deci": ("deci", {"n_ff": (64, 96)}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3moe": ("qwen3moe", {}),

@@ -11,7 +11,7 @@ import pytest
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.hyper import Hyper, read_hyper
 from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.load.header import TensorInfo
+from edge_rt.core.load.header import Header, TensorInfo
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ModelFileError, UnsupportedModel
 
@@ -66,3 +66,34 @@ def test_nothing_is_ignored(name: str, random_model: Callable[..., Path]) -> Non
     extra = reshaped(tensors["output_norm.weight"], (64,))
     with pytest.raises(UnsupportedModel, match=name):
         check(tensors | {name: extra}, hyper)
+
+
+def header_with(path: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Hyper:
+    """What is read of a deci whose metadata says something else."""
+    said = {f"deci.{key}": value for key, value in values.items()}
+    with ModelFile.open(path) as file:
+        get = Header.get
+        monkeypatch.setattr(Header, "get", lambda self, key, default=None: said[key] if key in said else get(self, key, default))
+        try:
+            return read_hyper(file.header)
+        finally:
+            monkeypatch.undo()
+
+
+def test_blocks_may_differ_in_their_feed_forward_network_alone(
+    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_model("deci", n_ff=(64, 160))
+    with ModelFile.open(path) as file:
+        hyper = read_hyper(file.header)
+        check(dict(file.header.tensors), hyper)
+        assert hyper.n_ff == 160
+    assert header_with(path, monkeypatch, **{"attention.head_count_kv": [2, 2], "attention.head_count": [4, 4]}).n_head_kv == 2
+    for value, refused, said in (
+        ([64], ModelFileError, "is of 1 blocks"), ([64, -1], ModelFileError, "is -1"), ([64, "160"], ModelFileError, "is 160"),
+        ([0, 160], UnsupportedModel, "has no feed_forward_length"),
+    ):  # fmt: skip
+        with pytest.raises(refused, match=said):
+            header_with(path, monkeypatch, feed_forward_length=value)
+    with pytest.raises(UnsupportedModel, match="differs from layer to layer"):
+        header_with(path, monkeypatch, **{"feed_forward_length": [64, 160], "attention.head_count_kv": [2, 4]})

@@ -1,4 +1,7 @@
-"""The pre-norm decoder: llama (Mistral, SmolLM, TinyLlama, Mixtral), qwen2, qwen3 and qwen3moe are this graph with other parts."""
+"""The pre-norm decoder: llama (Mistral, SmolLM, TinyLlama, Mixtral), qwen2, qwen3 and qwen3moe are this graph with other parts.
+
+``deci`` is what GGUF calls a llama whose blocks differ in size; here only their feed-forward networks may.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "llama": Family(ggml.ROPE_NORMAL, rope_factors=True),
+    "deci": Family(ggml.ROPE_NORMAL, rope_factors=True),
     "qwen2": Family(ggml.ROPE_NEOX),
     "qwen3": Family(ggml.ROPE_NEOX, qk_norm=True),
     "qwen3moe": Family(ggml.ROPE_NEOX, qk_norm=True),

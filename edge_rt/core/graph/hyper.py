@@ -40,7 +40,7 @@ class Fused(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """Sizes of a decoder-only transformer. ``n_expert`` 0 means a dense feed-forward network."""
+    """Sizes of a decoder-only transformer. ``n_ff``: where blocks differ, of the widest. ``n_expert`` 0: a dense feed-forward network."""
 
     architecture: str
     n_vocab: int
@@ -68,8 +68,8 @@ def read_hyper(header: Header) -> Hyper:
     """Read and check the hyperparameters. Raises ModelFileError (damaged) or UnsupportedModel (sound, but no graph here)."""
     arch = header.architecture
     whole = _Reader(header, arch)
-    n_embd, n_layer, n_head = whole.count("embedding_length"), whole.count("block_count"), whole.count("attention.head_count")
-    n_head_kv = whole.count("attention.head_count_kv", n_head)
+    n_embd, n_layer, n_head = whole.count("embedding_length"), whole.count("block_count"), whole.alike("attention.head_count")
+    n_head_kv = whole.alike("attention.head_count_kv", n_head)
     head_dim = whole.count("attention.key_length", max(1, n_embd // n_head))
     if whole.count("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModel(f"keys and values of {arch} differ in size; run it with --engine llama_cpp")
@@ -87,7 +87,7 @@ def read_hyper(header: Header) -> Hyper:
     scale = whole.real("attention.scale", 0.0) if arch == "llama" else 0.0
     return Hyper(
         architecture=arch, n_vocab=embedding.shape[1], n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_head_kv=n_head_kv,
-        head_dim=head_dim, n_ff=whole.count("feed_forward_length", 0, least=0), n_expert=n_expert, n_expert_used=n_expert_used,
+        head_dim=head_dim, n_ff=whole.widest("feed_forward_length"), n_expert=n_expert, n_expert_used=n_expert_used,
         eps=whole.real("attention.layer_norm_rms_epsilon"), attention_scale=scale or 1.0 / math.sqrt(head_dim),
         train_context=whole.count("context_length"), rope=_rope(whole, head_dim),
     )  # fmt: skip
@@ -159,10 +159,33 @@ class _Reader(NamedTuple):
         return value
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        value = int(self._get(key, default, (int,), "a whole number"))
-        if not least <= value < 2**31:
+        return self._counted(key, self._get(key, default, (int,), "a whole number"), least)
+
+    def _counted(self, key: str, value: Any, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise ModelFileError(f"{self.arch}.{key} is {value}; the file is damaged")
         return value
+
+    def _each(self, key: str) -> list[Any]:
+        """What is said of one block after the other; empty where it is said once, or not at all."""
+        value = self.header.get(f"{self.arch}.{key}", None)
+        if isinstance(value, list) and len(value) != self.count("block_count"):
+            raise ModelFileError(f"{self.arch}.{key} is of {len(value)} blocks, and the model has others; the file is damaged")
+        return value if isinstance(value, list) else []
+
+    def alike(self, key: str, default: int | None = None) -> int:
+        """A count that is the same in all blocks, however it is said."""
+        each = self._each(key)
+        if not each or len(set(each)) > 1:
+            return self.count(key, default)
+        return self._counted(key, each[0], 1)
+
+    def widest(self, key: str) -> int:
+        """The largest of a count that may differ; 0 where nothing is said. A block without is no block of the graphs here."""
+        each = self._each(key)
+        if 0 in each:
+            raise UnsupportedModel(f"a block of {self.arch} has no {key}; run it with --engine llama_cpp")
+        return max(self._counted(key, one, 1) for one in each) if each else self.count(key, 0, least=0)
 
     def real(self, key: str, default: float | None = None) -> float:
         value = float(self._get(key, default, (int, float), "a number"))

@@ -32,10 +32,10 @@ from edge_rt_distill.quantise.matrices import Encoded, encode
 ALIGNMENT = 4096
 PROVENANCE = "edge_rt.distill."
 """What the keys begin with that say where a student comes from."""
-Value = str | bool | int | float
+Value = str | bool | int | float | list[int]
 How = str | Encoded
 """A ggml type, or the bytes themselves with their type."""
-_UINT32, _FLOAT32, _BOOL, _STRING = 4, 6, 7, 8
+_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
 """GGUF's numbers of the types of metadata."""
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 _HALF = 65520.0
@@ -78,8 +78,8 @@ def export(
     there as bytes. ``biases``: vectors by GGUF name ("blk.0.ffn_down.bias") that are added behind products, to the model's own where it has
     some; stock llama.cpp knows them of a llama. ``provenance``: what is said of the student's origin, under ``PROVENANCE``. ``told``: bytes
     written, of how many.
-    Raises UnsupportedModel for layers of different sizes, OptionError for types that do not fit or weights that are not finite,
-    ModelFileError for another model's vocabulary, UserError where it cannot be written.
+    Raises UnsupportedModel for layers of different sizes that the runtimes have no graph for, OptionError for types that do not fit or
+    weights that are not finite, ModelFileError for another model's vocabulary, UserError where it cannot be written.
     """
     target, how = Path(path), dict(how or {})
     file = ModelFile.open(tokeniser.source)
@@ -104,9 +104,10 @@ def _checked(model: Decoder, words: int) -> Architecture:
     a = model.architecture
     if a.family == "qwen2" and a.layers[0].heads * a.head != a.width:
         raise UnsupportedModel("stock llama.cpp runs no qwen2 whose heads do not add up to its width; make it a llama first (portable)")
-    sizes = {(layer.heads, layer.kv_heads, layer.ffn) for layer in a.layers}
-    if len(sizes) != 1:
-        raise UnsupportedModel("the layers have different numbers of heads or channels, which the runtime has no graph for; cut all alike")
+    if len({(layer.heads, layer.kv_heads) for layer in a.layers}) != 1:
+        raise UnsupportedModel("the layers have different numbers of heads, which the runtime has no graph for; cut all alike")
+    if not a.even and a.family != "deci":
+        raise UnsupportedModel(f"stock llama.cpp runs no {a.family} whose layers differ in channels; make it a deci first (portable)")
     if words > a.vocabulary:
         raise ModelFileError(
             f"the vocabulary has {words} tokens, the model {a.vocabulary}: it belongs to another model; name the right one"
@@ -140,7 +141,7 @@ def _with_biases(found: dict[str, Tensor], a: Architecture, biases: Mapping[str,
     if strange:
         raise OptionError(f"the model has no matrix for {strange[0]}; name biases as blk.0.ffn_down.bias")
     new = {name for name in biases if name not in found}
-    if new and a.family != "llama":
+    if new and a.family not in ("llama", "deci"):
         raise UnsupportedModel(f"stock llama.cpp reads no {min(new)} of a {a.family}; leave biases in the side file")
     ordered = {}
     for name, tensor in found.items():
@@ -225,7 +226,7 @@ def _metadata(a: Architecture, placed: list[_Placed], words: int, name: str) -> 
         "block_count": len(a.layers),
         "context_length": a.context,
         "embedding_length": a.width,
-        "feed_forward_length": shape.ffn,
+        "feed_forward_length": shape.ffn if a.even else [one.ffn for one in a.layers],
         "attention.head_count": shape.heads,
         "attention.head_count_kv": shape.kv_heads,
         "attention.key_length": a.head,
@@ -250,9 +251,11 @@ def _string(text: str) -> bytes:
 
 
 def _entry(key: str, value: Value) -> bytes:
-    """A metadata entry; whole numbers are u32, others f32. Raises OptionError for numbers that do not fit."""
+    """A metadata entry; whole numbers are u32, also in lists, others f32. Raises OptionError for numbers that do not fit."""
     if isinstance(value, str):
         return _string(key) + struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, list):
+        return _string(key) + struct.pack(f"<IIQ{len(value)}I", _ARRAY, _UINT32, len(value), *value)
     kind, layout = (_BOOL, "<I?") if isinstance(value, bool) else (_UINT32, "<II") if isinstance(value, int) else (_FLOAT32, "<If")
     try:
         return _string(key) + struct.pack(layout, kind, value)

@@ -18,7 +18,7 @@ from edge_rt_distill.export import ALIGNMENT, PROVENANCE, export
 from edge_rt_distill.model.architecture import LayerShape
 from edge_rt_distill.model.decoder import LINEARS, Decoder
 from edge_rt_distill.model.load import load, read_gguf, tensors
-from edge_rt_distill.portable import needs_change, portable
+from edge_rt_distill.portable import portable
 from edge_rt_distill.quantise.gptq import GptqOptions
 from edge_rt_distill.quantise.matrices import Encoded, QuantiseOptions, encode, quantise_model
 
@@ -26,21 +26,24 @@ import edge_rt
 from edge_rt.hooks import EngineOptions, ModelFile, ModelFileError, OptionError, Part, UnsupportedModel, UserError, open_ggml_engine
 from edge_rt.testing.random_models import write_random_model
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "deci", "qwen2", "qwen3")
 TOKENS = [5, 17, 3, 44, 90, 8, 120, 33, 7, 61]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teachers")
-    return write_random_model(folder / f"{request.param}.gguf", request.param, n_layer=3, tied=request.param != "qwen3", context=64)
+    widths = (128, 64, 96) if request.param == "deci" else 128
+    return write_random_model(
+        folder / f"{request.param}.gguf", request.param, n_layer=3, tied=request.param != "qwen3", context=64, n_ff=widths
+    )
 
 
-def _student(teacher: Path, seed: int = 1) -> Decoder:
+def _student(teacher: Path, seed: int = 1, second: int = 96) -> Decoder:
     """Fewer layers, fewer heads than the width has room for, another FFN width; weights of a size that gives sane logits."""
     a = load(teacher).model.architecture
     shape = LayerShape(heads=2, kv_heads=1, ffn=96, sources=(0,))
-    model = Decoder(replace(a, layers=(shape, replace(shape, sources=(2,)))))
+    model = Decoder(replace(a, layers=(shape, replace(shape, ffn=second, sources=(2,)))))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in tensors(model).items():
@@ -175,13 +178,38 @@ def test_a_qwen2_with_fewer_heads_becomes_a_llama_that_computes_the_same(tmp_pat
     first = load(write_random_model(tmp_path / "a.gguf", "qwen2"))
     assert portable(first.model) is first.model
     student = _student(tmp_path / "a.gguf")
-    assert needs_change(student)
     with pytest.raises(UnsupportedModel, match="make it a llama first"):
         export(tmp_path / "s.gguf", student, first.tokeniser)
     changed = portable(student)
     assert changed.architecture.family == "llama"
-    assert not needs_change(changed)
+    assert portable(changed) is changed
     np.testing.assert_allclose(_torch(changed), _torch(student), atol=2e-5)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_student_whose_layers_differ_in_width_becomes_a_deci(family: str, quantised: bool, tmp_path: Path) -> None:
+    first = load(write_random_model(tmp_path / "a.gguf", family, context=64))
+    student = _student(tmp_path / "a.gguf", second=160)
+    with pytest.raises(UnsupportedModel, match="make it a"):
+        export(tmp_path / "s.gguf", student, first.tokeniser)
+    changed = portable(student)
+    np.testing.assert_allclose(_torch(changed), _torch(student), atol=2e-5)
+    how = _encoded(changed) if quantised else {}
+    bias = {"blk.1.ffn_down.bias": torch.linspace(-0.1, 0.1, changed.architecture.width)}
+    path = export(tmp_path / "s.gguf", changed, first.tokeniser, how=how, biases=bias)
+    mine = _edge_rt(path)
+    assert np.array_equal(mine, _llama_cpp(path))
+    plain = load(export(tmp_path / "plain.gguf", changed, first.tokeniser, how=how)).model
+    assert [(one.heads, one.kv_heads, one.ffn) for one in plain.architecture.layers] == [(2, 1, 96), (2, 1, 160)]
+    assert 0 < (mine - _torch(plain)).std() < 0.1 * mine.std()
+    assert not np.array_equal(mine, _edge_rt(tmp_path / "plain.gguf")), "the bias is added in both runtimes"
+
+
+def test_a_qwen3_whose_layers_differ_in_width_is_refused(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "a.gguf", "qwen3", context=64)
+    with pytest.raises(UnsupportedModel, match="no qwen3 whose layers differ"):
+        portable(_student(tmp_path / "a.gguf", second=160))
 
 
 def _broken(model: Decoder, value: float) -> Decoder:
@@ -216,7 +244,7 @@ def test_a_vocabulary_of_another_model_and_uneven_layers_are_refused(tiny: Path,
     with pytest.raises(ModelFileError, match="belongs to another model"):
         export(tmp_path / "s.gguf", Decoder(replace(a, vocabulary=64)), first.tokeniser)
     with pytest.raises(UnsupportedModel, match="cut all alike"):
-        export(tmp_path / "s.gguf", Decoder(replace(a, layers=(a.layers[0], replace(a.layers[1], ffn=64)))), first.tokeniser)
+        export(tmp_path / "s.gguf", Decoder(replace(a, layers=(a.layers[0], replace(a.layers[1], heads=2)))), first.tokeniser)
 
 
 def test_a_type_with_importance_is_given_as_bytes(tiny: Path, tmp_path: Path) -> None:

@@ -184,6 +184,16 @@ def test_draws_follow_the_distribution(tiny):
     assert top <= set(np.argsort(expected)[-2:])
 
 
+def test_a_snapshot_keeps_layers_of_different_widths(tmp_path):
+    teacher = load(write_random_model(tmp_path / "a.gguf", "deci", n_ff=(64, 160)))
+    snapshot.save(tmp_path / "snapshot", teacher.model, teacher.tokeniser)
+    again, _ = snapshot.read(tmp_path / "snapshot")
+    assert again.architecture == teacher.model.architecture
+    assert json.loads((tmp_path / "snapshot" / "config.json").read_text())["intermediate_size"] == [64, 160]
+    for name, tensor in tensors(teacher.model).items():
+        assert torch.equal(tensors(again)[name], tensor), name
+
+
 def test_a_vocabulary_alone_tokenises(tiny, tmp_path):
     write_vocabulary(tiny, tmp_path / "vocabulary.gguf")
     messages = [{"role": "user", "content": "Hello"}]

@@ -180,6 +180,9 @@ def test_an_ablation_shares_the_cut_and_a_report_tells_of_all(whole, tmp_path):
     page = write_report([place / "run.toml"], place / "report.md").read_text()
     assert "## run\n\nA student for tests.\n\n```sh\nedge-rt distill run run.toml\n```" in page
     assert page.count("| + ") == 4
+    plain = done["cut"].summary["unrepaired"]
+    assert f"| cut | {plain['kl']:.4f} | {plain['top1']:.3f} | {plain['perplexity_ratio']:.3f} |" in page
+    assert plain["kl"] > 0
     for one in found:
         assert f"| {one['kl']:.4f} ± {one['kl error']:.4f} | {one['top1']:.3f} | {one['perplexity_ratio']:.3f} |" in page
 

@@ -270,6 +270,25 @@ def test_a_score_that_does_not_improve_ends_a_level_and_the_best_weights_stay(tm
     assert errors(Scene(student, LiveTeacher(teacher), None, material()), ["token"]) == result.errors
 
 
+@pytest.mark.parametrize(("threshold", "steps"), [(0.0, 20), (1e9, 6)])
+def test_a_score_that_ends_nothing_is_told_once_at_the_end(threshold, steps, tmp_path):
+    student, teacher = pair()
+    at, seen = [], []
+    levels = [short("token", {"token": 1.0}, steps=20, every=2, gate=Gate(threshold))]
+
+    def told(event):
+        if event.kind == "evaluation":
+            seen.append((event.step, event.values.get("score")))
+
+    def scorer(model):
+        at.append(weights(model))
+        return Score(0.5)
+
+    train(student, LiveTeacher(teacher), material(), Options(tmp_path), levels=levels, scorer=scorer, told=told)
+    assert len(at) == 1
+    assert seen == [(step, 0.5 if step == steps else None) for step in range(2, steps + 1, 2)]
+
+
 def test_what_is_frozen_stays(tmp_path):
     student, teacher = pair()
     before = weights(student)

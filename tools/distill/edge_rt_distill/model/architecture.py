@@ -10,8 +10,8 @@ from edge_rt.hooks import UnsupportedModel
 
 Rotation = Literal["interleaved", "halves"]
 """Which elements of a head rotate together: neighbours (GGUF's llama family) or element i with i + head/2 (qwen, and Hugging Face)."""
-FAMILIES: Mapping[str, Rotation] = {"llama": "interleaved", "qwen2": "halves", "qwen3": "halves"}
-"""GGUF's names of the architectures that can be taught here, and how they rotate."""
+FAMILIES: Mapping[str, Rotation] = {"llama": "interleaved", "deci": "interleaved", "qwen2": "halves", "qwen3": "halves"}
+"""GGUF's names of the architectures that can be taught here, and how they rotate. ``deci``: a llama whose layers differ in size."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Architecture:
     rope_factors: tuple[float, ...] = ()
     rope_scale: float = 1.0
     parameters_of: tuple[int, ...] = ()
+
+    @property
+    def even(self) -> bool:
+        """Whether all layers have the same sizes."""
+        return len({(one.heads, one.kv_heads, one.ffn) for one in self.layers}) == 1
 
     def owner(self, layer: int) -> int:
         """The layer whose parameters a layer computes with."""

@@ -124,10 +124,11 @@ def read_architecture(file: ModelFile) -> Architecture:
         raise UnsupportedModel(f"{file.path}: models of architecture {header.architecture} cannot be taught here; {_known()}")
     hyper = read_hyper(header)
     _check(file, hyper)
-    shape = LayerShape(hyper.n_head, hyper.n_head_kv, hyper.n_ff)
+    widths = (header.tensors.get(f"blk.{i}.ffn_gate.weight") for i in range(hyper.n_layer))
+    layers = tuple(LayerShape(hyper.n_head, hyper.n_head_kv, one.shape[-1] if one else hyper.n_ff) for one in widths)
     factors = read_tensor(file, "rope_freqs.weight") if "rope_freqs.weight" in header.tensors else np.empty(0)
     return Architecture(
-        family=header.architecture, vocabulary=hyper.n_vocab, width=hyper.n_embd, head=hyper.head_dim, layers=(shape,) * hyper.n_layer,
+        family=header.architecture, vocabulary=hyper.n_vocab, width=hyper.n_embd, head=hyper.head_dim, layers=layers,
         tied="output.weight" not in header.tensors, norm_epsilon=hyper.eps, rope_base=hyper.rope.base,
         rope=FAMILIES[header.architecture], context=hyper.train_context, qkv_bias="blk.0.attn_q.bias" in header.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in header.tensors, rope_factors=tuple(map(float, factors)), rope_scale=1 / hyper.rope.scale,

@@ -1,6 +1,7 @@
 """Parameter snapshots: a folder in Hugging Face's layout, which transformers reads, with the vocabulary as a GGUF beside it.
 
 ``config.json``, ``model.safetensors`` (or shards with an index), ``vocabulary.gguf``; ``edge_rt.json`` holds what the first cannot say.
+Of a model whose layers differ in channels, ``config.json`` lists them, which transformers has no model for.
 """
 
 from __future__ import annotations
@@ -169,16 +170,17 @@ def _unrotated(model: Decoder, name: str, values: Tensor) -> Tensor:
 
 
 def _config(a: Architecture, end: int, dtype: torch.dtype) -> dict[str, Any]:
-    shapes = {(one.heads, one.kv_heads, one.ffn) for one in a.layers}
-    if len(shapes) != 1:
-        raise UnsupportedModel("a snapshot needs the same sizes in every layer; cut heads and channels alike everywhere")
+    if len({(one.heads, one.kv_heads) for one in a.layers}) != 1:
+        raise UnsupportedModel("a snapshot needs as many heads in every layer; cut heads alike everywhere")
     shape = a.layers[0]
     if a.rope_factors:
         raise UnsupportedModel("a snapshot cannot say this model's factors of rotation; keep its GGUF")
     scaling = {"rope_type": "linear", "factor": a.rope_scale} if a.rope_scale != 1 else None
+    channels = shape.ffn if a.even else [one.ffn for one in a.layers]
+    classes = [_CLASSES[a.family]] if a.family in _CLASSES else []
     return {
-        "architectures": [_CLASSES[a.family]], "model_type": a.family, "vocab_size": a.vocabulary, "hidden_size": a.width,
-        "intermediate_size": shape.ffn, "num_hidden_layers": len(a.layers), "num_attention_heads": shape.heads,
+        "architectures": classes, "model_type": a.family, "vocab_size": a.vocabulary, "hidden_size": a.width,
+        "intermediate_size": channels, "num_hidden_layers": len(a.layers), "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads, "head_dim": a.head, "hidden_act": "silu", "max_position_embeddings": a.context,
         "rms_norm_eps": a.norm_epsilon, "rope_theta": a.rope_base, "rope_scaling": scaling, "tie_word_embeddings": a.tied,
         "attention_bias": a.qkv_bias and a.family == "llama", "eos_token_id": end, "torch_dtype": str(dtype).removeprefix("torch."),

@@ -20,8 +20,8 @@ from edge_rt_distill.run.steps import Done, read_done
 Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
 _THROUGH = {
-    "cut": "cut and repaired", "distil": "after the levels", "quantise": "quantised", "off": "in the runtime, compensation off",
-    "corrected": "in the runtime, corrected",
+    "unrepaired": "cut", "cut": "cut and repaired", "distil": "after the levels", "quantise": "quantised",
+    "off": "in the runtime, compensation off", "corrected": "in the runtime, corrected",
 }  # fmt: skip
 
 
@@ -87,6 +87,8 @@ def _changes(config: Any, usual: Any, prefix: str) -> Iterator[str]:
 def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
     """What became of the teacher on the way, and the file."""
     measured: dict[str, Mapping[str, Any]] = {name: done[name].summary for name in ("cut", "distil", "quantise") if name in done}
+    if "unrepaired" in measured.get("cut", {}):
+        measured = {"unrepaired": measured["cut"]["unrepaired"], **measured}
     verified = folder / "verify" / "verify.json"
     facts = json.loads(verified.read_text(encoding="utf-8")) if "verify" in done else {}
     measured |= {name: facts[name] for name in ("off", "corrected") if name in facts}

@@ -43,17 +43,19 @@ def cut_step(shop: Workshop) -> Step:
         teacher = shop.teacher.model
         sequences = shuffled(shop.sequences(place.need("data") / TRAIN), shop.config.run.seed)
         text, cut = _choose(shop, place, sequences)
-        student = apply(teacher, cut)
+        student, held_out = apply(teacher, cut), shop.held_out(place.need("data"))
+        unrepaired = {}
         if config.repair_tokens and cut != whole(teacher.architecture):
+            unrepaired = {"unrepaired": measured(divergence(student, teacher, held_out))}
             place.told("repairs", 0, 0)
             some = some_batches(sequences, config.repair_tokens, shop.config)
             text.append(explain_repair(repair(student, teacher, cut, some, told=partial(place.told, "repairs"))))
-        found = divergence(student, teacher, shop.held_out(place.need("data")))
+        found = divergence(student, teacher, held_out)
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_file(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
         write_file(place.folder / "cut.txt", "\n\n".join(text) + "\n")
         parameters = student_architecture(teacher.architecture, cut).parameters()
-        return {"parameters": parameters, "share": parameters / teacher.architecture.parameters(), **measured(found)}
+        return {"parameters": parameters, "share": parameters / teacher.architecture.parameters(), **measured(found), **unrepaired}
 
     return Step("cut", run, settings, ("data", "diagnose"))
 

@@ -82,7 +82,8 @@ def train(
 ) -> list[LevelResult]:  # fmt: skip
     """Take the student through the levels, in place, from where ``options.folder`` says it is, and say how each ended.
 
-    ``scorer`` gives the composite score; a level with ``score_patience`` stops when it gets no better, with its best weights by that.
+    ``scorer`` gives the composite score; a level with ``score_patience`` stops when it gets no better, with its best weights by that;
+    of other levels it is told at their end.
     In other levels the level's own error chooses. A level whose gate opened hands on its last weights, which the gate judged.
     ``told`` is called after each step; it stops the run by raising Cancelled, and the next call goes on from there.
 
@@ -277,10 +278,10 @@ class _Trainer:
         earlier = {name: error for name, error in state.errors.items() if name != level.name}
         state.gate = judge(level.gate, state.gate, own, earlier, state.ended)
         state.opened = state.opened or is_open(level.gate, state.gate)
-        score = None if self.scorer is None else self.scorer(self.scene.student)
+        score = self._score(level)
         state.score = None if score is None else score.value
         # A score has coarse parts, such as a few answers: where it ends no level, it does not choose either.
-        self._keep_if_best(-own if score is None or not level.score_patience else score.value)
+        self._keep_if_best(score.value if score is not None and level.score_patience else -own)
         values: dict[str, Any] = {
             "kind": "evaluation", "level": level.name, "step": state.step, "errors": state.errors, "passed": state.gate.passed,
             "opened": state.opened, "reason": state.gate.reason, "tokens": state.tokens,
@@ -289,6 +290,11 @@ class _Trainer:
             values |= {"score": score.value, "parts": dict(score.parts)}
         self.log.write(**values)
         return self._event(level, values, say(state.errors))
+
+    def _score(self, level: Level) -> Scored | None:
+        """Where it may end the level, and of what the level ends with: it takes longer than all errors do."""
+        ends = self.state.step == level.steps or (self.state.opened and not self.options.to_limit)
+        return self.scorer(self.scene.student) if self.scorer is not None and (level.score_patience or ends) else None
 
     def _keep_if_best(self, value: float) -> None:
         state = self.state
