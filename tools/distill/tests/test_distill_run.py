@@ -49,6 +49,7 @@ order = 1
 paths = 1
 [student]
 parameters = 0.8
+widths = "free"
 repair_tokens = 1024
 side_rank = 2
 [behaviour]

@@ -18,8 +18,8 @@ from edge_rt_distill.surgery.evidence import evidence, read_evidence
 from edge_rt_distill.surgery.explain import explain, explain_measured
 from edge_rt_distill.surgery.options import PARTS, Budget, PlanOptions
 from edge_rt_distill.surgery.plan import candidates, plan
-from edge_rt_distill.surgery.predict import best, lost
-from edge_rt_distill.surgery.probe import calibrated, select
+from edge_rt_distill.surgery.predict import best, lost, tables
+from edge_rt_distill.surgery.probe import calibrated, of_each_layer, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery_models import divergence, passages, random_architecture, random_decoder, random_evidence, random_tokens
@@ -85,6 +85,59 @@ def test_no_other_sizes_within_the_budget_are_predicted_better() -> None:
         others.append(one.loss)
     assert len(others) > 30
     assert chosen.loss == pytest.approx(min(others))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.6, 0.98), st.integers(0, 5))
+def test_channels_by_layer_keep_to_the_budget_and_lose_no_more_than_equal_ones(share: float, seed: int) -> None:
+    found = random_evidence(TEACHER, seed)
+    options = replace(FINE, allow=("ffn",), widths="free", least=0.25)
+    both = {one.chosen.name: one for one in candidates(found, TEACHER, Budget(parameters=share), options) if one.chosen}
+    assert set(both) == {"channels by layer", "channels"}
+    spread, equal = both["channels by layer"], both["channels"]
+    assert spread.cost is not None
+    assert spread.cost.parameters <= share * TEACHER.parameters()
+    assert spread.cost == cost_of(student_architecture(TEACHER, spread), options.cost)
+    assert equal.chosen is not None
+    assert spread.chosen is not None
+    assert spread.chosen.loss <= equal.chosen.loss + 1e-12
+    assert all(24 <= len(one.channels) <= 96 and len(one.channels) % 8 == 0 for one in spread.layers)
+    assert Cut.from_json(json.loads(json.dumps(spread.to_json()))) == spread
+    assert "channels by layer" in explain(spread, TEACHER)
+
+
+def test_no_other_spread_of_channels_is_predicted_better() -> None:
+    found = tables(random_evidence(TEACHER, 3))
+    steps, layers = (48, 64, 80, 96), (0, 2, 5)
+    chosen = found.spread(layers, 72, steps)
+    assert sum(chosen) <= 3 * 72
+    others = [found.ffn_loss(layers, one) for one in product(steps, repeat=3) if sum(one) <= 3 * 72]
+    assert found.ffn_loss(layers, chosen) == pytest.approx(min(others))
+
+
+def test_a_layer_that_is_worth_more_keeps_more_channels() -> None:
+    precious = replace(EVIDENCE, ffn_kl=np.array([9.0, 1, 1, 1, 1, 1]), ffn_channels=np.tile(np.linspace(0.1, 2, 96), (6, 1)))
+    cut = plan(precious, TEACHER, Budget(parameters=0.85), replace(FINE, allow=("ffn",), widths="free"))
+    widths = [len(one.channels) for one in cut.layers]
+    assert widths[0] == 96
+    assert max(widths[1:]) < 96
+    with pytest.raises(OptionError, match="leave widths equal"):
+        plan(EVIDENCE, replace(TEACHER, qk_norm=True), Budget(parameters=0.85), replace(FINE, widths="free"))
+
+
+def test_each_layer_is_tried_alone_and_the_teacher_is_left_as_it_was() -> None:
+    teacher = random_decoder(layers=3)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    found, text = random_evidence(teacher.architecture), [passages(random_tokens(2, 12))]
+    seen: list[tuple[int, int]] = []
+    measured = of_each_layer(found, teacher, text, told=lambda at, count: seen.append((at, count)))
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+    assert all(tensor.equal(before[name]) for name, tensor in teacher.state_dict().items())
+    uncut = whole(teacher.architecture)
+    for layer in range(3):
+        kept = replace(uncut.layers[layer], channels=best(found.ffn_channels[layer], 72))
+        cut = replace(uncut, layers=tuple(kept if i == layer else one for i, one in enumerate(uncut.layers)))
+        assert tables(measured).ffn_loss([layer], 72) == pytest.approx(divergence(apply(teacher, cut), teacher, text), rel=1e-4)
 
 
 def test_the_diagnosis_decides_what_is_cut() -> None:

@@ -88,6 +88,10 @@ class StudentConfig:
     merge: tuple[int, ...] = setting((), "Layers that are merged with the one behind them, by number.", most=510, numbers=True)
     share: int = setting(0, "Pairs of layers that share parameters, with the method `sharing`. The file has them twice.", most=256)
     grouped: bool = setting(False, "Channels go in whole blocks of 32: those of an already quantised teacher then lose nothing again.")
+    widths: str = setting(
+        "equal", "As many channels in all layers, or fewer where they are missed least; stock llama.cpp then runs it as a deci.",
+        choices=("equal", "free"),
+    )  # fmt: skip
     ffn: int = setting(0, "Channels of the feed-forward network, instead of what the search finds.", most=1 << 20)
     repair_tokens: int = setting(8192, "Tokens for least squares after the cut, 0: none.", most=1 << 24)
     side_rank: int = setting(0, "Rank of side paths that are trained beside every matrix and folded in at export, 0: none.", most=1024)

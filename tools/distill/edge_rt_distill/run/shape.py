@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import Measures, divergence
@@ -22,7 +22,7 @@ from edge_rt_distill.surgery.evidence import Evidence, read_evidence
 from edge_rt_distill.surgery.explain import explain, explain_measured, explain_repair
 from edge_rt_distill.surgery.options import PARTS, Budget, PlanOptions
 from edge_rt_distill.surgery.plan import candidates
-from edge_rt_distill.surgery.probe import calibrated, select
+from edge_rt_distill.surgery.probe import calibrated, of_each_layer, select
 from edge_rt_distill.surgery.repair import repair
 
 STUDENT, CUT = "student", "cut.json"
@@ -73,9 +73,11 @@ def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tup
     evidence: Evidence = read_evidence(place.need("diagnose") / "diagnosis.npz", teacher.architecture)
     probed = some_batches(sequences, _PROBED, shop.config)
     options, budget = _options(config), Budget(parameters=config.parameters, speed=1 / config.speed if config.speed else None)
+    if config.widths == "free":
+        evidence = of_each_layer(evidence, teacher, probed, told=partial(place.told, "tries each layer"))
     evidence = calibrated(evidence, teacher, probed, options, told=partial(place.told, "tries small cuts"))
     found = select(
-        teacher, candidates(evidence, teacher.architecture, budget, options), probed,
+        teacher, candidates(evidence, teacher.architecture, budget, options, most=6), probed,
         told=partial(place.told, "compares cuts"),
     )  # fmt: skip
     return [explain_measured(found), explain(found[0].cut, teacher.architecture)], found[0].cut
@@ -87,6 +89,7 @@ def _options(config: StudentConfig) -> PlanOptions:
     return PlanOptions(
         allow=allowed, drop=tuple(config.drop) or None, ffn=config.ffn or None, share=config.share if "sharing" in config.methods else 0,
         merge=tuple((one, one + 1) for one in config.merge), channels="grouped" if config.grouped else "exact",
+        widths=cast("Any", config.widths),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -16,17 +17,21 @@ from edge_rt_distill.surgery.options import PlanOptions
 from edge_rt_distill.surgery.outline import Outline
 from edge_rt_distill.surgery.predict import Heads, best, choose_heads
 
-NAMES = {"depth": "layers", "ffn": "channels", "heads": "heads", "groups": "key-value heads", "hidden": "dimensions", "share": "sharing"}
+NAMES = {
+    "depth": "layers", "ffn": "channels", "spread": "channels by layer", "heads": "heads", "groups": "key-value heads",
+    "hidden": "dimensions", "share": "sharing",
+}  # fmt: skip
 
 
 class Sizes(NamedTuple):
-    """A student's sizes: its layers, key-value heads, query heads of each, residual dimensions, channels; ``kept`` says which heads."""
+    """A student's sizes: its layers, key-value heads, query heads of each, residual dimensions, each layer's channels; ``kept`` says which
+    heads."""
 
     outline: Outline
     groups: int
     heads: int
     width: int
-    ffn: int
+    ffn: tuple[int, ...]
     kept: Heads
 
 
@@ -48,7 +53,7 @@ def build(
 
 def _choice(sizes: Sizes, losses: Mapping[str, float]) -> Choice:
     name = " and ".join(NAMES[one] for one in losses) or "nothing"
-    return Choice(name, len(sizes.outline.layers), sizes.groups, sizes.heads, sizes.ffn, sizes.width, dict(losses))
+    return Choice(name, len(sizes.outline.layers), sizes.groups, sizes.heads, round(fmean(sizes.ffn)), sizes.width, dict(losses))
 
 
 def _layer(found: Evidence, architecture: Architecture, options: PlanOptions, sizes: Sizes, place: int) -> LayerCut:
@@ -56,7 +61,7 @@ def _layer(found: Evidence, architecture: Architecture, options: PlanOptions, si
     own, like = list(outline.layers[place]), dict(outline.pairs).get(place)
     deciding = _deciding(found, options, outline, place)
     importance = found.ffn_channels[deciding].sum(0)
-    channels = best(importance, sizes.ffn, options.multiple if options.channels == "grouped" else 1)
+    channels = best(importance, sizes.ffn[place], options.multiple if options.channels == "grouped" else 1)
     groups, heads = sizes.kept.groups[deciding[0]], sizes.kept.heads[deciding[0]]
     if len(deciding) > 1:  # one choice for all that become this layer
         summed = replace(found, heads=np.tile(found.heads[deciding].sum(0), (len(found.heads), 1)))

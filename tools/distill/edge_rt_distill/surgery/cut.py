@@ -49,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to meet the budget that was compared: the student's sizes, and the divergence that was predicted, by what causes it."""
+    """A way to meet the budget that was compared: the student's sizes (of ``ffn`` the mean), and the predicted divergence by its causes."""
 
     name: str
     layers: int

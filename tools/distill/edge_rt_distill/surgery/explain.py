@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.surgery.cut import Cut, runs, student_architecture
@@ -58,9 +59,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _sizes(cut: Cut, teacher: Architecture, student: Architecture) -> list[tuple[str, float, float]]:
     old, new = (a.layers[a.owner(0)] for a in (teacher, student))
-    found = [
+    channels = [fmean(shape.ffn for shape in a.layers) for a in (teacher, student)]
+    found: list[tuple[str, float, float]] = [
         ("layers", len(teacher.layers), len(student.layers)), ("width", teacher.width, student.width),
-        ("key-value heads", old.kv_heads, new.kv_heads), ("heads", old.heads, new.heads), ("channels", old.ffn, new.ffn),
+        ("key-value heads", old.kv_heads, new.kv_heads), ("heads", old.heads, new.heads), ("channels", channels[0], channels[1]),
     ]  # fmt: skip
     if cut.teacher_cost is not None and cut.cost is not None:
         names = (("parameters", "parameters"), ("bytes of the file (projected)", "bytes"), ("time of a token (projected)", "time"))

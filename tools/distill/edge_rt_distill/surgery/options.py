@@ -50,7 +50,8 @@ class PlanOptions:
     ``allow``: parts that may be cut. ``multiple``: widths that are cut become multiples of it: 32 for blocks of Q4_0, 256 for K-quants.
     ``channels``, ``dimensions``: keep the most important ones one by one (``exact``), or whole groups of 32 (``grouped``): then blocks of
     an already quantised teacher stay blocks and lose nothing again. ``least``: the smallest share of any part that may be left.
-    ``protect``: layers that stay, None for the first and the last.
+    ``widths``: as many channels in each layer (``equal``), or fewer where they are missed least (``free``). ``protect``: layers that stay,
+    None for the first and the last.
     By hand: ``drop`` (layers, or how many), ``merge`` (each a tuple of neighbouring layers that become one), ``ffn``, ``groups``,
     ``heads`` (in each group), ``width``, ``share`` (pairs of the teacher's layers that use one layer's parameters, or how many pairs).
     """
@@ -60,6 +61,7 @@ class PlanOptions:
     channels: Literal["exact", "grouped"] = "exact"
     dimensions: Literal["exact", "grouped"] = "exact"
     least: float = 0.5
+    widths: Literal["equal", "free"] = "equal"
     protect: tuple[int, ...] | None = None
     drop: tuple[int, ...] | int | None = None
     merge: tuple[tuple[int, ...], ...] = ()
@@ -81,6 +83,7 @@ class PlanOptions:
         choices = {
             "channels": ("exact", "grouped"),
             "dimensions": ("exact", "grouped"),
+            "widths": ("equal", "free"),
             "merge_by": ("laco", "average"),
             "share_by": ("important", "average"),
         }

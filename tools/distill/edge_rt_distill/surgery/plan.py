@@ -1,13 +1,14 @@
 """From a diagnosis and a budget to a cut: the architecture with the least predicted loss that the budget allows.
 
 The search is exhaustive over depth, heads and width; the feed-forward width then follows, as the largest that the budget leaves.
-Sizes are the same in all layers, as GGUF's llama family wants them; which heads and channels stay differs from layer to layer.
+Sizes are the same in all layers, as GGUF's llama family wants them; which heads and channels stay differs from layer to layer. With
+``widths`` free, channels are also spread over the layers by what they are worth there, which GGUF calls a deci.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class _Space:
     attention: list[tuple[int, int]]
     widths: list[int]
     ffns: list[int]
+    free: bool
 
     def cost(self, outline: Outline, groups: int, heads: int, width: int, ffn: int) -> Cost:
         outer = outer_cost(self.architecture, self.model, width)
@@ -84,7 +86,7 @@ def candidates(diagnosis: Evidence, architecture: Architecture, budget: Budget, 
     combinations: dict[frozenset[str], Found] = {}
     for found in _search(space, diagnosis):
         before = combinations.get(found.parts)
-        if before is None or (found.loss, -found.sizes.ffn) < (before.loss, -before.sizes.ffn):
+        if before is None or (found.loss, -sum(found.sizes.ffn)) < (before.loss, -sum(before.sizes.ffn)):
             combinations[found.parts] = found
     if not combinations:
         raise OptionError(_impossible(space, budget))
@@ -99,6 +101,8 @@ def candidates(diagnosis: Evidence, architecture: Architecture, budget: Budget, 
 
 
 def _space(diagnosis: Evidence, architecture: Architecture, budget: Budget, options: PlanOptions) -> _Space:
+    if options.widths == "free" and architecture.qk_norm:
+        raise OptionError("stock llama.cpp runs no qwen3 whose layers differ in channels; leave widths equal")
     shape = architecture.layers[architecture.owner(0)]
     multiple, each = options.multiple, shape.heads // shape.kv_heads
     groups = _sizes("groups", shape.kv_heads, 1, options.groups, options, "groups")
@@ -114,7 +118,7 @@ def _space(diagnosis: Evidence, architecture: Architecture, budget: Budget, opti
         architecture, shape, budget.limits(cost_of(architecture, options.cost)), options.cost,
         tables(diagnosis, channels=blocks[0], dimensions=blocks[1]), outlines(diagnosis, architecture, options), attention,
         _sizes("width", architecture.width, multiple, options.width, options, "hidden"),
-        _sizes("ffn", shape.ffn, multiple, options.ffn, options, "ffn", finest=10**9),
+        _sizes("ffn", shape.ffn, multiple, options.ffn, options, "ffn", finest=10**9), options.widths == "free",
     )  # fmt: skip
 
 
@@ -145,12 +149,21 @@ def _search(space: _Space, diagnosis: Evidence) -> Iterator[Found]:
                 ffn = _largest(space, outline, groups, heads, width)
                 if ffn is None:
                     continue
-                losses = _losses(space, outline, kept, width, ffn)
                 cut = {
                     "depth": bool(outline.gone or outline.merged), "share": outline.shared > 0, "hidden": width < space.architecture.width,
                     "groups": groups < full[0], "heads": heads < full[1], "ffn": ffn < space.shape.ffn,
                 }  # fmt: skip
-                yield Found(Sizes(outline, groups, heads, width, ffn, kept), {name: losses[name] for name, is_cut in cut.items() if is_cut})
+                for channels, name in _channels(space, outline, ffn):
+                    losses = _losses(space, outline, kept, width, channels)
+                    parts = {name if part == "ffn" else part: losses[part] for part, is_cut in cut.items() if is_cut}
+                    yield Found(Sizes(outline, groups, heads, width, channels, kept), parts)
+
+
+def _channels(space: _Space, outline: Outline, ffn: int) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Channels of each layer of the student, as many in each, and by layer where each is one of the teacher's; and what that is called."""
+    yield (ffn,) * len(outline.layers), "ffn"
+    if space.free and ffn < space.shape.ffn and not outline.shared and not outline.merged:
+        yield space.tables.spread([i for one in outline.layers for i in one], ffn, space.ffns), "spread"
 
 
 def _largest(space: _Space, outline: Outline, groups: int, heads: int, width: int) -> int | None:
@@ -160,8 +173,9 @@ def _largest(space: _Space, outline: Outline, groups: int, heads: int, width: in
     return space.ffns[at - 1] if at else None
 
 
-def _losses(space: _Space, outline: Outline, kept: Heads, width: int, ffn: int) -> dict[str, float]:
+def _losses(space: _Space, outline: Outline, kept: Heads, width: int, channels: Sequence[int]) -> dict[str, float]:
     layers = [i for one in outline.layers for i in one]
+    ffn = [count for count, one in zip(channels, outline.layers, strict=True) for _ in one]
     heads, groups = space.tables.head_losses(layers, kept)
     return {
         "depth": outline.loss, "share": outline.share_loss, "hidden": space.tables.hidden_loss(layers, width),

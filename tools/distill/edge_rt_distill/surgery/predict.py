@@ -48,10 +48,26 @@ class Tables:
     ffn: Array
     hidden: Array
 
-    def ffn_loss(self, layers: Sequence[int], kept: int) -> float:
-        """Of keeping so many channels in each of these layers."""
+    def ffn_loss(self, layers: Sequence[int], kept: int | Sequence[int]) -> float:
+        """Of keeping so many channels in each of these layers, or in one after the other."""
         own = np.asarray(layers)
-        return self.evidence.scale("ffn") * float(self.evidence.ffn_kl[own] @ self.ffn[own, kept])
+        return self.evidence.scale("ffn") * float(self.evidence.ffn_kl[own] @ self.ffn[own, np.asarray(kept)])
+
+    def spread(self, layers: Sequence[int], kept: int, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Channels of each of these layers, of ``sizes`` (ascending) and at most ``kept`` on average, with the least predicted loss.
+
+        Step by step the layer gives channels that misses the next ones least: what each step costs a layer grows, so that is the best.
+        """
+        own = np.asarray(layers)
+        costs = self.evidence.ffn_kl[own, None] * self.ffn[own][:, np.asarray(sizes)]
+        at, surplus = np.full(len(own), len(sizes) - 1), len(own) * (sizes[-1] - kept)
+        each = np.arange(len(own))
+        while surplus > 0:
+            steps = np.where(at > 0, costs[each, np.maximum(at - 1, 0)] - costs[each, at], np.inf)
+            giving = int(np.argmin(steps))
+            surplus -= sizes[at[giving]] - sizes[at[giving] - 1]
+            at[giving] -= 1
+        return tuple(sizes[one] for one in at)
 
     def head_losses(self, layers: Sequence[int], heads: Heads) -> tuple[float, float]:
         """Of the heads and of the key-value groups that go, in these layers."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import finals, mean_divergence
@@ -16,9 +18,12 @@ from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.evidence import Evidence
 from edge_rt_distill.surgery.options import Budget, PlanOptions
 from edge_rt_distill.surgery.plan import plan
+from edge_rt_distill.surgery.predict import best, lost
 
 SHARE = 7 / 8
 """What a probe leaves of a width."""
+ALONE = 3 / 4
+"""What a probe leaves of the channels of a single layer."""
 
 
 def calibrated(
@@ -45,12 +50,37 @@ def calibrated(
     return replace(found, scales=scales)
 
 
+@torch.no_grad()
+def of_each_layer(found: Evidence, teacher: Decoder, batches: Sequence[Rows], *, told: Told = quiet) -> Evidence:
+    """The evidence with ``ffn_kl`` as measured where a plan cuts: by taking a quarter of its channels, the least important, from each layer
+    alone. (Without all of it, the first layer of SmolLM2-135M costs 9 nats, and without a quarter 0.02.) ``told`` as in ``calibrated``.
+    """
+    known = finals(teacher, batches)
+    measured = found.ffn_kl.copy()
+    for layer, importance in enumerate(found.ffn_channels):
+        told(layer, len(measured))
+        down = teacher.linear(f"blk.{teacher.architecture.owner(layer)}.ffn_down").weight
+        kept = round(len(importance) * ALONE)
+        before, gone = down.clone(), sorted(set(range(len(importance))) - set(best(importance, kept)))
+        share = lost(importance)[kept]
+        try:
+            down[:, gone] = 0
+            divergence = mean_divergence(teacher, known, batches)
+        finally:
+            down.copy_(before)
+        if share > 0 and divergence < float("inf"):
+            measured[layer] = divergence / share
+    return replace(found, ffn_kl=measured)
+
+
 def _probes(found: Evidence, teacher: Decoder, options: PlanOptions) -> dict[str, PlanOptions]:
     """For each part the options that cut just it."""
     a = teacher.architecture
     shape = a.layers[a.owner(0)]
     each = shape.heads // shape.kv_heads
-    plain = replace(options, allow=(), drop=(), merge=(), share=0, ffn=shape.ffn, groups=shape.kv_heads, heads=each, width=a.width)
+    plain = replace(
+        options, allow=(), widths="equal", drop=(), merge=(), share=0, ffn=shape.ffn, groups=shape.kv_heads, heads=each, width=a.width
+    )
     narrower = {name: int(size * SHARE) // options.multiple * options.multiple for name, size in (("ffn", shape.ffn), ("width", a.width))}
     changes: dict[str, tuple[str, int]] = {
         "ffn": ("ffn", narrower["ffn"]), "hidden": ("width", narrower["width"]), "heads": ("heads", each - 1),
