@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sysconfig
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from edge_rt_distill.data import samples as module
 from edge_rt_distill.data.samples import DOMAINS, Message, Problem, Sample, demo, make_sample, read_samples
-from edge_rt_distill.data.sources import docstrings, technical_text
+from edge_rt_distill.data.sources import PACKAGES, docstrings, packages, technical_text
 from edge_rt_distill.data.text import language_of, passages, sentences, units
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -238,3 +241,12 @@ def test_docstrings_are_read_and_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "good.py").unlink()
     with pytest.raises(DataError, match="no source"):
         docstrings()
+
+
+def test_the_docstrings_of_packages_are_told_apart_by_their_version_and_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "good.py").write_text(f'"""{"Says what it is about. " * 10}"""\n')
+    here = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: here if name == "numpy" else None)
+    (one,) = packages()
+    assert one.source == f"numpy {version('numpy')}, good.py, passage 1"
+    assert one.licence == PACKAGES["numpy"]

@@ -1,12 +1,14 @@
-"""General text that is on every machine this tool runs on: Python's own documentation, and that in its library's source."""
+"""General text that is on every machine this tool runs on: Python's own documentation, and that in the source of libraries."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from edge_rt.hooks import DataError
@@ -14,10 +16,13 @@ from edge_rt_distill.data.samples import Sample, make_sample
 from edge_rt_distill.data.text import passages
 
 LICENCE = "PSF-2.0"
+PACKAGES: Mapping[str, str] = {"numpy": "BSD-3-Clause", "torch": "BSD-3-Clause"}
+"""Packages that this tool needs, with their licences."""
 SHORTEST = 200
 """Letters of the docstrings that are text: shorter ones name what they stand on once more."""
 _LEFT_OUT = frozenset(("idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "test", "tests", "turtledemo"))
 """Folders of programs, tests and what others installed; ``technical_text`` has pydoc_data."""
+_PYTHON = ".".join(map(str, sys.version_info[:3]))
 
 
 def technical_text(passage: int = 1500) -> list[Sample]:
@@ -32,7 +37,8 @@ def technical_text(passage: int = 1500) -> list[Sample]:
             "this Python has no pydoc_data.topics, which the general text is taken from; install Python's full standard library, "
             "or name text files of your own"
         ) from None
-    return _samples(((f"pydoc_data.topics, {topic}", text) for topic, text in sorted(topics.items())), passage)
+    texts = ((f"pydoc_data.topics, {topic}", text) for topic, text in sorted(topics.items()))
+    return _samples(texts, passage, f"CPython {_PYTHON}", LICENCE)
 
 
 def docstrings(passage: int = 1500) -> list[Sample]:
@@ -42,7 +48,7 @@ def docstrings(passage: int = 1500) -> list[Sample]:
     ``technical_text``. Raises ``DataError`` where a distribution left the source out.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = _samples(((str(file.relative_to(library)), text) for file in _modules(library) if (text := _documentation(file))), passage)
+    found = _samples(_documented(library), passage, f"CPython {_PYTHON}", LICENCE)
     if not found:
         raise DataError(
             f"{library} has no source that docstrings could be taken from; install Python's full standard library, "
@@ -51,22 +57,33 @@ def docstrings(passage: int = 1500) -> list[Sample]:
     return found
 
 
-def _samples(texts: Iterator[tuple[str, str]], passage: int) -> list[Sample]:
-    """Passages of texts with where each is from. Some texts quote the same paragraphs: those stand there once."""
-    version = ".".join(map(str, sys.version_info[:3]))
+def packages(passage: int = 1500) -> list[Sample]:
+    """The docstrings of numpy and torch (about 6 MB), read as those of ``docstrings``; they depend on the versions that are installed."""
+    found: list[Sample] = []
+    for name, licence in PACKAGES.items():
+        spec = importlib.util.find_spec(name)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            found += _samples(_documented(Path(folder)), passage, f"{name} {version(name)}", licence)
+    return found
+
+
+def _samples(texts: Iterable[tuple[str, str]], passage: int, work: str, licence: str) -> list[Sample]:
+    """Passages of texts of a work, with where in it each is from. Some texts quote the same paragraphs: those stand there once."""
     samples: dict[str, Sample] = {}
     for origin, text in texts:
         for number, piece in enumerate(passages(text, passage), 1):
-            source = f"CPython {version}, {origin}, passage {number}"
-            sample = make_sample(text=piece, domain="general", language="en", source=source, licence=LICENCE)
+            source = f"{work}, {origin}, passage {number}"
+            sample = make_sample(text=piece, domain="general", language="en", source=source, licence=licence)
             samples.setdefault(sample.id, sample)
     return list(samples.values())
 
 
-def _modules(library: Path) -> Iterator[Path]:
+def _documented(library: Path) -> Iterator[tuple[str, str]]:
+    """The modules of a folder that have docstrings, with them."""
     for file in sorted(library.rglob("*.py")):
-        if not _LEFT_OUT.intersection(file.relative_to(library).parts):
-            yield file
+        place = file.relative_to(library)
+        if not _LEFT_OUT.intersection(place.parts) and (text := _documentation(file)):
+            yield str(place), text
 
 
 def _documentation(file: Path) -> str:

@@ -45,8 +45,8 @@ class DataConfig:
 
     samples: tuple[str, ...] = setting(
         ("demo",),
-        "Files and folders of JSONL or text; `demo` ships with the tool, `technical` and `docstrings` are text that ships with Python "
-        "(`./demo` is your own)."
+        "Files and folders of JSONL or text; `demo` ships with the tool, `technical` and `docstrings` are text that ships with Python, "
+        "`packages` the docstrings of numpy and torch (`./demo` is your own)."
     )  # fmt: skip
     policy: str = setting("skip", "What a broken line does: it is skipped and told, or stops the run.", choices=("skip", "stop"))
     length: int = setting(256, "Tokens of a sequence at most.", 16, 1 << 16)

@@ -12,7 +12,7 @@ from typing import Any
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.data.dedupe import deduplicate
 from edge_rt_distill.data.samples import Problem, Sample, demo, make_sample, read_samples
-from edge_rt_distill.data.sources import docstrings, technical_text
+from edge_rt_distill.data.sources import docstrings, packages, technical_text
 from edge_rt_distill.data.splits import leaks, split
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
@@ -20,7 +20,7 @@ from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, stamps, write_samples
 
 _BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {
-    "demo": lambda: demo().samples, "technical": technical_text, "docstrings": docstrings,
+    "demo": lambda: demo().samples, "technical": technical_text, "docstrings": docstrings, "packages": packages,
 }  # fmt: skip
 _OPENING = 4
 """Tokens of a text that the teacher goes on from: few, so that what follows is its own."""
