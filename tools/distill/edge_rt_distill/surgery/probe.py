@@ -53,7 +53,8 @@ def calibrated(
 @torch.no_grad()
 def of_each_layer(found: Evidence, teacher: Decoder, batches: Sequence[Rows], *, told: Told = quiet) -> Evidence:
     """The evidence with ``ffn_kl`` as measured where a plan cuts: by taking a quarter of its channels, the least important, from each layer
-    alone. (Without all of it, the first layer of SmolLM2-135M costs 9 nats, and without a quarter 0.02.) ``told`` as in ``calibrated``.
+    alone. (SmolLM2-135M's first costs 9.1 nats when all of it is left out; by its last quarter it would be 1.4, and that plans better:
+    channels by layer cost 0.35 nats then instead of 0.40.) ``told`` as in ``calibrated``.
     """
     known = finals(teacher, batches)
     measured = found.ffn_kl.copy()
