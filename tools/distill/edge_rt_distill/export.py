@@ -26,6 +26,7 @@ from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import tensors as named_tensors
 from edge_rt_distill.model.tokens import Tokeniser
+from edge_rt_distill.portable import family
 from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.quantise.matrices import Encoded, encode
 
@@ -102,12 +103,10 @@ def export(
 def _checked(model: Decoder, words: int) -> Architecture:
     """The architecture, if a GGUF of it can be run."""
     a = model.architecture
-    if a.family == "qwen2" and a.layers[0].heads * a.head != a.width:
-        raise UnsupportedModel("stock llama.cpp runs no qwen2 whose heads do not add up to its width; make it a llama first (portable)")
     if len({(layer.heads, layer.kv_heads) for layer in a.layers}) != 1:
         raise UnsupportedModel("the layers have different numbers of heads, which the runtime has no graph for; cut all alike")
-    if not a.even and a.family != "deci":
-        raise UnsupportedModel(f"stock llama.cpp runs no {a.family} whose layers differ in channels; make it a deci first (portable)")
+    if (wanted := family(model)) != a.family:
+        raise UnsupportedModel(f"stock llama.cpp runs no {a.family} of these sizes; make it a {wanted} first (portable)")
     if words > a.vocabulary:
         raise ModelFileError(
             f"the vocabulary has {words} tokens, the model {a.vocabulary}: it belongs to another model; name the right one"
