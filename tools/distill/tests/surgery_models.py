@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from edge_rt_distill.model.architecture import FAMILIES, Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import finals, mean_divergence
+from edge_rt_distill.model.divergence import reference
 from edge_rt_distill.model.load import frozen
 from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.surgery.evidence import Evidence, evidence
@@ -56,7 +56,7 @@ def passages(tokens: torch.Tensor) -> Rows:
 
 def divergence(student: Decoder, teacher: Decoder, batches: Sequence[Rows]) -> float:
     """Nats a token."""
-    return mean_divergence(student, finals(teacher, batches), batches)
+    return reference(teacher, batches).kl(student)
 
 
 def random_evidence(architecture: Architecture, seed: int = 0, **given: Any) -> Evidence:

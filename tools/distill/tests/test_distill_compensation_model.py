@@ -16,14 +16,14 @@ from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.choose import Options, choose, kl_with
 from edge_rt_distill.compensate.correction import Correction
 from edge_rt_distill.compensate.cost import Budget
-from edge_rt_distill.compensate.measure import everywhere, reference
+from edge_rt_distill.compensate.measure import everywhere
 from edge_rt_distill.compensate.sensitivity import sensitivities
 from edge_rt_distill.compensate.storage import all_as_stored, as_stored
 from edge_rt_distill.compensate.survey import Forms, survey
 from edge_rt_distill.compensate.tune import Schedule, tune
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import divergence, final
+from edge_rt_distill.model.divergence import divergence, final, reference
 from edge_rt_distill.model.load import load, tensors
 from edge_rt_distill.model.rows import beginning
 
@@ -124,7 +124,7 @@ def test_a_low_rank_error_in_one_weight_is_removed_and_nothing_else_is_kept(teac
     weight.add_(0.3 * torch.randn(weight.shape[0], 2, generator=generator) @ torch.randn(2, 64, generator=generator))
     found = choose(teacher, student, FITTING, HELD_OUT, PLENTY, FITS_ALONE)
     assert list(found.compensation) == ["blk.1.attn_v"]
-    unrelated = reference(teacher, OTHER)
+    unrelated = reference(teacher, everywhere(OTHER))
     assert kl_with(student, found.compensation, unrelated) < 0.01 * unrelated.kl(student)
     assert found.kl < 0.01 * found.kl_none
     reasons = {one.site: one.reason for one in found.sites}
@@ -146,7 +146,7 @@ def test_int4_is_mended_on_other_text_within_the_budget_and_the_models_stay_as_t
     found = choose(teacher, quantised, FITTING, HELD_OUT, budget, FITS_ALONE)
     assert 0 < found.bytes <= budget.bytes
     assert 0 < found.microseconds <= budget.microseconds
-    unrelated = reference(teacher, OTHER)
+    unrelated = reference(teacher, everywhere(OTHER))
     none = unrelated.kl(quantised)
     some, all_ = (kl_with(quantised, one.compensation, unrelated) for one in (found, free))
     assert all_ < 0.7 * none
@@ -189,7 +189,7 @@ def test_all_forms_can_be_fitted_together(teacher, quantised):
 def test_gains_estimated_from_gradients_are_of_the_size_of_the_real_ones(teacher, quantised):
     minds = sensitivities(teacher, FITTING, seed=1)
     found = survey(teacher, quantised, FITTING, HELD_OUT, minds, replace(FORMS, tables=(), bias=False, ranks=(32,), storage="F32"))
-    kl = reference(teacher, OTHER).kl(quantised)
+    kl = reference(teacher, everywhere(OTHER)).kl(quantised)
     assert 0.2 * kl < sum(one.gain for one in found) < 5 * kl
 
 
@@ -204,7 +204,7 @@ def test_tuning_lowers_the_divergence_of_other_text(teacher, quantised):
     assert [step for step, _ in found.history] == [0, 10, 20, 30]
     assert min(kl for _, kl in found.history) < found.history[0][1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(quantised).items())
-    unrelated = reference(teacher, OTHER)
+    unrelated = reference(teacher, everywhere(OTHER))
     old = kl_with(quantised, start, unrelated)
     assert kl_with(quantised, found.compensation, unrelated, found.norms) < 0.95 * old
     assert set(found.norms) == {name for name in before if "norm" in name}
@@ -214,7 +214,7 @@ def test_tuning_never_ends_worse_than_it_began(teacher, quantised):
     start = choose(teacher, quantised, FITTING, HELD_OUT, Budget(6000, 400.0), FITS_ALONE).compensation
     found = tune(teacher, quantised, start, FITTING, HELD_OUT, "Q8_0", Schedule(steps=6, rate=3.0, warm_up=1, every=3))
     assert found.history[-1][1] > found.history[0][1]
-    held = reference(teacher, HELD_OUT)
+    held = reference(teacher, everywhere(HELD_OUT))
     assert kl_with(quantised, found.compensation, held) == pytest.approx(found.history[0][1], rel=1e-4)
 
 
@@ -231,7 +231,7 @@ def test_every_position_is_compared(teacher, quantised):
     assert len(found) == 68
     p, q = (model.logits(model(torch.tensor(OTHER[:1])).hidden)[0].log_softmax(-1) for model in (teacher, quantised))
     assert torch.allclose(found[:48], (p.exp() * (p - q)).sum(-1), atol=1e-5)
-    assert reference(teacher, [OTHER[0], OTHER[1][:20]]).kl(quantised) == pytest.approx(float(found.mean()), rel=1e-5)
+    assert reference(teacher, everywhere([OTHER[0], OTHER[1][:20]])).kl(quantised) == pytest.approx(float(found.mean()), rel=1e-5)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

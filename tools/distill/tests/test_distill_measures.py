@@ -16,7 +16,7 @@ from edge_rt_distill.diagnose.paths import Rollout, token_paths, trace
 from edge_rt_distill.diagnose.rows import Labels, checked, in_rows, mixed
 from edge_rt_distill.model.architecture import Architecture, LayerShape
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import finals, mean_divergence
+from edge_rt_distill.model.divergence import reference
 from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, rows_of
 
 from edge_rt.hooks import DataError, OptionError
@@ -179,9 +179,9 @@ def test_true_fisher_is_of_the_model_and_seeded_and_predicts_the_divergence_of_a
     weight = model.linear(site).weight
     kept, moved = weight.clone(), []
     for _ in range(6):
-        whole = finals(model, batches)
+        whole = reference(model, batches)
         weight += deviation * torch.randn(weight.shape, generator=generator)
-        moved.append(mean_divergence(model, whole, batches))
+        moved.append(whole.kl(model))
         weight.copy_(kept)
     assert sum(moved) / len(moved) == pytest.approx(deviation**2 / 2 * one[site], rel=0.3)
 
@@ -228,7 +228,7 @@ def test_greedy_removal_gives_the_divergence_of_all_that_is_gone() -> None:
 
 
 def _kl_without(model: Decoder, rows: Rows, gone: list[int]) -> float:
-    return mean_divergence(model, finals(model, [rows]), [rows], skip=gone)
+    return reference(model, [rows]).kl(model, skip=gone)
 
 
 def test_what_is_dead_ranks_last() -> None:

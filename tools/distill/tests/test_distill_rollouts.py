@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from edge_rt_distill.behaviour.conversations import QUESTION, before_question, made_up
 from edge_rt_distill.behaviour.examples import Example, check, example
 from edge_rt_distill.behaviour.rewards import Reward
 from edge_rt_distill.behaviour.rollouts import (
@@ -166,3 +168,26 @@ def test_an_example_that_cannot_be_learnt_from_is_refused() -> None:
     ):
         with pytest.raises(DataError):
             check(wrong)
+
+
+def test_a_teacher_makes_up_what_a_user_would_ask_and_answers_it(teacher: Teacher) -> None:
+    tokeniser, seen = teacher.tokeniser, list[tuple[int, int]]()
+    found = made_up(teacher, 96, 10, seed=3, told=lambda done, most: seen.append((done, most)))
+    assert found == made_up(teacher, 96, 10, seed=3) != made_up(teacher, 96, 10, seed=4)
+    assert 1 < len(found) < 96, "a random teacher ends some questions in time"
+    assert [one.role for one in found[0].messages] == ["user", "assistant"]
+    assert all(one.source == "the teacher itself" and message.content for one in found for message in one.messages)
+    assert max(len(tokeniser.encode(one.answer)) for one in found) <= 3 * 10, "bytes that are no text are written as three"
+    assert seen[-1][0] <= seen[-1][1]
+    assert seen == sorted(seen, key=lambda one: one[0] / one[1])
+    assert len(tokeniser.encode(found[0].prompt[0].content)) < 3 * QUESTION
+
+
+def test_a_question_begins_behind_what_the_template_says(smollm2: Path, teacher: Teacher) -> None:
+    tokeniser = load(smollm2).tokeniser
+    said = tokeniser.decode(before_question(tokeniser), special=True)
+    assert said.startswith("<|im_start|>system\n")
+    assert said.endswith("<|im_start|>user\n")
+    bare = SimpleNamespace(chat=lambda messages, answer: [ord(messages[0]["content"])], end=1, encode=lambda text: [2], decode=str)
+    with pytest.raises(OptionError, match=r"set data\.chats to 0"):
+        made_up(teacher._replace(tokeniser=bare), 1, 1)  # type: ignore[arg-type]

@@ -39,6 +39,8 @@ length = 96
 held_out = 0.2
 rollouts = 4
 rollout_tokens = 12
+chats = 16
+weights = [3, 0, 1]
 [library]
 samples = 6
 answer_tokens = 6

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edge_rt_distill.model.architecture import LayerShape
+from edge_rt_distill.model.divergence import reference
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cost import CostModel, cost_of
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
@@ -130,7 +131,7 @@ def test_each_layer_is_tried_alone_and_the_teacher_is_left_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     found, text = random_evidence(teacher.architecture), [passages(random_tokens(2, 12))]
     seen: list[tuple[int, int]] = []
-    measured = of_each_layer(found, teacher, text, told=lambda at, count: seen.append((at, count)))
+    measured = of_each_layer(found, teacher, reference(teacher, text), told=lambda at, count: seen.append((at, count)))
     assert seen == [(0, 3), (1, 3), (2, 3)]
     assert all(tensor.equal(before[name]) for name, tensor in teacher.state_dict().items())
     uncut = whole(teacher.architecture)
@@ -318,7 +319,7 @@ def test_predictions_are_scaled_by_cuts_that_were_measured() -> None:
     teacher = random_decoder(layers=5)
     found, text = random_evidence(teacher.architecture), [passages(random_tokens(2, 12))]
     seen: list[tuple[int, int]] = []
-    scaled = calibrated(found, teacher, text, FINE, told=lambda at, count: seen.append((at, count)))
+    scaled = calibrated(found, teacher, reference(teacher, text), FINE, told=lambda at, count: seen.append((at, count)))
     assert set(scaled.scales or ()) == set(PARTS)
     assert seen == [(i, 5) for i in range(5)]
     for part, fixed in (("ffn", {"ffn": 80}), ("groups", {"groups": 3}), ("depth", {"drop": 2})):
@@ -336,7 +337,7 @@ def test_cuts_are_compared_by_making_them() -> None:
     assert len({one.chosen.name for one in cuts if one.chosen is not None}) == 3
     predicted = [one.chosen.loss for one in cuts if one.chosen is not None]
     assert predicted == sorted(predicted)
-    found = select(teacher, cuts, text)
+    found = select(teacher, cuts, reference(teacher, text))
     assert [one.divergence for one in found] == sorted(one.divergence for one in found)
     assert found[0].divergence == pytest.approx(divergence(apply(teacher, found[0].cut), teacher, text))
     assert all(one.cut.chosen is not None and one.cut.chosen.name in explain_measured(found) for one in found)

@@ -26,12 +26,13 @@ from edge_rt_distill.compensate import sequential
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.correction import Compensation
 from edge_rt_distill.compensate.cost import Budget, Candidate, Costs, select
-from edge_rt_distill.compensate.measure import Reference, reference
+from edge_rt_distill.compensate.measure import everywhere
 from edge_rt_distill.compensate.sensitivity import sensitivities
 from edge_rt_distill.compensate.storage import stored_bytes
 from edge_rt_distill.compensate.survey import Forms, survey
 from edge_rt_distill.compensate.tune import Schedule, tune
 from edge_rt_distill.model.decoder import Decoder
+from edge_rt_distill.model.divergence import Reference, reference
 from edge_rt_distill.model.load import tensors
 from edge_rt_distill.model.rows import beginning
 from edge_rt_distill.progress import PartTold, quiet
@@ -108,7 +109,7 @@ def choose(
     kinds = {site: one.kinds for site, one in taken.items()}
     fitted = sequential.fit(teacher, student, fitting, held_out, kinds, minds, forms, partial(told, "fit"))
     kept: Compensation = {site: one.correction for site, one in fitted.items() if one.correction is not None}
-    held = reference(teacher, held_out)
+    held = reference(teacher, everywhere(held_out))
     none, after = held.kl(student), kl_with(student, kept, held)
     if after >= none:
         kept = {}
@@ -164,7 +165,7 @@ def _left_out(
     """By how much the KL rises without each site's correction."""
     if not most:
         return {}
-    held = reference(teacher, beginning(held_out, most, len))
+    held = reference(teacher, everywhere(beginning(held_out, most, len)))
     whole = kl_with(student, kept, held, norms)
     found: dict[str, float] = {}
     for number, site in enumerate(kept, 1):

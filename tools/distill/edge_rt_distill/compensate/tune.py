@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from edge_rt.hooks import TrainingError
 from edge_rt_distill.compensate.apply import compensated
 from edge_rt_distill.compensate.correction import Compensation
-from edge_rt_distill.compensate.measure import Reference, everywhere, reference
+from edge_rt_distill.compensate.measure import everywhere
 from edge_rt_distill.compensate.storage import Storage, all_as_stored
 from edge_rt_distill.model.decoder import Decoder, RMSNorm
-from edge_rt_distill.model.divergence import Final, divergence, final, finals
+from edge_rt_distill.model.divergence import Final, Reference, divergence, final, reference
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.progress import Told, quiet
 
@@ -66,14 +66,15 @@ def tune(
     The student is as before afterwards; its norms are returned. Raises TrainingError if the KL is no number any more.
     """
     run = _Run(student, compensation, storage, schedule)
-    batches, held = everywhere(fitting, schedule.batch_tokens), reference(teacher, held_out)
+    batches, held = everywhere(fitting, schedule.batch_tokens), reference(teacher, everywhere(held_out))
     said: dict[int, Final] = {}  # a step's batch may come again
     order = _order(len(batches), schedule.steps, schedule.seed)
     with run.trainable():
         run.judge(0, held, told)
         for step, number in enumerate(order, 1):
             if number not in said:
-                (said[number],) = finals(teacher, [batches[number]])
+                with torch.no_grad():
+                    said[number] = final(teacher, batches[number])
             run.step(step, batches[number], said[number])
             if step % schedule.every == 0 or step == schedule.steps:
                 run.judge(step, held, told)

@@ -101,6 +101,11 @@ def sample_id(messages: Iterable[Message], text: str) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
+def can_be_read(text: str) -> bool:
+    """Whether a sample may hold what a model wrote, which can be blank or have zero characters, at which tokenisers stop."""
+    return bool(text.strip()) and "\0" not in text
+
+
 def make_sample(messages: Iterable[Message] = (), text: str = "", **known: Any) -> Sample:
     """A sample of a content and what is known of it: ``domain`` (else "general"), ``language`` (else by script), ``source`` ..."""
     messages = tuple(messages)

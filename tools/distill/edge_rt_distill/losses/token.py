@@ -60,17 +60,6 @@ class TokenOptions(NamedTuple):
     chunk: int = 0
 
 
-class FromTopK(NamedTuple):
-    """Recorded distributions: ``tokens``, ``logprob`` [N, K], the likeliest first, and the mass of all others ``tail`` [N], 0 to 1.
-
-    Nothing is known of the inside of the tail, so that the second term of the decoupled loss is left out.
-    """
-
-    tokens: Tensor
-    logprob: Tensor
-    tail: Tensor
-
-
 class TokenLoss(NamedTuple):
     """``loss``: scalar, differentiable. ``parts``: its addends by name (PARTS), detached and not yet weighted, in nats a token."""
 
@@ -81,7 +70,7 @@ class TokenLoss(NamedTuple):
 class _Work(NamedTuple):
     """What a chunk needs besides the student: all of N rows."""
 
-    teacher: Final | FromTopK | None
+    teacher: Final | None
     weights: Tensor
     labels: Tensor | None
     prior: Tensor | None
@@ -107,7 +96,7 @@ def check_options(options: TokenOptions) -> None:
 def token_loss(
     hidden: Tensor,
     weight: Tensor,
-    teacher: Final | FromTopK | None,
+    teacher: Final | None,
     *,
     weights: Tensor | None = None,
     labels: Tensor | None = None,
@@ -124,25 +113,19 @@ def token_loss(
     check_options(options)
     if options.cross_entropy and labels is None:
         raise OptionError("cross-entropy needs the true tokens; pass labels, or set cross_entropy to 0")
-    if options.ranking and not (options.head or isinstance(teacher, FromTopK)):
+    if options.ranking and not options.head:
         raise OptionError("a ranking is of the teacher's top tokens; set head to how many")
     row_weights = torch.ones_like(hidden[:, 0]) if weights is None else weights.to(hidden.dtype)
     counted = (row_weights > 0).nonzero().squeeze(-1)
     if len(counted) < len(row_weights):
-        teacher = None if teacher is None else _rows_of(teacher, counted)
+        teacher = None if teacher is None else Final(teacher.hidden[counted], teacher.head)
         hidden, row_weights, labels = hidden[counted], row_weights[counted], None if labels is None else labels[counted]
     if len(counted) == 0:
         return TokenLoss(hidden.sum() * 0, {name: hidden.new_zeros(()) for name in PARTS})
-    theirs = Head.of(teacher.head) if isinstance(teacher, Final) else None
+    theirs = None if teacher is None else Head.of(teacher.head)
     work = _Work(teacher, row_weights / row_weights.sum(), labels, prior, options, theirs)
     loss, parts = _Fused.apply(hidden, weight, work, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenLoss(loss, dict(zip(PARTS, parts.unbind(), strict=True)))
-
-
-def _rows_of(teacher: Final | FromTopK, rows: Tensor | slice) -> Final | FromTopK:
-    if isinstance(teacher, Final):
-        return Final(teacher.hidden[rows], teacher.head)
-    return FromTopK(teacher.tokens[rows], teacher.logprob[rows], teacher.tail[rows])
 
 
 class _Fused(torch.autograd.Function):
@@ -182,13 +165,10 @@ class _Fused(torch.autograd.Function):
 
 def _chunk(logits: Tensor, work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
     """(PARTS of each row [C, 4], gradient of the loss of each row with respect to its logits [C, V]). ``logits`` is overwritten."""
-    teacher = None if work.teacher is None else _rows_of(work.teacher, rows)
     labels = None if work.labels is None else work.labels[rows]
-    if isinstance(teacher, FromTopK):
-        return _decoupled(logits, teacher.tokens, _known_buckets(teacher), None, labels, work)
-    if isinstance(teacher, Final):
+    if work.teacher is not None:
         assert work.theirs is not None
-        theirs = work.theirs.logits(teacher.hidden)
+        theirs = work.theirs.logits(work.teacher.hidden[rows])
         if work.options.head:
             index = theirs.topk(min(work.options.head, theirs.shape[-1] - 1), sorted=True).indices
             buckets, inside = _split(theirs, index)
@@ -268,16 +248,10 @@ def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return torch.log_softmax(torch.cat((head, mass), -1), -1), inside.sub_(mass)
 
 
-def _known_buckets(teacher: FromTopK) -> Tensor:
-    """Rounding of what was recorded is taken out: the buckets sum to 1."""
-    tail = teacher.tail.clamp(min=1e-9).log()
-    return torch.log_softmax(torch.cat((teacher.logprob, tail[:, None].to(teacher.logprob)), -1), -1)
-
-
 def _decoupled(
-    logits: Tensor, index: Tensor, log_p: Tensor, p_inside: Tensor | None, labels: Tensor | None, work: _Work
+    logits: Tensor, index: Tensor, log_p: Tensor, p_inside: Tensor, labels: Tensor | None, work: _Work
 ) -> tuple[Tensor, Tensor]:
-    """As ``_chunk``. ``log_p`` [C, K + 1]: the teacher's buckets. ``p_inside`` [C, V]: its tail, where it is known."""
+    """As ``_chunk``. ``log_p`` [C, K + 1]: the teacher's buckets. ``p_inside`` [C, V]: its tail."""
     options = work.options
     true_logit = None if labels is None else logits.gather(-1, labels[:, None]).squeeze(-1)
     total = logits.logsumexp(-1) if true_logit is not None and options.cross_entropy else None
@@ -292,7 +266,7 @@ def _decoupled(
     if total is not None and true_logit is not None:
         unlikeliness = total - true_logit
         buckets = buckets.add(log_q.exp(), alpha=options.cross_entropy)
-    if p_inside is None or not options.beta:
+    if not options.beta:
         gradient = q_inside.exp_().mul_(buckets[:, -1:])
     else:
         factor = mass.clamp(min=options.floor)

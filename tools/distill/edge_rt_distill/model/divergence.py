@@ -36,12 +36,6 @@ def final(model: Decoder, rows: Rows, *, skip: Collection[int] = ()) -> Final:
     return Final(model(rows.tokens, skip=skip).hidden[rows.mask > 0], model.head_weight)
 
 
-@torch.no_grad()
-def finals(model: Decoder, batches: Sequence[Rows]) -> list[Final]:
-    """The same of several batches: worth keeping where many students are compared with one teacher."""
-    return [final(model, rows) for rows in batches]
-
-
 def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) [n] of probabilities and log-probabilities [n, V], with gradients by q."""
     # Where nothing differs, rounding may give less than nothing.
@@ -65,19 +59,31 @@ def divergence(student: Final, teacher: Final) -> Tensor:
     return divergences([student], teacher)[0]
 
 
+class Reference(NamedTuple):
+    """A text, and what a teacher says there: worth keeping where many students are compared with it."""
+
+    batches: Sequence[Rows]
+    said: Sequence[Final]
+
+    @torch.no_grad()
+    def kl(self, student: Decoder, *, skip: Collection[int] = ()) -> float:
+        """Mean over the predictions by what they weigh, nats. ``skip``: the student's layers to leave out. Raises DataError where no
+        prediction counts.
+        """
+        total = count = 0.0
+        for known, rows in zip(self.said, self.batches, strict=True):
+            weights = rows.mask[rows.mask > 0].double()
+            total += float(divergence(final(student, rows, skip=skip), known).double() @ weights)
+            count += float(weights.sum())
+        if not count:
+            raise DataError("no prediction counts in these samples; take longer or more samples")
+        return total / count
+
+
 @torch.no_grad()
-def mean_divergence(student: Decoder, teacher: Sequence[Final], batches: Sequence[Rows], *, skip: Collection[int] = ()) -> float:
-    """Mean over the predictions of ``batches`` by what they weigh. ``teacher``: its ``finals`` there. ``skip``: the student's layers to
-    leave out. Raises DataError where no prediction counts.
-    """
-    total = count = 0.0
-    for known, rows in zip(teacher, batches, strict=True):
-        weights = rows.mask[rows.mask > 0].double()
-        total += float(divergence(final(student, rows, skip=skip), known).double() @ weights)
-        count += float(weights.sum())
-    if not count:
-        raise DataError("no prediction counts in these samples; take longer or more samples")
-    return total / count
+def reference(teacher: Decoder, batches: Sequence[Rows]) -> Reference:
+    """What students are compared with."""
+    return Reference(batches, [final(teacher, rows) for rows in batches])
 
 
 def agreements(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:

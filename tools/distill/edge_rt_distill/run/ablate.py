@@ -8,6 +8,7 @@ from typing import Any
 
 from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.run.config import LEVELS, DistilConfig
+from edge_rt_distill.run.mixture import held_out
 from edge_rt_distill.run.shape import measured
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import TEACHING, levels, score_of, teach
@@ -39,7 +40,7 @@ def _step(shop: Workshop, name: str, count: int) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         student, results = teach(shop, place, levels(said), to_limit=True)
-        found = divergence(student, shop.teacher.model, shop.held_out(place.need("data")))
+        found = divergence(student, shop.seen, held_out(shop, place.need("data")))
         score = score_of(shop, place)(student)
         ended = {f"gate of {one.name}": "open" if one.opened else "shut" for one in results}
         errors = {f"{one.name} error": one.errors.get(one.name) for one in results}

@@ -52,7 +52,12 @@ class DataConfig:
     length: int = setting(256, "Tokens of a sequence at most.", 16, 1 << 16)
     held_out: float = setting(0.1, "Share of the samples that nothing is learnt from.", 0.01, 0.9)
     rollouts: int = setting(0, "Texts that the teacher writes itself, to learn from beside the samples (Kim and Rush 2016).", most=1 << 20)
-    rollout_tokens: int = setting(192, "Tokens of each of them at most.", 8, 1 << 14)
+    chats: int = setting(0, "Conversations that the teacher makes up, questions and answers (Magpie, Xu et al. 2024).", most=1 << 20)
+    rollout_tokens: int = setting(192, "Tokens of each of these texts and answers at most.", 8, 1 << 14)
+    weights: tuple[int, ...] = setting(
+        (), "How much is learnt from each of `samples` and, last, from what the teacher writes, as shares of the tokens; students are "
+        "measured on samples in these shares. All as often as they come if left out.", most=1000, numbers=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,10 @@ class DistilConfig:
     held_out: int = setting(64, "Sequences of the held-out samples that are measured on.", 1, 1 << 20)
     divergence: str = setting("forward", "Of the token level.", choices=("forward", "reverse", "skewed", "taid"))
     decoupled: bool = setting(True, "Discriminative candidates that are unlikely count for more; a third slower than plain divergence.")
+    top_k: int = setting(
+        0, "Of the teacher's distribution only so many likeliest tokens and the mass of all others count, 0: every token. Instead of "
+        "`decoupled`.", most=1 << 16,
+    )  # fmt: skip
     cross_entropy: float = setting(0.0, "Weight of the samples' own tokens beside the teacher's distribution, in all levels.", 0, 10)
     patience: int = setting(0, "Evaluations without a better score after which a level stops, 0: never for that.", most=1 << 20)
     asked: int = setting(8, "Held-out questions that are answered for the score.", most=1 << 20)

@@ -21,20 +21,20 @@ from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import read_gguf
-from edge_rt_distill.model.rows import TokenSequence, beginning, count_tokens
+from edge_rt_distill.model.rows import beginning, count_tokens
 from edge_rt_distill.portable import portable
 from edge_rt_distill.quantise import qat
 from edge_rt_distill.quantise.matrices import Encoded, Method, Quantised, QuantiseOptions, quantise_model
 from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
+from edge_rt_distill.run.mixture import Mixed, held_out
 from edge_rt_distill.run.running import against, from_stock, run_logits
 from edge_rt_distill.run.shape import STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import clear_training, paced, token_options, training_options, unigram
-from edge_rt_distill.run.workshop import ROLLOUTS, TRAIN, Workshop, shuffled
+from edge_rt_distill.run.workshop import Workshop
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import Level
 from edge_rt_distill.stages.material import Material
-from edge_rt_distill.stages.teachers import CachingTeacher
 from edge_rt_distill.stages.trainer import train
 
 QUANTISED = "quantised.gguf"
@@ -47,7 +47,7 @@ def quantise_step(shop: Workshop) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         student = portable(snapshot.read(place.need("distil") / STUDENT)[0])
-        sequences = _training(shop, place)
+        sequences = Mixed(shop, place).once(config.run.seed + 1)
         how: dict[str, Encoded] = {}
         if config.quantise.type != "F16":
             options = QuantiseOptions(config.quantise.type, config.quantise.embedding, method=cast(Method, config.quantise.method))
@@ -63,16 +63,11 @@ def quantise_step(shop: Workshop) -> Step:
             told=partial(place.told, "bytes written"),
         )  # fmt: skip
         clear_training(place.folder)
-        held_out = shop.held_out(place.need("data"))
+        kept = held_out(shop, place.need("data"))
         written = read_gguf(target)
-        return {"bytes": target.stat().st_size, **measured(divergence(written, shop.teacher.model, held_out))}
+        return {"bytes": target.stat().st_size, **measured(divergence(written, shop.seen, kept))}
 
     return Step("quantise", run, settings, ("data", "rollouts", "distil"))
-
-
-def _training(shop: Workshop, place: Place) -> list[TokenSequence]:
-    """All that was learnt from, in an order of its own."""
-    return shuffled(shop.sequences(place.need("data") / TRAIN, place.need("rollouts") / ROLLOUTS), shop.config.run.seed + 1)
 
 
 def _aware(shop: Workshop, place: Place, student: Decoder, start: Quantised) -> dict[str, Encoded]:
@@ -82,19 +77,19 @@ def _aware(shop: Workshop, place: Place, student: Decoder, start: Quantised) -> 
         student.head_weight.copy_(start.model.head_weight)
     student.requires_grad_(True)
     qat.attach(student, config.quantise.type, scales="fixed", start=start.tensors)
-    sequences = _training(shop, place)
+    mixed = Mixed(shop, place)
     steps, every = paced(config.quantise.aware_tokens, config.distil)
     level = Level(
         "token", {"token": 1.0}, Gate(1e-9), steps=steps, every=every, learning_rate=config.quantise.aware_rate,
         frozen=("token_embd.*", "output.*"), token=token_options(config.distil),
     )  # fmt: skip
     material = Material(
-        epoch=lambda number, begin: batches(sequences, config.distil.batch_tokens, config.run.seed + 1, number, begin),
-        held_out=list(batches(shop.held_out(place.need("data")), config.distil.batch_tokens, 0, 0)),
-        prior=unigram(sequences, student.architecture.vocabulary), seed=config.run.seed,
+        epoch=mixed.batches(config.distil.batch_tokens, config.run.seed + 1),
+        held_out=list(batches(held_out(shop, place.need("data")), config.distil.batch_tokens, 0, 0)),
+        prior=unigram(mixed.all, student.architecture.vocabulary), seed=config.run.seed,
     )  # fmt: skip
     train(
-        student, CachingTeacher(shop.teacher.model), material, training_options(config, place.folder / "training"), levels=[level],
+        student, shop.seen, material, training_options(config, place.folder / "training"), levels=[level],
         told=lambda event: place.told(f"trains on the grid: {event.message}", event.step, event.steps),
     )  # fmt: skip
     return qat.detach(student)
@@ -113,7 +108,7 @@ def compensate_step(shop: Workshop) -> Step:
         reference = portable(snapshot.read(place.need("distil") / STUDENT)[0])
         quantised = read_gguf(source)
         budget = budget_of(source, len(reference.layers), config.compensate)
-        sequences = [one.tokens for one in beginning(_training(shop, place), config.compensate.tokens, count_tokens)]
+        sequences = [one.tokens for one in beginning(Mixed(shop, place).once(config.run.seed + 1), config.compensate.tokens, count_tokens)]
         apart = max(1, len(sequences) // 8)  # of the training data: what is held out of the run judges only in the end
         found = corrections.choose(
             reference, quantised, sequences[apart:], sequences[:apart], budget, options_of(config.compensate, config.run.seed), place.told
@@ -146,7 +141,7 @@ def verify_step(shop: Workshop) -> Step:
         corrected = place.need("compensate") / f"{shop.config.name}.gguf"
         model = corrected if corrected.exists() else place.need("quantise") / QUANTISED
         has_side = side_files.side_path(model).exists()
-        sequences = shop.held_out(place.need("data"))
+        sequences = held_out(shop, place.need("data"))
         found: dict[str, Any] = {"file": str(model.relative_to(shop.folder)), "bytes": model.stat().st_size}
         for name, applied in (("off", "off"), ("corrected", "auto"))[: 1 + has_side]:
             logits = run_logits(model, sequences, compensation=applied, told=partial(place.told, f"runs it, compensation {applied}"))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from edge_rt.hooks import DataError, OptionError
+from edge_rt_distill.behaviour.conversations import made_up
 from edge_rt_distill.data.dedupe import deduplicate
-from edge_rt_distill.data.samples import Problem, Sample, demo, make_sample, read_samples
+from edge_rt_distill.data.samples import Problem, Sample, can_be_read, demo, make_sample, read_samples
 from edge_rt_distill.data.sources import docstrings, packages, technical_text
 from edge_rt_distill.data.splits import leaks, split
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
+from edge_rt_distill.run.mixture import check_weights, write_sets
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, stamps, write_samples
 
@@ -30,10 +31,15 @@ def data_step(shop: Workshop) -> Step:
     """Reads the samples: ``train.jsonl``, ``held_out.jsonl`` and ``data.json``, which says what was left out and why."""
     config = shop.config.data
     files = [[name, stamps(shop.path(name)) if name not in _BUILT_IN else None] for name in config.samples]
-    settings = {**asdict(config), "seed": shop.config.run.seed, "rollouts": 0, "rollout_tokens": 0, "files": files}
+    settings = {
+        "samples": config.samples, "policy": config.policy, "held_out": config.held_out, "length": config.length,
+        "seed": shop.config.run.seed, "files": files,
+    }  # fmt: skip
 
     def run(place: Place) -> Mapping[str, Any]:
-        samples, problems = _read(shop, place)
+        check_weights(config)
+        sets, problems = _read(shop, place)
+        samples = [one for some in sets for one in some]
         kept = deduplicate(samples)
         train, held_out = split(kept.samples, held_out=config.held_out, seed=shop.config.run.seed)
         leaking = {one.evaluation for one in leaks(train, held_out)}
@@ -45,6 +51,7 @@ def data_step(shop: Workshop) -> Step:
             )
         write_samples(place.folder / TRAIN, train)
         write_samples(place.folder / HELD_OUT, held_out)
+        write_sets(place.folder, sets)
         summary = {
             "read": len(samples), "broken": [str(one) for one in problems[:100]], "duplicates": len(samples) - len(kept.samples),
             "leaks": len(leaking), "train": _counted(train), "held_out": _counted(held_out),
@@ -55,21 +62,22 @@ def data_step(shop: Workshop) -> Step:
     return Step("data", run, settings)
 
 
-def _read(shop: Workshop, place: Place) -> tuple[list[Sample], list[Problem]]:
-    samples: list[Sample] = []
+def _read(shop: Workshop, place: Place) -> tuple[list[Sequence[Sample]], list[Problem]]:
+    """The samples of each entry, and what was broken."""
+    sets: list[Sequence[Sample]] = []
     problems: list[Problem] = []
     for name in shop.config.data.samples:
         if name in _BUILT_IN:
-            samples += _BUILT_IN[name]()
+            sets.append(_BUILT_IN[name]())
             continue
         found = read_samples([shop.path(name)], policy="stop" if shop.config.data.policy == "stop" else "skip", minimum=1)
         for problem in found.problems:
             place.log({"event": "broken", "problem": str(problem)})
-        samples += found.samples
+        sets.append(found.samples)
         problems += found.problems
     if problems:
         place.told(f"{len(problems)} broken lines were left out, the first: {problems[0]}", 0, 0)
-    return samples, problems
+    return sets, problems
 
 
 def _counted(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -79,30 +87,42 @@ def _counted(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def rollouts_step(shop: Workshop) -> Step:
-    """Texts that the teacher writes, from the first few tokens of samples and from questions (sequence-level distillation, Kim and
-    Rush 2016, arXiv:1606.07947): ``rollouts.jsonl``.
+    """Texts that the teacher writes from the first few tokens of samples (sequence-level distillation, Kim and Rush 2016,
+    arXiv:1606.07947), and conversations that it makes up: ``rollouts.jsonl``.
     """
     config = shop.config.data
     settings = {
-        "count": config.rollouts, "tokens": config.rollout_tokens, "teacher": shop.teacher_stamp, "seed": shop.config.run.seed,
+        "count": config.rollouts, "chats": config.chats, "tokens": config.rollout_tokens, "teacher": shop.teacher_stamp,
+        "seed": shop.config.run.seed,
     }  # fmt: skip
 
     def run(place: Place) -> Mapping[str, Any]:
-        if not config.rollouts:
-            write_samples(place.folder / ROLLOUTS, [])
-            return {"texts": 0}
-        teacher = shop.teacher
-        prompts = _openings(shop, place)
-        answers = generate(
-            teacher.model, prompts, tokens=config.rollout_tokens, seed=shop.config.run.seed, end=teacher.tokeniser.end, batch=32,
-            told=partial(place.told, "the teacher writes"),
-        )  # fmt: skip
-        texts = [teacher.tokeniser.decode([*prompt, *one.tokens]) for prompt, one in zip(prompts, answers, strict=True)]
-        made = [make_sample(text=text, source="the teacher itself", domain="general") for text in texts if text.strip()]
-        write_samples(place.folder / ROLLOUTS, deduplicate(made).samples)
-        return {"texts": len(made), "tokens": sum(len(one.tokens) for one in answers)}
+        found = [*_continued(shop, place), *_conversations(shop, place)]
+        write_samples(place.folder / ROLLOUTS, deduplicate(found).samples)
+        return {"texts": len(found)}
 
     return Step("rollouts", run, settings, ("data",))
+
+
+def _conversations(shop: Workshop, place: Place) -> list[Sample]:
+    config = shop.config.data
+    if not config.chats:
+        return []
+    told = partial(place.told, "the teacher makes up conversations")
+    return made_up(shop.teacher, config.chats, config.rollout_tokens, seed=shop.config.run.seed, told=told)
+
+
+def _continued(shop: Workshop, place: Place) -> list[Sample]:
+    config, teacher = shop.config.data, shop.teacher
+    if not config.rollouts:
+        return []
+    prompts = _openings(shop, place)
+    answers = generate(
+        teacher.model, prompts, tokens=config.rollout_tokens, seed=shop.config.run.seed, end=teacher.tokeniser.end, batch=32,
+        told=partial(place.told, "the teacher writes"),
+    )  # fmt: skip
+    texts = [teacher.tokeniser.decode([*prompt, *one.tokens]) for prompt, one in zip(prompts, answers, strict=True)]
+    return [make_sample(text=text, source="the teacher itself", domain="general") for text in texts if can_be_read(text)]
 
 
 def _openings(shop: Workshop, place: Place) -> list[list[int]]:

@@ -12,10 +12,12 @@ from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import Measures, divergence
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
+from edge_rt_distill.model.divergence import reference
 from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, count_tokens
 from edge_rt_distill.run.config import Config, StudentConfig
+from edge_rt_distill.run.mixture import Mixed, held_out
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.workshop import TRAIN, Workshop, shuffled
+from edge_rt_distill.run.workshop import Workshop
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
 from edge_rt_distill.surgery.evidence import Evidence, read_evidence
@@ -36,28 +38,28 @@ def cut_step(shop: Workshop) -> Step:
     learning = shop.config.distil
     settings = {
         **asdict(config), "seed": shop.config.run.seed, "length": shop.config.data.length, "batch": learning.batch_tokens,
-        "held_out": learning.held_out,
+        "held_out": learning.held_out, "weights": shop.config.data.weights,
     }  # fmt: skip
 
     def run(place: Place) -> Mapping[str, Any]:
         teacher = shop.teacher.model
-        sequences = shuffled(shop.sequences(place.need("data") / TRAIN), shop.config.run.seed)
+        sequences = Mixed(shop, place).once(shop.config.run.seed)
         text, cut = _choose(shop, place, sequences)
-        student, held_out = apply(teacher, cut), shop.held_out(place.need("data"))
+        student, kept = apply(teacher, cut), held_out(shop, place.need("data"))
         unrepaired = {}
         if config.repair_tokens and cut != whole(teacher.architecture):
-            unrepaired = {"unrepaired": measured(divergence(student, teacher, held_out))}
+            unrepaired = {"unrepaired": measured(divergence(student, shop.seen, kept))}
             place.told("repairs", 0, 0)
             some = some_batches(sequences, config.repair_tokens, shop.config)
             text.append(explain_repair(repair(student, teacher, cut, some, told=partial(place.told, "repairs"))))
-        found = divergence(student, teacher, held_out)
+        found = divergence(student, shop.seen, kept)
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_file(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
         write_file(place.folder / "cut.txt", "\n\n".join(text) + "\n")
         parameters = student_architecture(teacher.architecture, cut).parameters()
         return {"parameters": parameters, "share": parameters / teacher.architecture.parameters(), **measured(found), **unrepaired}
 
-    return Step("cut", run, settings, ("data", "diagnose"))
+    return Step("cut", run, settings, ("data", "rollouts", "diagnose"))
 
 
 def measured(found: Measures) -> dict[str, float]:
@@ -71,7 +73,7 @@ def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tup
     if config.parameters >= 1 and not config.speed and not (config.drop or config.ffn):
         return ["Nothing is cut: the budget is the whole teacher."], whole(teacher.architecture)
     evidence: Evidence = read_evidence(place.need("diagnose") / "diagnosis.npz", teacher.architecture)
-    probed = some_batches(sequences, _PROBED, shop.config)
+    probed = reference(teacher, some_batches(sequences, _PROBED, shop.config))
     options, budget = _options(config), Budget(parameters=config.parameters, speed=1 / config.speed if config.speed else None)
     if config.widths == "free":
         evidence = of_each_layer(evidence, teacher, probed, told=partial(place.told, "tries each layer"))

@@ -58,7 +58,9 @@ def library_step(shop: Workshop) -> Step:
 def _record(
     shop: Workshop, library: Library, domain: str, samples: Sequence[Sample], sequences: Sequence[TokenSequence], place: Place
 ) -> tuple[list[str], float | None]:
-    """The records made of a domain, and the mean score of the teacher's answers there."""
+    """The records made of a domain, and the mean score of the teacher's answers there. Where none of them fails its checks, references
+    that the teacher finds improbable are its errors.
+    """
     teacher, config = shop.teacher, shop.config.library
     by_id = {one.id: one for one in samples}
 
@@ -75,16 +77,19 @@ def _record(
     room = teacher.model.architecture.context - config.answer_tokens
     prompts = [one for one in prompts if len(one.tokens) <= room]
     sequences = [one for one in sequences if one.sample in by_id]
-    made, mean = [], None
+    made, mean, cases = [], None, list[errors.Case]()
     if prompts:
         options = record.Answers(tokens=config.answer_tokens, seed=shop.config.run.seed)
         answers = record.record_trajectories(
             library, teacher, prompts, domain=domain, options=options, score=score, scored_by="checks", told=told("answers")
         )
         made, mean = [answers], answers.score
-        cases = errors.failures(recorded.trajectories(library, answers), failed)[: config.errors]
-        if cases:
-            made.append(errors.record_errors(library, teacher, cases, domain=domain, heads=_HEADS, told=told("errors explained")))
+        cases = errors.failures(recorded.trajectories(library, answers), failed)
+    if not cases and sequences:
+        cases = errors.improbable(teacher.model, sequences, told=told("improbable references"))
+    if cases[: config.errors]:
+        explained = cases[: config.errors]
+        made.append(errors.record_errors(library, teacher, explained, domain=domain, heads=_HEADS, told=told("errors explained")))
     if sequences:
         made.append(record.record_activations(library, teacher, sequences, domain=domain, told=told("activations")))
         made.append(record.record_attention(library, teacher, sequences[:_MAPS], domain=domain, told=told("attention")))

@@ -29,15 +29,15 @@ from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.precision import Precision, best
 from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.run.config import Config, DistilConfig
+from edge_rt_distill.run.mixture import Mixed, held_out
 from edge_rt_distill.run.shape import CUT, STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, read_back
+from edge_rt_distill.run.workshop import HELD_OUT, TRAIN, Workshop, read_back
 from edge_rt_distill.stages.gate import Gate
 from edge_rt_distill.stages.levels import LEVELS as STANDARD
 from edge_rt_distill.stages.levels import Level
 from edge_rt_distill.stages.material import Answers, Material
 from edge_rt_distill.stages.state import LevelResult
-from edge_rt_distill.stages.teachers import CachingTeacher
 from edge_rt_distill.stages.trainer import Event, Options, train
 from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.reparam import Form, attach, fold
@@ -85,7 +85,7 @@ def distil_step(shop: Workshop) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         student, results = teach(shop, place, levels(config.distil))
-        found = divergence(student, shop.teacher.model, shop.held_out(place.need("data")))
+        found = divergence(student, shop.seen, held_out(shop, place.need("data")))
         snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
         write_file(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
         return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
@@ -107,7 +107,7 @@ def teach(shop: Workshop, place: Place, planned: Sequence[Level], to_limit: bool
         material = _material(shop, place, student)
         possible = [one for one in (_possible(level, material, place) for level in planned) if one is not None]
         results = train(
-            student, CachingTeacher(shop.teacher.model), material, training_options(config, place.folder / "training", to_limit),
+            student, shop.seen, material, training_options(config, place.folder / "training", to_limit),
             levels=possible, scorer=score_of(shop, place), told=lambda event: _tell(place, event),
         )  # fmt: skip
     fold(student)
@@ -149,9 +149,10 @@ def levels(config: DistilConfig) -> list[Level]:
 
 def token_options(config: DistilConfig) -> TokenOptions:
     """Those of the token term: the standard ones, with what a run says of them."""
-    standard = STANDARD[0].token
-    head = standard.head if config.decoupled else 0
-    return standard._replace(kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy, head=head)
+    standard = STANDARD[0].token._replace(kind=cast(Kind, config.divergence), cross_entropy=config.cross_entropy)
+    if config.top_k:
+        return standard._replace(head=config.top_k, beta=0.0)
+    return standard if config.decoupled else standard._replace(head=0)
 
 
 def paced(tokens: int, config: DistilConfig) -> tuple[int, int]:
@@ -177,8 +178,9 @@ def _possible(level: Level, material: Material, place: Place) -> Level | None:
 def _material(shop: Workshop, place: Place, student: Decoder) -> Material:
     """What the levels learn from and are judged on."""
     config, teacher = shop.config, shop.teacher
-    train_on = shop.sequences(place.need("data") / TRAIN, place.need("rollouts") / ROLLOUTS)
-    held_out = shop.held_out(place.need("data"))
+    mixed = Mixed(shop, place)
+    if mixed.weights:
+        place.log({"event": "mixture", **{name: share._asdict() for name, share in mixed.mixture(0).shares.items()}})
     learnt, kept, better = _answered(shop, place)
     diagnosis = Diagnosis.read(place.need("diagnose"))
     cut = Cut.from_json(json.loads((place.need("cut") / CUT).read_text(encoding="utf-8")))
@@ -186,9 +188,10 @@ def _material(shop: Workshop, place: Place, student: Decoder) -> Material:
     importance = torch.from_numpy(diagnosis.arrays["path_heads"])
     prompts = [question(one, teacher.tokeniser) for one in _asking(place)]
     return Material(
-        epoch=lambda number, start: batches(train_on, config.distil.batch_tokens, config.run.seed, number, start),
-        held_out=list(batches(held_out, config.distil.batch_tokens, 0, 0)), examples=learnt, held_out_examples=kept, pairs=better,
-        prompts=prompts, answers=Answers(100, 1.0, teacher.tokeniser.end), prior=unigram(train_on, teacher.model.architecture.vocabulary),
+        epoch=mixed.batches(config.distil.batch_tokens, config.run.seed),
+        held_out=list(batches(held_out(shop, place.need("data")), config.distil.batch_tokens, 0, 0)), examples=learnt,
+        held_out_examples=kept, pairs=better,
+        prompts=prompts, answers=Answers(100, 1.0, teacher.tokeniser.end), prior=unigram(mixed.all, teacher.model.architecture.vocabulary),
         heads=heads, head_importance={one.student: priorities(importance[one.teacher][list(one.heads)]) for one in heads},
         seed=config.run.seed,
     )  # fmt: skip
@@ -223,7 +226,7 @@ def score_of(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
     asked = [one for one in read_back(place.need("data") / HELD_OUT) if one.prompt][: config.distil.asked]
     tasks = [Task(question(one, teacher.tokeniser), _rewarded(one)) for one in asked]
     context = Context(
-        shop.held_out(place.need("data")), tasks, tokens=config.behaviour.tokens, end=teacher.tokeniser.end,
+        held_out(shop, place.need("data")), tasks, tokens=config.behaviour.tokens, end=teacher.tokeniser.end,
         decode=teacher.tokeniser.decode,
     )  # fmt: skip
     name = config.distil.evaluator

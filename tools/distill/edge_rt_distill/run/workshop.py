@@ -17,6 +17,7 @@ from edge_rt_distill.files import write_file
 from edge_rt_distill.model.load import Teacher, load
 from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.run.config import Config
+from edge_rt_distill.stages.teachers import CachingTeacher
 
 TRAIN, HELD_OUT, ROLLOUTS = "train.jsonl", "held_out.jsonl", "rollouts.jsonl"
 
@@ -62,13 +63,14 @@ class Workshop:
         vocabulary = self.config.teacher.vocabulary
         return load(self.teacher_path, self.path(vocabulary) if vocabulary else None)
 
+    @cached_property
+    def seen(self) -> CachingTeacher:
+        """The teacher as training and measuring see it: what it says of a sequence is computed once for all steps."""
+        return CachingTeacher(self.teacher.model)
+
     def sequences(self, *files: Path) -> list[TokenSequence]:
         """The sequences of files of samples that ``write_samples`` wrote, one of which may be empty."""
         return encode([sample for file in files for sample in read_back(file)], self.teacher.tokeniser, self.config.data.length)
-
-    def held_out(self, data: Path) -> list[TokenSequence]:
-        """The sequences that students are measured on: some of all kinds."""
-        return shuffled(self.sequences(data / HELD_OUT), 0)[: self.config.distil.held_out]
 
 
 def stamps(path: Path) -> list[list[Any]]:

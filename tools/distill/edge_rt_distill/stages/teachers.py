@@ -75,7 +75,7 @@ class CachingTeacher(LiveTeacher):
     def __init__(self, model: Decoder, capacity: int = 1 << 30, kept_as: torch.dtype = torch.float16) -> None:
         super().__init__(model)
         self.capacity, self.used, self.kept_as = capacity, 0, kept_as
-        self.kept: dict[bytes, Tensor] = {}
+        self.kept: dict[tuple[bytes, bool], Tensor] = {}  # what rounded products gave is another answer
 
     def hidden(self, rows: Rows) -> Tensor:
         """See TeacherView."""
@@ -88,7 +88,7 @@ class CachingTeacher(LiveTeacher):
 
     @torch.no_grad()
     def _sequence(self, tokens: Tensor) -> Tensor:
-        key = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest()
+        key = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest(), torch.is_autocast_enabled("cpu")
         states = self.kept.get(key)
         if states is None:
             states = self._computed(tokens[None]).hidden[0].to(self.kept_as)

@@ -10,8 +10,7 @@ import torch
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import finals, mean_divergence
-from edge_rt_distill.model.rows import Rows
+from edge_rt_distill.model.divergence import Reference
 from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.surgery.apply import apply
 from edge_rt_distill.surgery.cut import Cut
@@ -27,7 +26,7 @@ ALONE = 3 / 4
 
 
 def calibrated(
-    found: Evidence, teacher: Decoder, batches: Sequence[Rows], options: PlanOptions = PlanOptions(), *,  # noqa: B008 (frozen)
+    found: Evidence, teacher: Decoder, known: Reference, options: PlanOptions = PlanOptions(), *,  # noqa: B008 (frozen)
     told: Told = quiet,
 ) -> Evidence:  # fmt: skip
     """The evidence with a scale for each part that may be cut: measured divergence of a small cut of it over the predicted.
@@ -36,7 +35,6 @@ def calibrated(
     """
     probes = _probes(found, teacher, options)
     scales: dict[str, float] = {}
-    known = finals(teacher, batches)
     for at, (part, changes) in enumerate(probes.items()):
         told(at, len(probes))
         try:
@@ -44,19 +42,18 @@ def calibrated(
         except OptionError:  # too few layers may go, say: nothing of this part will be cut in the plan either
             continue
         predicted = cut.chosen.loss if cut.chosen is not None else 0.0
-        measured = mean_divergence(apply(teacher, cut), known, batches)
+        measured = known.kl(apply(teacher, cut))
         if predicted > 0 and 0 < measured < float("inf"):
             scales[part] = measured / predicted
     return replace(found, scales=scales)
 
 
 @torch.no_grad()
-def of_each_layer(found: Evidence, teacher: Decoder, batches: Sequence[Rows], *, told: Told = quiet) -> Evidence:
+def of_each_layer(found: Evidence, teacher: Decoder, known: Reference, *, told: Told = quiet) -> Evidence:
     """The evidence with ``ffn_kl`` as measured where a plan cuts: by taking a quarter of its channels, the least important, from each layer
     alone. (SmolLM2-135M's first costs 9.1 nats when all of it is left out; by its last quarter it would be 1.4, and that plans better:
     channels by layer cost 0.35 nats then instead of 0.40.) ``told`` as in ``calibrated``.
     """
-    known = finals(teacher, batches)
     measured = found.ffn_kl.copy()
     for layer, importance in enumerate(found.ffn_channels):
         told(layer, len(measured))
@@ -66,7 +63,7 @@ def of_each_layer(found: Evidence, teacher: Decoder, batches: Sequence[Rows], *,
         share = lost(importance)[kept]
         try:
             down[:, gone] = 0
-            divergence = mean_divergence(teacher, known, batches)
+            divergence = known.kl(teacher)
         finally:
             down.copy_(before)
         if share > 0 and divergence < float("inf"):
@@ -102,12 +99,11 @@ class Measured(NamedTuple):
     divergence: float
 
 
-def select(teacher: Decoder, cuts: Sequence[Cut], batches: Sequence[Rows], *, told: Told = quiet) -> list[Measured]:
+def select(teacher: Decoder, cuts: Sequence[Cut], known: Reference, *, told: Told = quiet) -> list[Measured]:
     """The cuts (``plan.candidates``), least measured divergence first. ``told(done, all)`` is called before each."""
     made = []
-    known = finals(teacher, batches)
     for at, cut in enumerate(cuts):
         told(at, len(cuts))
         predicted = cut.chosen.loss if cut.chosen is not None else float("nan")
-        made.append(Measured(cut, predicted, mean_divergence(apply(teacher, cut), known, batches)))
+        made.append(Measured(cut, predicted, known.kl(apply(teacher, cut))))
     return sorted(made, key=lambda one: (one.divergence != one.divergence, one.divergence))  # what is not a number is last

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from edge_rt.hooks import OptionError
 from edge_rt_distill.model.decoder import LINEARS, Decoder, Layer, RMSNorm
-from edge_rt_distill.model.divergence import finals, mean_divergence
+from edge_rt_distill.model.divergence import reference
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.surgery.cut import Cut
@@ -113,8 +113,8 @@ def repair(
         raise OptionError("the student's matrices are parametrised; repair it before a form is attached, or fold it first")
     apart = split([len(batch.tokens) for batch in batches], options.apart)
     judged = [some(batch, which) for batch, which in zip(batches, apart, strict=True) if which.any()]
-    known = finals(teacher, judged)
-    report = Repair(mean_divergence(student, known, judged))
+    known = reference(teacher, judged)
+    report = Repair(known.kl(student))
     old = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     walk = _Walk(
         teacher, student, cut, options, [teacher.token_embd(b.tokens) for b in batches], [student.token_embd(b.tokens) for b in batches],
@@ -125,7 +125,7 @@ def repair(
         told(place, len(cut.layers))
         _layer(walk, place)
     _norm(walk, "output_norm", student.output_norm, [teacher.output_norm(x) for x in walk.theirs])
-    report.after = mean_divergence(student, known, judged)
+    report.after = known.kl(student)
     if not report.after < report.before:
         student.load_state_dict(old)
         report.undone = bool(report.sites)
