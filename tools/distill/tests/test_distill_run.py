@@ -51,6 +51,7 @@ order = 1
 paths = 1
 [student]
 parameters = 0.8
+vocabulary = 0.9
 widths = "free"
 repair_tokens = 1024
 side_rank = 2
@@ -143,8 +144,11 @@ def test_a_teacher_becomes_a_student_that_runs(whole):
     assert [problem.partition(":")[0] for problem in steps["data"]["broken"]] == ["more.jsonl, line 2", "more.jsonl, line 3"]
     assert steps["cut"]["share"] <= 0.8
     assert steps["distil"]["levels"] == 4
+    assert steps["vocabulary"]["tokens"] == 320, "nine of ten, in blocks of 64"
+    assert steps["vocabulary"]["longer"] > 0
     verified = json.loads((whole / "run" / "verify" / "verify.json").read_text())
     assert verified["kl from stock llama.cpp"] < 0.005
+    assert 0 < verified["text"]["kl"] == pytest.approx(verified["corrected"]["kl"], rel=0.5)
     with edge_rt.open(whole / "run" / verified["file"], context=64) as model, model.session() as session:
         assert model.compensation is not None
         assert len(list(session.generate("Hello", max_tokens=4))) > 1
@@ -252,7 +256,7 @@ def test_another_teacher_of_the_same_name_is_another_teacher(tiny, tmp_path):
     keys = {one.name: one.settings for one in planned(workshop(place / "run.toml"))}
     write_random_model(place / "tiny.gguf", "llama", n_layer=2, seed=1, type="F32")
     changed = {one.name for one in planned(workshop(place / "run.toml")) if one.settings != keys[one.name]}
-    assert changed == {"rollouts", "library", "diagnose", "answers"}, "the others depend on these"
+    assert changed == {"rollouts", "vocabulary", "library", "diagnose", "answers"}, "the others depend on these"
     (place / "tiny.gguf").unlink()
     assert [one.done for one in state(place / "run.toml")] == [None] * len(keys), "what is done can be told without the teacher"
 

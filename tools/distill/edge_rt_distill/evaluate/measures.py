@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import Final, compare, final
+from edge_rt_distill.model.divergence import compare, final
 from edge_rt_distill.model.rows import TokenSequence, grouped, rows_of
 from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
 
@@ -72,7 +72,7 @@ def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[
         rows = rows_of(sequences, [counted[i] for i in chosen])
         at = rows.mask.flatten().nonzero().squeeze(-1)
         owner = torch.tensor(rows.numbers)[at // rows.tokens.shape[1]]
-        known = Final(view.hidden(rows).flatten(0, 1)[at], view.head)
+        known = view.says(view.hidden(rows).flatten(0, 1)[at])
         found = compare(final(student, rows), known, rows.labels.flatten()[at])
         sums.index_add_(1, owner, torch.cat((torch.ones(1, len(at), dtype=torch.float64), found.double())))
     return Counts(*sums[:, counted])

@@ -118,11 +118,11 @@ def token_loss(
     row_weights = torch.ones_like(hidden[:, 0]) if weights is None else weights.to(hidden.dtype)
     counted = (row_weights > 0).nonzero().squeeze(-1)
     if len(counted) < len(row_weights):
-        teacher = None if teacher is None else Final(teacher.hidden[counted], teacher.head)
+        teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[counted])
         hidden, row_weights, labels = hidden[counted], row_weights[counted], None if labels is None else labels[counted]
     if len(counted) == 0:
         return TokenLoss(hidden.sum() * 0, {name: hidden.new_zeros(()) for name in PARTS})
-    theirs = None if teacher is None else Head.of(teacher.head)
+    theirs = None if teacher is None else Head.of(teacher.head, teacher.rest)
     work = _Work(teacher, row_weights / row_weights.sum(), labels, prior, options, theirs)
     loss, parts = _Fused.apply(hidden, weight, work, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenLoss(loss, dict(zip(PARTS, parts.unbind(), strict=True)))

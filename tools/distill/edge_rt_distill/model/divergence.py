@@ -16,19 +16,30 @@ from torch import Tensor
 from edge_rt.hooks import DataError
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.logits import pieces
+from edge_rt_distill.model.precision import Head, Rest
 from edge_rt_distill.model.rows import Rows
 from edge_rt_distill.progress import Told, quiet
 
 
 class Final(NamedTuple):
-    """All that a model says at N positions: states behind its final norm [N, D], and its head [V, D]. 4 D bytes a position."""
+    """All that a model says at N positions: states behind its final norm [N, D], and its head [V, D]. 4 D bytes a position. ``rest``: of a
+    teacher whose student has fewer tokens."""
 
     hidden: Tensor
     head: Tensor
+    rest: Rest | None = None
 
     def log_probabilities(self, rows: slice) -> Tensor:
         """Of every token at some of the positions [n, V], in nats."""
+        if self.rest is not None:
+            return Head.of(self.head, self.rest).logits(self.hidden[rows]).log_softmax(-1)
         return F.linear(self.hidden[rows], self.head).log_softmax(-1)
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Log-probabilities of a token at each position [N], in nats."""
+        parts = pieces(len(labels), len(self.head))
+        found = [self.log_probabilities(rows).gather(-1, labels[rows, None])[:, 0] for rows in parts]
+        return torch.cat(found) if found else self.hidden.new_zeros(0)
 
 
 def final(model: Decoder, rows: Rows, *, skip: Collection[int] = ()) -> Final:

@@ -26,19 +26,37 @@ def computing_in(precision: Precision) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
-class Head(NamedTuple):
-    """Logits of a model's head [V, D], in the precision that holds where it is made."""
+class Rest(NamedTuple):
+    """Tokens that a teacher has and its student has not: rows of its head [R, D], and for each the student's token that it is written with
+    first, ``into`` [R]. To the student, what the teacher says of one is said of the other."""
 
     weight: Tensor
+    into: Tensor
+
+
+class Head(NamedTuple):
+    """Logits of a model's head [V, D], in the precision that holds where it is made; with those of a ``rest`` added where they belong."""
+
+    weight: Tensor
+    rest: Rest | None = None
 
     @classmethod
-    def of(cls, weight: Tensor) -> Head:
+    def of(cls, weight: Tensor, rest: Rest | None = None) -> Head:
         """The head, converted once."""
-        return cls(weight.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else weight)
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        return cls(weight.to(kind), None if rest is None else rest._replace(weight=rest.weight.to(kind)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] of hidden states [N, D], in their type."""
-        return (hidden.to(self.weight.dtype) @ self.weight.T).to(hidden.dtype)
+        """[N, V] of hidden states [N, D], in their type. With a rest: of probabilities that were added, so up to a number for each row."""
+        states = hidden.to(self.weight.dtype)
+        own = (states @ self.weight.T).to(hidden.dtype)
+        if self.rest is None or not len(self.rest.into):
+            return own
+        others = (self.rest.weight @ states.T).to(hidden.dtype)  # [R, N]: rows are added as a whole
+        most = torch.maximum(own.amax(1), others.amax(0))
+        total = own.sub_(most[:, None]).exp_()
+        added = torch.zeros_like(total.T, memory_format=torch.contiguous_format).index_add_(0, self.rest.into, others.sub_(most).exp_())
+        return total.add_(added.T).clamp_min_(torch.finfo(total.dtype).tiny).log_()
 
     def back(self, gradient: Tensor) -> Tensor:
         """The gradient of hidden states [N, D] from that of logits [N, V], in its type."""

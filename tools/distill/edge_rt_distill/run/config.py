@@ -88,6 +88,10 @@ class StudentConfig:
 
     parameters: float = setting(0.8, "Share of the teacher's parameters at most.", 0.05, 1)
     speed: float = setting(0.0, "Times as fast as the teacher at least, predicted; 0: as it comes.", 0, 100)
+    vocabulary: float = setting(
+        1.0, "Share of the teacher's tokens that are kept: those that the samples use, and the commonest. Some texts get longer by it.",
+        0.01, 1,
+    )  # fmt: skip
     methods: tuple[str, ...] = setting(("depth", "width"), "What may be cut.", choices=("depth", "width", "heads", "hidden", "sharing"))
     drop: tuple[int, ...] = setting((), "Layers to drop, by number, instead of those that the diagnosis says.", most=511, numbers=True)
     merge: tuple[int, ...] = setting((), "Layers that are merged with the one behind them, by number.", most=510, numbers=True)

@@ -16,6 +16,7 @@ from edge_rt_distill.compensate import files as side_files
 from edge_rt_distill.compensate.report import as_json, table
 from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.evaluate.texts import by_text
 from edge_rt_distill.export import export
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
@@ -58,7 +59,7 @@ def quantise_step(shop: Workshop) -> Step:
                 how |= _aware(shop, place, student, found)
         target = place.folder / QUANTISED
         export(
-            target, student, shop.teacher.tokeniser, matrices=config.quantise.type, embedding=config.quantise.embedding, how=how,
+            target, student, shop.taught.tokeniser, matrices=config.quantise.type, embedding=config.quantise.embedding, how=how,
             name=config.name, provenance=_provenance(shop, student),
             told=partial(place.told, "bytes written"),
         )  # fmt: skip
@@ -67,7 +68,7 @@ def quantise_step(shop: Workshop) -> Step:
         written = read_gguf(target)
         return {"bytes": target.stat().st_size, **measured(divergence(written, shop.seen, kept))}
 
-    return Step("quantise", run, settings, ("data", "rollouts", "distil"))
+    return Step("quantise", run, settings, ("data", "rollouts", "vocabulary", "distil"))
 
 
 def _aware(shop: Workshop, place: Place, student: Decoder, start: Quantised) -> dict[str, Encoded]:
@@ -116,13 +117,13 @@ def compensate_step(shop: Workshop) -> Step:
         write_file(place.folder / "compensation.json", json.dumps(as_json(found), indent=1, default=str))
         write_file(place.folder / "compensation.txt", table(found) + "\n")
         write_corrected(
-            source, place.folder / f"{config.name}.gguf", found, shop.teacher.tokeniser, _provenance(shop, quantised),
+            source, place.folder / f"{config.name}.gguf", found, shop.taught.tokeniser, _provenance(shop, quantised),
             biases_in_model=config.compensate.biases_in_model,
         )  # fmt: skip
         kl = {"kl without": found.kl_none, "kl with": found.kl}
         return {"sites": len(found.compensation), "bytes": found.bytes, "microseconds": found.microseconds, **kl}
 
-    return Step("compensate", run, settings, ("data", "rollouts", "distil", "quantise"))
+    return Step("compensate", run, settings, ("data", "rollouts", "vocabulary", "distil", "quantise"))
 
 
 def _provenance(shop: Workshop, model: Decoder) -> dict[str, str | int]:
@@ -145,7 +146,11 @@ def verify_step(shop: Workshop) -> Step:
         found: dict[str, Any] = {"file": str(model.relative_to(shop.folder)), "bytes": model.stat().st_size}
         for name, applied in (("off", "off"), ("corrected", "auto"))[: 1 + has_side]:
             logits = run_logits(model, sequences, compensation=applied, told=partial(place.told, f"runs it, compensation {applied}"))
-            found[name] = measured(against(shop.teacher.model, sequences, logits))
+            found[name] = measured(against(shop.seen, sequences, logits))
+        if shop.fewer is not None:
+            last = "auto" if has_side else "off"
+            said = run_logits(model, sequences, compensation=last, told=partial(place.told, "compares texts"))
+            found["text"] = by_text(shop.teacher, shop.fewer, sequences, (torch.from_numpy(one) for one in said))._asdict()
         if has_side:
             side = side_files.side_path(model)
             found |= {"compensation": str(side.relative_to(shop.folder)), "compensation bytes": side.stat().st_size}
@@ -153,7 +158,6 @@ def verify_step(shop: Workshop) -> Step:
         write_file(place.folder / "verify.json", json.dumps(found, indent=1))
         if found["kl from stock llama.cpp"] > _MISREAD:
             raise NativeError(f"{model} says other things in edge-rt than in stock llama.cpp; report this with the file's header")
-        last = found.get("corrected", found["off"])
-        return {"file": found["file"], "bytes": found["bytes"], **last}
+        return {"file": found["file"], "bytes": found["bytes"], **found.get("corrected", found["off"])}
 
-    return Step("verify", run, settings, ("data", "quantise", "compensate"))
+    return Step("verify", run, settings, ("data", "vocabulary", "quantise", "compensate"))

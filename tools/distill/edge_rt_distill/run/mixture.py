@@ -11,6 +11,7 @@ from edge_rt_distill.data.batches import Mixture, batches, mix
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.rows import Rows, TokenSequence, count_tokens
+from edge_rt_distill.model.tokens import Tokeniser
 from edge_rt_distill.run.config import DataConfig
 from edge_rt_distill.run.steps import Place
 from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, shuffled
@@ -38,9 +39,9 @@ class Mixed:
     def __init__(self, shop: Workshop, place: Place) -> None:
         """Raises DataError for a source that has a weight and no samples."""
         config = shop.config.data
-        own, written = shop.sequences(place.need("data") / TRAIN), list[TokenSequence]()
+        own, written = shop.sequences(shop.taught.tokeniser, place.need("data") / TRAIN), list[TokenSequence]()
         if config.rollouts or config.chats:
-            written = shop.sequences(place.need("rollouts") / ROLLOUTS)
+            written = shop.sequences(shop.taught.tokeniser, place.need("rollouts") / ROLLOUTS)
         self.all = own + written
         self.weights: Mapping[str, float] = {}
         self.sources: Mapping[str, list[TokenSequence]] = {}
@@ -67,10 +68,13 @@ class Mixed:
         return lambda number, start: batches(self.epoch(number), batch_tokens, seed, number, start)
 
 
-def held_out(shop: Workshop, data: Path) -> list[TokenSequence]:
-    """The sequences that students are measured on: some of all kinds, with ``data.weights`` in those shares as far as there are any."""
+def held_out(shop: Workshop, data: Path, tokeniser: Tokeniser | None = None) -> list[TokenSequence]:
+    """The sequences that students are measured on: some of all kinds, with ``data.weights`` in those shares as far as there are any.
+
+    ``tokeniser``: another than the student's will be.
+    """
     config, count = shop.config.data, shop.config.distil.held_out
-    found = shuffled(shop.sequences(data / HELD_OUT), 0)
+    found = shuffled(shop.sequences(tokeniser or shop.taught.tokeniser, data / HELD_OUT), 0)
     weights = config.weights[: len(config.samples)]
     if not any(weights):
         return found[:count]

@@ -17,9 +17,9 @@ from edge_rt_distill.run.workshop import Workshop
 def steps(shop: Workshop) -> list[Step]:
     """The steps of a run, in order."""
     return [
-        prepare.data_step(shop), prepare.rollouts_step(shop), study.library_step(shop), study.diagnose_step(shop), shape.cut_step(shop),
-        teach.answers_step(shop), teach.distil_step(shop), deliver.quantise_step(shop), deliver.compensate_step(shop),
-        deliver.verify_step(shop),
+        prepare.data_step(shop), prepare.rollouts_step(shop), prepare.vocabulary_step(shop), study.library_step(shop),
+        study.diagnose_step(shop), shape.cut_step(shop), teach.answers_step(shop), teach.distil_step(shop), deliver.quantise_step(shop),
+        deliver.compensate_step(shop), deliver.verify_step(shop),
     ]  # fmt: skip
 
 

@@ -8,17 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.behaviour.conversations import made_up
 from edge_rt_distill.data.dedupe import deduplicate
 from edge_rt_distill.data.samples import Problem, Sample, can_be_read, demo, make_sample, read_samples
 from edge_rt_distill.data.sources import docstrings, packages, technical_text
 from edge_rt_distill.data.splits import leaks, split
+from edge_rt_distill.evaluate.texts import by_text
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
-from edge_rt_distill.run.mixture import check_weights, write_sets
+from edge_rt_distill.model.vocabulary import choose, read_merges, with_fewer, write_fewer
+from edge_rt_distill.run.mixture import check_weights, held_out, write_sets
 from edge_rt_distill.run.steps import Place, Step
-from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, stamps, write_samples
+from edge_rt_distill.run.workshop import FEWER, HELD_OUT, KEPT, ROLLOUTS, TRAIN, Workshop, read_back, stamps, write_samples
 
 _BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {
     "demo": lambda: demo().samples, "technical": technical_text, "docstrings": docstrings, "packages": packages,
@@ -125,9 +129,34 @@ def _continued(shop: Workshop, place: Place) -> list[Sample]:
     return [make_sample(text=text, source="the teacher itself", domain="general") for text in texts if can_be_read(text)]
 
 
+def vocabulary_step(shop: Workshop) -> Step:
+    """Leaves tokens out that the samples do not need: ``vocabulary.gguf`` with the others, ``kept.json``."""
+    share = shop.config.student.vocabulary
+    settings = {"share": share, "teacher": shop.teacher_stamp, "measured on": [shop.config.data.weights, shop.config.distil.held_out]}
+
+    def run(place: Place) -> Mapping[str, Any]:
+        if share == 1:
+            write_file(place.folder / KEPT, "null")
+            return {"share": 1.0}
+        teacher = shop.teacher
+        merges = read_merges(teacher.tokeniser.source)
+        samples = [*read_back(place.need("data") / TRAIN), *read_back(place.need("rollouts") / ROLLOUTS)]
+        counts = Counter(token for one in samples for token in teacher.tokeniser.encode(one.content))
+        kept = choose(merges, counts, share)
+        write_fewer(teacher.tokeniser.source, merges, kept, place.folder / FEWER)
+        write_file(place.folder / KEPT, json.dumps(kept))
+        fewer = with_fewer(teacher, merges, kept, place.folder / FEWER)
+        sequences = held_out(shop, place.need("data"), fewer.teacher.tokeniser)
+        model = fewer.teacher.model
+        found = by_text(teacher, fewer, sequences, (model.logits(model(torch.tensor([one.tokens])).hidden[0]) for one in sequences))
+        return {"tokens": len(kept), "share": len(kept) / len(merges.tokens), **found._asdict()}
+
+    return Step("vocabulary", run, settings, ("data", "rollouts"))
+
+
 def _openings(shop: Workshop, place: Place) -> list[list[int]]:
     """What the teacher goes on from: the beginnings of training sequences, as many as texts are wanted, each another place."""
-    sequences = [one.tokens for one in shop.sequences(place.need("data") / TRAIN) if len(one.tokens) > _OPENING]
+    sequences = [one.tokens for one in shop.sequences(shop.teacher.tokeniser, place.need("data") / TRAIN) if len(one.tokens) > _OPENING]
     if not sequences:
         raise OptionError("there is nothing for the teacher to go on from; add samples, or set data.rollouts to 0")
     wanted, found = shop.config.data.rollouts, []

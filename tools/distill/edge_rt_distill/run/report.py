@@ -20,8 +20,9 @@ from edge_rt_distill.run.steps import Done, read_done
 Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
 _THROUGH = {
-    "unrepaired": "cut", "cut": "cut and repaired", "distil": "after the levels", "quantise": "quantised",
-    "off": "in the runtime, compensation off", "corrected": "in the runtime, corrected",
+    "fewer": "fewer tokens, nothing else", "unrepaired": "cut", "cut": "cut and repaired", "distil": "after the levels",
+    "quantise": "quantised", "off": "in the runtime, compensation off",
+    "corrected": "in the runtime, corrected", "text": "in the runtime, text by text",
 }  # fmt: skip
 
 
@@ -32,7 +33,9 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
         "<!-- Made by `edge-rt distill report`. -->\n",
         "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
         "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
-        f"teacher's. Times are of {_machine()}; other work may have shared it.\n",
+        "teacher's. Of a student with fewer tokens, what its teacher says of one that is gone counts for the one that it is written with "
+        "first; the first and the last row compare it text by text with the teacher that has them all. "
+        f"Times are of {_machine()}; other work may have shared it.\n",
     ]
     for file in files:
         parts += _run(file)
@@ -86,12 +89,15 @@ def _changes(config: Any, usual: Any, prefix: str) -> Iterator[str]:
 
 def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
     """What became of the teacher on the way, and the file."""
-    measured: dict[str, Mapping[str, Any]] = {name: done[name].summary for name in ("cut", "distil", "quantise") if name in done}
-    if "unrepaired" in measured.get("cut", {}):
-        measured = {"unrepaired": measured["cut"]["unrepaired"], **measured}
+    vocabulary = done["vocabulary"].summary if "vocabulary" in done else {}
+    fewer = vocabulary if "tokens" in vocabulary else None
+    measured: dict[str, Mapping[str, Any]] = {"fewer": fewer} if fewer else {}
+    if "cut" in done and "unrepaired" in done["cut"].summary:
+        measured["unrepaired"] = done["cut"].summary["unrepaired"]
+    measured |= {name: done[name].summary for name in ("cut", "distil", "quantise") if name in done}
     verified = folder / "verify" / "verify.json"
     facts = json.loads(verified.read_text(encoding="utf-8")) if "verify" in done else {}
-    measured |= {name: facts[name] for name in ("off", "corrected") if name in facts}
+    measured |= {name: facts[name] for name in ("off", "corrected", "text") if name in facts}
     rows = [
         (_THROUGH[name], f"{one['kl']:.4f}", f"{one['top1']:.3f}", f"{one['perplexity_ratio']:.3f}") for name, one in measured.items()
     ]  # fmt: skip
@@ -100,6 +106,8 @@ def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
     if "cut" in done:
         share, parameters = done["cut"].summary["share"], done["cut"].summary["parameters"]
         yield f"{parameters:,} parameters, {share:.1%} of the teacher's."
+    if fewer:
+        yield f"{fewer['tokens']:,} tokens, {fewer['share']:.0%} of the teacher's, which make held-out texts {fewer['longer']:.1%} longer."
     if facts:
         side = f", corrections {facts['compensation bytes']:,}" if "compensation" in facts else ""
         apart = facts["kl from stock llama.cpp"]

@@ -11,10 +11,10 @@ import torch
 
 import edge_rt
 from edge_rt_distill.evaluate.measures import Counts, Measures, summarise
-from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import agreements, final, kl
+from edge_rt_distill.model.divergence import agreements, kl
 from edge_rt_distill.model.rows import TokenSequence, rows_of
 from edge_rt_distill.progress import Told, quiet
+from edge_rt_distill.stages.teachers import TeacherView
 
 Logits = npt.NDArray[np.float32]
 
@@ -49,13 +49,13 @@ def from_stock(model: Path, sequences: Sequence[TokenSequence]) -> float:
 
 
 @torch.no_grad()
-def against(teacher: Decoder, sequences: Sequence[TokenSequence], logits: Iterable[Logits]) -> Measures:
+def against(teacher: TeacherView, sequences: Sequence[TokenSequence], logits: Iterable[Logits]) -> Measures:
     """How far the runtime's logits are from the teacher's."""
     sums = []
     for one, found in zip(sequences, logits, strict=True):
         rows = rows_of([one])
         at = rows.mask[0] > 0
-        said = final(teacher, rows).log_probabilities(slice(None))
+        said = teacher.says(teacher.hidden(rows)[0, at]).log_probabilities(slice(None))
         each = agreements(said, torch.from_numpy(found)[at].log_softmax(-1), rows.labels[0][at])
         sums.append(torch.cat((at.sum()[None], each.double().sum(1))))
     return summarise(Counts(*torch.stack(sums, 1)))

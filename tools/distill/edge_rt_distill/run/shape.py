@@ -19,6 +19,7 @@ from edge_rt_distill.run.mixture import Mixed, held_out
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import Workshop
 from edge_rt_distill.surgery.apply import apply
+from edge_rt_distill.surgery.cost import cost_of
 from edge_rt_distill.surgery.cut import Cut, student_architecture, whole
 from edge_rt_distill.surgery.evidence import Evidence, read_evidence
 from edge_rt_distill.surgery.explain import explain, explain_measured, explain_repair
@@ -42,7 +43,7 @@ def cut_step(shop: Workshop) -> Step:
     }  # fmt: skip
 
     def run(place: Place) -> Mapping[str, Any]:
-        teacher = shop.teacher.model
+        teacher = shop.taught.model
         sequences = Mixed(shop, place).once(shop.config.run.seed)
         text, cut = _choose(shop, place, sequences)
         student, kept = apply(teacher, cut), held_out(shop, place.need("data"))
@@ -53,13 +54,14 @@ def cut_step(shop: Workshop) -> Step:
             some = some_batches(sequences, config.repair_tokens, shop.config)
             text.append(explain_repair(repair(student, teacher, cut, some, told=partial(place.told, "repairs"))))
         found = divergence(student, shop.seen, kept)
-        snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
+        snapshot.save(place.folder / STUDENT, student, shop.taught.tokeniser)
         write_file(place.folder / CUT, json.dumps(cut.to_json(), indent=1))
         write_file(place.folder / "cut.txt", "\n\n".join(text) + "\n")
         parameters = student_architecture(teacher.architecture, cut).parameters()
-        return {"parameters": parameters, "share": parameters / teacher.architecture.parameters(), **measured(found), **unrepaired}
+        share = parameters / shop.teacher.model.architecture.parameters()
+        return {"parameters": parameters, "share": share, **measured(found), **unrepaired}
 
-    return Step("cut", run, settings, ("data", "rollouts", "diagnose"))
+    return Step("cut", run, settings, ("data", "rollouts", "vocabulary", "diagnose"))
 
 
 def measured(found: Measures) -> dict[str, float]:
@@ -69,12 +71,12 @@ def measured(found: Measures) -> dict[str, float]:
 
 def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tuple[list[str], Cut]:
     """What was decided and why, and the cut that loses least when it is made."""
-    teacher, config = shop.teacher.model, shop.config.student
-    if config.parameters >= 1 and not config.speed and not (config.drop or config.ffn):
-        return ["Nothing is cut: the budget is the whole teacher."], whole(teacher.architecture)
+    teacher, config, budget = shop.taught.model, shop.config.student, _budget(shop)
+    if budget == Budget() and not (config.drop or config.ffn):
+        return ["Nothing is cut: the budget allows all layers as they are."], whole(teacher.architecture)
     evidence: Evidence = read_evidence(place.need("diagnose") / "diagnosis.npz", teacher.architecture)
     probed = reference(teacher, some_batches(sequences, _PROBED, shop.config))
-    options, budget = _options(config), Budget(parameters=config.parameters, speed=1 / config.speed if config.speed else None)
+    options = _options(config)
     if config.widths == "free":
         evidence = of_each_layer(evidence, teacher, probed, told=partial(place.told, "tries each layer"))
     evidence = calibrated(evidence, teacher, probed, options, told=partial(place.told, "tries small cuts"))
@@ -83,6 +85,15 @@ def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tup
         told=partial(place.told, "compares cuts"),
     )  # fmt: skip
     return [explain_measured(found), explain(found[0].cut, teacher.architecture)], found[0].cut
+
+
+def _budget(shop: Workshop) -> Budget:
+    """What layers may take. The file's shares are of the whole teacher's; tokens that are left out have made it smaller already."""
+    config = shop.config.student
+    before, now = (cost_of(one.model.architecture) for one in (shop.teacher, shop.taught))
+    parameters = config.parameters * before.parameters / now.parameters
+    speed = before.time / now.time / config.speed if config.speed else 1.0
+    return Budget(parameters=parameters if parameters < 1 else None, speed=speed if speed < 1 else None)
 
 
 def _options(config: StudentConfig) -> PlanOptions:

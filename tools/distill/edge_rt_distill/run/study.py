@@ -44,7 +44,7 @@ def library_step(shop: Workshop) -> Step:
             place.told("keeps the parameters", 0, 0)
             records.append(snapshots.store(library, shop.teacher).id)
         summary: dict[str, Any] = {"samples": len(samples)}
-        sequences = shop.sequences(place.need("data") / TRAIN)
+        sequences = shop.sequences(shop.teacher.tokeniser, place.need("data") / TRAIN)
         for domain in sorted({one.domain for one in samples}):
             own = [one for one in samples if one.domain == domain]
             made, summary[f"score of {domain}"] = _record(shop, library, domain, own, sequences, place)
@@ -104,7 +104,7 @@ def diagnose_step(shop: Workshop) -> Step:
     def run(place: Place) -> Mapping[str, Any]:
         train = place.need("data") / TRAIN
         labels = {one.id: Labels(one.domain, one.language) for one in read_back(train)}
-        sequences = shop.sequences(train)
+        sequences = shop.sequences(shop.teacher.tokeniser, train)
         if not sequences:
             raise DataError("there is no sequence to diagnose the teacher on; add samples")
         found = diagnose(

@@ -43,7 +43,7 @@ from edge_rt_distill.surgery.cut import Cut
 from edge_rt_distill.surgery.reparam import Form, attach, fold
 
 ANSWERS, RESULTS = "answers.jsonl", "levels.json"
-TEACHING = ("data", "rollouts", "diagnose", "cut", "answers")
+TEACHING = ("data", "rollouts", "vocabulary", "diagnose", "cut", "answers")
 """Steps that teaching needs."""
 
 
@@ -59,14 +59,14 @@ def answers_step(shop: Workshop) -> Step:
         samples = [one for one in read_back(place.need("data") / TRAIN) if one.prompt]
         samples = sorted(samples, key=lambda one: one.id)[: config.prompts]
         found = trajectories(
-            shop.teacher.model, shop.teacher.tokeniser, samples, _sampling(shop.config), file=place.folder / ANSWERS,
+            shop.taught.model, shop.taught.tokeniser, samples, _sampling(shop.config), file=place.folder / ANSWERS,
             origin=shop.teacher.digest, score=load_reward(config.reward),
             told=partial(place.told, "the teacher answers"),
         )  # fmt: skip
         rewards = [one.reward for one in found]
         return {"answers": len(found), "reward": sum(rewards) / len(rewards), "ended": sum(one.ended for one in found) / len(found)}
 
-    return Step("answers", run, settings, ("data",))
+    return Step("answers", run, settings, ("data", "vocabulary"))
 
 
 def _wanted(config: Config) -> bool:
@@ -86,7 +86,7 @@ def distil_step(shop: Workshop) -> Step:
     def run(place: Place) -> Mapping[str, Any]:
         student, results = teach(shop, place, levels(config.distil))
         found = divergence(student, shop.seen, held_out(shop, place.need("data")))
-        snapshot.save(place.folder / STUDENT, student, shop.teacher.tokeniser)
+        snapshot.save(place.folder / STUDENT, student, shop.taught.tokeniser)
         write_file(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
         return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
 
@@ -177,7 +177,7 @@ def _possible(level: Level, material: Material, place: Place) -> Level | None:
 
 def _material(shop: Workshop, place: Place, student: Decoder) -> Material:
     """What the levels learn from and are judged on."""
-    config, teacher = shop.config, shop.teacher
+    config, teacher = shop.config, shop.taught
     mixed = Mixed(shop, place)
     if mixed.weights:
         place.log({"event": "mixture", **{name: share._asdict() for name, share in mixed.mixture(0).shares.items()}})
@@ -206,7 +206,7 @@ def _answered(shop: Workshop, place: Place) -> tuple[list[Example], list[Example
     lines = (place.need("answers") / ANSWERS).read_text(encoding="utf-8").splitlines()
     found = [Trajectory.from_json(one) for one in map(json.loads, lines) if "prompt" in one]
     apart = {one.sample for one in found if int(one.sample, 16) % 8 == 0}
-    choice, tokeniser = Choice(), shop.teacher.tokeniser
+    choice, tokeniser = Choice(), shop.taught.tokeniser
     learnt = [one for one in found if one.sample not in apart]
     judged = [one for one in found if one.sample in apart]
     return imitation(learnt, tokeniser, choice), imitation(judged, tokeniser, choice), pairs(learnt, tokeniser, choice)
@@ -222,7 +222,7 @@ def unigram(sequences: Sequence[TokenSequence], vocabulary: int) -> Tensor:
 
 def score_of(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
     """The composite score of a student: on held-out sequences, and on answers to held-out questions."""
-    config, teacher = shop.config, shop.teacher
+    config, teacher = shop.config, shop.taught
     asked = [one for one in read_back(place.need("data") / HELD_OUT) if one.prompt][: config.distil.asked]
     tasks = [Task(question(one, teacher.tokeniser), _rewarded(one)) for one in asked]
     context = Context(

@@ -16,10 +16,14 @@ from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.load import Teacher, load
 from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.model.tokens import Tokeniser
+from edge_rt_distill.model.vocabulary import Fewer, read_merges, with_fewer
 from edge_rt_distill.run.config import Config
 from edge_rt_distill.stages.teachers import CachingTeacher
 
 TRAIN, HELD_OUT, ROLLOUTS = "train.jsonl", "held_out.jsonl", "rollouts.jsonl"
+VOCABULARY, KEPT, FEWER = "vocabulary", "kept.json", "vocabulary.gguf"
+"""The step that may leave tokens out, and what it leaves: the numbers of those that are kept, or null, and a vocabulary of them."""
 
 
 class Workshop:
@@ -64,13 +68,27 @@ class Workshop:
         return load(self.teacher_path, self.path(vocabulary) if vocabulary else None)
 
     @cached_property
+    def fewer(self) -> Fewer | None:
+        """The teacher with fewer tokens, as the step ``vocabulary`` left it; None if it kept all. Raises UserError if it was not done."""
+        folder = self.folder / VOCABULARY
+        kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        if kept is None:
+            return None
+        return with_fewer(self.teacher, read_merges(self.teacher.tokeniser.source), kept, folder / FEWER)
+
+    @property
+    def taught(self) -> Teacher:
+        """The teacher with the tokens that its student has."""
+        return self.teacher if self.fewer is None else self.fewer.teacher
+
+    @cached_property
     def seen(self) -> CachingTeacher:
         """The teacher as training and measuring see it: what it says of a sequence is computed once for all steps."""
-        return CachingTeacher(self.teacher.model)
+        return CachingTeacher(self.taught.model, rest=None if self.fewer is None else self.fewer.rest)
 
-    def sequences(self, *files: Path) -> list[TokenSequence]:
+    def sequences(self, tokeniser: Tokeniser, *files: Path) -> list[TokenSequence]:
         """The sequences of files of samples that ``write_samples`` wrote, one of which may be empty."""
-        return encode([sample for file in files for sample in read_back(file)], self.teacher.tokeniser, self.config.data.length)
+        return encode([sample for file in files for sample in read_back(file)], tokeniser, self.config.data.length)
 
 
 def stamps(path: Path) -> list[list[Any]]:

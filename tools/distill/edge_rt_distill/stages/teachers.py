@@ -13,6 +13,8 @@ from torch.func import functional_call
 
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder, Output
+from edge_rt_distill.model.divergence import Final
+from edge_rt_distill.model.precision import Rest
 from edge_rt_distill.model.rows import Rows
 
 
@@ -24,9 +26,8 @@ class TeacherView(Protocol):
         """Its sizes."""
         ...
 
-    @property
-    def head(self) -> Tensor:
-        """[V, D]: what makes logits of its hidden states."""
+    def says(self, hidden: Tensor) -> Final:
+        """What its states [N, D] say of the student's tokens."""
         ...
 
     def hidden(self, rows: Rows) -> Tensor:
@@ -39,20 +40,19 @@ class TeacherView(Protocol):
 
 
 class LiveTeacher:
-    """Computes everything when it is asked for."""
+    """Computes everything when it is asked for. ``rest``: what the model says of tokens that it had and its student has not."""
 
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
+    def __init__(self, model: Decoder, rest: Rest | None = None) -> None:
+        self.model, self.rest = model, rest
 
     @property
     def architecture(self) -> Architecture:
         """See TeacherView."""
         return self.model.architecture
 
-    @property
-    def head(self) -> Tensor:
+    def says(self, hidden: Tensor) -> Final:
         """See TeacherView."""
-        return self.model.head_weight.detach()
+        return Final(hidden, self.model.head_weight.detach(), self.rest)
 
     def hidden(self, rows: Rows) -> Tensor:
         """See TeacherView."""
@@ -72,15 +72,17 @@ class CachingTeacher(LiveTeacher):
     with, nor on what is in the cache, and a resumed run sees what the first one saw.
     """
 
-    def __init__(self, model: Decoder, capacity: int = 1 << 30, kept_as: torch.dtype = torch.float16) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Decoder, capacity: int = 1 << 30, kept_as: torch.dtype = torch.float16, rest: Rest | None = None
+    ) -> None:  # fmt: skip
+        super().__init__(model, rest)
         self.capacity, self.used, self.kept_as = capacity, 0, kept_as
         self.kept: dict[tuple[bytes, bool], Tensor] = {}  # what rounded products gave is another answer
 
     def hidden(self, rows: Rows) -> Tensor:
         """See TeacherView."""
         batch, length = rows.tokens.shape
-        found = torch.zeros(batch, length, self.architecture.width, dtype=self.head.dtype)
+        found = torch.zeros(batch, length, self.architecture.width, dtype=self.model.head_weight.dtype)
         for row in range(batch):
             tokens = rows.tokens[row, : int(rows.lengths[row])]
             found[row, : len(tokens)] = self._sequence(tokens)

@@ -12,7 +12,6 @@ from edge_rt_distill.losses.balance import Name
 from edge_rt_distill.losses.behaviour import answer_logprobs, imitation_loss, on_policy_loss, preference_loss
 from edge_rt_distill.losses.token import TokenOptions, token_loss
 from edge_rt_distill.model.decoder import Decoder, Output
-from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.model.rows import Rows, fill
 from edge_rt_distill.stages.guides import Guides
@@ -58,7 +57,7 @@ def corpus_terms(scene: Scene, rows: Rows, wanted: Collection[Term], options: To
     found: dict[Term, Tensor] = {}
     for term in wanted:
         if term == "token":
-            teacher = Final(theirs.hidden.flatten(0, 1), scene.teacher.head)
+            teacher = scene.teacher.says(theirs.hidden.flatten(0, 1))
             found[term] = token_loss(
                 ours.hidden.flatten(0, 1), weight, teacher, weights=rows.mask.flatten(), labels=rows.labels.flatten(),
                 prior=scene.material.prior, options=options,
@@ -89,8 +88,16 @@ def _preference(scene: Scene, number: int) -> Tensor:
     batch = batch._replace(mask=answers / answers.sum(1, keepdim=True).clamp_min(1))
     ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, batch)
     with torch.no_grad():
-        theirs = answer_logprobs(scene.teacher.hidden(batch), scene.teacher.head, batch)
+        theirs = taught_logprobs(scene, batch)
     return preference_loss(ours.view(2, -1), theirs.view(2, -1))
+
+
+@torch.no_grad()
+def taught_logprobs(scene: Scene, batch: Rows) -> Tensor:
+    """``answer_logprobs`` [B], to the teacher."""
+    at = batch.mask > 0
+    found = scene.teacher.says(scene.teacher.hidden(batch)[at]).of(batch.labels[at]) * batch.mask[at]
+    return torch.zeros(len(batch.tokens)).index_add(0, at.nonzero()[:, 0], found)
 
 
 def own_answers(scene: Scene, number: int) -> Rows | None:
@@ -110,7 +117,7 @@ def own_answers(scene: Scene, number: int) -> Rows | None:
 
 
 def _on_policy(scene: Scene, rows: Rows, options: TokenOptions) -> Tensor:
-    teacher = Final(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1), scene.teacher.head)  # never seen again: not cached
+    teacher = scene.teacher.says(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1))  # never seen again: not cached
     hidden = scene.student(rows.tokens).hidden
     return on_policy_loss(hidden, scene.student.head_weight, teacher, rows, TokenOptions("reverse", chunk=options.chunk)).loss
 
@@ -144,7 +151,7 @@ def _excess(scene: Scene) -> float:
     for start in range(0, len(examples), scene.material.beside):
         rows = rows_of_examples(examples[start : start + scene.material.beside])
         ours = answer_logprobs(scene.student(rows.tokens).hidden, scene.student.head_weight, rows)
-        theirs = answer_logprobs(scene.teacher.hidden(rows), scene.teacher.head, rows)
+        theirs = taught_logprobs(scene, rows)
         excess, total = excess + float((theirs - ours).sum()), total + float(rows.mask.sum())
     return excess / total
 
