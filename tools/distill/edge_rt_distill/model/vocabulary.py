@@ -7,7 +7,7 @@ written as those it was merged from: texts stay what they are, and some get long
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +22,12 @@ from edge_rt_distill.model.load import Teacher, frozen
 from edge_rt_distill.model.precision import Rest
 from edge_rt_distill.model.tokens import Tokeniser
 
-_TOKENS, _MERGES, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"
+_TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _HUGGING_FACE = "tokenizer.huggingface.json"
 """The tokeniser once more, for other readers: wrong when tokens are gone."""
-_UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
+_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9
+_OF_TOKENS = {"tokenizer.ggml.token_type": (_INT32, "i"), "tokenizer.ggml.scores": (_FLOAT32, "f")}
+"""Arrays with a number for each token, and how they are written."""
 _EVEN = 64
 """Tokens are a multiple of it: rows of the head are multiplied in blocks."""
 
@@ -103,41 +105,37 @@ def write_fewer(source: Path, merges: Merges, kept: Sequence[int], out: Path) ->
     place = {token: i for i, token in enumerate(kept)}
     file = ModelFile.open(source)
     try:
-        entries = []
-        for key, start, end in gguf_metadata_spans(file.map)[1]:
-            header = file.header
-            if key == _HUGGING_FACE:
-                continue
-            if key == _TOKENS:
-                entries.append(_strings(key, (merges.tokens[token] for token in kept)))
-            elif key == _MERGES:
-                entries.append(_strings(key, _lines(merges, place)))
-            elif key == _TYPES:
-                types = header.get(key)
-                entries.append(_name(key) + struct.pack(f"<IIQ{len(kept)}i", _ARRAY, _INT32, len(kept), *(types[one] for one in kept)))
-            elif key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-                if header.get(key) in place:
-                    entries.append(_name(key) + struct.pack("<II", _UINT32, place[header.get(key)]))
-            else:
-                entries.append(bytes(file.map[start:end]))
+        spans = gguf_metadata_spans(file.map)[1]
+        entries = [_entry(file, key, bytes(file.map[start:end]), merges, place) for key, start, end in spans]
     finally:
         file.close()
+    entries = [one for one in entries if one]
     write_file(out, struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)) + b"".join(entries))
 
 
-def _lines(merges: Merges, place: Mapping[int, int]) -> Iterable[bytes]:
-    for (left, right), whole in zip(merges.pairs, merges.made, strict=True):
-        if left in place and right in place and whole in place:
-            yield merges.tokens[left] + b" " + merges.tokens[right]
+def _entry(file: ModelFile, key: str, before: bytes, merges: Merges, place: Mapping[int, int]) -> bytes:
+    """An entry of metadata as it is with fewer tokens; nothing, where it is of no use then."""
+    if key == _TOKENS:
+        return _strings(key, [merges.tokens[token] for token in place])
+    if key == _MERGES:
+        pairs = zip(merges.pairs, merges.made, strict=True)
+        return _strings(key, [merges.tokens[i] + b" " + merges.tokens[j] for (i, j), whole in pairs if {i, j, whole} <= place.keys()])
+    if key in _OF_TOKENS:
+        number, letter = _OF_TOKENS[key]
+        values = file.header.get(key)
+        return _name(key) + struct.pack(f"<IIQ{len(place)}{letter}", _ARRAY, number, len(place), *(values[token] for token in place))
+    if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+        token = place.get(file.header.get(key))
+        return b"" if token is None else _name(key) + struct.pack("<II", _UINT32, token)
+    return b"" if key == _HUGGING_FACE else before
 
 
 def _name(key: str) -> bytes:
     return struct.pack("<Q", len(key.encode())) + key.encode()
 
 
-def _strings(key: str, items: Iterable[bytes]) -> bytes:
-    listed = list(items)
-    return _name(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(listed)) + b"".join(struct.pack("<Q", len(one)) + one for one in listed)
+def _strings(key: str, items: Sequence[bytes]) -> bytes:
+    return _name(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(items)) + b"".join(struct.pack("<Q", len(one)) + one for one in items)
 
 
 class Fewer(NamedTuple):
