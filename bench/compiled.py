@@ -155,14 +155,14 @@ def divergences(source: Path, files: Mapping[str, tuple[Path, str]], settings: S
             tokens: list[int] = []
             while len(tokens) < PIECE:
                 tokens += opened[0].tokenize(next(prose) + "\n\n")
-            p, *others = (_log_probabilities(model, tokens[:PIECE]) for model in opened)
+            p, *others = (log_probabilities(model, tokens[:PIECE]) for model in opened)
             for name, q in zip(files, others, strict=True):
                 values[name].append(float((np.exp(p) * (p - q)).sum(-1).mean()))
     return values
 
 
-def _log_probabilities(model: edge_rt.Model, tokens: list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """[n_tokens, n_vocab]."""
+def log_probabilities(model: edge_rt.Model, tokens: list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Of the token behind each of some [n_tokens, n_vocab], in nats."""
     sequence = model.engine.new_sequence()
     try:
         (logits,) = model.engine.step([Part(sequence, tokens, "all")])
