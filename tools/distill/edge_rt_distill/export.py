@@ -103,7 +103,7 @@ def export(
 def _checked(model: Decoder, words: int) -> Architecture:
     """The architecture, if a GGUF of it can be run."""
     a = model.architecture
-    if len({(layer.heads, layer.kv_heads) for layer in a.layers}) != 1:
+    if not a.same_heads:
         raise UnsupportedModel("the layers have different numbers of heads, which the runtime has no graph for; cut all alike")
     if (wanted := family(model)) != a.family:
         raise UnsupportedModel(f"stock llama.cpp runs no {a.family} of these sizes; make it a {wanted} first (portable)")

@@ -324,10 +324,9 @@ def attention_maps(model: Decoder, tokens: Sequence[int], size: int) -> dict[str
 
 def uniform_heads(model: Decoder) -> int:
     """The heads of every layer. Raises UnsupportedModel where layers differ."""
-    numbers = {shape.heads for shape in model.architecture.layers}
-    if len(numbers) != 1:
+    if not model.architecture.same_heads:
         raise UnsupportedModel("this model's layers differ in their number of heads, so heads cannot be compared; use its teacher")
-    return numbers.pop()
+    return model.architecture.layers[0].heads
 
 
 # ---- in common -------------------------------------------------------------------------------------------------------

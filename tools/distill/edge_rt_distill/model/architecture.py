@@ -54,6 +54,11 @@ class Architecture:
         """Whether all layers have the same sizes."""
         return len({(one.heads, one.kv_heads, one.ffn) for one in self.layers}) == 1
 
+    @property
+    def same_heads(self) -> bool:
+        """Whether all layers have as many heads, of either kind."""
+        return len({(one.heads, one.kv_heads) for one in self.layers}) == 1
+
     def owner(self, layer: int) -> int:
         """The layer whose parameters a layer computes with."""
         return self.parameters_of[layer] if self.parameters_of else layer

@@ -170,7 +170,7 @@ def _unrotated(model: Decoder, name: str, values: Tensor) -> Tensor:
 
 
 def _config(a: Architecture, end: int, dtype: torch.dtype) -> dict[str, Any]:
-    if len({(one.heads, one.kv_heads) for one in a.layers}) != 1:
+    if not a.same_heads:
         raise UnsupportedModel("a snapshot needs as many heads in every layer; cut heads alike everywhere")
     shape = a.layers[0]
     if a.rope_factors:
