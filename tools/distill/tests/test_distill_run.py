@@ -11,15 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
 from edge_rt_distill.cli import add_commands
+from edge_rt_distill.model.load import load
+from edge_rt_distill.run.config import DistilConfig, StudentConfig
 from edge_rt_distill.run.pipeline import ablation, run_file, state, workshop
 from edge_rt_distill.run.pipeline import steps as planned
 from edge_rt_distill.run.report import write_report
+from edge_rt_distill.run.shape import plan_options
+from edge_rt_distill.run.teach import paced
 from typer.testing import CliRunner, Result
 
 import edge_rt
@@ -261,10 +266,29 @@ def test_another_teacher_of_the_same_name_is_another_teacher(tiny, tmp_path):
     assert [one.done for one in state(place / "run.toml")] == [None] * len(keys), "what is done can be told without the teacher"
 
 
+@pytest.mark.parametrize(
+    ("said", "qk_norm", "expected"),
+    [
+        (StudentConfig(), False, "free"), (StudentConfig(), True, "equal"), (StudentConfig(ffn=64), False, "equal"),
+        (StudentConfig(widths="equal"), False, "equal"), (StudentConfig(widths="free"), True, "free"),
+    ],
+)  # fmt: skip
+def test_layers_may_differ_in_channels_where_they_can(tiny, said, qk_norm, expected):
+    assert plan_options(said, replace(load(tiny).model.architecture, qk_norm=qk_norm)).widths == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 1024, 3072, 5000, 100_000])
+def test_a_level_is_evaluated_as_often_as_its_gate_waits_for(tokens):
+    steps, every = paced(tokens, DistilConfig(batch_tokens=1024, evaluate_every=8192))
+    assert steps == max(1, tokens // 1024)
+    assert 1 <= every <= 8
+    assert steps / every >= min(3, steps)
+
+
 def test_a_run_without_texts_of_the_teacher_learns_from_the_samples_alone(tiny, tmp_path):
     shop = workshop(folder(tmp_path / "alone", tiny) / "run.toml")
     (tmp_path / "train.jsonl").write_text(MORE.splitlines()[0] + "\n")
     (tmp_path / "rollouts.jsonl").write_text("")
-    found = shop.sequences(tmp_path / "train.jsonl", tmp_path / "rollouts.jsonl")
-    assert found == shop.sequences(tmp_path / "train.jsonl")
+    found = shop.sequences(shop.teacher.tokeniser, tmp_path / "train.jsonl", tmp_path / "rollouts.jsonl")
+    assert found == shop.sequences(shop.teacher.tokeniser, tmp_path / "train.jsonl")
     assert len(found) == 1

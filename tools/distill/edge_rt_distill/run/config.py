@@ -98,8 +98,9 @@ class StudentConfig:
     share: int = setting(0, "Pairs of layers that share parameters, with the method `sharing`. The file has them twice.", most=256)
     grouped: bool = setting(False, "Channels go in whole blocks of 32: those of an already quantised teacher then lose nothing again.")
     widths: str = setting(
-        "equal", "As many channels in all layers, or fewer where they are missed least; stock llama.cpp then runs it as a deci.",
-        choices=("equal", "free"),
+        "auto", "As many channels in all layers (equal), or fewer where they are missed least (free): a deci, which edge-rt and llama.cpp "
+        "run and transformers does not read. auto: free, but for a qwen3, which has no such form, and where `ffn` says how many.",
+        choices=("auto", "equal", "free"),
     )  # fmt: skip
     ffn: int = setting(0, "Channels of the feed-forward network, instead of what the search finds.", most=1 << 20)
     repair_tokens: int = setting(8192, "Tokens for least squares after the cut, 0: none.", most=1 << 24)
@@ -120,7 +121,9 @@ class DistilConfig:
     """``[distil]``"""
 
     batch_tokens: int = setting(1024, "Tokens of a step.", 64, 1 << 22)
-    evaluate_every: int = setting(16_384, "Tokens between evaluations: the epochs that gates count.", 256, 1 << 40)
+    evaluate_every: int = setting(
+        16_384, "Tokens between evaluations, the epochs that gates count; fewer where a level would end before its third.", 256, 1 << 40
+    )
     held_out: int = setting(64, "Sequences of the held-out samples that are measured on.", 1, 1 << 20)
     divergence: str = setting("forward", "Of the token level.", choices=("forward", "reverse", "skewed", "taid"))
     decoupled: bool = setting(True, "Discriminative candidates that are unlikely count for more; a third slower than plain divergence.")
@@ -135,8 +138,8 @@ class DistilConfig:
     freeze_embedding: bool = setting(True, "Leave the embedding as the teacher has it.")
     evaluator: str = setting("quick", "Whose score ends a level early: `quick`, or MODULE:ATTRIBUTE.")
     token: LevelConfig = LevelConfig()
-    hidden: LevelConfig = LevelConfig(tokens=30_000)
-    attention: LevelConfig = LevelConfig(tokens=20_000)
+    hidden: LevelConfig = LevelConfig(tokens=30_000, learning_rate=5e-5)
+    attention: LevelConfig = LevelConfig(tokens=20_000, learning_rate=5e-5)
     behaviour: LevelConfig = LevelConfig(tokens=10_000, learning_rate=5e-5)
 
 

@@ -12,6 +12,7 @@ from edge_rt_distill.data.batches import batches
 from edge_rt_distill.evaluate.measures import Measures, divergence
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
+from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.divergence import reference
 from edge_rt_distill.model.rows import Rows, TokenSequence, beginning, count_tokens
 from edge_rt_distill.run.config import Config, StudentConfig
@@ -76,8 +77,8 @@ def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tup
         return ["Nothing is cut: the budget allows all layers as they are."], whole(teacher.architecture)
     evidence: Evidence = read_evidence(place.need("diagnose") / "diagnosis.npz", teacher.architecture)
     probed = reference(teacher, some_batches(sequences, _PROBED, shop.config))
-    options = _options(config)
-    if config.widths == "free":
+    options = plan_options(config, teacher.architecture)
+    if options.widths == "free" and "ffn" in options.allow:
         evidence = of_each_layer(evidence, teacher, probed, told=partial(place.told, "tries each layer"))
     evidence = calibrated(evidence, teacher, probed, options, told=partial(place.told, "tries small cuts"))
     found = select(
@@ -96,13 +97,15 @@ def _budget(shop: Workshop) -> Budget:
     return Budget(parameters=parameters if parameters < 1 else None, speed=speed if speed < 1 else None)
 
 
-def _options(config: StudentConfig) -> PlanOptions:
+def plan_options(config: StudentConfig, teacher: Architecture) -> PlanOptions:
+    """How a plan of this teacher is made."""
     by_name = {"depth": ("depth",), "width": ("ffn",), "heads": ("heads", "groups"), "hidden": ("hidden",), "sharing": ()}
     allowed = tuple(part for part in PARTS if any(part in by_name[method] for method in config.methods))
+    automatic = "equal" if teacher.qk_norm or config.ffn else "free"
     return PlanOptions(
         allow=allowed, drop=tuple(config.drop) or None, ffn=config.ffn or None, share=config.share if "sharing" in config.methods else 0,
         merge=tuple((one, one + 1) for one in config.merge), channels="grouped" if config.grouped else "exact",
-        widths=cast("Any", config.widths),
+        widths=cast("Any", automatic if config.widths == "auto" else config.widths),
     )  # fmt: skip
 
 

@@ -156,9 +156,9 @@ def token_options(config: DistilConfig) -> TokenOptions:
 
 
 def paced(tokens: int, config: DistilConfig) -> tuple[int, int]:
-    """(steps, steps between evaluations) that some tokens make."""
+    """(steps, steps between evaluations) that some tokens make: as many evaluations at least as a gate waits for."""
     steps = max(1, tokens // config.batch_tokens)
-    return steps, max(1, min(steps, config.evaluate_every // config.batch_tokens))
+    return steps, max(1, min(steps // Gate(0).patience, config.evaluate_every // config.batch_tokens))
 
 
 def _possible(level: Level, material: Material, place: Place) -> Level | None:
