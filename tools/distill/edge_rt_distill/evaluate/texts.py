@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edge_rt.hooks import DataError
+from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.divergence import Final, agreements
 from edge_rt_distill.model.load import Teacher
 from edge_rt_distill.model.rows import TokenSequence
@@ -91,6 +92,13 @@ def _ends(sizes: Iterable[int]) -> list[int]:
         total += size
         found.append(total)
     return found
+
+
+def logits_of(model: Decoder, sequences: Sequence[TokenSequence]) -> Iterator[Tensor]:
+    """What a student says [T, V] of each sequence, as ``by_text`` wants it."""
+    for one in sequences:
+        with torch.no_grad():
+            yield model.logits(model(torch.tensor([one.tokens])).hidden[0])
 
 
 @torch.no_grad()

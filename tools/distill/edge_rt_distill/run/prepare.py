@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.behaviour.conversations import made_up
 from edge_rt_distill.data.dedupe import deduplicate
 from edge_rt_distill.data.samples import Problem, Sample, can_be_read, demo, make_sample, read_samples
 from edge_rt_distill.data.sources import docstrings, packages, technical_text
 from edge_rt_distill.data.splits import leaks, split
-from edge_rt_distill.evaluate.texts import by_text
+from edge_rt_distill.evaluate.texts import by_text, logits_of
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.model.vocabulary import choose, read_merges, with_fewer, write_fewer
@@ -147,8 +145,7 @@ def vocabulary_step(shop: Workshop) -> Step:
         write_file(place.folder / KEPT, json.dumps(kept))
         fewer = with_fewer(teacher, merges, kept, place.folder / FEWER)
         sequences = held_out(shop, place.need("data"), fewer.teacher.tokeniser)
-        model = fewer.teacher.model
-        found = by_text(teacher, fewer, sequences, (model.logits(model(torch.tensor([one.tokens])).hidden[0]) for one in sequences))
+        found = by_text(teacher, fewer, sequences, logits_of(fewer.teacher.model, sequences))
         return {"tokens": len(kept), "share": len(kept) / len(merges.tokens), **found._asdict()}
 
     return Step("vocabulary", run, settings, ("data", "rollouts"))

@@ -20,7 +20,8 @@ from edge_rt_distill.run.steps import Done, read_done
 Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
 _THROUGH = {
-    "fewer": "fewer tokens, nothing else", "unrepaired": "cut", "cut": "cut and repaired", "distil": "after the levels",
+    "fewer": "fewer tokens and nothing else, text by text", "unrepaired": "cut", "cut": "cut and repaired", "distil": "after the levels",
+    "taught": "after the levels, text by text",
     "quantise": "quantised", "off": "in the runtime, compensation off",
     "corrected": "in the runtime, corrected", "text": "in the runtime, text by text",
 }  # fmt: skip
@@ -34,7 +35,7 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
         "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
         "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
         "teacher's. Of a student with fewer tokens, what its teacher says of one that is gone counts for the one that it is written with "
-        "first; the first and the last row compare it text by text with the teacher that has them all. "
+        "first; rows that say so compare it text by text with the teacher that has them all. "
         f"Times are of {_machine()}; other work may have shared it.\n",
     ]
     for file in files:
@@ -94,7 +95,10 @@ def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
     measured: dict[str, Mapping[str, Any]] = {"fewer": fewer} if fewer else {}
     if "cut" in done and "unrepaired" in done["cut"].summary:
         measured["unrepaired"] = done["cut"].summary["unrepaired"]
-    measured |= {name: done[name].summary for name in ("cut", "distil", "quantise") if name in done}
+    measured |= {name: done[name].summary for name in ("cut", "distil") if name in done}
+    if "distil" in done and "text" in done["distil"].summary:
+        measured["taught"] = done["distil"].summary["text"]
+    measured |= {"quantise": done["quantise"].summary} if "quantise" in done else {}
     verified = folder / "verify" / "verify.json"
     facts = json.loads(verified.read_text(encoding="utf-8")) if "verify" in done else {}
     measured |= {name: facts[name] for name in ("off", "corrected", "text") if name in facts}

@@ -21,6 +21,7 @@ from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import Diagnosis
 from edge_rt_distill.evaluate.evaluator import Context, Score, Task, load_evaluator, scorer
 from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.evaluate.texts import by_text, logits_of
 from edge_rt_distill.files import write_file
 from edge_rt_distill.losses.attention import match_heads, priorities
 from edge_rt_distill.losses.token import Kind, TokenOptions
@@ -85,10 +86,12 @@ def distil_step(shop: Workshop) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         student, results = teach(shop, place, levels(config.distil))
-        found = divergence(student, shop.seen, held_out(shop, place.need("data")))
+        kept = held_out(shop, place.need("data"))
+        found = measured(divergence(student, shop.seen, kept))
+        texts = by_text(shop.teacher, shop.fewer, kept, logits_of(student, kept))._asdict() if shop.fewer is not None else None
         snapshot.save(place.folder / STUDENT, student, shop.taught.tokeniser)
         write_file(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
-        return {"gates open": sum(one.opened for one in results), "levels": len(results), **measured(found)}
+        return {"gates open": sum(one.opened for one in results), "levels": len(results), **found, **({"text": texts} if texts else {})}
 
     return Step("distil", run, settings, TEACHING)
 
