@@ -11,7 +11,7 @@ from edge_rt_distill.data.samples import Sample, make_sample
 from edge_rt_distill.model.rows import count_tokens
 from edge_rt_distill.run.config import Config, DataConfig, DistilConfig, RunConfig, TeacherConfig
 from edge_rt_distill.run.mixture import Mixed, check_weights, held_out, write_sets
-from edge_rt_distill.run.workshop import HELD_OUT, ROLLOUTS, TRAIN, Workshop, write_samples
+from edge_rt_distill.run.workshop import HELD_OUT, KEPT, ROLLOUTS, TRAIN, VOCABULARY, Workshop, write_samples
 
 from edge_rt.hooks import DataError, OptionError
 
@@ -30,13 +30,15 @@ def place(tmp_path: Path) -> SimpleNamespace:
     write_samples(tmp_path / HELD_OUT, BUSINESS[8:] + GENERAL[50:])
     write_samples(tmp_path / ROLLOUTS, WRITTEN)
     write_sets(tmp_path, [BUSINESS, [*GENERAL, BUSINESS[0]]])
+    (tmp_path / VOCABULARY).mkdir()
+    (tmp_path / VOCABULARY / KEPT).write_text("null")
     return SimpleNamespace(need=lambda name: tmp_path)
 
 
-def shop(tiny: Path, weights: tuple[int, ...], rollouts: int = 20) -> Workshop:
+def shop(tiny: Path, place: SimpleNamespace, weights: tuple[int, ...], rollouts: int = 20) -> Workshop:
     data = DataConfig(samples=("business.jsonl", "general.jsonl"), weights=weights, rollouts=rollouts, length=64)
     distil = DistilConfig(held_out=8)
-    return Workshop(Config(RunConfig(), TeacherConfig(str(tiny)), data, distil=distil), tiny.parent, tiny.parent)
+    return Workshop(Config(RunConfig(), TeacherConfig(str(tiny)), data, distil=distil), place.need("data"), tiny.parent)
 
 
 def shares(mixed: Mixed, epoch: int) -> dict[str, float]:
@@ -48,7 +50,7 @@ def shares(mixed: Mixed, epoch: int) -> dict[str, float]:
 
 
 def test_weights_are_shares_of_the_tokens_in_every_epoch(tiny: Path, place: SimpleNamespace) -> None:
-    mixed = Mixed(shop(tiny, (3, 2, 1)), place)
+    mixed = Mixed(shop(tiny, place, (3, 2, 1)), place)
     for epoch in (0, 1, 5):
         assert shares(mixed, epoch) == pytest.approx({"business": 3 / 6, "general": 2 / 6, "written": 1 / 6}, abs=0.03)
     assert sum(map(count_tokens, mixed.epoch(2))) == pytest.approx(sum(map(count_tokens, mixed.all)), rel=0.05)
@@ -61,18 +63,18 @@ def test_weights_are_shares_of_the_tokens_in_every_epoch(tiny: Path, place: Simp
 
 
 def test_without_weights_all_is_learnt_from_as_it_comes(tiny: Path, place: SimpleNamespace) -> None:
-    mixed = Mixed(shop(tiny, ()), place)
+    mixed = Mixed(shop(tiny, place, ()), place)
     assert mixed.epoch(0) is mixed.epoch(3) is mixed.all
     assert len(mixed.all) == 8 + 50 + 20
-    assert len(Mixed(shop(tiny, (), rollouts=0), place).all) == 8 + 50
-    assert shares(Mixed(shop(tiny, (0, 1, 0)), place), 0) == {"general": 1.0}
+    assert len(Mixed(shop(tiny, place, (), rollouts=0), place).all) == 8 + 50
+    assert shares(Mixed(shop(tiny, place, (0, 1, 0)), place), 0) == {"general": 1.0}
 
 
 def test_students_are_measured_on_the_same_shares(tiny: Path, place: SimpleNamespace) -> None:
     business, folder = {one.id for one in BUSINESS}, place.need("data")
 
     def counted(weights: tuple[int, ...]) -> tuple[int, int]:
-        found = [one.sample in business for one in held_out(shop(tiny, weights), folder)]
+        found = [one.sample in business for one in held_out(shop(tiny, place, weights), folder)]
         return sum(found), len(found) - sum(found)
 
     assert counted((1, 3, 9)) == (2, 6)
@@ -103,6 +105,6 @@ def test_there_is_a_weight_for_each(config: DataConfig, allowed: bool) -> None:
 
 def test_a_source_without_samples_is_said(tiny: Path, place: SimpleNamespace) -> None:
     write_sets(place.need("data"), [BUSINESS + GENERAL, []])
-    mixed = Mixed(shop(tiny, (1, 1, 1)), place)
+    mixed = Mixed(shop(tiny, place, (1, 1, 1)), place)
     with pytest.raises(DataError, match=r"general\.jsonl is empty"):
         mixed.epoch(0)
