@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from edge_rt.hooks import GGML_TYPES, ModelFile, ModelFileError, OptionError, UnsupportedModel, gguf_metadata_spans
-from edge_rt_distill import files
+from edge_rt_distill import files, metadata
 from edge_rt_distill.model.architecture import Architecture
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import tensors as named_tensors
@@ -33,11 +33,8 @@ from edge_rt_distill.quantise.matrices import Encoded, encode
 ALIGNMENT = 4096
 PROVENANCE = "edge_rt.distill."
 """What the keys begin with that say where a student comes from."""
-Value = str | bool | int | float | list[int]
 How = str | Encoded
 """A ggml type, or the bytes themselves with their type."""
-_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
-"""GGUF's numbers of the types of metadata."""
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 _HALF = 65520.0
 """What rounds to infinity in float16, and all beyond."""
@@ -70,7 +67,7 @@ def export(
     how: Mapping[str, How] | None = None,
     biases: Mapping[str, Tensor] | None = None,
     name: str = "student",
-    provenance: Mapping[str, Value] | None = None,
+    provenance: Mapping[str, metadata.Value] | None = None,
     told: Told = quiet,
 ) -> Path:
     """Write the model; vectors are F32. The file appears under its name when it is whole.
@@ -198,30 +195,31 @@ def _bytes(name: str, tensor: Tensor, how: How) -> npt.NDArray[Any]:
 
 
 def _header(
-    file: ModelFile, architecture: Architecture, placed: list[_Placed], words: int, name: str, provenance: Mapping[str, Value]
+    file: ModelFile, architecture: Architecture, placed: list[_Placed], words: int, name: str, provenance: Mapping[str, metadata.Value]
 ) -> bytes:
     """Magic to tensor infos, padded: the source's vocabulary and its maker's words, this model's sizes."""
     mine = _metadata(architecture, placed, words, name)
     mine.update({PROVENANCE + key: value for key, value in provenance.items()})
     _, spans = gguf_metadata_spans(file.map)
-    entries = [_entry("general.architecture", architecture.family)]
+    entries = [metadata.entry("general.architecture", architecture.family)]
     entries += [bytes(file.map[start:end]) for key, start, end in spans if key.startswith(_KEPT) and key not in _DROPPED]
-    entries += [_entry(key, value) for key, value in mine.items()]
+    entries += [metadata.entry(key, value) for key, value in mine.items()]
     infos = [
-        _string(one.name) + struct.pack(f"<I{len(one.shape)}QIQ", len(one.shape), *reversed(one.shape), _NUMBERS[one.type], one.offset)
+        metadata.string(one.name)
+        + struct.pack(f"<I{len(one.shape)}QIQ", len(one.shape), *reversed(one.shape), _NUMBERS[one.type], one.offset)
         for one in placed
     ]
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(placed), len(entries)) + b"".join(entries) + b"".join(infos)
+    header = metadata.start(len(placed), len(entries)) + b"".join(entries) + b"".join(infos)
     return header + b"\0" * (-len(header) % ALIGNMENT)
 
 
-def _metadata(a: Architecture, placed: list[_Placed], words: int, name: str) -> dict[str, Value]:
+def _metadata(a: Architecture, placed: list[_Placed], words: int, name: str) -> dict[str, metadata.Value]:
     """What this model's file says of itself, but for where it comes from."""
     shape = a.layers[0]
     weights = Counter[str]()
     for one in placed:
         weights[one.type] += prod(one.shape) if one.name.startswith("blk.") else 0
-    sizes: dict[str, Value] = {
+    sizes: dict[str, metadata.Value] = {
         "block_count": len(a.layers),
         "context_length": a.context,
         "embedding_length": a.width,
@@ -237,29 +235,11 @@ def _metadata(a: Architecture, placed: list[_Placed], words: int, name: str) -> 
     }
     if a.rope_scale != 1:
         sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": a.rope_scale}
-    general: dict[str, Value] = {"general.name": name, "general.alignment": ALIGNMENT, "general.quantization_version": 2}
+    general: dict[str, metadata.Value] = {"general.name": name, "general.alignment": ALIGNMENT, "general.quantization_version": 2}
     most = weights.most_common(1)[0][0]
     if most in _FILE_TYPES:
         general["general.file_type"] = _FILE_TYPES[most]
     return general | {f"{a.family}.{key}": value for key, value in sizes.items()}
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _entry(key: str, value: Value) -> bytes:
-    """A metadata entry; whole numbers are u32, also in lists, others f32. Raises OptionError for numbers that do not fit."""
-    if isinstance(value, str):
-        return _string(key) + struct.pack("<I", _STRING) + _string(value)
-    if isinstance(value, list):
-        return _string(key) + struct.pack(f"<IIQ{len(value)}I", _ARRAY, _UINT32, len(value), *value)
-    kind, layout = (_BOOL, "<I?") if isinstance(value, bool) else (_UINT32, "<II") if isinstance(value, int) else (_FLOAT32, "<If")
-    try:
-        return _string(key) + struct.pack(layout, kind, value)
-    except (struct.error, OverflowError):
-        raise OptionError(f"{key} cannot be {value} in a GGUF; give a number of 32 bits") from None
 
 
 def _write(part: Path, header: bytes, placed: list[_Placed], told: Told) -> None:

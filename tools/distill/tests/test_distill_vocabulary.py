@@ -143,7 +143,7 @@ def test_tokens_of_one_text_are_laid_side_by_side(teacher: Teacher, fewer: Fewer
     """Also where a sequence begins or ends within a character."""
     whole = sequence(fewer, "的 the " + text.replace("\0", "") + " 好")
     one = whole._replace(tokens=whole.tokens[cut : len(whole.tokens) - cut], targets=whole.targets[cut : len(whole.targets) - cut])
-    found = align(one, fewer.teacher.tokeniser, teacher.tokeniser, fewer)
+    found = align(one, teacher.tokeniser, fewer)
 
     def written(model: Teacher, tokens: list[int]) -> bytes:
         return b"".join(model.tokeniser.vocab.piece(token, True) for token in tokens)
@@ -169,7 +169,7 @@ def test_a_student_with_all_tokens_of_its_teacher_is_no_nat_away(teacher: Teache
 def test_a_student_with_fewer_is_compared_where_both_have_read_the_same(teacher: Teacher, fewer: Fewer, merges: Merges) -> None:
     one, ours = sequence(fewer), fewer.teacher.model
     found = by_text(teacher, fewer, [one], [ours.logits(ours(torch.tensor([one.tokens])).hidden[0])])
-    text = align(one, fewer.teacher.tokeniser, teacher.tokeniser, fewer)
+    text = align(one, teacher.tokeniser, fewer)
     assert len(text.student) > len(text.teacher), "some words of the text are not tokens any more"
     assert found.longer == pytest.approx(sum(text.student_targets) / sum(text.teacher_targets) - 1)
     first = torch.tensor(beginnings(merges, fewer.kept))

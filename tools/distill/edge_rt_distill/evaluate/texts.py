@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -45,11 +46,12 @@ class Aligned(NamedTuple):
     theirs: list[int]
 
 
-def align(sequence: TokenSequence, ours: Tokeniser, teacher: Tokeniser, fewer: Fewer) -> Aligned:
+def align(sequence: TokenSequence, teacher: Tokeniser, fewer: Fewer) -> Aligned:
     """A sequence of the student's tokens and the teacher's of the same text. What is no text, as a sequence that begins or ends within a
     character, stays as it is.
     """
-    tokens, texts = list(sequence.tokens), [ours.vocab.piece(token, False) for token in sequence.tokens]
+    tokens, ours = list(sequence.tokens), fewer.teacher.tokeniser
+    texts = [ours.vocab.piece(token, False) for token in tokens]
     theirs, sizes = list[int](), list[int]()
     for start, end in _stretches(texts):
         some = [fewer.kept[token] for token in tokens[start:end]]
@@ -58,7 +60,7 @@ def align(sequence: TokenSequence, ours: Tokeniser, teacher: Tokeniser, fewer: F
         theirs += some
         sizes += [len(teacher.vocab.piece(token, False)) or 1 for token in some]
     counted = [bool(target) for target in sequence.targets]
-    own, other = _ends([len(text) or 1 for text in texts]), _ends(sizes)
+    own, other = list(accumulate(len(text) or 1 for text in texts)), list(accumulate(sizes))
     flags = [counted[bisect_right(own, begin)] for begin in [0, *other[:-1]]]
     place = {at: number for number, at in enumerate(own, 1)}
     both = [(place[at], number) for number, at in enumerate(other, 1) if at in place]
@@ -86,14 +88,6 @@ def _decoded(raw: bytes) -> str | None:
         return None
 
 
-def _ends(sizes: Iterable[int]) -> list[int]:
-    found, total = [], 0
-    for size in sizes:
-        total += size
-        found.append(total)
-    return found
-
-
 def logits_of(model: Decoder, sequences: Sequence[TokenSequence]) -> Iterator[Tensor]:
     """What a student says [T, V] of each sequence, as ``by_text`` wants it."""
     for one in sequences:
@@ -109,10 +103,10 @@ def by_text(teacher: Teacher, fewer: Fewer, sequences: Sequence[TokenSequence], 
     """
     kl = same = places = student_nats = teacher_nats = student_tokens = teacher_tokens = 0.0
     for one, found in zip(sequences, logits, strict=True):
-        text = align(one, fewer.teacher.tokeniser, teacher.tokeniser, fewer)
+        text = align(one, teacher.tokeniser, fewer)
         if not text.ours:
             continue
-        log_q = found[: len(text.student)].float().log_softmax(-1)
+        log_q = found.float().log_softmax(-1)
         hidden = teacher.model(torch.tensor([text.teacher])).hidden[0]
         said_there = Final(hidden[[j - 1 for j in text.theirs]], fewer.teacher.model.head_weight, fewer.rest)
         log_p = said_there.log_probabilities(slice(None))

@@ -31,10 +31,14 @@ def imitation_loss(hidden: Tensor, weight: Tensor, batch: Rows) -> Tensor:
 
 def answer_logprobs(hidden: Tensor, weight: Tensor, batch: Rows) -> Tensor:
     """Sum over an example's weighted tokens of weight x log q [B]."""
-    rows = batch.mask.flatten().nonzero().squeeze(-1)
-    found = token_logprobs(hidden.flatten(0, 1)[rows], weight, batch.labels.flatten()[rows]) * batch.mask.flatten()[rows].to(hidden)
-    owner = rows // batch.tokens.shape[1]
-    return hidden.new_zeros(len(batch.tokens)).index_add(0, owner, found)
+    at = batch.mask > 0
+    return weighted(token_logprobs(hidden[at], weight, batch.labels[at]), batch)
+
+
+def weighted(each: Tensor, batch: Rows) -> Tensor:
+    """Sum over an example's weighted tokens of weight x a value [B], of the values of all of them in a row."""
+    at = batch.mask > 0
+    return each.new_zeros(len(batch.tokens)).index_add(0, at.nonzero()[:, 0], each * batch.mask[at].to(each))
 
 
 def preference_loss(student: Tensor, teacher: Tensor, beta: float = 2.0) -> Tensor:

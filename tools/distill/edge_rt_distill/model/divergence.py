@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edge_rt.hooks import DataError
@@ -31,9 +30,7 @@ class Final(NamedTuple):
 
     def log_probabilities(self, rows: slice) -> Tensor:
         """Of every token at some of the positions [n, V], in nats."""
-        if self.rest is not None:
-            return Head.of(self.head, self.rest).logits(self.hidden[rows]).log_softmax(-1)
-        return F.linear(self.hidden[rows], self.head).log_softmax(-1)
+        return Head.of(self.head, self.rest).logits(self.hidden[rows]).log_softmax(-1)
 
     def of(self, labels: Tensor) -> Tensor:
         """Log-probabilities of a token at each position [N], in nats."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from edge_rt.hooks import ModelFile, UserError, Vocab, gguf_metadata_spans, tokenize_messages
+from edge_rt_distill import metadata
 from edge_rt_distill.files import write_file
-
-_HEADER = struct.Struct("<4sIQQ")
 
 
 class Tokeniser:
@@ -68,7 +66,7 @@ def write_vocabulary(source: str | os.PathLike[str], out: Path) -> None:
     try:
         _, spans = gguf_metadata_spans(file.map)
         start, end = spans[0][1], spans[-1][2]
-        data = _HEADER.pack(b"GGUF", 3, 0, len(spans)) + bytes(file.map[start:end])
+        data = metadata.start(0, len(spans)) + bytes(file.map[start:end])
     finally:
         file.close()
     write_file(out, data)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from edge_rt.hooks import ModelFile, ModelFileError, OptionError, UnsupportedModel, gguf_metadata_spans
+from edge_rt_distill import metadata
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.load import Teacher, frozen
@@ -25,8 +26,7 @@ from edge_rt_distill.model.tokens import Tokeniser
 _TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _HUGGING_FACE = "tokenizer.huggingface.json"
 """The tokeniser once more, for other readers: wrong when tokens are gone."""
-_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9
-_OF_TOKENS = {"tokenizer.ggml.token_type": (_INT32, "i"), "tokenizer.ggml.scores": (_FLOAT32, "f")}
+_OF_TOKENS = {"tokenizer.ggml.token_type": (metadata.INT32, "i"), "tokenizer.ggml.scores": (metadata.FLOAT32, "f")}
 """Arrays with a number for each token, and how they are written."""
 _EVEN = 64
 """Tokens are a multiple of it: rows of the head are multiplied in blocks."""
@@ -110,7 +110,7 @@ def write_fewer(source: Path, merges: Merges, kept: Sequence[int], out: Path) ->
     finally:
         file.close()
     entries = [one for one in entries if one]
-    write_file(out, struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)) + b"".join(entries))
+    write_file(out, metadata.start(0, len(entries)) + b"".join(entries))
 
 
 def _entry(file: ModelFile, key: str, before: bytes, merges: Merges, place: Mapping[int, int]) -> bytes:
@@ -123,19 +123,15 @@ def _entry(file: ModelFile, key: str, before: bytes, merges: Merges, place: Mapp
     if key in _OF_TOKENS:
         number, letter = _OF_TOKENS[key]
         values = file.header.get(key)
-        return _name(key) + struct.pack(f"<IIQ{len(place)}{letter}", _ARRAY, number, len(place), *(values[token] for token in place))
+        return metadata.array(key, number, len(place), struct.pack(f"<{len(place)}{letter}", *(values[token] for token in place)))
     if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
         token = place.get(file.header.get(key))
-        return b"" if token is None else _name(key) + struct.pack("<II", _UINT32, token)
+        return b"" if token is None else metadata.entry(key, token)
     return b"" if key == _HUGGING_FACE else before
 
 
-def _name(key: str) -> bytes:
-    return struct.pack("<Q", len(key.encode())) + key.encode()
-
-
 def _strings(key: str, items: Sequence[bytes]) -> bytes:
-    return _name(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(items)) + b"".join(struct.pack("<Q", len(one)) + one for one in items)
+    return metadata.array(key, metadata.STRING, len(items), b"".join(map(metadata.string, items)))
 
 
 class Fewer(NamedTuple):

@@ -48,15 +48,16 @@ def quantise_step(shop: Workshop) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         student = portable(snapshot.read(place.need("distil") / STUDENT)[0])
-        sequences = Mixed(shop, place).once(config.run.seed + 1)
+        mixed = Mixed(shop, place)
         how: dict[str, Encoded] = {}
         if config.quantise.type != "F16":
             options = QuantiseOptions(config.quantise.type, config.quantise.embedding, method=cast(Method, config.quantise.method))
-            calibration = [one.tokens for one in beginning(sequences, config.quantise.calibration_tokens, count_tokens)]
+            some = beginning(mixed.once(config.run.seed + 1), config.quantise.calibration_tokens, count_tokens)
+            calibration = [one.tokens for one in some]
             found = quantise_model(student, calibration, options, partial(place.told, "layers"))
             how = found.tensors
             if config.quantise.aware_tokens:
-                how |= _aware(shop, place, student, found)
+                how |= _aware(shop, place, student, found, mixed)
         target = place.folder / QUANTISED
         export(
             target, student, shop.taught.tokeniser, matrices=config.quantise.type, embedding=config.quantise.embedding, how=how,
@@ -71,14 +72,13 @@ def quantise_step(shop: Workshop) -> Step:
     return Step("quantise", run, settings, ("data", "rollouts", "vocabulary", "distil"))
 
 
-def _aware(shop: Workshop, place: Place, student: Decoder, start: Quantised) -> dict[str, Encoded]:
+def _aware(shop: Workshop, place: Place, student: Decoder, start: Quantised, mixed: Mixed) -> dict[str, Encoded]:
     """A last phase of training that computes with what the file will hold, from what was quantised; the bytes then, but for the head's."""
     config = shop.config
     with torch.no_grad():
         student.head_weight.copy_(start.model.head_weight)
     student.requires_grad_(True)
     qat.attach(student, config.quantise.type, scales="fixed", start=start.tensors)
-    mixed = Mixed(shop, place)
     steps, every = paced(config.quantise.aware_tokens, config.distil)
     level = Level(
         "token", {"token": 1.0}, Gate(1e-9), steps=steps, every=every, learning_rate=config.quantise.aware_rate,

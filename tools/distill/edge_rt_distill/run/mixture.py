@@ -28,26 +28,30 @@ def write_sets(folder: Path, sets: Sequence[Sequence[Sample]]) -> None:
 
 def check_weights(config: DataConfig) -> None:
     """Raises OptionError if there is not one for everything that is learnt from."""
-    names = [*config.samples, *([WRITTEN] if config.rollouts or config.chats else [])]
+    names = _sources(config)
     if config.weights and (len(config.weights) != len(names) or len(set(names)) < len(names) or not any(config.weights)):
         raise OptionError(f"data.weights has {len(config.weights)} numbers; give one, not all 0, for each of {', '.join(names)}")
+
+
+def _sources(config: DataConfig) -> list[str]:
+    """All that is learnt from, as ``data.weights`` has them."""
+    return [*config.samples, *([WRITTEN] if config.rollouts or config.chats else [])]
 
 
 class Mixed:
     """Sequences to learn from, epoch by epoch: all of them, or with ``data.weights`` as many tokens in those shares."""
 
     def __init__(self, shop: Workshop, place: Place) -> None:
-        """Raises DataError for a source that has a weight and no samples."""
         config = shop.config.data
-        own, written = shop.sequences(shop.taught.tokeniser, place.need("data") / TRAIN), list[TokenSequence]()
-        if config.rollouts or config.chats:
-            written = shop.sequences(shop.taught.tokeniser, place.need("rollouts") / ROLLOUTS)
+        names, tokeniser = _sources(config), shop.taught.tokeniser
+        own = shop.sequences(tokeniser, place.need("data") / TRAIN)
+        written = shop.sequences(tokeniser, place.need("rollouts") / ROLLOUTS) if WRITTEN in names else []
         self.all = own + written
         self.weights: Mapping[str, float] = {}
         self.sources: Mapping[str, list[TokenSequence]] = {}
         if config.weights:
-            groups = dict(zip((*config.samples, WRITTEN), (*_grouped(place.need("data"), own), written), strict=True))
-            self.weights = {name: weight for name, weight in zip(groups, config.weights, strict=False) if weight}
+            groups = dict(zip(names, (*_grouped(place.need("data"), own), written), strict=False))
+            self.weights = {name: weight for name, weight in zip(names, config.weights, strict=True) if weight}
             self.sources = {name: groups[name] for name in self.weights}
 
     def epoch(self, number: int) -> list[TokenSequence]:
@@ -59,7 +63,9 @@ class Mixed:
         return shuffled(list({id(one): one for one in self.epoch(0)}.values()), seed)
 
     def mixture(self, number: int) -> Mixture:
-        """The same with what each source gave, where there are weights: as many tokens as all sources have together."""
+        """The same with what each source gave, where there are weights: as many tokens as all sources have together. Raises DataError
+        for a source that has a weight and no samples.
+        """
         tokens = sum(count_tokens(one) for some in self.sources.values() for one in some)
         return mix(self.sources, self.weights, tokens, seed=0, epoch=number)
 

@@ -43,20 +43,20 @@ def data_step(shop: Workshop) -> Step:
         sets, problems = _read(shop, place)
         samples = [one for some in sets for one in some]
         kept = deduplicate(samples)
-        train, held_out = split(kept.samples, held_out=config.held_out, seed=shop.config.run.seed)
-        leaking = {one.evaluation for one in leaks(train, held_out)}
-        held_out = [one for one in held_out if one.id not in leaking]
-        if not train or not held_out:
+        train, apart = split(kept.samples, held_out=config.held_out, seed=shop.config.run.seed)
+        leaking = {one.evaluation for one in leaks(train, apart)}
+        apart = [one for one in apart if one.id not in leaking]
+        if not train or not apart:
             raise DataError(
-                f"of {len(samples)} samples {len(train)} are left to learn from and {len(held_out)} to measure on, and both need some; "
+                f"of {len(samples)} samples {len(train)} are left to learn from and {len(apart)} to measure on, and both need some; "
                 "add samples, or set data.held_out higher"
             )
         write_samples(place.folder / TRAIN, train)
-        write_samples(place.folder / HELD_OUT, held_out)
+        write_samples(place.folder / HELD_OUT, apart)
         write_sets(place.folder, sets)
         summary = {
             "read": len(samples), "broken": [str(one) for one in problems[:100]], "duplicates": len(samples) - len(kept.samples),
-            "leaks": len(leaking), "train": _counted(train), "held_out": _counted(held_out),
+            "leaks": len(leaking), "train": _counted(train), "held_out": _counted(apart),
         }  # fmt: skip
         write_file(place.folder / "data.json", json.dumps(summary, ensure_ascii=False, indent=1))
         return summary

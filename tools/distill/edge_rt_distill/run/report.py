@@ -19,12 +19,6 @@ from edge_rt_distill.run.steps import Done, read_done
 
 Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
-_THROUGH = {
-    "fewer": "fewer tokens and nothing else, text by text", "unrepaired": "cut", "cut": "cut and repaired", "distil": "after the levels",
-    "taught": "after the levels, text by text",
-    "quantise": "quantised", "off": "in the runtime, compensation off",
-    "corrected": "in the runtime, corrected", "text": "in the runtime, text by text",
-}  # fmt: skip
 
 
 def write_report(files: Sequence[Path], out: Path) -> Path:
@@ -90,27 +84,25 @@ def _changes(config: Any, usual: Any, prefix: str) -> Iterator[str]:
 
 def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
     """What became of the teacher on the way, and the file."""
-    vocabulary = done["vocabulary"].summary if "vocabulary" in done else {}
-    fewer = vocabulary if "tokens" in vocabulary else None
-    measured: dict[str, Mapping[str, Any]] = {"fewer": fewer} if fewer else {}
-    if "cut" in done and "unrepaired" in done["cut"].summary:
-        measured["unrepaired"] = done["cut"].summary["unrepaired"]
-    measured |= {name: done[name].summary for name in ("cut", "distil") if name in done}
-    if "distil" in done and "text" in done["distil"].summary:
-        measured["taught"] = done["distil"].summary["text"]
-    measured |= {"quantise": done["quantise"].summary} if "quantise" in done else {}
+    fewer, cut, taught, quantised = (
+        done[name].summary if name in done else {} for name in ("vocabulary", "cut", "distil", "quantise")
+    )  # fmt: skip
     verified = folder / "verify" / "verify.json"
     facts = json.loads(verified.read_text(encoding="utf-8")) if "verify" in done else {}
-    measured |= {name: facts[name] for name in ("off", "corrected", "text") if name in facts}
+    through = (
+        ("fewer tokens and nothing else, text by text", fewer), ("cut", cut.get("unrepaired")), ("cut and repaired", cut),
+        ("after the levels", taught), ("after the levels, text by text", taught.get("text")), ("quantised", quantised),
+        ("in the runtime, compensation off", facts.get("off")), ("in the runtime, corrected", facts.get("corrected")),
+        ("in the runtime, text by text", facts.get("text")),
+    )  # fmt: skip
     rows = [
-        (_THROUGH[name], f"{one['kl']:.4f}", f"{one['top1']:.3f}", f"{one['perplexity_ratio']:.3f}") for name, one in measured.items()
+        (name, f"{one['kl']:.4f}", f"{one['top1']:.3f}", f"{one['perplexity_ratio']:.3f}") for name, one in through if one and "kl" in one
     ]  # fmt: skip
     if rows:
         yield _table(("", "KL", "top-1", "perplexity"), rows)
-    if "cut" in done:
-        share, parameters = done["cut"].summary["share"], done["cut"].summary["parameters"]
-        yield f"{parameters:,} parameters, {share:.1%} of the teacher's."
-    if fewer:
+    if cut:
+        yield f"{cut['parameters']:,} parameters, {cut['share']:.1%} of the teacher's."
+    if "tokens" in fewer:
         yield f"{fewer['tokens']:,} tokens, {fewer['share']:.0%} of the teacher's, which make held-out texts {fewer['longer']:.1%} longer."
     if facts:
         side = f", corrections {facts['compensation bytes']:,}" if "compensation" in facts else ""

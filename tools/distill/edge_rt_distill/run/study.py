@@ -84,12 +84,11 @@ def _record(
             library, teacher, prompts, domain=domain, options=options, score=score, scored_by="checks", told=told("answers")
         )
         made, mean = [answers], answers.score
-        cases = errors.failures(recorded.trajectories(library, answers), failed)
-    if not cases and sequences:
-        cases = errors.improbable(teacher.model, sequences, told=told("improbable references"))
-    if cases[: config.errors]:
-        explained = cases[: config.errors]
-        made.append(errors.record_errors(library, teacher, explained, domain=domain, heads=_HEADS, told=told("errors explained")))
+        cases = errors.failures(recorded.trajectories(library, answers), failed)[: config.errors]
+    if config.errors and not cases and sequences:
+        cases = errors.improbable(teacher.model, sequences, told=told("improbable references"))[: config.errors]
+    if cases:
+        made.append(errors.record_errors(library, teacher, cases, domain=domain, heads=_HEADS, told=told("errors explained")))
     if sequences:
         made.append(record.record_activations(library, teacher, sequences, domain=domain, told=told("activations")))
         made.append(record.record_attention(library, teacher, sequences[:_MAPS], domain=domain, told=told("attention")))

@@ -34,7 +34,7 @@ from edge_rt_distill.run.mixture import Mixed, held_out
 from edge_rt_distill.run.shape import CUT, STUDENT, measured
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import HELD_OUT, TRAIN, Workshop, read_back
-from edge_rt_distill.stages.gate import Gate
+from edge_rt_distill.stages.gate import PATIENCE, Gate
 from edge_rt_distill.stages.levels import LEVELS as STANDARD
 from edge_rt_distill.stages.levels import Level
 from edge_rt_distill.stages.material import Answers, Material
@@ -161,7 +161,7 @@ def token_options(config: DistilConfig) -> TokenOptions:
 def paced(tokens: int, config: DistilConfig) -> tuple[int, int]:
     """(steps, steps between evaluations) that some tokens make: as many evaluations at least as a gate waits for."""
     steps = max(1, tokens // config.batch_tokens)
-    return steps, max(1, min(steps // Gate(0).patience, config.evaluate_every // config.batch_tokens))
+    return steps, max(1, min(steps // PATIENCE, config.evaluate_every // config.batch_tokens))
 
 
 def _possible(level: Level, material: Material, place: Place) -> Level | None:

@@ -69,7 +69,7 @@ class Workshop:
 
     @cached_property
     def fewer(self) -> Fewer | None:
-        """The teacher with fewer tokens, as the step ``vocabulary`` left it; None if it kept all. Raises UserError if it was not done."""
+        """The teacher with fewer tokens, as the step ``vocabulary`` left it; None if it kept all. That step comes first."""
         folder = self.folder / VOCABULARY
         kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
         if kept is None:

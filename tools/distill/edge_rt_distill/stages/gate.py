@@ -11,12 +11,15 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+PATIENCE = 3
+"""Evaluations running that must count before a gate opens."""
+
 
 class Gate(NamedTuple):
     """``threshold``: of the level's own error, in its unit; at the threshold is not below it. ``tolerance``: a share of earlier errors."""
 
     threshold: float
-    patience: int = 3
+    patience: int = PATIENCE
     tolerance: float = 0.10
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_rt_distill.losses.balance import Name
-from edge_rt_distill.losses.behaviour import answer_logprobs, imitation_loss, on_policy_loss, preference_loss
+from edge_rt_distill.losses.behaviour import answer_logprobs, imitation_loss, on_policy_loss, preference_loss, weighted
 from edge_rt_distill.losses.token import TokenOptions, token_loss
 from edge_rt_distill.model.decoder import Decoder, Output
 from edge_rt_distill.model.generate import generate
@@ -87,17 +87,14 @@ def _preference(scene: Scene, number: int) -> Tensor:
     answers = (batch.mask > 0).float()
     batch = batch._replace(mask=answers / answers.sum(1, keepdim=True).clamp_min(1))
     ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, batch)
-    with torch.no_grad():
-        theirs = taught_logprobs(scene, batch)
-    return preference_loss(ours.view(2, -1), theirs.view(2, -1))
+    return preference_loss(ours.view(2, -1), taught_logprobs(scene, batch).view(2, -1))
 
 
 @torch.no_grad()
 def taught_logprobs(scene: Scene, batch: Rows) -> Tensor:
     """``answer_logprobs`` [B], to the teacher."""
     at = batch.mask > 0
-    found = scene.teacher.says(scene.teacher.hidden(batch)[at]).of(batch.labels[at]) * batch.mask[at]
-    return torch.zeros(len(batch.tokens)).index_add(0, at.nonzero()[:, 0], found)
+    return weighted(scene.teacher.says(scene.teacher.hidden(batch)[at]).of(batch.labels[at]), batch)
 
 
 def own_answers(scene: Scene, number: int) -> Rows | None:
