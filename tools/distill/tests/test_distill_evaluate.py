@@ -93,18 +93,18 @@ def test_standard_errors_are_the_spread_of_repeated_samples():
         number = torch.randint(10, 60, (30,), generator=draw).double()
         level = torch.randn(30, generator=draw, dtype=torch.float64) * 0.5 + 2
         kl = number * level + number.sqrt() * torch.randn(30, generator=draw, dtype=torch.float64) * 0.3
-        found = summarise(Counts(number, kl, number / 2, number * 0.1, number * 0.0))
+        found = summarise(Counts(number, kl, number / 2, number * 0.1, number * 0.0, number))
         means.append(found.kl)
         errors.append(found.kl_error)
     assert float(torch.tensor(means).std()) == pytest.approx(sum(errors) / len(errors), rel=0.1)
     assert found.perplexity_ratio == pytest.approx(math.exp(0.1))
-    assert math.isinf(summarise(Counts(*torch.ones(5, 1).double())).kl_error)
+    assert math.isinf(summarise(Counts(*torch.ones(6, 1).double())).kl_error)
 
 
 def test_what_two_students_share_is_no_noise():
     draw = torch.Generator().manual_seed(0)
     number, kl = torch.full((50,), 20.0).double(), torch.rand(50, generator=draw).double() * 40
-    left, right = (Counts(number, kl + extra, number, number, number) for extra in (2.0, 0.0))
+    left, right = (Counts(number, kl + extra, number, number, number, number) for extra in (2.0, 0.0))
     mean, error = difference(left, right)
     assert mean == pytest.approx(0.1)
     assert error < 1e-9 < summarise(left).kl_error

@@ -153,7 +153,6 @@ def test_a_teacher_becomes_a_student_that_runs(whole):
     assert steps["vocabulary"]["longer"] > 0
     verified = json.loads((whole / "run" / "verify" / "verify.json").read_text())
     assert verified["kl from stock llama.cpp"] < 0.005
-    assert 0 < verified["text"]["kl"] == pytest.approx(verified["corrected"]["kl"], rel=0.5)
     with edge_rt.open(whole / "run" / verified["file"], context=64) as model, model.session() as session:
         assert model.compensation is not None
         assert len(list(session.generate("Hello", max_tokens=4))) > 1

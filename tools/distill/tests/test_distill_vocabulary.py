@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from edge_rt_distill.evaluate.texts import align, by_text
+from edge_rt_distill.evaluate.measures import count, divergence
 from edge_rt_distill.export import export
 from edge_rt_distill.losses.token import TokenOptions, token_loss
+from edge_rt_distill.model.alignment import align
 from edge_rt_distill.model.divergence import Final
 from edge_rt_distill.model.load import Teacher, load, read_gguf
 from edge_rt_distill.model.precision import Head
-from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.model.rows import TokenSequence, rows_of
 from edge_rt_distill.model.vocabulary import Fewer, Merges, beginnings, choose, read_merges, with_fewer, write_fewer
 from edge_rt_distill.run.running import from_stock
+from edge_rt_distill.stages.material import Material
+from edge_rt_distill.stages.teachers import LiveTeacher, ReadingTeacher
+from edge_rt_distill.stages.terms import Scene, corpus_terms, errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,49 +146,90 @@ def test_a_student_learns_what_the_teacher_says_of_all_tokens(
 @given(text=st.text(min_size=1, max_size=40), cut=st.integers(0, 6))
 def test_tokens_of_one_text_are_laid_side_by_side(teacher: Teacher, fewer: Fewer, text: str, cut: int) -> None:
     """Also where a sequence begins or ends within a character."""
-    whole = sequence(fewer, "的 the " + text.replace("\0", "") + " 好")
-    one = whole._replace(tokens=whole.tokens[cut : len(whole.tokens) - cut], targets=whole.targets[cut : len(whole.targets) - cut])
-    found = align(one, teacher.tokeniser, fewer)
+    whole = sequence(fewer, "的 the " + text.replace("\0", "") + " 好").tokens
+    ours = whole[cut : len(whole) - cut]
+    found = align(ours, teacher.tokeniser, fewer)
 
     def written(model: Teacher, tokens: list[int]) -> bytes:
         return b"".join(model.tokeniser.vocab.piece(token, True) for token in tokens)
 
-    assert written(fewer.teacher, found.student) == written(teacher, found.teacher)
-    for i, j in zip(found.ours, found.theirs, strict=True):
-        assert written(fewer.teacher, found.student[:i]) == written(teacher, found.teacher[:j])
-        assert one.targets[i]
-    counted = [written(fewer.teacher, [token]) for token, flag in zip(found.student, found.student_targets, strict=True) if flag]
-    theirs = [written(teacher, [token]) for token, flag in zip(found.teacher, found.teacher_targets, strict=True) if flag]
-    assert b"".join(counted) == b"".join(theirs)
+    assert written(fewer.teacher, ours) == written(teacher, found.tokens)
+    ends = {written(teacher, found.tokens[:read]) for read in range(1, len(found.tokens) + 1)}
+    for at, read in enumerate(found.read, 1):
+        before = written(fewer.teacher, ours[:at])
+        assert before == written(teacher, found.tokens[:read]) if read else before not in ends
+    for number, at in enumerate(found.origin):
+        before = len(written(teacher, found.tokens[:number]))
+        assert len(written(fewer.teacher, ours[:at])) <= before < len(written(fewer.teacher, ours[: at + 1]))
+
+
+def reading(teacher: Teacher, fewer: Fewer) -> ReadingTeacher:
+    return ReadingTeacher(LiveTeacher(teacher.model), teacher.tokeniser, fewer)
 
 
 def test_a_student_with_all_tokens_of_its_teacher_is_no_nat_away(teacher: Teacher, merges: Merges, tmp_path: Path) -> None:
     fewer = made(teacher, merges, list(range(len(merges.tokens))), tmp_path)
-    one = sequence(fewer)
-    found = by_text(teacher, fewer, [one], [teacher.model.logits(teacher.model(torch.tensor([one.tokens])).hidden[0])])
+    found = divergence(teacher.model, reading(teacher, fewer), [sequence(fewer)])
     assert found.kl == pytest.approx(0, abs=1e-6)
-    assert (found.top1, found.longer) == (1.0, 0.0)
+    assert found.top1 == 1.0
     assert found.perplexity_ratio == pytest.approx(1, abs=1e-5)
 
 
 def test_a_student_with_fewer_is_compared_where_both_have_read_the_same(teacher: Teacher, fewer: Fewer, merges: Merges) -> None:
     one, ours = sequence(fewer), fewer.teacher.model
-    found = by_text(teacher, fewer, [one], [ours.logits(ours(torch.tensor([one.tokens])).hidden[0])])
-    text = align(one, teacher.tokeniser, fewer)
-    assert len(text.student) > len(text.teacher), "some words of the text are not tokens any more"
-    assert found.longer == pytest.approx(sum(text.student_targets) / sum(text.teacher_targets) - 1)
+    text = align(one.tokens, teacher.tokeniser, fewer)
+    assert len(one.tokens) > len(text.tokens), "some words of the text are not tokens any more"
     first = torch.tensor(beginnings(merges, fewer.kept))
-    p = teacher.model.logits(teacher.model(torch.tensor([text.teacher])).hidden[0]).softmax(-1)
+    p = teacher.model.logits(teacher.model(torch.tensor([text.tokens])).hidden[0]).softmax(-1)
     folded = torch.zeros(len(p), len(fewer.kept)).index_add_(1, first, p)
-    q = ours.logits(ours(torch.tensor([text.student])).hidden[0]).softmax(-1)
-    pairs = list(zip(text.ours, text.theirs, strict=True))
-    each = [float((folded[j - 1] * (folded[j - 1] / q[i - 1]).log()).sum()) for i, j in pairs]
-    assert found.kl == pytest.approx(sum(each) / len(each), rel=1e-4)
-    nats = [-sum(float(said[t - 1, tokens[t]].log()) for t, flag in enumerate(flags) if flag) for said, tokens, flags in (
-        (q, text.student, text.student_targets), (p, text.teacher, text.teacher_targets),
-    )]  # fmt: skip
-    expected = torch.tensor((nats[0] - nats[1]) / sum(text.teacher_targets)).exp()
-    assert found.perplexity_ratio == pytest.approx(float(expected), rel=1e-4)
+    q = ours.logits(ours(torch.tensor([one.tokens])).hidden[0]).softmax(-1)
+    pairs = [(at, read - 1) for at, read in enumerate(text.read[:-1]) if read and one.targets[at + 1]]
+    each = [float((folded[j] * (folded[j] / q[i]).log()).sum()) for i, j in pairs]
+    found = count(ours, reading(teacher, fewer), [one])
+    assert found.number.tolist() == [len(pairs)]
+    assert float(found.kl) == pytest.approx(sum(each), rel=1e-4)
+    counted = [number for number, at in enumerate(text.origin) if one.targets[at]]
+    assert float(found.student) == pytest.approx(-sum(float(q[t - 1, one.tokens[t]].log()) for t in range(len(q)) if one.targets[t]))
+    assert float(found.teacher) == pytest.approx(-sum(float(p[t - 1, text.tokens[t]].log()) for t in counted))
+    assert found.tokens.tolist() == [len(counted)]
+
+
+def test_states_are_the_teachers_where_it_has_read_the_same_and_maps_are_of_the_students_tokens(teacher: Teacher, fewer: Fewer) -> None:
+    view, some = reading(teacher, fewer), [sequence(fewer), sequence(fewer, "the end of the end"), sequence(fewer, "a")]
+    rows = rows_of(some)
+    known, hidden, found = view.knows(rows), view.hidden(rows), view.observe(rows, [1], [0])
+    assert bool((known <= rows.real).all()), "it knows nothing of what fills a row up"
+    assert not bool(known[rows.real].all()), "nor of the middle of a word"
+    for row, one in enumerate(some):
+        text = align(one.tokens, teacher.tokeniser, fewer)
+        whole = teacher.model(torch.tensor([text.tokens]), states=[1])
+        for at, read in enumerate(text.read):
+            assert bool(known[row, at]) == (read > 0)
+            if read:
+                torch.testing.assert_close(hidden[row, at], whole.hidden[0, read - 1])
+                torch.testing.assert_close(found.states[1][row, at], whole.states[1][0, read - 1])
+    torch.testing.assert_close(found.hidden, hidden)
+    assert found.attention[0].shape[-1] == rows.tokens.shape[1]
+    each = [view.nats(rows_of([one]))[:, 0] for one in some]
+    torch.testing.assert_close(view.nats(rows), torch.stack(each, 1))
+
+
+def test_pieces_of_a_word_are_learnt_from_the_text(teacher: Teacher, fewer: Fewer) -> None:
+    """And the rest from the teacher: each as often as it comes."""
+    rows, student = rows_of([sequence(fewer)]), copy.deepcopy(fewer.teacher.model).requires_grad_(True)
+    scene = Scene(student, reading(teacher, fewer), None, None)  # type: ignore[arg-type]
+    scene = scene._replace(material=Material(epoch=lambda number, start: iter(()), held_out=[rows]))
+    log_q = student.logits(student(rows.tokens).hidden).log_softmax(-1)
+    spelt = (rows.mask > 0) & ~scene.teacher.knows(rows)
+    told = (rows.mask > 0) & scene.teacher.knows(rows)
+    log_p = scene.teacher.says(scene.teacher.hidden(rows)[told]).log_probabilities(slice(None))
+    apart = (log_p.exp() * (log_p - log_q[told])).sum()
+    spelling = -log_q[spelt].gather(-1, rows.labels[spelt][:, None]).sum()
+    loss = corpus_terms(scene, rows, ["token"], TokenOptions())["token"]
+    torch.testing.assert_close(loss, (apart + spelling) / rows.mask.sum(), rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert student.layers[0].attn_q.weight.grad is not None
+    assert errors(scene, ["token"])["token"] == pytest.approx(float(apart.detach() / told.sum()), rel=1e-4), "gates look at the teacher"
 
 
 def test_a_model_with_fewer_tokens_runs_in_both_runtimes(fewer: Fewer, tmp_path: Path) -> None:

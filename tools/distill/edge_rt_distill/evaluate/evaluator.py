@@ -27,7 +27,7 @@ from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
 from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.named import find
-from edge_rt_distill.stages.teachers import CachingTeacher
+from edge_rt_distill.stages.teachers import CachingTeacher, TeacherView
 
 WEIGHTS: Mapping[str, float] = {"fidelity": 0.3, "agreement": 0.2, "perplexity": 0.2, "stop": 0.1, "reward": 0.2}
 SLACK = 8
@@ -52,7 +52,8 @@ class Task(NamedTuple):
 class Context:
     """What students are scored on: ``sequences`` that were held out, ``tasks`` likewise. ``tokens``: of an answer at most.
 
-    ``end``: the token that ends an answer. ``decode``: tokens -> text. ``batch_tokens``: computed together.
+    ``end``: the token that ends an answer. ``decode``: tokens -> text. ``batch_tokens``: computed together. ``seen``: what is known of the
+    teacher, worth sharing; None: found out from the model.
     """
 
     sequences: Sequence[TokenSequence]
@@ -61,6 +62,7 @@ class Context:
     end: int | None = None
     decode: Callable[[list[int]], str] = str
     batch_tokens: int = 2048
+    seen: TeacherView | None = None
 
 
 @runtime_checkable
@@ -82,9 +84,7 @@ class Quick:
 
     def score(self, student: Decoder, teacher: Decoder, context: Context) -> Score:
         """See the module. Raises as ``divergence`` and ``generate`` do."""
-        if self._view is None or self._view.model is not teacher:
-            self._view = CachingTeacher(teacher, kept_as=torch.float32)
-        measures = divergence(student, self._view, context.sequences, batch_tokens=context.batch_tokens)
+        measures = divergence(student, context.seen or self._of(teacher), context.sequences, batch_tokens=context.batch_tokens)
         parts = {
             "fidelity": math.exp(-max(0.0, measures.kl)),
             "agreement": measures.top1,
@@ -96,6 +96,11 @@ class Quick:
         if total <= 0:
             raise OptionError(f"no part that can be measured has a weight; give some to {', '.join(parts)}")
         return Score(sum(self.weights[name] * value for name, value in parts.items()) / total, parts)
+
+    def _of(self, teacher: Decoder) -> CachingTeacher:
+        if self._view is None or self._view.model is not teacher:
+            self._view = CachingTeacher(teacher, kept_as=torch.float32)
+        return self._view
 
     def _teachers(self, teacher: Decoder, context: Context) -> list[Rollout]:
         for model, asked, answers in self._answers:

@@ -16,26 +16,29 @@ from torch import Tensor
 
 from edge_rt.hooks import DataError, OptionError
 from edge_rt_distill.model.decoder import Decoder
-from edge_rt_distill.model.divergence import compare, final
-from edge_rt_distill.model.rows import TokenSequence, grouped, rows_of
+from edge_rt_distill.model.divergence import Speaker, compare, final
+from edge_rt_distill.model.rows import Rows, TokenSequence, grouped, rows_of
 from edge_rt_distill.stages.teachers import LiveTeacher, TeacherView
 
 
 class Counts(NamedTuple):
-    """Sums over each sequence's positions that count [S]: their ``number``, KL(teacher||student) in nats, of how many both find the same
-    token likeliest, and the negative log-likelihood of the true tokens, in nats."""
+    """Sums over each sequence's positions that count [S]: the ``number`` of those at which the teacher knows what the student has read,
+    KL(teacher||student) there in nats, and at how many of them both find the same token likeliest; the negative log-likelihood of the
+    text, in nats, to the ``student`` and to the ``teacher``, and its ``tokens``, the teacher's."""
 
     number: Tensor
     kl: Tensor
     same: Tensor
     student: Tensor
     teacher: Tensor
+    tokens: Tensor
 
 
 class Measures(NamedTuple):
     """Means over positions. ``kl``: KL(teacher||student), nats. ``top1``: share of positions with the same likeliest token.
 
-    ``perplexity_ratio``: the student's perplexity by the teacher's. ``*_error``: standard errors. ``tokens``: positions that counted.
+    ``perplexity_ratio``: the student's perplexity by the teacher's: of the text, a token of the teacher's. ``*_error``: standard errors.
+    ``tokens``: positions that counted.
     """
 
     kl: float
@@ -67,27 +70,39 @@ def count(student: Decoder, teacher: Decoder | TeacherView, sequences: Sequence[
     counted = [i for i, sequence in enumerate(sequences) if any(sequence.targets[1:])]
     if not counted:
         raise DataError("no position counts in what a student is to be measured on; add samples with an answer or a text")
-    sums = torch.zeros(5, len(sequences), dtype=torch.float64)
+    sums = torch.zeros(len(Counts._fields), len(sequences), dtype=torch.float64)
     for chosen in grouped([len(sequences[i].tokens) for i in counted], batch_tokens):
         rows = rows_of(sequences, [counted[i] for i in chosen])
-        at = rows.mask.flatten().nonzero().squeeze(-1)
-        owner = torch.tensor(rows.numbers)[at // rows.tokens.shape[1]]
-        known = view.says(view.hidden(rows).flatten(0, 1)[at])
-        found = compare(final(student, rows), known, rows.labels.flatten()[at])
-        sums.index_add_(1, owner, torch.cat((torch.ones(1, len(at), dtype=torch.float64), found.double())))
+        sums[:, torch.tensor(rows.numbers)] = count_rows(final(student, rows), view, rows)
     return Counts(*sums[:, counted])
+
+
+@torch.no_grad()
+def count_rows(student: Speaker, teacher: TeacherView, rows: Rows) -> Tensor:
+    """The sums of ``Counts`` for each row [6, B]. ``student``: what it says where predictions count, row by row."""
+    at = rows.mask > 0
+    known = teacher.knows(rows)[at]
+    kl, same, nats = compare(student, teacher.says(teacher.hidden(rows)[at]), rows.labels[at]).double()
+    nothing = torch.zeros_like(kl)
+    each = torch.stack((known.double(), kl.where(known, nothing), same.where(known, nothing), nats))
+    return torch.cat((torch.zeros(4, len(at), dtype=torch.float64).index_add_(1, at.nonzero()[:, 0], each), teacher.nats(rows)))
 
 
 def summarise(counts: Counts) -> Measures:
     """Means and their standard errors."""
     kl, kl_error = _mean(counts.kl, counts.number)
     top1, top1_error = _mean(counts.same, counts.number)
-    excess, excess_error = _mean(counts.student - counts.teacher, counts.number)
-    ours, theirs = (_mean(one, counts.number)[0] for one in (counts.student, counts.teacher))
+    excess, excess_error = _mean(counts.student - counts.teacher, counts.tokens)
+    ours, theirs = (_mean(one, counts.tokens)[0] for one in (counts.student, counts.teacher))
     ratio = _exp(excess)
     return Measures(
         kl, kl_error, top1, top1_error, ratio, ratio * excess_error, _exp(ours), _exp(theirs), int(counts.number.sum()), len(counts.number)
     )
+
+
+def measured(found: Measures) -> dict[str, float]:
+    """Of held-out measures what summaries say."""
+    return {"kl": found.kl, "top1": found.top1, "perplexity_ratio": found.perplexity_ratio}
 
 
 def difference(left: Counts, right: Counts, name: str = "kl") -> tuple[float, float]:

@@ -7,7 +7,7 @@ students are trained, has other divergences too, and gradients of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,15 +94,23 @@ def reference(teacher: Decoder, batches: Sequence[Rows]) -> Reference:
     return Reference(batches, [final(teacher, rows) for rows in batches])
 
 
-def agreements(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
-    """[4, n]: KL(p || q), same likeliest token (1 or 0), negative log-likelihood of the tokens ``labels`` [n] to q and to p."""
-    likelihoods = [-one.gather(-1, labels[:, None])[:, 0] for one in (log_q, log_p)]
-    return torch.stack((kl(log_p.exp(), log_p, log_q), (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q), *likelihoods))
+class Speaker(Protocol):
+    """What says something at N positions: ``Final``, or logits that are there."""
+
+    def log_probabilities(self, rows: slice) -> Tensor:
+        """Of every token at some of the positions [n, V], in nats."""
+        ...
 
 
 @torch.no_grad()
-def compare(student: Final, teacher: Final, labels: Tensor, chunk: int = 0) -> Tensor:
-    """``agreements`` of two models [4, N]. ``labels`` [N]: the true next tokens. ``chunk``: positions at a time, 0: as many as fit."""
-    parts = pieces(len(labels), len(student.head), student.hidden.element_size(), chunk)
-    found = [agreements(teacher.log_probabilities(rows), student.log_probabilities(rows), labels[rows]) for rows in parts]
-    return torch.cat(found, -1)
+def compare(student: Speaker, teacher: Final, labels: Tensor, chunk: int = 0) -> Tensor:
+    """[3, N]: KL(teacher || student), same likeliest token (1 or 0), and negative log-likelihood to the student of the true next tokens
+    ``labels`` [N]. ``chunk``: positions at a time, 0: as many as fit.
+    """
+    found = []
+    for rows in pieces(len(labels), len(teacher.head), teacher.hidden.element_size(), chunk):
+        log_p, log_q = teacher.log_probabilities(rows), student.log_probabilities(rows)
+        same = log_q.argmax(-1) == log_p.argmax(-1)
+        nats = -log_q.gather(-1, labels[rows, None])[:, 0]
+        found.append(torch.stack((kl(log_p.exp(), log_p, log_q), same.to(log_q), nats)))
+    return torch.cat(found, -1) if found else torch.zeros(3, 0)

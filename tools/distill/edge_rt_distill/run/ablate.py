@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from edge_rt_distill.evaluate.measures import divergence
+from edge_rt_distill.evaluate.measures import divergence, measured
 from edge_rt_distill.run.config import LEVELS, DistilConfig
 from edge_rt_distill.run.mixture import held_out
-from edge_rt_distill.run.shape import measured
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import TEACHING, levels, score_of, teach
 from edge_rt_distill.run.workshop import Workshop

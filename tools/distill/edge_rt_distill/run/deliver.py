@@ -15,8 +15,7 @@ from edge_rt_distill.compensate import choose as corrections
 from edge_rt_distill.compensate import files as side_files
 from edge_rt_distill.compensate.report import as_json, table
 from edge_rt_distill.data.batches import batches
-from edge_rt_distill.evaluate.measures import divergence
-from edge_rt_distill.evaluate.texts import by_text
+from edge_rt_distill.evaluate.measures import divergence, measured
 from edge_rt_distill.export import export
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
@@ -29,7 +28,7 @@ from edge_rt_distill.quantise.matrices import Encoded, Method, Quantised, Quanti
 from edge_rt_distill.run.corrected import budget_of, options_of, write_corrected
 from edge_rt_distill.run.mixture import Mixed, held_out
 from edge_rt_distill.run.running import against, from_stock, run_logits
-from edge_rt_distill.run.shape import STUDENT, measured
+from edge_rt_distill.run.shape import STUDENT
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.teach import clear_training, paced, token_options, training_options, unigram
 from edge_rt_distill.run.workshop import Workshop
@@ -147,10 +146,6 @@ def verify_step(shop: Workshop) -> Step:
         for name, applied in (("off", "off"), ("corrected", "auto"))[: 1 + has_side]:
             logits = run_logits(model, sequences, compensation=applied, told=partial(place.told, f"runs it, compensation {applied}"))
             found[name] = measured(against(shop.seen, sequences, logits))
-        if shop.fewer is not None:
-            last = "auto" if has_side else "off"
-            said = run_logits(model, sequences, compensation=last, told=partial(place.told, "compares texts"))
-            found["text"] = by_text(shop.teacher, shop.fewer, sequences, (torch.from_numpy(one) for one in said))._asdict()
         if has_side:
             side = side_files.side_path(model)
             found |= {"compensation": str(side.relative_to(shop.folder)), "compensation bytes": side.stat().st_size}

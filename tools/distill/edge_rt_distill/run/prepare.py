@@ -14,13 +14,14 @@ from edge_rt_distill.data.dedupe import deduplicate
 from edge_rt_distill.data.samples import Problem, Sample, can_be_read, demo, make_sample, read_samples
 from edge_rt_distill.data.sources import docstrings, packages, technical_text
 from edge_rt_distill.data.splits import leaks, split
-from edge_rt_distill.evaluate.texts import by_text, logits_of
+from edge_rt_distill.evaluate.measures import count, measured, summarise
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model.generate import generate
 from edge_rt_distill.model.vocabulary import choose, read_merges, with_fewer, write_fewer
 from edge_rt_distill.run.mixture import check_weights, held_out, write_sets
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import FEWER, HELD_OUT, KEPT, ROLLOUTS, TRAIN, Workshop, read_back, stamps, write_samples
+from edge_rt_distill.stages.teachers import LiveTeacher, ReadingTeacher
 
 _BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {
     "demo": lambda: demo().samples, "technical": technical_text, "docstrings": docstrings, "packages": packages,
@@ -145,8 +146,10 @@ def vocabulary_step(shop: Workshop) -> Step:
         write_file(place.folder / KEPT, json.dumps(kept))
         fewer = with_fewer(teacher, merges, kept, place.folder / FEWER)
         sequences = held_out(shop, place.need("data"), fewer.teacher.tokeniser)
-        found = by_text(teacher, fewer, sequences, logits_of(fewer.teacher.model, sequences))
-        return {"tokens": len(kept), "share": len(kept) / len(merges.tokens), **found._asdict()}
+        found = count(fewer.teacher.model, ReadingTeacher(LiveTeacher(teacher.model), teacher.tokeniser, fewer), sequences)
+        written = sum(sum(one.targets[1:]) for one in sequences)
+        longer = written / float(found.tokens.sum()) - 1
+        return {"tokens": len(kept), "share": len(kept) / len(merges.tokens), **measured(summarise(found)), "longer": longer}
 
     return Step("vocabulary", run, settings, ("data", "rollouts"))
 

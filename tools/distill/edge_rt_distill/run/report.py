@@ -28,8 +28,8 @@ def write_report(files: Sequence[Path], out: Path) -> Path:
         "<!-- Made by `edge-rt distill report`. -->\n",
         "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
         "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
-        "teacher's. Of a student with fewer tokens, what its teacher says of one that is gone counts for the one that it is written with "
-        "first; rows that say so compare it text by text with the teacher that has them all. "
+        "teacher's. A student with fewer tokens is compared where both have read the same text, each in its own tokens: what its teacher "
+        "says of one that is gone counts for the one that it is written with first, and perplexity is that of the text. "
         f"Times are of {_machine()}; other work may have shared it.\n",
     ]
     for file in files:
@@ -90,10 +90,9 @@ def _student(done: Mapping[str, Done], folder: Path) -> Iterator[str]:
     verified = folder / "verify" / "verify.json"
     facts = json.loads(verified.read_text(encoding="utf-8")) if "verify" in done else {}
     through = (
-        ("fewer tokens and nothing else, text by text", fewer), ("cut", cut.get("unrepaired")), ("cut and repaired", cut),
-        ("after the levels", taught), ("after the levels, text by text", taught.get("text")), ("quantised", quantised),
-        ("in the runtime, compensation off", facts.get("off")), ("in the runtime, corrected", facts.get("corrected")),
-        ("in the runtime, text by text", facts.get("text")),
+        ("fewer tokens and nothing else", fewer), ("cut", cut.get("unrepaired")), ("cut and repaired", cut), ("after the levels", taught),
+        ("quantised", quantised), ("in the runtime, compensation off", facts.get("off")),
+        ("in the runtime, corrected", facts.get("corrected")),
     )  # fmt: skip
     rows = [
         (name, f"{one['kl']:.4f}", f"{one['top1']:.3f}", f"{one['perplexity_ratio']:.3f}") for name, one in through if one and "kl" in one

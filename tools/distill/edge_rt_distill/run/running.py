@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 import edge_rt
-from edge_rt_distill.evaluate.measures import Counts, Measures, summarise
-from edge_rt_distill.model.divergence import agreements, kl
+from edge_rt.hooks import DataError
+from edge_rt_distill.evaluate.measures import Counts, Measures, count_rows, summarise
+from edge_rt_distill.model.divergence import kl
 from edge_rt_distill.model.rows import TokenSequence, rows_of
 from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.stages.teachers import TeacherView
@@ -48,14 +51,23 @@ def from_stock(model: Path, sequences: Sequence[TokenSequence]) -> float:
     return float(torch.cat(apart).mean())
 
 
-@torch.no_grad()
+class _Logits(NamedTuple):
+    """Logits [N, V] that are there."""
+
+    values: Tensor
+
+    def log_probabilities(self, rows: slice) -> Tensor:
+        """See Speaker."""
+        return self.values[rows].log_softmax(-1)
+
+
 def against(teacher: TeacherView, sequences: Sequence[TokenSequence], logits: Iterable[Logits]) -> Measures:
-    """How far the runtime's logits are from the teacher's."""
+    """How far the runtime's logits are from the teacher's. Raises DataError if nothing counts."""
     sums = []
     for one, found in zip(sequences, logits, strict=True):
         rows = rows_of([one])
-        at = rows.mask[0] > 0
-        said = teacher.says(teacher.hidden(rows)[0, at]).log_probabilities(slice(None))
-        each = agreements(said, torch.from_numpy(found)[at].log_softmax(-1), rows.labels[0][at])
-        sums.append(torch.cat((at.sum()[None], each.double().sum(1))))
+        if bool(rows.mask.any()):
+            sums.append(count_rows(_Logits(torch.from_numpy(found)[rows.mask[0] > 0]), teacher, rows)[:, 0])
+    if not sums:
+        raise DataError("no position counts in what a student is to be measured on; add samples with an answer or a text")
     return summarise(Counts(*torch.stack(sums, 1)))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from edge_rt_distill.data.batches import batches
-from edge_rt_distill.evaluate.measures import Measures, divergence
+from edge_rt_distill.evaluate.measures import divergence, measured
 from edge_rt_distill.files import write_file
 from edge_rt_distill.model import snapshot
 from edge_rt_distill.model.architecture import Architecture
@@ -63,11 +63,6 @@ def cut_step(shop: Workshop) -> Step:
         return {"parameters": parameters, "share": share, **measured(found), **unrepaired}
 
     return Step("cut", run, settings, ("data", "rollouts", "vocabulary", "diagnose"))
-
-
-def measured(found: Measures) -> dict[str, float]:
-    """Of held-out measures what summaries say."""
-    return {"kl": found.kl, "top1": found.top1, "perplexity_ratio": found.perplexity_ratio}
 
 
 def _choose(shop: Workshop, place: Place, sequences: list[TokenSequence]) -> tuple[list[str], Cut]:

@@ -20,8 +20,7 @@ from edge_rt_distill.data.batches import batches, question
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.diagnose.diagnosis import Diagnosis
 from edge_rt_distill.evaluate.evaluator import Context, Score, Task, load_evaluator, scorer
-from edge_rt_distill.evaluate.measures import divergence
-from edge_rt_distill.evaluate.texts import by_text, logits_of
+from edge_rt_distill.evaluate.measures import divergence, measured
 from edge_rt_distill.files import write_file
 from edge_rt_distill.losses.attention import match_heads, priorities
 from edge_rt_distill.losses.token import Kind, TokenOptions
@@ -31,7 +30,7 @@ from edge_rt_distill.model.precision import Precision, best
 from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.run.config import Config, DistilConfig
 from edge_rt_distill.run.mixture import Mixed, held_out
-from edge_rt_distill.run.shape import CUT, STUDENT, measured
+from edge_rt_distill.run.shape import CUT, STUDENT
 from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import HELD_OUT, TRAIN, Workshop, read_back
 from edge_rt_distill.stages.gate import PATIENCE, Gate
@@ -86,12 +85,10 @@ def distil_step(shop: Workshop) -> Step:
 
     def run(place: Place) -> Mapping[str, Any]:
         student, results = teach(shop, place, levels(config.distil))
-        kept = held_out(shop, place.need("data"))
-        found = measured(divergence(student, shop.seen, kept))
-        texts = by_text(shop.teacher, shop.fewer, kept, logits_of(student, kept))._asdict() if shop.fewer is not None else None
+        found = measured(divergence(student, shop.seen, held_out(shop, place.need("data"))))
         snapshot.save(place.folder / STUDENT, student, shop.taught.tokeniser)
         write_file(place.folder / RESULTS, json.dumps([one._asdict() for one in results], indent=1))
-        return {"gates open": sum(one.opened for one in results), "levels": len(results), **found, **({"text": texts} if texts else {})}
+        return {"gates open": sum(one.opened for one in results), "levels": len(results), **found}
 
     return Step("distil", run, settings, TEACHING)
 
@@ -230,7 +227,7 @@ def score_of(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
     tasks = [Task(question(one, teacher.tokeniser), _rewarded(one)) for one in asked]
     context = Context(
         held_out(shop, place.need("data")), tasks, tokens=config.behaviour.tokens, end=teacher.tokeniser.end,
-        decode=teacher.tokeniser.decode,
+        decode=teacher.tokeniser.decode, seen=shop.seen,
     )  # fmt: skip
     name = config.distil.evaluator
     return scorer(load_evaluator(name), teacher.model, context, name)

@@ -19,7 +19,7 @@ from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.model.tokens import Tokeniser
 from edge_rt_distill.model.vocabulary import Fewer, read_merges, with_fewer
 from edge_rt_distill.run.config import Config
-from edge_rt_distill.stages.teachers import CachingTeacher
+from edge_rt_distill.stages.teachers import CachingTeacher, ReadingTeacher, TeacherView
 
 TRAIN, HELD_OUT, ROLLOUTS = "train.jsonl", "held_out.jsonl", "rollouts.jsonl"
 VOCABULARY, KEPT, FEWER = "vocabulary", "kept.json", "vocabulary.gguf"
@@ -82,9 +82,10 @@ class Workshop:
         return self.teacher if self.fewer is None else self.fewer.teacher
 
     @cached_property
-    def seen(self) -> CachingTeacher:
+    def seen(self) -> TeacherView:
         """The teacher as training and measuring see it: what it says of a sequence is computed once for all steps."""
-        return CachingTeacher(self.taught.model, rest=None if self.fewer is None else self.fewer.rest)
+        whole = CachingTeacher(self.teacher.model)
+        return whole if self.fewer is None else ReadingTeacher(whole, self.teacher.tokeniser, self.fewer)
 
     def sequences(self, tokeniser: Tokeniser, *files: Path) -> list[TokenSequence]:
         """The sequences of files of samples that ``write_samples`` wrote, one of which may be empty."""

@@ -49,7 +49,7 @@ class Guides(nn.Module):
     @torch.no_grad()
     def fit(self, student: Decoder, teacher: TeacherView, batches: Sequence[Rows]) -> None:
         """Take variances of the teacher's states, and least-squares projections of the student's onto them, from some batches."""
-        weights = [rows.real.float() for rows in batches]
+        weights = [teacher.knows(rows).float() for rows in batches]
         theirs = [teacher.observe(rows, [m.teacher for m in self.matches], ()).states for rows in batches]
         ours: list[dict[int, Tensor]] = []
         if not self.same_width:
@@ -63,9 +63,11 @@ class Guides(nn.Module):
                 self.projections[i].copy_(least_squares(source, target, w))
         self.get_buffer("fitted").fill_(True)
 
-    def hidden_term(self, ours: Output, theirs: Output, rows: Rows) -> Tensor:
-        """Mean of the states' losses over the depths. All of a sequence's positions count, prompts too: states carry them on."""
-        weights, losses = rows.real.float(), []
+    def hidden_term(self, ours: Output, theirs: Output, known: Tensor) -> Tensor:
+        """Mean of the states' losses over the depths. ``known`` [B, T]: where the teacher has read the same. Prompts count, too: states
+        carry them on.
+        """
+        weights, losses = known.float(), []
         for i, match in enumerate(self.matches):
             projection = None if self.same_width else self.projections[i]
             losses.append(hidden_loss(ours.states[match.student], theirs.states[match.teacher], weights, self.dimensions[i], projection))

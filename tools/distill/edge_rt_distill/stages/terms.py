@@ -53,19 +53,34 @@ def groups(scene: Scene, level: Level, rows: Rows, step: int, number: int) -> It
 def corpus_terms(scene: Scene, rows: Rows, wanted: Collection[Term], options: TokenOptions) -> dict[Term, Tensor]:
     """Terms of a batch of the corpus, in the order of ``wanted``."""
     ours, theirs = observe(scene, rows, wanted)
-    weight = scene.student.head_weight
+    known = scene.teacher.knows(rows)
     found: dict[Term, Tensor] = {}
     for term in wanted:
         if term == "token":
-            teacher = scene.teacher.says(theirs.hidden.flatten(0, 1))
-            found[term] = token_loss(
-                ours.hidden.flatten(0, 1), weight, teacher, weights=rows.mask.flatten(), labels=rows.labels.flatten(),
-                prior=scene.material.prior, options=options,
-            ).loss  # fmt: skip
+            found[term] = _tokens(scene, ours.hidden, theirs.hidden, rows, known, options)
+        elif term == "hidden":
+            found[term] = scene.guides.hidden_term(ours, theirs, known)
         else:
-            compare = scene.guides.hidden_term if term == "hidden" else scene.guides.attention_term
-            found[term] = compare(ours, theirs, rows)
+            found[term] = scene.guides.attention_term(ours, theirs, rows)
     return found
+
+
+def _tokens(scene: Scene, ours: Tensor, theirs: Tensor, rows: Rows, known: Tensor, options: TokenOptions) -> Tensor:
+    """The token level's loss. Within a word that only the student writes in pieces the next piece is no question to the teacher, which
+    has said how likely the word is: there it is learnt from the text, as a share of the loss that positions have.
+    """
+    weight, labels = scene.student.head_weight, rows.labels.flatten()
+    told, spelt = rows.mask * known, rows.mask * ~known
+    loss = token_loss(
+        ours.flatten(0, 1), weight, scene.teacher.says(theirs.flatten(0, 1)), weights=told.flatten(), labels=labels,
+        prior=scene.material.prior, options=options,
+    ).loss  # fmt: skip
+    if not bool(spelt.any()):
+        return loss
+    from_text = TokenOptions(cross_entropy=1.0, chunk=options.chunk)
+    spelling = token_loss(ours.flatten(0, 1), weight, None, weights=spelt.flatten(), labels=labels, options=from_text).loss
+    share = spelt.sum() / rows.mask.sum()
+    return (1 - share) * loss + share * spelling
 
 
 def observe(scene: Scene, rows: Rows, wanted: Collection[Term]) -> tuple[Output, Output]:
@@ -85,7 +100,7 @@ def _preference(scene: Scene, number: int) -> Tensor:
     batch = rows_of_examples([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
     # Both weigh whole answers, each token the same: with the weights of imitation a pair could be won by its format tokens alone.
     answers = (batch.mask > 0).float()
-    batch = batch._replace(mask=answers / answers.sum(1, keepdim=True).clamp_min(1))
+    batch = where_known(scene, batch._replace(mask=answers / answers.sum(1, keepdim=True).clamp_min(1)))
     ours = answer_logprobs(scene.student(batch.tokens).hidden, scene.student.head_weight, batch)
     return preference_loss(ours.view(2, -1), taught_logprobs(scene, batch).view(2, -1))
 
@@ -95,6 +110,11 @@ def taught_logprobs(scene: Scene, batch: Rows) -> Tensor:
     """``answer_logprobs`` [B], to the teacher."""
     at = batch.mask > 0
     return weighted(scene.teacher.says(scene.teacher.hidden(batch)[at]).of(batch.labels[at]), batch)
+
+
+def where_known(scene: Scene, rows: Rows) -> Rows:
+    """Rows in which only those predictions count that the teacher says something of."""
+    return rows._replace(mask=rows.mask * scene.teacher.knows(rows))
 
 
 def own_answers(scene: Scene, number: int) -> Rows | None:
@@ -115,7 +135,7 @@ def own_answers(scene: Scene, number: int) -> Rows | None:
 
 def _on_policy(scene: Scene, rows: Rows, options: TokenOptions) -> Tensor:
     teacher = scene.teacher.says(scene.teacher.observe(rows, (), ()).hidden.flatten(0, 1))  # never seen again: not cached
-    hidden = scene.student(rows.tokens).hidden
+    hidden, rows = scene.student(rows.tokens).hidden, where_known(scene, rows)
     return on_policy_loss(hidden, scene.student.head_weight, teacher, rows, TokenOptions("reverse", chunk=options.chunk)).loss
 
 
@@ -123,7 +143,7 @@ def _on_policy(scene: Scene, rows: Rows, options: TokenOptions) -> Tensor:
 
 
 def errors(scene: Scene, names: Sequence[str]) -> dict[str, float]:
-    """The held-out reconstruction error of some levels.
+    """The held-out reconstruction error of some levels, where the teacher knows what the student has read.
 
     ``token``: KL(teacher||student) in nats a token. ``hidden``: mean 1 - weighted cosine of the matched states. ``attention``: weighted
     divergence of the matched heads' rows, in nats. ``behaviour``: how much less likely than to the teacher the kept answers of the
@@ -133,6 +153,7 @@ def errors(scene: Scene, names: Sequence[str]) -> dict[str, float]:
     sums, total = dict.fromkeys(terms, 0.0), 0.0
     with torch.no_grad():
         for rows in scene.material.held_out if terms else ():
+            rows = where_known(scene, rows)
             amount = float(rows.mask.sum())
             total += amount
             for term, value in corpus_terms(scene, rows, terms, TokenOptions()).items():
@@ -146,7 +167,7 @@ def errors(scene: Scene, names: Sequence[str]) -> dict[str, float]:
 def _excess(scene: Scene) -> float:
     examples, excess, total = scene.material.held_out_examples, 0.0, 0.0
     for start in range(0, len(examples), scene.material.beside):
-        rows = rows_of_examples(examples[start : start + scene.material.beside])
+        rows = where_known(scene, rows_of_examples(examples[start : start + scene.material.beside]))
         ours = answer_logprobs(scene.student(rows.tokens).hidden, scene.student.head_weight, rows)
         theirs = taught_logprobs(scene, rows)
         excess, total = excess + float((theirs - ours).sum()), total + float(rows.mask.sum())
