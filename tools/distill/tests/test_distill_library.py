@@ -373,7 +373,7 @@ def test_a_damaged_or_abandoned_part_is_made_again(library: Library) -> None:
         return Part({"x": library.put(b"%d" % indices.start)}, {})
 
     def go(domain: str) -> Record:
-        return record_shards(library, Record("hidden", MODEL, domain), 2, 1, work, lambda parts: Merged(parts[0].objects, {}))
+        return record_shards(library, Record("activations", MODEL, domain), 2, 1, work, lambda parts: Merged(parts[0].objects, {}))
 
     with pytest.raises(KeyboardInterrupt):
         go("a")
@@ -390,7 +390,7 @@ def test_a_damaged_or_abandoned_part_is_made_again(library: Library) -> None:
     assert collect(library).unfinished == 1
     assert not any(library.unfinished.iterdir())
     with pytest.raises(DataError, match="no samples"):
-        record_shards(library, Record("hidden", MODEL), 0, 1, work, lambda parts: Merged({}, {}))
+        record_shards(library, Record("activations", MODEL), 0, 1, work, lambda parts: Merged({}, {}))
 
 
 def test_names_are_shown_whole(library: Library) -> None:
@@ -413,7 +413,7 @@ def test_two_processes_at_the_same_recording(library: Library) -> None:
         def merge(parts: object) -> Merged:
             return Merged({f"part-{i}": library.put(b"%d" % i) for i in range(3)}, {})
 
-        return record_shards(library, Record("hidden", MODEL), 3, 1, work, merge)
+        return record_shards(library, Record("activations", MODEL), 3, 1, work, merge)
 
     other: list[Record] = []
     one = go(lambda: other.append(go(None)))

@@ -24,7 +24,6 @@ from edge_rt_distill.library.record import (
     Prompt,
     record_activations,
     record_attention,
-    record_hidden,
     record_trajectories,
 )
 from edge_rt_distill.library.report import render, tokens_marked, write_report
@@ -51,7 +50,6 @@ def library(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
     for domain in (NASTY, "legal"):
         prompts = [Prompt(row.sample, row.tokens) for row in rows]
         record_trajectories(library, teacher, prompts, domain=domain, options=Answers(tokens=4), score=lambda *_: 0.5)
-    record_hidden(library, teacher, rows, domain=NASTY)
     record_activations(library, teacher, rows, domain=NASTY)
     record_attention(library, teacher, rows, domain=NASTY)
     cases = [Case(NASTY, [5, 17, 40, 9], 2, (NASTY,), Aim([1, 2], [40, 9]))]
@@ -80,7 +78,7 @@ class Page(HTMLParser):
 def source(library: Library) -> str:
     steps: list[tuple[int, int]] = []
     page = render(library, told=lambda *step: steps.append(step))
-    assert steps[-1] == (8, 8)
+    assert steps[-1] == (7, 7)
     return page
 
 
@@ -95,7 +93,7 @@ def test_report_shows_all_and_runs_nothing(source: str) -> None:
             value = attributes.get(key) or "#"
             assert value.startswith(("#", "data:image/png;base64,")), (tag, value[:50])
     assert NASTY in "".join(page.words)
-    for kind in ("snapshot", "trajectories", "hidden", "activations", "attention", "errors", "evaluation"):
+    for kind in ("snapshot", "trajectories", "activations", "attention", "errors", "evaluation"):
         assert f"<h3>{kind}</h3>" in source
     assert names.count("svg") == 3 + 1 + 2 + 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -166,14 +164,14 @@ def call(app: typer.Typer, *words: object, code: int = 0) -> str:
 def test_commands(library: Library, app: typer.Typer, tmp_path: Path) -> None:
     where = library.folder
     found = json.loads(call(app, "ls", where, "--json"))
-    assert len(found) == 8
+    assert len(found) == 7
     assert [one["date"] for one in found] == sorted((one["date"] for one in found), reverse=True)
     last = found[-1]
     assert (last["kind"], last["date"], last["score"]) == ("evaluation", "2026-01-02T03:04:05Z", 0.25)
     lines = call(app, "ls", where).splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 8
     assert lines[0].split() == ["ID", "KIND", "DATE", "MODEL", "DOMAIN", "SCORE"]
-    assert len(json.loads(call(app, "ls", where, "--json", "--domain", NASTY))) == 5
+    assert len(json.loads(call(app, "ls", where, "--json", "--domain", NASTY))) == 4
     assert len(json.loads(call(app, "ls", where, "--json", "-n", 2))) == 2
     assert [one["id"] for one in json.loads(call(app, "ls", where, "--json", "--max-score", 0.3))] == [last["id"]]
     assert call(app, "ls", where, "--until", "2025-01-01") == "no records\n"
@@ -207,7 +205,7 @@ def test_listing_reads_no_records(library: Library) -> None:
     assert len(listed(library, Query(low=0.0), 0)) == 3
     assert library.reads == before
     digest = next(library.find()).model
-    assert len(listed(library, Query(model=digest), 0)) == 8
+    assert len(listed(library, Query(model=digest), 0)) == 7
 
 
 def test_looking_needs_no_torch() -> None:

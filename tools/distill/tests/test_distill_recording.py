@@ -25,10 +25,9 @@ from edge_rt_distill.library.record import (
     attention_maps,
     record_activations,
     record_attention,
-    record_hidden,
     record_trajectories,
 )
-from edge_rt_distill.library.recorded import HiddenStates, activations, attention, errors, trajectories
+from edge_rt_distill.library.recorded import activations, attention, errors, trajectories
 from edge_rt_distill.library.store import Library
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import generate
@@ -171,49 +170,19 @@ def test_a_killed_recording_goes_on(library: Library, tiny: Path, teacher: Teach
     assert [one.sample for one in trajectories(library, record)] == ["p0", "p1", "p2", "p3"]
 
 
-def test_hidden_states_give_the_exact_distribution(library: Library, teacher: Teacher, rows: list[Row]) -> None:
-    record = record_hidden(library, teacher, rows, shard=4, batch_tokens=64)
-    states = HiddenStates(library, record)
-    assert len(states) == 9
-    assert "sample-1" in states
-    assert "sample-9" not in states
-    assert states.samples()[:3] == [("sample-0", 0), ("sample-0", 1), ("sample-1", 0)]
-    for (sample, piece), row in zip(states.samples(), rows, strict=True):
-        tokens, hidden = states.read(sample, piece)
-        assert tokens == row.tokens
-        assert hidden.dtype == np.float16
-        assert isinstance(hidden, np.memmap)
-        logq = teacher.model.logits(torch.from_numpy(np.array(hidden)).float()).double().log_softmax(-1)
-        logp = truth(teacher.model, row.tokens)
-        kl = (logp.exp() * (logp - logq)).sum(-1)
-        assert float(kl.max()) < 1e-6
-    assert record.facts == {"sequences": 9, "tokens": sum(len(row.tokens) for row in rows), "width": 64}
-    assert library.size(record) < 1.2 * 2 * 64 * record.facts["tokens"] + 5000
-    with pytest.raises(DataError, match="no hidden states"):
-        states.read("sample-0", 7)
-    digest = next(digest for name, digest in record.objects.items() if name.endswith("npy"))
-    path = library.path(digest)
+def test_a_record_of_another_kind_and_damaged_ones_are_refused(library: Library, teacher: Teacher, rows: list[Row]) -> None:
+    record = record_activations(library, teacher, rows)
+    with pytest.raises(DataError, match="of kind activations"):
+        next(trajectories(library, record))
+    path = library.path(record.objects["activations.npz"])
     path.chmod(0o644)
     with path.open("r+b") as file:
         file.truncate(300)
     with pytest.raises(DataError, match="damaged"):
-        HiddenStates(library, record)
+        activations(library, record)
     path.unlink()
     with pytest.raises(DataError, match="gone"):
-        HiddenStates(library, record)
-    with pytest.raises(DataError, match="of kind hidden"):
-        next(trajectories(library, record))
-
-
-def test_states_that_float16_cannot_hold_are_refused(library: Library, tiny: Path, rows: list[Row]) -> None:
-    big = load(tiny)
-    big.model.output_norm.weight.data *= 1e6
-    with pytest.raises(DataError, match=r"sample-0 has a hidden state of .* which float16 cannot hold"):
-        record_hidden(library, big, rows[:1])
-    big.model.output_norm.weight.data *= float("nan")
-    with pytest.raises(DataError, match="nan"):
-        record_hidden(library, big, rows[:1])
-    assert library.entries() == []
+        activations(library, record)
 
 
 def test_activation_maps(library: Library, teacher: Teacher, rows: list[Row]) -> None:
@@ -392,7 +361,7 @@ def test_a_full_disk_adds_no_snapshot(library: Library, teacher: Teacher, monkey
 
 
 def test_what_cannot_be_recorded(library: Library, teacher: Teacher, rows: list[Row]) -> None:
-    for recorder in (record_hidden, record_activations, record_attention, record_trajectories):
+    for recorder in (record_activations, record_attention, record_trajectories):
         with pytest.raises(DataError, match="no samples"):
             recorder(library, teacher, [])
         with pytest.raises(DataError, match="sample empty has no tokens"):

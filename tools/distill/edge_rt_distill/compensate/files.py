@@ -7,28 +7,16 @@ alpha is one for the file, so B of smaller ranks is scaled to make that 1.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
-import numpy as np
 import torch
 
-from edge_rt.hooks import ModelFileError
-from edge_rt_distill.compensate.correction import PARTS, Compensation, Correction
+from edge_rt_distill.compensate.correction import Compensation
 from edge_rt_distill.compensate.storage import Storage, encoded, part_type
 from edge_rt_distill.files import replacing, write_error
 
 VERSION = 1
-
-
-class SideFile(NamedTuple):
-    """What a side file holds. ``model``: fingerprint of the model file that it belongs to."""
-
-    architecture: str
-    model: str
-    compensation: Compensation
 
 
 def side_path(model: Path) -> Path:
@@ -74,30 +62,6 @@ def without_biases(compensation: Compensation) -> Compensation:
     """The rest of the corrections."""
     rest = {site: one._replace(bias=None) for site, one in compensation.items()}
     return {site: one for site, one in rest.items() if any(True for _ in one.parts())}
-
-
-def read_side_file(path: str | os.PathLike[str]) -> SideFile:
-    """Read a side file back, float32. Raises ModelFileError for what is none."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelFileError(f"{path} cannot be read as GGUF ({error}); write the side file again") from error
-    if _text(reader, "general.type") != "compensation":
-        raise ModelFileError(f"{path} is no side file of compensation (its general.type says so); give the one written with the model")
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for tensor in reader.tensors:
-        site, _, part = tensor.name.rpartition(".")
-        if part not in PARTS:
-            raise ModelFileError(f"{path}: the tensor {tensor.name} is no part of a correction; write the side file again")
-        values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        found.setdefault(site, {})[part] = torch.from_numpy(values.reshape(tuple(int(n) for n in reversed(tensor.shape))))
-    compensation = {site: Correction(**parts) for site, parts in found.items()}
-    return SideFile(_text(reader, "general.architecture"), _text(reader, "edge_rt.compensation.model"), compensation)
-
-
-def _text(reader: gguf.GGUFReader, key: str) -> str:
-    field = reader.get_field(key)
-    return "" if field is None else str(field.contents())
 
 
 def _add(writer: gguf.GGUFWriter, name: str, part: torch.Tensor, type_: Storage) -> None:

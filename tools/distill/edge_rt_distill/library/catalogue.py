@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 
 from edge_rt.hooks import DataError, OptionError
 
-KINDS = ("snapshot", "trajectories", "hidden", "activations", "attention", "errors", "diagnosis", "evaluation")
+KINDS = ("snapshot", "trajectories", "activations", "attention", "errors", "diagnosis", "evaluation")
 """What can be recorded of a model."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")

@@ -1,4 +1,4 @@
-"""Records what a teacher does on samples: its answers, its hidden states, the sizes of its activations, its attention.
+"""Records what a teacher does on samples: its answers, the sizes of its activations, its attention.
 
 Each function works in batches, keeps every finished shard (shards.py) and returns the record it added; recorded.py reads them back.
 ``domain`` is that of the samples: record each domain by itself. ``told(done, total)`` counts samples and may stop it by raising.
@@ -31,7 +31,6 @@ from edge_rt_distill.progress import Told, quiet
 MAP = 64
 """Rows and columns of a recorded attention map at most."""
 _MAP_BYTES = 256 << 20
-_HALF_MAX = float(np.finfo(np.float16).max)
 
 Scorer = Callable[[str, str, bool], "float | None"]
 """Scores an answer: (sample id, its text, whether it ended by itself) -> higher is better, None: cannot be scored."""
@@ -174,58 +173,6 @@ def _merge_answers(parts: Sequence[Part]) -> Merged:
     return Merged(_objects(parts), facts, total["score"] / total["scored"] if total["scored"] else None)
 
 
-# ---- hidden states ---------------------------------------------------------------------------------------------------
-
-
-def record_hidden(
-    library: Library, teacher: Teacher, sequences: Sequence[Tokens], *, domain: str = "", batch_tokens: int = 2048, shard: int = 64,
-    told: Told = quiet,
-) -> Record:  # fmt: skip
-    """Keep the states behind the final norm, float16 [T, D] a sequence: the exact distribution is ``softmax(model.logits(state))``.
-
-    That is 2 D bytes a token (1.1 kB with D = 576) where logits would be 2 V. Read back by recorded.HiddenStates.
-    Raises DataError without sequences, for an empty one, and for states that float16 cannot hold.
-    """
-    drafted = draft("hidden", teacher, domain, None, sequences, {"shard": shard})
-    pieces = _piece_numbers(sequences)
-
-    def work(indices: range, tell: Told) -> Part:
-        rows = [list(sequences[i].tokens) for i in indices]
-        states: dict[int, Tensor] = {}
-        for i, out in each_output(teacher.model, rows, batch_tokens, told=tell):
-            largest = float(out.hidden.abs().max())
-            if not largest <= _HALF_MAX:  # NaN is not, either
-                sample = sequences[indices[i]].sample
-                raise DataError(f"sample {sample} has a hidden state of {largest}, which float16 cannot hold; leave it out")
-            states[i] = out.hidden.half()
-        starts = np.cumsum([0, *map(len, rows)])
-        lines = [
-            {"sample": sequences[index].sample, "piece": pieces[index], "start": int(starts[i]), "tokens": rows[i]}
-            for i, index in enumerate(indices)
-        ]
-        objects = {
-            f"hidden-{indices.start:08d}.npy": library.put(npy(torch.cat([states[i] for i in range(len(rows))]).numpy())),
-            f"hidden-{indices.start:08d}.jsonl": library.put(jsonl(lines)),
-        }
-        return Part(objects, {"sequences": len(rows), "tokens": int(starts[-1])})
-
-    def merge(parts: Sequence[Part]) -> Merged:
-        facts = {name: sum(part.facts[name] for part in parts) for name in ("sequences", "tokens")}
-        return Merged(_objects(parts), {**facts, "width": teacher.model.architecture.width})
-
-    return record_shards(library, drafted, len(sequences), shard, work, merge, told)
-
-
-def _piece_numbers(sequences: Sequence[Tokens]) -> list[int]:
-    """0 for a sample's first sequence, 1 for its second ..."""
-    seen: dict[str, int] = {}
-    found = []
-    for sequence in sequences:
-        found.append(seen.get(sequence.sample, 0))
-        seen[sequence.sample] = found[-1] + 1
-    return found
-
-
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -353,13 +300,6 @@ def npz(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
     out = io.BytesIO()
     named: dict[str, Any] = dict(arrays)
     np.savez_compressed(out, **named)
-    return out.getvalue()
-
-
-def npy(array: np.ndarray[Any, Any]) -> bytes:
-    """An array as .npy, which can be mapped into memory."""
-    out = io.BytesIO()
-    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
     return out.getvalue()
 
 

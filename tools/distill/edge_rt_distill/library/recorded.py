@@ -52,55 +52,6 @@ def trajectories(library: Library, record: Record) -> Iterator[Trajectory]:
             yield Trajectory(prompt=prompt.tolist(), answer=answer.tolist(), facts=line, **fields)
 
 
-class State(NamedTuple):
-    """A sequence's ``tokens`` [T] and its states behind the final norm, ``hidden`` float16 [T, D], in mapped memory."""
-
-    tokens: list[int]
-    hidden: npt.NDArray[np.float16]
-
-
-class HiddenStates:
-    """Hidden states by sample, in mapped memory: opening reads only the index.
-
-    Objects are checked when they are written and by ``care.verify``, not at each opening: that would read them whole.
-    """
-
-    def __init__(self, library: Library, record: Record) -> None:
-        """Raises DataError for a damaged index, a missing file, or a record of another kind."""
-        _is(record, "hidden")
-        self._places: dict[tuple[str, int], tuple[npt.NDArray[np.float16], int, list[int]]] = {}
-        for name in _files(record, "hidden-", ".jsonl"):
-            digest = record.objects[name.replace(".jsonl", ".npy")]
-            try:
-                array = np.load(library.path(digest), mmap_mode="r", allow_pickle=False)
-            except FileNotFoundError:
-                raise library.damaged(digest, "gone") from None
-            except ValueError:
-                raise library.damaged(digest, "damaged") from None
-            for line in _lines(library, record, name):
-                if line["start"] + len(line["tokens"]) > len(array):
-                    raise library.damaged(digest, "damaged")
-                self._places[line["sample"], line["piece"]] = (array, line["start"], line["tokens"])
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, sample: object) -> bool:
-        return (sample, 0) in self._places
-
-    def samples(self) -> list[tuple[str, int]]:
-        """Samples and pieces in the order in which they were recorded."""
-        return list(self._places)
-
-    def read(self, sample: str, piece: int = 0) -> State:
-        """What was recorded of a sample's ``piece``-th sequence. Raises DataError for one that was not recorded."""
-        try:
-            array, start, tokens = self._places[sample, piece]
-        except KeyError:
-            raise DataError(f"sample {sample}, piece {piece}, has no hidden states here; record it") from None
-        return State(tokens, array[start : start + len(tokens)])
-
-
 class Activations(NamedTuple):
     """``rms`` and ``max`` [L + 1, P] of the residual stream by layer entry and position, ``sequences`` [P] that reach the position."""
 
