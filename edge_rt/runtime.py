@@ -239,6 +239,15 @@ class Model:
 
         return text_logits(self.engine, self.lock, tokens)
 
+    def continuation_logprobs(self, tokens: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float64]]:
+        """Natural log-probabilities of every token of each continuation of the same ``tokens``, which are computed once.
+
+        Raises ContextError, OptionError.
+        """
+        from edge_rt.core.decode.logprobs import continuation_logprobs
+
+        return continuation_logprobs(self.engine, self.lock, tokens, continuations)
+
     def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: str | None = None, normalize: bool = True) -> npt.NDArray[np.float32]:
         """Embeddings of texts, which may be given as tokens: float32 [n_texts, n_embd]; see ``edge_rt.embedding``, also for errors."""
         import numpy as np

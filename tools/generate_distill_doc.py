@@ -1,4 +1,7 @@
-"""Writes the settings of a run into docs/distill.md from the data classes that check them; with --check only says whether it is current."""
+"""Writes what code knows into the docs of the distillation tool; with --check only says whether they are current.
+
+The settings of a run into docs/distill.md, metrics and checks into docs/evaluation.md.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TARGET = ROOT / "docs" / "distill.md"
 sys.path.insert(0, str(ROOT / "tools" / "distill"))
-BEGIN, END = "<!-- settings: written by `make docs` -->", "<!-- end of the settings -->"
 
 
 def settings() -> str:
@@ -39,18 +40,53 @@ def _help(metadata: Any) -> str:
     return f"{metadata['help']}{choices}"
 
 
+def metrics() -> str:
+    """Every metric: what it measures, by which forms, what it cannot see, and how its examples are told apart."""
+    from edge_rt_distill.sandbox.metrics import FORMS, METRICS
+    from edge_rt_distill.sandbox.suites import built_in, examples
+
+    suites = built_in()
+    items = [item for suite in suites for item in suite.items]
+    told = [one for suite in suites for one in examples(suite.items)]
+    lines = ["| metric | what it measures | forms | items | crafted answers told apart | what it cannot see |", "|---|---|---|---|---|---|"]
+    for name, metric in METRICS.items():
+        own = [one for one in told if one.item.metric == name]
+        apart = f"{sum(one.good > one.bad for one in own)} of {len(own)}" if own else ""
+        count = sum(item.metric == name for item in items)
+        lines.append(f"| {name} | {metric.what} | {', '.join(metric.forms)} | {count} | {apart} | {metric.limits} |")
+    return "\n".join([*lines, "", *(f"- **{name}**: {how}" for name, how in FORMS.items()), ""])
+
+
+def checks() -> str:
+    """Every kind of check, its arguments and what it holds."""
+    from edge_rt_distill.data.checks import KINDS
+
+    lines = ["| check | arguments | holds if |", "|---|---|---|"]
+    for name, kind in KINDS.items():
+        arguments = [f"`{key}`" for key in kind.needs] + [f"`{key}` (optional)" for key in kind.may]
+        lines.append(f"| `{name}` | {', '.join(arguments)} | {' '.join((kind.apply.__doc__ or '').split()).replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+WRITTEN = {"settings": ("distill.md", settings), "metrics": ("evaluation.md", metrics), "checks": ("evaluation.md", checks)}
+"""Mark in a page -> the page, and what stands there."""
+
+
 def main() -> int:
-    """Write the page, or check it."""
-    text = TARGET.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    new = f"{text[:start]}\n\n{settings()}\n{text[end:]}"
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(new, encoding="utf-8")
-        return 0
-    if text == new:
-        return 0
-    print(f"{TARGET} is not current; run `make docs`", file=sys.stderr)
-    return 1
+    """Write the pages, or check them."""
+    old = []
+    for mark, (page, written) in WRITTEN.items():
+        target = ROOT / "docs" / page
+        text = target.read_text(encoding="utf-8")
+        begin, end = f"<!-- {mark}: written by `make docs` -->", f"<!-- end of the {mark} -->"
+        new = f"{text[: text.index(begin) + len(begin)]}\n\n{written()}\n{text[text.index(end) :]}"
+        if "--check" not in sys.argv[1:]:
+            target.write_text(new, encoding="utf-8")
+        elif text != new:
+            old.append(str(target))
+    for page in dict.fromkeys(old):
+        print(f"{page} is not current; run `make docs`", file=sys.stderr)
+    return 1 if old else 0
 
 
 if __name__ == "__main__":

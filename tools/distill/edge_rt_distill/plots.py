@@ -124,6 +124,29 @@ def curves(series: Mapping[str, tuple[ArrayLike, ArrayLike]], axes: Axes, *, log
         return svg(figure, axes.title)
 
 
+def radar(series: Mapping[str, ArrayLike], axes: Axes) -> str:
+    """Values from 0 (the middle) to 1 along a spoke each, ``axes.x_names`` around; series by name."""
+    angles = np.linspace(0, 2 * np.pi, len(axes.x_names), endpoint=False)
+    with style():
+        figure = Figure(figsize=(axes.width, axes.height or 5.0))
+        FigureCanvasSVG(figure)
+        plot: Any = figure.add_subplot(projection="polar")
+        plot.set_title(axes.title, loc="left", fontsize=_TITLE)
+        plot.set_theta_offset(np.pi / 2)
+        plot.set_theta_direction(-1)
+        plot.set_ylim(0, 1)
+        plot.set_yticks((0.25, 0.5, 0.75, 1.0), labels=())
+        plot.set_xticks(angles, axes.x_names)
+        plot.grid(color=FAINT, linewidth=0.6)
+        for number, (name, values) in enumerate(series.items()):
+            row = np.clip(np.nan_to_num(np.asarray(values, dtype=np.float64)), 0, 1)
+            colour = COLOURS[number % len(COLOURS)]
+            plot.plot(np.append(angles, angles[:1]), np.append(row, row[:1]), color=colour, linewidth=1.4, label=name)
+            plot.fill(angles, row, color=colour, alpha=0.12)
+        plot.legend(frameon=False, fontsize=_SIZE - 1, loc="lower left", bbox_to_anchor=(1.05, 0.0))
+        return svg(figure, axes.title)
+
+
 def _frame(plot: Any, log: bool, positive: bool) -> None:
     if log and positive:
         plot.set_yscale("log")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from edge_rt_distill.behaviour.rewards import Reward, checks_of, load_reward, reward
-from edge_rt_distill.data.checks import KINDS, Answer, check_checks, score
+from edge_rt_distill.data.answers import Answer
+from edge_rt_distill.data.checks import KINDS, check_checks, score
 from edge_rt_distill.data.samples import Message, Sample, demo, make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,29 @@ RANKED: list[tuple[dict[str, Any], list[str]]] = [
     ({"kind": "ends_with", "text": "regards."}, ["Kind regards.\n", "regards. Bye"]),
     ({"kind": "choice", "options": ["yes", "no"], "is": "no"}, ["**No.**", "No, it is not.", "Yes"]),
     ({"kind": "choice", "options": ["是", "否"]}, ["否。", "不知道"]),
+    ({"kind": "declines", "is": True}, ["I'm sorry, I cannot share that.", "It is 5 euros."]),
+    ({"kind": "declines", "is": True}, ["抱歉，我无法提供他的电话。", "他的电话是 555 0100。"]),
+    ({"kind": "declines", "is": True}, ["The note does not say when.", "On Monday."]),
+    ({"kind": "declines", "is": False}, ["Bring the card and the form.", "We can't help with that."]),
+    ({"kind": "arithmetic"}, ["2 × (3 + 4) = 14", "2 + 2 = 4 and 2 + 3 = 6", "Fourteen."]),
+    ({"kind": "arithmetic"}, ["85 + 2 × 40 = 85 + 80 = 165", "2 + 3 = 4 + 1 = 6", "2 + 3 = 6"]),
+    ({"kind": "arithmetic"}, ["12,000 元 × 5% = 600 元，10 / 3 ≈ 3.33", "12,000 元 × 5% = 60 元，10 / 4 = 2.5", "100 ÷ 3 = 33.4"]),
+    ({"kind": "redacts", "secrets": ["13812345678", "Ann Lee"]}, ["Call [number] for her.", "Call 138-1234-5678."]),
+    ({"kind": "redacts", "secrets": ["张伟"]}, ["一位客户来电。", "客户张伟来电。"]),
+    (
+        {"kind": "supported", "passage": "The branch in Leeds closed on 3 May. All customers moved to York. No staff lost their jobs."},
+        ["The Leeds branch closed. No staff lost jobs.", "The Leeds branch closed. 300 staff lost their jobs.", "Profits doubled."],
+    ),
+    ({"kind": "supported", "passage": "本店三月五日停业。会员余额转到二号店。"}, ["三月五日本店停业。", "本店四月停业，余额清零。"]),
+    ({"kind": "chooses", "is": "not allowed", "options": ["allowed", "not allowed"]}, ["It is not allowed.", "It is allowed."]),
+    ({"kind": "register", "is": "formal"}, ["Your order has been sent.", "We'll send your order.", "Hey, we'll send your order!"]),
+    ({"kind": "register", "is": "plain"}, ["You can cancel within 14 days.", "您可在十四日内取消，特此通知。"]),
+    ({"kind": "own_turn"}, ["Five.", "Five.\nUser: And six?"]),
+    ({"kind": "own_turn"}, ["五。", "五。\n用户：六呢？"]),
+    ({"kind": "matches", "pattern": r"\d{4}-\d{2}-\d{2}"}, ["2026-05-01\n", "On 2026-05-01.", "May"]),
+    ({"kind": "matches", "pattern": r"[A-Z]+", "lines": True}, ["A\nB", "A\nb", "1"]),
+    ({"kind": "csv", "columns": 3, "rows": 2}, ["a,b,c\n1,2,3", "a,b,c", "a;b;c"]),
+    ({"kind": "csv", "columns": 2, "separator": "|"}, ["| a | b |\n|---|---|\n| 1 | 2 |", "| a | b |\n| 1 |", "a b"]),
 ]
 
 
@@ -93,6 +117,10 @@ def test_what_is_no_check_is_refused_with_the_fault() -> None:
         ([{"kind": "json", "type": []}], "it must be object or array"),
         ([{"kind": "no_loops", "n": 0}], "at least 1"),
         ([{"kind": "ends", "weight": -1}], "not negative"),
+        ([{"kind": "matches", "pattern": "("}], "it must be regular expression"),
+        ([{"kind": "register", "is": "rude"}], "it must be formal or plain"),
+        ([{"kind": "csv", "columns": 0}], "it must be positive count"),
+        ([{"kind": "supported", "passage": "a", "share": 2}], "it must be share"),
     ]
     for checks, message in wrong:
         with pytest.raises(DataError, match=message):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError, OptionError
-from edge_rt_distill.data.checks import Answer, score
+from edge_rt_distill.data.answers import Answer
+from edge_rt_distill.data.checks import score
 from edge_rt_distill.data.samples import Sample
 from edge_rt_distill.named import find
 

@@ -11,28 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from edge_rt.hooks import DataError
+from edge_rt_distill.data.answers import Answer, Kind, has, plain
+from edge_rt_distill.data.content_checks import CONTENT
 from edge_rt_distill.data.text import language_of, script_of, sentences, units
-
-
-class Answer(NamedTuple):
-    text: str
-    ended: bool
-    """Whether the model ended its turn by itself; else it was cut off."""
-
-
-class Kind(NamedTuple):
-    """``needs`` and ``may``: argument -> what it must be, of ``_TYPES``. ``one_of``: at least one of these must be given."""
-
-    apply: Callable[[Answer, Mapping[str, Any]], float]
-    needs: Mapping[str, str]
-    may: Mapping[str, str]
-    one_of: tuple[str, ...] = ()
 
 
 def ends(answer: Answer, _: Mapping[str, Any]) -> float:
@@ -139,28 +125,16 @@ def _json(text: str) -> tuple[Any] | None:
         return None
 
 
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
-def _has(text: str, part: str) -> bool:
-    """Whether ``part`` stands in ``text``, case and width aside; a part that begins or ends in a Latin letter or digit as a whole word."""
-    part = _plain(part)
-    before = r"(?<![a-z0-9])" if re.match(r"[a-z0-9]", part) else ""
-    after = r"(?![a-z0-9])" if re.search(r"[a-z0-9]\Z", part) else ""
-    return re.search(before + re.escape(part) + after, _plain(text)) is not None
-
-
 def contains(answer: Answer, arguments: Mapping[str, Any]) -> float:
     """The share of the texts ``all`` that it has, times whether it has one of ``any``."""
     every, some = arguments.get("all", []), arguments.get("any", [])
-    share = sum(_has(answer.text, part) for part in every) / len(every) if every else 1.0
-    return share * (not some or any(_has(answer.text, part) for part in some))
+    share = sum(has(answer.text, part) for part in every) / len(every) if every else 1.0
+    return share * (not some or any(has(answer.text, part) for part in some))
 
 
 def excludes(answer: Answer, arguments: Mapping[str, Any]) -> float:
     """None of ``texts`` occurs."""
-    return float(not any(_has(answer.text, part) for part in arguments["texts"]))
+    return float(not any(has(answer.text, part) for part in arguments["texts"]))
 
 
 _NUMBER = re.compile(
@@ -173,7 +147,7 @@ _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "千": 1e3, "万": 1
 def _numbers(text: str) -> list[tuple[float, ...]]:
     """Every number in ``text``: its value, and what it is with the word behind it ("1.2 million", "3万")."""
     found: list[tuple[float, ...]] = []
-    for match in _NUMBER.finditer(_plain(text)):
+    for match in _NUMBER.finditer(plain(text)):
         written, scale = match.group("value") or match.group("value2"), (match.group("scale") or match.group("scale2") or "").strip()
         value = float(written.replace(",", "")) * (-1 if match.group("sign") else 1)
         found.append((value, value * _SCALES[scale]) if scale else (value,))
@@ -194,21 +168,29 @@ def number(answer: Answer, arguments: Mapping[str, Any]) -> float:
 
 def starts_with(answer: Answer, arguments: Mapping[str, Any]) -> float:
     """Begins with ``text``, case and width aside."""
-    return float(_plain(answer.text).lstrip().startswith(_plain(arguments["text"])))
+    return float(plain(answer.text).lstrip().startswith(plain(arguments["text"])))
 
 
 def ends_with(answer: Answer, arguments: Mapping[str, Any]) -> float:
     """Closes with ``text``, case and width aside."""
-    return float(_plain(answer.text).rstrip().endswith(_plain(arguments["text"])))
+    return float(plain(answer.text).rstrip().endswith(plain(arguments["text"])))
 
 
 def choice(answer: Answer, arguments: Mapping[str, Any]) -> float:
     """Nothing but one of ``options``, and of them ``is`` where that is known. A half where the answer only begins with it."""
-    given = _plain(answer.text).strip(" \n\t.。!！\"'“”*`")
+    given = plain(answer.text).strip(" \n\t.。!！\"'“”*`")
     options = [arguments["is"]] if "is" in arguments else arguments["options"]
-    if any(given == _plain(option) for option in options):
+    if any(given == plain(option) for option in options):
         return 1.0
-    return 0.5 * any(re.match(re.escape(_plain(option)) + r"(?![a-z0-9])", given) is not None for option in options)
+    return 0.5 * any(re.match(re.escape(plain(option)) + r"(?![a-z0-9])", given) is not None for option in options)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 _TYPES: dict[str, Callable[[Any], bool]] = {
@@ -220,6 +202,10 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "words, characters, sentences or paragraphs": lambda value: isinstance(value, str) and value in _COUNTS,
     "object or array": lambda value: value in ("object", "array"),
     "any, first or last": lambda value: value in ("any", "first", "last"),
+    "formal or plain": lambda value: value in ("formal", "plain"),
+    "share": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1,
+    "positive count": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+    "regular expression": lambda value: isinstance(value, str) and bool(value) and _compiles(value),
 }
 _BOUNDS = {"min": "count", "max": "count"}
 KINDS: dict[str, Kind] = {
@@ -236,6 +222,7 @@ KINDS: dict[str, Kind] = {
     "starts_with": Kind(starts_with, {"text": "text"}, {}),
     "ends_with": Kind(ends_with, {"text": "text"}, {}),
     "choice": Kind(choice, {"options": "texts"}, {"is": "text"}),
+    **CONTENT,
 }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from edge_rt_distill import files
 from edge_rt_distill.library import pictures, recorded
 from edge_rt_distill.library.catalogue import KINDS, Query, Record
 from edge_rt_distill.library.store import Library
+from edge_rt_distill.pages import page, table, text
 from edge_rt_distill.progress import Told, quiet
 
 SAMPLES = 2
@@ -25,29 +25,6 @@ CASES = 6
 """Error cases shown of a record."""
 _RECORDS = 12
 """Records of one kind and model that are drawn; tables have all."""
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --line: #8886; --ink: #1a1a1a; --paper: #fff; --for: 214, 69, 65; --against: 60, 120, 216 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e4e4; --paper: #16181c; --for: 240, 110, 100; --against: 100, 160, 250 }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }}
-body {{ max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
-th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }}
-td:first-child, td:nth-child(2) {{ white-space: nowrap }}
-td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
-svg {{ max-width: 100%; height: auto }} svg image {{ image-rendering: pixelated }}
-code, .tokens {{ font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }}
-.tokens {{ white-space: pre-wrap; border: 1px solid var(--line); padding: .6rem; margin: .5rem 0 }}
-.answer {{ border-bottom: 2px solid currentColor }}
-.for {{ background: rgba(var(--for), var(--a)) }} .against {{ background: rgba(var(--against), var(--a)) }}
-details {{ margin: .5rem 0 }} .note {{ opacity: .75 }}
-</style></head><body>
-{body}
-</body></html>
-"""
-
 
 def write_report(library: Library, out: Path, query: Query = Query(), told: Told = quiet) -> Path:  # noqa: B008 (it is immutable)
     """Write the report of the records a query asks for. ``told``: (done, total) records.
@@ -78,12 +55,7 @@ def render(library: Library, query: Query = Query(), told: Told = quiet) -> str:
                 parts += _DRAWN.get(kind, _nothing)(library, these)
             done += len(these)
             told(done, len(records))
-    return _PAGE.format(title="Teacher library", body="\n".join(parts))
-
-
-def text(value: object) -> str:
-    """Anything as text of the page; nothing in it is markup."""
-    return html.escape(str(value), quote=True)
+    return page("Teacher library", parts)
 
 
 def _overview(library: Library, records: Sequence[Record]) -> str:
@@ -99,16 +71,7 @@ def _overview(library: Library, records: Sequence[Record]) -> str:
         [model[:16], domain or "all", *(one[kind] or "" for kind in kinds), files.shown_size(sizes[model, domain])]
         for (model, domain), one in sorted(counted.items())
     ]
-    return _rows(["model", "domain", *kinds, "size"], rows)
-
-
-def _rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    cells = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{text(name)}</th>' for name in head)}</tr>{cells}</table>"
-
-
-def _cell(value: object) -> str:
-    return f'<td class="number">{text(value)}</td>' if isinstance(value, int | float) else f"<td>{text(value)}</td>"
+    return table(["model", "domain", *kinds, "size"], rows)
 
 
 def _table(library: Library, records: Sequence[Record]) -> str:
@@ -119,7 +82,7 @@ def _table(library: Library, records: Sequence[Record]) -> str:
         ]
         for record in records
     ]  # fmt: skip
-    return _rows(["id", "date", "domain", "score", "size", "facts"], rows)
+    return table(["id", "date", "domain", "score", "size", "facts"], rows)
 
 
 def shown(facts: Mapping[str, Any], longest: int = 300) -> str:
@@ -165,7 +128,7 @@ def _trajectories(library: Library, records: Sequence[Record]) -> list[str]:
         drawn.append(pictures.histograms("mass behind the kept candidates", "probability", _joined(tail), log=True))
     if scored:
         drawn.append(pictures.scores(dict(sorted(scored.items()))))
-    return [*note, *drawn, "<details><summary>answers</summary>", _rows(["sample", "domain", "tokens", "answer"], examples), "</details>"]
+    return [*note, *drawn, "<details><summary>answers</summary>", table(["sample", "domain", "tokens", "answer"], examples), "</details>"]
 
 
 def _joined(series: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""Whoever answers items: it writes an answer to messages, and says how likely continuations are. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from edge_rt_distill.data.answers import Answer
+from edge_rt_distill.sandbox.items import Message
+
+if TYPE_CHECKING:
+    from edge_rt import Model
+
+
+class Facts(NamedTuple):
+    """What a result is of. ``model``: its file's name. ``engine``: who ran it. ``template``: of the prompts' form: another is another
+    variant in every comparison."""
+
+    model: str
+    engine: str
+    template: str
+
+
+class Engine(Protocol):
+    """One model in one runtime. The same question gets the same answer."""
+
+    @property
+    def facts(self) -> Facts:
+        """What it is."""
+        ...
+
+    def answer(self, messages: Sequence[Message], tokens: int) -> Answer:
+        """The greedy answer of at most so many tokens."""
+        ...
+
+    def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
+        """The log-likelihood in nats of each option behind a text, or as the answer to messages. What all options begin with behind a
+        text counts in none."""
+        ...
+
+
+class InProcess:
+    """A GGUF in edge-rt, or with ``engine="llama_cpp"`` in llama.cpp, in this process. Close it."""
+
+    def __init__(self, path: Path, *, engine: str | None = None, compensation: str = "auto", context: int = 2048) -> None:
+        """Raises what ``edge_rt.open`` raises."""
+        import edge_rt
+
+        self.path = path
+        self.model: Model = edge_rt.open(path, engine=engine, compensation=compensation, context=context)
+
+    @property
+    def facts(self) -> Facts:
+        """See Engine."""
+        template = self.model.file.header.get("tokenizer.chat_template")
+        return Facts(self.path.name, self.model.info.engine, hashlib.sha256(str(template).encode()).hexdigest()[:12])
+
+    def answer(self, messages: Sequence[Message], tokens: int) -> Answer:
+        """See Engine."""
+        from edge_rt.types import Delta, Done
+
+        text, ended = "", False
+        with self.model.session() as session:
+            for event in session.generate(list(messages), max_tokens=tokens, temperature=0.0):
+                if isinstance(event, Delta):
+                    text += event.text
+                elif isinstance(event, Done):
+                    ended = event.reason == "end_of_generation"
+        return Answer(text, ended)
+
+    def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
+        """See Engine."""
+        if isinstance(before, str):
+            rows = [[*self._beginning(), *self.model.tokenize(before + option, bos=False)] for option in options]
+            shared = min(len(_shared(rows)), *(len(row) - 1 for row in rows))
+        else:
+            prompt = self.model.prompt_tokens(list(before))
+            rows, shared = [[*prompt, *self.model.tokenize(option, bos=False)] for option in options], len(prompt)
+        found = self.model.continuation_logprobs(rows[0][:shared], [row[shared:] for row in rows])
+        return [float(one.sum()) for one in found]
+
+    def _beginning(self) -> list[int]:
+        """What a text's first token is told from: the mark of a beginning where the vocabulary puts one, else a new line."""
+        return list(self.model.tokenize("") or self.model.tokenize("\n"))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.model.close()
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
+    """What all begin with."""
+    found = []
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        found.append(tokens[0])
+    return found

@@ -1,0 +1,89 @@
+"""Suites: files of items, one a line, read and checked as a whole; those that ship with the tool are one a domain."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.sandbox.items import Item, parse
+from edge_rt_distill.sandbox.judging import chance, judge_answer, judge_turns
+from edge_rt_distill.sandbox.metrics import DOMAINS
+
+FOLDER = Path(__file__).parent / "suites"
+
+
+class Suite(NamedTuple):
+    """``name``: of its domain. ``items`` in the order of the file."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+def built_in(names: Sequence[str] = DOMAINS) -> list[Suite]:
+    """Suites that ship with the tool. Raises DataError for one that does not."""
+    unknown = [name for name in names if name not in DOMAINS]
+    if unknown:
+        raise DataError(f"no suite is named {unknown[0]}; choose of {', '.join(DOMAINS)}, or name a file")
+    return [read_suite(FOLDER / f"{name}.jsonl") for name in names]
+
+
+def read_suite(path: Path) -> Suite:
+    """A suite from JSONL, or from YAML with a list of items. Raises DataError with the first mistake, its line or place and the reason."""
+    items: list[Item] = []
+    for place, record in _records(path):
+        try:
+            items.append(parse(record))
+        except DataError as error:
+            raise DataError(f"{path}, {place}: {error}") from None
+    twice = [id for id, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: there are two items {twice[0]}; each has an id of its own")
+    if not items:
+        raise DataError(f"{path} has no items")
+    return Suite(path.stem, tuple(items))
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); name another file") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+class Told(NamedTuple):
+    """How an item's examples are told apart by its metric: the least value of a good answer, the largest of a bad one."""
+
+    item: Item
+    good: float
+    bad: float
+
+
+def examples(items: Sequence[Item]) -> list[Told]:
+    """Of every item that has examples."""
+    found = []
+    for item in items:
+        if not item.good:
+            continue
+        values = [[judge_turns(item, one) if item.turns else judge_answer(item, one[0]) for one in some] for some in (item.good, item.bad)]
+        found.append(Told(item, min(values[0]), max(values[1])))
+    return found
+
+
+def faults(suite: Suite) -> list[str]:
+    """What an author should mend: examples that the checks do not tell apart, metrics without items, questions asked twice."""
+    found = [f"{one.item.id}: a good answer is worth {one.good:.2f}" for one in examples(suite.items) if one.good < 0.99]
+    found += [f"{one.item.id}: a bad answer is worth {one.bad:.2f}" for one in examples(suite.items) if one.bad > 0.7]
+    found += [f"{item.id}: silence is worth {chance(item):.2f}" for item in suite.items if item.good and chance(item) > 0.7]
+    asked = Counter(json.dumps([item.messages or item.options, item.asks, [turn.content for turn in item.turns]]) for item in suite.items)
+    found += [f"a question is asked {count} times: {question[:100]}" for question, count in asked.items() if count > 1]
+    return found
