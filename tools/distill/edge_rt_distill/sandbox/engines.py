@@ -59,16 +59,10 @@ class InProcess:
 
     def answer(self, messages: Sequence[Message], tokens: int) -> Answer:
         """See Engine."""
-        from edge_rt.types import Delta, Done
-
-        text, ended = "", False
         with self.model.session() as session:
-            for event in session.generate(list(messages), max_tokens=tokens, temperature=0.0):
-                if isinstance(event, Delta):
-                    text += event.text
-                elif isinstance(event, Done):
-                    ended = event.reason == "end_of_generation"
-        return Answer(text, ended)
+            *events, done = session.generate(list(messages), max_tokens=tokens, temperature=0.0)
+        text = "".join(getattr(event, "text", "") for event in events)  # only some have text: what is written
+        return Answer(text, getattr(done, "reason", "") == "end_of_generation")
 
     def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
         """See Engine."""
