@@ -269,6 +269,8 @@ def test_results_are_read_back_and_must_fit(tmp_path: Path) -> None:
         compare(results, results._replace(outcomes=()), [suite])
     with pytest.raises(DataError, match="in no suite of telecom"):
         scores(results._replace(outcomes=(Outcome("telecom", "b", 1.0, ()),)), [suite])
+    with pytest.raises(DataError, match="telecom has changed since oracle was asked"):
+        scores(results, [suite._replace(items=(suite.items[0]._replace(right=1),))])
     (tmp_path / "old.json").write_text(json.dumps({"version": 0}))
     for name, message in (("old.json", "of version 0"), ("none.json", "no file of results")):
         with pytest.raises(DataError, match=message):

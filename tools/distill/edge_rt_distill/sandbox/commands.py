@@ -79,8 +79,11 @@ def compare(
     from edge_rt_distill.sandbox.scores import compare as compared
     from edge_rt_distill.sandbox.scores import fails
 
-    found = compared(read_results(teacher), read_results(student), _suites(suite))
+    left, right = read_results(teacher), read_results(student)
+    found = compared(left, right, _suites(suite))
     _table(found)
+    if left.facts.template != right.facts.template:
+        typer.echo("Their prompts have different forms, so this compares more than models.")
     reasons = fails(found, least) if least else []
     for reason in reasons:
         typer.echo(f"FAIL: {reason}")

@@ -21,7 +21,7 @@ from edge_rt.hooks import DataError
 from edge_rt_distill.sandbox.items import Item
 from edge_rt_distill.sandbox.judging import chance
 from edge_rt_distill.sandbox.metrics import METRICS
-from edge_rt_distill.sandbox.running import Results
+from edge_rt_distill.sandbox.running import Results, digest
 from edge_rt_distill.sandbox.suites import Suite
 
 DRAWS = 2000
@@ -69,7 +69,10 @@ def scaled(item: Item, value: float) -> float:
 
 
 def cells(results: Results, suites: Sequence[Suite]) -> dict[Cell, dict[str, float]]:
-    """Cell -> item -> its value on the scale. Raises DataError for results of other suites."""
+    """Cell -> item -> its value on the scale. Raises DataError for results of other suites, or of these as they were before a change."""
+    changed = [suite.name for suite in suites if results.suites.get(suite.name, digest(suite)) != digest(suite)]
+    if changed:
+        raise DataError(f"the suite {changed[0]} has changed since {results.facts.model} was asked; evaluate the model again")
     items = {(suite.name, item.id): item for suite in suites for item in suite.items}
     found: dict[Cell, dict[str, float]] = {}
     for one in results.outcomes:
