@@ -46,7 +46,6 @@ def test_log_probabilities_of_continuations_are_those_of_whole_texts(random_mode
         continuations = [model.tokenize(text) for text in ("jumps", "over the lazy dog " * 12, "jumps over")] + [[]]
         found = model.continuation_logprobs(before, continuations)
         assert [len(one) for one in found] == [len(one) for one in continuations]
-        assert model.memory().cache == 0
         for tokens, one in zip(continuations[:3], found, strict=False):
             rows = model.logits([*before, *tokens])[len(before) - 1 : -1].astype(np.float64)
             expected = rows[np.arange(len(tokens)), tokens] - np.log(np.exp(rows).sum(1))
@@ -55,7 +54,8 @@ def test_log_probabilities_of_continuations_are_those_of_whole_texts(random_mode
             model.continuation_logprobs([], continuations)
         with pytest.raises(OptionError, match="out of range"):
             model.continuation_logprobs(before, [[model.info.n_vocab]])
-        assert model.memory().cache == 0
+        if engine is None:
+            assert model.memory().cache == 0  # the sequences it used are gone
 
 
 @pytest.mark.parametrize("text", ["plain", "with\nlines\tand  spaces", "中文和 English", "emoji 👩‍👩‍👧 é", ""])
