@@ -43,17 +43,14 @@ def _help(metadata: Any) -> str:
 def metrics() -> str:
     """Every metric: what it measures, by which forms, what it cannot see, and how its examples are told apart."""
     from edge_rt_distill.sandbox.metrics import FORMS, METRICS
-    from edge_rt_distill.sandbox.suites import built_in, examples
+    from edge_rt_distill.sandbox.suites import built_in, validations
 
-    suites = built_in()
-    items = [item for suite in suites for item in suite.items]
-    told = [one for suite in suites for one in examples(suite.items)]
+    known = validations(built_in())
     lines = ["| metric | what it measures | forms | items | crafted answers told apart | what it cannot see |", "|---|---|---|---|---|---|"]
     for name, metric in METRICS.items():
-        own = [one for one in told if one.item.metric == name]
-        apart = f"{sum(one.good > one.bad for one in own)} of {len(own)}" if own else ""
-        count = sum(item.metric == name for item in items)
-        lines.append(f"| {name} | {metric.what} | {', '.join(metric.forms)} | {count} | {apart} | {metric.limits} |")
+        one = known[name]
+        apart = f"{one.apart} of {one.examples}" if one.examples else ""
+        lines.append(f"| {name} | {metric.what} | {', '.join(metric.forms)} | {one.items} | {apart} | {metric.limits} |")
     return "\n".join([*lines, "", *(f"- **{name}**: {how}" for name, how in FORMS.items()), ""])
 
 

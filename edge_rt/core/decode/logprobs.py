@@ -84,13 +84,20 @@ def _chosen(rows: npt.NDArray[np.float32], tokens: Sequence[int]) -> npt.NDArray
         raise OptionError(f"a token is out of range; this model has tokens 0 to {rows.shape[1] - 1}")
     if not len(tokens):
         return np.empty(0)
-    peak = rows.max(1, keepdims=True)
-    if not np.isfinite(peak).all():
-        raise NativeError("the logits are not numbers; the model file or the computation is damaged")
-    shifted = rows - peak
-    total = np.log(np.exp(shifted).sum(1, dtype=np.float64))
-    found: npt.NDArray[np.float64] = shifted[np.arange(len(tokens)), list(tokens)].astype(np.float64) - total
+    shifted, total = _shifted(rows)
+    found: npt.NDArray[np.float64] = shifted[np.arange(len(tokens)), list(tokens)].astype(np.float64) - np.log(total)
     return found
+
+
+def _shifted(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    """Logits [..., n_vocab] less the maximum of each row, in float32 (exact for nearby values), and the sum of their exponentials, in
+    float64. Raises NativeError for logits with NaN or +inf.
+    """
+    peak = logits.max(-1, keepdims=True)
+    if not np.isfinite(peak).all():
+        raise NativeError(f"the logits hold {peak[~np.isfinite(peak)][0]}; the model file or the computation is damaged")
+    shifted = logits - peak
+    return shifted, np.asarray(np.exp(shifted).sum(-1, dtype=np.float64))
 
 
 def token_logprobs(row: Row, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
@@ -105,11 +112,8 @@ def token_logprobs(row: Row, token: int, n: int) -> tuple[float, tuple[tuple[int
         raise OptionError(f"logprobs is {n}; allowed: 0 (off) or more")
     if not 0 <= token < logits.size:
         raise OptionError(f"token {token} is out of range; this model has tokens 0 to {logits.size - 1}")
-    peak = logits.max()
-    if not math.isfinite(peak):
-        raise NativeError(f"the logits hold {peak}; the model file or the computation is damaged")
-    shifted = logits - peak
-    total = math.log(np.exp(shifted).sum(dtype=np.float64))
+    shifted, exponentials = _shifted(logits)
+    total = math.log(exponentials)
     n = min(n, logits.size)
     if n == 0:
         return float(shifted[token]) - total, ()

@@ -28,14 +28,15 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def places(text: str, part: str) -> list[int]:
-    """Where ``part`` stands in ``text``, case and width aside; a part that begins or ends in a Latin letter or digit as a whole word."""
+def place(text: str, part: str) -> int | None:
+    """Where ``part`` first stands in ``text``, case and width aside; one that begins or ends in a Latin letter or digit as a whole word."""
     part = plain(part)
     before = r"(?<![a-z0-9])" if re.match(r"[a-z0-9]", part) else ""
     after = r"(?![a-z0-9])" if re.search(r"[a-z0-9]\Z", part) else ""
-    return [found.start() for found in re.finditer(before + re.escape(part) + after, plain(text))]
+    found = re.search(before + re.escape(part) + after, plain(text))
+    return None if found is None else found.start()
 
 
 def has(text: str, part: str) -> bool:
-    """Whether ``part`` stands in ``text`` (``places``)."""
-    return bool(places(text, part))
+    """Whether ``part`` stands in ``text`` (``place``)."""
+    return place(text, part) is not None

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge_rt_distill.data.answers import Answer, Kind, has, places, plain
+from edge_rt_distill.data.answers import Answer, Kind, has, place, plain
 from edge_rt_distill.data.text import sentences, units
 
 _NEAR = 160
@@ -174,7 +174,7 @@ def _stem(word: str) -> str:
 
 def chosen(text: str, options: list[str]) -> str | None:
     """The option that ``text`` names first, None if it names none. Of two at one place, the longer: "not allowed", not "allowed"."""
-    found = [(places(text, option)[0], -len(option), option) for option in options if has(text, option)]
+    found = [(at, -len(option), option) for option in options if (at := place(text, option)) is not None]
     return min(found)[2] if found else None
 
 

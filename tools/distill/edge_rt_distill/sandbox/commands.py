@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from edge_rt_distill.sandbox.scores import Comparison, Estimate, Kept
+    from edge_rt_distill.sandbox.scores import Comparison, Kept
     from edge_rt_distill.sandbox.suites import Suite
 
 HELP = """Measure what a model kept: eight domains, sixteen metrics, English and Chinese.
@@ -65,7 +65,7 @@ def run(
     write_results(output, results)
     typer.echo(f"{len(results.outcomes)} items in {results.seconds:.0f} s; results in {output}\n")
     for name, found in scores(results, suites).items():
-        typer.echo(f"{name:14} {_shown(found)}")
+        typer.echo(f"{name:14} {found}")
 
 
 def compare(
@@ -76,14 +76,14 @@ def compare(
 ) -> None:
     """Say what a student kept of its teacher by metric and domain, with intervals of 95 %; chance counts as nothing."""
     from edge_rt_distill.sandbox.running import read_results
+    from edge_rt_distill.sandbox.scores import OTHER_PROMPTS, fails
     from edge_rt_distill.sandbox.scores import compare as compared
-    from edge_rt_distill.sandbox.scores import fails
 
     left, right = read_results(teacher), read_results(student)
     found = compared(left, right, _suites(suite))
     _table(found)
     if left.facts.template != right.facts.template:
-        typer.echo("Their prompts have different forms, so this compares more than models.")
+        typer.echo(OTHER_PROMPTS)
     reasons = fails(found, least) if least else []
     for reason in reasons:
         typer.echo(f"FAIL: {reason}")
@@ -124,15 +124,13 @@ def check(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="S
 def metrics() -> None:
     """List the metrics: what each measures, how, what it cannot see, and how well it tells crafted answers apart."""
     from edge_rt_distill.sandbox.metrics import FORMS, METRICS
-    from edge_rt_distill.sandbox.suites import built_in, examples
+    from edge_rt_distill.sandbox.suites import built_in, validations
 
-    suites = built_in()
-    told = [one for suite in suites for one in examples(suite.items)]
+    known = validations(built_in())
     for name, metric in METRICS.items():
-        items = sum(item.metric == name for suite in suites for item in suite.items)
-        own = [one for one in told if one.item.metric == name]
-        apart = f", {sum(one.good > one.bad for one in own)} of {len(own)} told apart" if own else ""
-        typer.echo(f"{name} ({', '.join(metric.forms)}; {items} items{apart})\n  {metric.what}\n  {metric.limits}")
+        one = known[name]
+        apart = f", {one.apart} of {one.examples} told apart" if one.examples else ""
+        typer.echo(f"{name} ({', '.join(metric.forms)}; {one.items} items{apart})\n  {metric.what}\n  {metric.limits}")
     for name, how in FORMS.items():
         typer.echo(f"{name}: {how}")
 
@@ -148,12 +146,8 @@ def _suites(named: Sequence[str] | None) -> list[Suite]:
 def _table(found: Comparison) -> None:
     typer.echo(f"{'':14} {'teacher':24} {'student':24} {'kept':24} cells that count")
     for name, one in (("all", found.whole), *found.metrics.items(), *found.domains.items()):
-        typer.echo(f"{name:14} {_shown(one.teacher):24} {_shown(one.student):24} {_retained(one):24} {one.counted} of {one.cells}")
+        typer.echo(f"{name:14} {one.teacher!s:24} {one.student!s:24} {_retained(one):24} {one.counted} of {one.cells}")
 
 
 def _retained(one: Kept) -> str:
-    return "(teacher at chance)" if one.retention is None else _shown(one.retention)
-
-
-def _shown(one: Estimate) -> str:
-    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+    return "(teacher at chance)" if one.retention is None else str(one.retention)

@@ -28,7 +28,12 @@ def judge_turns(item: Item, answers: Sequence[Answer]) -> float:
 
 def judge_choice(item: Item, likelihoods: Sequence[float]) -> float:
     """Of an item of the form choice: whether the right option is the likeliest. ``likelihoods``: nats, by ``comparable``."""
-    return float(max(range(len(likelihoods)), key=lambda at: likelihoods[at]) == item.right)
+    return float(likeliest(likelihoods) == item.right)
+
+
+def likeliest(likelihoods: Sequence[float]) -> int:
+    """The number of the likeliest; of equals the first."""
+    return max(range(len(likelihoods)), key=lambda at: likelihoods[at])
 
 
 def judge_variants(choices: Sequence[int]) -> float:

@@ -14,7 +14,7 @@ from edge_rt_distill.plots import Axes, heat_map, radar
 from edge_rt_distill.sandbox.items import Item
 from edge_rt_distill.sandbox.metrics import METRICS
 from edge_rt_distill.sandbox.running import Outcome, Results
-from edge_rt_distill.sandbox.scores import Comparison, Estimate, Kept, cells, compare
+from edge_rt_distill.sandbox.scores import OTHER_PROMPTS, Comparison, Kept, cells, compare
 from edge_rt_distill.sandbox.suites import Suite
 
 
@@ -33,24 +33,20 @@ def render(teacher: Results, student: Results, suites: Sequence[Suite]) -> str:
 
 def _summary(teacher: Results, student: Results, found: Comparison) -> Iterator[str]:
     whole = found.whole.retention
-    kept = "nothing can be said: the teacher is at chance" if whole is None else f"{_shown(whole)} of its score"
+    kept = "nothing can be said: the teacher is at chance" if whole is None else f"{whole} of its score"
     yield f"<p>Kept: <b>{text(kept)}</b>, over {found.whole.counted} of {found.whole.cells} cells in which the teacher is above chance.</p>"
     rows = [[name, one.facts.model, one.facts.engine, one.facts.template, round(one.seconds)] for name, one in
             (("teacher", teacher), ("student", student))]  # fmt: skip
     yield table(["", "model", "engine", "prompts", "seconds"], rows)
     if teacher.facts.template != student.facts.template:
-        yield "<p>Their prompts have different forms, so this compares more than models.</p>"
+        yield f"<p>{text(OTHER_PROMPTS)}</p>"
     for what, some in (("metric", found.metrics), ("domain", found.domains)):
         yield table([what, "teacher", "student", "kept", "cells that count"], [_row(name, one) for name, one in some.items()])
 
 
 def _row(name: str, one: Kept) -> list[object]:
-    kept = "" if one.retention is None else _shown(one.retention)
-    return [name, _shown(one.teacher), _shown(one.student), kept, f"{one.counted} of {one.cells}"]
-
-
-def _shown(one: Estimate) -> str:
-    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+    kept = "" if one.retention is None else str(one.retention)
+    return [name, str(one.teacher), str(one.student), kept, f"{one.counted} of {one.cells}"]
 
 
 def _pictures(teacher: Results, student: Results, suites: Sequence[Suite], found: Comparison) -> Iterator[str]:

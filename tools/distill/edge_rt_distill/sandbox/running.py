@@ -15,7 +15,7 @@ from edge_rt_distill.files import write_file
 from edge_rt_distill.progress import Told, quiet
 from edge_rt_distill.sandbox.engines import Engine, Facts
 from edge_rt_distill.sandbox.items import Item, Message
-from edge_rt_distill.sandbox.judging import comparable, judge_answer, judge_choice, judge_turns, judge_variants
+from edge_rt_distill.sandbox.judging import comparable, judge_answer, judge_choice, judge_turns, judge_variants, likeliest
 from edge_rt_distill.sandbox.suites import Suite
 
 VERSION = 1
@@ -59,11 +59,11 @@ def digest(suite: Suite) -> str:
 
 def _choice(engine: Engine, item: Item) -> tuple[float, tuple[Any, ...]]:
     found = _compared(engine, item, item.messages or item.text)
-    return judge_choice(item, found), (_best(found),)
+    return judge_choice(item, found), (likeliest(found),)
 
 
 def _variants(engine: Engine, item: Item) -> tuple[float, tuple[Any, ...]]:
-    chosen = [_best(_compared(engine, item, [{"role": "user", "content": ask}])) for ask in item.asks]
+    chosen = [likeliest(_compared(engine, item, [{"role": "user", "content": ask}])) for ask in item.asks]
     return judge_variants(chosen), tuple(chosen)
 
 
@@ -90,10 +90,6 @@ _ASK: Mapping[str, Callable[[Engine, Item], tuple[float, tuple[Any, ...]]]] = {
 def _compared(engine: Engine, item: Item, before: str | Sequence[Message]) -> list[float]:
     nats = engine.likelihoods(before, item.options)
     return [comparable(item, option, one) for option, one in zip(item.options, nats, strict=True)]
-
-
-def _best(found: Sequence[float]) -> int:
-    return max(range(len(found)), key=lambda at: found[at])
 
 
 def write_results(path: Path, results: Results) -> None:

@@ -29,6 +29,8 @@ FEW = 4
 """Items of a cell below which it does not count."""
 FLOORS: Mapping[str, float] = {"safety": 0.9, "stopping": 0.9}
 """Metrics in which a student must keep this much whatever it keeps elsewhere."""
+OTHER_PROMPTS = "Their prompts have different forms, so this compares more than models."
+"""Said of results whose models have other templates."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -38,6 +40,9 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class Kept(NamedTuple):
@@ -70,7 +75,7 @@ def scaled(item: Item, value: float) -> float:
 
 def cells(results: Results, suites: Sequence[Suite]) -> dict[Cell, dict[str, float]]:
     """Cell -> item -> its value on the scale. Raises DataError for results of other suites, or of these as they were before a change."""
-    changed = [suite.name for suite in suites if results.suites.get(suite.name, digest(suite)) != digest(suite)]
+    changed = [suite.name for suite in suites if suite.name in results.suites and results.suites[suite.name] != digest(suite)]
     if changed:
         raise DataError(f"the suite {changed[0]} has changed since {results.facts.model} was asked; evaluate the model again")
     items = {(suite.name, item.id): item for suite in suites for item in suite.items}

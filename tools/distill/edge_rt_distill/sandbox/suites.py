@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from edge_rt.hooks import DataError
 from edge_rt_distill.sandbox.items import Item, parse
 from edge_rt_distill.sandbox.judging import chance, judge_answer, judge_turns
-from edge_rt_distill.sandbox.metrics import DOMAINS
+from edge_rt_distill.sandbox.metrics import DOMAINS, METRICS
 
 FOLDER = Path(__file__).parent / "suites"
 
@@ -79,10 +79,32 @@ def examples(items: Sequence[Item]) -> list[Told]:
     return found
 
 
+class Validation(NamedTuple):
+    """Of a metric: its ``items``, and how many of those with ``examples`` it tells ``apart``."""
+
+    items: int
+    examples: int
+    apart: int
+
+
+def validations(suites: Sequence[Suite]) -> dict[str, Validation]:
+    """Of every metric."""
+    items = [item for suite in suites for item in suite.items]
+    judged = examples(items)
+    return {
+        name: Validation(
+            sum(item.metric == name for item in items), sum(one.item.metric == name for one in judged),
+            sum(one.item.metric == name and one.good > one.bad for one in judged),
+        )
+        for name in METRICS
+    }  # fmt: skip
+
+
 def faults(suite: Suite) -> list[str]:
     """What an author should mend: examples that the checks do not tell apart, metrics without items, questions asked twice."""
-    found = [f"{one.item.id}: a good answer is worth {one.good:.2f}" for one in examples(suite.items) if one.good < 0.99]
-    found += [f"{one.item.id}: a bad answer is worth {one.bad:.2f}" for one in examples(suite.items) if one.bad > 0.7]
+    judged = examples(suite.items)
+    found = [f"{one.item.id}: a good answer is worth {one.good:.2f}" for one in judged if one.good < 0.99]
+    found += [f"{one.item.id}: a bad answer is worth {one.bad:.2f}" for one in judged if one.bad > 0.7]
     found += [f"{item.id}: silence is worth {chance(item):.2f}" for item in suite.items if item.good and chance(item) > 0.7]
     asked = Counter(json.dumps([item.messages or item.options, item.asks, [turn.content for turn in item.turns]]) for item in suite.items)
     found += [f"a question is asked {count} times: {question[:100]}" for question, count in asked.items() if count > 1]
