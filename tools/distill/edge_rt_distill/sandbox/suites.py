@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edge_rt.hooks import DataError
+from edge_rt_distill.data.json_lines import json_lines
 from edge_rt_distill.sandbox.items import Item, parse
 from edge_rt_distill.sandbox.judging import chance, judge_answer, judge_turns
 from edge_rt_distill.sandbox.metrics import DOMAINS, METRICS
@@ -34,30 +35,17 @@ def built_in(names: Sequence[str] = DOMAINS) -> list[Suite]:
 def read_suite(path: Path) -> Suite:
     """A suite from JSONL, or from YAML with a list of items. Raises DataError with the first mistake, its line or place and the reason."""
     items: list[Item] = []
-    for place, record in _records(path):
+    for number, record in json_lines(path):
         try:
             items.append(parse(record))
         except DataError as error:
-            raise DataError(f"{path}, {place}: {error}") from None
+            raise DataError(f"{path}, line {number}: {error}") from None
     twice = [id for id, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
         raise DataError(f"{path}: there are two items {twice[0]}; each has an id of its own")
     if not items:
         raise DataError(f"{path} has no items")
     return Suite(path.stem, tuple(items))
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); name another file") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 class Told(NamedTuple):

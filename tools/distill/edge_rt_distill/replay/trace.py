@@ -1,0 +1,186 @@
+"""A trace: requests with the moments at which they came, as the daemon records them (docs/replay.md) and as generators write them.
+
+JSONL. The first line is the header; every other line is a request in OpenAI's form, with what became of it where that is known.
+Lists of OpenAI requests (a body a line, or the lines of its batch files) are read too; they come one second after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge_rt.hooks import DataError
+from edge_rt_distill.data.checks import check_checks
+from edge_rt_distill.data.json_lines import json_lines
+from edge_rt_distill.files import write_file
+
+VERSION = 1
+PATHS = ("/v1/chat/completions", "/v1/completions")
+STATUSES = ("ok", "error", "cancelled")
+
+
+class Seen(NamedTuple):
+    """What became of a request when it was recorded. ``code``: of its error. Seconds from its coming, None: not known."""
+
+    status: str
+    code: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token: float | None = None
+    total: float | None = None
+
+
+class Request(NamedTuple):
+    """A request. ``at``: seconds after the trace's begin. ``body``: as it went to ``path``, without ``stream``.
+
+    ``session``: requests of one continue each other: each body has only the messages that are new, and is sent when the one before it is
+    answered. ``client``: who asked, without saying who that is. ``cancel_after``: seconds after which the client went away.
+    ``checks``: what a right answer holds (data/checks.py). ``kind``: what the request is an example of.
+    """
+
+    at: float
+    path: str
+    body: Mapping[str, Any]
+    session: str | None = None
+    client: str | None = None
+    cancel_after: float | None = None
+    checks: tuple[Mapping[str, Any], ...] = ()
+    kind: str = ""
+    seen: Seen | None = None
+    answer: str | None = None
+
+
+class Trace(NamedTuple):
+    """``about``: the header's other fields: who made it, of which model, whether and how it is redacted and sampled."""
+
+    requests: tuple[Request, ...]
+    about: Mapping[str, Any]
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Raises UserError."""
+    lines = [{"edge_rt_trace": VERSION, **trace.about}, *map(_record, trace.requests)]
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _record(request: Request) -> dict[str, Any]:
+    """A request as a line has it: what is not known is left out."""
+    found = {name: value for name, value in request._asdict().items() if value not in (None, "", ())}
+    found["request"] = dict(found.pop("body"))
+    if request.seen is not None:
+        found["outcome"] = {name: value for name, value in found.pop("seen")._asdict().items() if value not in (None, "")}
+    return found
+
+
+def read_trace(path: Path) -> Trace:
+    """A trace, or a list of OpenAI requests. Raises DataError with the line of the first mistake, and for a file without requests."""
+    about: dict[str, Any] = {}
+    requests: list[Request] = []
+    for number, record in json_lines(path):
+        try:
+            if not isinstance(record, dict):
+                raise DataError("it is no JSON object")
+            if "edge_rt_trace" in record:
+                about = _header(record)
+                continue
+            requests.append(_request(record) if "request" in record else _foreign(record, float(len(requests))))
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+    if not requests:
+        raise DataError(f"{path} has no requests")
+    return Trace(tuple(sorted(requests, key=lambda one: one.at)), about)
+
+
+def _header(record: Mapping[str, Any]) -> dict[str, Any]:
+    if record["edge_rt_trace"] != VERSION:
+        raise DataError(f"the trace is of version {record['edge_rt_trace']!r}, and this tool reads {VERSION}")
+    return {name: value for name, value in record.items() if name != "edge_rt_trace"}
+
+
+def _request(record: Mapping[str, Any]) -> Request:
+    known = {"at", "path", "request", "session", "client", "cancel_after", "checks", "kind", "outcome", "answer"}
+    if unknown := sorted(record.keys() - known):
+        raise DataError(f"a request has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    checks = record.get("checks", [])
+    check_checks(checks)
+    return Request(
+        at=_seconds(record, "at") or 0.0,
+        path=_path(record.get("path", PATHS[0])),
+        body=_body(record["request"], record.get("path", PATHS[0])),
+        session=_text(record, "session"),
+        client=_text(record, "client"),
+        cancel_after=_seconds(record, "cancel_after"),
+        checks=tuple(checks),
+        kind=_text(record, "kind") or "",
+        seen=_seen(record["outcome"]) if record.get("outcome") is not None else None,
+        answer=_text(record, "answer"),
+    )
+
+
+def _foreign(record: Mapping[str, Any], at: float) -> Request:
+    """A line of an OpenAI batch file, or a bare body."""
+    if "body" in record:
+        if record.get("method", "POST") != "POST":
+            raise DataError(f"its method is {record['method']!r}; only POST has a body to send")
+        path = _path(record.get("url", PATHS[0]))
+        return Request(at, path, _body(record["body"], path))
+    path = PATHS[0] if "messages" in record else PATHS[1]
+    return Request(at, path, _body(record, path))
+
+
+def _path(value: Any) -> str:
+    if value not in PATHS:
+        raise DataError(f"its path is {value!r}; choose {' or '.join(PATHS)}")
+    return str(value)
+
+
+def _body(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError("its request is no JSON object")
+    wanted = "messages" if path == PATHS[0] else "prompt"
+    if not value.get(wanted):
+        raise DataError(f"its request has no {wanted}")
+    if wanted == "messages" and not (isinstance(value["messages"], list) and all(isinstance(one, dict) for one in value["messages"])):
+        raise DataError("its messages are no list of objects")
+    return {name: one for name, one in value.items() if name not in ("stream", "stream_options")}
+
+
+def _seen(record: Any) -> Seen:
+    if not isinstance(record, dict) or record.get("status") not in STATUSES:
+        raise DataError(f"its outcome has no status of {', '.join(STATUSES)}")
+    return Seen(
+        record["status"], _text(record, "code") or "", _text(record, "finish_reason") or "",
+        _count(record, "prompt_tokens"), _count(record, "completion_tokens"), _seconds(record, "first_token"), _seconds(record, "total"),
+    )  # fmt: skip
+
+
+def _seconds(record: Mapping[str, Any], name: str) -> float | None:
+    value = record.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9):
+        raise DataError(f"{name} is {value!r}; give seconds, 0 or more")
+    return None if value is None else float(value)
+
+
+def _count(record: Mapping[str, Any], name: str) -> int | None:
+    value = record.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise DataError(f"{name} is {value!r}; give a whole number")
+    return value
+
+
+def _text(record: Mapping[str, Any], name: str) -> str | None:
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{name} is {value!r}; give a text")
+    return value
+
+
+def kinds(requests: Iterable[Request]) -> dict[str, int]:
+    """How many requests there are of each kind."""
+    found: dict[str, int] = {}
+    for one in requests:
+        found[one.kind] = found.get(one.kind, 0) + 1
+    return found
