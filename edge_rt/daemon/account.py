@@ -58,7 +58,7 @@ def need(prompt: int, asked: int, max_tokens: int | None, prune: Pruning | None,
 
 @dataclass(eq=False)
 class Promise:
-    """What a request that runs may come to hold. ``session`` is the one it runs in, None for a text that is embedded."""
+    """What a request that runs may come to hold. ``session`` is the one it runs in, None for a text that is only read."""
 
     need: Need
     session: Session | None

@@ -15,7 +15,7 @@ from typing import Any
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.client import PAUSES, connected
-from edge_rt.daemon.conversation import GONE, Answers, Conversation, embed_fields, fields_of, hello_fields
+from edge_rt.daemon.conversation import GONE, Answers, Conversation, embed_fields, fields_of, hello_fields, score_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -107,7 +107,18 @@ class AsyncClient:
         dimensions: int | None = None,
     ) -> list[list[float]]:
         """Embeddings of texts, or of their tokens; see ``Client.embed``."""
-        answers = self._ask("embed", embed_fields(texts, model, pooling, normalize, dimensions))
+        return [one["embedding"] for one in await self._readings("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
+
+    async def score(
+        self, texts: Sequence[str | Sequence[int]], *, before: str | Sequence[ChatMessage] | None = None, model: str | None = None,
+        top: int = 0, beyond: bool = False,
+    ) -> list[Message]:  # fmt: skip
+        """How likely the model finds texts; see ``Client.score``."""
+        events = await self._readings("score", score_fields(texts, before, model, top, beyond))
+        return [score for event in events for score in event["scores"]]
+
+    async def _readings(self, op: str, fields: Message) -> list[Message]:
+        answers = self._ask(op, fields)
         try:
             while not answers.over:
                 await self._wait()
@@ -115,7 +126,7 @@ class AsyncClient:
             if not answers.over and self._writer is not None:
                 self._ask("cancel", {"request": answers.request})
         answers.result()
-        return answers.embeddings
+        return answers.readings
 
     async def saved(self) -> list[Message]:
         """The user's saved sessions; see ``Client.saved``."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.conversation import Answers, Conversation, embed_fields, fields_of, hello_fields
+from edge_rt.daemon.conversation import Answers, Conversation, embed_fields, fields_of, hello_fields, score_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -162,7 +162,22 @@ class Client:
         dimensions: int | None = None,
     ) -> list[list[float]]:
         """Embeddings of texts, or of their tokens; see ``edge_rt.embedding``. ``dimensions``: so many of the first numbers of each."""
-        answers = self._ask("embed", embed_fields(texts, model, pooling, normalize, dimensions))
+        return [one["embedding"] for one in self._readings("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
+
+    def score(
+        self, texts: Sequence[str | Sequence[int]], *, before: str | Sequence[ChatMessage] | None = None, model: str | None = None,
+        top: int = 0, beyond: bool = False,
+    ) -> list[Message]:  # fmt: skip
+        """How likely the model finds texts: of each its ``tokens`` and their natural ``logprobs``. ``before``: a prompt, or messages, that
+        they continue; without it a text's first token is not scored. ``top``: and so many of the likeliest tokens at each place, as
+        (token, log-probability). ``beyond``: and of the place behind the last.
+        """
+        events = self._readings("score", score_fields(texts, before, model, top, beyond))
+        return [score for event in events for score in event["scores"]]
+
+    def _readings(self, op: str, fields: Message) -> list[Message]:
+        """Let texts be read; an event of each."""
+        answers = self._ask(op, fields)
         try:
             while not answers.over:
                 self._flush()
@@ -171,7 +186,7 @@ class Client:
             if not answers.over:
                 self._leave(answers)
         answers.result()
-        return answers.embeddings
+        return answers.readings
 
     def session(self, *, keep: bool = False, context: int | None = None, model: str | None = None) -> Session:
         """Open a session. ``keep``: it outlives this connection for a while. ``model``: the name of one, else the daemon's default."""

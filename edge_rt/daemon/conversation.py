@@ -30,8 +30,8 @@ class Answers:
         self.seq = 0
         """Of the last event received."""
         self.events: deque[Event] = deque()
-        self.embeddings: list[list[float]] = []
-        """Of the texts, in their order."""
+        self.readings: list[Message] = []
+        """Events of texts that are read, in their order."""
         self._end: Message | None = None
         self._acknowledged = 0
 
@@ -150,8 +150,8 @@ class Conversation:
             del self._asked[answers.request]
         elif message["event"] == "stream":
             answers.stream = message["stream"]
-        elif message["event"] == "embedding":
-            answers.embeddings.append(message["embedding"])
+        elif message["event"] in ("embedding", "scored"):
+            answers.readings.append(message)
         elif (event := event_of(message)) is not None:
             answers.events.append(event)
         if answers.due(self._ack_every):
@@ -194,14 +194,28 @@ def embed_fields(
     texts: Sequence[str | Sequence[int]], model: str | None, pooling: str | None, normalize: bool, dimensions: int | None
 ) -> Message:  # fmt: skip
     """The fields of ``embed``. Raises OptionError for texts and tokens together."""
-    fields: Message
+    return {**_texts(texts), "model": model, "pooling": pooling, "normalize": normalize, "dimensions": dimensions}
+
+
+def score_fields(
+    texts: Sequence[str | Sequence[int]], before: str | Sequence[ChatMessage] | None, model: str | None, top: int, beyond: bool
+) -> Message:  # fmt: skip
+    """The fields of ``score``. Raises OptionError for texts and tokens together, and for tokens that continue something."""
+    rest: Message = {"model": model, "top": top, "beyond": beyond}
+    if before is None:
+        return {**_texts(texts), **rest}
+    if not all(isinstance(text, str) for text in texts):
+        raise OptionError("what continues a prompt is given as text; or give the tokens of prompt and continuation together")
+    name, value = ("prompt", before) if isinstance(before, str) else ("messages", [dict(message) for message in before])
+    return {name: value, "continuations": list(texts), **rest}
+
+
+def _texts(texts: Sequence[str | Sequence[int]]) -> Message:
     if all(isinstance(text, str) for text in texts):
-        fields = {"texts": list(texts)}
-    elif not any(isinstance(text, str) for text in texts):
-        fields = {"tokens": [list(tokens) for tokens in texts]}
-    else:
-        raise OptionError("some texts are given as text and some as tokens; ask for them one after the other")
-    return {**fields, "model": model, "pooling": pooling, "normalize": normalize, "dimensions": dimensions}
+        return {"texts": list(texts)}
+    if not any(isinstance(text, str) for text in texts):
+        return {"tokens": [list(tokens) for tokens in texts]}
+    raise OptionError("some texts are given as text and some as tokens; ask for them one after the other")
 
 
 def _sendable(name: str, value: Any) -> Any:

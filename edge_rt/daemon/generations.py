@@ -46,7 +46,7 @@ def _give_way() -> None:
 
 @dataclass(eq=False)
 class Asked:
-    """A generation, or texts to embed: from the moment its command came until its last event was sent.
+    """A generation, or texts to read: from the moment its command came until its last event was sent.
 
     ``credits``: events that may still be sent. ``pieces``: log-probabilities come with the bytes of their tokens. ``name``: of its
     session, None for one of its own.
@@ -128,7 +128,7 @@ class Generations:
         future.add_done_callback(lambda done: self._later({"op": "found", "id": command["id"], "then": partial(then, done.result)}))
 
     def note(self, command: Message) -> None:
-        """A generation, or embeddings, will be asked for; from now on that can be cancelled."""
+        """A generation, or what reads texts, will be asked for; from now on that can be cancelled."""
         self._asked[command["id"]] = Asked(command["id"], command["credits"], command.get("pieces", False))
 
     def cancel(self, request: int) -> None:
@@ -305,8 +305,8 @@ class Generations:
             self._store.noted(one.name, message["context"])
         return self.sent(one, message)
 
-    def embedding(self, command: Message) -> Asked:
-        """Texts to embed, which have no session. Raises Cancelled."""
+    def reading(self, command: Message) -> Asked:
+        """Texts to embed or to score, which have no session. Raises Cancelled."""
         one = self._asked[command["id"]]
         if one.cancelled:
             raise Cancelled("the request was cancelled")

@@ -250,8 +250,23 @@ def _embed(connection: Channel, request: Request, size: int) -> None:
         raise ProtocolError("bad_request", "embed takes texts, or tokens of each; give one of them")
     if not fields.get("texts", fields.get("tokens")):
         raise ProtocolError("option", "there is nothing to embed; give a text")
+    _read_texts(connection, request, size)
+
+
+def _score(connection: Channel, request: Request, size: int) -> None:
+    fields = request.fields
+    given = [name for name in ("texts", "tokens", "prompt", "messages") if name in fields]
+    if len(given) != 1 or ("continuations" in fields) != (given[0] in ("prompt", "messages")):
+        raise ProtocolError("bad_request", "score takes texts, or tokens of each, or a prompt or messages with continuations")
+    if not fields[given[0]] or not fields.get("continuations", True):
+        raise ProtocolError("option", "there is nothing to score; give a text")
+    _read_texts(connection, request, size)
+
+
+def _read_texts(connection: Channel, request: Request, size: int) -> None:
+    """What the model reads and does not continue."""
     hosted = _hosted(connection, request)
-    command = {"op": "embed", **{name: value for name, value in fields.items() if name != "model"}}
+    command = {"op": request.op, **{name: value for name, value in request.fields.items() if name != "model"}}
     connection.server.generate(connection, request, size, hosted, command, None)
 
 
@@ -310,6 +325,7 @@ _RUN: dict[str, Callable[[Channel, Request, int], None]] = {
     "delete_saved": _delete_saved,
     "generate": _generate,
     "embed": _embed,
+    "score": _score,
     "cancel": _cancel,
     "resume": _resume,
     "ack": _ack,

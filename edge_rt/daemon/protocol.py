@@ -139,6 +139,10 @@ OPS: Mapping[str, Mapping[str, str]] = {
         "session": "text", "model": "text", "prompt": "text", "messages": "maps", "options": "map", "priority": "text", "resumable": "flag",
     },
     "embed": {"texts": "texts", "tokens": "id lists", "model": "text", "pooling": "text", "normalize": "flag", "dimensions": "id"},
+    "score": {
+        "texts": "texts", "tokens": "id lists", "prompt": "text", "messages": "maps", "continuations": "texts", "model": "text",
+        "top": "id", "beyond": "flag", "pieces": "flag",
+    },
     "cancel": {"request": "id!"},
     "resume": {"stream": "text!", "after": "id!"},
     "ack": {"stream": "text!", "seq": "id!"},

@@ -213,6 +213,8 @@ class Server:
             self.measures.tokens(stream, len(message["tokens"]) + message.get("concealed", 0), self.now())
         elif message.get("event") == "embedding":
             self.count("tokens", "embedded_tokens", message["tokens"])
+        elif message.get("event") == "scored":
+            self.count("tokens", "scored_tokens", sum(len(one["tokens"]) for one in message["scores"]))
         elif message.get("event") == "done":
             count_done(self.counts, message)
         sent = stream.add(message)

@@ -21,7 +21,7 @@ from edge_rt.limits import sustained
 
 if TYPE_CHECKING:
     from edge_rt.core.decode.batch import Batch
-    from edge_rt.daemon.embeddings import Embeddings
+    from edge_rt.daemon.readings import Readings
     from edge_rt.rules import RuleFile
     from edge_rt.runtime import Model
 
@@ -44,7 +44,7 @@ class Serving:
         self._send = send
         self._model: Model | None = None
         self._batch: Batch | None = None
-        self._embeddings: Embeddings | None = None
+        self._readings: Readings | None = None
         self._rules: RuleFile | None = None
         self._store: Store | None = None
         self._reported = ("", 0.0)
@@ -52,14 +52,14 @@ class Serving:
         self._held, self._held_due, self._sustained_due = (0, 0), 0.0, 0.0
 
     def step(self) -> bool:
-        """One step for those who generate, and what fits beside it for those who embed; False if nobody can go on."""
+        """One step for those who generate, and what fits beside it for those whose texts are read; False if nobody can go on."""
         self.beats += 1
         if self._batch is None:
             return False
         moved = self._batch.step()
-        if self._embeddings is not None:
+        if self._readings is not None:
             room, started = self._batch.room(), time.perf_counter()
-            moved = self._embeddings.step(room) or moved
+            moved = self._readings.step(room) or moved
             self._batch.waited(time.perf_counter() - started)
         return self._settle() or moved
 
@@ -303,15 +303,15 @@ class Serving:
         self._warm()
         self.generations.generate(command)
 
-    def _embed(self, command: Message) -> None:
-        one = self.generations.embedding(command)
+    def _read(self, command: Message) -> None:
+        one = self.generations.reading(command)
         self._warm()
-        if self._embeddings is None:
-            from edge_rt.daemon.embeddings import Embeddings
+        if self._readings is None:
+            from edge_rt.daemon.readings import Readings
 
             say, ended, line = self.generations.sent, self.generations.answered, self.generations.line
-            self._embeddings = Embeddings(self._opened, self._account, line, say, ended)
-        self._embeddings.add(one, command)
+            self._readings = Readings(self._opened, self._account, line, say, ended)
+        self._readings.add(one, command)
 
     def _warm(self) -> None:
         """Somebody asks again."""
@@ -346,7 +346,8 @@ _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
     "save_session": Serving._save_session,
     "restore_session": Serving._restore_session,
     "generate": Serving._generate,
-    "embed": Serving._embed,
+    "embed": Serving._read,
+    "score": Serving._read,
     "resume": Serving._resume,
     "cancel": Serving._cancel,
     "drop": Serving._drop,

@@ -111,7 +111,7 @@ class Worker:
                 beats = serving.beats + resource.getrusage(resource.RUSAGE_SELF).ru_majflt  # who waits for a disk gets on, too
                 self._send({"beats": beats, "idle": idle, "expected": serving.expected})
             case op:
-                if op in ("generate", "embed"):
+                if op in ("generate", "embed", "score"):
                     generations.note(command)
                 elif op == "cancel":
                     generations.cancel(command["request"])

@@ -21,7 +21,7 @@ from edge_rt.daemon.account import Account
 from edge_rt.daemon.aclient import AsyncClient
 from edge_rt.daemon.admission import Line
 from edge_rt.daemon.client import Client
-from edge_rt.daemon.embeddings import Embeddings
+from edge_rt.daemon.readings import Readings
 from edge_rt.daemon.store import Store
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
 from edge_rt.registry import Registry
@@ -51,7 +51,7 @@ class Asks:
     def __init__(self, model):
         self.model, self.said, self.ended, self.asked = model, {}, {}, {}
         account = unlimited(model)
-        self.work = Embeddings(model, account, Line(account, *[None] * 3, lambda short: None), self.say, self.end)
+        self.work = Readings(model, account, Line(account, *[None] * 3, lambda short: None), self.say, self.end)
 
     def end(self, command, error, answer):
         self.ended[command["id"]] = error or answer
@@ -63,7 +63,7 @@ class Asks:
 
     def add(self, name, credits=10**6, **command):
         self.said[name], self.asked[name] = [], SimpleNamespace(id=name, credits=credits, cancelled=False)
-        self.work.add(self.asked[name], {"id": name, **command})
+        self.work.add(self.asked[name], {"id": name, "op": "embed", **command})
 
     def rows(self, name):
         assert [one["index"] for one in self.said[name]] == list(range(len(self.said[name])))
@@ -183,7 +183,7 @@ def test_an_engine_that_makes_none(model):
 
     mute = SimpleNamespace(file=model.file, engine=Mute(), prefixes=model.prefixes)
     with pytest.raises(OptionError, match="makes no embeddings"):
-        Embeddings(mute, None, None, None, None).add(None, {"texts": ["a"]})
+        Readings(mute, None, None, None, None).add(None, {"op": "embed", "texts": ["a"]})
 
 
 # ---- beside generations ----------------------------------------------------------------------------------------------

@@ -39,49 +39,11 @@ def text_logits(engine: Engine, lock: AbstractContextManager[object], tokens: Se
     return np.concatenate(rows)
 
 
-def continuation_logprobs(
-    engine: Engine, lock: AbstractContextManager[object], tokens: Sequence[int], continuations: Sequence[Sequence[int]]
-) -> list[npt.NDArray[np.float64]]:
-    """Natural log-probabilities of every token of each continuation of the same ``tokens``, which are computed once.
+def chosen_logprobs(rows: npt.NDArray[np.float32], tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+    """The natural log-probability of a token in each row: of logits float32 [n, n_vocab], float64 [n].
 
-    Raises ContextError, OptionError where there are no tokens or one is out of range, NativeError for logits that are no numbers.
+    Raises NativeError for logits with NaN or +inf.
     """
-    if not tokens:
-        raise OptionError("a continuation of nothing has no likelihood; give at least one token before it")
-    with lock:
-        sequence = engine.new_sequence()
-        try:
-            for start in range(0, len(tokens), LOGITS_CHUNK):
-                last = start + LOGITS_CHUNK >= len(tokens)
-                (part,) = engine.step([Part(sequence, tokens[start : start + LOGITS_CHUNK], "last" if last else "none")])
-            assert part is not None, "the last row was asked for"
-            first = np.array(part)
-            return [_continued(engine, sequence, len(tokens), first, one) for one in continuations]
-        finally:
-            engine.free_sequence(sequence)
-
-
-def _continued(
-    engine: Engine, sequence: int, length: int, first: npt.NDArray[np.float32], continuation: Sequence[int]
-) -> npt.NDArray[np.float64]:
-    """Of one of them, in a sequence of its own. ``first`` [1, n_vocab]: what is said before its first token."""
-    found = [_chosen(first, continuation[:1])]
-    fork = engine.fork_sequence(sequence, length)
-    try:
-        for start in range(0, len(continuation) - 1, LOGITS_CHUNK):
-            fed = continuation[start : min(start + LOGITS_CHUNK, len(continuation) - 1)]
-            (part,) = engine.step([Part(fork, fed, "all")])
-            assert part is not None, "all rows were asked for"
-            found.append(_chosen(np.asarray(part), continuation[start + 1 : start + 1 + len(fed)]))
-    finally:
-        engine.free_sequence(fork)
-    return np.concatenate(found)
-
-
-def _chosen(rows: npt.NDArray[np.float32], tokens: Sequence[int]) -> npt.NDArray[np.float64]:
-    """log p of a token in each row."""
-    if any(not 0 <= token < rows.shape[1] for token in tokens):
-        raise OptionError(f"a token is out of range; this model has tokens 0 to {rows.shape[1] - 1}")
     if not len(tokens):
         return np.empty(0)
     shifted, total = _shifted(rows)

@@ -15,7 +15,7 @@ from edge_rt.daemon.http.tool_calls import Call, ToolCalls
 Json = dict[str, Any]
 
 _REASONS = {"end_of_generation": "stop", "stop_string": "stop", "max_tokens": "length", "context_full": "length"}
-_IMPOSSIBLE = -9999.0
+IMPOSSIBLE = -9999.0
 """What OpenAI says for minus infinity, which JSON has not."""
 
 
@@ -156,4 +156,4 @@ class Answer:
 
 
 def _scored(piece: bytes, logprob: float | None) -> Json:
-    return {"token": piece.decode(errors="replace"), "logprob": _IMPOSSIBLE if logprob is None else logprob, "bytes": list(piece)}
+    return {"token": piece.decode(errors="replace"), "logprob": IMPOSSIBLE if logprob is None else logprob, "bytes": list(piece)}

@@ -75,7 +75,7 @@ def chat(body: Mapping[str, Any]) -> Asked:
     _response_format(given.get("response_format", {}), options)
     if names and "json_schema" in options:
         raise wrong("response_format", "a response format leaves no room for a call; give tools or a response_format")
-    fields = {"messages": [_message(i, message) for i, message in enumerate(given["messages"])]}
+    fields = {"messages": messages_of(given["messages"])}
     return _asked(body, given, fields, options, chat=True, rivals=rivals, tools=names)
 
 
@@ -196,6 +196,11 @@ def _response_format(given: Mapping[str, Any], options: dict[str, Any]) -> None:
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def messages_of(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as chat templates have them. Raises ApiError."""
+    return [_message(i, message) for i, message in enumerate(given)]
 
 
 def _message(i: int, given: Mapping[str, Any]) -> dict[str, Any]:

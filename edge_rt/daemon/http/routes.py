@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from edge_rt.daemon.http import answer, body, embeddings, facts, files, metrics, request
+from edge_rt.daemon.http import answer, body, embeddings, facts, files, metrics, request, scores
 from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
 from edge_rt.errors import ProtocolError
 
@@ -139,11 +139,30 @@ def _embeddings(exchange: Exchange) -> None:
     embeddings.Embedding(exchange, asked, hosted.name).start()
 
 
+def _score(exchange: Exchange, asked: scores.Asked, *, echo: bool) -> None:
+    hosted, adapter = _answering(exchange.server, asked.model)
+    if adapter is not None:
+        raise wrong("model", f"scores come from a model without an adapter; name {hosted.name}")
+    scores.Scores(exchange, asked, hosted.name, echo=echo).start()
+
+
+def _scores(exchange: Exchange) -> None:
+    _score(exchange, scores.read_score(body.parse(exchange.body)), echo=False)
+
+
+def _complete(exchange: Exchange) -> None:
+    given = body.parse(exchange.body)
+    if scores.echoes(given):
+        _score(exchange, scores.read_echo(given), echo=True)
+    else:
+        _generate(request.completion, exchange, given)
+
+
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange) -> None:
-    asked = read(body.parse(exchange.body))
+def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange, given: dict[str, Any] | None = None) -> None:
+    asked = read(body.parse(exchange.body) if given is None else given)
     hosted, adapter = _answering(exchange.server, asked.model)
     if adapter is not None:
         asked = request.through(asked, hosted.name, adapter)
@@ -233,7 +252,8 @@ ROUTES = (
     Route("/v1/models", "GET", _models),
     Route("/v1/models/{model}", "GET", _one_model),
     Route("/v1/chat/completions", "POST", partial(_generate, request.chat)),
-    Route("/v1/completions", "POST", partial(_generate, request.completion)),
+    Route("/v1/completions", "POST", _complete),
+    Route("/edge-rt/score", "POST", _scores),
     Route("/v1/embeddings", "POST", _embeddings),
 )
 PREFLIGHT = Route("preflight", "OPTIONS", _preflight, needs_key=False)

@@ -66,29 +66,10 @@ class InProcess:
 
     def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
         """See Engine."""
-        if isinstance(before, str):
-            rows = [[*self._beginning(), *self.model.tokenize(before + option, bos=False)] for option in options]
-            shared = min(len(_shared(rows)), *(len(row) - 1 for row in rows))
-        else:
-            prompt = self.model.prompt_tokens(list(before))
-            rows, shared = [[*prompt, *self.model.tokenize(option, bos=False)] for option in options], len(prompt)
-        found = self.model.continuation_logprobs(rows[0][:shared], [row[shared:] for row in rows])
-        return [float(one.sum()) for one in found]
-
-    def _beginning(self) -> list[int]:
-        """What a text's first token is told from: the mark of a beginning where the vocabulary puts one, else a new line."""
-        return list(self.model.tokenize("") or self.model.tokenize("\n"))
+        tokens, continuations = self.model.continuations(before if isinstance(before, str) else list(before), options)
+        return [float(one.sum()) for one in self.model.continuation_logprobs(tokens, continuations)]
 
     def close(self) -> None:
         """Let go of the model."""
         self.model.close()
 
-
-def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
-    """What all begin with."""
-    found = []
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        found.append(tokens[0])
-    return found
