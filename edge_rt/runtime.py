@@ -239,18 +239,26 @@ class Model:
 
         return text_logits(self.engine, self.lock, tokens)
 
+    @property
+    def template(self) -> str:
+        """12 hexadecimal digits that tell this model's chat template from others: a changed one asks the model otherwise."""
+        import hashlib
+
+        return hashlib.sha256(str(self.file.header.get("tokenizer.chat_template")).encode()).hexdigest()[:12]
+
     def continuations(self, before: str | Sequence[Message], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Tokens of what comes before all of the ``texts``, and of each: behind a text, or as answers to messages.
 
-        A text and what continues it are tokenised as one, so what all begin with is among what comes before; at least a text's last token
-        is its own. Raises ConstraintError, OptionError.
+        A text and what continues it are tokenised as one: where that changes the text's last tokens, they count with what continues it.
+        Raises ConstraintError, OptionError.
         """
         from edge_rt.core.decode.scoring import divided
 
         if not isinstance(before, str):
             return self.prompt_tokens(before), [self.vocab.tokenize(text, bos=False) for text in texts]
         start = self.vocab.tokenize("") or self.vocab.tokenize("\n")  # a first token is told from something too
-        return divided([[*start, *self.vocab.tokenize(before + text, bos=False)] for text in texts])
+        alone, *rows = ([*start, *self.vocab.tokenize(text, bos=False)] for text in (before, *(before + text for text in texts)))
+        return divided(alone, rows)
 
     def continuation_logprobs(self, tokens: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float64]]:
         """Natural log-probabilities of every token of each continuation of the same ``tokens``, which are computed once.

@@ -258,7 +258,7 @@ def _score(connection: Channel, request: Request, size: int) -> None:
     given = [name for name in ("texts", "tokens", "prompt", "messages") if name in fields]
     if len(given) != 1 or ("continuations" in fields) != (given[0] in ("prompt", "messages")):
         raise ProtocolError("bad_request", "score takes texts, or tokens of each, or a prompt or messages with continuations")
-    if not fields[given[0]] or not fields.get("continuations", True):
+    if not fields.get("continuations", fields[given[0]]) or fields.get("messages") == []:
         raise ProtocolError("option", "there is nothing to score; give a text")
     _read_texts(connection, request, size)
 

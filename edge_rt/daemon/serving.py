@@ -159,7 +159,7 @@ class Serving:
             "path": str(model.file.path), "engine": info.engine, "device": info.device, "architecture": info.architecture,
             "context": info.max_context, "vocabulary": info.n_vocab, "notices": list(model.notices),
             "adapters": list(model.adapters.names), "compensation": dict(model.compensation.facts) if model.compensation else None,
-            "needs": self._needs(command),
+            "needs": self._needs(command), "template": model.template,
         }  # fmt: skip
 
     def _needs(self, command: Message) -> Message:

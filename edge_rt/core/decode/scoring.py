@@ -134,11 +134,13 @@ def _relieved(relieve: Callable[[], bool], work: Callable[[], _T]) -> _T:
         return work()
 
 
-def divided(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """Token rows, which have two tokens or more, as what all begin with and the rest of each, which is never empty."""
-    most = min(map(len, rows)) - 1
-    shared = next((at for at in range(most) if len({row[at] for row in rows}) > 1), most)
-    return list(rows[0][:shared]), [list(row[shared:]) for row in rows]
+def divided(before: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Token rows of texts that begin with the same text, which alone has the tokens ``before``: what all keep of it, and the rest of each,
+    which is never empty. Where a text goes on, its tokens may be others than those of its beginning.
+    """
+    most = min(len(before), *(len(row) - 1 for row in rows))
+    shared = next((at for at in range(most) if any(row[at] != before[at] for row in rows)), most)
+    return list(before[:shared]), [list(row[shared:]) for row in rows]
 
 
 def continuation_logprobs(

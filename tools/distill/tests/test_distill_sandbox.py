@@ -54,7 +54,7 @@ class Oracle:
     """Answers as the item's author would: all, or with ``share`` only some of the items, the others as badly as can be."""
 
     def __init__(self, suites: Sequence[Suite], share: float = 1.0) -> None:
-        self.facts = Facts("oracle", "test", "")
+        self.facts, self.scores = Facts("oracle", "test", ""), True
         dice = random.Random(1)
         self.items = [(item, dice.random() < share) for suite in suites for item in suite.items]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from edge_rt.hooks import OptionError, resolve_model
 from edge_rt_distill.data.answers import Answer
 from edge_rt_distill.sandbox.items import Message
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class Facts(NamedTuple):
     """What a result is of. ``model``: its file's name. ``engine``: who ran it. ``template``: of the prompts' form: another is another
-    variant in every comparison."""
+    variant in every comparison; "" where that is not known."""
 
     model: str
     engine: str
@@ -31,18 +31,29 @@ class Engine(Protocol):
         """What it is."""
         ...
 
+    @property
+    def scores(self) -> bool:
+        """Whether it gives likelihoods; else items that compare options cannot be asked."""
+        ...
+
     def answer(self, messages: Sequence[Message], tokens: int) -> Answer:
         """The greedy answer of at most so many tokens."""
         ...
 
     def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
-        """The log-likelihood in nats of each option behind a text, or as the answer to messages. What all options begin with behind a
-        text counts in none."""
+        """The log-likelihood in nats of each option behind a text, or as the answer to messages. Only their differences mean something:
+        tokens of the text that an option changes count with it or not."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
         ...
 
 
 class InProcess:
     """A GGUF in edge-rt, or with ``engine="llama_cpp"`` in llama.cpp, in this process. Close it."""
+
+    scores = True
 
     def __init__(self, path: Path, *, engine: str | None = None, compensation: str = "auto", context: int = 2048) -> None:
         """Raises what ``edge_rt.open`` raises."""
@@ -54,8 +65,7 @@ class InProcess:
     @property
     def facts(self) -> Facts:
         """See Engine."""
-        template = self.model.file.header.get("tokenizer.chat_template")
-        return Facts(self.path.name, self.model.info.engine, hashlib.sha256(str(template).encode()).hexdigest()[:12])
+        return Facts(self.path.name, self.model.info.engine, self.model.template)
 
     def answer(self, messages: Sequence[Message], tokens: int) -> Answer:
         """See Engine."""
@@ -73,3 +83,23 @@ class InProcess:
         """Let go of the model."""
         self.model.close()
 
+
+def open_engine(
+    target: str, *, engine: str | None = None, model: str | None = None, key_file: Path | None = None, context: int = 2048
+) -> Engine:
+    """Whoever is to answer: a GGUF or a name of one, a folder of Hugging Face's, or the address of a server (``http://``, ``https://`` or
+    ``unix:``). ``engine``: who runs a GGUF. ``model``, ``key_file``: of a server. Raises OptionError, and what opening it raises.
+    """
+    if target.startswith(("http://", "https://", "unix:")):
+        from edge_rt_distill.sandbox.endpoint import Endpoint
+
+        if engine is not None:
+            raise OptionError(f"a server runs its model with an engine of its own; leave --engine {engine} out")
+        return Endpoint(target, model=model, key_file=key_file)
+    if model is not None or key_file is not None:
+        raise OptionError(f"--model-name and --key-file are of servers, and {target} is none; give an address such as http://127.0.0.1:8080")
+    if Path(target).is_dir():
+        from edge_rt_distill.sandbox.hugging_face import HuggingFace
+
+        return HuggingFace(Path(target))
+    return InProcess(resolve_model(Path(target)), engine=engine, context=context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,20 @@ from edge_rt_distill.plots import Axes, heat_map, radar
 from edge_rt_distill.sandbox.items import Item
 from edge_rt_distill.sandbox.metrics import METRICS
 from edge_rt_distill.sandbox.running import Outcome, Results
-from edge_rt_distill.sandbox.scores import OTHER_PROMPTS, Comparison, Kept, cells, compare
+from edge_rt_distill.sandbox.scores import Comparison, Kept, cells, compare, notes
 from edge_rt_distill.sandbox.suites import Suite
 
 
-def write_report(teacher: Results, student: Results, suites: Sequence[Suite], out: Path) -> None:
-    """Raises DataError for results that do not fit, UserError where it cannot be written."""
-    write_file(out, render(teacher, student, suites))
+def write_report(
+    teacher: Results, student: Results, suites: Sequence[Suite], out: Path, weights: Mapping[str, float] | None = None
+) -> None:  # fmt: skip
+    """``weights`` as in ``compare``. Raises DataError for results that do not fit, UserError where it cannot be written."""
+    write_file(out, render(teacher, student, suites, weights))
 
 
-def render(teacher: Results, student: Results, suites: Sequence[Suite]) -> str:
+def render(teacher: Results, student: Results, suites: Sequence[Suite], weights: Mapping[str, float] | None = None) -> str:
     """The page."""
-    found = compare(teacher, student, suites)
+    found = compare(teacher, student, suites, weights)
     title = f"What {student.facts.model} kept of {teacher.facts.model}"
     return page(title, [f"<h1>{text(title)}</h1>", *_summary(teacher, student, found), *_pictures(teacher, student, suites, found),
                         "<h2>Items</h2>", *_items(teacher, student, suites)])  # fmt: skip
@@ -38,8 +40,7 @@ def _summary(teacher: Results, student: Results, found: Comparison) -> Iterator[
     rows = [[name, one.facts.model, one.facts.engine, one.facts.template, round(one.seconds)] for name, one in
             (("teacher", teacher), ("student", student))]  # fmt: skip
     yield table(["", "model", "engine", "prompts", "seconds"], rows)
-    if teacher.facts.template != student.facts.template:
-        yield f"<p>{text(OTHER_PROMPTS)}</p>"
+    yield from (f"<p>{text(note)}</p>" for note in notes(teacher, student))
     for what, some in (("metric", found.metrics), ("domain", found.domains)):
         yield table([what, "teacher", "student", "kept", "cells that count"], [_row(name, one) for name, one in some.items()])
 
@@ -65,7 +66,7 @@ def _items(teacher: Results, student: Results, suites: Sequence[Suite]) -> Itera
     before, after = ({(one.domain, one.item): one for one in results.outcomes} for results in (teacher, student))
     for suite in suites:
         for metric in METRICS:
-            asked = [item for item in suite.items if item.metric == metric and (suite.name, item.id) in before]
+            asked = [item for item in suite.items if item.metric == metric and (suite.name, item.id) in before.keys() & after.keys()]
             if not asked:
                 continue
             both = [(item, before[suite.name, item.id], after[suite.name, item.id]) for item in asked]

@@ -32,24 +32,34 @@ class Outcome(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All outcomes of a model. ``suites``: a digest of each, which two results that are compared share."""
+    """All outcomes of a model. ``suites``: a digest of each, which two results that are compared share. ``left_out``: items that its engine
+    could not be asked, because it gives no likelihoods. ``judge``: who graded the answers in place of the items' checks, "" for the checks.
+    """
 
     facts: Facts
     suites: Mapping[str, str]
     outcomes: tuple[Outcome, ...]
     seconds: float
+    left_out: int = 0
+    judge: str = ""
 
 
 def run(engine: Engine, suites: Sequence[Suite], split: str = "steer", told: Told = quiet) -> Results:
-    """Ask everything. ``told``: items done, and all; it may stop the run by raising. Raises what the engine raises."""
+    """Ask everything that the engine can be asked. ``told``: items done, and all; it may stop the run by raising. Raises DataError if
+    nothing is left to ask, what the engine raises.
+    """
     begun = time.perf_counter()
-    asked = [(suite.name, item) for suite in suites for item in suite.items if item.split in SPLITS[split]]
+    wanted = [(suite.name, item) for suite in suites for item in suite.items if item.split in SPLITS[split]]
+    asked = [one for one in wanted if engine.scores or not one[1].options]
+    if not asked:
+        raise DataError("there is nothing to ask: no item of the split, or only options to an engine that gives no likelihoods")
     outcomes = []
     for done, (domain, item) in enumerate(asked, 1):
         value, said = _ASK[item.form](engine, item)
         outcomes.append(Outcome(domain, item.id, value, said))
         told(done, len(asked))
-    return Results(engine.facts, {suite.name: digest(suite) for suite in suites}, tuple(outcomes), time.perf_counter() - begun)
+    seconds, digests = time.perf_counter() - begun, {suite.name: digest(suite) for suite in suites}
+    return Results(engine.facts, digests, tuple(outcomes), seconds, len(wanted) - len(asked))
 
 
 def digest(suite: Suite) -> str:
@@ -96,6 +106,7 @@ def write_results(path: Path, results: Results) -> None:
     """Raises UserError."""
     record = {
         "version": VERSION, **results.facts._asdict(), "suites": dict(results.suites), "seconds": round(results.seconds, 1),
+        "left_out": results.left_out, "judge": results.judge,
         "outcomes": [one._asdict() for one in results.outcomes],
     }  # fmt: skip
     write_file(path, json.dumps(record, ensure_ascii=False, indent=1))
@@ -109,6 +120,7 @@ def read_results(path: Path) -> Results:
             raise DataError(f"{path} has results of version {record['version']}, and this tool reads {VERSION}; evaluate the model again")
         outcomes = tuple(Outcome(one["domain"], one["item"], float(one["value"]), tuple(one["said"])) for one in record["outcomes"])
         facts = Facts(record["model"], record["engine"], record["template"])
-        return Results(facts, dict(record["suites"]), outcomes, float(record["seconds"]))
+        seconds, left_out, judge = float(record["seconds"]), int(record.get("left_out", 0)), str(record.get("judge", ""))
+        return Results(facts, dict(record["suites"]), outcomes, seconds, left_out, judge)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no file of results ({error!r}); write one with `edge-rt eval run MODEL -o FILE`") from error

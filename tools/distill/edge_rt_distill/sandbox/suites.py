@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.data.json_lines import json_lines
+from edge_rt_distill.data.json_lines import json_lines, read_text
 from edge_rt_distill.sandbox.items import Item, parse
 from edge_rt_distill.sandbox.judging import chance, judge_answer, judge_turns
 from edge_rt_distill.sandbox.metrics import DOMAINS, METRICS
@@ -33,19 +33,37 @@ def built_in(names: Sequence[str] = DOMAINS) -> list[Suite]:
 
 
 def read_suite(path: Path) -> Suite:
-    """A suite from JSONL, or from YAML with a list of items. Raises DataError with the first mistake, its line or place and the reason."""
+    """A suite from JSONL, an item a line, or YAML, a list of items. Raises DataError with the first mistake, its line and the reason."""
     items: list[Item] = []
-    for number, record in json_lines(path):
+    for place, record in _yaml(path) if path.suffix in (".yaml", ".yml") else _json(path):
         try:
             items.append(parse(record))
         except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
+            raise DataError(f"{path}, {place}: {error}") from None
     twice = [id for id, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
         raise DataError(f"{path}: there are two items {twice[0]}; each has an id of its own")
     if not items:
         raise DataError(f"{path} has no items")
     return Suite(path.stem, tuple(items))
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"line {number}", record) for number, record in json_lines(path))
+
+
+def _yaml(path: Path) -> Iterator[tuple[str, Any]]:
+    """Items with the lines they begin on."""
+    import yaml
+
+    try:
+        node = yaml.compose(text := read_text(path), yaml.SafeLoader)
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.SequenceNode):
+        raise DataError(f"{path} has no list of items; write each as `- id: ...`")
+    return ((f"line {one.start_mark.line + 1}", record) for one, record in zip(node.value, found, strict=True))
 
 
 class Told(NamedTuple):
