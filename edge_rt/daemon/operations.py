@@ -331,6 +331,7 @@ _RUN: dict[str, Callable[[Channel, Request, int], None]] = {
     "ack": _ack,
     "tokenize": _tokenize,
     "detokenize": _tokenize,
+    "tokenizer": _tokenize,
     "status": _status,
     "metrics": _metrics,
     "reload_rules": _reload_rules,

@@ -208,10 +208,10 @@ class Serving:
         return self._store
 
     def _tokenize(self, command: Message) -> Message | None:
-        text, special = command["text"], command.get("special", False)
+        text, how = command["text"], {"special": command.get("special", False), "bos": command.get("bos")}
         if len(text) < LONG:
-            return {"tokens": self._opened.tokenize(text, special=special)}
-        self.generations.on_another_thread(command, lambda: {"tokens": self._opened.tokenize(text, special=special)}, lambda found: found())
+            return {"tokens": self._opened.tokenize(text, **how)}
+        self.generations.on_another_thread(command, lambda: {"tokens": self._opened.tokenize(text, **how)}, lambda found: found())
         return None
 
     def _found(self, command: Message) -> Message | None:
@@ -221,6 +221,11 @@ class Serving:
 
     def _detokenize(self, command: Message) -> Message:
         return {"text": self._opened.detokenize(command["tokens"])}
+
+    def _tokenizer(self, command: Message) -> Message:
+        vocab = self._opened.vocab
+        bos, eos = (None if one is None else vocab.piece(one, special=True).decode(errors="replace") for one in (vocab.bos, vocab.eos))
+        return {"bos": bos, "eos": eos, "template": vocab.chat_template(), "tokens": vocab.n_tokens}
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -335,6 +340,7 @@ _WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
     "reload_rules": Serving._reload_rules,
     "tokenize": Serving._tokenize,
     "detokenize": Serving._detokenize,
+    "tokenizer": Serving._tokenizer,
     "found": Serving._found,
     "memory": Serving._memory,
     "allow": Serving._allow,

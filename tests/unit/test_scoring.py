@@ -275,3 +275,20 @@ def test_continuations_over_http(daemon, peer):
     assert [one["pieces"] for one in behind] == [list("iver"), list("oad")]
     for wrong in ({**body, "prompt": "a"}, {"continuations": ["a"]}, {**body, "continuations": []}, {**body, "top_logprobs": -1}):
         assert peer.post("/edge-rt/score", wrong).status == 400
+
+
+def test_tokens_as_evaluation_tools_ask_for_them(daemon, peer):
+    with daemon.client() as client:
+        whole = client.call("tokenize", text="ab")["tokens"]
+        assert client.call("tokenize", text="ab", bos=False)["tokens"] == whole[1:]
+        told = client.call("tokenizer")
+    assert peer.post("/tokenize", {"prompt": "ab"}).json == {"tokens": whole, "count": 3}
+    bare = peer.post("/tokenize", {"prompt": "ab", "add_special_tokens": False}).json["tokens"]
+    assert bare == whole[1:]
+    assert peer.post("/detokenize", {"tokens": bare}).json == {"prompt": "ab"}
+    info = peer.get("/tokenizer_info").json
+    assert (info["bos_token"], info["eos_token"], info["vocab_size"]) == (told["bos"], told["eos"], told["tokens"])
+    assert peer.post("/tokenize", {"prompt": told["bos"], "add_special_tokens": False}).json["tokens"] == whole[:1]
+    for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": 3}), ("/detokenize", {"tokens": ["a"]})):
+        assert peer.post(path, body).status == 400
+    assert peer.post("/tokenize", {"prompt": "a", "model": "nobody"}).status == 404

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from edge_rt.daemon.http import answer, body, embeddings, facts, files, metrics, request, scores
+from edge_rt.daemon.http import answer, body, embeddings, facts, files, metrics, models, request, scores, tokens
 from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
 from edge_rt.errors import ProtocolError
 
@@ -87,13 +86,8 @@ def _shown(hosted: Hosted, adapter: str | None = None) -> dict[str, Any]:
         created = int(Path(hosted.spec.model if adapter is None else hosted.adapters[adapter]).stat().st_mtime)
     except OSError:
         created = 0  # it was moved away
-    found = {"id": _called(hosted, adapter), "object": "model", "created": created, "owned_by": "edge-rt"}
+    found = {"id": models.called(hosted, adapter), "object": "model", "created": created, "owned_by": "edge-rt"}
     return found if adapter is None else {**found, "parent": hosted.name}
-
-
-def _called(hosted: Hosted, adapter: str | None) -> str:
-    """The name of a model, or of a model with an adapter, which clients see as one more model."""
-    return hosted.name if adapter is None else f"{hosted.name}:{adapter}"
 
 
 def _models(exchange: Exchange) -> None:
@@ -102,45 +96,19 @@ def _models(exchange: Exchange) -> None:
 
 
 def _one_model(exchange: Exchange) -> None:
-    exchange.connection.respond_json(_shown(*_named(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
-
-
-def _named(server: Server, name: str | None) -> tuple[Hosted, str | None]:
-    """The model that a request names, or the default, and the adapter in ``NAME:ADAPTER``. Raises ApiError, ProtocolError: no_model."""
-    try:
-        return server.models.find(name), None
-    except ProtocolError as error:
-        if name is None or not server.models.names:
-            raise
-        model, _, adapter = name.rpartition(":")
-        with suppress(ProtocolError):
-            if model and adapter in (found := server.models.find(model)).adapters:
-                return found, adapter
-        message = f"there is no model {name!r:.80} here; name one of {server.models.names}"
-        raise ApiError(404, message, "model_not_found", param="model") from error
-
-
-def _answering(server: Server, name: str | None) -> tuple[Hosted, str | None]:
-    """The same, if it can answer soon. Raises ApiError while it is being opened and nobody waits for it yet."""
-    hosted, adapter = _named(server, name)
-    worker = hosted.supervisor.status()
-    if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
-        share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
-        message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
-        raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
-    return hosted, adapter
+    exchange.connection.respond_json(_shown(*models.named(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
 
 
 def _embeddings(exchange: Exchange) -> None:
     asked = embeddings.read(body.parse(exchange.body))
-    hosted, adapter = _answering(exchange.server, asked.model)
+    hosted, adapter = models.answering(exchange.server, asked.model)
     if adapter is not None:
         raise wrong("model", f"embeddings come from a model without an adapter; name {hosted.name}")
     embeddings.Embedding(exchange, asked, hosted.name).start()
 
 
 def _score(exchange: Exchange, asked: scores.Asked, *, echo: bool) -> None:
-    hosted, adapter = _answering(exchange.server, asked.model)
+    hosted, adapter = models.answering(exchange.server, asked.model)
     if adapter is not None:
         raise wrong("model", f"scores come from a model without an adapter; name {hosted.name}")
     scores.Scores(exchange, asked, hosted.name, echo=echo).start()
@@ -163,10 +131,10 @@ def _complete(exchange: Exchange) -> None:
 
 def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange, given: dict[str, Any] | None = None) -> None:
     asked = read(body.parse(exchange.body) if given is None else given)
-    hosted, adapter = _answering(exchange.server, asked.model)
+    hosted, adapter = models.answering(exchange.server, asked.model)
     if adapter is not None:
         asked = request.through(asked, hosted.name, adapter)
-    _Generation(exchange, asked, hosted.name, _called(hosted, adapter), request.headers(asked.ignored)).start()
+    _Generation(exchange, asked, hosted.name, models.called(hosted, adapter), request.headers(asked.ignored)).start()
 
 
 class _Generation:
@@ -255,5 +223,8 @@ ROUTES = (
     Route("/v1/completions", "POST", _complete),
     Route("/edge-rt/score", "POST", _scores),
     Route("/v1/embeddings", "POST", _embeddings),
+    Route("/tokenize", "POST", tokens.tokenize),
+    Route("/detokenize", "POST", tokens.detokenize),
+    Route("/tokenizer_info", "GET", tokens.info),
 )
 PREFLIGHT = Route("preflight", "OPTIONS", _preflight, needs_key=False)
