@@ -130,9 +130,12 @@ def _placed(headers: Sequence[Mapping[str, Any]], requests: Iterable[tuple[Mappi
     times = sorted({_begun(header) for header in headers})
     for header, one in requests:
         begun = _begun(header or headers[0])
-        run = times.index(begun)
-        own: dict[str, Any] = {name: f"{value}.{run + 1}" for name in ("session", "client") if run and (value := getattr(one, name)) is not None}
-        yield one._replace(at=one.at + (begun - times[0]).total_seconds(), **own)
+        mark = f".{run + 1}" if (run := times.index(begun)) else ""
+        yield one._replace(
+            at=one.at + (begun - times[0]).total_seconds(),
+            session=one.session and f"{one.session}{mark}",
+            client=one.client and f"{one.client}{mark}",
+        )
 
 
 def _about(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
