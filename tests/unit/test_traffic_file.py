@@ -127,9 +127,7 @@ def test_nothing_is_left_of_a_line_that_the_disk_did_not_take(path, monkeypatch)
     whole = os.write
 
     def full(descriptor, data):
-        if len(data) > 10:
-            return whole(descriptor, data[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(descriptor, data[:10]) if len(data) > 10 else _fail()
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
@@ -141,6 +139,36 @@ def test_nothing_is_left_of_a_line_that_the_disk_did_not_take(path, monkeypatch)
         file.append(line(2))
     assert path.read_bytes() == HEADER + line(1) + line(2)
     file.close()
+
+
+def test_a_line_that_cannot_be_taken_back_is_cut_off_before_the_next(path, monkeypatch):
+    file = opened(path)
+    write(file, 1)
+    with monkeypatch.context() as patched:
+        whole = os.write
+        patched.setattr(os, "write", lambda descriptor, data: whole(descriptor, data[:10]) if len(data) > 10 else _fail())
+        patched.setattr(os, "ftruncate", lambda descriptor, size: _fail())
+        with pytest.raises(OSError, match="No space"):
+            file.append(b"x" * 15)
+    assert path.read_bytes() == HEADER + line(1) + b"x" * 10
+    assert write(file, 2) == [2]
+    assert path.read_bytes() == HEADER + line(1) + HEADER + line(2)
+    file.close()
+
+
+def test_a_header_that_the_disk_did_not_take_is_written_later(path, monkeypatch):
+    file = opened(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, data: _fail())
+        with pytest.raises(OSError, match="No space"):
+            file.ready()
+    assert write(file, 1) == [1]
+    assert path.read_bytes() == HEADER + line(1)
+    file.close()
+
+
+def _fail():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(

@@ -36,18 +36,22 @@ class TraceFile:
         if self._size >= self._max_bytes:
             self._make_way()
             self._open()
-        self.append(self._header)
+        try:
+            self.append(self._header)
+        except OSError:
+            self.close()  # or the next line would follow without
+            raise
         return True
 
     def append(self, line: bytes) -> None:
-        """Raises OSError: then nothing of the line is in the file, and it is to be closed."""
+        """Raises OSError: then nothing of the line is in the file."""
         assert self._file is not None, "it was made ready"
         try:
             rest = memoryview(line)
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError:
-            with contextlib.suppress(OSError):  # what is left is cut off when it is opened again
+            with contextlib.suppress(OSError):  # what is left makes it another file, and is cut off when that is opened
                 os.ftruncate(self._file, self._size)
             raise
         self._size += len(line)

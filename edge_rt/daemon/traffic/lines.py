@@ -82,8 +82,11 @@ class Lines:
 
 
 def as_line(record: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8, with the end of the line. Raises ValueError for what JSON has not."""
-    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """JSON in UTF-8, with the end of the line. Raises Unfit for numbers that JSON has not."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise Unfit(str(error)) from error
     return text.encode(errors="backslashreplace") + b"\n"  # a half of a surrogate pair becomes JSON's escape
 
 

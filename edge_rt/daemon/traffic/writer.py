@@ -104,7 +104,6 @@ class Writer:
         return "recorded"
 
     def _pause(self, error: OSError | OptionError) -> str:
-        self._file.close()
         self.paused = str(cannot(self._file.path, error) if isinstance(error, OSError) else error)
         self._retry = self._clock() + RETRY_SECONDS
         self._say(f"{self.paused}; requests are not recorded until that is mended")
