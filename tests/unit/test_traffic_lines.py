@@ -173,6 +173,13 @@ def test_no_secret_is_in_a_line_wherever_it_was(redaction, said, given_options, 
     assert "[EMAIL]" in written or "[CARD]" in written
 
 
+@pytest.mark.parametrize("at", [redactions.PIECE - 9, redactions.PIECE, 3 * redactions.PIECE - 1])
+def test_a_secret_across_the_pieces_of_a_long_text_is_found(redaction, at):
+    text = "word " * redactions.PIECE
+    assert redaction.text(f"{text[:at]} {SECRETS[0]} {text}") == f"{text[:at]} [EMAIL] {text}"
+    assert redaction.text("") == ""
+
+
 def test_numbers_that_read_as_secrets_are_told_from_options(redaction):
     schema = {"enum": [4111111111111111, 7, 2.5, True, None]}
     found = line(redaction, {"messages": HELLO, "options": {"seed": 4111111111111111, "json_schema": schema}})["request"]
