@@ -14,7 +14,8 @@ from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.address import Address, Listener
-    from edge_rt.daemon.config import Config, Http
+    from edge_rt.daemon.config import Config, Http, Record
+    from edge_rt.daemon.traffic.recorder import Recorder
 
 HELP = """Serve a model to other programs on this machine.
 
@@ -40,6 +41,7 @@ class Options(ModelOptions):
     pack: bool = option(False, "--pack", "Run with packed weights, also if the configuration says not to.")
     check: bool = option(False, "--check", "Say what would happen, or what is wrong, and do nothing.")
     rules: str | None = option(None, "--rules FILE", "Rules for post-processors, see docs/postprocessing.md.")
+    record: str | None = option(None, "--record FILE", "Record what is asked, redacted, see docs/daemon.md.")
     policy: str | None = option(None, "--policy NAME", "What leaves a context that gets short: strict (nothing), slide or graded.")
     verbose: bool = option(False, "-v --verbose", "Say on standard error what becomes of the worker.")
     embedder: str | None = option(None, "--embedder NAME", "Embedder to recall by, see `edge-rt plugins`; the model's own if left out.")
@@ -52,16 +54,26 @@ def run(options: Options) -> int:
     config = configured(options)
     if options.check:
         return check(config)
-    listeners = listen(config, addresses.activated())
     import asyncio
     import logging
 
     from edge_rt.daemon.lifetime import serve
 
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
+    recorder = _recorder(config)
+    listeners = listen(config, addresses.activated())
     where = ", ".join(shown(one.address, one.http) for one in listeners)
-    asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}")))
+    asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}"), recorder))
     return 0
+
+
+def _recorder(config: Config) -> Recorder | None:
+    """What records traffic, if that is asked for: only then does this process import plugins."""
+    if config.record is None:
+        return None
+    from edge_rt.daemon.traffic.recorder import open_recorder
+
+    return open_recorder(config.record)
 
 
 def configured(options: Options) -> Config:
@@ -92,8 +104,13 @@ def configured(options: Options) -> Config:
     http = config.http
     if options.http:
         http = (http or configuration.Http())._replace(listen=tuple(map(addresses.parse, options.http)))
+    record = config.record
+    if options.record is not None:
+        file = Path(options.record).absolute()
+        record = configuration.Record(file) if record is None else record._replace(file=file)
     config = config._replace(
         listen=listen_at,
+        record=record,
         model=options.model or config.model,
         model_options={**config.model_options, **{name: value for name, value in more.items() if value is not None}},
         rules=str(Path(options.rules).absolute()) if options.rules is not None else config.rules,
@@ -168,8 +185,21 @@ def check(config: Config) -> int:
 
         book = RuleFile(config.rules, Registry.load(), watch=False)
         say(f"would post-process by {config.rules}, version {book.current.version}")
+    if config.record is not None:
+        _check_record(config.record)
     _check_models(config)
     return 0
+
+
+def _check_record(record: Record) -> None:
+    """Say what would be recorded. Raises OptionError, RuleError, PluginError."""
+    from edge_rt.daemon.traffic import file, redaction
+
+    found = redaction.load(record.rules)
+    file.check(record.file)
+    what = "requests" if record.sample == 1 else f"{100 * record.sample:g} % of the requests"
+    say(f"would record {what} {'and their answers' if record.answers else 'without their answers'} in {record.file}")
+    say(f"would redact what is recorded: {found.by}")
 
 
 def _check_models(config: Config) -> None:

@@ -47,6 +47,20 @@ class Http(NamedTuple):
     hosts: tuple[str, ...] = ()
 
 
+class Record(NamedTuple):
+    """Recording traffic. ``sample``: share of the requests. ``rules``: for what is taken out, None for the usual ones.
+
+    ``max_bytes``: from which a file is renamed; ``keep``: of these.
+    """
+
+    file: Path
+    sample: float = 1.0
+    answers: bool = False
+    rules: Path | None = None
+    max_bytes: int = 64 << 20
+    keep: int = 4
+
+
 class Config(NamedTuple):
     """All that a daemon is told. ``model_options``: keywords of ``edge_rt.open``. ``models``: others by name, with theirs.
 
@@ -75,6 +89,7 @@ class Config(NamedTuple):
     cool_after: float = 60.0
     wait_for_memory: float = 60.0
     http: Http | None = None
+    record: Record | None = None
 
 
 FRAME_ROOM = 1 << 16
@@ -82,6 +97,8 @@ FRAME_ROOM = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?")
 _TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0, "wait_for_memory": 3600.0}
+_LEAST_RECORDED = 1 << 16
+"""Bytes of a file of recorded traffic."""
 _MODEL_NUMBERS = ("context", "threads")
 _MODEL_LIMITS = {"power": 10_000.0, "celsius": 150.0}
 _MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder", "compensation")
@@ -117,6 +134,7 @@ def _config(table: Rules, folder: Path) -> Config:
         state=folder / Path(state).expanduser() if state else base.state,
         limits=_limits(table.table("limits")),
         http=_http(table.table("http")) if "http" in table else None,
+        record=_record(table.table("record"), folder) if "record" in table else None,
         models={name: _named_model(others, name, folder) for name in others.keys()},  # noqa: SIM118 - no mapping
         memory=table.size("memory"),
         cool_after=table.number("cool_after", base.cool_after, 0, 86400),
@@ -188,6 +206,22 @@ def _http(table: Rules) -> Http:
         open=table.flag("open", False),
         origins=origins,
         hosts=tuple(map(str.lower, table.texts("hosts"))),
+    )
+
+
+def _record(table: Rules, folder: Path) -> Record:
+    rules, max_bytes = table.text("rules", ""), table.size("max_bytes", Record._field_defaults["max_bytes"])
+    if max_bytes < _LEAST_RECORDED:
+        raise table.error(f"max_bytes is {max_bytes}; give {_LEAST_RECORDED} or more", "max_bytes")
+    if not (file := table.text("file")):
+        raise table.error("record has no file; give its path", "file")
+    return Record(
+        file=(folder / Path(file).expanduser()).absolute(),
+        sample=table.number("sample", 1.0, 0.0, 1.0),
+        answers=table.flag("answers", False),
+        rules=(folder / Path(rules).expanduser()).absolute() if rules else None,
+        max_bytes=max_bytes,
+        keep=table.integer("keep", Record._field_defaults["keep"], 1, 1000),
     )
 
 

@@ -5,18 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Listener
 from edge_rt.daemon.config import Config
 from edge_rt.daemon.server import Server
 
+if TYPE_CHECKING:
+    from edge_rt.daemon.traffic.recorder import Recorder
 
-async def serve(config: Config, listeners: Sequence[Listener], ready: Callable[[], object]) -> None:
-    """Serve until a signal says to stop; ``ready`` is called when clients may come. Raises UserError if the model is not to be found."""
+LEAST_SECONDS = 1.0
+"""That are left for recorded traffic to be written, however the daemon ends."""
+
+
+async def serve(
+    config: Config, listeners: Sequence[Listener], ready: Callable[[], object], recorder: Recorder | None = None
+) -> None:  # fmt: skip
+    """Serve until a signal says to stop; ``ready`` is called when clients may come. ``recorder`` is closed at the end.
+
+    Raises UserError if the model is not to be found.
+    """
     import signal
 
-    server = Server(config)
+    server = Server(config, recorder)
+    until = 0.0
     stop: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -28,12 +41,17 @@ async def serve(config: Config, listeners: Sequence[Listener], ready: Callable[[
         ready()
         beat = loop.create_task(_watchdog())
         await stop.get()
+        until = loop.time() + config.drain_seconds
         draining, again = loop.create_task(server.drain()), loop.create_task(stop.get())
         await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+        if again.done():
+            until = 0.0
         for task in (draining, again, beat):
             task.cancel()
     finally:
         await server.close()
+        if recorder is not None:
+            await asyncio.to_thread(recorder.close, max(LEAST_SECONDS, until - loop.time()))
 
 
 async def _watchdog() -> None:

@@ -274,6 +274,7 @@ def _cancel(connection: Channel, request: Request, size: int) -> None:
     stream = connection.streams.get(request.fields["request"])
     if stream is not None and not stream.ended and not stream.cancelled:
         stream.cancelled = True  # once: the worker need not hear it again and again
+        stream.left()
         stream.hosted.supervisor.cancel(stream.number)
     connection.answer(request.id, {"found": stream is not None})
 

@@ -35,6 +35,7 @@ from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.protocol import Request
+    from edge_rt.daemon.traffic.recorder import Recorder
 
 TOO_MANY = "there are too many connections; close one, or come back later"
 FAULTS, DEAF_SECONDS = 200, 1.0
@@ -46,8 +47,8 @@ CANCEL_SECONDS = 2.0
 class Server:
     """``listen``, then ``drain`` or ``close``."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, recorder: Recorder | None = None) -> None:
+        self.config, self.recorder = config, recorder
         self.models = Models(
             config.memory or most_of_what_is_free(), config.hung_after, config.cool_after, config.wait_for_memory,
             config.state, self._changed, self._told,
@@ -62,6 +63,8 @@ class Server:
         self._faults: dict[int, Bucket] = {}  # by user
         self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens", "context")}
         """How often what happened, since the start."""
+        if recorder is not None:
+            self.counts["recording"] = recorder.counts
         self.measures = Measures()
         self._started = time.time()
         self.tasks = Tasks()
@@ -189,9 +192,16 @@ class Server:
         number, credits = request.id, self.config.credits
         resumable = request.fields.get("resumable", False)
         stream = Stream(connection.user, resumable, credits, lambda events: self._credit(stream, events))
-        connection.begin(number, size)
+        if self.recorder is not None and request.op == "generate":
+            stream.taken = self.recorder.take(connection, request.fields, size, session)
         stream.hosted = hosted
-        stream.number = self.call(connection.user, hosted, {**command, "credits": credits}, partial(self._streamed, stream, session))
+        try:
+            connection.begin(number, size)
+            stream.number = self.call(connection.user, hosted, {**command, "credits": credits}, partial(self._streamed, stream, session))
+        except ProtocolError as error:
+            if stream.taken is not None:
+                stream.taken.ended(error.code)
+            raise
         connection.waiting.discard(number)
         stream.request, stream.connection, stream.moved = number, connection, self.now()
         connection.streams[number] = stream
@@ -209,6 +219,8 @@ class Server:
         """The worker says something of a generation."""
         if session is not None and "error" in message:
             message = {**message, "error": session.explained(message["error"])}
+        if stream.taken is not None:
+            stream.taken.heard(message)
         if message.get("event") == "delta":
             self.measures.tokens(stream, len(message["tokens"]) + message.get("concealed", 0), self.now())
         elif message.get("event") == "embedding":
@@ -243,6 +255,7 @@ class Server:
 
     def _abandon(self, stream: Stream) -> None:
         """Nobody will come for a stream any more."""
+        stream.left()
         if stream.token is not None:
             self._streams.pop(stream.token, None)
         if not stream.ended:
@@ -299,6 +312,7 @@ class Server:
             "model": default and default["model"],
             "models": models,
             "rules": rules[0] if rules else None,
+            "recording": self.recorder.status() if self.recorder is not None else None,
         }  # fmt: skip
 
     def health(self) -> str:

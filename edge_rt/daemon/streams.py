@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from edge_rt.daemon.channel import Channel
     from edge_rt.daemon.hosted import Hosted
+    from edge_rt.daemon.traffic.recorder import Taken
 
 
 class Stream:
@@ -47,6 +48,8 @@ class Stream:
         """When the last token came, before the first when it was asked for."""
         self.connection: Channel | None = None
         self.expiry: asyncio.TimerHandle | None = None
+        self.taken: Taken | None = None
+        """What is recorded of it, if anything is."""
         self._held: deque[Message] = deque()
         self._credit, self._batch, self._owed = credit, max(1, credits // 4), 0
 
@@ -74,6 +77,11 @@ class Stream:
         """The client's socket took events."""
         if self.token is None:
             self._off(events)
+
+    def left(self) -> None:
+        """The client wants no more of it."""
+        if self.taken is not None:
+            self.taken.left()
 
     def acknowledge(self, seq: int) -> None:
         """The client has all up to this one."""

@@ -14,7 +14,7 @@ from edge_rt.daemon.http.tool_calls import Call, ToolCalls
 
 Json = dict[str, Any]
 
-_REASONS = {"end_of_generation": "stop", "stop_string": "stop", "max_tokens": "length", "context_full": "length"}
+REASONS = {"end_of_generation": "stop", "stop_string": "stop", "max_tokens": "length", "context_full": "length"}
 IMPOSSIBLE = -9999.0
 """What OpenAI says for minus infinity, which JSON has not."""
 
@@ -120,7 +120,7 @@ class Answer:
 
     @property
     def _reason(self) -> str:
-        return "tool_calls" if self._called and self._done["reason"] == "end_of_generation" else _REASONS[self._done["reason"]]
+        return "tool_calls" if self._called and self._done["reason"] == "end_of_generation" else REASONS[self._done["reason"]]
 
     def _usage(self) -> Json:
         usage = self._done["usage"]

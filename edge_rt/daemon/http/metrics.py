@@ -18,6 +18,7 @@ _COUNTERS = (
     ("errors", "code", "Errors by the protocol's code"),
     ("tokens", "kind", "Tokens of prompts and of answers"),
     ("context", "kind", "What left the context of requests and came back to it"),
+    ("recording", "result", "Requests recorded, left out by sampling, and dropped, by why"),
 )
 _GAUGES = (
     ("connections", "connections_open", "Clients that are connected"),

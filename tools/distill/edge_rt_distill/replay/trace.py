@@ -1,13 +1,16 @@
 """A trace: requests with the moments at which they came, as the daemon records them (docs/replay.md) and as generators write them.
 
-JSONL. The first line is the header; every other line is a request in OpenAI's form, with what became of it where that is known.
+JSONL. The first line is a header; every other line is a request in OpenAI's form, with what became of it where that is known. Times are
+counted from when the header before them says that it was ``begun`` (RFC 3339). A daemon writes a header at each start, and in each file:
+sessions and clients of what was begun at another time are others.
 Lists of OpenAI requests (a body a line, or the lines of its batch files) are read too; they come one second after the other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +57,10 @@ class Request(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """``about``: the header's other fields: who made it, of which model, whether and how it is redacted and sampled."""
+    """``about``: the header's other fields: who made it, of which model, whether and how it is redacted and sampled.
+
+    Of several headers, what they all say alike, and the earliest ``begun``.
+    """
 
     requests: tuple[Request, ...]
     about: Mapping[str, Any]
@@ -77,27 +83,67 @@ def _record(request: Request) -> dict[str, Any]:
 
 def read_trace(path: Path) -> Trace:
     """A trace, or a list of OpenAI requests. Raises DataError with the line of the first mistake, and for a file without requests."""
-    about: dict[str, Any] = {}
-    requests: list[Request] = []
+    headers: list[Mapping[str, Any]] = []
+    requests: list[tuple[Mapping[str, Any], Request]] = []  # each with its header
     for number, record in json_lines(path):
         try:
             if not isinstance(record, dict):
                 raise DataError("it is no JSON object")
             if "edge_rt_trace" in record:
-                about = _header(record)
+                headers.append(_header(record, headers))
                 continue
-            requests.append(_request(record) if "request" in record else _foreign(record, float(len(requests))))
+            read = _request(record) if "request" in record else _foreign(record, float(len(requests)))
+            requests.append((headers[-1] if headers else {}, read))
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if not requests:
         raise DataError(f"{path} has no requests")
-    return Trace(tuple(sorted(requests, key=lambda one: one.at)), about)
+    return Trace(tuple(sorted(_placed(headers, requests), key=lambda one: one.at)), _about(headers))
 
 
-def _header(record: Mapping[str, Any]) -> dict[str, Any]:
+def _header(record: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if record["edge_rt_trace"] != VERSION:
         raise DataError(f"the trace is of version {record['edge_rt_trace']!r}, and this tool reads {VERSION}")
+    if "begun" in record or before:
+        for one in (record, *before):
+            _begun(one)
     return {name: value for name, value in record.items() if name != "edge_rt_trace"}
+
+
+def _begun(header: Mapping[str, Any]) -> datetime:
+    """When the times of what follows a header begin."""
+    given = header.get("begun")
+    try:
+        found = datetime.fromisoformat(given.replace("Z", "+00:00") if isinstance(given, str) else "")
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        raise DataError(f"a header has {given!r} for begun; give a time as 2026-01-31T12:00:00.000Z")
+    return found
+
+
+def _placed(headers: Sequence[Mapping[str, Any]], requests: Iterable[tuple[Mapping[str, Any], Request]]) -> Iterator[Request]:
+    """Requests on one clock, with sessions and clients told apart."""
+    if len(headers) < 2:
+        yield from (one for _, one in requests)
+        return
+    times = sorted({_begun(header) for header in headers})
+    for header, one in requests:
+        begun = _begun(header or headers[0])
+        mark = f".{run + 1}" if (run := times.index(begun)) else ""
+        yield one._replace(
+            at=one.at + (begun - times[0]).total_seconds(),
+            session=one.session and f"{one.session}{mark}",
+            client=one.client and f"{one.client}{mark}",
+        )
+
+
+def _about(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all headers say alike."""
+    if len(headers) < 2:
+        return dict(*headers)
+    first = min(headers, key=_begun)
+    return {name: one for name, one in first.items() if name == "begun" or all(header.get(name) == one for header in headers)}
 
 
 def _request(record: Mapping[str, Any]) -> Request:

@@ -1,0 +1,1 @@
+"""Recording what clients ask the daemon, and what became of it (docs/daemon.md)."""
