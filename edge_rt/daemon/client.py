@@ -341,6 +341,8 @@ def connected(address: Address, timeout: float | None) -> socket.socket:
     found = socket.socket(family if address.kind == "tcp" else socket.AF_UNIX)
     try:
         found.settimeout(timeout)
+        if address.kind == "tcp":
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a cancel waits for an answer to what was sent before
         where = (address.path, address.port) if address.kind == "tcp" else address.path if address.kind == "unix" else "\0" + address.path
         until = time.monotonic() + (timeout or CROWDED)
         while True:

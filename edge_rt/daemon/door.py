@@ -58,6 +58,10 @@ class Door:
                 self._shut(FULL_WAIT)
                 return
             client.setblocking(False)
+            if client.family in (socket.AF_INET, socket.AF_INET6):
+                # asyncio does so only for sockets that say that they are TCP's, which those let in here do not: a small answer would wait
+                # until the client has acknowledged what it had before, which it puts off for 40 ms.
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._tasks.spawn(self._enter(client))
 
     async def _enter(self, client: socket.socket) -> None:

@@ -127,3 +127,23 @@ def test_without_descriptors_it_tries_again(listening, monkeypatch, caplog):
     assert seen[0] == 0
     assert seen[-1] == 3
     assert "nobody can be let in: Too many open files" in caplog.text
+
+
+def test_small_answers_do_not_wait_for_acknowledgements():
+    async def run(listening):
+        loop, made = asyncio.get_running_loop(), []
+        found = Door(listening, lambda: type("One", (Client,), {"made": made})(), 0, 1)
+        with socket.create_connection(listening.getsockname()):
+            while not made:
+                await loop.run_in_executor(None, lambda: None)
+            told = made[0].get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            made[0].abort()
+        found.close()
+        await asyncio.sleep(0)
+        return told
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+        assert asyncio.run(run(listening)) != 0

@@ -40,6 +40,7 @@ def add(app: typer.Typer) -> None:
     commands.command("compare")(compare)
     commands.command("report")(report)
     commands.command("judge")(judge)
+    commands.command("export")(export)
     commands.command("check")(check)
     commands.command("metrics")(metrics)
     app.add_typer(commands)
@@ -58,15 +59,13 @@ def run(
     from contextlib import closing
     from functools import partial
 
-    from edge_rt.hooks import OptionError
     from edge_rt_distill.run.progress import Shown
     from edge_rt_distill.sandbox.engines import open_engine
-    from edge_rt_distill.sandbox.running import SPLITS, write_results
     from edge_rt_distill.sandbox.running import run as ask
+    from edge_rt_distill.sandbox.running import write_results
     from edge_rt_distill.sandbox.scores import scores
 
-    if split not in SPLITS:
-        raise OptionError(f"no split is named {split}; choose {', '.join(SPLITS)}")
+    _split(split)
     suites, shown = _suites(suite), Shown()
     with closing(open_engine(model, engine=engine, model=model_name, key_file=key_file)) as one:
         try:
@@ -159,6 +158,20 @@ def judge(
         typer.echo(f"graded by {one.name}; results in {output}")
 
 
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; the harness's --include_path.")],
+    suite: Annotated[Optional[list[str]], _SUITES] = None,  # noqa: UP045
+    split: Annotated[str, _SPLIT] = "steer",
+) -> None:
+    """Write suites as tasks of lm-evaluation-harness."""
+    from edge_rt_distill.sandbox.harness import export as write
+
+    done = write(_suites(suite), folder, _split(split))
+    for name, items in done.tasks.items():
+        typer.echo(f"{name:32} {items} items")
+    typer.echo(f"{done.left_out} items of conversations and of wordings have no place in the harness; group edge_rt has all tasks")
+
+
 def check(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Suites: JSONL, an item a line.")]) -> None:
     """Say whether suites are sound: their form, and whether the checks of each item tell its good answers from its bad ones."""
     from edge_rt_distill.sandbox.suites import faults, read_suite
@@ -195,6 +208,16 @@ def _suites(named: Sequence[str] | None) -> list[Suite]:
     files = [Path(name) for name in named or () if Path(name).suffix]
     names = [name for name in named or () if not Path(name).suffix]
     return [*(built_in(names) if named and names else [] if named else built_in()), *map(read_suite, files)]
+
+
+def _split(name: str) -> Sequence[str]:
+    """The splits of items that a name stands for. Raises OptionError."""
+    from edge_rt.hooks import OptionError
+    from edge_rt_distill.sandbox.running import SPLITS
+
+    if name not in SPLITS:
+        raise OptionError(f"no split is named {name}; choose {', '.join(SPLITS)}")
+    return SPLITS[name]
 
 
 def _weights(file: Path | None, suites: Sequence[Suite]) -> Weights:
