@@ -36,6 +36,7 @@ BENCHMARKS = {
     "saturation": ("distilled", "saturation"),
     "compensation": ("distilled", "overhead"),
     "student": ("students", "run"),
+    "harness": ("harness", "run"),
     "context-retrieval": ("context.retrieval", "run"),
     "context-conversations": ("context.conversing", "run"),
     "context-perplexity": ("context.perplexity", "run"),
@@ -64,15 +65,17 @@ POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
 """Those of post-processing."""
 DISTILLED = ("quantised", "saturation", "compensation", "student")
 """Those of quantisation, its compensation, and a student."""
+EVALUATION = ("harness",)
+"""What docs/evaluation.md tells of."""
 ADAPTATION = ("contention", "predictions", "compiled", "compiled-quality")
 """Those of the compiler and the governor."""
 SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
-SPEED = tuple(name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION + DISTILLED)
+SPEED = tuple(name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION + DISTILLED + EVALUATION)
 """The others."""
-SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised", "saturation")
+SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised", "saturation", *EVALUATION)
 """Those whose figures are scores, which a busy machine does not change."""
-LIMITS = {"predictions": 1800, "quantised": 3600, "saturation": 5400, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
+LIMITS = {"harness": 1800, "predictions": 1800, "quantised": 3600, "saturation": 5400, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600}
 """Seconds of those that take longer than others by what they are to show."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
 """After this long a benchmark begins no further round."""
@@ -138,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="how long the daemon is soaked (default: 20)")
     parser.add_argument("--peer-python", type=Path, help="a Python with the package xllamacpp, whose llama-server stands beside the daemon")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's own llama-server, to stand there too (default: the one on PATH)")
+    parser.add_argument("--harness-python", type=Path, help="a Python with lm_eval[api] and llama-cpp-python, for `harness`")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
     return parser
 
@@ -156,7 +160,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
     settings = Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items)
     servers = {"peer_python": options.peer_python, "llama_server": options.llama_server}
-    results = run(replace(settings, minutes=options.minutes, student=options.student, **servers))
+    results = run(replace(settings, minutes=options.minutes, student=options.student, harness_python=options.harness_python, **servers))
     if warning:
         results = [replace(result, notes=[*result.notes, warning]) for result in results]
     from bench.report import plain

@@ -23,7 +23,8 @@ class Settings:
     round begins (``time.monotonic``). ``model``: SmolLM2-135M-Instruct Q4_1, None fetches it. ``memory_group``: directory of a memory
     cgroup in which groups may be made. ``items``: how many texts, conversations, secrets, faults or turns a benchmark uses, None: its own
     number. ``minutes``: how long the daemon is soaked. ``peer_python``: a Python that has llama-server. ``llama_server``: the
-    program itself. ``student``: a file that was distilled of SmolLM2, None: that of the demo run.
+    program itself. ``student``: a file that was distilled of SmolLM2, None: that of the demo run. ``harness_python``: a Python that has
+    lm_eval.
     """
 
     quick: bool
@@ -36,6 +37,7 @@ class Settings:
     peer_python: Path | None = None
     llama_server: Path | None = None
     student: Path | None = None
+    harness_python: Path | None = None
 
     def pick(self, full: T, quick: T) -> T:
         """One of two values."""
