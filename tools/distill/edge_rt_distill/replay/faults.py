@@ -1,0 +1,147 @@
+"""Faults: what is done to a server in the middle of a replay, ``10:kill-worker`` ten seconds after its begin."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from edge_rt.hooks import OptionError, UserError
+from edge_rt_distill.replay.results import Fault
+from edge_rt_distill.replay.targets import Facts, Target
+
+
+class Planned(NamedTuple):
+    """``at``: seconds after the begin. ``name``: of FAULTS, or empty for a command. ``argument``: seconds, or the command."""
+
+    at: float
+    name: str
+    argument: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.argument}" if self.name and self.argument else self.name or self.argument
+
+
+class Sort(NamedTuple):
+    """A kind of fault. ``do``: with the server as it is and the argument; what it returns says what came of it. ``daemon``: only edge-rt's
+    daemon has what it needs. ``usual``: the argument, if it may have one."""
+
+    do: Callable[[Facts, str], Awaitable[str]]
+    what: str
+    daemon: bool = False
+    usual: str = ""
+
+
+async def _kill_worker(facts: Facts, _: str) -> str:
+    if facts.worker is None:
+        return "there was no worker just then"
+    os.kill(facts.worker, signal.SIGKILL)
+    return f"worker {facts.worker} was killed"
+
+
+async def _reload_rules(facts: Facts, _: str) -> str:
+    assert facts.pid is not None, "a daemon says its own"
+    os.kill(facts.pid, signal.SIGHUP)
+    return f"daemon {facts.pid} was told to read its rules again"
+
+
+async def _freeze(facts: Facts, seconds: str) -> str:
+    import psutil
+
+    root = psutil.Process(facts.pid)
+    frozen = [root, *root.children(recursive=True)]
+    for process in frozen:
+        process.suspend()
+    try:
+        await asyncio.sleep(float(seconds))
+    finally:
+        for process in frozen:
+            process.resume()
+    return f"{len(frozen)} processes stood still for {seconds} s"
+
+
+async def _command(_: Facts, command: str) -> str:
+    process = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    out, _error = await process.communicate()
+    said = " ".join(out.decode(errors="replace").split())[:200]
+    return f"ended with {process.returncode}" + (f": {said}" if said else "")
+
+
+FAULTS: Mapping[str, Sort] = {
+    "kill-worker": Sort(_kill_worker, "SIGKILL to the worker of edge-rt's daemon that has the default model", daemon=True),
+    "reload-rules": Sort(_reload_rules, "SIGHUP to edge-rt's daemon: it reads its rules again", daemon=True),
+    "freeze": Sort(_freeze, "SIGSTOP to all processes of the server and, so many seconds later, SIGCONT", usual="2"),
+}
+"""By name; anything else is a command for the shell."""
+
+
+def parse(text: str) -> Planned:
+    """``SECONDS:NAME``, ``SECONDS:NAME=ARGUMENT`` or ``SECONDS:COMMAND``. Raises OptionError."""
+    given = re.fullmatch(r"(\d+(?:\.\d+)?):\s*(\S.*)", text, re.DOTALL)
+    if given is None:
+        raise OptionError(f"--fault is {text!r}; give SECONDS:NAME of {', '.join(FAULTS)}, or SECONDS:COMMAND")
+    at, what = float(given.group(1)), given.group(2).strip()
+    name, _, argument = what.partition("=")
+    if name in FAULTS:
+        usual = FAULTS[name].usual
+        if argument and not (usual and re.fullmatch(r"\d+(?:\.\d+)?", argument)):
+            raise OptionError(f"the fault {name} is given {argument!r}; give it {'seconds' if usual else 'nothing'}")
+        return Planned(at, name, argument or usual)
+    if re.fullmatch(r"\w+(-\w+)*(=.*)?", what) and shutil.which(what) is None:
+        raise OptionError(f"{what!r} is neither a fault nor a program here; the faults are {', '.join(FAULTS)}")
+    return Planned(at, "", what)
+
+
+def check(planned: Sequence[Planned], facts: Facts, *, own: bool) -> None:
+    """Raises OptionError for faults that cannot be done to this server. ``own``: it is this very process."""
+    for one in planned:
+        if not one.name:
+            continue
+        if FAULTS[one.name].daemon and not facts.daemon:
+            raise OptionError(f"the fault {one.name} is for edge-rt's daemon, and {facts.name} is none; give a command instead")
+        if own or facts.pid is None:
+            raise OptionError(
+                f"the fault {one.name} needs the server's process, on this machine; name it with --pid, or let --start start it"
+            )
+
+
+class Injector:
+    """Does what is planned; ``done`` are the faults so far."""
+
+    def __init__(self, planned: Sequence[Planned], target: Target, pid: int | None, now: Callable[[], float]) -> None:
+        self._planned, self._target, self._pid, self._now = sorted(planned), target, pid, now
+        self.done: list[Fault] = []
+
+    async def go_on(self, say: Callable[[str], None]) -> None:
+        """All of it, each at its time; ``say`` is told. A fault that fails is one that says so."""
+        await asyncio.gather(*(self._one(planned, say) for planned in self._planned))
+
+    async def _one(self, planned: Planned, say: Callable[[str], None]) -> None:
+        await asyncio.sleep(max(0.0, planned.at - self._now()))
+        at, place = self._now(), len(self.done)
+        self.done.append(Fault(at, str(planned), "the replay ended in the middle of it"))
+        say(f"fault: {planned}")
+        said = await self._said(planned)
+        self.done[place] = Fault(at, str(planned), said)
+        say(f"fault: {planned}: {said}")
+
+    async def _said(self, planned: Planned) -> str:
+        import psutil
+
+        try:
+            if not planned.name:
+                return await _command(Facts(""), planned.argument)
+            sort = FAULTS[planned.name]
+            facts = await self._target.look() if sort.daemon else Facts("", pid=self._pid)
+            return await sort.do(facts, planned.argument)
+        except (OSError, UserError, psutil.Error) as error:
+            return f"it could not be done: {error}"
+
+    @property
+    def missed(self) -> list[Planned]:
+        """What the replay was too short for."""
+        return self._planned[len(self.done) :]
