@@ -66,8 +66,8 @@ class Driver:
         self._begun = time.perf_counter()
 
     def now(self) -> float:
-        """Seconds since the begin."""
-        return time.perf_counter() - self._begun
+        """Seconds since the begin, to the microsecond."""
+        return round(time.perf_counter() - self._begun, 6)
 
     async def drive(self) -> Driven:
         """Send everything. Ctrl-C stops it: then nothing more is sent, and what is under way is left. A second one ends the program.
@@ -111,7 +111,7 @@ class Driver:
         """Open loop: each at its time, whatever became of those before."""
         first = self._requests[0].at
         for number, request in enumerate(self._requests):
-            due = (request.at - first) / self._load.speed
+            due = round((request.at - first) / self._load.speed, 6)
             while (left := due - self.now()) > 0:
                 await self._wait(left)
             self._start(number, due)

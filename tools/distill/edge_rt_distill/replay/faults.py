@@ -76,7 +76,8 @@ FAULTS: Mapping[str, Sort] = {
     "reload-rules": Sort(_reload_rules, "SIGHUP to edge-rt's daemon: it reads its rules again", daemon=True),
     "freeze": Sort(_freeze, "SIGSTOP to all processes of the server and, so many seconds later, SIGCONT", usual="2"),
 }
-"""By name; anything else is a command for the shell."""
+"""By name; anything else is a command."""
+_COMMAND = Sort(_command, "a command for the shell")
 
 
 def parse(text: str) -> Planned:
@@ -110,38 +111,39 @@ def check(planned: Sequence[Planned], facts: Facts, *, own: bool) -> None:
 
 
 class Injector:
-    """Does what is planned; ``done`` are the faults so far."""
+    """Does what is planned; ``done`` are the faults so far, ``missed`` those that are still to come."""
 
     def __init__(self, planned: Sequence[Planned], target: Target, pid: int | None, now: Callable[[], float]) -> None:
-        self._planned, self._target, self._pid, self._now = sorted(planned), target, pid, now
+        self._target, self._pid, self._now = target, pid, now
         self.done: list[Fault] = []
+        self.missed = sorted(planned)
 
     async def go_on(self, say: Callable[[str], None]) -> None:
         """All of it, each at its time; ``say`` is told. A fault that fails is one that says so."""
-        await asyncio.gather(*(self._one(planned, say) for planned in self._planned))
+        await asyncio.gather(*(self._one(planned, say) for planned in list(self.missed)))
 
     async def _one(self, planned: Planned, say: Callable[[str], None]) -> None:
         await asyncio.sleep(max(0.0, planned.at - self._now()))
-        at, place = self._now(), len(self.done)
-        self.done.append(Fault(at, str(planned), "the replay ended in the middle of it"))
-        say(f"fault: {planned}")
-        said = await self._said(planned)
-        self.done[place] = Fault(at, str(planned), said)
-        say(f"fault: {planned}: {said}")
-
-    async def _said(self, planned: Planned) -> str:
-        import psutil
-
+        sort = FAULTS.get(planned.name, _COMMAND)
         try:
-            if not planned.name:
-                return await _command(Facts(""), planned.argument)
-            sort = FAULTS[planned.name]
             facts = await self._target.look() if sort.daemon else Facts("", pid=self._pid)
-            return await sort.do(facts, planned.argument)
-        except (OSError, UserError, psutil.Error) as error:
-            return f"it could not be done: {error}"
+        except UserError as error:
+            place = self._begin(planned, f"it could not be done: {error}")
+        else:
+            place = self._begin(planned, "the replay ended in the middle of it")
+            self.done[place] = self.done[place]._replace(said=await _done(sort, facts, planned.argument))
+        say(f"fault {planned}: {self.done[place].said}")
 
-    @property
-    def missed(self) -> list[Planned]:
-        """What the replay was too short for."""
-        return self._planned[len(self.done) :]
+    def _begin(self, planned: Planned, said: str) -> int:
+        self.missed.remove(planned)
+        self.done.append(Fault(self._now(), str(planned), said))
+        return len(self.done) - 1
+
+
+async def _done(sort: Sort, facts: Facts, argument: str) -> str:
+    import psutil
+
+    try:
+        return await sort.do(facts, argument)
+    except (OSError, psutil.Error) as error:
+        return f"it could not be done: {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from edge_rt.hooks import OptionError
@@ -108,15 +108,15 @@ PAUSE = 4.0
 
 
 def _multi_turn(wanted: Wanted, dice: random.Random) -> Iterator[Request]:
-    """Conversations that begin at random within the time that so many requests take, until there are enough requests."""
+    """Conversations at random within the time that so many requests take, until there are enough requests."""
     found: list[Request] = []
     number, span = 0, wanted.requests / wanted.rate
     while len(found) < wanted.requests:
         number += 1
-        at = dice.uniform(0, span)
-        for ask in conversation(dice.choice(LANGUAGES[wanted.language]), dice)[: wanted.requests - len(found)]:
-            found.append(_request("multi-turn", at, ask, f"s{number}"))
-            at += dice.expovariate(1 / PAUSE)
+        asks = conversation(dice.choice(LANGUAGES[wanted.language]), dice)[: wanted.requests - len(found)]
+        after = [0.0, *accumulate(dice.expovariate(1 / PAUSE) for _ in asks[1:])]
+        begin = dice.uniform(0, max(0.0, span - after[-1]))
+        found += [_request("multi-turn", begin + later, ask, f"s{number}") for later, ask in zip(after, asks, strict=True)]
     yield from sorted(found, key=lambda one: one.at)
 
 

@@ -103,7 +103,7 @@ class Live:
 
     def _write(self, lines: Sequence[str], stays: str = "") -> None:
         if not self._terminal:
-            text = stays or "  ".join(line.strip() for line in lines) + "\n"
+            text = stays or f"{lines[0]}; {lines[1].strip()}\n"
         else:
             back = f"\x1b[{self._shown}A\x1b[J" if self._shown else ""
             text = back + stays + "".join(f"{line[:_WIDTH]}\n" for line in lines)

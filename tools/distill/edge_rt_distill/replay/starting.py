@@ -36,7 +36,7 @@ class Started(NamedTuple):
     def last_words(self) -> str:
         """The end of what it wrote."""
         self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 600))
-        return " ".join(self.log.read().decode(errors="replace").split())
+        return " ".join(self.log.read().decode(errors="replace").split()) or "nothing"
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ async def first_token(server: Started, target: Target, within: float) -> float:
     last = "it does not listen"
     while time.perf_counter() - server.begun < within:
         if server.process.poll() is not None:
-            raise UserError(f"the server ended with {server.process.returncode} before it answered: {server.last_words()}")
+            raise UserError(f"the server ended with {server.process.returncode} before it answered; it said: {server.last_words()}")
         try:
             await target.look()
             await asyncio.wait_for(target.ask(_FIRST, lambda *_: moments.append(time.perf_counter())), within)

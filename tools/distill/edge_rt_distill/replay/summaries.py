@@ -42,10 +42,9 @@ def described(trace: Trace) -> list[str]:
     lines.append("kinds: " + ", ".join(f"{name or 'none'} {count}" for name, count in sorted(kinds(requests).items())))
     lines.append(f"in {len(sessions)} sessions: {sum(one.session is not None for one in requests)}")
     sizes = sorted(_letters(one) for one in requests)
-    lines.append(f"letters of prompts, without what a session said before: median {sizes[len(sizes) // 2]}, most {sizes[-1]}")
-    lines.append(
-        f"with checks {sum(bool(one.checks) for one in requests)}, left by their clients {sum(one.cancel_after is not None for one in requests)}"
-    )
+    lines.append(f"letters of prompts, beside what a session said before: median {sizes[len(sizes) // 2]}, most {sizes[-1]}")
+    left = sum(one.cancel_after is not None for one in requests)
+    lines.append(f"with checks {sum(bool(one.checks) for one in requests)}, left by their clients {left}")
     if seen := [one.seen for one in requests if one.seen is not None]:
         ends = {status: sum(one.status == status for one in seen) for status in sorted({one.status for one in seen})}
         lines.append("when recorded: " + ", ".join(f"{status} {count}" for status, count in ends.items()))

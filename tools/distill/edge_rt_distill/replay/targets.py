@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import httpx2
 
     from edge_rt import Model
-    from edge_rt.session import Session
 
 Hear = Callable[[str, "int | None"], None]
 """Is told of each piece when it comes, on any thread: its text, and how many tokens the answer has so far, None where that is not said."""
@@ -288,7 +288,7 @@ class InProcess:
         prompt = body["messages"] if "messages" in body else body["prompt"]
         async with self._turn:
             with self._model.session() as session:
-                answering = asyncio.ensure_future(asyncio.to_thread(_answer, session, prompt, options, hear))
+                answering = asyncio.ensure_future(asyncio.to_thread(_answer, partial(session.generate, prompt, **options), hear))
                 try:
                     return await asyncio.shield(answering)
                 except asyncio.CancelledError:
@@ -319,11 +319,10 @@ class InProcess:
         self._model.close()
 
 
-def _answer(session: Session, prompt: Any, options: Mapping[str, Any], hear: Hear) -> Ending:
-    """On a thread of its own. Raises what ``generate`` raises."""
+def _answer(generate: Callable[[], Iterable[Any]], hear: Hear) -> Ending:
+    """Tells the events of a session, on a thread of its own. Raises what ``generate`` raises."""
     tokens = 0
-    event: Any
-    for event in session.generate(prompt, **options):
+    for event in generate():
         if hasattr(event, "text"):  # of what happens, only pieces of the answer have it
             tokens += len(event.tokens) + event.concealed
             if event.text:
