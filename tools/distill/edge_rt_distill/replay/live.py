@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ WINDOW = 10.0
 """Seconds that rates and quantiles look back."""
 _EVERY = {True: 0.25, False: 5.0}
 """Seconds between two views, in a terminal or not."""
-_WIDTH = 110
 
 
 class _Piece(NamedTuple):
@@ -53,11 +53,12 @@ class Tally:
         firsts = [(one.seconds, 1) for one in recent if one.first]
         gaps = [(one.seconds / one.tokens, one.tokens) for one in recent if not one.first and one.tokens]
         held = "" if self.reading is None or self.reading.memory is None else f", memory {shown_size(self.reading.memory)}"
+        left = f", cancelled {self.cancelled}" if self.cancelled else ""
         return [
-            f"{now:7.1f} s  sent {self.sent} of {self.total}, running {self.sent - self.done}, ended {self.done}, failed {self.failed}"
-            + (f", cancelled {self.cancelled}" if self.cancelled else ""),
-            f"           {tokens:.1f} tokens/s, first token p50 {_shown(firsts, 0.5)} p95 {_shown(firsts, 0.95)},"
-            f" between tokens p50 {_shown(gaps, 0.5)} p99 {_shown(gaps, 0.99)}{held}",
+            f"{now:.1f} s: sent {self.sent} of {self.total}, running {self.sent - self.done}, ended {self.done}, failed {self.failed}{left}",
+            f"  {tokens:.1f} tokens/s{held}",
+            f"  first token p50 {_shown(firsts, 0.5)} p95 {_shown(firsts, 0.95)},"
+            f" between tokens p50 {_shown(gaps, 0.5)} p99 {_shown(gaps, 0.99)}",
         ]
 
 
@@ -94,7 +95,7 @@ class Live:
 
     def say(self, text: str) -> None:
         """A line that stays, above the others."""
-        self._write([], f"{self._now():7.1f} s  {text}\n")
+        self._write([], f"{self._now():.1f} s: {text}\n")
 
     def close(self) -> None:
         """The last view, which stays."""
@@ -103,10 +104,11 @@ class Live:
 
     def _write(self, lines: Sequence[str], stays: str = "") -> None:
         if not self._terminal:
-            text = stays or f"{lines[0]}; {lines[1].strip()}\n"
+            text = stays or ", ".join(line.strip() for line in lines) + "\n"
         else:
             back = f"\x1b[{self._shown}A\x1b[J" if self._shown else ""
-            text = back + stays + "".join(f"{line[:_WIDTH]}\n" for line in lines)
+            width = shutil.get_terminal_size().columns - 1  # a line that is broken in two would not be written over
+            text = back + stays + "".join(f"{line[:width]}\n" for line in lines)
             self._shown = len(lines)
         try:
             self._out.write(text)
