@@ -54,8 +54,9 @@ class Tally:
         gaps = [(one.seconds / one.tokens, one.tokens) for one in recent if not one.first and one.tokens]
         held = "" if self.reading is None or self.reading.memory is None else f", memory {shown_size(self.reading.memory)}"
         left = f", cancelled {self.cancelled}" if self.cancelled else ""
+        running = self.sent - self.done
         return [
-            f"{now:.1f} s: sent {self.sent} of {self.total}, running {self.sent - self.done}, ended {self.done}, failed {self.failed}{left}",
+            f"{now:.1f} s: sent {self.sent} of {self.total}, running {running}, ended {self.done}, failed {self.failed}{left}",
             f"  {tokens:.1f} tokens/s{held}",
             f"  first token p50 {_shown(firsts, 0.5)} p95 {_shown(firsts, 0.95)},"
             f" between tokens p50 {_shown(gaps, 0.5)} p99 {_shown(gaps, 0.99)}",
