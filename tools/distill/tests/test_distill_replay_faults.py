@@ -25,7 +25,7 @@ from edge_rt_distill.replay.results import Fault, Outcome, Reading, Results
 from edge_rt_distill.replay.running import replay, summary, whole
 from edge_rt_distill.replay.targets import Facts, Server
 from edge_rt_distill.replay.trace import PATHS, Request
-from edge_rt_distill.replay.watching import Watch, held
+from edge_rt_distill.replay.watching import Watch, family, held
 from hypothesis import given
 from hypothesis import strategies as st
 from replay_server import Peer
@@ -117,7 +117,7 @@ def test_commands_failures_and_what_comes_too_late_are_told(child: subprocess.Po
     found = injected(planned, Told(UserError("it is gone")), child.pid, until=1.0)
     said = {fault.what: fault.said for fault in found.done}
     assert said["echo out; exit 3"] == "ended with 3: out"
-    assert said["freeze=2"].startswith("it could not be done")
+    assert said["freeze=2"] == "its processes were gone"
     assert said["kill-worker"] == "it could not be done: it is gone"
     assert found.missed == [Planned(99.0, "freeze", "1")]
 
@@ -151,12 +151,12 @@ def test_memory_is_that_of_a_process_and_its_children(child: subprocess.Popen[by
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         parent.stdout.readline()
-        alone, both = held(child.pid).memory, held(parent.pid).memory
+        alone, both = held(family(child.pid)).memory, held(family(parent.pid)).memory
         parent.communicate(b"\n")
     assert alone is not None
     assert both is not None
     assert both > alone + (20 << 20)
-    assert held(parent.pid).memory is None
+    assert held(family(parent.pid)).memory is None
 
 
 def test_energy_is_summed_over_packages_and_past_the_counters_end(tmp_path: Path):

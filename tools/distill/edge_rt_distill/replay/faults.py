@@ -13,6 +13,7 @@ from typing import NamedTuple
 from edge_rt.hooks import OptionError, UserError
 from edge_rt_distill.replay.results import Fault
 from edge_rt_distill.replay.targets import Facts, Target
+from edge_rt_distill.replay.watching import family
 
 
 class Planned(NamedTuple):
@@ -50,10 +51,10 @@ async def _reload_rules(facts: Facts, _: str) -> str:
 
 
 async def _freeze(facts: Facts, seconds: str) -> str:
-    import psutil
-
-    root = psutil.Process(facts.pid)
-    frozen = [root, *root.children(recursive=True)]
+    assert facts.pid is not None, "it was checked before the run"
+    frozen = family(facts.pid)
+    if not frozen:
+        return "its processes were gone"
     for process in frozen:
         process.suspend()
     try:

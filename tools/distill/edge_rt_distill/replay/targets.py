@@ -114,6 +114,12 @@ class Server:
 
     async def look(self) -> Facts:
         """See Target."""
+        try:
+            return await self._look()
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{self._url} does not say as OpenAI's servers do which models it has ({error!r}); see --url") from error
+
+    async def _look(self) -> Facts:
         listed = (await self._get("/v1/models")).get("data") or [{}]
         self._owner, self._known = str(listed[0].get("owned_by", "")), str(listed[0].get("id", ""))
         name = f"{self._owner or 'a server'} at {self._url}, model {self._model or self._known}"
@@ -128,6 +134,8 @@ class Server:
 
         try:
             answer = await self._client.get(path, timeout=10)
+            if answer.status_code in (404, 405):  # a server may do without
+                return {}
             if answer.status_code != 200:
                 said = f"HTTP {answer.status_code} ({_said(answer.content)})"
                 raise UserError(f"{self._url}{path} answers with {said}; see --url and --key-file")
@@ -156,8 +164,9 @@ class Server:
         if self._model or (self._owner != "edge-rt" and "model" not in body):
             body["model"] = self._model or self._known
         if self._owner == "edge-rt":
-            extensions = {name: value for name, value in body.get("edge_rt", {}).items() if name != "session"}
-            body["edge_rt"] = {**extensions, **({"session": question.session} if question.session else {})}
+            own = body.get("edge_rt") or {}
+            if question.session and isinstance(own, dict):
+                body["edge_rt"] = {**own, "session": question.session}
         elif body.pop("edge_rt", None):
             self.left_out["edge_rt"] += 1
         return body
@@ -242,7 +251,7 @@ def _take(chunk: Mapping[str, Any], ending: Ending, hear: Hear) -> Ending:
         called = "".join((one.get("name") or "") + (one.get("arguments") or "") for one in functions)
         text = (choice.get("text") or "") + (delta.get("content") or "") + called
         if text or delta.get("reasoning_content"):
-            hear(text, usage.get("completion_tokens"))
+            hear(text if not choice.get("index") else "", usage.get("completion_tokens"))  # of several answers the first
         ending = ending._replace(finish_reason=choice.get("finish_reason") or ending.finish_reason)
     if usage:
         ending = ending._replace(prompt_tokens=usage.get("prompt_tokens"), completion_tokens=usage.get("completion_tokens"))
@@ -283,21 +292,21 @@ class InProcess:
 
     async def ask(self, question: Question, hear: Hear) -> Ending:
         """See Target. What prompts share is not computed again, as their cells stay with the model."""
-        options = self._options(question.body)
-        body = question.body
-        prompt = body["messages"] if "messages" in body else body["prompt"]
-        async with self._turn:
-            with self._model.session() as session:
-                answering = asyncio.ensure_future(asyncio.to_thread(_answer, partial(session.generate, prompt, **options), hear))
-                try:
-                    return await asyncio.shield(answering)
-                except asyncio.CancelledError:
-                    while not answering.done():  # again and again: one that comes before the first step is forgotten
-                        session.cancel()
-                        await asyncio.wait([answering], timeout=0.05)
-                    raise
-                except EdgeError as error:
-                    raise Failed(type(error).__name__, str(error)) from error
+        prompt = question.body["messages"] if "messages" in question.body else question.body["prompt"]
+        try:
+            options = self._options(question.body)
+            async with self._turn:
+                with self._model.session() as session:
+                    answering = asyncio.ensure_future(asyncio.to_thread(_answer, partial(session.generate, prompt, **options), hear))
+                    try:
+                        return await asyncio.shield(answering)
+                    except asyncio.CancelledError:
+                        while not answering.done():  # again and again: one that comes before the first step is forgotten
+                            session.cancel()
+                            await asyncio.wait([answering], timeout=0.05)
+                        raise
+        except (EdgeError, TypeError, ValueError, AttributeError, LookupError) as error:  # a body may hold anything
+            raise Failed(type(error).__name__, str(error)) from error
 
     def _options(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Of ``generate``; what it has not is left out and counted."""

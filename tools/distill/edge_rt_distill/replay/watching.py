@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,34 +15,43 @@ if TYPE_CHECKING:
     import psutil
 
 EVERY = 0.5
+_LOOK_AGAIN = 10
+"""Readings after which it is looked for new processes: that takes longer than a reading, and time from who sends the requests."""
 
 
 class Held(NamedTuple):
-    """``memory``: bytes of a process and its children, None: it is gone. ``pss``: proportional set sizes, in which a page that several
-    processes share counts once; else resident set sizes."""
+    """``memory``: bytes of all processes, None: all are gone. ``pss``: proportional set sizes, in which a page that several processes
+    share counts once; else resident set sizes. ``gone``: how many processes have ended."""
 
     memory: int | None
     pss: bool = True
+    gone: int = 0
 
 
-def held(pid: int) -> Held:
-    """Of a process and all its children."""
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its children, none if it is gone."""
     import psutil
 
     try:
         root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
+        return [root, *root.children(recursive=True)]
     except psutil.Error:
-        return Held(None)
-    total, found, pss = 0, False, True
+        return []
+
+
+def held(processes: Sequence[psutil.Process]) -> Held:
+    """What processes hold together."""
+    import psutil
+
+    sizes, pss = [], True
     for process in processes:
         try:
             own = _pss(process)
-            total += process.memory_info().rss if own is None else own
-            found, pss = True, pss and own is not None
-        except psutil.Error:  # it has ended just now
+            sizes.append(process.memory_info().rss if own is None else own)
+            pss = pss and own is not None
+        except psutil.Error:
             continue
-    return Held(total if found else None, pss)
+    return Held(sum(sizes) if sizes else None, pss, len(processes) - len(sizes))
 
 
 def _pss(process: psutil.Process) -> int | None:
@@ -65,6 +74,8 @@ class Watch:
         self._joules: float | None = None
         self._last = 0.0
         self._pss = True
+        self._family: list[psutil.Process] = []
+        self._complete = False
         self.readings: list[Reading] = []
 
     async def go_on(self) -> None:
@@ -82,7 +93,10 @@ class Watch:
         self._tally.reading = reading
 
     def _read(self) -> Reading:
-        found = Held(None) if self._pid is None else held(self._pid)
+        if self._pid is not None and (not self._complete or len(self.readings) % _LOOK_AGAIN == 0):
+            self._family = family(self._pid)
+        found = held(self._family)
+        self._complete = bool(self._family) and not found.gone
         self._pss &= found.pss
         power, at = self._sensors.health().power, self._now()
         if power is not None:
