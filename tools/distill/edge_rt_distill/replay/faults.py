@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -32,12 +33,12 @@ class Sort(NamedTuple):
     daemon has what it needs. ``usual``: the argument, if it may have one."""
 
     do: Callable[[Facts, str], Awaitable[str]]
-    what: str
     daemon: bool = False
     usual: str = ""
 
 
 async def _kill_worker(facts: Facts, _: str) -> str:
+    """SIGKILL to the worker that has the default model."""
     if facts.worker is None:
         return "there was no worker just then"
     os.kill(facts.worker, signal.SIGKILL)
@@ -45,27 +46,33 @@ async def _kill_worker(facts: Facts, _: str) -> str:
 
 
 async def _reload_rules(facts: Facts, _: str) -> str:
+    """SIGHUP to the daemon."""
     assert facts.pid is not None, "a daemon says its own"
     os.kill(facts.pid, signal.SIGHUP)
     return f"daemon {facts.pid} was told to read its rules again"
 
 
 async def _freeze(facts: Facts, seconds: str) -> str:
+    """SIGSTOP to all processes of the server and, so many seconds later, SIGCONT."""
+    import psutil
+
     assert facts.pid is not None, "it was checked before the run"
     frozen = family(facts.pid)
     if not frozen:
         return "its processes were gone"
-    for process in frozen:
-        process.suspend()
     try:
+        for process in frozen:
+            process.suspend()
         await asyncio.sleep(float(seconds))
     finally:
         for process in frozen:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):  # somebody has killed it meanwhile
+                process.resume()
     return f"{len(frozen)} processes stood still for {seconds} s"
 
 
 async def _command(_: Facts, command: str) -> str:
+    """A command for the shell; if the replay ends before it, it is not waited for."""
     process = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
     out, _error = await process.communicate()
     said = " ".join(out.decode(errors="replace").split())[:200]
@@ -73,12 +80,10 @@ async def _command(_: Facts, command: str) -> str:
 
 
 FAULTS: Mapping[str, Sort] = {
-    "kill-worker": Sort(_kill_worker, "SIGKILL to the worker of edge-rt's daemon that has the default model", daemon=True),
-    "reload-rules": Sort(_reload_rules, "SIGHUP to edge-rt's daemon: it reads its rules again", daemon=True),
-    "freeze": Sort(_freeze, "SIGSTOP to all processes of the server and, so many seconds later, SIGCONT", usual="2"),
-}
+    "kill-worker": Sort(_kill_worker, daemon=True), "reload-rules": Sort(_reload_rules, daemon=True), "freeze": Sort(_freeze, usual="2"),
+}  # fmt: skip
 """By name; anything else is a command."""
-_COMMAND = Sort(_command, "a command for the shell")
+_COMMAND = Sort(_command)
 
 
 def parse(text: str) -> Planned:

@@ -14,7 +14,7 @@ from edge_rt_distill.replay.results import Outcome, Reading
 
 WINDOW = 10.0
 """Seconds that rates and quantiles look back."""
-_EVERY = {True: 0.25, False: 5.0}
+_EVERY = {True: 0.5, False: 5.0}
 """Seconds between two views, in a terminal or not."""
 
 

@@ -34,7 +34,7 @@ async def replay(
     cannot be.
     """
     if not requests:
-        raise DataError("there are no requests to send; --limit is 1 or more")
+        raise DataError("there are no requests to send; name a trace that has some")
     facts = await target.look()
     facts = facts._replace(pid=facts.pid if pid is None else pid)
     check(faults, facts, own=isinstance(target, InProcess))
