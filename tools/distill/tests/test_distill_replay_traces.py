@@ -232,7 +232,8 @@ def test_the_commands_make_show_and_import(tmp_path: Path):
     [
         [], ["--url", "http://x", "--model", "m"], ["--model", "m", "--pid", "3"], ["--url", "http://x", "--engine", "ggml"],
         ["--url", "http://x", "--speed", "0"], ["--url", "http://x", "--speed", "2", "--concurrency", "3"],
-        ["--url", "http://x", "--fault", "soon"], ["--url", "http://x", "--key-file", "/nowhere"],
+        ["--url", "http://x", "--speed", "nan"], ["--url", "http://x", "-o", "."], ["--url", "http://x", "--fault", "soon"],
+        ["--url", "http://x", "--key-file", "/nowhere"],
     ],
 )  # fmt: skip
 def test_options_that_contradict_each_other_are_said(tmp_path: Path, words: list[str]):

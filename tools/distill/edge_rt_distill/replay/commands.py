@@ -60,7 +60,7 @@ def import_(
     from edge_rt_distill.replay.summaries import joined
     from edge_rt_distill.replay.trace import read_trace, write_trace
 
-    if rate is not None and rate <= 0:
+    if rate is not None and not rate > 0:
         raise OptionError(f"--rate is {rate:g}; give requests a second, above 0")
     trace = joined([(file.stem, read_trace(file)) for file in files], rate)
     write_trace(output, trace)
@@ -111,8 +111,10 @@ def run(
         raise OptionError("--start, --served-as, --key-file and --pid are for a server; name it with --url")
     if url is not None and (engine or context):
         raise OptionError("--engine and --ctx are for --model; a server has its own")
-    if speed <= 0 or (speed != 1 and concurrency):
+    if not speed > 0 or (speed != 1 and concurrency):
         raise OptionError("--speed is above 0, and without --concurrency, which has no times")
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder; name a file in it")
     requests, planned = read_trace(trace).requests[:limit], [parse(one) for one in fault or ()]
 
     def target() -> Target:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -78,19 +79,13 @@ def _request(kind: str, at: float, ask: Ask, session: str | None = None) -> Requ
     return Request(at, PATHS[0], body, session=session, checks=ask.checks, kind=kind)
 
 
-def _steady(wanted: Wanted, dice: random.Random) -> Iterator[Request]:
-    asks = deck(questions(LANGUAGES[wanted.language]), dice)
-    return (_request("steady", at, next(asks)) for at in poisson(wanted.rate, dice))
-
-
-def _bursty(wanted: Wanted, dice: random.Random) -> Iterator[Request]:
-    asks = deck(questions(LANGUAGES[wanted.language]), dice)
-    return (_request("bursty", at, next(asks)) for at in bursts(wanted.rate, dice))
-
-
-def _adversarial(wanted: Wanted, dice: random.Random) -> Iterator[Request]:
-    asks = deck(attacks(LANGUAGES[wanted.language]), dice)
-    return (_request("adversarial", at, next(asks)) for at in poisson(wanted.rate, dice))
+def _single(
+    kind: str, asks: Callable[[Sequence[str]], list[Ask]], times: Callable[[float, random.Random], Iterator[float]],
+    wanted: Wanted, dice: random.Random,
+) -> Iterator[Request]:  # fmt: skip
+    """Requests that have nothing to do with each other: all of ``asks`` in a random order, again and again."""
+    drawn = deck(asks(LANGUAGES[wanted.language]), dice)
+    return (_request(kind, at, next(drawn)) for at in times(wanted.rate, dice))
 
 
 def _long_context(wanted: Wanted, dice: random.Random) -> Iterator[Request]:
@@ -135,11 +130,17 @@ def _mixed(wanted: Wanted, dice: random.Random) -> Iterator[Request]:
 
 
 GENERATORS: Mapping[str, Generator] = {
-    "steady": Generator(_steady, "questions at random, all the time as many (Poisson)"),
-    "bursty": Generator(_bursty, "the same questions in quiet times and bursts of three times the rate (Markov-modulated Poisson)"),
+    "steady": Generator(partial(_single, "steady", questions, poisson), "questions at random, all the time as many (Poisson)"),
+    "bursty": Generator(
+        partial(_single, "bursty", questions, bursts),
+        "questions in quiet times and bursts of three times the rate (Markov-modulated Poisson)",
+    ),
     "long-context": Generator(_long_context, "prompts from 256 tokens to --longest with facts to find or to sum up"),
     "multi-turn": Generator(_multi_turn, "conversations of 3 to 8 turns with pauses, of which later ones refer to earlier ones"),
-    "adversarial": Generator(_adversarial, "users who try to break format, language or rules, or to have the instructions told"),
+    "adversarial": Generator(
+        partial(_single, "adversarial", attacks, poisson),
+        "users who try to break format, language or rules, or to have the instructions told",
+    ),
     "mixed": Generator(_mixed, "all of these at once"),
 }
 """By name, which is the kind of each request."""
