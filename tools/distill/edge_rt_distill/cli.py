@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from edge_rt_distill.library import commands as library
+from edge_rt_distill.replay import commands as replay
 from edge_rt_distill.sandbox import commands as sandbox
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _FILE = typer.Argument(metavar="FILE", help="The run: a TOML file, see `edge-rt 
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add ``distill`` and ``eval`` to the command line."""
+    """Add ``distill``, ``eval`` and ``replay`` to the command line."""
     distill = typer.Typer(name="distill", help=HELP, no_args_is_help=True, rich_markup_mode=None)
     distill.command("init")(init)
     distill.command("run")(run)
@@ -36,6 +37,7 @@ def add_commands(app: typer.Typer) -> None:
     library.add(distill)
     app.add_typer(distill)
     sandbox.add(app)
+    replay.add(app)
 
 
 def init(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "edge_rt_distill"
 MAX_FILE, MAX_FUNCTION = 400, 60
-LATER = ("torch", "numpy", "matplotlib", "gguf", "safetensors")
+LATER = ("torch", "numpy", "matplotlib", "gguf", "safetensors", "httpx2")
 """What takes long to import, and no list of commands needs."""
 
 

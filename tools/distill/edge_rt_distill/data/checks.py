@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from edge_rt.hooks import DataError
@@ -254,3 +254,15 @@ def check_checks(checks: Any) -> None:
 def score(check: Mapping[str, Any], answer: Answer) -> float:
     """What ``answer`` gets for ``check`` (one that ``check_checks`` has passed), 0 to 1."""
     return float(KINDS[check["kind"]].apply(answer, check))
+
+
+def worth(checks: Iterable[Mapping[str, Any]], answer: Answer) -> float:
+    """The mean of what ``answer`` gets for each of ``checks``, by their weights (1 unless said); 0 without any weight."""
+    return mean((float(check.get("weight", 1)), score(check, answer)) for check in checks)
+
+
+def mean(weighted: Iterable[tuple[float, float]]) -> float:
+    """Of values, each behind its weight; 0 without any weight."""
+    found = list(weighted)
+    total = sum(weight for weight, _ in found)
+    return sum(weight * value for weight, value in found) / total if total else 0.0

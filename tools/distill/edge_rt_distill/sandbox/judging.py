@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from functools import cache
 
 from edge_rt_distill.data.answers import Answer
-from edge_rt_distill.data.checks import score
+from edge_rt_distill.data.checks import mean, score, worth
 from edge_rt_distill.data.content_checks import chosen
 from edge_rt_distill.sandbox.items import Check, Item
 
 
 def judge_answer(item: Item, answer: Answer) -> float:
     """Of an item of the form answer."""
-    return _mean([(_weight(check), score(check, answer)) for check in item.checks])
+    return worth(item.checks, answer)
 
 
 def judge_turns(item: Item, answers: Sequence[Answer]) -> float:
     """Of an item of the form turns; ``answers``: one to each turn."""
     found = []
     for turn, answer in zip(item.turns, answers, strict=True):
-        found += [(_weight(check), _in_turn(check, answer, answers)) for check in turn.checks]
-    return _mean(found)
+        found += [(float(check.get("weight", 1)), _in_turn(check, answer, answers)) for check in turn.checks]
+    return mean(found)
 
 
 def judge_choice(item: Item, likelihoods: Sequence[float]) -> float:
@@ -51,15 +51,6 @@ def _in_turn(check: Check, answer: Answer, answers: Sequence[Answer]) -> float:
         return score(check, answer)
     before = chosen(answers[check["turn"]].text, check["options"])
     return float(before is not None and chosen(answer.text, check["options"]) == before)
-
-
-def _weight(check: Check) -> float:
-    return float(check.get("weight", 1))
-
-
-def _mean(found: Sequence[tuple[float, float]]) -> float:
-    total = sum(weight for weight, _ in found)
-    return sum(weight * value for weight, value in found) / total if total else 0.0
 
 
 def chance(item: Item) -> float:
