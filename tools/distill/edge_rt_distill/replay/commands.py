@@ -98,11 +98,12 @@ def run(
     import asyncio
 
     from edge_rt.hooks import OptionError, resolve_model
+    from edge_rt_distill.addresses import read_key
     from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.faults import parse
     from edge_rt_distill.replay.results import write_results
     from edge_rt_distill.replay.running import summary, whole
-    from edge_rt_distill.replay.targets import InProcess, Server, read_key
+    from edge_rt_distill.replay.targets import InProcess, Server
     from edge_rt_distill.replay.trace import read_trace
 
     if (url is None) == (model is None):

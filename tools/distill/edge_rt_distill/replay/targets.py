@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
-from edge_rt.hooks import EdgeError, OptionError, UserError
+from edge_rt.hooks import EdgeError, UserError
+from edge_rt_distill.addresses import read_address
 
 if TYPE_CHECKING:
     import httpx2
@@ -95,17 +95,13 @@ class Server:
         import httpx2
 
         self._url, self._model = url.rstrip("/").removesuffix("/v1"), model
+        base, socket, self._here = read_address(url)
         self.left_out: Counter[str] = Counter()
         self._owner, self._known = "", ""
-        place = urlsplit(self._url)
-        socket = self._url.removeprefix("unix:").removeprefix("//") if self._url.startswith("unix:") else None
-        if not (socket or (place.scheme in ("http", "https") and place.netloc)):
-            raise OptionError(f"the address is {url!r}; give http://HOST:PORT or unix:/PATH")
-        self._here = socket is not None or place.hostname in ("localhost", "127.0.0.1", "::1")
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(
             transport=httpx2.AsyncHTTPTransport(uds=socket, limits=limits) if socket else None,
-            base_url="http://localhost" if socket else self._url,
+            base_url=base,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=None,  # the driver's own, over all of a request
             limits=limits,
@@ -174,17 +170,6 @@ class Server:
     async def close(self) -> None:
         """See Target."""
         await self._client.aclose()
-
-
-def read_key(path: Path) -> str:
-    """The first line of a file. Raises OptionError."""
-    try:
-        key = path.read_text(encoding="ascii").split("\n")[0].strip()
-    except (OSError, ValueError) as error:
-        raise OptionError(f"the key in {path} cannot be read ({error}); name a file with a key in its first line") from error
-    if not key:
-        raise OptionError(f"{path} has no key in its first line; write one there")
-    return key
 
 
 def _said(content: bytes) -> str:

@@ -28,7 +28,7 @@ _SUITES = typer.Option("--suite", "-s", metavar="NAME|FILE", help="A domain, or 
 _WEIGHTS = typer.Option("--weights", metavar="FILE", help="TOML with [metrics], [domains] and [floors], see docs/evaluation.md.")
 _MODEL = typer.Argument(metavar="MODEL", help="A GGUF, a name from `edge-rt models`, a folder of Hugging Face's, or a server's address.")
 _ENGINE = typer.Option("--engine", help="Who runs a GGUF, e.g. llama_cpp; edge-rt if left out.")
-_NAME = typer.Option("--model-name", help="Which of the server's models; its first if left out.")
+_NAME = typer.Option("--served-as", metavar="NAME", help="Which of the server's models; its first if left out.")
 _KEY = typer.Option("--key-file", metavar="FILE", help="Holds the server's key.")
 _SPLIT = typer.Option("--split", help="Items that may steer training (steer), those that only judge (sealed), or all.")
 
@@ -52,7 +52,7 @@ def run(
     suite: Annotated[Optional[list[str]], _SUITES] = None,  # noqa: UP045
     split: Annotated[str, _SPLIT] = "steer",
     engine: Annotated[Optional[str], _ENGINE] = None,  # noqa: UP045
-    model_name: Annotated[Optional[str], _NAME] = None,  # noqa: UP045
+    served_as: Annotated[Optional[str], _NAME] = None,  # noqa: UP045
     key_file: Annotated[Optional[Path], _KEY] = None,  # noqa: UP045
 ) -> None:
     """Ask a model every item, write what it said and what that is worth, and print its scores."""
@@ -67,7 +67,7 @@ def run(
 
     _split(split)
     suites, shown = _suites(suite), Shown()
-    with closing(open_engine(model, engine=engine, model=model_name, key_file=key_file)) as one:
+    with closing(open_engine(model, engine=engine, model=served_as, key_file=key_file)) as one:
         try:
             results = ask(one, suites, split, told=partial(shown, "eval", "asks"))
         finally:

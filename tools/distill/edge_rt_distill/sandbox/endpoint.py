@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx2
 
-from edge_rt.hooks import DataError, OptionError, UserError
+from edge_rt.hooks import OptionError, UserError
+from edge_rt_distill.addresses import read_address, read_key
 from edge_rt_distill.data.answers import Answer
 from edge_rt_distill.sandbox.engines import Facts
 from edge_rt_distill.sandbox.items import Message
@@ -30,17 +31,16 @@ class Endpoint:
         key that is sent. Raises UserError if nobody answers, OptionError for a model that is not there.
         """
         self.address = address
-        headers = {"Authorization": f"Bearer {_key(key_file)}"} if key_file is not None else {}
-        path = address.removeprefix("unix:") if address.startswith("unix:") else None
-        transport = httpx2.HTTPTransport(uds=path) if path is not None else None
-        base = "http://localhost" if path is not None else address.rstrip("/").removesuffix("/v1")
-        self._client = httpx2.Client(base_url=base, headers=headers, transport=transport, timeout=SECONDS, trust_env=False)
+        base, socket, here = read_address(address)
+        headers = {"Authorization": f"Bearer {read_key(key_file)}"} if key_file is not None else {}
+        transport = httpx2.HTTPTransport(uds=socket) if socket is not None else None
+        self._client = httpx2.Client(base_url=base, headers=headers, transport=transport, timeout=SECONDS, trust_env=not here)
         listed = self._get("/v1/models").get("data", [])
         names = [str(one.get("id")) for one in listed]
         if model is not None and model not in names:
             raise OptionError(f"{address} has no model {model}; it has {', '.join(names) or 'none'}")
         if model is None and not names:
-            raise OptionError(f"{address} has no model; load one there, or name one with --model-name")
+            raise OptionError(f"{address} has no model; load one there, or name one with --served-as")
         self._model = model or names[0]
         self._ours = any(one.get("owned_by") == "edge-rt" for one in listed)
         self.scores = self._ours or self._echoes()
@@ -110,12 +110,3 @@ class Endpoint:
             raise UserError(f"{self.address}{path} answered {reply.status_code}: {said}")
         return found
 
-
-def _key(path: Path) -> str:
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); name a file that holds the server's key") from error
-    if not key:
-        raise DataError(f"{path} is empty; write the server's key into it")
-    return key.splitlines()[0].strip()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from edge_rt.hooks import OptionError, resolve_model
+from edge_rt_distill.addresses import is_address
 from edge_rt_distill.data.answers import Answer
 from edge_rt_distill.sandbox.items import Message
 
@@ -90,14 +91,14 @@ def open_engine(
     """Whoever is to answer: a GGUF or a name of one, a folder of Hugging Face's, or the address of a server (``http://``, ``https://`` or
     ``unix:``). ``engine``: who runs a GGUF. ``model``, ``key_file``: of a server. Raises OptionError, and what opening it raises.
     """
-    if target.startswith(("http://", "https://", "unix:")):
+    if is_address(target):
         from edge_rt_distill.sandbox.endpoint import Endpoint
 
         if engine is not None:
             raise OptionError(f"a server runs its model with an engine of its own; leave --engine {engine} out")
         return Endpoint(target, model=model, key_file=key_file)
     if model is not None or key_file is not None:
-        raise OptionError(f"--model-name and --key-file are of servers, and {target} is none; give an address such as http://127.0.0.1:8080")
+        raise OptionError(f"--served-as and --key-file are of servers, and {target} is none; give an address such as http://127.0.0.1:8080")
     if Path(target).is_dir():
         from edge_rt_distill.sandbox.hugging_face import HuggingFace
 
