@@ -18,9 +18,14 @@ import pytest
 import typer
 from edge_rt_distill.cli import add_commands
 from edge_rt_distill.data.answers import Answer
+from edge_rt_distill.evaluate.evaluator import Context, load_evaluator
+from edge_rt_distill.model.load import load
+from edge_rt_distill.model.rows import TokenSequence
 from edge_rt_distill.sandbox.endpoint import Endpoint
 from edge_rt_distill.sandbox.engines import Engine, InProcess, open_engine
+from edge_rt_distill.sandbox.evaluator import InTraining, Sandbox
 from edge_rt_distill.sandbox.judges import ByLikelihood, judged, opened, validate
+from edge_rt_distill.sandbox.metrics import METRICS
 from edge_rt_distill.sandbox.running import Results, read_results, run, write_results
 from edge_rt_distill.sandbox.scores import compare, fails, notes
 from edge_rt_distill.sandbox.suites import Suite, read_suite
@@ -222,6 +227,53 @@ def test_a_teacher_in_transformers(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="transformers"):
         open_engine(str(tmp_path))
+
+
+# ---- in training ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_training_says_what_its_file_says(tiny: Path, suite: Suite) -> None:
+    teacher = load(tiny)
+    with closing(InProcess(tiny)) as here:
+        one = InTraining(teacher.model, teacher.tokeniser)
+        assert one.answer(ASK, 12) == here.answer(ASK, 12)
+        for before in (ASK, "Take ", ""):
+            mine, other = one.likelihoods(before, OPTIONS), here.likelihoods(before, OPTIONS)
+            differences = [left - right for left, right in zip(mine, other, strict=True)]
+            assert max(differences) - min(differences) < 0.01  # all up to what the options share
+
+
+def test_the_sandbox_scores_what_is_kept_and_asks_the_teacher_once(tiny: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load(tiny)
+    known = {"a": 1.0, "b": 0.0, "c": 1.0}
+    asked: list[Any] = []
+
+    def values(self: Sandbox, model: Any, tokeniser: Any) -> dict[tuple[str, str], float]:
+        asked.append(model)
+        return {("mine", item): value if model is teacher.model or item != "c" else 0.25 for item, value in known.items()}
+
+    monkeypatch.setattr(Sandbox, "_values", values)
+    context = Context([TokenSequence([1, 2, 3, 4, 5], [False, True, True, True, True])], tokeniser=teacher.tokeniser)
+    judge, student = Sandbox(suites=[suite]), load(tiny).model
+    assert judge.score(teacher.model, teacher.model, context).value == pytest.approx(1.0)
+    score = judge.score(student, teacher.model, context)
+    assert score.parts["sandbox"] == pytest.approx(1.25 / 2)
+    assert score.value == pytest.approx((1 + 1.25 / 2) / 2)
+    assert asked == [teacher.model, teacher.model, student]
+    with pytest.raises(OptionError, match="no tokeniser"):
+        judge.score(student, teacher.model, Context([]))
+    known.update(a=0.0, c=-0.5)
+    with pytest.raises(OptionError, match="above chance in no item"):
+        Sandbox(suites=[suite]).score(student, teacher.model, context)
+
+
+def test_the_sandbox_chooses_of_every_metric_and_nothing_that_is_sealed() -> None:
+    judge = load_evaluator("sandbox")
+    assert isinstance(judge, Sandbox)
+    chosen = [item for suite in judge._suites for item in suite.items]
+    assert {item.split for item in chosen} == {"steer"}
+    assert {item.metric for item in chosen} == set(METRICS)
+    assert (sum(bool(item.options) for item in chosen), sum(not item.options for item in chosen)) == (96, 32)
 
 
 # ---- suites in YAML, weights, judges --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from edge_rt_distill.evaluate.measures import divergence
 from edge_rt_distill.model.decoder import Decoder
 from edge_rt_distill.model.generate import Rollout, generate
 from edge_rt_distill.model.rows import TokenSequence
+from edge_rt_distill.model.tokens import Tokeniser
 from edge_rt_distill.named import find
 from edge_rt_distill.stages.teachers import CachingTeacher, TeacherView
 
@@ -53,7 +54,7 @@ class Context:
     """What students are scored on: ``sequences`` that were held out, ``tasks`` likewise. ``tokens``: of an answer at most.
 
     ``end``: the token that ends an answer. ``decode``: tokens -> text. ``batch_tokens``: computed together. ``seen``: what is known of the
-    teacher, worth sharing; None: found out from the model.
+    teacher, worth sharing; None: found out from the model. ``tokeniser``: of both models, for evaluators that ask in words.
     """
 
     sequences: Sequence[TokenSequence]
@@ -63,6 +64,7 @@ class Context:
     decode: Callable[[list[int]], str] = str
     batch_tokens: int = 2048
     seen: TeacherView | None = None
+    tokeniser: Tokeniser | None = None
 
 
 @runtime_checkable
@@ -136,14 +138,18 @@ def _as_long(one: int, other: int) -> bool:
     return max(one, other) <= 2 * min(one, other) + SLACK
 
 
+NAMES: Mapping[str, str] = {
+    "": f"{__name__}:Quick", "quick": f"{__name__}:Quick", "sandbox": "edge_rt_distill.sandbox.evaluator:Sandbox",
+}  # fmt: skip
+"""Evaluators that ship with the tool."""
+
+
 def load_evaluator(name: str) -> Evaluator:
-    """``quick``, or what ``MODULE:ATTRIBUTE`` names: an object with a method ``score``, or a class that makes one without arguments.
+    """``quick``, ``sandbox``, or what ``MODULE:ATTRIBUTE`` names: an object with a method ``score``, or a class that makes one.
 
     Raises OptionError if there is none.
     """
-    if name in ("", "quick"):
-        return Quick()
-    found = find(name, "evaluator", "quick, or MODULE:ATTRIBUTE")
+    found = find(NAMES.get(name, name), "evaluator", "quick, sandbox, or MODULE:ATTRIBUTE")
     made = found() if isinstance(found, type) else found
     if not isinstance(made, Evaluator):
         raise OptionError(f"the evaluator {name} has no method score; see edge_rt_distill.evaluate.evaluator.Evaluator")

@@ -136,7 +136,7 @@ class DistilConfig:
     asked: int = setting(8, "Held-out questions that are answered for the score.", most=1 << 20)
     precision: str = setting("auto", "Of products in training.", choices=("auto", "float32", "bfloat16"))
     freeze_embedding: bool = setting(True, "Leave the embedding as the teacher has it.")
-    evaluator: str = setting("quick", "Whose score ends a level early: `quick`, or MODULE:ATTRIBUTE.")
+    evaluator: str = setting("quick", "Whose score ends a level early: `quick`, `sandbox` (items of `edge-rt eval`), or MODULE:ATTRIBUTE.")
     token: LevelConfig = LevelConfig()
     hidden: LevelConfig = LevelConfig(tokens=30_000, learning_rate=5e-5)
     attention: LevelConfig = LevelConfig(tokens=20_000, learning_rate=5e-5)

@@ -227,7 +227,7 @@ def score_of(shop: Workshop, place: Place) -> Callable[[Decoder], Score]:
     tasks = [Task(question(one, teacher.tokeniser), _rewarded(one)) for one in asked]
     context = Context(
         held_out(shop, place.need("data")), tasks, tokens=config.behaviour.tokens, end=teacher.tokeniser.end,
-        decode=teacher.tokeniser.decode, seen=shop.seen,
+        decode=teacher.tokeniser.decode, seen=shop.seen, tokeniser=teacher.tokeniser,
     )  # fmt: skip
     name = config.distil.evaluator
     return scorer(load_evaluator(name), teacher.model, context, name)
