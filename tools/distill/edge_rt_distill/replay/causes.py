@@ -108,11 +108,12 @@ def _where(found: list[Group], count: int) -> str:
         return "no group of requests can be told apart"
     first = found[0]
     if first.explained <= MOST:
-        return f"everywhere: the group that explains most of it, {first.name}, explains {max(0.0, first.explained):.0%}"
+        most = f"more than {first.explained:.0%}" if first.explained >= 0.01 else "any"
+        return f"everywhere: no group of requests explains {most} of it"
     inside = "not known" if first.inside is None else f"{first.inside:.3f}"
     return (
         f"{first.name} ({first.requests} of {count} requests): retention is {inside} there and {first.outside:.3f} elsewhere, "
-        f"which explains {first.explained:.0%} of it"
+        f"which explains {first.explained:.0%} of the shortfall"
     )
 
 
@@ -132,7 +133,10 @@ def _highest(values: Floats) -> Flags:
 def _on_their_way(run: Run) -> Floats:
     """How many requests were on their way when each was sent."""
     sent, ended = np.array([(one.sent, one.ended) for one in run.outcomes]).T
-    return (np.searchsorted(np.sort(sent), sent, side="right") - np.searchsorted(np.sort(ended), sent, side="right")).astype(np.float64)
+    busy: Floats = np.searchsorted(np.sort(sent), sent, side="right") - np.searchsorted(np.sort(ended), sent, side="right").astype(
+        np.float64
+    )
+    return busy
 
 
 def _seen(session: str | None, before: set[str]) -> bool:

@@ -142,7 +142,7 @@ def beside(baseline: Run, candidate: Run) -> tuple[Run, Run]:
             same[place] = left.text == right.text
     long, short = _quarters(prompt)
     return (
-        baseline._replace(prompt=prompt, long=long, short=short),
+        baseline._replace(prompt=prompt, long=long, short=short, agrees=np.maximum(agrees, 1.0), same=np.maximum(same, 1.0)),
         candidate._replace(prompt=prompt, long=long, short=short, agrees=agrees, same=same),
     )
 

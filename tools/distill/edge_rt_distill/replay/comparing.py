@@ -88,15 +88,13 @@ def pairs(baselines: Sequence[Results], candidates: Sequence[Results]) -> list[t
 def _row(pair: tuple[Run, Run], name: str, values: Floats, least: float) -> Row:
     metric = METRICS[name]
     left, right = (measured(run, name, one) for run, one in zip(pair, values, strict=True))
-    if metric.compared == "shown":
+    unknown = [who for who, one in (("baseline", left), ("candidate", right)) if one.estimate is None]
+    if metric.compared == "shown" and not unknown:
         return Row(left, right, None, SHOWN)
-    unknown = [f"{who}: {one.reason}" for who, one in (("baseline", left), ("candidate", right)) if one.estimate is None]
-    if unknown:
-        return Row(left, right, None, UNKNOWN, "; ".join(unknown))
     peak = float(np.max(pair[0].memory.peak, initial=0.0))
     kept = interval(retention(name, values[0], values[1], peak), min(size(run, name) for run in pair))
     if kept is None:
-        return Row(left, right, None, UNKNOWN, "the baseline has none of it")
+        return Row(left, right, None, UNKNOWN, f"{metric.unknown} (of {' and '.join(unknown)})")
     if kept.value >= least:
         return Row(left, right, kept, KEPT)
     return Row(left, right, kept, SHORT if kept.high < least else NOISE, cause=cause(pair, name))

@@ -141,7 +141,7 @@ def _cold_start(run: Run, weights: Floats) -> float:
 
 _NO_TOKEN, _NO_GAP = "no request got a token", "no answer came in two pieces"
 _NO_LENGTH, _NO_MEMORY = "the run has no length", "no reading of memory"
-_NO_TRACE = "without --trace it is not known which requests ask for temperature 0, or none of them was answered by both"
+_NO_PAIR = "it is of requests with temperature 0, which --trace tells, that two runs answered"
 
 METRICS: Mapping[str, Metric] = {
     "first_token_p50": Metric(
@@ -228,11 +228,11 @@ METRICS: Mapping[str, Metric] = {
     ),
     "agreement": Metric(
         "Share of the text, from its beginning, that is the baseline's too, of requests with temperature 0.", "share", "more", "shown",
-        "Sound engines round differently and part ways; checks judge, this shows.", _mean("agrees"), _NO_TRACE, "agrees",
+        "Sound engines round differently and part ways; checks judge, this shows.", _mean("agrees"), _NO_PAIR, "agrees",
     ),
     "same_text": Metric(
         "Share of texts that are the baseline's, of requests with temperature 0.", "share", "more", "shown", "As agreement.",
-        _mean("same"), _NO_TRACE, "same",
+        _mean("same"), _NO_PAIR, "same",
     ),
 }  # fmt: skip
 
@@ -269,8 +269,8 @@ def drawn(runs: Sequence[Run], seed: int = 0) -> dict[str, Floats]:
 
 
 def retention(name: str, baseline: Floats, candidate: Floats, peak: float = math.nan) -> Floats:
-    """What the candidate kept of the baseline: 1 of equal values, less of worse. ``peak``: of the baseline's memory. NaN: the baseline
-    has nothing to keep.
+    """What the candidate kept of the baseline: 1 of equal values, less of worse; NaN of what is not known. ``peak``: of the baseline's
+    memory.
     """
     metric = METRICS[name]
     if metric.compared == "successes":
@@ -316,7 +316,7 @@ def _sizes(run: Run) -> dict[str, int]:
 
 
 def _root(count: int) -> int:
-    return math.ceil(round(float(count) ** (1 / 3), 9))
+    return math.ceil(float(np.cbrt(count)) - 1e-9)
 
 
 def _blocks(size: int, length: int, dice: np.random.Generator) -> Floats:
