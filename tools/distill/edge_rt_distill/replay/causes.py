@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_rt_distill.replay.columns import Flags, Floats, Run, quantile
-from edge_rt_distill.replay.measures import METRICS, retention
+from edge_rt_distill.replay.columns import Flags, Floats, Run, quarter
+from edge_rt_distill.replay.measures import METRICS, retention, value
 from edge_rt_distill.replay.outages import outages, touched
 
 WORST = 5
@@ -78,8 +78,8 @@ def groups(pair: tuple[Run, Run]) -> Mapping[str, Flags]:
     found = {**faults, **({"around the faults": np.logical_or.reduce([*faults.values()])} if len(faults) > 1 else {})}
     found |= {f"kind {kind}": np.array([one == kind for one in run.kinds]) for kind in dict.fromkeys(run.kinds or ()) if kind and run.kinds}
     found["the longest quarter of prompts"] = run.long
-    found["the longest quarter of answers"] = _highest(np.maximum(pair[0].tokens, run.tokens))
-    found["the quarter sent when most was on its way"] = _highest(_on_their_way(run))
+    found["the longest quarter of answers"] = quarter(np.maximum(pair[0].tokens, run.tokens))
+    found["the quarter sent when most was on its way"] = quarter(_on_their_way(run))
     order = np.argsort([one.sent for one in run.outcomes], kind="stable")
     rank = np.argsort(order, kind="stable") / len(order)
     found["the first tenth"], found["the last quarter"] = rank < 0.1, rank >= 0.75
@@ -99,7 +99,7 @@ def worst(pair: tuple[Run, Run], column: str) -> tuple[Worst, ...]:
 
 
 def _retention(pair: tuple[Run, Run], name: str, weights: Floats) -> float:
-    left, right = (np.array(METRICS[name].of(run, weights)) for run in pair)
+    left, right = (np.array(value(run, name, weights)) for run in pair)
     return float(retention(name, left, right))
 
 
@@ -122,12 +122,6 @@ def _peak(run: Run) -> str:
     top = max((one for one in run.results.readings if one.memory is not None), key=lambda one: one.memory or 0)
     busy = sum(one.sent <= top.at <= one.ended for one in run.outcomes)
     return f"its memory was highest {top.at:.1f} s after the begin, with {busy} requests on their way"
-
-
-def _highest(values: Floats) -> Flags:
-    """The quarter with the highest values; none if most are as high."""
-    high, middle = (quantile(np.sort(values), np.ones(len(values)), share) for share in (0.75, 0.5))
-    return (values >= high) & (high > middle)
 
 
 def _on_their_way(run: Run) -> Floats:

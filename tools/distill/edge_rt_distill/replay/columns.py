@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-SPANS = 200
+SPANS = 60
 """Readings of the machine are summed up in so many spans of time at most: pairs of them are counted."""
 
 
@@ -105,7 +106,7 @@ def columns(results: Results, slo: Slo = Slo(), trace: Trace | None = None, only
     slowest = np.array([_high(*one) for one in gaps])
     first = _known(one.first for one in outcomes)
     prompt = _known(one.prompt_tokens for one in outcomes)
-    long, short = _quarters(prompt)
+    long, short = quarter(prompt), quarter(-prompt)
     nothing = np.full(len(outcomes), np.nan)
     return Run(
         results, outcomes, None if trace is None else tuple(trace.requests[one.number] for one in outcomes),
@@ -140,7 +141,7 @@ def beside(baseline: Run, candidate: Run) -> tuple[Run, Run]:
             longest = max(len(left.text), len(right.text))
             agrees[place] = _common(left.text, right.text) / longest if longest else 1.0
             same[place] = left.text == right.text
-    long, short = _quarters(prompt)
+    long, short = quarter(prompt), quarter(-prompt)
     return (
         baseline._replace(prompt=prompt, long=long, short=short, agrees=np.maximum(agrees, 1.0), same=np.maximum(same, 1.0)),
         candidate._replace(prompt=prompt, long=long, short=short, agrees=agrees, same=same),
@@ -152,12 +153,22 @@ def by_client(outcome: Outcome) -> bool:
     return outcome.status == "cancelled" and not outcome.code
 
 
-def quantile(values: Floats, weights: Floats, share: float) -> float:
-    """The least of ``values``, which are sorted, up to which a ``share`` of the weight lies; NaN of no weight."""
-    total = np.cumsum(weights)
-    if not len(total) or total[-1] <= 0:
-        return float("nan")
-    return float(values[np.searchsorted(total, share * total[-1] * (1 - 1e-12))])
+def quantile(values: Floats, weights: Floats, share: float) -> Floats:
+    """The least of ``values`` [n], which are sorted, up to which a ``share`` of the weight [..., n] lies; NaN of no weight."""
+    if not len(values):
+        return np.full(weights.shape[:-1], np.nan)
+    total = np.cumsum(weights, -1)
+    place = (total < share * (1 - 1e-12) * total[..., -1:]).sum(-1)  # a share of a whole number may be rounded above it
+    return np.where(total[..., -1] > 0, values[place], np.nan)
+
+
+def quarter(values: Floats) -> Flags:
+    """Which are of the quarter with the highest values; none if more than half are as high."""
+    known = np.sort(values[~np.isnan(values)])
+    if not len(known):
+        return np.zeros(len(values), dtype=np.bool_)
+    high: Flags = values >= known[-math.ceil(len(known) / 4)]
+    return high if 2 * high.sum() <= len(known) else np.zeros_like(high)
 
 
 def _common(left: str, right: str) -> int:
@@ -199,7 +210,7 @@ def _gaps(outcome: Outcome) -> tuple[Floats, Floats]:
 
 def _high(seconds: Floats, tokens: Floats) -> float:
     order = np.argsort(seconds)
-    return quantile(seconds[order], tokens[order], 0.99)
+    return float(quantile(seconds[order], tokens[order], 0.99))
 
 
 def _all_gaps(gaps: Sequence[tuple[Floats, Floats]]) -> Gaps:
@@ -222,14 +233,6 @@ def _good(outcome: Outcome, slowest: float, slo: Slo) -> float:
     if outcome.first is None and by_client(outcome) and waited <= slo.first:
         return float("nan")
     return float(waited <= slo.first and not slowest > slo.between)
-
-
-def _quarters(prompt: Floats) -> tuple[Flags, Flags]:
-    """Which prompts are of the longest quarter and which of the shortest; none where most are as long."""
-    known = np.sort(prompt[~np.isnan(prompt)])
-    low, high = (quantile(known, np.ones(len(known)), share) for share in (0.25, 0.75))
-    apart = high > low
-    return (prompt >= high) & apart, (prompt <= low) & apart
 
 
 def _spans(count: int) -> list[Ints]:

@@ -14,7 +14,7 @@ import numpy as np
 from edge_rt.hooks import DataError
 from edge_rt_distill.replay.causes import Cause, cause
 from edge_rt_distill.replay.columns import Floats, Run, Slo, beside, columns
-from edge_rt_distill.replay.measures import METRICS, Measured, block_length, drawn, interval, measured, retention, size
+from edge_rt_distill.replay.measures import METRICS, Measured, block_length, drawn, interval, measured, retention, size, value
 from edge_rt_distill.replay.outages import Outage, outages
 from edge_rt_distill.replay.results import Results
 from edge_rt_distill.replay.trace import Trace
@@ -110,5 +110,5 @@ def _notes(pair: tuple[Run, Run], numbers: Sequence[set[int]]) -> Iterator[str]:
 
 def lateness(run: Run) -> list[str]:
     """What is to be said if requests were sent so late that the load was not the one that was asked for."""
-    late = METRICS["lateness_p95"].of(run, np.ones(len(run.outcomes)))
+    late = value(run, "lateness_p95")
     return [f"5 % of its requests were sent more than {late:.1f} s late: the load was lighter than asked"] if late > LATE else []

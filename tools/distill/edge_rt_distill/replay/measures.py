@@ -1,7 +1,7 @@
 """What the service of a run was: metrics, each with an interval of 95 %.
 
 A metric is a function of a run and of how often each request counts: once each for its value; as drawn anew for its interval; once in a
-group and never outside it to see what a group does (causes.py).
+group and never outside it to see what the group does (causes.py).
 
 Intervals are from a bootstrap over blocks of requests that follow each other in the trace (Künsch 1989, Annals of Statistics 17(3); blocks
 go on from the last request to the first: Politis & Romano 1992), 1,000 times: neighbours in a queue wait for the same thing, and drawn one
@@ -27,8 +27,10 @@ FEW = 8
 ADVERSARIAL = "adversarial"
 """The kind of requests that try to make a model break its rules."""
 
-Of = Callable[[Run, Floats], float]
-"""A metric's value of a run whose requests (or spans of readings) count so often; NaN: not known."""
+Of = Callable[[Run, Floats], Floats]
+"""A metric's values [k] of a run whose requests (or spans of readings) count so often [k, n]; NaN: not known."""
+_ROOM = 1 << 18
+"""Numbers of a table of draws that is made at once: it stays in the cache."""
 
 
 class Metric(NamedTuple):
@@ -67,76 +69,76 @@ COMPARED: Mapping[str, str] = {
 
 
 def _mean(column: str) -> Of:
-    def of(run: Run, weights: Floats) -> float:
+    def of(run: Run, weights: Floats) -> Floats:
         return _average(getattr(run, column), weights)
 
     return of
 
 
-def _average(values: Floats, weights: Floats) -> float:
+def _average(values: Floats, weights: Floats) -> Floats:
     known = ~np.isnan(values)
-    total = float(weights[known].sum())
-    return float(values[known] @ weights[known]) / total if total else math.nan
+    return _ratio(weights[:, known] @ values[known], weights[:, known].sum(1))
+
+
+def _ratio(over: Floats, under: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(under != 0, over / under, np.nan)
 
 
 def _high(column: str, share: float) -> Of:
-    def of(run: Run, weights: Floats) -> float:
+    def of(run: Run, weights: Floats) -> Floats:
         values = getattr(run, column)
         order = np.argsort(values, kind="stable")[: int((~np.isnan(values)).sum())]
-        return quantile(values[order], weights[order], share)
+        return quantile(values[order], weights[:, order], share)
 
     return of
 
 
 def _between(share: float) -> Of:
-    def of(run: Run, weights: Floats) -> float:
-        return quantile(run.gaps.seconds, run.gaps.tokens * weights[run.gaps.owner], share)
+    def of(run: Run, weights: Floats) -> Floats:
+        return quantile(run.gaps.seconds, run.gaps.tokens * weights[:, run.gaps.owner], share)
 
     return of
 
 
 def _rate(column: str) -> Of:
-    def of(run: Run, weights: Floats) -> float:
-        return float(np.nan_to_num(getattr(run, column)) @ weights) / run.length if run.length > 0 and weights.any() else math.nan
+    def of(run: Run, weights: Floats) -> Floats:
+        return _ratio(weights @ np.nan_to_num(getattr(run, column)), np.where(weights.any(1), run.length, 0.0))
 
     return of
 
 
-def _slower(run: Run, weights: Floats) -> float:
-    told = np.bincount(run.gaps.owner, run.gaps.tokens, len(weights)) * weights
-    pace = np.nan_to_num(run.pace)
-    long, short = (float(told[some].sum()) for some in (run.long, run.short))
-    if not long or not short:
-        return math.nan
-    quick = float(pace[run.short] @ told[run.short]) / short
-    return float(pace[run.long] @ told[run.long]) / long / quick if quick else math.nan
+def _slower(run: Run, weights: Floats) -> Floats:
+    told = np.bincount(run.gaps.owner, run.gaps.tokens, len(run.outcomes))
+    took = told * np.nan_to_num(run.pace)
+    long, short = (_ratio(weights @ (took * some), weights @ (told * some)) for some in (run.long, run.short))
+    return _ratio(long, short)
 
 
-def _kept_in_long(run: Run, weights: Floats) -> float:
+def _kept_in_long(run: Run, weights: Floats) -> Floats:
     """Prompts of unknown length are of neither side."""
-    rest = _average(run.passed, weights * (~run.long & ~np.isnan(run.prompt)))
-    return _average(run.passed, weights * run.long) / rest if rest else math.nan
+    rest = ~run.long & ~np.isnan(run.prompt)
+    return _ratio(_average(run.passed, weights * run.long), _average(run.passed, weights * rest))
 
 
-def _robust(run: Run, weights: Floats) -> float:
-    return math.nan if run.kinds is None else _average(run.passed, weights * np.array([one == ADVERSARIAL for one in run.kinds]))
+def _robust(run: Run, weights: Floats) -> Floats:
+    return _average(run.passed, weights * np.array([kind == ADVERSARIAL for kind in run.kinds or [""] * len(run.outcomes)]))
 
 
-def _peak(run: Run, weights: Floats) -> float:
-    return float(np.max(run.memory.peak[weights > 0], initial=-math.inf)) if weights.any() else math.nan
+def _peak(run: Run, weights: Floats) -> Floats:
+    return np.where(weights > 0, run.memory.peak, -np.inf).max(1) if len(run.memory.peak) else np.full(len(weights), np.nan)
 
 
-def _growth(run: Run, weights: Floats) -> float:
-    return 100 * quantile(run.memory.slopes, weights[run.memory.left] * weights[run.memory.right], 0.5)
+def _growth(run: Run, weights: Floats) -> Floats:
+    return 100 * quantile(run.memory.slopes, weights[:, run.memory.left] * weights[:, run.memory.right], 0.5)
 
 
-def _energy(run: Run, weights: Floats) -> float:
-    tokens = float(run.energy.tokens @ weights)
-    return float(run.energy.joules @ weights) / tokens if tokens else math.nan
+def _energy(run: Run, weights: Floats) -> Floats:
+    return _ratio(weights @ run.energy.joules, weights @ run.energy.tokens)
 
 
-def _cold_start(run: Run, weights: Floats) -> float:
-    return math.nan if run.results.cold_start is None else run.results.cold_start
+def _cold_start(run: Run, weights: Floats) -> Floats:
+    return np.full(len(weights), math.nan if run.results.cold_start is None else run.results.cold_start)
 
 
 _NO_TOKEN, _NO_GAP = "no request got a token", "no answer came in two pieces"
@@ -253,19 +255,27 @@ def drawn(runs: Sequence[Run], seed: int = 0) -> dict[str, Floats]:
 
     NaN: not known; in a draw, that it has nothing of what the metric is of.
     """
-    whole = [{by: np.ones(size) for by, size in _sizes(run).items()} for run in runs]
     found = {name: np.full((len(runs), 1 + DRAWS), np.nan) for name in METRICS}
-    for name, metric in METRICS.items():
-        found[name][:, 0] = [metric.of(run, weights[metric.by]) for run, weights in zip(runs, whole, strict=True)]
-    known = [(place, name) for name in METRICS for place in range(len(runs)) if not math.isnan(found[name][place, 0])]
-    dice = [{by: np.random.default_rng([seed, *by.encode()]) for by in whole[0]} for _ in runs]
-    length = block_length(runs)
-    for draw in range(1, 1 + DRAWS):
-        weights = [{by: _blocks(size, length if by == "requests" else _root(size), one[by]) for by, size in _sizes(run).items()}
-                   for run, one in zip(runs, dice, strict=True)]  # fmt: skip
-        for place, name in known:
-            found[name][place, draw] = METRICS[name].of(runs[place], weights[place][METRICS[name].by])
+    for place, run in enumerate(runs):
+        for by, places in _sizes(run).items():
+            mine = [name for name, metric in METRICS.items() if metric.by == by]
+            for name in mine:
+                found[name][place, 0] = value(run, name)
+            known = [name for name in mine if not math.isnan(found[name][place, 0])]
+            dice = np.random.default_rng([seed, *by.encode()])
+            length = block_length(runs) if by == "requests" else _root(places)
+            step = max(1, _ROOM // max(1, places, len(run.gaps.seconds), len(run.memory.slopes)))
+            for start in range(1, 1 + DRAWS, step):
+                drawn = slice(start, min(start + step, 1 + DRAWS))
+                weights = _blocks(drawn.stop - start, places, length, dice)
+                for name in known:
+                    found[name][place, drawn] = METRICS[name].of(run, weights)
     return found
+
+
+def value(run: Run, name: str, weights: Floats | None = None) -> float:
+    """A metric of a run whose requests count so often [n], None: once each. NaN: not known."""
+    return float(METRICS[name].of(run, np.atleast_2d(np.ones(size(run, name)) if weights is None else weights))[0])
 
 
 def retention(name: str, baseline: Floats, candidate: Floats, peak: float = math.nan) -> Floats:
@@ -319,10 +329,10 @@ def _root(count: int) -> int:
     return math.ceil(float(np.cbrt(count)) - 1e-9)
 
 
-def _blocks(size: int, length: int, dice: np.random.Generator) -> Floats:
-    """How often each of ``size`` places was drawn, ``size`` in all, in blocks of ``length``."""
+def _blocks(draws: int, size: int, length: int, dice: np.random.Generator) -> Floats:
+    """[draws, size]: how often each place was drawn, ``size`` times in all, in blocks of ``length``."""
     if not size:
-        return np.empty(0)
-    starts = dice.integers(0, size, -(-size // length))
-    places = (starts[:, None] + np.arange(length)).ravel()[:size] % size
-    return np.bincount(places, minlength=size).astype(np.float64)
+        return np.empty((draws, 0))
+    starts = dice.integers(0, size, (draws, -(-size // length), 1))
+    places = (starts + np.arange(length)).reshape(draws, -1)[:, :size] % size
+    return np.bincount((places + size * np.arange(draws)[:, None]).ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)

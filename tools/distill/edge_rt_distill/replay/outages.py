@@ -1,4 +1,4 @@
-"""What faults did to the service: from each to the first request that was answered after it."""
+"""What faults did to the service: from each to when a request was served again that was sent after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_rt_distill.replay.results import Fault
 
 
 class Outage(NamedTuple):
-    """``back``: seconds from the fault to the end of the first request that was answered after it, None: none was.
+    """``back``: seconds from the fault to the first token of a request that was sent after it and answered, None: none was.
 
     ``silent``: the longest time without any token between the two, seconds. ``failed``: requests that were on their way in it and failed.
     ``survived``: requests that were on their way when it came, and were answered all the same. ``cut``: and were not.
@@ -42,8 +42,8 @@ def touched(run: Run, outage: Outage) -> Flags:
 
 
 def _outage(run: Run, fault: Fault) -> Outage:
-    answered = [one.ended - fault.at for one in run.outcomes if one.status == "ok" and one.ended > fault.at]
-    back = min(answered, default=None)
+    served = [(one.pieces or (one.ended,))[0] for one in run.outcomes if one.status == "ok" and one.sent > fault.at]
+    back = min(served) - fault.at if served else None
     last = max(one.ended for one in run.outcomes) if back is None else fault.at + back
     tokens = [piece for one in run.outcomes for piece in one.pieces if fault.at < piece < last]
     moments = np.sort([fault.at, *tokens, max(last, fault.at)])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from edge_rt_distill.pages import page, table, text
 from edge_rt_distill.replay import words
-from edge_rt_distill.replay.causes import worst
+from edge_rt_distill.replay.causes import Worst, worst
 from edge_rt_distill.replay.columns import Run, Slo, columns
 from edge_rt_distill.replay.comparing import LEAST, Comparison, compare, lateness
 from edge_rt_distill.replay.measures import METRICS, measure
@@ -19,6 +19,8 @@ from edge_rt_distill.replay.trace import Request, Trace
 
 SHOWN = 10
 """Requests of a single run that are shown: those that failed, and the longest."""
+LETTERS = 1200
+"""Characters that are shown of a prompt or an answer."""
 _PARTS: Mapping[str, str] = {
     "first": "seconds to the first token", "pace": "mean seconds between tokens", "slowest": "seconds between tokens, 99 %",
     "waited": "seconds in the queue", "seconds": "seconds until answered (inf: not)", "passed": "checks passed",
@@ -70,8 +72,8 @@ def _run(name: str, run: Run) -> Iterator[str]:
     yield from _list(map(words.outage_sentence, outages(run)))
     order = sorted(range(len(run.outcomes)), key=lambda place: (-run.failed[place], run.outcomes[place].sent - run.outcomes[place].ended))
     yield f"<details><summary>The requests that failed or took longest ({min(SHOWN, len(order))} of {len(order)})</summary>"
-    yield table(["request", "asked", "seconds", "answer"], (
-        [one.number, _asked(run, place), round(one.ended - one.sent, 2), _answered(one)]
+    yield table(["request", "seconds", "asked", "answer"], (
+        [one.number, round(one.ended - one.sent, 2), _asked(run, place), _answered(one)]
         for place, one in ((place, run.outcomes[place]) for place in order[:SHOWN])
     )) + "</details>"  # fmt: skip
 
@@ -94,23 +96,22 @@ def _kept(found: Comparison) -> Iterator[str]:
             )) + "</details>"  # fmt: skip
     yield "<h3>The requests that lost most</h3>"
     for column, what in _PARTS.items():
-        lost = worst(found.pair, column)
-        if lost:
+        rows = [_side_by_side(found.pair, one) for one in worst(found.pair, column)]
+        if rows:
             yield f"<details><summary>By {text(what)}</summary>"
-            yield table(["request", "asked", "prompt tokens", what, "baseline", "candidate"], (
-                [found.pair[0].outcomes[one.place].number, _asked(found.pair[0], one.place), _count(found.pair[0].prompt[one.place]),
-                 f"{one.baseline:.3g} and {one.candidate:.3g}", *(_answered(run.outcomes[one.place]) for run in found.pair)]
-                for one in lost
-            )) + "</details>"  # fmt: skip
+            yield table(["request", "prompt tokens", what, "asked", "baseline", "candidate"], rows) + "</details>"
+
+
+def _side_by_side(pair: tuple[Run, Run], one: Worst) -> list[object]:
+    answers = [_answered(run.outcomes[one.place]) for run in pair]
+    prompt = pair[0].prompt[one.place]
+    tokens = "" if math.isnan(prompt) else int(prompt)
+    return [pair[0].outcomes[one.place].number, tokens, f"{one.baseline:.3g} and {one.candidate:.3g}", _asked(pair[0], one.place), *answers]
 
 
 def _list(sentences: Iterable[str]) -> Iterator[str]:
     if items := [f"<li>{text(one)}</li>" for one in sentences]:
         yield f"<ul>{''.join(items)}</ul>"
-
-
-def _count(value: float) -> object:
-    return "" if math.isnan(value) else int(value)
 
 
 def _asked(run: Run, place: int) -> str:
@@ -121,10 +122,16 @@ def _asked(run: Run, place: int) -> str:
     prompt = request.body.get("messages", request.body.get("prompt"))
     said = [one.get("content") for one in prompt] if isinstance(prompt, list) and all(isinstance(one, dict) for one in prompt) else [prompt]
     kind = f"[{request.kind}] " if request.kind else ""
-    return kind + " / ".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in said)
+    return kind + _cut(" / ".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in said))
 
 
 def _answered(one: Outcome) -> str:
     ended = f"{one.ended - one.sent:.2f} s, {one.finish_reason or one.status}{f' {one.code}' if one.code else ''}"
     checks = "" if one.passed is None else f", checks {one.passed:.2f}"
-    return f"({ended}{checks}) {one.text}"
+    return f"({ended}{checks}) {_cut(one.text)}"
+
+
+def _cut(long: str) -> str:
+    """Its beginning and end, and how much there is between."""
+    left_out = len(long) - LETTERS
+    return long if left_out <= 0 else f"{long[: LETTERS // 2]} [... {left_out} characters ...] {long[-(LETTERS // 2) :]}"

@@ -42,15 +42,17 @@ def timeline(name: str, run: Run) -> str:
 
 def spread(runs: Mapping[str, Run]) -> str:
     """Which share of first tokens, and of times between tokens, came within how long."""
-    first = {name: (one.first, np.ones(len(one.first))) for name, one in runs.items()}
-    gaps = {name: (one.gaps.seconds, one.gaps.tokens) for name, one in runs.items()}
+    first = {name: _distribution(one.first, np.ones(len(one.first))) for name, one in runs.items()}
+    gaps = {name: _distribution(one.gaps.seconds, one.gaps.tokens) for name, one in runs.items()}
 
     def plot(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, series, label in ((left, first, "seconds to the first token"), (right, gaps, "seconds between tokens")):
-            for (name, (values, weights)), colour in zip(series.items(), cycle(plots.COLOURS)):
-                axes.plot(*_distribution(values, weights), color=colour, label=name, linewidth=1.4)
+            for (name, line), colour in zip(series.items(), cycle(plots.COLOURS)):
+                axes.plot(*line, color=colour, label=name, linewidth=1.4)
             axes.set(xlabel=label, ylim=(0, 1.02))
+            if not any(len(values) for values, _ in series.values()):
+                continue  # nothing to be logarithmic about
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the usual labels are formulas, which are off

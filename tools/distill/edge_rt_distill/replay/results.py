@@ -93,6 +93,7 @@ def read_results(path: Path) -> Results:
             for one in record.pop("outcomes")
         )
         readings = tuple(Reading(**one) for one in record.pop("readings"))
-        return Results(**record, outcomes=outcomes, readings=readings, faults=tuple(Fault(**one) for one in record.pop("faults")))
+        faults = tuple(Fault(**one) for one in record.pop("faults"))
+        return Results(**record, outcomes=outcomes, readings=readings, faults=faults)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} has no results of a replay ({error!r}); write them with `edge-rt replay run TRACE -o FILE`") from error

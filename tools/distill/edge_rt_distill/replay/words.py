@@ -95,7 +95,7 @@ def worst_sentence(pair: tuple[Run, Run], one: Worst) -> str:
 
 def outage_sentence(one: Outage) -> str:
     """What a fault did."""
-    back = "no request was answered after it" if one.back is None else f"the next request was answered {one.back:.2f} s after it"
+    back = "no request sent after it was answered" if one.back is None else f"a request was served again {one.back:.2f} s after it"
     said = f" ({one.fault.said})" if one.fault.said else ""
     return (
         f"{one.name}{said}: {back}, no token for {one.silent:.2f} s, {one.failed} requests failed until then; of {one.survived + one.cut} "
