@@ -143,7 +143,7 @@ def test_neighbours_that_fail_together_are_less_evidence() -> None:
 
 
 def test_blocks_are_as_long_as_the_queue() -> None:
-    assert block_length([columns(service(1000))]) == 10
+    assert block_length([columns(service(1000))]) == 32
     crowded = service(1000, each=lambda number: {"first": 50.0})
     assert 45 < block_length([columns(crowded)]) < 52
     assert block_length([columns(service(3))]) == 1

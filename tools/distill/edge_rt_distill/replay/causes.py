@@ -127,14 +127,14 @@ def _peak(run: Run) -> str:
 def _on_their_way(run: Run) -> Floats:
     """How many requests were on their way when each was sent."""
     sent, ended = np.array([(one.sent, one.ended) for one in run.outcomes]).T
-    busy: Floats = np.searchsorted(np.sort(sent), sent, side="right") - np.searchsorted(np.sort(ended), sent, side="right").astype(
-        np.float64
-    )
+    begun, over = (np.searchsorted(np.sort(some), sent, side="right") for some in (sent, ended))
+    busy: Floats = begun - over.astype(np.float64)
     return busy
 
 
 def _seen(session: str | None, before: set[str]) -> bool:
     """Whether a session was there before; it is from now on."""
     known = session in before
-    before |= {session} if session else set()
+    if session is not None:
+        before.add(session)
     return known

@@ -5,9 +5,10 @@ group and never outside it to see what the group does (causes.py).
 
 Intervals are from a bootstrap over blocks of requests that follow each other in the trace (Künsch 1989, Annals of Statistics 17(3); blocks
 go on from the last request to the first: Politis & Romano 1992), 1,000 times: neighbours in a queue wait for the same thing, and drawn one
-by one they would look like more evidence than they are. A block is as long as the cube root of the number of requests, the rate at which
-the error of such a variance is least (Hall, Horowitz & Jing 1995), and at least as many requests as were on their way at a time on
-average, and at most a quarter of all. Memory and energy are drawn by blocks of readings.
+by one they would look like more evidence than they are. A block is as long as the square root of the number of requests, and at least as
+many as were on their way at a time on average, and at most a quarter of all. The cube root, at which the error of such a variance is least
+where dependence fades soon (Hall, Horowitz & Jing 1995), is shorter than the busy times of a queue (docs/replay.md has what simulations
+say). Memory and energy are drawn by blocks of spans of readings.
 """
 
 from __future__ import annotations
@@ -326,7 +327,7 @@ def _sizes(run: Run) -> dict[str, int]:
 
 
 def _root(count: int) -> int:
-    return math.ceil(float(np.cbrt(count)) - 1e-9)
+    return math.ceil(math.sqrt(count))
 
 
 def _blocks(draws: int, size: int, length: int, dice: np.random.Generator) -> Floats:

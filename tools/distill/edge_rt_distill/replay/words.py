@@ -123,7 +123,8 @@ def _row(pair: tuple[Run, Run], row: Row) -> dict[str, Any]:
     if row.cause is not None:
         worst = [{"request": pair[0].outcomes[one.place].number, "baseline": _finite(one.baseline), "candidate": _finite(one.candidate)}
                  for one in row.cause.worst]  # fmt: skip
-        said["cause"] = {"where": row.cause.where, "worst": worst, "groups": [one._asdict() for one in row.cause.groups]}
+        groups = [{**one._asdict(), "outside": _finite(one.outside), "inside": _finite(one.inside)} for one in row.cause.groups]
+        said["cause"] = {"where": row.cause.where, "worst": worst, "groups": groups}
     return said
 
 
@@ -131,5 +132,5 @@ def _outage(one: Outage) -> dict[str, Any]:
     return {**one._asdict(), "fault": one.fault._asdict()}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
