@@ -68,6 +68,11 @@ def test_what_is_below_the_bar_only_by_chance_is_noise() -> None:
     assert "errors" in sure.short
 
 
+def test_of_nothing_nothing_is_kept() -> None:
+    found = compare(service(20, each=lambda number: {"first": 3.0}), service(20)).rows["goodput"]
+    assert (found.verdict, found.reason, found.retention) == (UNKNOWN, "the baseline has none to keep", None)
+
+
 def test_requests_that_only_one_was_sent_are_left_out_and_told() -> None:
     found = compare(service(40), service(30))
     assert len(found.pair[0].outcomes) == len(found.pair[1].outcomes) == 30
@@ -188,8 +193,10 @@ def test_a_page_of_one_run_that_only_failed_and_of_two_of_one_name() -> None:
     assert "first_token_p50 is unknown: no request got a token" in shown
 
 
-def test_long_texts_are_cut_and_say_so() -> None:
-    shown = render([service(3, each=lambda number: {"text": "a" * 5000})])
+def test_long_texts_are_cut_and_what_was_left_out_is_told() -> None:
+    shown = render([service(3, each=lambda number: {"text": "a" * 5000}, about={"left_out": {"edge_rt": 2}, "unsent": 0})])
+    assert "left_out: {&#x27;edge_rt&#x27;: 2}" in shown
+    assert "unsent" not in shown
     assert "[... 3800 characters ...]" in shown
 
 

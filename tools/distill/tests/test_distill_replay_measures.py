@@ -37,6 +37,13 @@ def test_times_of_tokens() -> None:
     assert of("completed", found) == pytest.approx(3 / 4.3)
 
 
+def test_the_time_of_a_run_is_shared_by_those_on_their_way() -> None:
+    run = columns(results(outcome(0, 4.0, tokens=1, sent=0.0), outcome(1, 1.0, tokens=1, sent=1.0), outcome(2, 1.0, tokens=1, sent=6.0)))
+    assert run.share == pytest.approx([1 + 0.5 + 2, 0.5, 1 + 2])  # idle from 4 to 6
+    busy = columns(service(50, each=lambda number: {"sent": number // 5 * 1.0, "first": 2.0 + number % 7}))
+    assert busy.share.sum() == pytest.approx(busy.length)
+
+
 def test_a_piece_of_n_tokens_is_n_gaps_and_one_of_none_adds_to_the_next() -> None:
     many = outcome(0)._replace(pieces=(1.0, 2.0, 2.1), tokens=(1, 10, 1), ended=2.1)
     assert columns(results(many)).gaps.seconds == pytest.approx([0.1, 0.1])

@@ -56,6 +56,7 @@ class Energy(NamedTuple):
 class Run(NamedTuple):
     """``length``: seconds from the first request sent to the last end. NaN: not known, or not there.
 
+    ``share``: seconds of the length that are a request's own: time with k on their way is a k-th of each, idle time of who ended it.
     ``first``: seconds to the first token. ``slowest``: the time between its tokens that 99 % do not exceed. ``pace``: the mean of it.
     ``waited``: ``first`` without the seconds for which the server says it read the prompt. ``late``: seconds it was sent after it was due.
     ``seconds``: until it was answered, infinite if it failed, NaN if the client went away. ``good``: 1 if it was served as wanted, 0 if
@@ -67,6 +68,7 @@ class Run(NamedTuple):
     outcomes: tuple[Outcome, ...]
     requests: tuple[Request, ...] | None
     length: float
+    share: Floats
     first: Floats
     slowest: Floats
     pace: Floats
@@ -111,6 +113,7 @@ def columns(results: Results, slo: Slo = Slo(), trace: Trace | None = None, only
     return Run(
         results, outcomes, None if trace is None else tuple(trace.requests[one.number] for one in outcomes),
         length=max(one.ended for one in outcomes) - min(one.sent for one in outcomes),
+        share=_shares(outcomes),
         first=first,
         slowest=slowest,
         pace=np.array([np.dot(*one) / one[1].sum() if len(one[0]) else np.nan for one in gaps]),
@@ -218,6 +221,19 @@ def _all_gaps(gaps: Sequence[tuple[Floats, Floats]]) -> Gaps:
     owner = np.repeat(np.arange(len(gaps)), [len(one[0]) for one in gaps])
     order = np.argsort(seconds, kind="stable")
     return Gaps(seconds[order], tokens[order], owner[order])
+
+
+def _shares(outcomes: Sequence[Outcome]) -> Floats:
+    sent, ended = np.array([(one.sent, one.ended) for one in outcomes]).T
+    moments = np.unique(np.concatenate((sent, ended)))
+    seconds = np.diff(moments)
+    busy = np.searchsorted(np.sort(sent), moments[:-1], side="right") - np.searchsorted(np.sort(ended), moments[:-1], side="right")
+    each = np.concatenate(([0.0], np.cumsum(np.where(busy > 0, seconds / np.maximum(busy, 1), 0.0))))
+    idle = np.concatenate(([0.0], np.where(busy > 0, 0.0, seconds)))
+    begun, over = np.searchsorted(moments, sent), np.searchsorted(moments, ended)
+    together = np.bincount(begun, minlength=len(moments))
+    shares: Floats = each[over] - each[begun] + idle[begun] / together[begun]
+    return shares
 
 
 def _until_answered(outcome: Outcome) -> float:

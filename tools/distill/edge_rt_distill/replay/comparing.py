@@ -95,6 +95,8 @@ def _row(pair: tuple[Run, Run], name: str, values: Floats, least: float) -> Row:
     kept = interval(retention(name, values[0], values[1], peak), min(size(run, name) for run in pair))
     if kept is None:
         return Row(left, right, None, UNKNOWN, f"{metric.unknown} (of {' and '.join(unknown)})")
+    if metric.better == "more" and left.estimate is not None and left.estimate.value == 0:
+        return Row(left, right, None, UNKNOWN, "the baseline has none to keep")
     if kept.value >= least:
         return Row(left, right, kept, KEPT)
     return Row(left, right, kept, SHORT if kept.high < least else NOISE, cause=cause(pair, name))

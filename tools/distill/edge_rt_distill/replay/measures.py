@@ -104,7 +104,7 @@ def _between(share: float) -> Of:
 
 def _rate(column: str) -> Of:
     def of(run: Run, weights: Floats) -> Floats:
-        return _ratio(weights @ np.nan_to_num(getattr(run, column)), np.where(weights.any(1), run.length, 0.0))
+        return _ratio(weights @ np.nan_to_num(getattr(run, column)), weights @ run.share)
 
     return of
 

@@ -64,6 +64,7 @@ def _overview(runs: Mapping[str, Run]) -> Iterator[str]:
 
 def _run(name: str, run: Run) -> Iterator[str]:
     yield from (f"<p>{text(note)}.</p>" for note in lateness(run))
+    yield from _list(f"{key}: {value}" for key, value in run.results.about.items() if value)
     yield timeline(name, run)
     found = measure(run)
     known = [key for key, one in found.items() if one.estimate is not None]
