@@ -58,7 +58,7 @@ def spread(runs: Mapping[str, Run]) -> str:
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the usual labels are formulas, which are off
             axes.xaxis.set_minor_locator(NullLocator())
         left.set(ylabel="share")
-        right.legend(loc="lower right")
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper left")
 
     return draw("How times to the first token and between tokens are spread", 10, 3.2, plot)
 
@@ -75,7 +75,7 @@ def by_prompt(runs: Mapping[str, Run]) -> str:
             right.plot(run.prompt, speed, ".", color=colour, label=name, alpha=0.6)
         left.set(xlabel="prompt tokens", ylabel="seconds to the first token", ylim=(0, None))
         right.set(xlabel="prompt tokens", ylabel="tokens a second after it", ylim=(0, None))
-        right.legend()
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper left")
 
     return draw("Time to the first token and speed by length of the prompt", 10, 3.2, plot)
 
