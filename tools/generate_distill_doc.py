@@ -1,6 +1,6 @@
 """Writes what code knows into the docs of the distillation tool; with --check only says whether they are current.
 
-The settings of a run into docs/distill.md, metrics and checks into docs/evaluation.md.
+The settings of a run into docs/distill.md, metrics and checks into docs/evaluation.md, metrics of replays into docs/replay.md.
 """
 
 from __future__ import annotations
@@ -54,6 +54,16 @@ def metrics() -> str:
     return "\n".join([*lines, "", *(f"- **{name}**: {how}" for name, how in FORMS.items()), ""])
 
 
+def service_metrics() -> str:
+    """Every metric of a replay: what it is, its unit and better direction, how it is compared and what it cannot see; ways of comparing."""
+    from edge_rt_distill.replay.measures import COMPARED, METRICS
+
+    lines = ["| metric | what it is | unit | better | compared | what it cannot see |", "|---|---|---|---|---|---|"]
+    for name, one in METRICS.items():
+        lines.append(f"| `{name}` | {one.what} | {one.unit} | {one.better} | {one.compared} | {one.limits} |")
+    return "\n".join([*lines, "", *(f"- **{name}**: {how}" for name, how in COMPARED.items()), ""])
+
+
 def checks() -> str:
     """Every kind of check, its arguments and what it holds."""
     from edge_rt_distill.data.checks import KINDS
@@ -65,7 +75,10 @@ def checks() -> str:
     return "\n".join([*lines, ""])
 
 
-WRITTEN = {"settings": ("distill.md", settings), "metrics": ("evaluation.md", metrics), "checks": ("evaluation.md", checks)}
+WRITTEN = {
+    "settings": ("distill.md", settings), "metrics": ("evaluation.md", metrics), "checks": ("evaluation.md", checks),
+    "service metrics": ("replay-metrics-part.md", service_metrics),
+}  # fmt: skip
 """Mark in a page -> the page, and what stands there."""
 
 
