@@ -77,7 +77,7 @@ def checks() -> str:
 
 WRITTEN = {
     "settings": ("distill.md", settings), "metrics": ("evaluation.md", metrics), "checks": ("evaluation.md", checks),
-    "service metrics": ("replay-metrics-part.md", service_metrics),
+    "service metrics": ("replay.md", service_metrics),
 }  # fmt: skip
 """Mark in a page -> the page, and what stands there."""
 

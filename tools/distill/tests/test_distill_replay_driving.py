@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_rt_distill.replay.driving import Load, digest
+from edge_rt_distill.replay.driving import Load
 from edge_rt_distill.replay.results import Results, read_results, write_results
 from edge_rt_distill.replay.running import replay, summary
 from edge_rt_distill.replay.targets import InProcess, Question, Server
-from edge_rt_distill.replay.trace import PATHS, Request
+from edge_rt_distill.replay.trace import PATHS, Request, digest
 from replay_server import Peer
 
 from edge_rt.hooks import DataError, OptionError, UserError

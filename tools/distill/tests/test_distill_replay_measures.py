@@ -12,7 +12,7 @@ import pytest
 from edge_rt_distill.replay.columns import Slo, beside, columns
 from edge_rt_distill.replay.measures import COMPARED, METRICS, block_length, measure, retention, value
 from edge_rt_distill.replay.results import Reading, Results
-from edge_rt_distill.replay.trace import Trace
+from edge_rt_distill.replay.trace import Trace, digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_runs import LOST, outcome, readings, results, service, trace
@@ -170,10 +170,18 @@ def test_results_that_contradict_themselves_are_refused() -> None:
         (results(), "no requests"),
         (results(outcome(0), outcome(0)), "request 0 twice"),
         (results(outcome(3)._replace(tokens=(1,))), "request 3 of server has 11 pieces and 1 counts"),
-        (results(outcome(5)), "was sent request 5, and the trace has 2"),
+        (results(outcome(5)), "was sent other requests"),
     ):
         with pytest.raises(DataError, match=said):
             columns(wrong, trace=trace(2))
+
+
+def test_results_belong_to_the_trace_that_was_sent() -> None:
+    known = trace(3)
+    found = results(outcome(0))._replace(trace=digest(known.requests[:2]), about={"requests": 2})
+    assert columns(found, trace=known)
+    with pytest.raises(DataError, match="other requests"):
+        columns(found._replace(about={"requests": 3}), trace=known)
 
 
 # ---- every metric prefers the good service -------------------------------------------------------------------------------------------

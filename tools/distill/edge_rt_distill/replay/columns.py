@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.replay.results import Outcome, Reading, Results
-from edge_rt_distill.replay.trace import Request, Trace
+from edge_rt_distill.replay.trace import Request, Trace, digest
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -189,9 +189,11 @@ def _check(results: Results, outcomes: Sequence[Outcome], trace: Trace | None) -
         if len(one.pieces) != len(one.tokens):
             pieces, counts = len(one.pieces), len(one.tokens)
             raise DataError(f"request {one.number} of {results.target} has {pieces} pieces and {counts} counts of tokens; replay again")
-    if trace is not None and outcomes[-1].number >= len(trace.requests):
-        last, count = outcomes[-1].number, len(trace.requests)
-        raise DataError(f"{results.target} was sent request {last}, and the trace has {count}; name the trace that was replayed")
+    if trace is None:
+        return
+    sent = results.about.get("requests")  # with --limit only the first
+    if outcomes[-1].number >= len(trace.requests) or (isinstance(sent, int) and digest(trace.requests[:sent]) != results.trace):
+        raise DataError(f"{results.target} was sent other requests than those of the trace; name the trace that was replayed")
 
 
 def _known(values: Iterable[float | None]) -> Floats:

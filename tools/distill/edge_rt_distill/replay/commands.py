@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from edge_rt_distill.replay import compare_commands
+
 if TYPE_CHECKING:
     from edge_rt_distill.replay.targets import Target
 
@@ -17,6 +19,7 @@ HELP = """Send recorded or made-up traffic to an engine, and record what its ser
   edge-rt replay show trace.jsonl
   edge-rt replay run trace.jsonl --url http://127.0.0.1:8080 -o results.json
   edge-rt replay run trace.jsonl --model smollm2 --engine llama_cpp --concurrency 4
+  edge-rt replay compare old.json new.json --trace trace.jsonl
 """
 _TRACE = typer.Argument(metavar="TRACE", help="A trace, or a list of OpenAI requests: JSONL.")
 
@@ -28,6 +31,7 @@ def add(app: typer.Typer) -> None:
     commands.command("import")(import_)
     commands.command("show")(show)
     commands.command("run")(run)
+    compare_commands.add(commands)
     app.add_typer(commands)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from edge_rt_distill.data.answers import Answer
@@ -43,12 +41,6 @@ class Driven(NamedTuple):
     unfinished: int
     unsent: int
     messages: Mapping[str, str]
-
-
-def digest(requests: Iterable[Request]) -> str:
-    """Of what is asked, when, and how it is judged; not of what came of it when it was recorded."""
-    lines = (json.dumps(one._replace(seen=None, answer=None), sort_keys=True) for one in requests)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 class Driver:

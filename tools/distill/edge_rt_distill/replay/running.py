@@ -9,13 +9,13 @@ from datetime import datetime, timezone
 from typing import Any, TextIO
 
 from edge_rt.hooks import DataError
-from edge_rt_distill.replay.driving import Driver, Load, digest
+from edge_rt_distill.replay.driving import Driver, Load
 from edge_rt_distill.replay.faults import Injector, Planned, check
 from edge_rt_distill.replay.live import Live, Tally
 from edge_rt_distill.replay.results import Results
 from edge_rt_distill.replay.starting import first_token, started
 from edge_rt_distill.replay.targets import InProcess, Target
-from edge_rt_distill.replay.trace import Request
+from edge_rt_distill.replay.trace import Request, digest
 from edge_rt_distill.replay.watching import Watch
 
 

@@ -8,6 +8,7 @@ Lists of OpenAI requests (a body a line, or the lines of its batch files) are re
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -230,3 +231,9 @@ def kinds(requests: Iterable[Request]) -> dict[str, int]:
     for one in requests:
         found[one.kind] = found.get(one.kind, 0) + 1
     return found
+
+
+def digest(requests: Iterable[Request]) -> str:
+    """Of what is asked, when, and how it is judged; not of what came of it when it was recorded."""
+    lines = (json.dumps(one._replace(seen=None, answer=None), sort_keys=True) for one in requests)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
