@@ -26,7 +26,7 @@ def run(settings: Settings) -> list[Result]:
     """Each task on both. Raises RuntimeError without a Python that has lm_eval and llama-cpp-python."""
     if settings.harness_python is None:
         raise RuntimeError("lm-evaluation-harness is not here; --harness-python names a Python with lm_eval[api] and llama-cpp-python")
-    path, port = models.smollm2(settings), free_port()
+    path, port = models.smollm2(settings, "Q4_1"), free_port()
     tasks = settings.pick(TASKS, TASKS[:1])
     with tempfile.TemporaryDirectory() as folder:
         sys.path.insert(0, str(ROOT / "tools" / "distill"))

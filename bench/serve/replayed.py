@@ -1,0 +1,117 @@
+"""The same mixed traffic replayed to our daemon and to llama.cpp's server at three loads, and to ours while it is disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import models
+from bench.processes import CONSOLE_SCRIPT
+from bench.results import OURS, RESULTS, Result, Settings
+from bench.serve.served import free_port
+from bench.serve.servers import CONTEXT, PEER, SLOTS, peers
+
+TOOL = Path(__file__).parents[2] / "tools" / "distill"
+REQUESTS, LOADS = 500, (1, 4, 8)
+"""Requests of a trace, and how many are on their way at a time."""
+FAULTS = ("8:kill-worker", "25:reload-rules", "40:freeze=2")
+PEER_SETTING = ("-fa", "on", "-no-kvu", "--no-repack", "--cache-ram", "0")
+"""The best of eight that serve-throughput found for this model."""
+JUDGED = (
+    "first_token_p50", "first_token_p95", "between_tokens_p50", "between_tokens_p99", "throughput", "completed", "goodput", "queueing_p95",
+    "long_context_speed", "checks", "robustness", "errors", "memory_peak", "cold_start", "same_text",
+)  # fmt: skip
+"""Of the metrics of a replay, those that are shown."""
+
+
+def run(settings: Settings) -> list[Result]:
+    """A result for each load and metric, and for each fault. What was measured stays beside the results, for `edge-rt replay report`."""
+    sys.path.insert(0, str(TOOL))
+    from edge_rt_distill.replay.generators import Wanted, make
+    from edge_rt_distill.replay.trace import write_trace
+
+    kept = RESULTS / "replay"
+    trace = make("mixed", Wanted(settings.items or settings.pick(REQUESTS, 16), 1.0, 1, "en", 1.0))
+    kept.mkdir(parents=True, exist_ok=True)
+    write_trace(kept / "trace.jsonl", trace)
+    found: list[Result] = []
+    programs = peers(settings)
+    for load in settings.pick(LOADS, LOADS[-1:]):
+        ours = _replay(settings, trace.requests, load, kept / f"{OURS}-{load}.json", None)
+        if programs:
+            theirs = _replay(settings, trace.requests, load, kept / f"{PEER}-{load}.json", programs[0])
+            found += _compared(theirs, ours, trace, load)
+    return found + _disturbed(settings, trace, kept)
+
+
+def _replay(settings: Settings, requests: Sequence[Any], load: int, out: Path, program: Sequence[str] | None, *faults: str) -> Any:
+    """Results of one run with a server of its own: ours, or a program that is llama.cpp's."""
+    from edge_rt_distill.replay.driving import Load
+    from edge_rt_distill.replay.faults import parse
+    from edge_rt_distill.replay.results import write_results
+    from edge_rt_distill.replay.running import whole
+    from edge_rt_distill.replay.targets import Server
+
+    path, port = models.smollm2(settings, "Q4_1"), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        if program is None:
+            rules, config = Path(folder, "rules.toml"), Path(folder, "daemon.toml")
+            rules.write_text('[redaction]\nkinds = ["email"]\n')
+            config.write_text(f'limits.requests_per_second = 0\n[http]\nlisten = ["tcp:127.0.0.1:{port}"]\nopen = true\n')
+            words = [
+                str(CONSOLE_SCRIPT), "serve", "-m", str(path), "--ctx", str(CONTEXT), "--threads", str(settings.threads),
+                "--config", str(config), "--listen", f"{folder}/d.sock", *(["--rules", str(rules)] if faults else []),
+            ]  # fmt: skip
+        else:
+            words = [
+                *program, "-m", str(path), "-t", str(settings.threads), "-tb", str(settings.threads), "-np", str(SLOTS),
+                "-c", str(SLOTS * CONTEXT), *PEER_SETTING, "--no-webui", "--host", "127.0.0.1", "--port", str(port),
+            ]  # fmt: skip
+        results = asyncio.run(
+            whole(
+                lambda: Server(f"http://127.0.0.1:{port}"), requests, Load(concurrency=load), faults=[parse(one) for one in faults],
+                start=shlex.join(words),
+            )
+        )  # fmt: skip
+    write_results(out, results)
+    return results
+
+
+def _compared(theirs: Any, ours: Any, trace: Any, load: int) -> list[Result]:
+    from edge_rt_distill.replay.comparing import compare
+    from edge_rt_distill.replay.words import shown, shown_retention
+
+    found = compare(theirs, ours, trace=trace)
+    results = []
+    for name in JUDGED:
+        row = found.rows[name]
+        values = [None if one.estimate is None else one.estimate.value for one in (row.candidate, row.baseline)]
+        said = f"{shown(name, row.candidate)}; {PEER} {shown(name, row.baseline)}; kept {shown_retention(row.retention) or row.reason}"
+        results.append(
+            Result(
+                f"replay of {len(trace.requests)} requests, {load} at a time: {name}", "", "", [v for v in values[:1] if v is not None],
+                {PEER: [v for v in values[1:] if v is not None]}, shown=said,
+            )
+        )  # fmt: skip
+    return results
+
+
+def _disturbed(settings: Settings, trace: Any, kept: Path) -> list[Result]:
+    """What faults did, of a part of the trace, four at a time."""
+    from edge_rt_distill.replay.columns import columns
+    from edge_rt_distill.replay.outages import outages
+
+    some = trace.requests[: settings.pick(120, 8)]
+    results = _replay(settings, some, 4, kept / "disturbed.json", None, *FAULTS)
+    found = []
+    for one in outages(columns(results)):
+        back = "not" if one.back is None else f"{one.back:.2f} s"
+        said = f"served again after {back}; no token for {one.silent:.2f} s; {one.cut} cut, {one.survived} survived, {one.failed} failed"
+        values = [] if one.back is None else [one.back]
+        found.append(Result(f"replay, disturbed: {one.name}", "", "s", values, shown=f"{said} ({one.fault.said})"))
+    return found
