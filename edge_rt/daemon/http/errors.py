@@ -24,6 +24,7 @@ STATUS: Mapping[str, tuple[int, str]] = {
     "limit": (429, "rate_limit_exceeded"),
     "busy": (429, "rate_limit_exceeded"),
     "draining": (503, "draining"),
+    "not_recording": (503, "not_recording"),
     "no_model": (503, "no_model"),
     "unloaded": (503, "no_model"),
     "model_file": (503, "model_file"),
