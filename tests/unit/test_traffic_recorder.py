@@ -119,6 +119,21 @@ def test_a_request_from_its_coming_to_its_end(tmp_path, record, clock):
     assert read_trace(tmp_path / "t.jsonl").requests[0].seen.first_token == 1.75
 
 
+def test_which_rules_an_answer_hit_and_which_form_its_prompt_had(tmp_path, record):
+    recorder, hosted = record(), SimpleNamespace(name="m", template="t1")
+    post = [{"name": "redaction", "counts": {"email": 2, "card": 1}}, {"name": "punctuation", "counts": {}}]
+    for template, fields in (("t1", HELLO), ("t1", {"prompt": "x"}), ("t2", HELLO), ("", HELLO)):
+        hosted.template = template
+        taken = recorder.take(Client(), fields, 100, hosted, None)
+        taken.heard(done(post=post if template == "t1" else ()))
+        taken.heard({"ok": {}})
+    recorder.close(10)
+    found = lines(tmp_path)[1:]
+    assert [line["outcome"].get("rules") for line in found] == [{"redaction": 3}, {"redaction": 3}, None, None]
+    first, text, second, unknown = (line.get("variant") for line in found)
+    assert (len(first), first != second, text, unknown) == (12, True, None, None)
+
+
 @pytest.mark.parametrize(
     ("left", "messages", "expected"),
     [

@@ -1,8 +1,9 @@
 """The next run: what hard cases, traffic and comparisons change in the file of the one before, and why.
 
 *How much hard cases count.* A corrected case counts as ``BOOST`` samples of the base, all of them together as ``MOST`` of the tokens at
-most. Cases without a correction are questions: they are no text to learn from, but the teacher answers questions for the level
-``behaviour`` and the library, of which there are to be more then.
+most. Fewer than ``FEW`` get no share of their own, as all of them may fall on the side that is only measured on. Cases without a correction
+are questions: they are no text to learn from, but the teacher answers questions for the level ``behaviour`` and the library, of which
+there are to be more then.
 
 *Whether corrections of quantisation are to be calibrated anew* is told by the words of what users write (Chinese: characters; unigrams, as
 calibration needs those activations that occur). The Jensen-Shannon divergence (Lin 1991, in bits: 0 to 1) between samples and traffic is
@@ -31,7 +32,7 @@ from edge_rt_distill.data.text import units
 from edge_rt_distill.run.config import Config, DataConfig, read, to_toml
 from edge_rt_distill.run.prepare import BUILT_IN
 
-BOOST, MOST = 8, 0.25
+BOOST, MOST, FEW = 8, 0.25, 8
 CALIBRATED = 0.1
 FARTHER, HALVES, ENOUGH = 1.25, 20, 500
 MORE = 4
@@ -91,9 +92,10 @@ def propose(
     corrected = sum(bool(one.text or one.answer) for one in cases)
     questions, before = len(cases) - corrected, sum(map(len, sets.values()))
     why["data.samples"] = f"{len(cases)} hard cases, {corrected} of them corrected"
-    shares = {name: min(MOST, BOOST * corrected / (BOOST * corrected + before)), **({traffic: CALIBRATED} if traffic else {})}
+    share = min(MOST, BOOST * corrected / (BOOST * corrected + before)) if corrected >= FEW else 0.0
+    shares = {name: share, **({traffic: CALIBRATED} if traffic else {})}
     data = replace(data, samples=(*data.samples, *shares))
-    if any(shares.values()):
+    if any(shares.values()) or data.weights:
         data = replace(data, weights=_weights(base.data, sets, list(shares.values())))
         why["data.weights"] = "; ".join(f"{share:.1%} of the tokens from {one}" for one, share in shares.items())
     if traffic:
