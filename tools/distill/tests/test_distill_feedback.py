@@ -21,9 +21,13 @@ from edge_rt_distill.feedback import drift
 from edge_rt_distill.feedback.mining import Found, mine, write_hard
 from edge_rt_distill.feedback.proposing import BOOST, MOST, divergence, drifted, propose, read_base, written
 from edge_rt_distill.feedback.signals import Case, cases, similarity
+from edge_rt_distill.replay import results as replays
 from edge_rt_distill.replay.trace import PATHS, Feedback, Request, Seen, Trace, read_trace, write_trace
 from edge_rt_distill.run.config import Config, DataConfig, read
+from edge_rt_distill.sandbox import running as evaluations
 from edge_rt_distill.sandbox.endpoint import Endpoint
+from edge_rt_distill.sandbox.engines import Facts
+from edge_rt_distill.sandbox.running import Outcome
 from edge_rt_distill.sandbox.suites import built_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -306,10 +310,10 @@ def traffic(hours: int, slow_from: int | None, variant: str = "aaaa", seed: int 
 
 
 def test_a_planted_change_is_told_and_none_where_there_is_none():
-    changed = {one.metric for one in drift.lines(drift.of_trace(Trace(tuple(traffic(6, 5)), {"begun": BEGUN}))) if one.changed}
+    changed = {one.metric for one in drift.lines(drift.of_trace(Trace(tuple(traffic(6, 5)), {"begun": BEGUN}), "hour")) if one.changed}
     assert changed == {"first token p50", "first token p95", "tokens per answer"}
     for seed in range(5):
-        steady = drift.lines(drift.of_trace(Trace(tuple(traffic(6, None, seed=seed)), {"begun": BEGUN})))
+        steady = drift.lines(drift.of_trace(Trace(tuple(traffic(6, None, seed=seed)), {"begun": BEGUN}), "hour"))
         assert [one.metric for one in steady if one.changed] == []
         assert any(one.change is not None for one in steady)
 
@@ -320,7 +324,7 @@ def test_a_changed_prompt_begins_a_line_of_its_own():
     after = [one._replace(at=one.at + 3 * 3600) for one in traffic(3, 0, "bbbb", seed=2)]
     rated = tuple(Feedback(at, "x", (user(ASK),), rating=1 if at < 3 * 3600 else -1, variant="aaaa" if at < 3 * 3600 else "bbbb") for at in
                   range(0, 6 * 3600, 300))  # fmt: skip
-    found = drift.lines(drift.of_trace(Trace((*before, *after), {"begun": BEGUN}, rated)))
+    found = drift.lines(drift.of_trace(Trace((*before, *after), {"begun": BEGUN}, rated), "hour"))
     assert [one for one in found if one.changed] == []
     by = {(one.metric, one.variant): [point.window for point in one.points] for one in found}
     assert by["tokens per answer", "aaaa"] == ["03-01 09:00", "03-01 10:00", "03-01 11:00"]
@@ -330,12 +334,38 @@ def test_a_changed_prompt_begins_a_line_of_its_own():
 
 
 def test_windows_fit_the_time_that_is_shown():
-    assert {one.window for one in drift.of_trace(Trace((asked(0, ASK), asked(5 * 86400, ASK)), {"begun": BEGUN}))} == {
-        "2026-03-01",
-        "2026-03-06",
-    }
+    first = Trace((asked(0, ASK),), {"begun": BEGUN})
+    later = [Trace((asked(9, ASK),), {"begun": BEGUN.replace("-01T", f"-{day:02}T")}) for day in (2, 6, 31)]
+    assert [drift.fitting([first, one]) for one in later] == ["hour", "day", "week"]
+    assert {one.window for trace in (first, later[1]) for one in drift.of_trace(trace, "day")} == {"2026-03-01", "2026-03-06"}
     with pytest.raises(OptionError, match="choose hour, day, week"):
-        list(drift.of_trace(Trace((asked(0, ASK),), {}), "year"))
+        list(drift.of_trace(first, "year"))
+
+
+def evaluation(folder: Path, name: str, right: float, template: str = "aaaa") -> Path:
+    """Results of the suite retail in which a share of the items is right."""
+    (suite,) = built_in(["retail"])
+    outcomes = tuple(Outcome("retail", one.id, float(at < right * len(suite.items)), ()) for at, one in enumerate(suite.items))
+    path = folder / f"{name}.json"
+    evaluations.write_results(path, evaluations.Results(Facts("m", "e", template), {"retail": evaluations.digest(suite)}, outcomes, 1.0))
+    return path
+
+
+def test_a_series_of_evaluations_and_one_of_replays_are_lines_beside_each_other(tmp_path: Path):
+    files = [evaluation(tmp_path, "one", 0.8), evaluation(tmp_path, "two", 0.8), evaluation(tmp_path, "three", 0.3)]
+    files.append(evaluation(tmp_path, "other", 0.9, "bbbb"))
+    for name, status in (("a", "ok"), ("b", "error")):
+        outcomes = tuple(replays.Outcome(n, 0.0, 0.0, 1.0, status, pieces=(0.1,), tokens=(1,)) for n in range(30))
+        replays.write_results(tmp_path / f"{name}.json", replays.Results("t", "open x1", "d" * 16, outcomes))
+        files.append(tmp_path / f"{name}.json")
+    found = {(one.metric, one.variant): one for one in drift.lines(drift.read(files, built_in()))}
+    whole = found["score all", "aaaa"]
+    assert ([point.window for point in whole.points], whole.changed) == (["one", "two", "three"], True)
+    assert [point.window for point in found["score all", "bbbb"].points] == ["other"]
+    errors = found["replay errors", "dddddddddddd open x1"]
+    assert ([point.value for point in errors.points], errors.changed) == ([0.0, 1.0], True)
+    with pytest.raises(DataError, match="cannot be read"):
+        drift.read([tmp_path / "none.json"], built_in())
 
 
 def test_few_values_are_shown_and_not_compared():
@@ -361,11 +391,9 @@ def test_from_a_trace_to_the_next_run_and_a_page(tmp_path: Path):
     ]
     write_trace(tmp_path / "t.jsonl", Trace((asked(0, ASK), asked(60, AGAIN), *log), {"begun": BEGUN}, said))
     mined = invoke("mine", tmp_path / "t.jsonl", "-o", tmp_path / "hard.jsonl")
-    assert (mined.exit_code, "asked again: 1" in mined.output, "1 hard cases of 2 signals, 1 with a correction" in mined.output) == (
-        0,
-        True,
-        True,
-    )
+    assert mined.exit_code == 0, mined.exception
+    assert "asked again: 1" in mined.output
+    assert "1 hard cases of 2 signals, 1 with a correction" in mined.output
     done = invoke("propose", base(tmp_path), tmp_path / "hard.jsonl", "--traffic", tmp_path / "t.jsonl", "-o", tmp_path / "next.toml")
     assert (done.exit_code, "calibrate compensation anew? yes" in done.output) == (0, True), done.output
     following = read(tmp_path / "next.toml")

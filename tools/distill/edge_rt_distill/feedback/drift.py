@@ -102,13 +102,20 @@ OF_REPLAYS: Mapping[str, tuple[str, Callable[[replays.Outcome], float | None]]] 
 RATING, SCORE = "rating", "score "
 
 
-def of_trace(trace: Trace, window: str = "") -> Iterator[Value]:
-    """Readings of traffic, by ``window`` (of ``WINDOWS``; "": hours up to three days, then days up to four weeks, then weeks). Raises
-    OptionError for no such window.
-    """
-    begun = moment(str(trace.about["begun"])) if "begun" in trace.about else 0.0
-    times = [*(one.at for one in trace.requests), *(one.at for one in trace.feedback)]
-    window = window or _fitting(max(times) - min(times))
+def fitting(traces: Sequence[Trace]) -> str:
+    """The window in which to show them: hours up to three days in all, days up to four weeks, then weeks."""
+    times = [_begun(trace) + at for trace in traces for at in (*(one.at for one in trace.requests), *(one.at for one in trace.feedback))]
+    seconds = max(times) - min(times)
+    return next((name for name, most in (("hour", 3 * 86400.0), ("day", 28 * 86400.0)) if seconds <= most), "week")
+
+
+def _begun(trace: Trace) -> float:
+    return moment(str(trace.about["begun"])) if "begun" in trace.about else 0.0
+
+
+def of_trace(trace: Trace, window: str) -> Iterator[Value]:
+    """Readings of traffic, by a window of ``WINDOWS``. Raises OptionError for no such window."""
+    begun = _begun(trace)
     if window not in WINDOWS:
         raise OptionError(f"no window is named {window!r}; choose {', '.join(WINDOWS)}")
 
@@ -124,10 +131,6 @@ def of_trace(trace: Trace, window: str = "") -> Iterator[Value]:
             yield from placed(metric, one.variant, one.at, reading(one, number in again))
     for said in trace.feedback:
         yield from placed(RATING, said.variant, said.at, said.rating)
-
-
-def _fitting(seconds: float) -> str:
-    return next((name for name, most in (("hour", 3 * 86400.0), ("day", 28 * 86400.0)) if seconds <= most), "week")
 
 
 def of_evaluation(results: evaluations.Results, suites: Sequence[Suite], place: int, name: str) -> Iterator[Value]:
@@ -147,11 +150,12 @@ def of_replay(results: replays.Results, place: int, name: str) -> Iterator[Value
 
 
 def read(paths: Sequence[Path], suites: Sequence[Suite], window: str = "") -> list[Value]:
-    """Readings of traces, results of evaluations and of replays, as each file is; those of one kind are a series in the order given.
+    """Readings of traces, results of evaluations and of replays, as each file is; results of one kind are a series in the order given.
 
-    Traces are one recording in several files, or several. Raises DataError for what is none of these.
+    ``window`` of traces: see ``WINDOWS``; "": as fits them all. Raises DataError for what is none of these, OptionError as ``of_trace``.
     """
     found: list[Value] = []
+    traces: list[Trace] = []
     for place, path in enumerate(paths):
         kind = _kind(path)
         if kind == "replay":
@@ -160,8 +164,9 @@ def read(paths: Sequence[Path], suites: Sequence[Suite], window: str = "") -> li
             results = evaluations.read_results(path)
             found += of_evaluation(results, [one for one in suites if one.name in results.suites], place, path.stem)
         else:
-            found += of_trace(read_trace(path, of_requests=False), window)
-    return found
+            traces.append(read_trace(path, of_requests=False))
+    window = window or (fitting(traces) if traces else "")
+    return [*found, *(value for trace in traces for value in of_trace(trace, window))]
 
 
 def _kind(path: Path) -> str:
