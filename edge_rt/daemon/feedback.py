@@ -18,9 +18,8 @@ _FAILED = {
     "dropped_redaction": ("failed", "the feedback could not be redacted, and is not recorded as it is; the daemon's log says more"),
     "dropped_form": ("failed", "the feedback has numbers that JSON has not; leave them out"),
     "dropped_disk": ("failed", "the file of recorded traffic cannot be written; the daemon's status says why"),
-    "dropped_end": ("draining", "the daemon is about to end; send the feedback again when it is back"),
 }
-"""The code and the sentence for what may become of it (``RESULTS`` of traffic/writer.py)."""
+"""The code and the sentence for what may become of it (``RESULTS`` of traffic/writer.py); at the daemon's end nobody is told any more."""
 
 
 def give(connection: Channel, request: Request, size: int) -> None:

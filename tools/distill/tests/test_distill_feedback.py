@@ -262,7 +262,10 @@ def test_a_student_that_kept_too_little_learns_longer(tmp_path: Path):
     config, sets = read_base(base(tmp_path))
     hard = ("hard.jsonl", hard_samples(2, 0))
     tokens = config.distil.token.tokens
-    assert propose(config, sets, hard, comparison={"fails": ["kept 80 %"]}).config.distil.token.tokens > tokens
+    longer = propose(config, sets, hard, comparison={"fails": ["kept 80 %\n[run]\nseed = 9"]})
+    assert longer.config.distil.token.tokens > tokens
+    (tmp_path / "next.toml").write_text(written(longer))
+    assert read(tmp_path / "next.toml") == longer.config, "what others wrote is no setting"
     assert propose(config, sets, hard, comparison={"fails": []}).config.distil.token.tokens == tokens
     with pytest.raises(DataError, match="does not say what fails"):
         propose(config, sets, hard, comparison={})

@@ -135,13 +135,8 @@ def asked(suites: Iterable[Suite]) -> Iterator[Sample]:
     """Every text of the items, each as a passage."""
     for suite in suites:
         for item in suite.items:
-            said = [one["content"] for one in item.messages] + [
-                item.text,
-                *item.options,
-                *item.asks,
-                *(turn.content for turn in item.turns),
-            ]
-            yield from (make_sample(text=text) for text in said if text.strip())
+            spoken = [one["content"] for one in item.messages] + [one.content for one in item.turns]
+            yield from (make_sample(text=text) for text in (item.text, *item.options, *item.asks, *spoken) if text.strip())
 
 
 def write_hard(path: Path, mined: Mined) -> None:

@@ -10,7 +10,8 @@ calibration needs those activations that occur). The Jensen-Shannon divergence (
 compared with that between two random halves of the samples, all of them cut to the same number of words, as a divergence of few words is
 large whatever they are. If it is more than ``FARTHER`` times the largest of ``HALVES`` such halvings, traffic is other text than what was
 calibrated with, and it goes into the next run's samples, from which statistics and corrections are fitted, as ``CALIBRATED`` of the tokens.
-Fewer than ``ENOUGH`` words of traffic tell nothing.
+Fewer than ``ENOUGH`` words of traffic tell nothing. Of the demo's samples, random thirds were .8 to .96 times as far from the rest as its
+halves from each other, Chinese from English 3 times. A domain that is new, in a language that is not, was .83 times: that is not seen.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from edge_rt_distill.run.prepare import BUILT_IN
 BOOST, MOST, FEW = 8, 0.25, 8
 CALIBRATED = 0.1
 FARTHER, HALVES, ENOUGH = 1.25, 20, 500
+"""Of the rules above."""
 MORE = 4
 """Times as many questions as before may be put to the teacher."""
 LONGER = 1.5
@@ -145,7 +147,7 @@ def written(found: Proposal) -> str:
             table = f"{line.strip('[]')}."
         name = f"{table}{line.split(' = ')[0]}"
         if name in found.why:
-            lines.append(f"# {found.why[name]}")
+            lines.append(f"# {' '.join(found.why[name].split())}")
         lines.append(line)
     return "\n".join(lines) + "\n"
 
