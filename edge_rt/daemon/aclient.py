@@ -15,7 +15,7 @@ from typing import Any
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.client import PAUSES, connected
-from edge_rt.daemon.conversation import GONE, Answers, Conversation, embed_fields, fields_of, hello_fields, score_fields
+from edge_rt.daemon.conversation import GONE, Answers, Conversation, embed_fields, feedback_fields, fields_of, hello_fields, score_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -127,6 +127,13 @@ class AsyncClient:
                 self._ask("cancel", {"request": answers.request})
         answers.result()
         return answers.readings
+
+    async def feedback(
+        self, prompt: str | Sequence[ChatMessage], answer: str, *, rating: int | None = None, correction: str | None = None,
+        comment: str | None = None, model: str | None = None,
+    ) -> None:  # fmt: skip
+        """Say what an answer was worth; see ``Client.feedback``."""
+        await self.call("feedback", **feedback_fields(prompt, answer, rating, correction, comment, model))
 
     async def saved(self) -> list[Message]:
         """The user's saved sessions; see ``Client.saved``."""

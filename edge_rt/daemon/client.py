@@ -17,7 +17,7 @@ from typing import Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.conversation import Answers, Conversation, embed_fields, fields_of, hello_fields, score_fields
+from edge_rt.daemon.conversation import Answers, Conversation, embed_fields, feedback_fields, fields_of, hello_fields, score_fields
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
@@ -187,6 +187,15 @@ class Client:
                 self._leave(answers)
         answers.result()
         return answers.readings
+
+    def feedback(
+        self, prompt: str | Sequence[ChatMessage], answer: str, *, rating: int | None = None, correction: str | None = None,
+        comment: str | None = None, model: str | None = None,
+    ) -> None:  # fmt: skip
+        """Say what an answer was worth, for the daemon that records traffic: ``rating`` -1, 0 or 1, the ``correction`` that it should have
+        been, a ``comment``; at least one of them. It is written, redacted, when this returns.
+        """
+        self.call("feedback", **feedback_fields(prompt, answer, rating, correction, comment, model))
 
     def session(self, *, keep: bool = False, context: int | None = None, model: str | None = None) -> Session:
         """Open a session. ``keep``: it outlives this connection for a while. ``model``: the name of one, else the daemon's default."""

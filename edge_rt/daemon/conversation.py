@@ -210,6 +210,14 @@ def score_fields(
     return {name: value, "continuations": list(texts), **rest}
 
 
+def feedback_fields(
+    prompt: str | Sequence[ChatMessage], answer: str, rating: int | None, correction: str | None, comment: str | None, model: str | None
+) -> Message:  # fmt: skip
+    """The fields of ``feedback``."""
+    name, value = ("prompt", prompt) if isinstance(prompt, str) else ("messages", [dict(message) for message in prompt])
+    return {name: value, "answer": answer, "rating": rating, "correction": correction, "comment": comment, "model": model}
+
+
 def _texts(texts: Sequence[str | Sequence[int]]) -> Message:
     if all(isinstance(text, str) for text in texts):
         return {"texts": list(texts)}

@@ -89,6 +89,8 @@ class Hosted:
         self.leaving = False
         """Its worker is about to end."""
         self.idle_since = 0.0
+        self.template = ""
+        """Of its prompts, in 12 hexadecimal digits, as its worker told when it last opened it."""
         self.sustained: Message | None = None
         """What its limits of power and temperature came to, as it last told."""
         self._parking, self._changed, self._tell = parking, changed, told
@@ -123,6 +125,7 @@ class Hosted:
 
     def _state(self) -> None:
         if self.supervisor.state == "ready" and self.supervisor.model is not None:
+            self.template = self.supervisor.model["template"]
             opened = self.supervisor.model.pop("needs", None)
             if opened is not None:
                 self.needs = self.needs._replace(**{**opened, "weights": opened["weights"] + _adapter_bytes(self.spec)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import __version__
-from edge_rt.daemon import protocol, saves
+from edge_rt.daemon import feedback, protocol, saves
 from edge_rt.daemon.frames import MAX_DEPTH, Message
 from edge_rt.daemon.protocol import Request
 from edge_rt.daemon.sessions import Known
@@ -327,6 +327,7 @@ _RUN: dict[str, Callable[[Channel, Request, int], None]] = {
     "generate": _generate,
     "embed": _embed,
     "score": _score,
+    "feedback": feedback.give,
     "cancel": _cancel,
     "resume": _resume,
     "ack": _ack,

@@ -143,6 +143,10 @@ OPS: Mapping[str, Mapping[str, str]] = {
         "texts": "texts", "tokens": "id lists", "prompt": "text", "messages": "maps", "continuations": "texts", "model": "text",
         "top": "id", "beyond": "flag", "pieces": "flag",
     },
+    "feedback": {
+        "prompt": "text", "messages": "maps", "answer": "text!", "rating": "integer", "correction": "text", "comment": "text",
+        "model": "text",
+    },
     "cancel": {"request": "id!"},
     "resume": {"stream": "text!", "after": "id!"},
     "ack": {"stream": "text!", "seq": "id!"},

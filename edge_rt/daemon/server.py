@@ -193,7 +193,7 @@ class Server:
         resumable = request.fields.get("resumable", False)
         stream = Stream(connection.user, resumable, credits, lambda events: self._credit(stream, events))
         if self.recorder is not None and request.op == "generate":
-            stream.taken = self.recorder.take(connection, request.fields, size, session)
+            stream.taken = self.recorder.take(connection, request.fields, size, hosted, session)
         stream.hosted = hosted
         try:
             connection.begin(number, size)

@@ -15,12 +15,13 @@ from edge_rt.daemon.traffic import writer as writers
 from edge_rt.daemon.traffic.recorder import Recorder
 from edge_rt.errors import OptionError, PluginError
 
+HOSTED = SimpleNamespace(name="m", template="")
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 DELTA = {"event": "delta", "text": "Hi", "tokens": [1, 2]}
 
 
-def done(reason="end_of_generation", stop=None):
-    return {"event": "done", "reason": reason, "stop": stop, "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+def done(reason="end_of_generation", stop=None, post=()):
+    return {"event": "done", "reason": reason, "stop": stop, "usage": {"prompt_tokens": 7, "completion_tokens": 3}, "post": list(post)}
 
 
 class Client:
@@ -74,7 +75,7 @@ def record(tmp_path, clock):
 
 
 def ask(recorder, *messages, client=None, fields=HELLO, session=None, size=100):
-    taken = recorder.take(client or Client(), fields, size, session)
+    taken = recorder.take(client or Client(), fields, size, HOSTED, session)
     if taken is not None:
         for message in messages or (DELTA, done(), {"ok": {}}):
             taken.heard(message)
@@ -99,7 +100,7 @@ def lines(tmp_path):
 def test_a_request_from_its_coming_to_its_end(tmp_path, record, clock):
     recorder = record(answers=True)
     clock.now += 5
-    taken = recorder.take(Client(), {**HELLO, "resumable": True, "pieces": True, "session": "real", "priority": "low"}, 100, None)
+    taken = recorder.take(Client(), {**HELLO, "resumable": True, "pieces": True, "session": "real", "priority": "low"}, 100, HOSTED, None)
     for seconds, message in [
         (1, {"event": "prompt", "done": 7, "total": 7}), (0.5, {**DELTA, "text": "my ", "tokens": []}), (0.25, {**DELTA, "text": "secret"}),
         (0.25, {**DELTA, "text": "", "tokens": [], "concealed": 1}), (1, done()), (0, {"ok": {}}),
@@ -118,6 +119,21 @@ def test_a_request_from_its_coming_to_its_end(tmp_path, record, clock):
     assert read_trace(tmp_path / "t.jsonl").requests[0].seen.first_token == 1.75
 
 
+def test_which_rules_an_answer_hit_and_which_form_its_prompt_had(tmp_path, record):
+    recorder, hosted = record(), SimpleNamespace(name="m", template="t1")
+    post = [{"name": "redaction", "counts": {"email": 2, "card": 1}}, {"name": "punctuation", "counts": {}}]
+    for template, fields in (("t1", HELLO), ("t1", {"prompt": "x"}), ("t2", HELLO), ("", HELLO)):
+        hosted.template = template
+        taken = recorder.take(Client(), fields, 100, hosted, None)
+        taken.heard(done(post=post if template == "t1" else ()))
+        taken.heard({"ok": {}})
+    recorder.close(10)
+    found = lines(tmp_path)[1:]
+    assert [line["outcome"].get("rules") for line in found] == [{"redaction": 3}, {"redaction": 3}, None, None]
+    first, text, second, unknown = (line.get("variant") for line in found)
+    assert (len(first), first != second, text, unknown) == (12, True, None, None)
+
+
 @pytest.mark.parametrize(
     ("left", "messages", "expected"),
     [
@@ -130,7 +146,7 @@ def test_a_request_from_its_coming_to_its_end(tmp_path, record, clock):
 )
 def test_how_requests_end(tmp_path, record, clock, left, messages, expected):
     recorder = record()
-    taken = recorder.take(Client(), HELLO, 100, None)
+    taken = recorder.take(Client(), HELLO, 100, HOSTED, None)
     taken.heard(DELTA)
     if left:
         clock.now += 2
@@ -161,8 +177,7 @@ def test_clients_have_aliases_by_user_where_the_user_is_known(tmp_path, record):
 def test_requests_of_a_session_are_recorded_together_or_not_at_all(tmp_path, record):
     recorder = record(sample=0.5, chance=iter([0.4, 0.6, 0.5, 0.1]).__next__)
     assert [ask(recorder) is not None for _ in range(4)] == [True, False, False, True]
-    hosted = SimpleNamespace(name="m")
-    sessions = [SimpleNamespace(id=f"id-{number}", hosted=hosted) for number in range(200)]
+    sessions = [SimpleNamespace(id=f"id-{number}", hosted=HOSTED) for number in range(200)]
     taken = [[ask(recorder, session=one) is not None for _ in range(3)] for one in sessions]
     assert all(len(set(one)) == 1 for one in taken)
     assert 60 < sum(one[0] for one in taken) < 140
@@ -230,11 +245,10 @@ def test_a_folder_that_vanishes_pauses_the_recording_until_it_is_back(tmp_path, 
     folder = tmp_path / "folder"
     folder.mkdir()
     recorder = Recorder(Record(folder / "t.jsonl"), Plain(), clock=clock)
-    hosted = SimpleNamespace(name="m")
     talk = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
 
     def turn(messages):
-        ask(recorder, fields={"messages": messages}, session=SimpleNamespace(id="x", hosted=hosted))
+        ask(recorder, fields={"messages": messages}, session=SimpleNamespace(id="x", hosted=HOSTED))
 
     turn(talk[:1])
     settled(recorder, 1)

@@ -19,6 +19,7 @@ STATUS: Mapping[str, tuple[int, str]] = {
     "plugin": (400, "invalid_value"),
     "context_overflow": (400, "context_length_exceeded"),
     "context": (400, "context_length_exceeded"),
+    "not_recording": (400, "not_recording"),
     "frame_too_long": (413, "request_too_large"),
     "not_allowed": (403, "not_allowed"),
     "limit": (429, "rate_limit_exceeded"),

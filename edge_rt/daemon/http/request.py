@@ -143,7 +143,7 @@ def checked(body: Mapping[str, Any], kinds: Mapping[str, str], others: Sequence[
             raise wrong(name, f"{name} can only be {ONLY[name][0]!r} here; leave it out", "unsupported_value")
     for name in kinds:
         if kinds[name].endswith("!") and name not in given:
-            raise wrong(name, f"there are no {name}; give a list of maps", "missing_required_parameter")
+            raise wrong(name, f"there is no {name}; give {protocol.KINDS[kinds[name].rstrip('!')].shown}", "missing_required_parameter")
     return given, rest
 
 

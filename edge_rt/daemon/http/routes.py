@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from edge_rt.daemon.http import answer, body, embeddings, facts, files, metrics, models, request, scores, tokens
+from edge_rt.daemon.http import answer, body, embeddings, facts, feedback, files, metrics, models, request, scores, tokens
 from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
 from edge_rt.errors import ProtocolError
 
@@ -222,6 +222,7 @@ ROUTES = (
     Route("/v1/chat/completions", "POST", partial(_generate, request.chat)),
     Route("/v1/completions", "POST", _complete),
     Route("/edge-rt/score", "POST", _scores),
+    Route("/edge-rt/feedback", "POST", feedback.give),
     Route("/v1/embeddings", "POST", _embeddings),
     Route("/tokenize", "POST", tokens.tokenize),
     Route("/detokenize", "POST", tokens.detokenize),

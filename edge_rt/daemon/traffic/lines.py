@@ -1,4 +1,4 @@
-"""A line of recorded traffic: a request as a body of OpenAI's API, which asks the same again, and what became of it."""
+"""A line of recorded traffic: a request as a body of OpenAI's API, which asks the same again, and what became of it; or feedback."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from edge_rt.errors import EdgeError
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 FIELDS = ("model", "prompt", "messages", "options", "priority")
 """Of ``generate``, which a request asks by; the others are the connection's."""
+VARIANT = 12
+"""Hexadecimal digits by which forms of prompts are told apart."""
 SESSIONS = 1024
 """Sessions whose requests are known to go on from others; of one that was forgotten the next request is written whole."""
 
@@ -29,7 +31,8 @@ class Recorded(NamedTuple):
     """A request that has ended. ``at``: seconds since the recording began, ``cancel_after``, ``first_token`` and ``total`` since it came.
 
     ``session``: its id, which is not written. ``reason``: of the event ``done``. ``stop``: the stop text that was met. ``text``: of the
-    answer, None if it was not kept.
+    answer, None if it was not kept. ``template``: of the model, "" if that is not known. ``rules``: how often each post-processor did
+    something.
     """
 
     at: float
@@ -46,6 +49,17 @@ class Recorded(NamedTuple):
     total: float
     cancel_after: float | None
     text: str | None
+    template: str = ""
+    rules: Mapping[str, int] = {}
+
+
+class Feedback(NamedTuple):
+    """What somebody says of an answer: the ``fields`` of the operation ``feedback``. ``at`` and ``template`` as of ``Recorded``."""
+
+    at: float
+    fields: Mapping[str, Any]
+    client: str
+    template: str
 
 
 class Lines:
@@ -59,8 +73,16 @@ class Lines:
         """A file begins: what is in it does not go on from what is in others."""
         self._conversations.forget()
 
-    def line(self, one: Recorded) -> bytes:
+    def line(self, one: Recorded | Feedback) -> bytes:
         """Raises Unfit, and whatever the redaction does."""
+        record = self._feedback(one) if isinstance(one, Feedback) else self._request(one)
+        return as_line({name: value for name, value in record.items() if value is not None})
+
+    def _feedback(self, one: Feedback) -> dict[str, Any]:
+        told = self._redaction.value(one.fields)
+        return {"at": round(one.at, 3), "client": one.client, "variant": variant(one.template, one.fields), "feedback": told}
+
+    def _request(self, one: Recorded) -> dict[str, Any]:
         fields, session = one.fields, None
         if one.session is not None and "messages" in fields:
             session, messages = self._conversations.placed(one.session, fields["messages"])
@@ -68,16 +90,15 @@ class Lines:
         told = redacted(fields, self._redaction)
         path, body = as_body(told)
         names = _asked(path, body, told).tools
-        record = {
+        return {
             "at": round(one.at, 3), "path": path, "session": session, "client": one.client, "cancel_after": _milli(one.cancel_after),
-            "request": body, "outcome": _outcome(one, names),
+            "variant": variant(one.template, one.fields), "request": body, "outcome": _outcome(one, names),
             "answer": self._redaction.text(one.text, _following(one)) if self._answers and one.text else None,
         }  # fmt: skip
-        return as_line({name: value for name, value in record.items() if value is not None})
 
-    def written(self, one: Recorded) -> None:
+    def written(self, one: Recorded | Feedback) -> None:
         """The line is in the file: what the session asks next may go on from it."""
-        if one.session is not None and "messages" in one.fields:
+        if isinstance(one, Recorded) and one.session is not None and "messages" in one.fields:
             self._conversations.written(one.session, one.fields["messages"])
 
 
@@ -88,6 +109,17 @@ def as_line(record: Mapping[str, Any]) -> bytes:
     except ValueError as error:
         raise Unfit(str(error)) from error
     return text.encode(errors="backslashreplace") + b"\n"  # a half of a surrogate pair becomes JSON's escape
+
+
+def variant(template: str, fields: Mapping[str, Any]) -> str | None:
+    """12 hexadecimal digits that tell one form of prompt from others: of the model's chat template and what the system message says.
+
+    None for a text, which has no form, and where the template is not known.
+    """
+    if "messages" not in fields or not template:
+        return None
+    system = [message.get("content") for message in fields["messages"] if message.get("role") == "system"]
+    return hashlib.sha256(json.dumps([template, system], sort_keys=True).encode()).hexdigest()[:VARIANT]
 
 
 def redacted(fields: Mapping[str, Any], redaction: Redaction) -> dict[str, Any]:
@@ -142,6 +174,7 @@ def _outcome(one: Recorded, names: frozenset[str]) -> dict[str, Any]:
     found = {
         "status": one.status, "code": one.code, "finish_reason": finish, "prompt_tokens": one.prompt_tokens,
         "completion_tokens": one.completion_tokens, "first_token": _milli(one.first_token), "total": _milli(one.total),
+        "rules": dict(one.rules) or None,
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None}
 

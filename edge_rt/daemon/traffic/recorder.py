@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from edge_rt import __version__
 from edge_rt.daemon.channel import OVER_HTTP
 from edge_rt.daemon.traffic.file import TraceFile
-from edge_rt.daemon.traffic.lines import FIELDS, Lines, Recorded, as_line
+from edge_rt.daemon.traffic.lines import FIELDS, Feedback, Lines, Recorded, as_line
 from edge_rt.daemon.traffic.redaction import Redaction, load
 from edge_rt.daemon.traffic.writer import Writer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edge_rt.daemon.channel import Channel
     from edge_rt.daemon.config import Record
     from edge_rt.daemon.frames import Message
+    from edge_rt.daemon.hosted import Hosted
     from edge_rt.daemon.sessions import Known
 
 SWITCH_EVERY = 0.0005
@@ -35,11 +36,11 @@ class Taken:
     """One request, from when it came to its end; ``heard`` takes what the daemon says of it."""
 
     def __init__(
-        self, fields: Mapping[str, Any], size: int, client: str, session: str | None, keeps: bool,
+        self, fields: Mapping[str, Any], size: int, client: str, hosted: Hosted, session: str | None, keeps: bool,
         began: float, clock: Callable[[], float], then: Callable[[Recorded, int], None],
     ) -> None:  # fmt: skip
         """``keeps``: the answer. ``began``: when the recording did, by the clock. ``then`` is called at the end, with the bytes of it."""
-        self._fields, self._size, self._client, self._session = fields, size, client, session
+        self._fields, self._size, self._client, self._hosted, self._session = fields, size, client, hosted, session
         self._clock, self._then, self._came = clock, then, clock()
         self._at = self._came - began
         self._text: list[str] | None = [] if keeps else None
@@ -49,6 +50,7 @@ class Taken:
         self._left: float | None = None
         self._reason: str | None = None
         self._stop: str | None = None
+        self._rules: dict[str, int] = {}
 
     def heard(self, message: Message) -> None:
         """An event, or the answer to the request."""
@@ -59,6 +61,8 @@ class Taken:
             self._prompt_tokens = message["total"]
         elif kind == "done":
             self._reason, self._stop = message["reason"], message["stop"]
+            hits = {one["name"]: sum(one["counts"].values()) for one in message["post"]}
+            self._rules = {name: count for name, count in hits.items() if count}
             usage = message["usage"]
             self._prompt_tokens, self._completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         elif kind is None:
@@ -85,6 +89,7 @@ class Taken:
             self._at, self._fields, self._client, self._session, "cancelled" if cancelled else "ok" if code is None else "error",
             None if cancelled else code, self._reason, self._stop, self._prompt_tokens, self._completion_tokens,
             self._first_token, self._clock() - self._came, self._left if cancelled else None, text,
+            self._hosted.template, self._rules,
         )  # fmt: skip
         self._then(found, self._size + len(text or "") + _OVERHEAD)
 
@@ -112,7 +117,7 @@ class Recorder:
         self._users: dict[int, str] = {}
         self._names = 0
 
-    def take(self, connection: Channel, fields: Mapping[str, Any], size: int, session: Known | None) -> Taken | None:
+    def take(self, connection: Channel, fields: Mapping[str, Any], size: int, hosted: Hosted, session: Known | None) -> Taken | None:
         """A client asks for a generation. None if it is left out; requests of a session are taken or left together."""
         drawn = self._chance() if session is None else _share(session.id)
         if drawn >= self._settings.sample:
@@ -120,10 +125,17 @@ class Recorder:
             return None
         asked = {name: fields[name] for name in FIELDS if name in fields}
         if session is not None:
-            asked["model"] = session.hosted.name
+            asked["model"] = hosted.name
         keeps = self._settings.answers or bool(fields.get("options", {}).get("tools"))  # calls are told by the answer
         named = None if session is None else session.id
-        return Taken(asked, size, self._client(connection), named, keeps, self._began, self._clock, self._writer.put)
+        return Taken(asked, size, self._client(connection), hosted, named, keeps, self._began, self._clock, self._writer.put)
+
+    def feedback(
+        self, connection: Channel, fields: Mapping[str, Any], size: int, template: str, then: Callable[[str], object]
+    ) -> None:  # fmt: skip
+        """A client says something of an answer; none is left out. ``then`` as of ``Writer.put``."""
+        found = Feedback(self._clock() - self._began, fields, self._client(connection), template)
+        self._writer.put(found, size + _OVERHEAD, then)
 
     def _client(self, connection: Channel) -> str:
         """The alias of the user, or, where several may be one to us, of the connection."""

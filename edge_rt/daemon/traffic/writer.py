@@ -10,7 +10,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from edge_rt.daemon.traffic.file import TraceFile, cannot
-from edge_rt.daemon.traffic.lines import Lines, Recorded, Unfit
+from edge_rt.daemon.traffic.lines import Feedback, Lines, Recorded, Unfit
 from edge_rt.errors import EdgeError, OptionError
 
 QUEUE_BYTES = 16 << 20
@@ -37,7 +37,7 @@ class Writer:
         self._said = ""
         self._lock = threading.Lock()
         self._ending = False
-        self._queue: SimpleQueue[tuple[Recorded, int] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Recorded | Feedback, int, Callable[[str], object]] | None] = SimpleQueue()
         try:
             file.ready()
         except OSError as error:
@@ -50,15 +50,18 @@ class Writer:
         with self._lock:
             self.counts[result] += 1
 
-    def put(self, one: Recorded, size: int) -> None:
-        """Have a request written, if it has room. ``size``: its bytes, about."""
+    def put(self, one: Recorded | Feedback, size: int, then: Callable[[str], object] = lambda result: None) -> None:
+        """Have it written, if it has room. ``size``: its bytes, about. ``then`` is called with what became of it, one of ``RESULTS``, on
+        any thread; not once the daemon has to end.
+        """
         with self._lock:
             fits = self.queued + size <= QUEUE_BYTES
             self.queued += size if fits else 0
         if fits:
-            self._queue.put((one, size))
+            self._queue.put((one, size, then))
         else:
             self.count("dropped_queue")
+            then("dropped_queue")
 
     def close(self, seconds: float) -> None:
         """Write what waits, as far as that is done in some seconds."""
@@ -71,13 +74,16 @@ class Writer:
 
     def _run(self) -> None:
         while (found := self._queue.get()) is not None:
-            one, size = found
-            self.count("dropped_end" if self._ending else self._write(one))
+            one, size, then = found
+            result = "dropped_end" if self._ending else self._write(one)
+            self.count(result)
             with self._lock:
                 self.queued -= size
+            if not self._ending:
+                then(result)
         self._file.close()
 
-    def _write(self, one: Recorded) -> str:
+    def _write(self, one: Recorded | Feedback) -> str:
         """What became of it."""
         if self.paused and self._clock() < self._retry:
             return "dropped_disk"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from edge_rt_distill.feedback import commands as feedback
 from edge_rt_distill.library import commands as library
 from edge_rt_distill.replay import commands as replay
 from edge_rt_distill.sandbox import commands as sandbox
@@ -27,7 +28,7 @@ _FILE = typer.Argument(metavar="FILE", help="The run: a TOML file, see `edge-rt 
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add ``distill``, ``eval`` and ``replay`` to the command line."""
+    """Add ``distill``, ``eval``, ``replay`` and ``feedback`` to the command line."""
     distill = typer.Typer(name="distill", help=HELP, no_args_is_help=True, rich_markup_mode=None)
     distill.command("init")(init)
     distill.command("run")(run)
@@ -38,6 +39,7 @@ def add_commands(app: typer.Typer) -> None:
     app.add_typer(distill)
     sandbox.add(app)
     replay.add(app)
+    feedback.add(app)
 
 
 def init(

@@ -51,7 +51,8 @@ def test_files_and_functions_stay_short():
 
 ORDER = (
     "files", "metadata", "progress", "named", "addresses", "plots", "pages", "model", "portable", "data", "behaviour", "library",
-    "diagnose", "surgery", "losses", "stages", "evaluate", "quantise", "export", "compensate", "run", "sandbox", "replay", "cli",
+    "diagnose", "surgery", "losses", "stages", "evaluate", "quantise", "export", "compensate", "run", "sandbox", "replay", "feedback",
+    "cli",
 )  # fmt: skip
 """A folder or module imports those before it."""
 

@@ -18,7 +18,7 @@ from edge_rt_distill.data.checks import worth
 from edge_rt_distill.replay.contents import ATTACKS
 from edge_rt_distill.replay.generators import GENERATORS, MIX, Wanted, make
 from edge_rt_distill.replay.summaries import described, joined
-from edge_rt_distill.replay.trace import PATHS, STATUSES, Request, Seen, Trace, kinds, read_trace, write_trace
+from edge_rt_distill.replay.trace import PATHS, RATINGS, STATUSES, Feedback, Request, Seen, Trace, kinds, read_trace, write_trace
 from edge_rt_distill.sandbox.suites import built_in, faults, read_suite
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,6 +38,7 @@ SEEN = st.builds(
     completion_tokens=COUNT,
     first_token=st.none() | SECONDS,
     total=st.none() | SECONDS,
+    rules=st.dictionaries(TEXT, st.integers(1, 9), max_size=2),
 )
 REQUESTS = st.builds(
     Request,
@@ -51,18 +52,48 @@ REQUESTS = st.builds(
     kind=st.just("") | TEXT,
     seen=st.none() | SEEN,
     answer=st.none() | TEXT,
+    variant=st.just("") | TEXT,
+)
+FEEDBACK = st.builds(
+    lambda text, talk, **rest: Feedback(**rest, **({"messages": ({"role": "user", "content": text},)} if talk else {"prompt": text})),
+    text=TEXT,
+    talk=st.booleans(),
+    at=SECONDS,
+    answer=st.just("") | TEXT,
+    rating=st.sampled_from([None, *RATINGS]),
+    correction=st.none() | TEXT,
+    comment=st.none() | TEXT,
+    model=st.none() | TEXT,
+    client=st.none() | TEXT,
+    variant=st.just("") | TEXT,
 )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------------
 
 
-@given(requests=st.lists(REQUESTS, min_size=1, max_size=5))
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=5), feedback=st.lists(FEEDBACK, max_size=3))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_trace_is_read_as_it_was_written(tmp_path: Path, requests: list[Request]):
-    trace = Trace(tuple(sorted(requests, key=lambda one: one.at)), {"by": "a test", "redacted": True})
+def test_a_trace_is_read_as_it_was_written(tmp_path: Path, requests: list[Request], feedback: list[Feedback]):
+    first, said = (tuple(sorted(some, key=lambda one: one.at)) for some in (requests, feedback))
+    trace = Trace(first, {"by": "a test", "redacted": True}, said)
     write_trace(tmp_path / "t.jsonl", trace)
     assert read_trace(tmp_path / "t.jsonl") == trace
+
+
+def test_feedback_of_several_recordings_is_on_one_clock_and_may_be_alone(tmp_path: Path):
+    lines: list[Any] = []
+    for minute in (0, 5):
+        lines.append({"edge_rt_trace": 1, "begun": f"2026-03-01T09:0{minute}:00Z"})
+        lines.append({"at": 2, "client": "c1", "feedback": {"prompt": "x", "answer": "y", "rating": minute - 5 and -1}})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = read_trace(tmp_path / "t.jsonl", of_requests=False).feedback
+    assert [(one.at, one.client, one.rating) for one in found] == [(2, "c1", -1), (302, "c1.2", 0)]
+    with pytest.raises(DataError, match=r"has no requests$"):
+        read_trace(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8")
+    with pytest.raises(DataError, match="has no requests and no feedback"):
+        read_trace(tmp_path / "t.jsonl", of_requests=False)
 
 
 GOOD = {"at": 1, "request": {"messages": [{"role": "user", "content": "x"}]}}
@@ -75,7 +106,10 @@ GOOD = {"at": 1, "request": {"messages": [{"role": "user", "content": "x"}]}}
         {**GOOD, "request": {}}, {**GOOD, "request": {"messages": "x"}}, {**GOOD, "checks": [{"kind": "none"}]}, {**GOOD, "session": 3},
         {**GOOD, "outcome": {"status": "fine"}}, {**GOOD, "cancel_after": True},
         {"method": "GET", "url": PATHS[0], "body": GOOD["request"]},
-        {"edge_rt_trace": 99},
+        {"edge_rt_trace": 99}, {**GOOD, "outcome": {"status": "ok", "rules": [1]}}, {"feedback": []}, {"feedback": {"prompt": "x"}},
+        {**GOOD, "outcome": {"status": "ok", "rules": {"a": "b"}}}, {"feedback": {"answer": "y"}},
+        {"feedback": {"prompt": "x", "answer": "y", "rating": 2}}, {"feedback": {"prompt": "x", "answer": "y"}, "session": "s1"},
+        {"feedback": {"prompt": "x", "answer": "y", "stars": 1}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("before", [0, 3])

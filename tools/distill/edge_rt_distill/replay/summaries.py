@@ -12,7 +12,9 @@ BUSY = 10.0
 
 
 def joined(parts: Sequence[tuple[str, Trace]], rate: float | None) -> Trace:
-    """The requests of several named traces, at their own times, or one after the other at ``rate`` a second. Sessions stay apart."""
+    """The requests of several named traces, at their own times, or one after the other at ``rate`` a second. Sessions stay apart; feedback
+    stays at its own times.
+    """
     requests: list[Request] = []
     for place, (name, trace) in enumerate(parts, 1):
         mark = f"{place}-" if len(parts) > 1 else ""
@@ -24,7 +26,8 @@ def joined(parts: Sequence[tuple[str, Trace]], rate: float | None) -> Trace:
     else:
         requests = [one._replace(at=number / rate) for number, one in enumerate(requests)]
     about = dict(parts[0][1].about) if len(parts) == 1 else {"of": [dict(trace.about) for _, trace in parts]}
-    return Trace(tuple(requests), {**about, "imported": [name for name, _ in parts]})
+    feedback = sorted((one for _, trace in parts for one in trace.feedback), key=lambda one: one.at)
+    return Trace(tuple(requests), {**about, "imported": [name for name, _ in parts]}, tuple(feedback))
 
 
 def described(trace: Trace) -> list[str]:
@@ -45,6 +48,8 @@ def described(trace: Trace) -> list[str]:
     lines.append(f"letters of prompts, beside what a session said before: median {sizes[len(sizes) // 2]}, most {sizes[-1]}")
     left = sum(one.cancel_after is not None for one in requests)
     lines.append(f"with checks {sum(bool(one.checks) for one in requests)}, left by their clients {left}")
+    if trace.feedback:
+        lines.append(f"feedback: {len(trace.feedback)}, with corrections {sum(one.correction is not None for one in trace.feedback)}")
     if seen := [one.seen for one in requests if one.seen is not None]:
         ends = {status: sum(one.status == status for one in seen) for status in sorted({one.status for one in seen})}
         lines.append("when recorded: " + ", ".join(f"{status} {count}" for status, count in ends.items()))

@@ -1,8 +1,8 @@
 """A trace: requests with the moments at which they came, as the daemon records them (docs/replay.md) and as generators write them.
 
-JSONL. The first line is a header; every other line is a request in OpenAI's form, with what became of it where that is known. Times are
-counted from when the header before them says that it was ``begun`` (RFC 3339). A daemon writes a header at each start, and in each file:
-sessions and clients of what was begun at another time are others.
+JSONL. The first line is a header; every other line is a request in OpenAI's form, with what became of it where that is known, or feedback:
+what somebody said of an answer. Times are counted from when the header before them says that it was ``begun`` (RFC 3339). A daemon writes a
+header at each start, and in each file: sessions and clients of what was begun at another time are others.
 Lists of OpenAI requests (a body a line, or the lines of its batch files) are read too; they come one second after the other.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.data.checks import check_checks
@@ -23,10 +23,13 @@ from edge_rt_distill.files import write_file
 VERSION = 1
 PATHS = ("/v1/chat/completions", "/v1/completions")
 STATUSES = ("ok", "error", "cancelled")
+RATINGS = (-1, 0, 1)
 
 
 class Seen(NamedTuple):
-    """What became of a request when it was recorded. ``code``: of its error. Seconds from its coming, None: not known."""
+    """What became of a request when it was recorded. ``code``: of its error. Seconds from its coming, None: not known. ``rules``: how often
+    each post-processor did something to the answer.
+    """
 
     status: str
     code: str = ""
@@ -35,6 +38,7 @@ class Seen(NamedTuple):
     completion_tokens: int | None = None
     first_token: float | None = None
     total: float | None = None
+    rules: Mapping[str, int] = {}
 
 
 class Request(NamedTuple):
@@ -42,7 +46,8 @@ class Request(NamedTuple):
 
     ``session``: requests of one continue each other: each body has only the messages that are new, and is sent when the one before it is
     answered. ``client``: who asked, without saying who that is. ``cancel_after``: seconds after which the client went away.
-    ``checks``: what a right answer holds (data/checks.py). ``kind``: what the request is an example of.
+    ``checks``: what a right answer holds (data/checks.py). ``kind``: what the request is an example of. ``variant``: which form its prompt
+    had, of template and system message, "" if that is not known.
     """
 
     at: float
@@ -55,6 +60,27 @@ class Request(NamedTuple):
     kind: str = ""
     seen: Seen | None = None
     answer: str | None = None
+    variant: str = ""
+
+
+class Feedback(NamedTuple):
+    """What somebody said of an ``answer``, to ``messages`` or, if there are none, to the text ``prompt``. ``rating``: -1, 0 or 1, or None.
+    ``correction``: what should have been answered. ``at``, ``client`` and ``variant`` as of a request.
+    """
+
+    at: float
+    answer: str
+    messages: tuple[Mapping[str, Any], ...] = ()
+    prompt: str = ""
+    rating: int | None = None
+    correction: str | None = None
+    comment: str | None = None
+    model: str | None = None
+    client: str | None = None
+    variant: str = ""
+
+
+Line = TypeVar("Line", Request, Feedback)
 
 
 class Trace(NamedTuple):
@@ -65,11 +91,12 @@ class Trace(NamedTuple):
 
     requests: tuple[Request, ...]
     about: Mapping[str, Any]
+    feedback: tuple[Feedback, ...] = ()
 
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Raises UserError."""
-    lines = [{"edge_rt_trace": VERSION, **trace.about}, *map(_record, trace.requests)]
+    lines = [{"edge_rt_trace": VERSION, **trace.about}, *map(_record, trace.requests), *map(_told, trace.feedback)]
     write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -78,14 +105,24 @@ def _record(request: Request) -> dict[str, Any]:
     found = {name: value for name, value in request._asdict().items() if value not in (None, "", ())}
     found["request"] = dict(found.pop("body"))
     if request.seen is not None:
-        found["outcome"] = {name: value for name, value in found.pop("seen")._asdict().items() if value not in (None, "")}
+        seen = {**found.pop("seen")._asdict(), "rules": dict(request.seen.rules)}
+        found["outcome"] = {name: value for name, value in seen.items() if value not in (None, "", {})}
     return found
 
 
-def read_trace(path: Path) -> Trace:
-    """A trace, or a list of OpenAI requests. Raises DataError with the line of the first mistake, and for a file without requests."""
+def _told(feedback: Feedback) -> dict[str, Any]:
+    found = {name: value for name, value in feedback._asdict().items() if value not in (None, "", ()) or name == "answer"}
+    around: dict[str, Any] = {name: found.pop(name) for name in ("at", "client", "variant") if name in found}
+    return {**around, "feedback": found}
+
+
+def read_trace(path: Path, *, of_requests: bool = True) -> Trace:
+    """A trace, or a list of OpenAI requests. Raises DataError with the line of the first mistake, and for a file without requests, or,
+    unless it must be ``of_requests``, without feedback either.
+    """
     headers: list[Mapping[str, Any]] = []
     requests: list[tuple[Mapping[str, Any], Request]] = []  # each with its header
+    feedback: list[tuple[Mapping[str, Any], Feedback]] = []
     for number, record in json_lines(path):
         try:
             if not isinstance(record, dict):
@@ -93,13 +130,17 @@ def read_trace(path: Path) -> Trace:
             if "edge_rt_trace" in record:
                 headers.append(_header(record, headers))
                 continue
+            header = headers[-1] if headers else {}
+            if "feedback" in record:
+                feedback.append((header, _feedback(record)))
+                continue
             read = _request(record) if "request" in record else _foreign(record, float(len(requests)))
-            requests.append((headers[-1] if headers else {}, read))
+            requests.append((header, read))
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-    if not requests:
-        raise DataError(f"{path} has no requests")
-    return Trace(tuple(sorted(_placed(headers, requests), key=lambda one: one.at)), _about(headers))
+    if not requests and (of_requests or not feedback):
+        raise DataError(f"{path} has no requests{'' if of_requests else ' and no feedback'}")
+    return Trace(_placed(headers, requests), _about(headers), _placed(headers, feedback))
 
 
 def _header(record: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,20 +164,20 @@ def _begun(header: Mapping[str, Any]) -> datetime:
     return found
 
 
-def _placed(headers: Sequence[Mapping[str, Any]], requests: Iterable[tuple[Mapping[str, Any], Request]]) -> Iterator[Request]:
-    """Requests on one clock, with sessions and clients told apart."""
-    if len(headers) < 2:
-        yield from (one for _, one in requests)
-        return
-    times = sorted({_begun(header) for header in headers})
-    for header, one in requests:
-        begun = _begun(header or headers[0])
-        mark = f".{run + 1}" if (run := times.index(begun)) else ""
-        yield one._replace(
-            at=one.at + (begun - times[0]).total_seconds(),
-            session=one.session and f"{one.session}{mark}",
-            client=one.client and f"{one.client}{mark}",
-        )
+def _placed(headers: Sequence[Mapping[str, Any]], lines: Iterable[tuple[Mapping[str, Any], Line]]) -> tuple[Line, ...]:
+    """Requests or feedback on one clock and in its order, with sessions and clients told apart."""
+    placed: Iterable[Line] = (one for _, one in lines)
+    if len(headers) > 1:
+        times = sorted({_begun(header) for header in headers})
+        placed = (_moved(one, (begun := _begun(header or headers[0])) - times[0], times.index(begun)) for header, one in lines)
+    return tuple(sorted(placed, key=lambda one: one.at))
+
+
+def _moved(one: Line, later: timedelta, run: int) -> Line:
+    """A line of the recording of this number among those of a trace."""
+    mark = f".{run + 1}" if run else ""
+    moved = one._replace(at=one.at + later.total_seconds(), client=one.client and f"{one.client}{mark}")
+    return moved._replace(session=moved.session and f"{moved.session}{mark}") if isinstance(moved, Request) else moved
 
 
 def _about(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,10 +188,12 @@ def _about(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: one for name, one in first.items() if name == "begun" or all(header.get(name) == one for header in headers)}
 
 
+_REQUEST = ("at", "path", "request", "session", "client", "cancel_after", "checks", "kind", "outcome", "answer", "variant")
+_FEEDBACK = ("messages", "prompt", "answer", "rating", "correction", "comment", "model")
+
+
 def _request(record: Mapping[str, Any]) -> Request:
-    known = {"at", "path", "request", "session", "client", "cancel_after", "checks", "kind", "outcome", "answer"}
-    if unknown := sorted(record.keys() - known):
-        raise DataError(f"a request has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    _only("a request", record, _REQUEST)
     checks = record.get("checks", [])
     check_checks(checks)
     return Request(
@@ -164,6 +207,38 @@ def _request(record: Mapping[str, Any]) -> Request:
         kind=_text(record, "kind") or "",
         seen=_seen(record["outcome"]) if record.get("outcome") is not None else None,
         answer=_text(record, "answer"),
+        variant=_text(record, "variant") or "",
+    )
+
+
+def _only(what: str, record: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := sorted(record.keys() - set(known)):
+        raise DataError(f"{what} has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+
+
+def _feedback(record: Mapping[str, Any]) -> Feedback:
+    _only("a line of feedback", record, ("at", "client", "variant", "feedback"))
+    said = record["feedback"]
+    if not isinstance(said, dict):
+        raise DataError("its feedback is no JSON object")
+    _only("feedback", said, _FEEDBACK)
+    rating, answer = said.get("rating"), _text(said, "answer")
+    if answer is None or ("messages" in said) == ("prompt" in said):
+        raise DataError("its feedback is not of an answer to messages or to a prompt")
+    if rating is not None and (isinstance(rating, bool) or rating not in RATINGS):
+        raise DataError(f"rating is {rating!r}; give -1, 0 or 1")
+    body = _body({name: said[name] for name in ("messages", "prompt") if name in said}, PATHS["prompt" in said])
+    return Feedback(
+        at=_seconds(record, "at") or 0.0,
+        answer=answer,
+        messages=tuple(body.get("messages", ())),
+        prompt=_text(said, "prompt") or "",
+        rating=rating,
+        correction=_text(said, "correction"),
+        comment=_text(said, "comment"),
+        model=_text(said, "model"),
+        client=_text(record, "client"),
+        variant=_text(record, "variant") or "",
     )
 
 
@@ -198,9 +273,13 @@ def _body(value: Any, path: str) -> Mapping[str, Any]:
 def _seen(record: Any) -> Seen:
     if not isinstance(record, dict) or record.get("status") not in STATUSES:
         raise DataError(f"its outcome has no status of {', '.join(STATUSES)}")
+    rules = record.get("rules", {})
+    if not isinstance(rules, dict):
+        raise DataError(f"rules is {rules!r}; give a map of numbers")
     return Seen(
         record["status"], _text(record, "code") or "", _text(record, "finish_reason") or "",
         _count(record, "prompt_tokens"), _count(record, "completion_tokens"), _seconds(record, "first_token"), _seconds(record, "total"),
+        {name: count for name in rules if (count := _count(rules, name))},
     )  # fmt: skip
 
 

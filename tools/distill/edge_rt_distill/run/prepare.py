@@ -23,9 +23,10 @@ from edge_rt_distill.run.steps import Place, Step
 from edge_rt_distill.run.workshop import FEWER, HELD_OUT, KEPT, ROLLOUTS, TRAIN, Workshop, read_back, stamps, write_samples
 from edge_rt_distill.stages.teachers import LiveTeacher, ReadingTeacher
 
-_BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {
+BUILT_IN: Mapping[str, Callable[[], Sequence[Sample]]] = {
     "demo": lambda: demo().samples, "technical": technical_text, "docstrings": docstrings, "packages": packages,
 }  # fmt: skip
+"""Samples that an entry of ``data.samples`` may name instead of a file."""
 _OPENING = 4
 """Tokens of a text that the teacher goes on from: few, so that what follows is its own."""
 
@@ -33,7 +34,7 @@ _OPENING = 4
 def data_step(shop: Workshop) -> Step:
     """Reads the samples: ``train.jsonl``, ``held_out.jsonl`` and ``data.json``, which says what was left out and why."""
     config = shop.config.data
-    files = [[name, stamps(shop.path(name)) if name not in _BUILT_IN else None] for name in config.samples]
+    files = [[name, stamps(shop.path(name)) if name not in BUILT_IN else None] for name in config.samples]
     settings = {
         "samples": config.samples, "policy": config.policy, "held_out": config.held_out, "length": config.length,
         "seed": shop.config.run.seed, "files": files,
@@ -70,8 +71,8 @@ def _read(shop: Workshop, place: Place) -> tuple[list[Sequence[Sample]], list[Pr
     sets: list[Sequence[Sample]] = []
     problems: list[Problem] = []
     for name in shop.config.data.samples:
-        if name in _BUILT_IN:
-            sets.append(_BUILT_IN[name]())
+        if name in BUILT_IN:
+            sets.append(BUILT_IN[name]())
             continue
         found = read_samples([shop.path(name)], policy="stop" if shop.config.data.policy == "stop" else "skip", minimum=1)
         for problem in found.problems:
