@@ -32,6 +32,7 @@ JUDGED = (
 def run(settings: Settings) -> list[Result]:
     """A result for each load and metric, and for each fault. What was measured stays beside the results, for `edge-rt replay report`."""
     sys.path.insert(0, str(TOOL))
+    from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.generators import Wanted, make
     from edge_rt_distill.replay.trace import write_trace
 
@@ -42,16 +43,15 @@ def run(settings: Settings) -> list[Result]:
     found: list[Result] = []
     programs = peers(settings)
     for load in settings.pick(LOADS, LOADS[-1:]):
-        ours = _replay(settings, trace.requests, load, kept / f"{OURS}-{load}.json", None)
+        ours = _replay(settings, trace.requests, Load(concurrency=load), kept / f"{OURS}-{load}.json", None)
         if programs:
-            theirs = _replay(settings, trace.requests, load, kept / f"{PEER}-{load}.json", programs[0])
+            theirs = _replay(settings, trace.requests, Load(concurrency=load), kept / f"{PEER}-{load}.json", programs[0])
             found += _compared(theirs, ours, trace, load)
     return found + _disturbed(settings, trace, kept)
 
 
-def _replay(settings: Settings, requests: Sequence[Any], load: int, out: Path, program: Sequence[str] | None, *faults: str) -> Any:
+def _replay(settings: Settings, requests: Sequence[Any], load: Any, out: Path, program: Sequence[str] | None, *faults: str) -> Any:
     """Results of one run with a server of its own: ours, or a program that is llama.cpp's."""
-    from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.faults import parse
     from edge_rt_distill.replay.results import write_results
     from edge_rt_distill.replay.running import whole
@@ -74,8 +74,7 @@ def _replay(settings: Settings, requests: Sequence[Any], load: int, out: Path, p
             ]  # fmt: skip
         results = asyncio.run(
             whole(
-                lambda: Server(f"http://127.0.0.1:{port}"), requests, Load(concurrency=load), faults=[parse(one) for one in faults],
-                start=shlex.join(words),
+                lambda: Server(f"http://127.0.0.1:{port}"), requests, load, faults=[parse(one) for one in faults], start=shlex.join(words)
             )
         )  # fmt: skip
     write_results(out, results)
@@ -102,12 +101,13 @@ def _compared(theirs: Any, ours: Any, trace: Any, load: int) -> list[Result]:
 
 
 def _disturbed(settings: Settings, trace: Any, kept: Path) -> list[Result]:
-    """What faults did, of a part of the trace, four at a time."""
+    """What faults did, of a part of the trace at its own times: in a closed loop those who are refused would ask again at once."""
     from edge_rt_distill.replay.columns import columns
+    from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.outages import outages
 
-    some = trace.requests[: settings.pick(120, 8)]
-    results = _replay(settings, some, 4, kept / "disturbed.json", None, *FAULTS)
+    some = trace.requests[: settings.pick(60, 8)]
+    results = _replay(settings, some, Load(), kept / "disturbed.json", None, *FAULTS)
     found = []
     for one in outages(columns(results)):
         back = "not" if one.back is None else f"{one.back:.2f} s"
