@@ -81,6 +81,15 @@ def test_requests_that_only_one_was_sent_are_left_out_and_told() -> None:
     assert late.notes == ("candidate: 5 % of its requests were sent more than 1.0 s late: the load was lighter than asked",)
 
 
+def test_requests_that_ask_the_same_are_told() -> None:
+    judged = {"checks": ({"kind": "ends"},)}
+    same = compare(service(30), service(30), trace=trace(30, lambda number: judged))
+    assert any(note.startswith("29 requests ask what another asks") for note in same.notes)
+    each = trace(30, lambda number: {**judged, "body": {"messages": [{"role": "user", "content": f"{number}?"}], "temperature": 0}})
+    assert compare(service(30), service(30), trace=each).notes == ()
+    assert compare(service(30), service(30), trace=trace(30)).notes == ()
+
+
 def test_prompts_of_failed_requests_are_as_long_as_the_other_run_says() -> None:
     found = compare(service(40), service(40, each=lambda number: LOST if number < 10 else {}))
     assert not any(math.isnan(one) for run in found.pair for one in run.prompt[:30])

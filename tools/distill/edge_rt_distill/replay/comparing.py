@@ -6,6 +6,7 @@ had to bear falls out. A metric falls short surely if the whole interval is belo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from edge_rt_distill.sandbox.scores import Estimate
 LEAST = 0.95
 """Retention that is wanted unless it is said."""
 KEPT, SHORT, NOISE, UNKNOWN, SHOWN = "kept", "falls short", "within noise", "unknown", "not judged"
+FEW_REPEATED = 0.1
+"""Share of the requests with checks that may repeat others before that is said."""
 LATE = 0.1
 """Seconds of lateness above which a load was not what was asked for."""
 
@@ -108,6 +111,17 @@ def _notes(pair: tuple[Run, Run], numbers: Sequence[set[int]]) -> Iterator[str]:
             yield f"{alone} requests were sent to the {who} only and are left out"
     for who, run in zip(("baseline", "candidate"), pair, strict=True):
         yield from (f"{who}: {note}" for note in lateness(run))
+    if repeated := _repeated(pair[0]):
+        yield f"{repeated} requests ask what another asks: the intervals of checks and robustness take them for evidence of their own"
+
+
+def _repeated(run: Run) -> int:
+    """Requests whose checks judge an answer to what was asked before, 0 if they are few."""
+    if run.requests is None:
+        return 0
+    asked = [json.dumps(one.body, sort_keys=True) for one in run.requests if one.checks]
+    repeated = len(asked) - len(set(asked))
+    return repeated if repeated > FEW_REPEATED * len(asked) else 0
 
 
 def lateness(run: Run) -> list[str]:
