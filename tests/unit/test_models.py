@@ -48,7 +48,7 @@ class Worker:
         match command["op"]:
             case "open":
                 self.allowance, self.parked = command["allowance"], command["parked"]
-                self._answer(number, {"ok": {"needs": {"weights": Path(command["model"]).stat().st_size, "process": 5 * MB}}})
+                self._answer(number, {"ok": {"template": "", "needs": {"weights": Path(command["model"]).stat().st_size, "process": 5 * MB}}})
             case "allow":
                 self.allowance = command["bytes"]
                 self._shrink()
