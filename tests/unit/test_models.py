@@ -48,7 +48,8 @@ class Worker:
         match command["op"]:
             case "open":
                 self.allowance, self.parked = command["allowance"], command["parked"]
-                self._answer(number, {"ok": {"template": "", "needs": {"weights": Path(command["model"]).stat().st_size, "process": 5 * MB}}})
+                needs = {"weights": Path(command["model"]).stat().st_size, "process": 5 * MB}
+                self._answer(number, {"ok": {"template": "", "needs": needs}})
             case "allow":
                 self.allowance = command["bytes"]
                 self._shrink()
