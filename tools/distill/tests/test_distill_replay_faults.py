@@ -38,7 +38,9 @@ ASK = Request(0.0, PATHS[0], {"messages": [{"role": "user", "content": "say a"}]
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who starts the tests may ignore it, and children inherit that
     with subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE) as process:
+        signal.signal(signal.SIGHUP, before)
         assert process.stdout is not None
         process.stdout.readline()
         yield process
