@@ -240,7 +240,7 @@ def test_a_model_in_training_says_what_its_file_says(tiny: Path, suite: Suite) -
         for before in (ASK, "Take ", ""):
             mine, other = one.likelihoods(before, OPTIONS), here.likelihoods(before, OPTIONS)
             differences = [left - right for left, right in zip(mine, other, strict=True)]
-            assert max(differences) - min(differences) < 0.01  # all up to what the options share
+            assert max(differences) - min(differences) < 0.05  # all up to what the options share, and rounding
 
 
 def test_the_sandbox_scores_what_is_kept_and_asks_the_teacher_once(tiny: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
