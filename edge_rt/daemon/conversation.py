@@ -179,7 +179,7 @@ def fields_of(
     prompt: str | Sequence[ChatMessage], session: str | None, model: str | None, priority: str, resumable: bool, options: Mapping[str, Any]
 ) -> Message:
     """The fields of ``generate``."""
-    fields: Message = {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}
+    fields = _prompt(prompt)
     fields |= {name: value for name, value in (("session", session), ("model", model)) if value is not None}
     if priority != "normal":
         fields["priority"] = priority
@@ -206,16 +206,18 @@ def score_fields(
         return {**_texts(texts), **rest}
     if not all(isinstance(text, str) for text in texts):
         raise OptionError("what continues a prompt is given as text; or give the tokens of prompt and continuation together")
-    name, value = ("prompt", before) if isinstance(before, str) else ("messages", [dict(message) for message in before])
-    return {name: value, "continuations": list(texts), **rest}
+    return {**_prompt(before), "continuations": list(texts), **rest}
 
 
 def feedback_fields(
     prompt: str | Sequence[ChatMessage], answer: str, rating: int | None, correction: str | None, comment: str | None, model: str | None
 ) -> Message:  # fmt: skip
     """The fields of ``feedback``."""
-    name, value = ("prompt", prompt) if isinstance(prompt, str) else ("messages", [dict(message) for message in prompt])
-    return {name: value, "answer": answer, "rating": rating, "correction": correction, "comment": comment, "model": model}
+    return {**_prompt(prompt), "answer": answer, "rating": rating, "correction": correction, "comment": comment, "model": model}
+
+
+def _prompt(prompt: str | Sequence[ChatMessage]) -> Message:
+    return {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}
 
 
 def _texts(texts: Sequence[str | Sequence[int]]) -> Message:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from edge_rt.core.decode.embedding import TextReader
 from edge_rt.daemon.account import Need, Promise
 from edge_rt.daemon.admission import Asker, Waiting
 from edge_rt.daemon.embeddings import Embedding
@@ -18,7 +19,6 @@ from edge_rt.daemon.scores import Scoring
 from edge_rt.errors import Cancelled
 
 if TYPE_CHECKING:
-    from edge_rt.core.decode.embedding import TextReader
     from edge_rt.daemon.account import Account
     from edge_rt.daemon.admission import Line
     from edge_rt.daemon.generations import Asked
@@ -99,8 +99,6 @@ class Readings:
         self._requests.append(_Request(asked, command, _WORK[command["op"]](self, command)))
 
     def _embedding(self, command: Message) -> Work:
-        from edge_rt.core.decode.embedding import TextReader
-
         self._reader = self._reader or TextReader(self._model.engine, self._model.prefixes.clear)
         return Embedding(self._model, command, self._reader)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.core.decode.scoring import CHUNK, Scored, scoring
+from edge_rt.core.decode.logprobs import LOGITS_CHUNK
+from edge_rt.core.decode.scoring import Scored, scoring
 from edge_rt.daemon.account import Need
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import ContextOverflow, OptionError
@@ -71,13 +72,13 @@ class Scoring:
         """While a continuation is read, the prompt stays for the next."""
         one = self._units[unit]
         cells = len(one.before) * (2 if len(one.continuations) > 1 else 1) + one.longest
-        return Need(cells, cells, rows=min(CHUNK, one.longest))
+        return Need(cells, cells, rows=min(LOGITS_CHUNK, one.longest))
 
     def begin(self, unit: int) -> None:
         """Raises OptionError."""
         before, continuations = self._units[unit]
-        relieve: Callable[[], bool] = self._model.prefixes.clear
-        self._steps = scoring(self._model.engine, before, continuations, top=self._top, beyond=self._beyond, relieve=relieve)
+        model = self._model
+        self._steps = scoring(model.engine, before, continuations, top=self._top, beyond=self._beyond, relieve=model.prefixes.clear)
         self._found = []
         next(self._steps)
 

@@ -7,13 +7,14 @@ that were trained for it say in their file which is theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from edge_rt.core.decode.relief import Relieve, relieved
 from edge_rt.core.engine import EmbedsText, Engine, Part
-from edge_rt.errors import ContextOverflow, NativeError, OptionError, OutOfMemory
+from edge_rt.errors import ContextOverflow, NativeError, OptionError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     Vector = npt.NDArray[np.float32]
     """A text's embedding: float32 [n_embd]."""
 
-_T = TypeVar("_T")
 Pooling = Literal["mean", "cls", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "last")
 _NONE, _RANK = 0, 4
@@ -103,7 +103,7 @@ class TextReader:
     The caller holds the engine's lock. ``relieve`` is asked for memory when there is none, and says whether it could free any.
     """
 
-    def __init__(self, engine: Engine, relieve: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, engine: Engine, relieve: Relieve = lambda: False) -> None:
         """Raises OptionError if the engine shows no hidden states."""
         if not isinstance(engine, EmbedsText):
             raise OptionError(f"the engine {engine.info.engine} makes no embeddings; choose another with --engine")
@@ -119,7 +119,7 @@ class TextReader:
     def begin(self, tokens: Sequence[int], pooling: Pooling) -> None:
         """Start with a text, which has tokens and fits the context. Raises OutOfMemory."""
         if self._sequence is None:
-            self._sequence = self._relieved(self._engine.new_sequence)
+            self._sequence = relieved(self._relieve, self._engine.new_sequence)
         self._engine.truncate(self._sequence, 0)
         # No token sees what comes after it, so of the first one's hidden state the others change nothing.
         self._tokens, self._pooling = (tokens[:1] if pooling == "cls" else tokens), pooling
@@ -131,11 +131,12 @@ class TextReader:
         Raises what the engine does; the reader is to be closed then.
         """
         assert self._sequence is not None, "begin comes first"
+        sequence = self._sequence
         piece = self._tokens[self._fed : self._fed + most]
         whole = self._fed + len(piece) == len(self._tokens)
         # Of the last piece always all rows: libllama pools that way, and kernels round otherwise for one row than for several.
         part = Part(self._sequence, piece, "all" if whole or self._pooling == "mean" else "none")
-        (rows,) = self._relieved(lambda: self._shows.hidden([part]))
+        (rows,) = relieved(self._relieve, lambda: self._shows.hidden([part]), lambda: self._engine.length(sequence) == self._fed)
         self._fed += len(piece)
         if self._pooling == "mean":
             assert rows is not None, "all were asked for"
@@ -145,15 +146,6 @@ class TextReader:
                 self._sum += row
             return (self._sum / self._fed).astype(np.float32) if whole else None
         return np.array(rows[-1]) if whole and rows is not None else None
-
-    def _relieved(self, work: Callable[[], _T]) -> _T:
-        """Try again where memory can be freed, and the first attempt has left nothing behind."""
-        try:
-            return work()
-        except OutOfMemory:
-            if (self._sequence is not None and self._engine.length(self._sequence) != self._fed) or not self._relieve():
-                raise
-            return work()
 
     def close(self) -> None:
         """Free the sequence; the next text gets another."""

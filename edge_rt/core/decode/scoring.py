@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edge_rt.core.decode.logprobs import chosen_logprobs, token_logprobs
+from edge_rt.core.decode.logprobs import LOGITS_CHUNK, chosen_logprobs, token_logprobs
+from edge_rt.core.decode.relief import Relieve, relieved
 from edge_rt.core.engine import Part
-from edge_rt.errors import OptionError, OutOfMemory
+from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
     """Logits: float32 [n, n_vocab]."""
 
-CHUNK = 128
-"""Tokens a step when logits of every token are wanted: 128 x 49,152 float32 are 25 MB."""
-_T = TypeVar("_T")
 Rivals = tuple[tuple[int, float], ...]
 """Tokens and their log-probabilities, the likeliest first."""
 
@@ -45,7 +43,7 @@ def scoring(
     *,
     top: int = 0,
     beyond: bool = False,
-    relieve: Callable[[], bool] = lambda: False,
+    relieve: Relieve = lambda: False,
 ) -> Generator[Scored | None, int, None]:
     """Score continuations of the same ``tokens``, which are read once, piece by piece: after the first ``next``, ``send`` how many tokens
     may be read; what comes is a continuation's score in their order, or None where there is none yet. Who drives it holds the engine's
@@ -58,7 +56,7 @@ def scoring(
     if unknown := [token for one in (tokens, *continuations) for token in one if not 0 <= token < engine.info.n_vocab]:
         raise OptionError(f"token {unknown[0]} is out of range; this model has tokens 0 to {engine.info.n_vocab - 1}")
     room = yield None
-    sequence = _relieved(relieve, engine.new_sequence)
+    sequence = relieved(relieve, engine.new_sequence)
     own = [sequence]
     try:
         first, fed = None, 0
@@ -70,11 +68,11 @@ def scoring(
         assert first is not None, "the last row was asked for"
         for index, one in enumerate(continuations):
             if index + 1 < len(continuations):
-                own.append(_relieved(relieve, lambda: engine.fork_sequence(sequence, len(tokens))))
+                own.append(relieved(relieve, lambda: engine.fork_sequence(sequence, len(tokens))))
             found = _Sum(first, top)
             fed, end = 0, len(one) if beyond else len(one) - 1
             while fed < end:
-                piece = one[fed : min(end, fed + min(room, CHUNK))]
+                piece = one[fed : min(end, fed + min(room, LOGITS_CHUNK))]
                 rows = _read(engine, own[-1], piece, "all", relieve)
                 found.add(one[fed : fed + len(piece)], rows)
                 fed += len(piece)
@@ -113,7 +111,7 @@ class _Sum:
         return Scored(np.concatenate(self._logprobs), tuple(self._rivals), behind)
 
 
-def _read(engine: Engine, sequence: int, tokens: Sequence[int], wanted: Wanted, relieve: Callable[[], bool]) -> Rows:
+def _read(engine: Engine, sequence: int, tokens: Sequence[int], wanted: Wanted, relieve: Relieve) -> Rows:
     """Logits that are ours: the engine's may change with its next step. None wanted: none [0, n_vocab]."""
     length = engine.length(sequence)
 
@@ -121,17 +119,7 @@ def _read(engine: Engine, sequence: int, tokens: Sequence[int], wanted: Wanted, 
         (rows,) = engine.step([Part(sequence, tokens, wanted)])
         return np.empty((0, engine.info.n_vocab), np.float32) if rows is None else np.array(rows)
 
-    return _relieved(lambda: relieve() if engine.length(sequence) == length else False, work)
-
-
-def _relieved(relieve: Callable[[], bool], work: Callable[[], _T]) -> _T:
-    """Try again where memory can be freed."""
-    try:
-        return work()
-    except OutOfMemory:
-        if not relieve():
-            raise
-        return work()
+    return relieved(relieve, work, lambda: engine.length(sequence) == length)
 
 
 def divided(before: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
@@ -156,7 +144,7 @@ def continuation_logprobs(
         try:
             next(steps)
             while len(found) < len(continuations):
-                if (one := steps.send(CHUNK)) is not None:
+                if (one := steps.send(LOGITS_CHUNK)) is not None:
                     found.append(one.logprobs)
         finally:
             steps.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.daemon import protocol
 from edge_rt.daemon.http.errors import wrong
-from edge_rt.daemon.http.request import IGNORED, checked, headers
+from edge_rt.daemon.http.request import IGNORED, checked, headers, texts_of
 from edge_rt.records import singles
 
 if TYPE_CHECKING:
@@ -55,14 +55,7 @@ def _texts(given: Any) -> dict[str, Sequence[Any]]:
     """``input``: a text, texts, tokens of one text, or of several."""
     if given is None:
         raise wrong("input", "there is no input; give a text or a list of texts", "missing_required_parameter")
-    texts = [given] if isinstance(given, str) else given
-    if protocol.KINDS["ids"].fits(texts) and texts:
-        texts = [texts]
-    name = next((name for name, kind in (("texts", "texts"), ("tokens", "id lists")) if protocol.KINDS[kind].fits(texts)), None)
-    if name is None:
-        raise wrong("input", "the input is neither a text, nor tokens, nor a list of either", "invalid_type")
-    if not 1 <= len(texts) <= MOST_TEXTS:
-        raise wrong("input", f"there are {len(texts)} texts; give 1 to {MOST_TEXTS}")
+    name, texts = texts_of("input", given, MOST_TEXTS)
     for i, text in enumerate(texts):
         if not text:
             raise wrong("input", f"text {i + 1} is empty and has no embedding; leave it out")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt.daemon import protocol
 from edge_rt.daemon.http import body
-from edge_rt.daemon.http.errors import wrong
-from edge_rt.daemon.http.models import named
+from edge_rt.daemon.http.models import bare, named
 from edge_rt.daemon.http.request import checked
 
 if TYPE_CHECKING:
@@ -21,9 +20,6 @@ def give(exchange: Exchange) -> None:
     """Answer when it is recorded. Raises ApiError, ProtocolError."""
     fields, _ = checked(body.parse(exchange.body), FIELDS, ())
     if "model" in fields:
-        hosted, adapter = named(exchange.server, fields["model"])
-        if adapter is not None:
-            raise wrong("model", f"feedback is of a model without an adapter; name {hosted.name}")
-        fields["model"] = hosted.name
+        fields["model"] = bare(named(exchange.server, fields["model"]), "feedback is of").name
     exchange.heard = lambda message: exchange.connection.respond_json({"object": "edge_rt.feedback"})
     exchange.connection.run("feedback", fields, len(exchange.body))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError
+from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -42,3 +42,11 @@ def answering(server: Server, name: str | None) -> tuple[Hosted, str | None]:
         message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
         raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
     return hosted, adapter
+
+
+def bare(found: tuple[Hosted, str | None], what: str) -> Hosted:
+    """A model for ``what`` there is only without an adapter. Raises ApiError if one was named."""
+    hosted, adapter = found
+    if adapter is not None:
+        raise wrong("model", f"{what} a model without an adapter; name {hosted.name}")
+    return hosted

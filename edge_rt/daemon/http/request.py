@@ -147,6 +147,21 @@ def checked(body: Mapping[str, Any], kinds: Mapping[str, str], others: Sequence[
     return given, rest
 
 
+def texts_of(name: str, given: Any, most: int) -> tuple[str, list[Any]]:
+    """The field ``name``: a text, texts, tokens of one text, or of several, at most so many; as ``texts`` or ``tokens``, in a list of their
+    texts. Raises ApiError.
+    """
+    texts = [given] if isinstance(given, str) else given
+    if protocol.KINDS["ids"].fits(texts) and texts:
+        texts = [texts]
+    found = next((field for field, kind in (("texts", "texts"), ("tokens", "id lists")) if protocol.KINDS[kind].fits(texts)), None)
+    if found is None:
+        raise wrong(name, f"the {name} is neither a text, nor tokens, nor a list of either", "invalid_type")
+    if not 1 <= len(texts) <= most:
+        raise wrong(name, f"there are {len(texts)} texts; give 1 to {most}")
+    return found, texts
+
+
 def _options(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
     """Options that both kinds of requests have."""
     found = {name: given[name] for name in ("max_tokens", *SAME) if name in given}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from edge_rt.daemon.http import answer, body, embeddings, facts, feedback, files, metrics, models, request, scores, tokens
-from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError, wrong
+from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError
 from edge_rt.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -101,16 +100,12 @@ def _one_model(exchange: Exchange) -> None:
 
 def _embeddings(exchange: Exchange) -> None:
     asked = embeddings.read(body.parse(exchange.body))
-    hosted, adapter = models.answering(exchange.server, asked.model)
-    if adapter is not None:
-        raise wrong("model", f"embeddings come from a model without an adapter; name {hosted.name}")
+    hosted = models.bare(models.answering(exchange.server, asked.model), "embeddings come from")
     embeddings.Embedding(exchange, asked, hosted.name).start()
 
 
 def _score(exchange: Exchange, asked: scores.Asked, *, echo: bool) -> None:
-    hosted, adapter = models.answering(exchange.server, asked.model)
-    if adapter is not None:
-        raise wrong("model", f"scores come from a model without an adapter; name {hosted.name}")
+    hosted = models.bare(models.answering(exchange.server, asked.model), "scores come from")
     scores.Scores(exchange, asked, hosted.name, echo=echo).start()
 
 
@@ -123,14 +118,17 @@ def _complete(exchange: Exchange) -> None:
     if scores.echoes(given):
         _score(exchange, scores.read_echo(given), echo=True)
     else:
-        _generate(request.completion, exchange, given)
+        _generate(exchange, request.completion(given))
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-def _generate(read: Callable[[dict[str, Any]], Asked], exchange: Exchange, given: dict[str, Any] | None = None) -> None:
-    asked = read(body.parse(exchange.body) if given is None else given)
+def _chat(exchange: Exchange) -> None:
+    _generate(exchange, request.chat(body.parse(exchange.body)))
+
+
+def _generate(exchange: Exchange, asked: Asked) -> None:
     hosted, adapter = models.answering(exchange.server, asked.model)
     if adapter is not None:
         asked = request.through(asked, hosted.name, adapter)
@@ -219,7 +217,7 @@ ROUTES = (
     Route("/edge-rt/status", "GET", facts.status),
     Route("/v1/models", "GET", _models),
     Route("/v1/models/{model}", "GET", _one_model),
-    Route("/v1/chat/completions", "POST", partial(_generate, request.chat)),
+    Route("/v1/chat/completions", "POST", _chat),
     Route("/v1/completions", "POST", _complete),
     Route("/edge-rt/score", "POST", _scores),
     Route("/edge-rt/feedback", "POST", feedback.give),

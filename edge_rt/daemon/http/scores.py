@@ -8,13 +8,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt import __version__
-from edge_rt.daemon import protocol
 from edge_rt.daemon.http.answer import IMPOSSIBLE
 from edge_rt.daemon.http.errors import wrong
-from edge_rt.daemon.http.request import COMPLETION, IGNORED, MOST_RIVALS, checked, headers, messages_of
+from edge_rt.daemon.http.request import COMPLETION, IGNORED, MOST_RIVALS, checked, headers, messages_of, texts_of
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
@@ -53,7 +53,7 @@ def read_echo(body: Mapping[str, Any]) -> Asked:
         raise wrong("stream", "what is scored comes as a whole; leave stream out", "unsupported_value")
     if most not in (0, 1) or (most == 1 and given.get("temperature", 1) != 0):
         raise wrong("max_tokens", "with echo, max_tokens is 0, or 1 at temperature 0", "unsupported_value")
-    fields = {**_prompts(rest.get("prompt")), "top": max(1, _rivals("logprobs", rivals)), "beyond": most == 1, "pieces": True}
+    fields = {**_prompts(rest.get("prompt")), "top": _rivals("logprobs", rivals), "beyond": most == 1, "pieces": True}
     return Asked(fields, given.get("model"), rivals, most == 1, tuple(name for name in IGNORED if body.get(name) is not None))
 
 
@@ -64,15 +64,9 @@ def _rivals(name: str, given: int) -> int:
 
 
 def _prompts(given: Any) -> dict[str, Any]:
-    """A text, texts, tokens of one text, or of several."""
-    prompts = [given] if isinstance(given, str) else given
-    if protocol.KINDS["ids"].fits(prompts) and prompts:
-        prompts = [prompts]
-    name = next((name for name, kind in (("texts", "texts"), ("tokens", "id lists")) if protocol.KINDS[kind].fits(prompts)), None)
-    if name is None or not all(prompts):
-        raise wrong("prompt", "the prompt is neither a text, nor tokens, nor a list of either", "invalid_type")
-    if not 1 <= len(prompts) <= MOST_TEXTS:
-        raise wrong("prompt", f"there are {len(prompts)} prompts; give 1 to {MOST_TEXTS}")
+    name, prompts = texts_of("prompt", given, MOST_TEXTS)
+    if not all(prompts):
+        raise wrong("prompt", "one of the prompts is empty and has no likelihood; leave it out", "invalid_type")
     return {name: prompts}
 
 
@@ -126,14 +120,14 @@ class Scores:
         """As OpenAI's completions had it: the first token's log-probability is null, for nothing is before it."""
         pieces = [score["first"], *score["pieces"]]
         logprobs: list[float | None] = [None, *map(_told, score["logprobs"])]
-        rivals: list[Json | None] = [None, *(_named(one[: self._asked.rivals]) for one in score["top"])]
+        rivals: list[Json | None] = [None, *map(_named, score.get("top", ()))]
         if self._asked.more:
             _, logprob, piece = score["beyond"][0]
             pieces.append(piece)
             logprobs.append(_told(logprob))
             rivals.append(_named(score["beyond"][: self._asked.rivals]))
         texts = list(map(_text, pieces))
-        offsets = [sum(map(len, texts[:at])) for at in range(len(texts))]
+        *offsets, _ = accumulate(map(len, texts), initial=0)
         shown = {
             "tokens": texts,
             "token_logprobs": logprobs,
