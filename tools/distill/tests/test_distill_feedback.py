@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +20,15 @@ from edge_rt_distill.replay import results as replays
 from edge_rt_distill.replay.trace import PATHS, Feedback, Request, Seen, Trace, read_trace, write_trace
 from edge_rt_distill.run.config import Config, DataConfig, read
 from edge_rt_distill.sandbox import running as evaluations
-from edge_rt_distill.sandbox.endpoint import Endpoint
 from edge_rt_distill.sandbox.engines import Facts
 from edge_rt_distill.sandbox.running import Outcome
 from edge_rt_distill.sandbox.suites import built_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import serving
 from typer.testing import CliRunner, Result
 
-from edge_rt.hooks import DataError, EdgeError, OptionError
+from edge_rt.hooks import DataError, OptionError
 
 BEGUN = "2026-03-01T09:00:00.000Z"
 OK = Seen("ok", finish_reason="stop", prompt_tokens=9, completion_tokens=20, first_token=0.2, total=3.0)
@@ -421,31 +416,9 @@ def test_feedback_that_is_none_is_told_before_anything_is_sent(text: str):
     assert "standard input" in str(failed.exception)
 
 
-@contextmanager
-def recording(tiny: Path, folder: Path) -> Iterator[str]:
-    """The address of a daemon that has answered ``ASK`` and records in the folder."""
-    pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
-    words = ["serve", "-m", str(tiny), "--ctx", "512", "--threads", "1", "--record", str(folder / "t.jsonl")]
-    words += ["--listen", str(folder / "d.sock"), "--http", str(folder / "h.sock")]
-    environment = {**os.environ, "EDGE_RT_STATE": str(folder / "state")}
-    with subprocess.Popen([sys.executable, "-m", "edge_rt.cli.main", *words], env=environment, stderr=subprocess.DEVNULL) as process:
-        try:
-            until = time.monotonic() + 60
-            while True:
-                try:
-                    Endpoint(f"unix:{folder / 'h.sock'}").answer([user(ASK)], 4)
-                    break
-                except EdgeError:
-                    assert time.monotonic() < until
-                    assert process.poll() is None
-                    time.sleep(0.1)
-            yield f"unix:{folder / 'h.sock'}"
-        finally:
-            process.terminate()
-
-
 def test_the_whole_way_with_a_daemon(tiny: Path, tmp_path: Path):
-    with recording(tiny, tmp_path) as url:
+    record = ("--ctx", "512", "--record", str(tmp_path / "t.jsonl"))
+    with serving(tiny, tmp_path, *record, first=[user(ASK)], tokens=4) as url:
         (tmp_path / "said.json").write_text(json.dumps({"messages": [user(ASK)], "answer": "Soon, mail ada@example.org"}))
         given = invoke("give", tmp_path / "said.json", "--url", url, "--rating", "-1", "--correction", "Within 14 days.")
         assert given.output == "recorded\n", given.exception

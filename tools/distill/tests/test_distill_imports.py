@@ -50,7 +50,7 @@ def test_files_and_functions_stay_short():
 
 
 ORDER = (
-    "files", "metadata", "progress", "named", "addresses", "plots", "pages", "model", "portable", "data", "behaviour", "library",
+    "files", "metadata", "progress", "named", "addresses", "asking", "plots", "pages", "model", "portable", "data", "behaviour", "library",
     "diagnose", "surgery", "losses", "stages", "evaluate", "quantise", "export", "compensate", "run", "sandbox", "replay", "feedback",
     "cli",
 )  # fmt: skip

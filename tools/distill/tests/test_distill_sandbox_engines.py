@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +26,7 @@ from edge_rt_distill.sandbox.running import Results, read_results, run, write_re
 from edge_rt_distill.sandbox.scores import compare, fails, notes
 from edge_rt_distill.sandbox.suites import Suite, read_suite
 from edge_rt_distill.sandbox.weights import read_weights
+from serving import serving
 from typer.testing import CliRunner
 
 from edge_rt.hooks import DataError, EdgeError, OptionError, UserError
@@ -72,25 +69,8 @@ def app() -> typer.Typer:
 @pytest.fixture(scope="module")
 def daemon(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a daemon that serves the tiny model over HTTP."""
-    pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
-    folder = tmp_path_factory.mktemp("daemon")
-    words = ["serve", "-m", str(tiny), "--ctx", "2048", "--threads", "1"]
-    words += ["--listen", str(folder / "d.sock"), "--http", str(folder / "h.sock")]
-    environment = {**os.environ, "EDGE_RT_STATE": str(folder / "state")}
-    with subprocess.Popen([sys.executable, "-m", "edge_rt.cli.main", *words], env=environment, stderr=subprocess.DEVNULL) as process:
-        try:
-            until = time.monotonic() + 60
-            while True:
-                try:
-                    Endpoint(f"unix:{folder / 'h.sock'}").answer(ASK, 1)
-                    break
-                except EdgeError:
-                    assert time.monotonic() < until
-                    assert process.poll() is None
-                    time.sleep(0.1)
-            yield f"unix:{folder / 'h.sock'}"
-        finally:
-            process.terminate()
+    with serving(tiny, tmp_path_factory.mktemp("daemon"), "--ctx", "2048", first=ASK) as url:
+        yield url
 
 
 def test_a_daemon_says_what_the_model_says_in_process(daemon: str, tiny: Path, suite: Suite) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
-from edge_rt.hooks import DataError, UserError
-from edge_rt_distill.addresses import read_address, read_key
+from edge_rt.hooks import DataError
+from edge_rt_distill.asking import Asking
 
 SECONDS = 60.0
 """For the daemon to write it."""
@@ -34,15 +33,5 @@ def read_answer(text: str, where: str) -> dict[str, Any]:
 
 def give(address: str, key_file: Path | None, feedback: Mapping[str, Any]) -> None:
     """Send feedback to the daemon at a URL, or ``unix:PATH``. Raises OptionError, and UserError if it is refused, in the daemon's words."""
-    base, socket, here = read_address(address)
-    headers = {"Authorization": f"Bearer {read_key(key_file)}"} if key_file is not None else {}
-    transport = httpx2.HTTPTransport(uds=socket) if socket is not None else None
-    try:
-        with httpx2.Client(base_url=base, headers=headers, transport=transport, timeout=SECONDS, trust_env=not here) as client:
-            reply = client.post("/edge-rt/feedback", json=dict(feedback))
-            found = reply.json()
-    except (httpx2.HTTPError, ValueError) as error:
-        raise UserError(f"{address} did not answer with JSON ({error}); is a daemon of edge-rt there, with --http?") from error
-    if reply.status_code != 200:
-        told = found.get("error", found) if isinstance(found, dict) else found
-        raise UserError(f"{address} answered {reply.status_code}: {told.get('message', told) if isinstance(told, dict) else told}")
+    with closing(Asking(address, key_file, SECONDS)) as server:
+        server.post("/edge-rt/feedback", feedback)

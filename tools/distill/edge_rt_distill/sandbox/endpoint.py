@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
 from edge_rt.hooks import OptionError, UserError
-from edge_rt_distill.addresses import read_address, read_key
+from edge_rt_distill.asking import Asking
 from edge_rt_distill.data.answers import Answer
 from edge_rt_distill.sandbox.engines import Facts
 from edge_rt_distill.sandbox.items import Message
@@ -30,12 +28,8 @@ class Endpoint:
         """``address``: a URL, or ``unix:PATH`` of a socket. ``model``: which of the server's; its first if left out. ``key_file`` holds the
         key that is sent. Raises UserError if nobody answers, OptionError for a model that is not there.
         """
-        self.address = address
-        base, socket, here = read_address(address)
-        headers = {"Authorization": f"Bearer {read_key(key_file)}"} if key_file is not None else {}
-        transport = httpx2.HTTPTransport(uds=socket) if socket is not None else None
-        self._client = httpx2.Client(base_url=base, headers=headers, transport=transport, timeout=SECONDS, trust_env=not here)
-        listed = self._get("/v1/models").get("data", [])
+        self._server = Asking(address, key_file, SECONDS)
+        listed = self._server.get("/v1/models").get("data", [])
         names = [str(one.get("id")) for one in listed]
         if model is not None and model not in names:
             raise OptionError(f"{address} has no model {model}; it has {', '.join(names) or 'none'}")
@@ -50,23 +44,23 @@ class Endpoint:
         """See Engine."""
         template = ""
         if self._ours:
-            models = self._get("/edge-rt/status").get("models", [])
+            models = self._server.get("/edge-rt/status").get("models", [])
             template = next((str(one["model"].get("template", "")) for one in models if one["name"] == self._model and one["model"]), "")
         return Facts(self._model, "edge-rt daemon" if self._ours else "openai endpoint", template)
 
     def answer(self, messages: Sequence[Message], tokens: int) -> Answer:
         """See Engine."""
         body = {"model": self._model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
-        choice = self._post("/v1/chat/completions", body)["choices"][0]
+        choice = self._server.post("/v1/chat/completions", body)["choices"][0]
         return Answer(choice["message"].get("content") or "", choice.get("finish_reason") == "stop")
 
     def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
         """See Engine."""
         if self._ours:
             given = {"prompt": before} if isinstance(before, str) else {"messages": list(before)}
-            found = self._post("/edge-rt/score", {"model": self._model, "continuations": list(options), **given})
+            found = self._server.post("/edge-rt/score", {"model": self._model, "continuations": list(options), **given})
             return [float(sum(one["logprobs"])) for one in found["data"]]
-        prompt = before if isinstance(before, str) else str(self._post("/apply-template", {"messages": list(before)})["prompt"])
+        prompt = before if isinstance(before, str) else str(self._server.post("/apply-template", {"messages": list(before)})["prompt"])
         return [self._echoed(prompt, option) for option in options]
 
     def _echoed(self, prompt: str, option: str) -> float:
@@ -84,29 +78,9 @@ class Endpoint:
 
     def _completed(self, text: str) -> dict[str, Any]:
         body = {"model": self._model, "prompt": text, "echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
-        found: dict[str, Any] = self._post("/v1/completions", body)["choices"][0].get("logprobs") or {}
+        found: dict[str, Any] = self._server.post("/v1/completions", body)["choices"][0].get("logprobs") or {}
         return found
 
     def close(self) -> None:
         """Leave the server."""
-        self._client.close()
-
-    def _get(self, path: str) -> dict[str, Any]:
-        return self._answered(path, None)
-
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._answered(path, body)
-
-    def _answered(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """What a path answers. Raises UserError with the server's own words."""
-        try:
-            reply = self._client.get(path) if body is None else self._client.post(path, json=body)
-            found = reply.json()
-        except (httpx2.HTTPError, ValueError) as error:
-            raise UserError(f"{self.address}{path} did not answer with JSON ({error}); is a server with OpenAI's API there?") from error
-        if reply.status_code != 200 or not isinstance(found, dict):
-            told = found.get("error", found) if isinstance(found, dict) else found
-            said = told.get("message", told) if isinstance(told, dict) else told
-            raise UserError(f"{self.address}{path} answered {reply.status_code}: {said}")
-        return found
-
+        self._server.close()

@@ -25,6 +25,7 @@ from edge_rt_distill.sandbox.items import Message
 from edge_rt_distill.sandbox.running import run
 from edge_rt_distill.sandbox.scores import scaled
 from edge_rt_distill.sandbox.suites import Suite, built_in
+from edge_rt_distill.sandbox.torch_scores import option_nats
 
 CHOICES, ANSWERS = 96, 32
 """Items that compare options, which are quick, and that are answered freely, which take most of the time."""
@@ -48,20 +49,12 @@ class InTraining:
     @torch.no_grad()
     def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
         """See Engine."""
-        if isinstance(before, str):
-            start = self._tokeniser.encode("") or self._tokeniser.encode("\n")
-            rows = [start + self._tokeniser.vocab.tokenize(before + option, bos=False) for option in options]
-            shared = len(start)
-        else:
-            prompt = self._tokeniser.chat(before, answer=True)
-            rows = [prompt + self._tokeniser.vocab.tokenize(option, bos=False) for option in options]
-            shared = len(prompt)
-        return [self._likelihood(row, shared) for row in rows]
-
-    def _likelihood(self, row: Sequence[int], shared: int) -> float:
-        tokens = torch.tensor([list(row)])
-        told = torch.log_softmax(self._model.logits(self._model(tokens).hidden[0, shared - 1 : -1]).double(), -1)
-        return float(told.gather(1, tokens[0, shared:, None]).sum())
+        tokeniser = self._tokeniser
+        return option_nats(
+            before, options, chat=lambda messages: tokeniser.chat(messages, answer=True),
+            tokens=lambda text: tokeniser.vocab.tokenize(text, bos=False), start=tokeniser.encode("") or tokeniser.encode("\n"),
+            logits=lambda row, first: self._model.logits(self._model(torch.tensor([row])).hidden[0, first:]),
+        )  # fmt: skip
 
     def close(self) -> None:
         """It is not ours to let go of."""

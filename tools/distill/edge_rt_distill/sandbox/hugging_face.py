@@ -13,6 +13,7 @@ from edge_rt.hooks import OptionError
 from edge_rt_distill.data.answers import Answer
 from edge_rt_distill.sandbox.engines import Facts
 from edge_rt_distill.sandbox.items import Message
+from edge_rt_distill.sandbox.torch_scores import option_nats
 
 
 class HuggingFace:
@@ -61,15 +62,10 @@ class HuggingFace:
     @torch.inference_mode()
     def likelihoods(self, before: str | Sequence[Message], options: Sequence[str]) -> list[float]:
         """See Engine."""
-        if isinstance(before, str):
-            start = self._start()
-            rows = [[*start, *self._tokens(before + option)] for option in options]
-            least = min(map(len, rows)) - 1
-            shared = next((at for at in range(least) if len({row[at] for row in rows}) > 1), least)
-        else:
-            prompt = self._prompt(before)
-            rows, shared = [[*prompt, *self._tokens(option)] for option in options], len(prompt)
-        return [self._likelihood(row, shared) for row in rows]
+        return option_nats(
+            before, options, chat=self._prompt, tokens=self._tokens, start=self._start(),
+            logits=lambda row, first: self._model(torch.tensor([row], device=self._device)).logits[0, first:],
+        )  # fmt: skip
 
     def _tokens(self, text: str) -> list[int]:
         return list(self._tokeniser(text, add_special_tokens=False)["input_ids"])
@@ -77,11 +73,6 @@ class HuggingFace:
     def _start(self) -> list[int]:
         """What a text's first token is told from."""
         return list(self._tokeniser("")["input_ids"]) or self._tokens("\n")
-
-    def _likelihood(self, tokens: Sequence[int], shared: int) -> float:
-        row = torch.tensor([list(tokens)], device=self._device)
-        told = torch.log_softmax(self._model(row).logits[0, shared - 1 : -1].double(), -1)
-        return float(told.gather(1, row[0, shared:, None]).sum())
 
     def close(self) -> None:
         """Let go of the model."""
