@@ -104,6 +104,19 @@ def null_model(random_model: Callable[..., Path]) -> Iterator[Any]:
         yield model
 
 
+@pytest.fixture(scope="module")
+def shared_null_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An open Model on the null engine, one for all tests of a file, with a context of 512."""
+    import edge_rt
+    from edge_rt.registry import Registry
+    from edge_rt.testing.null_device import NullPlugin
+    from edge_rt.testing.random_models import write_random_model
+
+    registry, path = Registry.load(entry_points=False, plugins={"null": NullPlugin()}), tmp_path_factory.mktemp("m") / "m.gguf"
+    with edge_rt.open(write_random_model(path), engine="null", device="null", registry=registry, context=512) as opened:
+        yield opened
+
+
 @pytest.fixture
 def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Any]]:
     """``open_null(reply=None, plugins={}, **options)``: a model on the null engine."""

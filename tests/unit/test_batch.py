@@ -5,23 +5,17 @@ from collections import Counter
 
 import pytest
 
-import edge_rt
 from edge_rt.core.decode import batch
 from edge_rt.core.decode.batch import Batch
 from edge_rt.core.engine import Part
 from edge_rt.errors import OptionError, OutOfMemory
-from edge_rt.registry import Registry
-from edge_rt.testing.null_device import NullEngine, NullPlugin
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.null_device import NullEngine
 from edge_rt.types import PRIORITIES, Delta, Done
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
-    path = write_random_model(tmp_path_factory.mktemp("m") / "m.gguf")
-    with edge_rt.open(path, engine="null", device="null", registry=registry, context=512) as opened:
-        yield opened
+def model(shared_null_model):
+    return shared_null_model
 
 
 class Locked:

@@ -12,72 +12,37 @@ import pytest
 from daemons import Daemon, write_plugin
 from hypothesis import given
 from hypothesis import strategies as st
+from readers import Asks
 
-import edge_rt
 from edge_rt.core.decode import batch as batch_module
 from edge_rt.core.decode.batch import LEAST, Batch
 from edge_rt.daemon import embeddings as module
-from edge_rt.daemon.account import Account
 from edge_rt.daemon.aclient import AsyncClient
-from edge_rt.daemon.admission import Line
 from edge_rt.daemon.client import Client
 from edge_rt.daemon.readings import Readings
-from edge_rt.daemon.store import Store
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
-from edge_rt.registry import Registry
-from edge_rt.testing.null_device import NullEngine, NullPlugin
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.null_device import NullEngine
 from edge_rt.types import Delta, Done
 
 TEXTS = ["ab", "a river", "東京", "x" * 200, "ab"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
-    path = write_random_model(tmp_path_factory.mktemp("m") / "m.gguf")
-    with edge_rt.open(path, engine="null", device="null", registry=registry, context=512) as opened:
-        yield opened
+def model(shared_null_model):
+    return shared_null_model
 
 
-def unlimited(model):
-    """An account of memory of which there is enough."""
-    return Account(model, Store(model, lambda message: None), None)
-
-
-class Asks:
-    """Requests for embeddings, with what is said of each."""
-
-    def __init__(self, model):
-        self.model, self.said, self.ended, self.asked = model, {}, {}, {}
-        account = unlimited(model)
-        self.work = Readings(model, account, Line(account, *[None] * 3, lambda short: None), self.say, self.end)
-
-    def end(self, command, error, answer):
-        self.ended[command["id"]] = error or answer
-
-    def say(self, asked, message):
-        assert asked.credits > 0
-        asked.credits -= 1
-        self.said[asked.id].append(message)
-
-    def add(self, name, credits=10**6, **command):
-        self.said[name], self.asked[name] = [], SimpleNamespace(id=name, credits=credits, cancelled=False)
-        self.work.add(self.asked[name], {"id": name, "op": "embed", **command})
+class Embeds(Asks):
+    """Requests for embeddings."""
 
     def rows(self, name):
         assert [one["index"] for one in self.said[name]] == list(range(len(self.said[name])))
         return np.array([one["embedding"] for one in self.said[name]], np.float32)
 
-    def finish(self, room=64):
-        while self.work.step(room):
-            pass
-        assert self.model.memory().cache == 0, "nothing is left behind"
-
 
 @pytest.fixture
 def asks(model):
-    return Asks(model)
+    return Embeds(model, "embed")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -205,7 +170,7 @@ def test_those_who_decode_share_the_time_with_those_who_embed(model, monkeypatch
 
     for kind in ("step", "hidden"):
         monkeypatch.setattr(NullEngine, kind, costly(kind, getattr(NullEngine, kind)))
-    batch, asks, ended = Batch(model.engine, model.lock), Asks(model), []
+    batch, asks, ended = Batch(model.engine, model.lock), Embeds(model, "embed"), []
     with model.session() as session:
         job, steps = session.begin("ab", max_tokens=100, temperature=0, ignore_eos=True)
         batch.add(job, steps, lambda event: True, ended.append)

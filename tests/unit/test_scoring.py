@@ -1,7 +1,6 @@
 """How likely given texts are: the same however they are read, in the daemon as in process, over its socket and over HTTP."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,29 +8,20 @@ from daemons import Daemon, write_plugin
 from http_peer import Peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from readers import Asks
 
-import edge_rt
 from edge_rt.core.decode.logprobs import token_logprobs
 from edge_rt.core.decode.scoring import divided, scoring
-from edge_rt.daemon.account import Account
-from edge_rt.daemon.admission import Line
-from edge_rt.daemon.readings import Readings
-from edge_rt.daemon.store import Store
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
-from edge_rt.registry import Registry
-from edge_rt.testing.null_device import NullEngine, NullPlugin
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.null_device import NullEngine
 
 TEXTS = ["ab", "a river", "東京", "x" * 200, "ab"]
 CHAT = [{"role": "user", "content": "Where?"}]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    registry = Registry.load(entry_points=False, plugins={"null": NullPlugin()})
-    path = write_random_model(tmp_path_factory.mktemp("m") / "m.gguf")
-    with edge_rt.open(path, engine="null", device="null", registry=registry, context=512) as opened:
-        yield opened
+def model(shared_null_model):
+    return shared_null_model
 
 
 def expected(model, before, continuation):
@@ -111,35 +101,9 @@ def test_division_leaves_each_something_and_loses_nothing(alone, rows):
 # ---- in the worker ---------------------------------------------------------------------------------------------------
 
 
-class Asks:
-    """Requests to read texts, with what is said of each."""
-
-    def __init__(self, model):
-        self.model, self.said, self.ended, self.asked = model, {}, {}, {}
-        account = Account(model, Store(model, lambda message: None), None)
-        self.work = Readings(model, account, Line(account, *[None] * 3, lambda short: None), self.say, self.end)
-
-    def end(self, command, error, answer):
-        self.ended[command["id"]] = error or answer
-
-    def say(self, asked, message):
-        assert asked.credits > 0
-        asked.credits -= 1
-        self.said[asked.id].append(message)
-
-    def add(self, name, op="score", credits=10**6, **command):
-        self.said[name], self.asked[name] = [], SimpleNamespace(id=name, credits=credits, cancelled=False)
-        self.work.add(self.asked[name], {"id": name, "op": op, **command})
-
-    def finish(self, room=64):
-        while self.work.step(room):
-            pass
-        assert self.model.memory().cache == 0, "nothing is left behind"
-
-
 @pytest.fixture
 def asks(model):
-    return Asks(model)
+    return Asks(model, "score")
 
 
 def test_scores_and_embeddings_take_turns_and_disturb_nobody(asks, model):
