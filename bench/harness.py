@@ -14,7 +14,7 @@ from typing import Any
 from bench import models
 from bench.processes import PROGRAMS
 from bench.results import Result, Settings
-from bench.serve.served import Served, free_port
+from bench.serve.served import Served, free_port, open_http
 
 ROOT = Path(__file__).parents[1]
 PEER = "llama-cpp-python"
@@ -34,8 +34,7 @@ def run(settings: Settings) -> list[Result]:
         from edge_rt_distill.sandbox.suites import built_in
 
         export(built_in(["finance"]), Path(folder), ("steer",))
-        config = f'[http]\nlisten = ["tcp:127.0.0.1:{port}"]\nopen = true\n'
-        with Served(path, "--threads", str(settings.threads), "--ctx", "2048", config=config) as daemon:
+        with Served(path, "--threads", str(settings.threads), "--ctx", "2048", config=open_http(port)) as daemon:
             daemon.ready().close()
             ours = _asked(settings.harness_python, Path(folder), f"http://127.0.0.1:{port}", *tasks)
         theirs = _asked(settings.harness_python, Path(folder), str(path), *tasks)

@@ -13,14 +13,14 @@ from typing import Any
 from bench import models
 from bench.processes import CONSOLE_SCRIPT
 from bench.results import OURS, RESULTS, Result, Settings
-from bench.serve.served import free_port
-from bench.serve.servers import CONTEXT, PEER, SLOTS, peers
+from bench.serve.served import NO_RATE, free_port, open_http
+from bench.serve.servers import CONTEXT, PEER, Variant, llama_program, peers
 
 TOOL = Path(__file__).parents[2] / "tools" / "distill"
 REQUESTS, LOADS = 500, (1, 4, 8)
 """Requests of a trace, and how many are on their way at a time."""
 FAULTS = ("8:kill-worker", "25:reload-rules", "40:freeze=2")
-PEER_SETTING = ("-fa", "on", "-no-kvu", "--no-repack", "--cache-ram", "0")
+PEER_SETTING = Variant(flash=True, unified=False, repack=False)
 """The best of eight that serve-throughput found for this model."""
 JUDGED = (
     "first_token_p50", "first_token_p95", "between_tokens_p50", "between_tokens_p99", "throughput", "completed", "goodput", "queueing_p95",
@@ -62,16 +62,13 @@ def _replay(settings: Settings, requests: Sequence[Any], load: Any, out: Path, p
         if program is None:
             rules, config = Path(folder, "rules.toml"), Path(folder, "daemon.toml")
             rules.write_text('[redaction]\nkinds = ["email"]\n')
-            config.write_text(f'limits.requests_per_second = 0\n[http]\nlisten = ["tcp:127.0.0.1:{port}"]\nopen = true\n')
+            config.write_text(NO_RATE + open_http(port))
             words = [
                 str(CONSOLE_SCRIPT), "serve", "-m", str(path), "--ctx", str(CONTEXT), "--threads", str(settings.threads),
                 "--config", str(config), "--listen", f"{folder}/d.sock", *(["--rules", str(rules)] if faults else []),
             ]  # fmt: skip
         else:
-            words = [
-                *program, "-m", str(path), "-t", str(settings.threads), "-tb", str(settings.threads), "-np", str(SLOTS),
-                "-c", str(SLOTS * CONTEXT), *PEER_SETTING, "--no-webui", "--host", "127.0.0.1", "--port", str(port),
-            ]  # fmt: skip
+            words = llama_program(program, path, settings.threads, PEER_SETTING, port)
         results = asyncio.run(
             whole(
                 lambda: Server(f"http://127.0.0.1:{port}"), requests, load, faults=[parse(one) for one in faults], start=shlex.join(words)

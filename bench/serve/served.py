@@ -55,6 +55,11 @@ def mapped(pid: int) -> int:
         raise RuntimeError("this system does not say what a process has mapped") from error
 
 
+def open_http(port: int) -> str:
+    """A configuration by which a daemon speaks HTTP at a port of this machine, with whoever asks."""
+    return f'[http]\nlisten = ["tcp:127.0.0.1:{port}"]\nopen = true\n'
+
+
 def refused(config: str) -> str | None:
     """Why a configuration is none, None if it is one."""
     from edge_rt.daemon import config as configuration

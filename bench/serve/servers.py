@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 from bench.processes import PROGRAMS
 from bench.results import OURS, Settings
 from bench.serve.chats import Chat, HttpChat, OwnChat, prompt, talk
-from bench.serve.served import Served, free_port
+from bench.serve.served import Served, free_port, open_http
 
 SLOTS, CONTEXT = 8, 4096
 """Sessions at once, and cells of each."""
@@ -85,8 +85,7 @@ def line_up(path: Path, settings: Settings) -> Iterator[LineUp]:
 def ours(path: Path, threads: int) -> Iterator[tuple[Serving, Serving]]:
     """The daemon, as one asks it over HTTP and over its socket."""
     port = free_port()
-    config = f'[http]\nlisten = ["tcp:127.0.0.1:{port}"]\nopen = true\n'
-    with Served(path, "--threads", str(threads), "--ctx", str(CONTEXT), config=config) as daemon:
+    with Served(path, "--threads", str(threads), "--ctx", str(CONTEXT), config=open_http(port)) as daemon:
         daemon.ready().close()
         over_http = partial(HttpChat, ("127.0.0.1", port), more={"edge_rt": {"ignore_eos": True}})
         yield Serving(daemon.pid, over_http), Serving(daemon.pid, partial(OwnChat, str(daemon.socket)))
@@ -112,18 +111,22 @@ def _name(command: Sequence[str]) -> str:
 def llama_server(command: Sequence[str], path: Path, threads: int, variant: Variant) -> Iterator[Serving]:
     """llama.cpp's server in one setting. Raises RuntimeError if it does not start."""
     more = {"ignore_eos": True, "samplers": ["temperature"]}  # temperature 0 takes the likeliest; other samplers would only cost time
-    flash, port = "on" if variant.flash else "off", free_port()
+    port = free_port()
+    with _running(llama_program(command, path, threads, variant, port), port) as process:
+        yield Serving(process.pid, partial(HttpChat, ("127.0.0.1", port), more=more))
+
+
+def llama_program(command: Sequence[str], path: Path, threads: int, variant: Variant, port: int) -> list[str]:
+    """llama.cpp's server with its arguments."""
+    flash = "on" if variant.flash else "off"
     if len(command) > 1:
         cells, weights = "unified" if variant.unified else "apart", "repacked" if variant.repack else "plain"
-        program = [*command, str(path), str(port), str(threads), str(CONTEXT), str(SLOTS), flash, cells, weights]
-    else:
-        program = [
-            *command, "-m", str(path), "-t", str(threads), "-tb", str(threads), "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT), "-cb",
-            "-fa", flash, "-kvu" if variant.unified else "-no-kvu", *([] if variant.repack else ["--no-repack"]), "--cache-prompt",
-            "--cache-ram", "0", "--no-webui", "--log-disable", "--host", "127.0.0.1", "--port", str(port),
-        ]  # fmt: skip
-    with _running(program, port) as process:
-        yield Serving(process.pid, partial(HttpChat, ("127.0.0.1", port), more=more))
+        return [*command, str(path), str(port), str(threads), str(CONTEXT), str(SLOTS), flash, cells, weights]
+    return [
+        *command, "-m", str(path), "-t", str(threads), "-tb", str(threads), "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT), "-cb",
+        "-fa", flash, "-kvu" if variant.unified else "-no-kvu", *([] if variant.repack else ["--no-repack"]), "--cache-prompt",
+        "--cache-ram", "0", "--no-webui", "--log-disable", "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
 
 
 def _best(programs: Sequence[Sequence[str]], path: Path, settings: Settings) -> tuple[Sequence[str], Variant, int]:
