@@ -94,7 +94,10 @@ def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Runs.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = Path("distill-report.md"),
 ) -> None:
-    """Write one page of Markdown about runs: what became of the teacher, how the levels ended, what each adds."""
+    """Write one page of Markdown about runs: what became of the teacher, how the levels ended, what each adds.
+
+    What the page says of other runs already stays.
+    """
     from edge_rt_distill.run.report import write_report
 
     typer.echo(f"wrote {write_report(files, output)}")

@@ -43,12 +43,16 @@ for who in teacher student; do
   step "Serve the $who, and replay" 8 edge-rt replay run "$out/trace.jsonl" --url "unix:$out/http.sock" --concurrency "$at_once" \
     --start "$(serve "$model" ${more[@]+"${more[@]}"})" -o "$out/replay-$who.json"
 done
-step may "The service that is kept" 60 edge-rt replay compare "$out/replay-teacher.json" "$out/replay-student.json" --trace "$out/trace.jsonl"
+step may "The service that is kept" 60 edge-rt replay compare "$out/replay-teacher.json" "$out/replay-student.json" --trace "$out/trace.jsonl" \
+  --json "$out/service.json"
 for who in teacher student; do
   if [ $who = teacher ]; then model=$teacher; else model=$(student); fi
   step "Evaluate the $who" 20 edge-rt eval run "$model" -o "$out/eval-$who.json" $(printf -- '--suite %s ' $suites)
 done
 step may "The quality that is kept" 30 edge-rt eval compare "$out/eval-teacher.json" "$out/eval-student.json" --min-retention 0.95 $(printf -- '--suite %s ' $suites)
 step "Hard cases of the recorded traffic" 12 edge-rt feedback mine "$out/traffic.jsonl" -o "$out/hard.jsonl"
-step "The next run" 20 edge-rt feedback propose "$run" "$out/hard.jsonl" --traffic "$out/traffic.jsonl" -o "$out/next.toml"
+edge-rt eval compare "$out/eval-teacher.json" "$out/eval-student.json" --min-retention 0.95 $(printf -- '--suite %s ' $suites) --json \
+  > "$out/quality.json" || [ $? = 1 ] || exit
+step "The next run" 20 edge-rt feedback propose "$run" "$out/hard.jsonl" --traffic "$out/traffic.jsonl" --comparison "$out/service.json" \
+  --comparison "$out/quality.json" -o "$out/next.toml"
 echo "the report is $report"

@@ -257,15 +257,35 @@ def test_a_student_that_kept_too_little_learns_longer(tmp_path: Path):
     config, sets = read_base(base(tmp_path))
     hard = ("hard.jsonl", hard_samples(2, 0))
     tokens = config.distil.token.tokens
-    longer = propose(config, sets, hard, comparison={"fails": ["kept 80 %\n[run]\nseed = 9"]})
+    longer = propose(config, sets, hard, comparisons=[{"fails": ["kept 80 %\n[run]\nseed = 9"]}])
     assert longer.config.distil.token.tokens > tokens
     (tmp_path / "next.toml").write_text(written(longer))
     assert read(tmp_path / "next.toml") == longer.config, "what others wrote is no setting"
-    assert propose(config, sets, hard, comparison={"fails": []}).config.distil.token.tokens == tokens
+    assert propose(config, sets, hard, comparisons=[{"fails": []}]).config.distil.token.tokens == tokens
     with pytest.raises(DataError, match="does not say what fails"):
-        propose(config, sets, hard, comparison={})
+        propose(config, sets, hard, comparisons=[{}])
+    with pytest.raises(DataError, match="does not say what fails"):
+        propose(config, sets, hard, comparisons=[[{"short": ["checks"], "metrics": {}, "load": "open x1"}]])
     with pytest.raises(OptionError, match="learns from demo already"):
         propose(config, sets, ("demo", hard[1]))
+
+
+def test_a_student_that_serves_too_slowly_becomes_smaller_and_one_that_answers_worse_learns_longer(tmp_path: Path):
+    config, sets = read_base(base(tmp_path))
+
+    def load(**kept: float) -> dict[str, object]:
+        return {"load": "closed 4", "short": list(kept), "metrics": {name: {"retention": {"value": one}} for name, one in kept.items()}}
+
+    replayed = [load(between_tokens_p50=0.94, errors=0.9), load(checks=0.8)]
+    found = propose(config, sets, ("hard.jsonl", hard_samples(2, 0)), comparisons=[replayed])
+    assert found.config.student.parameters == pytest.approx(config.student.parameters * 0.94, abs=1e-3)
+    assert found.config.distil.token.tokens > config.distil.token.tokens
+    assert "80% of checks (closed 4)" in found.why["distil.token.tokens"]
+    assert found.left == ("errors",)
+    far = propose(config, sets, ("hard.jsonl", hard_samples(2, 0)), comparisons=[[load(memory_peak=0.3), load(memory_peak=0.8)]])
+    assert far.config.student.parameters == pytest.approx(config.student.parameters * 0.9, abs=1e-3), "by a tenth at a time"
+    assert "30% of memory_peak" in far.why["student.parameters"]
+    assert far.config.distil.token.tokens == config.distil.token.tokens
 
 
 def test_recalibration_is_proposed_for_other_text_and_not_for_the_same():

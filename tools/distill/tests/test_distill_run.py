@@ -28,7 +28,7 @@ from edge_rt_distill.run.teach import paced
 from typer.testing import CliRunner, Result
 
 import edge_rt
-from edge_rt.hooks import OptionError, UserError
+from edge_rt.hooks import DataError, OptionError, UserError
 from edge_rt.testing.random_models import write_random_model
 
 DISTRIBUTION = Path(__file__).parents[1]
@@ -196,6 +196,14 @@ def test_an_ablation_shares_the_cut_and_a_report_tells_of_all(whole, tmp_path):
     assert plain["kl"] > 0
     for one in found:
         assert f"| {one['kl']:.4f} ± {one['kl error']:.4f} | {one['top1']:.3f} | {one['perplexity_ratio']:.3f} |" in page
+    (place / "report.md").write_text(page.replace("## run\n", "## another\n"))
+    both = write_report([place / "run.toml"], place / "report.md").read_text()
+    assert write_report([place / "run.toml"], place / "report.md").read_text() == both
+    assert both == page.replace("## run\n", "## another\n") + "\n" + page[page.index("## run") :], "what was said of another run stays"
+    (place / "diary.md").write_text("Mine.\n")
+    with pytest.raises(DataError, match="not a report"):
+        write_report([place / "run.toml"], place / "diary.md")
+    assert (place / "diary.md").read_text() == "Mine.\n"
 
 
 def invoke(*words: str | Path) -> Result:

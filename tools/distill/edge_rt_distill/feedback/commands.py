@@ -22,6 +22,7 @@ HELP = """Let what users made of answers teach the next student.
   edge-rt feedback drift traffic.jsonl -o drift.html
 """
 _HELD_OUT = typer.Option("--held-out", metavar="FILE", help="Samples that are measured on, e.g. a run's data/held_out.jsonl. Repeatable.")
+_COMPARISONS = typer.Option("--comparison", metavar="FILE", help="Of `eval compare --json` or `replay compare --json`. Repeatable.")
 _SUITES = typer.Option("--suite", "-s", metavar="FILE", help="A suite of your own, beside those that ship with the tool. Repeatable.")
 
 
@@ -85,7 +86,7 @@ def propose(
     hard: Annotated[Path, typer.Argument(metavar="HARD", help="Hard cases, of `edge-rt feedback mine`.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write, beside RUN.")] = Path("next.toml"),
     traffic: Annotated[Optional[list[Path]], typer.Option("--traffic", metavar="TRACE", help="Recorded traffic. Repeatable.")] = None,  # noqa: UP045
-    comparison: Annotated[Optional[Path], typer.Option("--comparison", metavar="FILE", help="Of `edge-rt eval compare --json`.")] = None,  # noqa: UP045
+    comparison: Annotated[Optional[list[Path]], _COMPARISONS] = None,  # noqa: UP045
     held_out: Annotated[Optional[list[Path]], _HELD_OUT] = None,  # noqa: UP045
     suite: Annotated[Optional[list[Path]], _SUITES] = None,  # noqa: UP045
 ) -> None:
@@ -114,11 +115,13 @@ def propose(
             write_samples(path, kept)
             name = proposing.relative(path, output)
             typer.echo(f"wrote {path}: {len(kept)} texts of {len(texts)} requests, to calibrate with")
-    compared = None if comparison is None else proposing.read_comparison(comparison)
+    compared = [proposing.read_comparison(one) for one in comparison or ()]
     found = proposing.propose(base, sets, (proposing.relative(hard, output), cases), name, compared)
     write_file(output, proposing.written(found))
     for setting, why in found.why.items():
         typer.echo(f"{setting}: {why}")
+    if found.left:
+        typer.echo(f"fell short too, and no setting of a run is known to change it: {', '.join(found.left)}")
     typer.echo(f"wrote {output}; do it with `edge-rt distill run {output}`")
 
 

@@ -41,6 +41,10 @@ MORE = 4
 """Times as many questions as before may be put to the teacher."""
 LONGER = 1.5
 """Times as many tokens, for a student that kept too little."""
+WORSE = ("checks", "robustness", "long_context_quality")
+"""Metrics of a replay that are lost by what a student does not know."""
+SLOWER, SMALLER = ("first_token_p50", "between_tokens_p50", "memory_peak"), 0.9
+"""Those that a student with fewer parameters gains, and how much smaller it becomes at most."""
 
 
 class Drifted(NamedTuple):
@@ -63,10 +67,13 @@ class Drifted(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """``why``: for each setting that changes, by its place in the file, such as ``data.samples``."""
+    """``why``: for each setting that changes, by its place in the file, such as ``data.samples``. ``left``: what fell short and no setting
+    of a run is known to change.
+    """
 
     config: Config
     why: Mapping[str, str]
+    left: tuple[str, ...] = ()
 
 
 def read_base(file: Path) -> tuple[Config, dict[str, list[Sample]]]:
@@ -81,10 +88,12 @@ def read_base(file: Path) -> tuple[Config, dict[str, list[Sample]]]:
 
 def propose(
     base: Config, sets: Mapping[str, Sequence[Sample]], hard: tuple[str, Sequence[Sample]], traffic: str = "",
-    comparison: Mapping[str, Any] | None = None,
+    comparisons: Sequence[Any] = (),
 ) -> Proposal:  # fmt: skip
     """The next run. ``hard``: the name in the file and the samples; ``traffic``: the name of the traffic's samples, "" if they are not to
-    be learnt from; ``comparison``: as ``edge-rt eval compare --json`` prints it. Raises OptionError for names that are there already.
+    be learnt from; ``comparisons``: as ``edge-rt eval compare --json`` prints them or ``edge-rt replay compare --json`` writes them.
+
+    Raises DataError for a comparison that is neither, OptionError for names that are there already.
     """
     name, cases = hard
     data, why = base.data, {}
@@ -110,22 +119,48 @@ def propose(
         prompts = max(base.behaviour.prompts, min(asking, MORE * base.behaviour.prompts))
         config = replace(config, behaviour=replace(base.behaviour, prompts=prompts))
         why["behaviour.prompts"] = f"the teacher answers {prompts} of {asking} questions; {questions} hard cases have no other answer"
-    return _longer(Proposal(config, why), comparison) if comparison is not None else Proposal(config, why)
+    return _answered(Proposal(config, why), _shortfalls(comparisons))
 
 
-def _longer(found: Proposal, comparison: Mapping[str, Any]) -> Proposal:
-    """More tokens for a student that did not pass."""
+class Shortfalls(NamedTuple):
+    """What a student lost too much of: ``quality``, as it is said, and metrics of service with the least retention of each."""
+
+    quality: Sequence[str]
+    service: Mapping[str, float]
+
+
+def _shortfalls(comparisons: Sequence[Any]) -> Shortfalls:
+    quality: list[str] = []
+    service: dict[str, float] = {}
     try:
-        reasons = [str(one) for one in comparison["fails"]]
-    except (KeyError, TypeError) as error:
-        way = "`edge-rt eval compare TEACHER STUDENT --min-retention 0.95 --json`"
+        for one in comparisons:
+            if isinstance(one, list):  # of a replay: an entry for each load
+                for load in one:
+                    kept = {name: float(load["metrics"][name]["retention"]["value"]) for name in load["short"]}
+                    quality += [f"kept {kept[name]:.0%} of {name} ({load['load']})" for name in kept if name in WORSE]
+                    service |= {name: min(kept[name], service.get(name, 1.0)) for name in kept if name not in WORSE}
+            else:
+                quality += [str(reason) for reason in one["fails"]]
+    except (KeyError, TypeError, ValueError) as error:
+        way = "`edge-rt eval compare ... --min-retention 0.95 --json` or `edge-rt replay compare ... --json FILE`"
         raise DataError(f"the comparison does not say what fails; write it with {way}") from error
-    if not reasons:
-        return found
-    token = found.config.distil.token
-    tokens = round(LONGER * token.tokens)
-    config = replace(found.config, distil=replace(found.config.distil, token=replace(token, tokens=tokens)))
-    return Proposal(config, {**found.why, "distil.token.tokens": f"{token.tokens} were too few: the student {'; '.join(reasons)}"})
+    return Shortfalls(quality, service)
+
+
+def _answered(found: Proposal, short: Shortfalls) -> Proposal:
+    """More tokens for a student that knows too little, fewer parameters for one that is too slow or too large."""
+    config, why = found.config, dict(found.why)
+    if short.quality:
+        token = config.distil.token
+        config = replace(config, distil=replace(config.distil, token=replace(token, tokens=round(LONGER * token.tokens))))
+        why["distil.token.tokens"] = f"{token.tokens} were too few: the student {'; '.join(short.quality)}"
+    if slow := {name: kept for name, kept in short.service.items() if name in SLOWER}:
+        parameters = config.student.parameters
+        smaller = max(0.05, round(parameters * max(SMALLER, min(slow.values())), 3))
+        config = replace(config, student=replace(config.student, parameters=smaller))
+        said = ", ".join(f"{kept:.0%} of {name}" for name, kept in slow.items())
+        why["student.parameters"] = f"{parameters} were too many: the student kept {said}"
+    return Proposal(config, why, tuple(name for name in short.service if name not in SLOWER))
 
 
 def _weights(data: DataConfig, sets: Mapping[str, Sequence[Sample]], shares: Sequence[float]) -> tuple[int, ...]:
@@ -195,10 +230,9 @@ def relative(path: Path, file: Path) -> str:
     return found
 
 
-def read_comparison(path: Path) -> Mapping[str, Any]:
-    """What ``edge-rt eval compare --json`` printed. Raises DataError."""
+def read_comparison(path: Path) -> Any:
+    """What ``edge-rt eval compare --json`` printed or ``edge-rt replay compare --json`` wrote. Raises DataError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} has no comparison ({error}); write one with `edge-rt eval compare TEACHER STUDENT --json`") from error
-    return found if isinstance(found, dict) else {}

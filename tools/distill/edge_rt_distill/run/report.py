@@ -21,21 +21,34 @@ Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
 
 
+_MARK = "<!-- Made by `edge-rt distill report`. -->"
+_INTRO = (
+    "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
+    "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
+    "teacher's. A student with fewer tokens is compared where both have read the same text, each in its own tokens: what its teacher "
+    "says of one that is gone counts for the one that it is written with first, and perplexity is that of the text."
+)
+
+
 def write_report(files: Sequence[Path], out: Path) -> Path:
-    """Write the page about some runs. Raises DataError for a run of which nothing is done, OSError."""
-    parts = [
-        "# Students, as they were distilled\n",
-        "<!-- Made by `edge-rt distill report`. -->\n",
-        "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "
-        "token, top-1 the share of positions at which both find the same token likeliest, and perplexity is the student's by the "
-        "teacher's. A student with fewer tokens is compared where both have read the same text, each in its own tokens: what its teacher "
-        "says of one that is gone counts for the one that it is written with first, and perplexity is that of the text. "
-        f"Times are of {_machine()}; other work may have shared it.\n",
-    ]
-    for file in files:
-        parts += _run(file)
-    write_file(out, "\n".join(parts))
+    """Write the page about some runs. What an earlier report there says of others stays: a run may have been done on another machine.
+
+    Raises DataError for a run of which nothing is done and for a file that is no report, OSError.
+    """
+    sections = _sections(out) | {file.stem: "\n".join(_run(file)) for file in files}
+    write_file(out, "\n".join(["# Students, as they were distilled\n", f"{_MARK}\n", f"{_INTRO}\n", *sections.values()]))
     return out
+
+
+def _sections(page: Path) -> dict[str, str]:
+    """What a report says of each run, by name; nothing where there is none yet."""
+    if not page.exists():
+        return {}
+    text = page.read_text(encoding="utf-8")
+    if _MARK not in text:
+        raise DataError(f"{page} is not a report of runs and would be lost; name another file with --output")
+    parts = ["## " + one for one in text.split("\n## ")[1:]]
+    return {one.splitlines()[0].removeprefix("## "): one.rstrip("\n") + "\n" for one in parts}
 
 
 def _machine() -> str:
@@ -56,6 +69,7 @@ def _run(file: Path) -> Iterator[str]:
     yield from _student(done, shop.folder)
     yield from _levels(done, shop.folder)
     yield from _ablation(done, file)
+    yield f"Times are of {_machine()}; other work may have shared it.\n"
     total = sum(one.seconds for one in done.values())
     yield _table(("step", "seconds"), [*((name, f"{one.seconds:.0f}") for name, one in done.items()), ("all", f"{total:.0f}")])
 
