@@ -36,6 +36,7 @@ BENCHMARKS = {
     "saturation": ("distilled", "saturation"),
     "compensation": ("distilled", "overhead"),
     "student": ("students", "run"),
+    "sandbox": ("sandbox", "run"),
     "harness": ("harness", "run"),
     "replay": ("serve.replayed", "run"),
     "context-retrieval": ("context.retrieval", "run"),
@@ -66,7 +67,7 @@ POST = ("redaction-leaks", "redaction-presidio", "post-overhead")
 """Those of post-processing."""
 DISTILLED = ("quantised", "saturation", "compensation", "student")
 """Those of quantisation, its compensation, and a student."""
-EVALUATION = ("harness", "replay")
+EVALUATION = ("sandbox", "harness", "replay")
 """What docs/evaluation.md and docs/replay.md tell of."""
 ADAPTATION = ("contention", "predictions", "compiled", "compiled-quality")
 """Those of the compiler and the governor."""
@@ -74,10 +75,10 @@ SERVE = tuple(name for name in BENCHMARKS if name.startswith("serve-"))
 """Those of the daemon."""
 SPEED = tuple(name for name in BENCHMARKS if name not in QUALITY + POST + SERVE + ADAPTATION + DISTILLED + EVALUATION)
 """The others."""
-SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised", "saturation", "harness")
+SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised", "saturation", "sandbox", "harness")
 """Those whose figures are scores, which a busy machine does not change."""
 LIMITS = {
-    "predictions": 1800, "quantised": 3600, "saturation": 5400, "harness": 1800, "replay": 5400,
+    "predictions": 1800, "quantised": 3600, "saturation": 5400, "sandbox": 5400, "harness": 1800, "replay": 5400,
     "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600,
 }  # fmt: skip
 """Seconds of those that take longer than others by what they are to show."""

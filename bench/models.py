@@ -33,6 +33,21 @@ def smollm2(settings: Settings, kind: str, *, keep_embedding: bool = False) -> P
     return made_once(folder() / name, lambda path: _quantise(source, path, kind, settings.threads, keep_embedding))
 
 
+def without_layer(settings: Settings, kind: str, layer: int) -> Path:
+    """The same with all weights of a layer zero, which then adds nothing; made once and kept in the cache."""
+    source = smollm2(settings, kind)
+
+    def write(path: Path) -> None:
+        shutil.copyfile(source, path)
+        with ModelFile.open(source) as file, open(path, "r+b") as copy:
+            for one in file.header.tensors.values():
+                if one.name.startswith(f"blk.{layer}."):
+                    copy.seek(one.offset)
+                    copy.write(bytes(one.nbytes))
+
+    return made_once(source.with_name(f"{source.stem}-without-{layer}.gguf"), write)
+
+
 def large(settings: Settings) -> Path:
     """A random llama in Q4_0: 1.3 GB (quick: 25 MB)."""
     return random("Q4_0", settings.pick(LARGE, SMALL))

@@ -44,6 +44,13 @@ class Settings:
         return quick if self.quick else full
 
 
+def kept(settings: Settings, name: str) -> Path:
+    """A folder for what a benchmark measured, beside its results; a quick one has its own."""
+    folder = settings.pick(RESULTS, RESULTS / "quick") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
     """What the ratio ours / ``peer`` must be."""

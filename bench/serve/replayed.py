@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import models
 from bench.processes import CONSOLE_SCRIPT
-from bench.results import OURS, RESULTS, Result, Settings
+from bench.results import OURS, Result, Settings, kept
 from bench.serve.served import NO_RATE, free_port, open_http
 from bench.serve.servers import CONTEXT, PEER, Variant, llama_program, peers
 
@@ -36,18 +36,17 @@ def run(settings: Settings) -> list[Result]:
     from edge_rt_distill.replay.generators import Wanted, make
     from edge_rt_distill.replay.trace import write_trace
 
-    kept = RESULTS / "replay"
+    out = kept(settings, "replay")
     trace = make("mixed", Wanted(settings.items or settings.pick(REQUESTS, 16), 1.0, 1, "en", 1.0))
-    kept.mkdir(parents=True, exist_ok=True)
-    write_trace(kept / "trace.jsonl", trace)
+    write_trace(out / "trace.jsonl", trace)
     found: list[Result] = []
     programs = peers(settings)
     for load in settings.pick(LOADS, LOADS[-1:]):
-        ours = _replay(settings, trace.requests, Load(concurrency=load), kept / f"{OURS}-{load}.json", None)
+        ours = _replay(settings, trace.requests, Load(concurrency=load), out / f"{OURS}-{load}.json", None)
         if programs:
-            theirs = _replay(settings, trace.requests, Load(concurrency=load), kept / f"{PEER}-{load}.json", programs[0])
+            theirs = _replay(settings, trace.requests, Load(concurrency=load), out / f"{PEER}-{load}.json", programs[0])
             found += _compared(theirs, ours, trace, load)
-    return found + _disturbed(settings, trace, kept)
+    return found + _disturbed(settings, trace, out)
 
 
 def _replay(settings: Settings, requests: Sequence[Any], load: Any, out: Path, program: Sequence[str] | None, *faults: str) -> Any:
@@ -97,14 +96,14 @@ def _compared(theirs: Any, ours: Any, trace: Any, load: int) -> list[Result]:
     return results
 
 
-def _disturbed(settings: Settings, trace: Any, kept: Path) -> list[Result]:
+def _disturbed(settings: Settings, trace: Any, out: Path) -> list[Result]:
     """What faults did, of a part of the trace at its own times: in a closed loop those who are refused would ask again at once."""
     from edge_rt_distill.replay.columns import columns
     from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.outages import outages
 
     some = trace.requests[: settings.pick(60, 8)]
-    results = _replay(settings, some, Load(), kept / "disturbed.json", None, *FAULTS)
+    results = _replay(settings, some, Load(), out / "disturbed.json", None, *FAULTS)
     found = []
     for one in outages(columns(results)):
         back = "not" if one.back is None else f"{one.back:.2f} s"

@@ -22,7 +22,7 @@ from edge_rt_distill.sandbox.judging import chance, comparable, judge_choice, ju
 from edge_rt_distill.sandbox.metrics import DOMAINS, METRICS
 from edge_rt_distill.sandbox.report import render
 from edge_rt_distill.sandbox.running import Outcome, Results, digest, read_results, run, write_results
-from edge_rt_distill.sandbox.scores import compare, fails, scaled, scores
+from edge_rt_distill.sandbox.scores import compare, difference, fails, scaled, scores
 from edge_rt_distill.sandbox.suites import Suite, built_in, examples, faults, read_suite
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -218,6 +218,12 @@ def test_an_engine_that_knows_all_has_all_and_one_that_knows_half_keeps_half(sui
     assert kept.whole.retention.low < kept.whole.retention.value < kept.whole.retention.high < 0.9
     assert fails(kept, 0.95)[0].startswith("kept ")
     assert any("of safety" in reason for reason in fails(kept, 0.95))
+    assert difference(teacher, again, some) == (0.0, 0.0, 0.0)
+    lacks = difference(half, teacher, some)
+    assert lacks.value == pytest.approx(scores(teacher, some)["all"].value - scores(half, some)["all"].value)
+    assert 0 < lacks.low < lacks.value < lacks.high
+    with pytest.raises(DataError, match="different items"):
+        difference(half, run(Oracle(some), some, "steer"), some)
     lost = compare(half, teacher, some, weights={"grammar": 0.0})
     assert "grammar" not in lost.metrics
     with pytest.raises(DataError, match="has a weight"):

@@ -28,6 +28,7 @@ from edge_rt_distill.sandbox.weights import FLOORS
 DRAWS = 2000
 FEW = 4
 """Items of a cell below which it does not count."""
+_OTHERS = "teacher and student were asked different items; evaluate both with the same suites and split"
 Floats = npt.NDArray[np.float64]
 
 
@@ -94,6 +95,15 @@ def scores(results: Results, suites: Sequence[Suite], seed: int = 0) -> dict[str
     return {name: _interval(np.mean(some, 0)) for name, some in groups.items()}
 
 
+def difference(first: Results, second: Results, suites: Sequence[Suite], seed: int = 0) -> Estimate:
+    """How much more the second scores, over all cells, with the same items drawn for both. Raises DataError for results that do not fit."""
+    left, right = cells(first, suites), cells(second, suites)
+    if {cell: one.keys() for cell, one in left.items()} != {cell: one.keys() for cell, one in right.items()}:
+        raise DataError(_OTHERS)
+    pairs = [_drawn([[one[cell][item] for item in left[cell]] for one in (left, right)], seed, cell) for cell in left]
+    return _interval(np.mean([pair[1] - pair[0] for pair in pairs], 0))
+
+
 def compare(
     teacher: Results, student: Results, suites: Sequence[Suite], weights: Mapping[str, float] | None = None, seed: int = 0
 ) -> Comparison:
@@ -104,7 +114,7 @@ def compare(
     if bool(teacher.left_out) != bool(student.left_out):
         left, right = _without_options(left, suites), _without_options(right, suites)
     if {cell: one.keys() for cell, one in left.items()} != {cell: one.keys() for cell, one in right.items()}:
-        raise DataError("teacher and student were asked different items; evaluate both with the same suites and split")
+        raise DataError(_OTHERS)
     if teacher.judge != student.judge:
         raise DataError("one of them was graded by a judge that the other was not graded by; let the same judge grade both, or none")
     given = weights or {}
