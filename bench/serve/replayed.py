@@ -97,7 +97,7 @@ def _compared(theirs: Any, ours: Any, trace: Any, load: int) -> list[Result]:
 
 
 def _disturbed(settings: Settings, trace: Any, out: Path) -> list[Result]:
-    """What faults did, of a part of the trace at its own times: in a closed loop those who are refused would ask again at once."""
+    """What faults did, of a part of the trace at its own times: requests come however long the daemon is away."""
     from edge_rt_distill.replay.columns import columns
     from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.outages import outages

@@ -109,9 +109,12 @@ class Peer:
                 await asyncio.wait_for(reader.read(1), 0.02)
         self.left += 1
 
-    async def _refuse(self, status: str, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _refuse(self, argument: str, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """With a status, and for how long the client is to stay away, if that is said."""
+        status, _space, wait = argument.partition(" ")
+        away = f"Retry-After: {wait}\r\n" if wait else ""
         error = {"error": {"code": "no_such_thing", "message": "there is none"}} if status == "400" else "busy"
-        writer.write(f"HTTP/1.1 {status} No\r\nConnection: close\r\n\r\n{json.dumps(error)}".encode())
+        writer.write(f"HTTP/1.1 {status} No\r\nConnection: close\r\n{away}\r\n{json.dumps(error)}".encode())
 
     async def _drop(self, _argument: str, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD.format(kind="text/event-stream").encode() + self.chunk(0, "half"))

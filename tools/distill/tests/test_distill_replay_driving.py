@@ -122,6 +122,16 @@ def test_a_closed_loop_keeps_so_many_in_flight(concurrency: int):
     assert (peer.most, results.load) == (concurrency, f"closed {concurrency}")
 
 
+def test_a_client_of_a_closed_loop_stays_away_as_long_as_it_is_asked_to():
+    requests = [ask("refuse 503 1"), ask("say a"), ask("refuse 503 soon"), ask("say b"), ask("refuse 503 30")]
+    refused, then, odd, last, end = sent(Peer(), requests, Load(concurrency=1, timeout=20)).outcomes
+    assert [one.code for one in (refused, odd, end)] == ["http_503"] * 3
+    assert 1 <= then.sent - refused.ended < 5
+    assert last.sent - odd.ended < 1, "what is no number of seconds is not followed"
+    requests = [ask("refuse 503 30"), ask("say a", at=0.05)]
+    assert sent(Peer(), requests, Load(timeout=20)).outcomes[1].sent < 10, "an open loop asks at the times of its trace"
+
+
 def test_an_open_loop_sends_at_the_times_of_the_trace_whatever_is_still_running():
     requests, peer = [ask(f"say {number}", at=5 + 0.06 * number) for number in range(6)], Peer()
     peer.before = gate(peer, len(requests), len(requests))

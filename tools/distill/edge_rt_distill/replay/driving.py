@@ -17,13 +17,16 @@ from edge_rt_distill.replay.talks import Talks
 from edge_rt_distill.replay.targets import Ending, Failed, Question, Target
 from edge_rt_distill.replay.trace import Request
 
+AWAY = 30.0
+"""Seconds for which a client of a closed loop stays away at most, when a server asks it to (Retry-After)."""
 BY_ITSELF = ("stop", "tool_calls")
 """Reasons of an answer that the model ended by itself."""
 
 
 class Load(NamedTuple):
-    """``concurrency``: so many requests at once, the next when one ends; None: each at its time in the trace, ``speed`` times as fast.
-    ``timeout``: seconds after which a request counts as failed."""
+    """``concurrency``: so many clients, each of which asks again when its request has ended, and stays away first if the server asks it
+    to; None: each request at its time in the trace, ``speed`` times as fast. ``timeout``: seconds after which a request has failed.
+    """
 
     concurrency: int | None = None
     speed: float = 1.0
@@ -52,6 +55,7 @@ class Driver:
         self._ended = [asyncio.Event() for _ in requests]
         self._outcomes: dict[int, Outcome] = {}
         self._messages: dict[str, str] = {}
+        self._away: dict[int, float] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._one_ended = asyncio.Event()
         self._wrong: BaseException | None = None
@@ -158,6 +162,8 @@ class Driver:
         self._talks.answered(question, outcome)
         self._tally.ended(outcome)
         self._ended[number].set()
+        if self._load.concurrency is not None and self._tally.sent < len(self._requests):
+            await asyncio.sleep(min(self._away.pop(number, 0.0), AWAY))  # its place stays taken: each place is a client
 
     async def _asked(self, number: int, due: float, question: Question) -> Outcome:
         """What becomes of a request."""
@@ -172,6 +178,7 @@ class Driver:
         except Failed as error:
             status, code = "error", error.code
             self._messages.setdefault(error.code, str(error))
+            self._away[number] = error.wait
         text = "".join(heard.texts)
         passed = worth(request.checks, Answer(text, ending.finish_reason in BY_ITSELF)) if status == "ok" and request.checks else None
         return Outcome(

@@ -41,11 +41,13 @@ class Ending(NamedTuple):
 
 
 class Failed(Exception):
-    """A request has no answer: ``code`` is the server's, ``connection``, or ``protocol`` for an answer that is none."""
+    """A request has no answer: ``code`` is the server's, ``connection``, or ``protocol`` for an answer that is none. ``wait``: seconds
+    for which the server asks its client to stay away.
+    """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.wait = code, wait
 
 
 class Facts(NamedTuple):
@@ -149,7 +151,7 @@ class Server:
             async with self._client.stream("POST", question.path, json=body) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise _refusal(response.status_code, response.content)
+                    raise _refusal(response.status_code, response.content, response.headers.get("retry-after", ""))
                 return await _listen(response, hear)
         except (httpx2.HTTPError, httpx2.StreamError) as error:
             raise Failed("connection", repr(error)) from error
@@ -176,13 +178,15 @@ def _said(content: bytes) -> str:
     return " ".join(content.decode(errors="replace").split())[:200]
 
 
-def _refusal(status: int, content: bytes) -> Failed:
-    """The error of an answer other than 200."""
+def _refusal(status: int, content: bytes, wait: str) -> Failed:
+    """The error of an answer other than 200. ``wait``: its Retry-After; one that is a date is not followed."""
     try:
         record = json.loads(content)
     except ValueError:
         record = None
-    return _error(record, status) or Failed(f"http_{status}", _said(content))
+    found = _error(record, status) or Failed(f"http_{status}", _said(content))
+    found.wait = float(wait) if wait.isdecimal() else 0.0
+    return found
 
 
 def _error(record: Any, status: int) -> Failed | None:
