@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 import typer
 from edge_rt_distill.cli import add_commands
 from edge_rt_distill.data.answers import Answer
-from edge_rt_distill.data.samples import demo, make_sample
+from edge_rt_distill.data.samples import Sample, make_sample
 from edge_rt_distill.data.splits import leaks
+from edge_rt_distill.run.prepare import BUILT_IN
 from edge_rt_distill.sandbox.engines import Facts, InProcess
 from edge_rt_distill.sandbox.items import Item, parse
 from edge_rt_distill.sandbox.judging import chance, comparable, judge_choice, judge_turns, judge_variants
@@ -173,11 +174,19 @@ def test_every_metric_tells_crafted_answers_apart(suites: list[Suite]) -> None:
     assert all(one.good > one.bad + 0.25 for one in found)
 
 
-def test_nothing_of_the_suites_is_in_what_students_learn_from(suites: list[Suite]) -> None:
-    items = [item for suite in suites for item in suite.items]
-    words = [[*(one["content"] for one in item.messages), *item.asks, *(turn.content for turn in item.turns)] for item in items]
-    asked = [make_sample(text=" ".join(one)) for one in words if one]
-    assert [leak for leak in leaks(demo().samples, asked) if leak.share > 0.2] == []
+def test_nothing_of_the_suites_is_in_what_students_learn_from_and_suites_share_instructions_at_most(suites: list[Suite]) -> None:
+    def asked(wanted: Callable[[Suite, Item], bool]) -> list[Sample]:
+        items = [item for suite in suites for item in suite.items if wanted(suite, item)]
+        said = [[*(one["content"] for one in item.messages), item.text, *item.options, *item.asks] for item in items]
+        return [make_sample(text=" ".join([*some, *(turn.content for turn in item.turns)])) for some, item in zip(said, items, strict=True)]
+
+    for name in ("demo", "technical", "docstrings"):
+        assert leaks(BUILT_IN[name](), asked(lambda *_: True)) == [], name
+    for own in suites:
+        shared = leaks(asked(lambda suite, _, own=own: suite is not own), asked(lambda suite, _, own=own: suite is own))
+        assert [leak for leak in shared if leak.share > 0.2] == [], own.name
+    steering = leaks(asked(lambda _, item: item.split == "steer"), asked(lambda _, item: item.split == "sealed"))
+    assert len([leak for leak in steering if leak.share > 0.2]) <= 3, "two of a domain may begin with the same system message"
 
 
 # ---- judging and scores --------------------------------------------------------------------------------------------------------------
