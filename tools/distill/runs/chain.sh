@@ -5,7 +5,7 @@
 set -uo pipefail
 run=${1:?a run, such as tools/distill/runs/demo.toml} out=${2:?a folder for what is made}
 requests=${REQUESTS:-120} at_once=${AT_ONCE:-2} suites=${SUITES:-finance healthcare}
-mkdir -p "$out" && out=$(cd "$out" && pwd)
+mkdir -p "$out"
 report=$out/chain.md
 folder=$(dirname "$run")/$(basename "$run" .toml)
 printf '# From a teacher to a student in service\n\n<!-- Made by tools/distill/runs/chain.sh. -->\n' > "$report"
