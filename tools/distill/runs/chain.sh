@@ -10,6 +10,13 @@ report=$out/chain.md
 folder=$(dirname "$run")/$(basename "$run" .toml)
 printf '# From a teacher to a student in service\n\n<!-- Made by tools/distill/runs/chain.sh. -->\n' > "$report"
 
+# A command as one would type it.
+typed() {
+  for one in "$@"; do
+    case $one in *[!A-Za-z0-9_./:=,@-]* | '') printf "'%s' " "$one" ;; *) printf '%s ' "$one" ;; esac
+  done
+}
+
 # What a command said last, under a title, and how long it took. `may` before the title: that it exits with 1 is a result, too.
 step() {
   local may=0
@@ -17,7 +24,7 @@ step() {
   local title=$1 lines=$2 begun=$SECONDS code=0
   shift 2
   "$@" > "$out/last.txt" 2> >(tee "$out/errors.txt" >&2) || code=$?
-  { printf '\n## %s\n\n```\n$ %s\n' "$title" "$(printf '%q ' "$@")"; tail -n "$lines" "$out/last.txt"; printf '```\n\n%d s' $((SECONDS - begun)); } >> "$report"
+  { printf '\n## %s\n\n```\n$ %s\n' "$title" "$(typed "$@")"; tail -n "$lines" "$out/last.txt"; printf '```\n\n%d s' $((SECONDS - begun)); } >> "$report"
   if [ $code -gt $may ]; then
     printf ', failed with %d\n' $code >> "$report"
     cat "$out/errors.txt" >&2
@@ -29,7 +36,7 @@ step() {
 serve() {  # MODEL OPTION...: the command by which a replay starts a daemon
   printf 'edge-rt serve --listen %q --http %q --ctx 4096 -m %q' "$out/daemon.sock" "$out/http.sock" "$1"
   shift
-  printf ' %q' "$@"
+  [ $# = 0 ] || printf ' %q' "$@"
 }
 
 student() { echo "$folder/$(sed -n 's/^ *"file": "\(.*\)",$/\1/p' "$folder/verify/verify.json")"; }  # the last step says which file it is
