@@ -57,6 +57,14 @@ for who in teacher student; do
   step "Evaluate the $who" 20 edge-rt eval run "$model" -o "$out/eval-$who.json" $(printf -- '--suite %s ' $suites)
 done
 step may "The quality that is kept" 30 edge-rt eval compare "$out/eval-teacher.json" "$out/eval-student.json" --min-retention 0.95 $(printf -- '--suite %s ' $suites)
+rm -f "$out/http.sock"
+edge-rt serve --listen "$out/daemon.sock" --http "$out/http.sock" -m "$out/compiled" --record "$out/traffic.jsonl" &
+daemon=$!
+trap 'kill $daemon' EXIT
+until [ -S "$out/http.sock" ]; do kill -0 $daemon || exit; sleep 1; done
+step "What users say of it" 1 edge-rt feedback give "$(dirname "$0")/said.jsonl" --url "unix:$out/http.sock"
+trap - EXIT
+kill $daemon && wait $daemon
 step "Hard cases of the recorded traffic" 12 edge-rt feedback mine "$out/traffic.jsonl" -o "$out/hard.jsonl"
 edge-rt eval compare "$out/eval-teacher.json" "$out/eval-student.json" --min-retention 0.95 $(printf -- '--suite %s ' $suites) --json \
   > "$out/quality.json" || [ $? = 1 ] || exit

@@ -434,6 +434,10 @@ def test_feedback_that_is_none_is_told_before_anything_is_sent(text: str):
     failed = invoke("give", "-", "--url", "http://127.0.0.1:9", "--rating", "1", text=text)
     assert isinstance(failed.exception, DataError)
     assert "standard input" in str(failed.exception)
+    second = '{"prompt": "x", "answer": "y", "rating": 1}\n\n' + text
+    failed = invoke("give", "-", "--url", "http://127.0.0.1:9", text=second)
+    assert isinstance(failed.exception, DataError)
+    assert "standard input, line 3" in str(failed.exception)
 
 
 def test_the_whole_way_with_a_daemon(tiny: Path, tmp_path: Path):
@@ -442,10 +446,14 @@ def test_the_whole_way_with_a_daemon(tiny: Path, tmp_path: Path):
         (tmp_path / "said.json").write_text(json.dumps({"messages": [user(ASK)], "answer": "Soon, mail ada@example.org"}))
         given = invoke("give", tmp_path / "said.json", "--url", url, "--rating", "-1", "--correction", "Within 14 days.")
         assert given.output == "recorded\n", given.exception
+        lines = [json.dumps({"prompt": f"Say {number}.", "answer": "No.", "rating": number}) for number in (0, 1)]
+        (tmp_path / "said.jsonl").write_text("\n".join([*lines, ""]))
+        assert invoke("give", tmp_path / "said.jsonl", "--url", url).output == "recorded: 2 answers\n"
         refused = invoke("give", tmp_path / "said.json", "--url", url)
         assert "give a rating, a correction or a comment" in str(refused.exception)
     trace = read_trace(tmp_path / "t.jsonl")
     assert trace.feedback[0].answer == "Soon, mail [EMAIL]"
+    assert [one.rating for one in trace.feedback] == [-1, 0, 1]
     assert trace.requests[-1].variant == trace.feedback[0].variant != ""
     assert invoke("mine", tmp_path / "t.jsonl", "-o", tmp_path / "hard.jsonl").exit_code == 0
     assert invoke("propose", base(tmp_path), tmp_path / "hard.jsonl", "-o", tmp_path / "next.toml").exit_code == 0

@@ -37,7 +37,7 @@ def add(app: typer.Typer) -> None:
 
 
 def give(
-    file: Annotated[str, typer.Argument(metavar="FILE", help='JSON: {"messages": [...], "answer": "..."}; - reads standard input.')],
+    file: Annotated[str, typer.Argument(metavar="FILE", help='{"messages": [...], "answer": "..."}, or one a line; - is standard input.')],
     url: Annotated[str, typer.Option("--url", help="The daemon: http://HOST:PORT or unix:/PATH.")],
     rating: Annotated[Optional[int], typer.Option("--rating", min=-1, max=1, help="-1: bad, 0: neither, 1: good.")] = None,  # noqa: UP045
     correction: Annotated[Optional[str], typer.Option("--correction", metavar="TEXT", help="What should have been answered.")] = None,  # noqa: UP045
@@ -47,12 +47,14 @@ def give(
     """Say what an answer was worth, to a daemon that records traffic. It redacts what it writes."""
     from edge_rt_distill.data.json_lines import read_text
     from edge_rt_distill.feedback.giving import give as send
-    from edge_rt_distill.feedback.giving import read_answer
+    from edge_rt_distill.feedback.giving import read_answers
 
     text, where = (sys.stdin.read(), "standard input") if file == "-" else (read_text(Path(file)), file)
     said = {"rating": rating, "correction": correction, "comment": comment}
-    send(url, key_file, {**read_answer(text, where), **{name: value for name, value in said.items() if value is not None}})
-    typer.echo("recorded")
+    answers = read_answers(text, where)
+    for one in answers:
+        send(url, key_file, {**one, **{name: value for name, value in said.items() if value is not None}})
+    typer.echo("recorded" if len(answers) == 1 else f"recorded: {len(answers)} answers")
 
 
 def mine(

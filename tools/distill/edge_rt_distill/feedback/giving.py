@@ -16,14 +16,27 @@ SECONDS = 60.0
 _FIELDS = ("messages", "prompt", "answer", "model", "rating", "correction", "comment")
 
 
-def read_answer(text: str, where: str) -> dict[str, Any]:
-    """A JSON object with ``messages`` or a ``prompt`` and the ``answer``, and further fields of feedback if they are not given otherwise.
-    Raises DataError.
+def read_answers(text: str, where: str) -> list[dict[str, Any]]:
+    """A JSON object, or one a line, each with ``messages`` or a ``prompt`` and the ``answer``, and further fields of feedback if they are
+    not given otherwise. Raises DataError, for a line by its number.
     """
     try:
-        found = json.loads(text)
+        return [_answer(json.loads(text), where)]
     except (ValueError, RecursionError) as error:
-        raise DataError(f'{where} is not JSON ({error}); give {{"messages": [...], "answer": "..."}}') from error
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if len(lines) < 2:
+            raise DataError(f'{where} is not JSON ({error}); give {{"messages": [...], "answer": "..."}}') from error
+    return [_answer(_line(line, f"{where}, line {number}"), f"{where}, line {number}") for number, line in lines]
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{where} is not JSON ({error}); give {{"messages": [...], "answer": "..."}} in each line') from error
+
+
+def _answer(found: Any, where: str) -> dict[str, Any]:
     if not isinstance(found, dict) or "answer" not in found or ("messages" in found) == ("prompt" in found):
         raise DataError(f'{where} has no answer to messages or to a prompt; give {{"messages": [...], "answer": "..."}}')
     if unknown := sorted(found.keys() - set(_FIELDS)):
