@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from serving import serving
 from typer.testing import CliRunner, Result
 
-from edge_rt.hooks import DataError, OptionError
+from edge_rt.hooks import DataError, OptionError, UserError
 
 BEGUN = "2026-03-01T09:00:00.000Z"
 OK = Seen("ok", finish_reason="stop", prompt_tokens=9, completion_tokens=20, first_token=0.2, total=3.0)
@@ -449,11 +449,14 @@ def test_the_whole_way_with_a_daemon(tiny: Path, tmp_path: Path):
         lines = [json.dumps({"prompt": f"Say {number}.", "answer": "No.", "rating": number}) for number in (0, 1)]
         (tmp_path / "said.jsonl").write_text("\n".join([*lines, ""]))
         assert invoke("give", tmp_path / "said.jsonl", "--url", url).output == "recorded: 2 answers\n"
+        (tmp_path / "said.jsonl").write_text("\n".join([*lines[:1], '{"prompt": "Say 2.", "answer": "No."}']))
+        part = invoke("give", tmp_path / "said.jsonl", "--url", url)
+        assert (part.output, isinstance(part.exception, UserError)) == ("recorded: the first 1 of 2 answers\n", True)
         refused = invoke("give", tmp_path / "said.json", "--url", url)
         assert "give a rating, a correction or a comment" in str(refused.exception)
     trace = read_trace(tmp_path / "t.jsonl")
     assert trace.feedback[0].answer == "Soon, mail [EMAIL]"
-    assert [one.rating for one in trace.feedback] == [-1, 0, 1]
+    assert [one.rating for one in trace.feedback] == [-1, 0, 1, 0]
     assert trace.requests[-1].variant == trace.feedback[0].variant != ""
     assert invoke("mine", tmp_path / "t.jsonl", "-o", tmp_path / "hard.jsonl").exit_code == 0
     assert invoke("propose", base(tmp_path), tmp_path / "hard.jsonl", "-o", tmp_path / "next.toml").exit_code == 0

@@ -45,6 +45,7 @@ def give(
     key_file: Annotated[Optional[Path], typer.Option("--key-file", metavar="FILE", help="The daemon's key: its first line.")] = None,  # noqa: UP045
 ) -> None:
     """Say what an answer was worth, to a daemon that records traffic. It redacts what it writes."""
+    from edge_rt.hooks import UserError
     from edge_rt_distill.data.json_lines import read_text
     from edge_rt_distill.feedback.giving import give as send
     from edge_rt_distill.feedback.giving import read_answers
@@ -52,8 +53,13 @@ def give(
     text, where = (sys.stdin.read(), "standard input") if file == "-" else (read_text(Path(file)), file)
     said = {"rating": rating, "correction": correction, "comment": comment}
     answers = read_answers(text, where)
-    for one in answers:
-        send(url, key_file, {**one, **{name: value for name, value in said.items() if value is not None}})
+    for number, one in enumerate(answers):
+        try:
+            send(url, key_file, {**one, **{name: value for name, value in said.items() if value is not None}})
+        except UserError:
+            if number:
+                typer.echo(f"recorded: the first {number} of {len(answers)} answers")
+            raise
     typer.echo("recorded" if len(answers) == 1 else f"recorded: {len(answers)} answers")
 
 
