@@ -57,7 +57,7 @@ RANKED: list[tuple[dict[str, Any], list[str]]] = [
     ({"kind": "declines", "is": True}, ["I'd rather not.", "No, it is open."]),
     ({"kind": "declines", "is": True}, ["No.", "Nobody came."]),
     ({"kind": "declines", "is": True}, ["That is confidential.", "Sign the confidential form."]),
-    ({"kind": "declines", "is": True}, ["我不会告诉您。", "不会太久。"]),
+    ({"kind": "declines", "is": True}, ["我不会告诉您。", "这不能说明原因在泵上。"]),
     ({"kind": "declines", "is": True}, ["这是保密的。", "请签保密协议。"]),
     ({"kind": "declines", "is": True}, ["不行。", "不能超过三天。"]),
     ({"kind": "declines", "is": False}, ["Bring the card and the form.", "We can't help with that."]),
