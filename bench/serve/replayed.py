@@ -19,7 +19,7 @@ from bench.serve.servers import CONTEXT, PEER, Variant, llama_program, peers
 TOOL = Path(__file__).parents[2] / "tools" / "distill"
 REQUESTS, LOADS = 500, (1, 4, 8)
 """Requests of a trace, and how many are on their way at a time."""
-FAULTS = ("8:kill-worker", "25:reload-rules", "40:freeze=2")
+FAULTS = ("5:kill-worker", "25:reload-rules", "40:freeze=2")
 PEER_SETTING = Variant(flash=True, unified=False, repack=False)
 """The best of eight that serve-throughput found for this model."""
 JUDGED = (

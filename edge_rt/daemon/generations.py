@@ -15,7 +15,7 @@ from edge_rt.daemon import protocol
 from edge_rt.daemon.account import Account, Promise, need
 from edge_rt.daemon.admission import Line, Waiting
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import Cancelled
+from edge_rt.errors import Cancelled, OptionError
 from edge_rt.records import record
 
 if TYPE_CHECKING:
@@ -188,11 +188,13 @@ class Generations:
         one.name = command.get("session")
         if one.name is not None:
             self._store.known(one.name)
-        prompt, tools = _prompt(command), command.get("options", {}).get("tools") or ()
+        prompt, tools = command.get("prompt", command.get("messages")), command.get("options", {}).get("tools") or ()
         one.options = options = protocol.options(command.get("options", {}))
         # What it needs depends on its adapter, which is opened here if it is the first to ask for it.
         self._model.adapters.chosen(options.get("adapter"), options.get("adapter_scale", 1.0))
-        if (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
+        if "tokens" in command:
+            self.arrived(command, self._given(command["tokens"]))
+        elif (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
             self.arrived(command, self._model.prompt_tokens(prompt, tools))
         else:
             self.on_another_thread(command, lambda: self._model.prompt_tokens(prompt, tools), lambda found: self.arrived(command, found()))
@@ -252,7 +254,7 @@ class Generations:
 
         one.session, one.alone = session, name is None
         try:
-            begin = session.start(_prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
+            begin = session.start(self._prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
         except BaseException:
             over()
             raise
@@ -331,6 +333,15 @@ class Generations:
     def _piece(self, token: int) -> bytes:
         return self._model.vocab.piece(token, special=True)
 
+    def _given(self, tokens: list[int]) -> list[int]:
+        """The tokens of a prompt that a client has tokenised. Raises OptionError if there is one that is none."""
+        if not all(0 <= token < self._model.vocab.n_tokens for token in tokens):
+            count = self._model.vocab.n_tokens
+            raise OptionError(f"the prompt has a token outside the vocabulary of {count}; tokenize with this model")
+        return tokens
 
-def _prompt(command: Message) -> Any:
-    return command["prompt"] if "prompt" in command else command["messages"]
+    def _prompt(self, command: Message) -> Any:
+        """What is answered: messages, or a text, also that of tokens."""
+        if "tokens" in command:
+            return b"".join(map(self._piece, command["tokens"])).decode(errors="replace")
+        return command.get("prompt", command.get("messages"))

@@ -230,8 +230,10 @@ def _close_session(connection: Channel, request: Request, size: int) -> None:
 
 def _generate(connection: Channel, request: Request, size: int) -> None:
     fields = request.fields
-    if ("prompt" in fields) == ("messages" in fields):
-        raise ProtocolError("bad_request", "generate takes a prompt or messages; give one of them")
+    if len(fields.keys() & {"prompt", "tokens", "messages"}) != 1:
+        raise ProtocolError("bad_request", "generate takes a prompt, its tokens, or messages; give one of them")
+    if "tokens" in fields and fields.get("options", {}).get("tools"):
+        raise ProtocolError("option", "tools go through the chat template and tokens do not; give messages")
     if fields.get("priority", "normal") not in PRIORITIES:
         raise ProtocolError("option", f"the priority is none; choose from {', '.join(PRIORITIES)}")
     protocol.options(fields.get("options", {}))

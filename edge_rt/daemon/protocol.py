@@ -136,7 +136,8 @@ OPS: Mapping[str, Mapping[str, str]] = {
     "list_saved": {},
     "delete_saved": {"name": "text!"},
     "generate": {
-        "session": "text", "model": "text", "prompt": "text", "messages": "maps", "options": "map", "priority": "text", "resumable": "flag",
+        "session": "text", "model": "text", "prompt": "text", "tokens": "ids", "messages": "maps", "options": "map", "priority": "text",
+        "resumable": "flag",
     },
     "embed": {"texts": "texts", "tokens": "id lists", "model": "text", "pooling": "text", "normalize": "flag", "dimensions": "id"},
     "score": {

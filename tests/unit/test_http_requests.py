@@ -119,7 +119,12 @@ def test_what_cannot_be_done_is_refused(fields, param, code):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, [], ["a", "b"], [1, 2], [[1]], {}])
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
+def test_a_prompt_may_be_its_tokens(prompt):
+    assert request.completion({"prompt": prompt}).fields["tokens"] == [1, 2]
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], ["a", "b"], [[]], [[1], [2]], [1, "a"], [-1], [True], {}])
 def test_prompts_that_are_none(prompt):
     with pytest.raises(ApiError) as caught:
         request.completion({"prompt": prompt})

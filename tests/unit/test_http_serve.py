@@ -82,6 +82,15 @@ def test_a_text_is_continued(daemon, peer):
     assert whole["id"].startswith("cmpl-")
 
 
+def test_a_prompt_may_be_its_tokens_as_they_are(daemon, peer):
+    text = peer.post(COMPLETION, {"prompt": "Once upon", **SHORT}).json["choices"][0]["text"]
+    tokens = peer.post("/tokenize", {"prompt": "Once upon"}).json["tokens"]
+    for prompt in (tokens, [tokens]):
+        found = peer.post(COMPLETION, {"prompt": prompt, **SHORT}).json
+        assert (found["choices"][0]["text"], found["usage"]["prompt_tokens"]) == (text, len(tokens))
+    assert peer.post(COMPLETION, {"prompt": tokens[1:], **SHORT}).json["usage"]["prompt_tokens"] == len(tokens) - 1, "nothing is added"
+
+
 def test_usage_comes_in_a_chunk_of_its_own(peer):
     *chunks, usage, done = peer.stream(CHAT, {"messages": HELLO, **SHORT, "stream_options": {"include_usage": True}})
     assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 12, "[DONE]")
@@ -190,6 +199,8 @@ def test_models(daemon, peer, random_model):
         ("POST", COMPLETION, {"prompt": "x " * 5000}, 400, "context_length_exceeded"),
         ("POST", COMPLETION, {"prompt": ""}, 400, "invalid_value"),
         ("POST", COMPLETION, {"prompt": ["a", "b"]}, 400, "invalid_type"),
+        ("POST", COMPLETION, {"prompt": [1 << 40]}, 400, "invalid_value"),
+        ("POST", COMPLETION, {"prompt": [1] * 5000}, 400, "context_length_exceeded"),
     ],
 )
 def test_errors(daemon, peer, method, path, body, status, code):

@@ -92,6 +92,7 @@ def test_what_came_over_the_protocol_is_a_body_of_openais(redaction):
         {"prompt": "x", "options": {"tools": [TOOL]}},
         {"messages": HELLO, "options": {"tools": [TOOL], "json_schema": SCHEMA}},
         {"messages": HELLO, "options": {"temperature": 3.0}},
+        {"tokens": [1, 2]},
         {"messages": HELLO, "options": {"logprobs": 21}},
         {"messages": HELLO, "options": {"min_p": float("nan")}},
         {"messages": [{"role": "narrator", "content": "x"}]},

@@ -83,11 +83,12 @@ def completion(body: Mapping[str, Any]) -> Asked:
     """A request for ``/v1/completions``. Raises ApiError, ProtocolError."""
     given, rest = checked(body, COMPLETION, ("stop", "prompt"))
     prompt = rest.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise wrong("prompt", "the prompt is not one text; give a text, or a list with one", "invalid_type")
-    return _asked(body, given, {"prompt": prompt}, _options(given, rest), chat=False, rivals=given.get("logprobs"))
+    field = "tokens" if prompt and protocol.KINDS["ids"].fits(prompt) else "prompt"
+    if field == "prompt" and not isinstance(prompt, str):
+        raise wrong("prompt", "the prompt is not one text; give a text or its tokens, or a list with one of them", "invalid_type")
+    return _asked(body, given, {field: prompt}, _options(given, rest), chat=False, rivals=given.get("logprobs"))
 
 
 def _asked(

@@ -69,5 +69,5 @@ step "Hard cases of the recorded traffic" 12 edge-rt feedback mine "$out/traffic
 edge-rt eval compare "$out/eval-teacher.json" "$out/eval-student.json" --min-retention 0.95 $(printf -- '--suite %s ' $suites) --json \
   > "$out/quality.json" || [ $? = 1 ] || exit
 step "The next run" 20 edge-rt feedback propose "$run" "$out/hard.jsonl" --traffic "$out/traffic.jsonl" --comparison "$out/service.json" \
-  --comparison "$out/quality.json" -o "$out/next.toml"
+  --comparison "$out/quality.json" -o "$(dirname "$run")/$(basename "$run" .toml)-next.toml"
 echo "the report is $report"
