@@ -8,7 +8,8 @@ requests=${REQUESTS:-120} at_once=${AT_ONCE:-2} suites=${SUITES:-finance healthc
 mkdir -p "$out"
 report=$out/chain.md
 folder=$(dirname "$run")/$(basename "$run" .toml)
-printf '# From a teacher to a student in service\n\n<!-- Made by tools/distill/runs/chain.sh. -->\n' > "$report"
+printf '# From a teacher to a student in service\n\n<!-- Made by tools/distill/runs/chain.sh. -->\n\n%s\n' \
+  "What each command said last, and how long it took. A distillation that was done before is not done again: its steps say what they took." > "$report"
 
 # A command as one would type it.
 typed() {
@@ -24,7 +25,7 @@ step() {
   local title=$1 lines=$2 begun=$SECONDS code=0
   shift 2
   "$@" > "$out/last.txt" 2> >(tee "$out/errors.txt" >&2) || code=$?
-  { printf '\n## %s\n\n```\n$ %s\n' "$title" "$(typed "$@")"; tail -n "$lines" "$out/last.txt"; printf '```\n\n%d s' $((SECONDS - begun)); } >> "$report"
+  { printf '\n## %s\n\n```\n$ %s\n' "$title" "$(typed "$@" | sed 's/ $//')"; tail -n "$lines" "$out/last.txt"; printf '```\n\n%d s' $((SECONDS - begun)); } >> "$report"
   if [ $code -gt $may ]; then
     printf ', failed with %d\n' $code >> "$report"
     cat "$out/errors.txt" >&2
