@@ -188,7 +188,8 @@ class Generations:
         one.name = command.get("session")
         if one.name is not None:
             self._store.known(one.name)
-        prompt, tools = command.get("prompt", command.get("messages")), command.get("options", {}).get("tools") or ()
+        prompt: Any = command.get("prompt", command.get("messages"))
+        tools = command.get("options", {}).get("tools") or ()
         one.options = options = protocol.options(command.get("options", {}))
         # What it needs depends on its adapter, which is opened here if it is the first to ask for it.
         self._model.adapters.chosen(options.get("adapter"), options.get("adapter_scale", 1.0))
