@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from bench import models
 from bench.compiled import divergences
 from bench.contenders import Ours, decode_seconds, in_turns
+from bench.processes import TOOL, reach_tool
 from bench.results import OURS, Bound, Result, Settings, compare
 from edge_rt.core.load.compensation import beside
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.testing.random_compensations import write_random_compensation
 
-TOOL = Path(__file__).parents[1] / "tools" / "distill"
 CALIBRATION, TUNING = 8_192, 20_480
 """Tokens of technical text, to which the prose that is measured on is not related."""
 COUNTS = (512, 1024, 2048, 4096, 8192, 16_384)
@@ -30,7 +29,7 @@ OTHERS = ("Q4_1", "IQ4_NL", "Q5_0", "Q5_1")
 
 def quantised(settings: Settings) -> list[Result]:
     """Divergence in the running product, on prose that has nothing to do with the text that was calibrated with."""
-    sys.path.insert(0, str(TOOL))
+    reach_tool()
     source = models.smollm2(settings, "F16")
     files = {
         OURS: (_corrected(settings), "auto"),
@@ -51,7 +50,7 @@ def quantised(settings: Settings) -> list[Result]:
 
 def saturation(settings: Settings) -> list[Result]:
     """How divergence falls with the tokens of calibration: GPTQ, and corrections that are fitted to them and not trained."""
-    sys.path.insert(0, str(TOOL))
+    reach_tool()
     counts = settings.pick(COUNTS, (512,))
     files = {f"GPTQ, {count:,} tokens": (_quantised(settings, "Q4_0", "gptq", count), "off") for count in counts}
     corrected = {f"corrected, {count:,} tokens": (_corrected(settings, count, 0), "auto") for count in counts}
@@ -62,7 +61,7 @@ def saturation(settings: Settings) -> list[Result]:
 
 def overhead(settings: Settings) -> list[Result]:
     """Decoding with corrections against without, on SmolLM2 and on a model of a billion weights with corrections of 3 % of its bytes."""
-    sys.path.insert(0, str(TOOL))
+    reach_tool()
     results = [_overhead(_corrected(settings), "135M", 1.04, settings)]
     large = models.random("Q4_0", settings.pick(BILLION, models.SMALL))
     with ModelFile.open(large) as file:
@@ -137,7 +136,7 @@ def _quantised(settings: Settings, kind: str, method: str, tokens: int = CALIBRA
 
 def _corrected(settings: Settings, tokens: int = CALIBRATION, tuning: int = TUNING) -> Path:
     """SmolLM2 by GPTQ with corrections of 3 % of its bytes, as a run makes them; its side file is beside it."""
-    sys.path.insert(0, str(TOOL))
+    reach_tool()
     plain = _quantised(settings, "Q4_0", "gptq", tokens)
     target = plain.with_name(plain.name.replace("gptq-Q4_0", "corrected" if tuning else "untuned"))
     if target.exists() and beside(target).exists():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench import models
-from bench.processes import PROGRAMS
+from bench.processes import PROGRAMS, TOOL, reach_tool
 from bench.results import Result, Settings
 from bench.serve.served import Served, free_port, open_http
 
@@ -29,7 +28,7 @@ def run(settings: Settings) -> list[Result]:
     path, port = models.smollm2(settings, "Q4_1"), free_port()
     tasks = settings.pick(TASKS, TASKS[:1])
     with tempfile.TemporaryDirectory() as folder:
-        sys.path.insert(0, str(ROOT / "tools" / "distill"))
+        reach_tool()
         from edge_rt_distill.sandbox.harness import export
         from edge_rt_distill.sandbox.suites import built_in
 
@@ -43,7 +42,7 @@ def run(settings: Settings) -> list[Result]:
 
 def _asked(python: Path, folder: Path, target: str, *tasks: str) -> dict[str, Any]:
     out = folder / "out.json"
-    path = f"{ROOT}:{ROOT / 'tools' / 'distill'}"
+    path = f"{ROOT}:{TOOL}"
     command = [str(python), str(PROGRAMS / "harness.py"), str(folder), str(out), target, *tasks]
     done = subprocess.run(command, env={"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HOME": str(folder)}, capture_output=True, text=True)
     if done.returncode:

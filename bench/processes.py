@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
+TOOL = Path(__file__).parents[1] / "tools" / "distill"
+"""The distillation tool: a distribution of its own, which need not be installed."""
 CONSOLE_SCRIPT = Path(sys.executable).with_name("edge-rt")
 _PATIENCE = 300.0
+
+
+def reach_tool() -> None:
+    """Let ``edge_rt_distill`` be imported from the checkout."""
+    if str(TOOL) not in sys.path:
+        sys.path.insert(0, str(TOOL))
 
 
 def run_program(name: str, *arguments: object, prefix: Sequence[str] = ()) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from bench import models
+from bench.processes import reach_tool
 from bench.results import Result, Settings, kept
 
-TOOL = Path(__file__).parents[1] / "tools" / "distill"
 ZEROED = 15
 """The layer that the damaged one lacks, of 30."""
 WHOLE, DAMAGED = "F16", f"Q4_0 with layer {ZEROED} of 30 zeroed"
@@ -27,7 +26,7 @@ def run(settings: Settings) -> list[Result]:
     """What each scores and kept, and whether each is worse than the one before it. Results stay beside those of the benchmark, for
     `edge-rt eval report`.
     """
-    sys.path.insert(0, str(TOOL))
+    reach_tool()
     from edge_rt_distill.sandbox.suites import DOMAINS, built_in
 
     suites = built_in(settings.pick(DOMAINS, DOMAINS[:1]))

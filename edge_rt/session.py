@@ -148,7 +148,7 @@ class Session:
 
     def start(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | None,
         options: GenerateOptions | None = None,
         *,
         tokens: list[int] | None = None,
@@ -158,7 +158,7 @@ class Session:
         """``begin`` in two parts, for a prompt that may be far longer than the context. This is the first; it opens and frees sequences.
 
         What it returns is the second, to be called once, on any thread: what leaves the context is chosen there, which takes a second
-        for a megabyte, and the engine's lock is taken for moments only. Until then, and then up to ``end``, the session is busy.
+        for a megabyte, and the engine's lock is taken for moments only. Up to ``end`` the session is busy. ``prompt`` None: of ``tokens``.
         """
         chosen = override(options or GenerateOptions(), overrides)
         if self._closed:
@@ -256,12 +256,12 @@ class Session:
     # ---- one request -------------------------------------------------------------------------------------------------
 
     def _prepare(
-        self, prompt: str | Sequence[Message], options: GenerateOptions, tokens: list[int] | None, room: int | None
+        self, prompt: str | Sequence[Message] | None, options: GenerateOptions, tokens: list[int] | None, room: int | None
     ) -> Callable[[], loop.Job]:
         """Check the request, then find the cells it can start from; what is returned makes the prompt fit."""
         model = self._model
         if tokens is None:
-            tokens = model.prompt_tokens(prompt, options.tools)
+            tokens = model.prompt_tokens("" if prompt is None else prompt, options.tools)
         if not tokens:
             raise OptionError("the prompt is empty; give some text")
         check(options, model.info.max_context)
@@ -393,7 +393,7 @@ def _drafter(prompt: Sequence[int]) -> NgramDrafter:
     return drafter
 
 
-def _pieces(vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
+def _pieces(vocab: Vocab, prompt: str | Sequence[Message] | None, tokens: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
     """The prompt's segments; most requests fit, and do not pay for the import."""
     from edge_rt.core.context.transcript import pieces
 

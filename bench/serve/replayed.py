@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import models
-from bench.processes import CONSOLE_SCRIPT
+from bench.processes import CONSOLE_SCRIPT, reach_tool
 from bench.results import OURS, Result, Settings, kept
 from bench.serve.served import NO_RATE, free_port, open_http
 from bench.serve.servers import CONTEXT, PEER, Variant, llama_program, peers
 
-TOOL = Path(__file__).parents[2] / "tools" / "distill"
 REQUESTS, LOADS = 500, (1, 4, 8)
 """Requests of a trace, and how many are on their way at a time."""
 FAULTS = ("5:kill-worker", "25:reload-rules", "40:freeze=2")
@@ -31,7 +29,7 @@ JUDGED = (
 
 def run(settings: Settings) -> list[Result]:
     """A result for each load and metric, and for each fault. What was measured stays beside the results, for `edge-rt replay report`."""
-    sys.path.insert(0, str(TOOL))
+    reach_tool()
     from edge_rt_distill.replay.driving import Load
     from edge_rt_distill.replay.generators import Wanted, make
     from edge_rt_distill.replay.trace import write_trace

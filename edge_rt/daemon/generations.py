@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edge_rt.core.part_checks import check_tokens
 from edge_rt.daemon import protocol
 from edge_rt.daemon.account import Account, Promise, need
 from edge_rt.daemon.admission import Line, Waiting
 from edge_rt.daemon.frames import Message
-from edge_rt.errors import Cancelled, OptionError
+from edge_rt.errors import Cancelled
 from edge_rt.records import record
 
 if TYPE_CHECKING:
@@ -188,13 +189,13 @@ class Generations:
         one.name = command.get("session")
         if one.name is not None:
             self._store.known(one.name)
-        prompt: Any = command.get("prompt", command.get("messages"))
-        tools = command.get("options", {}).get("tools") or ()
+        prompt, tools = _prompt(command), command.get("options", {}).get("tools") or ()
         one.options = options = protocol.options(command.get("options", {}))
         # What it needs depends on its adapter, which is opened here if it is the first to ask for it.
         self._model.adapters.chosen(options.get("adapter"), options.get("adapter_scale", 1.0))
         if "tokens" in command:
-            self.arrived(command, self._given(command["tokens"]))
+            check_tokens(command["tokens"], self._model.engine.info)
+            self.arrived(command, command["tokens"])
         elif (len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)) < LONG:
             self.arrived(command, self._model.prompt_tokens(prompt, tools))
         else:
@@ -255,7 +256,7 @@ class Generations:
 
         one.session, one.alone = session, name is None
         try:
-            begin = session.start(self._prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
+            begin = session.start(_prompt(command), tokens=waiting.tokens, room=room, rules=self._rules, **waiting.options)
         except BaseException:
             over()
             raise
@@ -334,15 +335,7 @@ class Generations:
     def _piece(self, token: int) -> bytes:
         return self._model.vocab.piece(token, special=True)
 
-    def _given(self, tokens: list[int]) -> list[int]:
-        """The tokens of a prompt that a client has tokenised. Raises OptionError if there is one that is none."""
-        if not all(0 <= token < self._model.vocab.n_tokens for token in tokens):
-            count = self._model.vocab.n_tokens
-            raise OptionError(f"the prompt has a token outside the vocabulary of {count}; tokenize with this model")
-        return tokens
 
-    def _prompt(self, command: Message) -> Any:
-        """What is answered: messages, or a text, also that of tokens."""
-        if "tokens" in command:
-            return b"".join(map(self._piece, command["tokens"])).decode(errors="replace")
-        return command.get("prompt", command.get("messages"))
+def _prompt(command: Message) -> Any:
+    """None if it is told by its tokens alone."""
+    return command.get("prompt", command.get("messages"))

@@ -87,6 +87,16 @@ def test_a_raw_text_is_paragraphs(any_vocab: Vocab, text: str) -> None:
         assert all(piece.segment.role == "text" for piece in found)
 
 
+def test_tokens_alone_are_the_pieces_of_the_text_that_they_spell(smollm2: Path) -> None:
+    vocab = Vocab.load(smollm2)
+    text = "\n\n".join(["The pump is worn. " * 20, "<|im_end|> The seal leaks. " * 20, "Call Ada."])
+    tokens = vocab.tokenize(text, special=True)
+    found = pieces(vocab, None, tokens)
+    assert any(map(vocab.is_control, tokens))
+    assert len(found) == 3
+    assert found == pieces(vocab, text, tokens)
+
+
 def test_what_a_turn_is_made_of_goes_with_it(any_vocab: Vocab) -> None:
     messages = [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "user"}, {"role": "assistant", "content": "I am."},

@@ -64,9 +64,14 @@ class Found(NamedTuple):
 
 
 def pieces(
-    vocab: Vocab, prompt: str | Sequence[Message], tokens: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()
+    vocab: Vocab, prompt: str | Sequence[Message] | None, tokens: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()
 ) -> list[Piece]:  # fmt: skip
-    """The pieces of a prompt whose tokens are ``tokens``: at least one token each, together all of them, in order."""
+    """The pieces of a prompt whose tokens are ``tokens``: at least one token each, together all of them, in order.
+
+    ``prompt`` None: its text is that of the tokens.
+    """
+    if prompt is None:
+        prompt = vocab.detokenize(tokens, special=True).decode(errors="replace")
     if isinstance(prompt, str):
         text, parts = prompt, [(segment.start, segment) for segment in segments([{"role": RAW, "content": prompt}])]
     else:

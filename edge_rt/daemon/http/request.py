@@ -82,13 +82,11 @@ def chat(body: Mapping[str, Any]) -> Asked:
 def completion(body: Mapping[str, Any]) -> Asked:
     """A request for ``/v1/completions``. Raises ApiError, ProtocolError."""
     given, rest = checked(body, COMPLETION, ("stop", "prompt"))
-    prompt = rest.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
-    field = "tokens" if prompt and protocol.KINDS["ids"].fits(prompt) else "prompt"
-    if field == "prompt" and not isinstance(prompt, str):
+    field, prompts = _texts("prompt", rest.get("prompt"))
+    if len(prompts) != 1 or prompts[0] == []:
         raise wrong("prompt", "the prompt is not one text; give a text or its tokens, or a list with one of them", "invalid_type")
-    return _asked(body, given, {field: prompt}, _options(given, rest), chat=False, rivals=given.get("logprobs"))
+    fields = {"prompt" if field == "texts" else field: prompts[0]}
+    return _asked(body, given, fields, _options(given, rest), chat=False, rivals=given.get("logprobs"))
 
 
 def _asked(
@@ -149,17 +147,21 @@ def checked(body: Mapping[str, Any], kinds: Mapping[str, str], others: Sequence[
 
 
 def texts_of(name: str, given: Any, most: int) -> tuple[str, list[Any]]:
-    """The field ``name``: a text, texts, tokens of one text, or of several, at most so many; as ``texts`` or ``tokens``, in a list of their
-    texts. Raises ApiError.
-    """
+    """The field ``name``, of at most so many texts: see ``_texts``. Raises ApiError."""
+    found, texts = _texts(name, given)
+    if not 1 <= len(texts) <= most:
+        raise wrong(name, f"there are {len(texts)} texts; give 1 to {most}")
+    return found, texts
+
+
+def _texts(name: str, given: Any) -> tuple[str, list[Any]]:
+    """A text, texts, tokens of one text, or of several; as ``texts`` or ``tokens``, in a list of their texts. Raises ApiError."""
     texts = [given] if isinstance(given, str) else given
     if protocol.KINDS["ids"].fits(texts) and texts:
         texts = [texts]
     found = next((field for field, kind in (("texts", "texts"), ("tokens", "id lists")) if protocol.KINDS[kind].fits(texts)), None)
     if found is None:
         raise wrong(name, f"the {name} is neither a text, nor tokens, nor a list of either", "invalid_type")
-    if not 1 <= len(texts) <= most:
-        raise wrong(name, f"there are {len(texts)} texts; give 1 to {most}")
     return found, texts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -175,17 +175,17 @@ def test_every_metric_tells_crafted_answers_apart(suites: list[Suite]) -> None:
 
 
 def test_nothing_of_the_suites_is_in_what_students_learn_from_and_suites_share_instructions_at_most(suites: list[Suite]) -> None:
-    def asked(wanted: Callable[[Suite, Item], bool]) -> list[Sample]:
-        items = [item for suite in suites for item in suite.items if wanted(suite, item)]
-        said = [[*(one["content"] for one in item.messages), item.text, *item.options, *item.asks] for item in items]
-        return [make_sample(text=" ".join([*some, *(turn.content for turn in item.turns)])) for some, item in zip(said, items, strict=True)]
+    def asked(item: Item) -> Sample:
+        said = [*(one["content"] for one in item.messages), item.text, *item.options, *item.asks, *(turn.content for turn in item.turns)]
+        return make_sample(text=" ".join(said))
 
+    items = [(suite.name, item.split, asked(item)) for suite in suites for item in suite.items]
     for name in ("demo", "technical", "docstrings"):
-        assert leaks(BUILT_IN[name](), asked(lambda *_: True)) == [], name
+        assert leaks(BUILT_IN[name](), [sample for _, _, sample in items]) == [], name
     for own in suites:
-        shared = leaks(asked(lambda suite, _, own=own: suite is not own), asked(lambda suite, _, own=own: suite is own))
-        assert [leak for leak in shared if leak.share > 0.2] == [], own.name
-    steering = leaks(asked(lambda _, item: item.split == "steer"), asked(lambda _, item: item.split == "sealed"))
+        others, mine = ([one for name, _, one in items if (name == own.name) == here] for here in (False, True))
+        assert [leak for leak in leaks(others, mine) if leak.share > 0.2] == [], own.name
+    steering = leaks(*([one for _, split, one in items if split == wanted] for wanted in ("steer", "sealed")))
     assert len([leak for leak in steering if leak.share > 0.2]) <= 3, "two of a domain may begin with the same system message"
 
 

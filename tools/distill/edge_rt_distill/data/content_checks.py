@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import operator
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -217,9 +216,8 @@ def register(answer: Answer, arguments: Mapping[str, Any]) -> float:
 
 def own_turn(answer: Answer, _: Mapping[str, Any]) -> float:
     """It does not go on as somebody else: no line that begins with a role (User:, 用户：) or a mark of a template."""
-    text = unicodedata.normalize("NFKC", answer.text)
     roles = r"(?im)^[\s#*>]*(?:user|human|assistant|customer|system|question|q|用户|客户|顾客|客服|系统|助手|问)\**\s*:"
-    return float(re.search(roles + r"|<\|[a-z_]+\|>|\[/?INST\]|</s>|<(?:start|end)_of_turn>", text) is None)
+    return float(re.search(roles + r"|<\|[a-z_]+\|>|\[/?INST\]|</s>|<(?:start|end)_of_turn>", plain(answer.text)) is None)
 
 
 def matches(answer: Answer, arguments: Mapping[str, Any]) -> float:

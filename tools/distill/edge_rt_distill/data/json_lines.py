@@ -12,12 +12,17 @@ from edge_rt.hooks import DataError
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The number of each line that is not blank, counted from 1, and its value. Raises DataError."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    yield from values(read_text(path), str(path))
+
+
+def values(text: str, where: str) -> Iterator[tuple[int, Any]]:
+    """The same of a text that came from ``where``."""
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+                raise DataError(f"{where}, line {number}: not JSON ({error})") from None
 
 
 def read_text(path: Path) -> str:

@@ -52,15 +52,17 @@ def give(
 
     text, where = (sys.stdin.read(), "standard input") if file == "-" else (read_text(Path(file)), file)
     said = {"rating": rating, "correction": correction, "comment": comment}
-    answers = read_answers(text, where)
-    for number, one in enumerate(answers):
-        try:
-            send(url, key_file, {**one, **{name: value for name, value in said.items() if value is not None}})
-        except UserError:
-            if number:
-                typer.echo(f"recorded: the first {number} of {len(answers)} answers")
-            raise
-    typer.echo("recorded" if len(answers) == 1 else f"recorded: {len(answers)} answers")
+    given = {name: value for name, value in said.items() if value is not None}
+    answers = [{**one, **given} for one in read_answers(text, where)]
+    recorded = 0
+    try:
+        for _ in send(url, key_file, answers):
+            recorded += 1
+    except UserError:
+        if recorded:
+            typer.echo(f"recorded: the first {recorded} of {len(answers)} answers")
+        raise
+    typer.echo("recorded" if recorded == 1 else f"recorded: {recorded} answers")
 
 
 def mine(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from edge_rt.hooks import DataError
 from edge_rt_distill.asking import Asking
+from edge_rt_distill.data.json_lines import values
 
 SECONDS = 60.0
 """For the daemon to write it."""
@@ -23,17 +24,9 @@ def read_answers(text: str, where: str) -> list[dict[str, Any]]:
     try:
         return [_answer(json.loads(text), where)]
     except (ValueError, RecursionError) as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        if len(lines) < 2:
+        if "\n" not in text.strip():
             raise DataError(f'{where} is not JSON ({error}); give {{"messages": [...], "answer": "..."}}') from error
-    return [_answer(_line(line, f"{where}, line {number}"), f"{where}, line {number}") for number, line in lines]
-
-
-def _line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'{where} is not JSON ({error}); give {{"messages": [...], "answer": "..."}} in each line') from error
+    return [_answer(value, f"{where}, line {number}") for number, value in values(text, where)]
 
 
 def _answer(found: Any, where: str) -> dict[str, Any]:
@@ -44,7 +37,11 @@ def _answer(found: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def give(address: str, key_file: Path | None, feedback: Mapping[str, Any]) -> None:
-    """Send feedback to the daemon at a URL, or ``unix:PATH``. Raises OptionError, and UserError if it is refused, in the daemon's words."""
+def give(address: str, key_file: Path | None, answers: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+    """Send feedback to the daemon at a URL, or ``unix:PATH``; something comes each time that one is recorded. Raises OptionError, and
+    UserError if one is refused, in the daemon's words.
+    """
     with closing(Asking(address, key_file, SECONDS)) as server:
-        server.post("/edge-rt/feedback", feedback)
+        for one in answers:
+            server.post("/edge-rt/feedback", one)
+            yield

@@ -55,7 +55,6 @@ class Driver:
         self._ended = [asyncio.Event() for _ in requests]
         self._outcomes: dict[int, Outcome] = {}
         self._messages: dict[str, str] = {}
-        self._away: dict[int, float] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._one_ended = asyncio.Event()
         self._wrong: BaseException | None = None
@@ -157,34 +156,34 @@ class Driver:
             due = max(due, self._outcomes[before].ended)
         question = self._talks.question(number)
         self._tally.sent += 1
-        outcome = await self._asked(number, due, question)
+        outcome, away = await self._asked(number, due, question)
         self._outcomes[number] = outcome
         self._talks.answered(question, outcome)
         self._tally.ended(outcome)
         self._ended[number].set()
         if self._load.concurrency is not None and self._tally.sent < len(self._requests):
-            await asyncio.sleep(min(self._away.pop(number, 0.0), AWAY))  # its place stays taken: each place is a client
+            await asyncio.sleep(min(away, AWAY))  # its place stays taken: each place is a client
 
-    async def _asked(self, number: int, due: float, question: Question) -> Outcome:
-        """What becomes of a request."""
+    async def _asked(self, number: int, due: float, question: Question) -> tuple[Outcome, float]:
+        """What becomes of a request, and for how many seconds its client is to stay away."""
         request, sent = self._requests[number], self.now()
         heard = _Heard(sent, self.now, self._tally)
         leaves = request.cancel_after is not None and request.cancel_after < self._load.timeout
-        status, code, ending = "ok", "", Ending("")
+        status, code, ending, away = "ok", "", Ending(""), 0.0
         try:
             ending = await asyncio.wait_for(self._target.ask(question, heard), request.cancel_after if leaves else self._load.timeout)
         except asyncio.TimeoutError:
             status, code = ("cancelled", "") if leaves else ("error", "timeout")
         except Failed as error:
-            status, code = "error", error.code
+            status, code, away = "error", error.code, error.wait
             self._messages.setdefault(error.code, str(error))
-            self._away[number] = error.wait
         text = "".join(heard.texts)
         passed = worth(request.checks, Answer(text, ending.finish_reason in BY_ITSELF)) if status == "ok" and request.checks else None
-        return Outcome(
+        outcome = Outcome(
             number, due, sent, self.now(), status, code, ending.finish_reason, text, tuple(heard.moments), heard.tokens(ending),
             ending.prompt_tokens, ending.prompt_seconds, passed,
         )  # fmt: skip
+        return outcome, away
 
 
 class _Heard:

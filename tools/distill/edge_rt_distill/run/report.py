@@ -19,8 +19,6 @@ from edge_rt_distill.run.steps import Done, read_done
 
 Row = Sequence[object]
 _ADDED = ("the cut alone", "+ token", "+ hidden", "+ attention", "+ behaviour: all")
-
-
 _MARK = "<!-- Made by `edge-rt distill report`. -->"
 _INTRO = (
     "Held-out samples are of the same kinds as those learnt from and share nothing with them. KL (teacher to student) is in nats a "

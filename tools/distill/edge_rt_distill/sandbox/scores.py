@@ -28,7 +28,6 @@ from edge_rt_distill.sandbox.weights import FLOORS
 DRAWS = 2000
 FEW = 4
 """Items of a cell below which it does not count."""
-_OTHERS = "teacher and student were asked different items; evaluate both with the same suites and split"
 Floats = npt.NDArray[np.float64]
 
 
@@ -97,10 +96,7 @@ def scores(results: Results, suites: Sequence[Suite], seed: int = 0) -> dict[str
 
 def difference(first: Results, second: Results, suites: Sequence[Suite], seed: int = 0) -> Estimate:
     """How much more the second scores, over all cells, with the same items drawn for both. Raises DataError for results that do not fit."""
-    left, right = cells(first, suites), cells(second, suites)
-    if {cell: one.keys() for cell, one in left.items()} != {cell: one.keys() for cell, one in right.items()}:
-        raise DataError(_OTHERS)
-    pairs = [_drawn([[one[cell][item] for item in left[cell]] for one in (left, right)], seed, cell) for cell in left]
+    pairs = [_drawn(both, seed, cell) for cell, both in _beside(first, second, suites).items()]
     return _interval(np.mean([pair[1] - pair[0] for pair in pairs], 0))
 
 
@@ -110,26 +106,32 @@ def compare(
     """What the student kept. ``weights``: of metrics and domains by name, 1 if left out. 0: left out. What one of them could not be asked
     counts for neither (``left_out`` of its results). Raises DataError for results that do not fit, or without any weight.
     """
-    left, right = cells(teacher, suites), cells(student, suites)
-    if bool(teacher.left_out) != bool(student.left_out):
-        left, right = _without_options(left, suites), _without_options(right, suites)
-    if {cell: one.keys() for cell, one in left.items()} != {cell: one.keys() for cell, one in right.items()}:
-        raise DataError(_OTHERS)
-    if teacher.judge != student.judge:
-        raise DataError("one of them was graded by a judge that the other was not graded by; let the same judge grade both, or none")
+    table = _beside(teacher, student, suites)
     given = weights or {}
-    weight = {cell: one for cell in left if (one := given.get(cell[0], 1.0) * given.get(cell[1], 1.0))}
+    weight = {cell: one for cell in table if (one := given.get(cell[0], 1.0) * given.get(cell[1], 1.0))}
     if not weight:
         raise DataError("no item that was asked has a weight; give one to some of the metrics and domains that were asked")
-    pairs = {cell: _drawn([[one[cell][item] for item in left[cell]] for one in (left, right)], seed, cell) for cell in weight}
+    pairs = {cell: _drawn(table[cell], seed, cell) for cell in weight}
 
     def kept(some: list[Cell]) -> Kept:
-        return _kept([pairs[cell] for cell in some], [len(left[cell]) for cell in some], [weight[cell] for cell in some])
+        return _kept([pairs[cell] for cell in some], [len(table[cell][0]) for cell in some], [weight[cell] for cell in some])
 
     asked = {cell[1] for cell in pairs}
     metrics = {metric: kept([cell for cell in pairs if cell[1] == metric]) for metric in METRICS if metric in asked}
     domains = {domain: kept([cell for cell in pairs if cell[0] == domain]) for domain in dict.fromkeys(cell[0] for cell in pairs)}
     return Comparison(kept(list(pairs)), metrics, domains)
+
+
+def _beside(teacher: Results, student: Results, suites: Sequence[Suite]) -> dict[Cell, tuple[list[float], list[float]]]:
+    """Cell -> the values of both, of the same items. Raises DataError for results that do not fit."""
+    left, right = cells(teacher, suites), cells(student, suites)
+    if bool(teacher.left_out) != bool(student.left_out):
+        left, right = _without_options(left, suites), _without_options(right, suites)
+    if {cell: one.keys() for cell, one in left.items()} != {cell: one.keys() for cell, one in right.items()}:
+        raise DataError("teacher and student were asked different items; evaluate both with the same suites and split")
+    if teacher.judge != student.judge:
+        raise DataError("one of them was graded by a judge that the other was not graded by; let the same judge grade both, or none")
+    return {cell: (list(one.values()), [right[cell][item] for item in one]) for cell, one in left.items()}
 
 
 def _without_options(table: Mapping[Cell, Mapping[str, float]], suites: Sequence[Suite]) -> dict[Cell, dict[str, float]]:
