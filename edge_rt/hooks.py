@@ -331,8 +331,8 @@ class HookSpecs:
         """Assemble: text transducers a request may name.
 
         Called once per registry, when a post-processor is first needed. ``PostProcessorFactory.compile`` is called for every version of
-        the rules, what it returns for every stream. The built-in ones are ``punctuation``, ``terminology``, ``redaction`` and
-        ``language_tags``.
+        the rules, what it returns for every stream. The built-in one is ``redaction``; the distribution edge-rt-text has
+        ``punctuation``, ``terminology`` and ``language_tags``.
         """
 
     @hookspec

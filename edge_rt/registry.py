@@ -51,12 +51,13 @@ BUILT_INS = {
     "cpu": "edge_rt.plugins.cpu",
     "ggml": "edge_rt.plugins.ggml",
     "grader_content": "edge_rt.plugins.grader_content",
-    "language_tags": "edge_rt.plugins.language_tags",
     "llama_cpp": "edge_rt.plugins.llama_cpp",
-    "punctuation": "edge_rt.plugins.punctuation",
     "redaction": "edge_rt.plugins.redaction",
-    "terminology": "edge_rt.plugins.terminology",
 }
+OWN_PLUGINS = {"language_tags": "edge-rt-text", "punctuation": "edge-rt-text", "terminology": "edge-rt-text"}
+"""Plugins in distributions of this project that are installed by an extra of edge-rt: plugin -> distribution."""
+EXTRAS = {"edge-rt-text": "edge-rt[text]"}
+"""Distribution -> what to install to get it."""
 
 _T = TypeVar("_T")
 
@@ -124,6 +125,8 @@ class Registry:
             registry._add(name, "", "", lambda plugin=plugin: plugin, disabled=name in off)
         missing = sorted(registry._required - registry._status.keys())
         if missing:
+            if absent := registry.not_installed(missing[0]):
+                raise PluginError(f"the plugin {absent}")
             raise PluginError(f"no plugin named {missing[0]} is installed; installed are {', '.join(registry._status) or 'none'}")
         return registry
 
@@ -172,9 +175,15 @@ class Registry:
         """A post-processor factory by name. Raises PluginError."""
         return self._named("post-processor", self.post_processors(), name)
 
-    def built_in(self, plugin: str) -> bool:
-        """Whether a plugin comes with edge-rt."""
-        return self._status[plugin].distribution == installed.OWN_DISTRIBUTION
+    def trusted(self, plugin: str) -> bool:
+        """Whether a plugin is of this project, so that its post-processors need no thread of their own to be timed out on."""
+        return self._status[plugin].distribution in (installed.OWN_DISTRIBUTION, *EXTRAS)
+
+    def not_installed(self, plugin: str) -> str | None:
+        """How to get a plugin of this project whose distribution is not installed, in a sentence; None for any other name."""
+        if plugin in self._status or plugin not in OWN_PLUGINS:
+            return None
+        return f"{plugin} is not installed; pip install '{EXTRAS[OWN_PLUGINS[plugin]]}'"
 
     def add_cli_commands(self, app: typer.Typer) -> None:
         """Let every plugin add commands to ``app``; one that raises adds none."""
@@ -395,5 +404,7 @@ class Registry:
         """An offer by name. Raises PluginError that says what there is, and which plugins failed."""
         if name in offers:
             return offers[name]
+        if absent := self.not_installed(name):
+            raise PluginError(f"the {kind} {absent}")
         broken = [f"plugin {status.name} {status.state}: {status.reason}" for status in self.plugins if status.state != "ok"]
         raise PluginError("; ".join([f"no {kind} named {name}, there is {', '.join(offers) or 'none'}", *broken]))

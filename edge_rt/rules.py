@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from edge_rt.core.assemble.pipeline import Pipeline, Stage
-from edge_rt.core.assemble.rules import Rules
+from edge_rt.core.assemble.rules import Place, Rules
 from edge_rt.errors import EdgeError, RuleError
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class Ruleset:
         """Names of the post-processors in the order of the pipeline: as ``pipeline`` says, else as their tables follow each other."""
         top = Rules(values)
         known = list(self._registry.post_processors())
+        asked: list[tuple[str, Place]] = [(name, (name,)) for name in values if name != "pipeline"]
+        asked += [(name, ("pipeline", i)) for i, name in enumerate(top.texts("pipeline"))]
+        for name, place in asked:
+            if name not in known and (absent := self._registry.not_installed(name)):
+                raise top.error(f"the post-processor {absent}", *place)
         for name, table in values.items():
             if name != "pipeline" and name not in known:
                 raise top.error(f"there is no post-processor {name}; there is {', '.join(known) or 'none'}", name)
@@ -110,7 +115,7 @@ class Ruleset:
     def _stage(self, name: str) -> Stage:
         compiled = self._get(name)
         processor = compiled.make()
-        if not self._registry.built_in(compiled.plugin):
+        if not self._registry.trusted(compiled.plugin):
             from edge_rt.core.assemble.aside import Aside
 
             processor = Aside(processor)

@@ -1,45 +1,27 @@
-"""The post-processor ``punctuation``: what of a stream can be decided, what is held, and how it ends. Its rules:
+"""The post-processor ``punctuation``: what can be decided so far, what is held back, and what is added at the end.
 
-``complete``
-    Where a missing full stop or question mark is added: ``"text"`` (at the end of the text), ``"paragraphs"`` (at the end of each) or
-    ``"never"``.
-``close``
-    Where quotes and brackets that are plainly open are closed: ``"text"``, ``"paragraphs"`` or ``"never"``.
-``close_cut``
-    Whether that is also done where a text was cut off, by the token limit or a cancel. (A full stop is never added there.)
-``width``
-    ``"auto"``: ``,.?!:;()`` are full-width in Chinese and ASCII in Latin text. ``"full"``: full-width wherever they are prose.
-    ``"half"``: ASCII everywhere. ``"keep"``: as they are written.
-``digits``
-    Whether full-width digits and Latin letters become ASCII.
-``ellipsis``
-    Whether three dots, or three full stops, become ``……`` in Chinese and ``…`` in Latin text.
-``spacing``
-    Whether a space is put between Han letters and Latin words or numbers.
-``shortest``
-    A sentence alone in its paragraph is completed if it has this many words; a Han letter counts as one. Less is an answer, as "42".
+docs/post/punctuation.md explains the rules.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 
 from edge_rt.hooks import CodeSpans, Rules
-from edge_rt.plugins.punctuation.ending import missing_stop
-from edge_rt.plugins.punctuation.marks import TOKEN, Marks, Settings
-from edge_rt.plugins.punctuation.pairs import Pairs
-from edge_rt.plugins.punctuation.reading import Reading
+from edge_rt_text.marks import TOKEN, Marks, Pairs, Settings
+from edge_rt_text.text_state import HAN_LETTER, TextState
 
 BLANKS = 16
-"""White space that is held back, at most: a full stop may have to go before it. After more, nothing is added."""
+"""Most white space characters held back, because a full stop may have to go before them. After more, nothing is added."""
 
 _INTERESTING = re.compile(f"[{TOKEN.characters}]")
 _PLACES = ("text", "paragraphs", "never")
 
 
 def compile_rules(rules: Rules) -> Callable[[], Punctuation]:
-    """Read the table of rules. Raises RuleError."""
+    """Returns a function that makes the post-processor of one stream. Raises RuleError."""
     settings = Settings(
         rules.choice("complete", _PLACES, "text"),
         rules.choice("close", _PLACES, "text"),
@@ -54,14 +36,14 @@ def compile_rules(rules: Rules) -> Callable[[], Punctuation]:
 
 
 class Punctuation:
-    """One stream. ``held`` is a mark whose neighbour is not known yet, or white space that may end the text."""
+    """The post-processor of one stream. ``held`` is a mark whose neighbour is not known yet, or white space that may end the text."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.held = ""
         self.counts = {"completed": 0, "closed": 0, "normalised": 0}
-        self._spans, self._reading, self._pairs = CodeSpans(), Reading(), Pairs()
-        self._marks = Marks(settings, self._reading, self._pairs, self.counts)
+        self._spans, self._state, self._pairs = CodeSpans(), TextState(), Pairs()
+        self._marks = Marks(settings, self._state, self._pairs, self.counts)
         self._code = False  # in code
         self._gap = False  # more white space than is held back went out, and nothing since
         self._ended = False
@@ -79,7 +61,7 @@ class Punctuation:
                 certain = whole.rstrip()
                 self.held = whole[len(certain) :]
                 if len(self.held) <= BLANKS:
-                    self._reading.add(certain)
+                    self._state.add(certain)
                     return certain
                 self.held = ""
                 pieces = [(whole, False)]
@@ -100,21 +82,21 @@ class Punctuation:
         if self._code:
             if self._spans.feed("x")[-1][1]:
                 return ""  # nothing is added to code
-            self._reading.add("`")
+            self._state.add("`")
         text = self._read(self.held, len(self.held.rstrip()), True)
         blanks, self.held = self.held, ""
         return text + ("" if self._gap else self._missing(complete, close)) + blanks
 
     def _missing(self, complete: bool, close: bool) -> str:
         """What the text lacks here, at the end of a paragraph."""
-        self._reading.settle()
-        stop = missing_stop(self._reading, self._settings.shortest, self._settings.width) if complete else ""
-        missing = self._pairs.closing(stop) if close and not self._reading.line.startswith("|") else stop
+        self._state.settle()
+        stop = missing_stop(self._state, self._settings.shortest, self._settings.width) if complete else ""
+        missing = self._pairs.closing(stop) if close and not self._state.line.startswith("|") else stop
         if close:
             self._pairs.open.clear()
         self.counts["completed"] += bool(stop)
         self.counts["closed"] += len(missing) - len(stop)
-        self._reading.add(missing)
+        self._state.add(missing)
         return missing
 
     def _code_piece(self, code: str) -> str:
@@ -131,7 +113,7 @@ class Punctuation:
             return text
         if self._code:
             self._code = False
-            self._reading.add("`")  # all code is one character to us
+            self._state.add("`")  # all code is one character to us
         text = self.held + text
         if self._gap:
             self.held = ""
@@ -175,8 +157,8 @@ class Punctuation:
         places = self._settings
         missing = ""
         if len(run) <= BLANKS and run.count("\n") > 1 and "paragraphs" in (places.complete, places.close):
-            self._reading.settle()
-            if self._reading.line:
+            self._state.settle()
+            if self._state.line:
                 missing = self._missing(places.complete == "paragraphs", places.close == "paragraphs")
         self._white(run)
         return missing + run
@@ -184,8 +166,79 @@ class Punctuation:
     def _white(self, run: str) -> None:
         """Take note of white space that goes out."""
         for _ in range(run.count("\n")):
-            self._reading.settle()
+            self._state.settle()
             self._pairs.end_line()
-            if self._reading.end_line():
+            if self._state.end_line():
                 self._pairs.end_paragraph()
-        self._reading.add(run)
+        self._state.add(run)
+
+
+_BOLD = re.compile(r"\*\*[^*]+\*\*$")
+_HEADING_OR_TABLE = re.compile(r"#{1,6}\s|\|")
+_NAME_OF_FILE = re.compile(r"(?:\S@\S+|[^\W\d]\.[A-Za-z]\w*|(?:^|\s)[~.]?/\S+|\\\S+|\w_\w+)$")
+_SMALL = "a|an|and|as|at|by|de|for|from|in|la|of|on|or|the|to|with"
+_TITLE = re.compile(rf"(?:[*_“\"'‘(]*[A-Z0-9][\w’'.-]*[,:*_”\"'’)]*|{_SMALL})(?:\s+(?:[A-Z0-9][\w’'.-]*[,:*_”\"'’)]*|{_SMALL}))*\s*$")
+
+_SUBJECT = "you|he|she|it|we|they|i|there|this|that|these|those|the|a|an|my|your|his|her|our|their"
+_QUESTION = re.compile(
+    r"(?:so|and|but|well|now|ok|okay)?,?\s*(?:"
+    rf"(?:is|are|was|does|did|can|could|would|will|has|am)(?:n['’]t)?\s(?:{_SUBJECT})\b"
+    r"|(?:do|have)(?:n['’]t)?\s(?:you|we|they|i)\b"
+    rf"|(?:what|where|when|who|why|how)(?:['’]s|\s(?:is|are|was|were|do|does|did|can|could|would|will|should|has|have))\s(?:{_SUBJECT})\b"
+    r"|how\s(?:many|much|long|often|old|far)\s\w+\s(?:is|are|was|were|do|does|did|can|will|would)\b)",
+    re.IGNORECASE,
+)
+_WHEN_CLAUSE = re.compile(r"(?:when|where|how|what|who)\s.*,", re.IGNORECASE)
+_ASKS = re.compile(
+    "吗$|(?:是不是|对不对|好不好|行不行|可不可以|能不能)$|(?:什么|怎么|怎样|怎么样|谁|哪|为何|几|多少|如何).*呢$|^[你您我他她它]们?呢$"
+)
+_PLEASE_ASK = re.compile("(?:请问|敢问)")
+
+
+def missing_stop(state: TextState, shortest: int, width: str) -> str:
+    """The mark that the text read so far lacks, or "".
+
+    ``shortest``: Han letters and other words of a lone sentence, at least. ``width``: "full" or "half"; else that of the sentence.
+    """
+    before, line = state.before, state.line
+    core = before.rstrip("*_)）”’\"'」』》〉】〕")
+    if state.address or not core or _HEADING_OR_TABLE.match(line) or not _ends_with_a_word(core[-1]):
+        return ""
+    if before[-1] in ")）" and state.head.lstrip("”’\"'」』 ")[:1] in ("(", "（"):
+        return ""  # a remark in brackets after the last sentence, or the only one
+    if _BOLD.match(state.head):
+        return ""  # a heading
+    han, words = state.han, state.words
+    if state.is_item:
+        if not (state.items_end or state.line_ended):
+            return ""
+    elif not state.sentence_ended:
+        # After a line with a colon there are names, values and parts of a list as often as sentences.
+        if han + words - state.clause < shortest * (2 if state.line_end in (":", "：") else 1):
+            return ""
+        if state.lines and state.line_end not in ("，", ",", "；", ";", "、"):  # a verse, a column of names
+            return ""
+        if not han and _TITLE.match(state.head):
+            return ""
+    if not han + words:
+        return ""
+    wide = han > words or (han == words and HAN_LETTER.match(state.head.lstrip("*_“\"‘'（([《「『")) is not None)
+    if _NAME_OF_FILE.search(before) and (not wide or "@" in before.rpartition(" ")[2]):
+        return ""
+    asks = _asks_in_chinese(core, state.head) if wide else _asks(state.head)
+    marks = "？。" if width == "full" or (wide and width != "half") else "?."
+    return marks[0] if asks else marks[1]
+
+
+def _asks_in_chinese(text: str, head: str) -> bool:
+    clause = re.split("[，。；：,:;]", text)[-1]
+    return _ASKS.search(clause) is not None or _PLEASE_ASK.match(head) is not None
+
+
+def _asks(head: str) -> bool:
+    head = head.lstrip("*_“\"'‘( ")
+    return _QUESTION.match(head) is not None and not _WHEN_CLAUSE.match(head)
+
+
+def _ends_with_a_word(character: str) -> bool:
+    return character.isalnum() or character in "%％°℃‰" or unicodedata.category(character).startswith("M")

@@ -1,26 +1,87 @@
-"""The post-processor ``terminology``: writes terms as a glossary wants them. Its rules, ``[terminology]``:
+"""The post-processor ``terminology``: replaces terms as they stream. docs/post/terminology.md explains the rules.
 
-- ``terms``: a table of variants and preferred forms, ``"PV" = "photovoltaic (PV)"`` or ``"PV" = { to = ..., case = ..., first = ... }``.
-- ``glossary``: tables ``[[terminology.glossary]]``, each with a ``domain`` and a ``file``, CSV or TSV in UTF-8, a term a line:
-  ``variant,preferred form,flags``. Flags, which may be left out, are a case and ``first``. Lines that begin with ``#`` are comments.
-- ``domains``: those whose glossaries are used; all if it is not there.
-- ``case``: ``exact``: a variant is found as it is written. ``ignore``: in any case. ``follow``: in any case, and a preferred form in lower
-  case is written in that of the text. ``smart`` (the default): exact for a variant with capitals, else follow.
-- ``first_only``: a term is replaced only where it is first used, and later left as it is. (``first`` of a single term.) Default false.
-- ``in_code``, ``in_addresses``: terms are also replaced in code, in addresses of the web and of mail. Default false.
-
-Of all terms in a text the leftmost is replaced, of those that begin together the longest. One that begins or ends with a letter or digit
-of a script with spaces is no part of a longer word: the ``AI`` in ``MAIN`` and in ``AIs`` is not meant, that in ``AI's`` and ``用AI写`` is.
+The leftmost term is replaced, and of those that begin at the same place the longest. A term that begins or ends with a letter or digit of
+a script with spaces does not match inside a longer word: ``AI`` matches in ``AI's`` and ``用AI写``, not in ``MAIN`` or ``AIs``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
-from edge_rt.hooks import PostProcessor, Rules
-from edge_rt.plugins.terminology.glossary import MAX_TERM, Glossary, read, written
-from edge_rt.plugins.terminology.prose import MAX_LOOK, Prose, may_be_address
-from edge_rt.plugins.terminology.words import begins, continues, fold, in_word, joins, unbound
+from edge_rt.hooks import CodeSpans, PostProcessor, Rules
+from edge_rt_text.glossary import MAX_TERM, Glossary, begins, continues, fold, in_word, joins, read, unbound, written
+
+_MARK = re.compile(r"[a-z0-9]://|(?<![a-z0-9_.-])www\.|[a-z0-9._%+-]@", re.IGNORECASE | re.ASCII)
+"""From here on it is an address. Four characters at most, the one before ``www`` included."""
+_END = re.compile(r"[^a-z0-9._~:/?#\[\]@!$&'()*+,;=%-]", re.IGNORECASE | re.ASCII)
+"""What is in no address (RFC 3986)."""
+_LOCAL = re.compile(r"[a-z0-9._%+-]{0,64}", re.IGNORECASE | re.ASCII)
+_LONGEST_LOCAL = 64  # characters before the @ (RFC 5321)
+MAX_LOOK = _LONGEST_LOCAL + len("://")
+"""Characters after a term that tell whether it is the beginning of an address."""
+
+
+class Prose:
+    """Tells prose from code and addresses in one stream.
+
+    Nothing is held back, so the beginning of an address, up to its ``://`` or ``@``, counts as prose.
+    """
+
+    def __init__(self, *, in_code: bool, in_addresses: bool) -> None:
+        """``in_code``, ``in_addresses``: whether these are prose too."""
+        self._code = None if in_code else CodeSpans()
+        self._find_addresses = not in_addresses
+        self._in_address = False
+        self._before = ""  # prose just before, in which a mark may begin
+
+    def feed(self, text: str) -> list[tuple[str, bool]]:
+        """The text in pieces, each with whether it is prose."""
+        pieces = [(text, False)] if self._code is None else self._code.feed(text)
+        if not self._find_addresses:
+            return [(piece, not code) for piece, code in pieces]
+        found = []
+        for piece, code in pieces:
+            if code:
+                self._in_address, self._before = False, ""
+                found.append((piece, False))
+            elif self._in_address or "@" in piece or "/" in piece or "." in piece:
+                found += self._divide(piece)
+            else:
+                self._before = (self._before + piece[-4:])[-4:]
+                found.append((piece, True))
+        return found
+
+    def _divide(self, piece: str) -> list[tuple[str, bool]]:
+        whole, at, start = self._before + piece, len(self._before), 0  # start: of the prose
+        found = []
+        while at < len(whole):
+            if self._in_address:
+                match = _END.search(whole, at)
+                end = start = match.start() if match else len(whole)
+            else:
+                match = _MARK.search(whole, max(start, at - 3))  # one that ends after at
+                end = match.end() if match else len(whole)
+            if end > at:
+                found.append((whole[at:end], not self._in_address))
+            at = end
+            if match:
+                self._in_address = not self._in_address
+        self._before = "" if self._in_address else whole[start:][-4:]
+        return found
+
+
+def may_be_address(text: str, at: int) -> bool | None:
+    """Whether the word that goes on at a place turns out to be the beginning of an address; None: the text does not say yet."""
+    found = _LOCAL.match(text, at)
+    end = found.end() if found else at
+    if end - at == _LONGEST_LOCAL:
+        return False
+    rest = text[end : end + 3]
+    if rest[:1] == "@" or rest == "://":
+        return True
+    return None if "://".startswith(rest) else False
+
 
 MAX_HELD = MAX_TERM + MAX_LOOK
 """Characters that may be held back: a term, and what follows it while that may make an address of it. A glossary's own longest term and
@@ -28,14 +89,14 @@ a character are the rule."""
 
 
 def compile_rules(rules: Rules) -> Callable[[], PostProcessor]:
-    """What makes a post-processor for one stream. Raises RuleError."""
+    """Returns a function that makes the post-processor of one stream. Raises RuleError."""
     in_code, in_addresses = rules.flag("in_code", False), rules.flag("in_addresses", False)
     glossary = Glossary(read(rules))
     return lambda: Terminology(glossary, in_code=in_code, in_addresses=in_addresses)
 
 
 class Terminology:
-    """One stream."""
+    """The post-processor of one stream."""
 
     def __init__(self, glossary: Glossary, *, in_code: bool, in_addresses: bool) -> None:
         self._glossary, self._automaton = glossary, glossary.automaton

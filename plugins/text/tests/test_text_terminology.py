@@ -9,20 +9,19 @@ import time
 import tracemalloc
 
 import pytest
+from edge_rt_text import TERMINOLOGY
+from edge_rt_text.glossary import MAX_TERM, narrow
+from edge_rt_text.terminology import MAX_HELD, Prose
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edge_rt.errors import RuleError
-from edge_rt.hooks import PostProcessorFactory, Rules
-from edge_rt.plugins.terminology import edge_rt_post_processors
-from edge_rt.plugins.terminology.glossary import MAX_TERM
-from edge_rt.plugins.terminology.processor import MAX_HELD
-from edge_rt.plugins.terminology.prose import Prose
+from edge_rt.hooks import HALF_WIDTH, PostProcessorFactory, Rules
 from edge_rt.registry import Registry
 from edge_rt.rules import RuleFile, Ruleset
 from edge_rt.testing.conformance import PostProcessorConformance
 
-(FACTORY,) = edge_rt_post_processors()
+(FACTORY,) = TERMINOLOGY.edge_rt_post_processors()
 
 
 def compiled(values):
@@ -343,6 +342,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def registry():
+    return Registry.load(entry_points=False, plugins={"terminology": TERMINOLOGY})
+
+
 GLOSSARIES = """[terminology]
 domains = ["finance"]
 [[terminology.glossary]]
@@ -361,7 +364,7 @@ def test_glossaries_of_domains(folder):
     path = folder / "rules.toml"
     text = "P/E ROE roe PV A股, 沪深 app ROI ROI pv cell"
     path.write_text(GLOSSARIES, encoding="utf-8")
-    with RuleFile(path, Registry.load(entry_points=False), watch=False) as rules:
+    with RuleFile(path, registry(), watch=False) as rules:
         pipeline = rules.current.pipeline()
         out = pipeline.feed(text) + pipeline.flush()
         assert out == "price-earnings ratio ROE roe present value A-share application return on investment ROI pv cell"
@@ -400,7 +403,7 @@ def test_mistakes_in_a_glossary(folder, line, reason):
     (folder / "finance.csv").write_text(FINANCE + line, encoding="utf-8")
     (folder / "rules.toml").write_text(GLOSSARIES, encoding="utf-8")
     with pytest.raises(RuleError) as caught:
-        RuleFile(folder / "rules.toml", Registry.load(entry_points=False), watch=False)
+        RuleFile(folder / "rules.toml", registry(), watch=False)
     assert caught.value.reason == reason
 
 
@@ -421,7 +424,7 @@ def test_mistakes_in_a_glossary(folder, line, reason):
 )  # fmt: skip
 def test_mistakes_in_the_rules(rules, reason):
     with pytest.raises(RuleError) as caught:
-        Ruleset({"terminology": rules}, Registry.load(entry_points=False))
+        Ruleset({"terminology": rules}, registry())
     assert caught.value.reason == reason
 
 
@@ -483,3 +486,8 @@ def test_hostile_text_takes_linear_time(text, piece):
         return time.process_time() - start
 
     assert min(seconds(16_000) for _ in range(2)) < 24 * min(seconds(2_000) for _ in range(3)) + 0.02
+
+
+def test_full_width_forms_are_read_as_ascii():
+    every = "".join(map(chr, HALF_WIDTH)) + "中\xa0é"
+    assert narrow(every) == every.translate(HALF_WIDTH).replace("\xa0", " ")

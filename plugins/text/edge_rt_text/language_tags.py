@@ -1,4 +1,4 @@
-"""Marks changes of language in a text as it streams.
+"""The post-processor ``language_tags``: marks changes of language as text streams. docs/post/language_tags.md explains the rules.
 
 A *unit* is text in one script, up to another script or the end of the line (and for Latin, if its language may change, of the sentence).
 Characters of no script (digits, punctuation, spaces, emoji) and code go with what is before them, opening brackets and quotes with what
@@ -13,30 +13,189 @@ line, or is Han and begins it, or goes on after an insertion: ``The word 你好 
 - Latin is what the identifier says of the unit. It is asked once, or twice: the first ``GLANCE`` characters can be enough to see that
   the language has not changed.
 
-All this depends on the text alone and not on its division, as every question is asked of the same characters however they came.
+All decisions depend on the text alone, not on how it was divided: each is made from the same characters however they arrive.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from json.encoder import encode_basestring
 from typing import NamedTuple
 
-from edge_rt.hooks import CodeSpans
-from edge_rt.plugins.language_tags.formats import Writer
-from edge_rt.plugins.language_tags.plan import Plan
-from edge_rt.plugins.language_tags.scripts import (
+from edge_rt.hooks import CodeSpans, PostProcessor, Rules
+from edge_rt_text import identifier
+from edge_rt_text.scripts import (
     LAST_STRONG,
     LOWER,
     OPEN_END,
     OPENING,
     SCRIPT,
+    SCRIPTS,
     STRONG_OR_LINE,
     WORD,
     Patterns,
     evidence,
     patterns,
 )
+
+_XML = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}  # a bare \r is read as \n (XML 1.0, 2.11)
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_XML_SPECIAL = re.compile("[\x00-\x08\x0b-\x1f&<>\ud800-\udfff\ufffe\uffff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _plain(text: str) -> str:
+    return text.replace("<", "<<")
+
+
+def _xml(text: str) -> str:
+    return _NO_XML.sub("\ufffd", text).translate(_XML) if _XML_SPECIAL.search(text) else text
+
+
+def _json(text: str) -> str:
+    written: str = encode_basestring(text)[1:-1]
+    return written if written.isascii() else _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
+
+
+class Format(NamedTuple):
+    """How a span begins and ends, with ``{tag}`` for its language, and how text is written in it.
+
+    ``always``: also spans of the primary and of no known language. ``lines``: a span ends with each line and goes on in a new one.
+    """
+
+    begin: str
+    end: str
+    text: Callable[[str], str]
+    always: bool = False
+    lines: bool = False
+
+
+FORMATS = {
+    "plain": Format("<{tag}>", "</{tag}>", _plain),
+    "ssml": Format('<lang xml:lang="{tag}">', "</lang>", _xml),
+    "json": Format('{{"lang":"{tag}","text":"', '"}}\n', _json, always=True, lines=True),
+}
+
+
+class Writer:
+    """Writes the spans of one stream. A span begins with its first text, so none is empty."""
+
+    def __init__(self, form: Format) -> None:
+        self._form, self._begin, self._end = form, "", ""
+        self.opened = False
+
+    def switch(self, tag: str | None) -> str:
+        """What follows is in a language, None: it is not marked. Returns the end of the span before."""
+        end = self.close()
+        form = self._form
+        marked = tag is not None or form.always
+        self._begin, self._end = (part.format(tag=tag or "und") if marked else "" for part in (form.begin, form.end))
+        return end
+
+    def text(self, text: str) -> str:
+        """Text of the span."""
+        form = self._form
+        if form.lines and "\n" in text:
+            return "".join(self._line(line) for line in re.findall("[^\n]*\n|[^\n]+", text))
+        if self.opened:
+            return form.text(text)
+        self.opened = bool(text)
+        return self._begin + form.text(text) if text else ""
+
+    def _line(self, line: str) -> str:
+        written = ("" if self.opened else self._begin) + self._form.text(line)
+        self.opened = not line.endswith("\n")
+        return written if self.opened else written + self._end
+
+    def close(self) -> str:
+        """The end of the span, if one was begun."""
+        end, self.opened = self._end if self.opened else "", False
+        return end
+
+
+LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl")
+"""Candidates for Latin script by default."""
+_TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
+"""A language tag as BCP 47 forms it; whether its parts are registered is not looked up."""
+
+
+class Plan(NamedTuple):
+    """What all streams of a version of the rules share."""
+
+    form: Format
+    primary: str
+    latin: str
+    """The language of Latin script until another is found."""
+    identify: identifier.Identifier | None
+    languages: Mapping[str, str]
+    """By script, without Latin."""
+    tags: Mapping[str, str | None]
+    """By language; None: it is not marked."""
+    minimum_words: int
+    minimum_characters: int
+
+
+def compile_rules(rules: Rules) -> Callable[[], PostProcessor]:
+    """Returns a function that makes the post-processor of one stream. Raises RuleError."""
+    plan = _make_plan(rules)
+    return lambda: LanguageTags(plan)
+
+
+def _make_plan(rules: Rules) -> Plan:
+    form = FORMATS[rules.choice("format", tuple(FORMATS), "plain")]
+    latin = _latin(rules)
+    table = rules.table("scripts")
+    languages = {name: _tag(table, name, language) for name, (language, _) in SCRIPTS.items() if language}
+    known = dict.fromkeys((*latin, *languages.values()))
+    table = rules.table("tags")
+    tags: dict[str, str | None] = {language: _tag(table, language, language) for language in known}
+    primary = rules.text("primary", "")
+    if primary and primary not in known:
+        raise rules.error(f"primary is {primary!r}, which no script is in; add it to languages or scripts", "primary")
+    if primary and not form.always:
+        tags[primary] = None
+    for kind in ("han", "ja", "kana"):
+        patterns(kind)
+    patterns("latin", len(latin) > 1)
+    evidence()
+    return Plan(
+        form,
+        primary,
+        primary if primary in latin else latin[0],
+        identifier.Identifier(latin) if len(latin) > 1 else None,
+        languages,
+        tags,
+        rules.integer("minimum_words", 3, 1, 6),
+        rules.integer("minimum_characters", 2, 1, 16),
+    )
+
+
+def _latin(rules: Rules) -> tuple[str, ...]:
+    """The languages of Latin script."""
+    installed = identifier.installed()
+    latin = rules.texts("languages", LANGUAGES if installed else LANGUAGES[:1])
+    if not latin:
+        raise rules.error("languages is empty; name those that Latin script may be in", "languages")
+    if len(latin) == 1:
+        if not _TAG.fullmatch(latin[0]):
+            raise rules.error(f"languages has {latin[0]!r} in it; give language tags such as en", "languages", 0)
+        return latin
+    if not installed:
+        reason = "languages names several, and what tells them apart is not installed; pip install 'edge-rt-text[languages]', or name one"
+        raise rules.error(reason, "languages")
+    for i, language in enumerate(latin):
+        if language not in identifier.known():
+            raise rules.error(f"languages has {language!r} in it, which the identifier does not know; leave it out", "languages", i)
+    return latin
+
+
+def _tag(table: Rules, key: str, default: str) -> str:
+    tag = table.text(key, default)
+    if not _TAG.fullmatch(tag):
+        raise table.error(f"{key} is {tag!r}; give a language tag such as zh or zh-CN", key)
+    return tag
+
 
 LOOK_AHEAD = 48
 """Characters held back, at most."""
@@ -73,7 +232,7 @@ class _Unit(NamedTuple):
 
 
 class LanguageTags:
-    """One stream."""
+    """The post-processor of one stream."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

@@ -1,0 +1,483 @@
+"""What becomes of each punctuation mark, by what stands around it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+from edge_rt_text.text_state import (
+    BREAK,
+    CLOSER,
+    CLOSERS,
+    CODE,
+    FULL,
+    FULL_WIDTH_ALNUM,
+    HALF,
+    HAN,
+    HAN_LETTER,
+    LETTER,
+    OPENERS,
+    OTHER,
+    QUOTES,
+    TO_ASCII,
+    WIDE,
+    TextState,
+    left_kind,
+    right_kind,
+)
+
+DEPTH = 16
+"""Open quotes and brackets that are kept. Text with more is not prose, and nothing of it is closed until its paragraph ends."""
+
+_BEFORE_QUOTE = " \t\n\u3000([（【「『《“‘—–-:：,，。！？；、*_/"
+
+
+class Open(NamedTuple):
+    """An opening mark as it went out.
+
+    ``whole``: what it holds is a sentence of its own. ``link``: it is the destination of a Markdown link. ``address``: it is part of a URL.
+    """
+
+    mark: str
+    whole: bool = False
+    link: bool = False
+    address: bool = False
+
+
+class Pairs:
+    """The quotes and brackets of one stream that are open, and so must still be closed at its end."""
+
+    __slots__ = ("_lost", "open")
+
+    def __init__(self) -> None:
+        self.open: list[Open] = []
+        self._lost = False
+
+    @property
+    def in_link(self) -> bool:
+        """In the destination of a Markdown link."""
+        return bool(self.open) and self.open[-1].link
+
+    def push(self, mark: str, whole: bool = False, link: bool = False, address: bool = False) -> None:
+        """A quote or bracket was opened."""
+        if self._lost:
+            return
+        self.open.append(Open(mark, whole, link, address))
+        if len(self.open) > DEPTH:
+            self.open.clear()
+            self._lost = True
+
+    def pop(self, closer: str) -> Open | None:
+        """A quote or bracket was closed; returns what opened it, or None. What was opened in between is forgotten."""
+        opener = OPENERS[closer]
+        for i in range(len(self.open) - 1, -1, -1):
+            one = self.open[i]
+            if one.mark == opener or (opener == "(" and one.mark == "（"):
+                del self.open[i:]
+                return one
+        if self.open and self.open[-1].mark + closer in ("[)", "(]"):  # an interval
+            return self.open.pop()
+        return None
+
+    def straight(self, quote: str, before: str, right: str) -> bool:
+        """Whether an ASCII quote opens; what it closes is closed. Else it is an apostrophe, or stands for inches."""
+        left, spaced = before[-1:], right.isspace() or not right
+        is_open = any(one.mark == quote for one in self.open)
+        if quote == "'":
+            if is_open and left.strip() and not right.isalnum():
+                self.pop(quote)
+                return False
+            # A lone apostrophe may be one of '90s or 'n'; only after another mark does it plainly open.
+            plain = not before.strip() or left in '“"(（' or before[-2:] in (", ", ": ") or left in "：，"
+            return plain and right.isalpha() and not is_open
+        if is_open:  # what looks as if it opened again says that the one before was stray
+            self.pop(quote)
+            if left.strip():
+                return False
+        return not spaced and (left in _BEFORE_QUOTE or HAN_LETTER.match(left) is not None)
+
+    def curly(self, before: str, right: str) -> None:
+        """A single curly closing quote, which is also the apostrophe."""
+        apostrophe = before[-1:].isalnum() and right.isalnum() and not HAN_LETTER.match(before[-1])
+        if not apostrophe and self.open and self.open[-1].mark == "‘":
+            self.open.pop()
+
+    def end_line(self) -> None:
+        """A line ends, and with it the destination of a link."""
+        self.open = [one for one in self.open if not one.link]
+
+    def end_paragraph(self) -> None:
+        """A paragraph ends: what is open in it no longer plainly is, and a quotation that goes on opens again."""
+        self.open.clear()
+        self._lost = False
+
+    def closing(self, stop: str) -> str:
+        """What closes all that is open, innermost first, with the mark that ends the sentence where it belongs."""
+        closers = []
+        for one in reversed(self.open):
+            if one.link or one.address:
+                continue
+            # American English puts the full stop inside quotes.
+            if stop and (one.whole or (stop in ".?" and one.mark in QUOTES)):
+                closers.append(stop)
+                stop = ""
+            closers.append(CLOSERS[one.mark])
+        return "".join(closers) + stop
+
+
+_NO_STOP = re.compile(
+    r"(?:(?<![^\W_])[A-Za-z]|\b(?:etc|vs|cf|al|approx|dept|est|fig|figs|vol|pp|ed|eds|ch|sec|no|nos|mr|mrs|ms|dr|prof|st|jr|sr|gen|col|lt"
+    r"|sgt|rev|hon|pres|gov|sen|rep|inc|ltd|co|corp|llc|bros|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun"
+    r"|ph|ii|iii|iv|vi|vii|viii|ix|xi|xii))$",
+    re.IGNORECASE,
+)
+_MARKER = re.compile(r"(?:[-*+•]\s+)?[(（]?(?:\d{1,3}(?:\.\d{1,3})*|[A-Za-z]|[ivxIVX]{1,4}|[一二三四五六七八九十]{1,3})$")
+_ENTITY = re.compile(r"&#?\w{1,8}$")
+
+
+def is_marker(state: TextState) -> bool:
+    """Whether the line so far is the number of an item in a list."""
+    return len(state.line) <= 14 and _MARKER.match(state.line) is not None
+
+
+def is_abbreviation(before: str) -> bool:
+    """Whether a full stop after this text may belong to an abbreviation or an initial."""
+    return _NO_STOP.search(before[-8:]) is not None
+
+
+def becomes_full(mark: str, left: int, right: str, after: str, state: TextState, always: bool) -> bool:
+    """Whether an ASCII mark should be full-width. ``right``: the next character; ``after``: that after it, if the next is a space.
+
+    ``always``: the text is Chinese whatever it quotes. Else the sentence so far must be: the more of it, the less its neighbours tell.
+    """
+    han, words = state.counts
+    kind, spaced = right_kind(right), right == " "
+    if left not in (WIDE, LETTER) or kind == CODE or not (han or always):
+        return False
+    if spaced:
+        kind = right_kind(after)
+    if not always and kind == LETTER and left == LETTER:
+        return False  # Latin text in a sentence keeps its marks
+    if mark == "." and not _may_be_stop(left, kind, spaced, state):
+        return False
+    if mark == ";" and left == LETTER and _ENTITY.search(state.before):
+        return False
+    if left == LETTER and ((kind == LETTER and not spaced) or (kind == CLOSER and not always)):
+        return False  # inside a word; the end of a quotation, which may be Latin text
+    if always:
+        return True
+    if kind == LETTER:
+        return han > max(2 * words, 3) and state.text_han > state.text_words if spaced else han > words
+    return han > words if kind == WIDE and not spaced else han > 2 * words
+
+
+def _may_be_stop(left: int, kind: int, spaced: bool, state: TextState) -> bool:
+    """Whether an ASCII full stop ends a sentence, by what stands around it."""
+    if kind == LETTER and not spaced:
+        return False  # .NET, a file's name
+    if left == LETTER and (is_abbreviation(state.before) or (state.before[-1:].isdigit() and kind not in (BREAK, CLOSER))):
+        return False
+    return not is_marker(state)
+
+
+def becomes_half(left: int, right: str, state: TextState) -> bool:
+    """Whether a full-width mark should be ASCII: it follows Latin text, in a paragraph without Han letters of a text that has few."""
+    return (
+        left == LETTER
+        and state.words > 0
+        and not state.paragraph_han
+        and state.text_words > state.text_han
+        and right_kind(right) in (LETTER, BREAK, CLOSER, OTHER)
+    )
+
+
+def bracket_becomes_full(right: str, state: TextState) -> bool:
+    """Whether an ASCII bracket should open full-width: it follows Chinese text, or begins a Chinese line. Spaces around it are kept."""
+    han, words = state.counts
+    if not state.line:
+        return right_kind(right) == WIDE and state.text_han >= state.text_words
+    return left_kind(state.before) == WIDE and han > 2 * words
+
+
+DOTS = 6
+"""Dots that are held back, at most; more are no ellipsis."""
+
+_MEETING = re.compile(f"(?<=[{HAN}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{HAN}])")
+_STRETCHES = ('"', "'", "`", "*", "_", "(", "[")  # what may follow a mark that became full-width, without the space between
+_AFTER_ELLIPSIS = ("”", "’", '"', "'", "?", "!")
+
+Decision = tuple[str, int] | None
+"""What goes out, and up to where that decides the text; None: more text must be known."""
+
+
+class _Token(NamedTuple):
+    """``characters``: those of which a token has one, for a class of a pattern."""
+
+    pattern: re.Pattern[str]
+    characters: str
+
+
+_MARKS = ",.?!:;()\\[\\]\"'{，。？！：；、（）．“”‘’「」『』《》〈〉【】〔〕"
+TOKEN = _Token(re.compile(rf"\s\s+|\n| (?=[，。？！：；、）】」』》〉〕])|\.\.+|。。+|[{_MARKS}]"), _MARKS + "\n０-９Ａ-Ｚａ-ｚ")
+"""Marks, and white space that may end a line or stand before a full-width mark."""
+
+
+class Settings(NamedTuple):
+    """The rules, compiled; docs/post/punctuation.md explains each."""
+
+    complete: str
+    close: str
+    close_cut: bool
+    width: str
+    digits: bool
+    ellipsis: bool
+    spacing: bool
+    shortest: int
+
+
+class Marks:
+    """Decides on the marks of one stream. ``raw``: the text turned out to be JSON and is left as it is."""
+
+    def __init__(self, settings: Settings, state: TextState, pairs: Pairs, counts: MutableMapping[str, int]) -> None:
+        self._settings, self._state, self._pairs, self._counts = settings, state, pairs, counts
+        self._keep = settings.width == "keep"
+        self._may_widen = settings.width in ("auto", "full")
+        self.raw = False
+
+    def plain(self, run: str) -> str:
+        """Text without marks."""
+        if not run:
+            return run
+        settings = self._settings
+        if settings.digits and not run.isascii() and (found := FULL_WIDTH_ALNUM.findall(run)):
+            self._counts["normalised"] += len(found)
+            run = run.translate(TO_ASCII)
+        if settings.spacing and not self._pairs.in_link:
+            self._state.settle()
+            start = self._state.address_length(run)
+            last = (self._state.before + run[:start])[-1:]
+            spaced, count = _MEETING.subn(" ", last + run[start:])
+            run = run[:start] + spaced[len(last) :]
+            self._counts["normalised"] += count
+        self._state.add(run)
+        return run
+
+    def spaces(self, run: str) -> bool:
+        """Whether text without marks may get spaces."""
+        return self._settings.spacing and _MEETING.search((self._state.unread or self._state.before)[-1:] + run) is not None
+
+    def decide(self, text: str, start: int, end: int, final: bool) -> Decision:
+        """What becomes of a token, from ``start`` to ``end`` of a text; ``final``: nothing follows the text."""
+        mark, right = text[start], text[end : end + 1]
+        last = (self._state.unread or self._state.before)[-1:]
+        if mark in ".。" and last == mark:  # more dots than are held back
+            return self._out(text[start:end], end)
+        if end - start > 1:
+            return self._dots(text[start:end], right, end, final)
+        if not right and not final and mark not in "“「『《〈【〔”」』》〉】〕 )]":
+            return None
+        if right.isalnum() and right.isascii() and last.isalnum() and last.isascii() and mark in ",.?!:;'":
+            if mark == "." and (self._state.before + self._state.unread)[-3:].lower() == "www":
+                self._state.settle()
+                self._state.address = True
+            return self._out(mark, end)  # inside a number, a name, a word
+        if self._plainly_right(mark, right):
+            return self._out(mark, end)
+        self._state.settle()
+        if mark in ",.?!:;，。？！：；、．":
+            return self._stop(text, mark, end, final)
+        if mark == " ":
+            return self._space(end)
+        if (mark == "{" or (mark == "[" and right in ("{", "[", '"'))) and not self._state.before.strip():
+            self.raw = True
+            return text[start:], len(text)
+        return self._out(self._bracket(mark, right), end)
+
+    def _plainly_right(self, mark: str, right: str) -> bool:
+        """The commas of ordinary text, told without counting: most marks are these."""
+        if mark in "，、；":
+            return self._settings.width != "half" and HAN_LETTER.match(right) is not None
+        state = self._state
+        return mark in ",;" and right == " " and self._settings.width == "auto" and not state.text_han and state.unread.isascii()
+
+    def _out(self, text: str, end: int) -> Decision:
+        self._state.add(text)
+        return text, end
+
+    def _changed(self, text: str) -> str:
+        self._counts["normalised"] += 1
+        return text
+
+    def _space(self, end: int) -> Decision:
+        """A space before a full-width mark."""
+        if self._keep or not HAN_LETTER.match(self._state.before[-1:]):
+            return self._out(" ", end)
+        return self._changed(""), end
+
+    # ---- marks in and after sentences --------------------------------------------------------------------------------
+
+    def _stop(self, text: str, mark: str, end: int, final: bool) -> Decision:
+        state = self._state
+        right, after = text[end : end + 1], text[end + 1 : end + 2]
+        if self._pairs.in_link or self._in_address(mark, right):
+            return self._out(mark, end)
+        may_widen = self._may_widen and mark in FULL and (state.counts[0] > 0 or self._settings.width == "full")
+        if right == " " and not after and not final and (may_widen or mark not in FULL):
+            return None
+        out, taken = mark, end
+        if may_widen and self._widens(mark, right, after):
+            out = self._changed(FULL[mark])
+            taken += right == " " and (right_kind(after) in (WIDE, LETTER) or after in _STRETCHES)
+        elif mark == "．":
+            between = state.before[-1:].isdigit() and right.isdigit()
+            out = self._changed(".") if between and self._settings.digits else mark
+        elif mark in HALF and self._narrows(right):
+            out = self._changed(HALF[mark] + self._gap(right))
+        elif mark not in FULL and right == " " and HAN_LETTER.match(after) and not self._keep:
+            taken += 1
+            self._changed("")
+        self._after_stop(out, right)
+        return out, taken
+
+    def _in_address(self, mark: str, right: str) -> bool:
+        """Whether a mark belongs to a URL or path; ends it where it does not."""
+        state = self._state
+        if mark == ":" and right == "/" and state.before[-1:].isalpha():
+            state.address = True
+        if state.address:
+            kind = right_kind(right)
+            ends = kind in (BREAK, CLOSER) or (kind == WIDE and left_kind(state.before) != WIDE)
+            state.address = mark in FULL and not ends
+        return state.address
+
+    def _widens(self, mark: str, right: str, after: str) -> bool:
+        state = self._state
+        if mark in "?!" and state.before[-1:] in ("？", "！"):
+            return True
+        if mark == ":" and right in ("(", ")"):
+            return False  # a face
+        return becomes_full(mark, left_kind(state.before), right, after, state, self._settings.width == "full")
+
+    def _narrows(self, right: str) -> bool:
+        if self._settings.width == "half":
+            return True
+        return self._settings.width == "auto" and becomes_half(left_kind(self._state.before), right, self._state)
+
+    def _gap(self, right: str) -> str:
+        """The space after a mark that became ASCII."""
+        if self._state.before[-1:].isdigit() and right.isdigit():
+            return ""
+        return " " if right.isalnum() or right in CLOSERS else ""
+
+    def _after_stop(self, out: str, right: str) -> None:
+        """Take note of a mark that goes out: it may end the sentence."""
+        state, mark = self._state, out[:1]
+        ends = mark in "。？！" or (mark in ".?!" and right_kind(right) not in (LETTER, CODE))
+        if ends and mark == "." and (is_abbreviation(state.before) or is_marker(state)):
+            ends = False
+        state.add(out)
+        state.settle()
+        if ends:
+            state.end_sentence()
+        elif mark in ":：":
+            state.clause = state.han + state.words
+
+    def _dots(self, run: str, right: str, end: int, final: bool) -> Decision:
+        """Two dots or full stops, or more."""
+        if not right and not final and len(run) <= DOTS:
+            return None
+        state = self._state
+        state.settle()
+        out = run
+        if self._settings.ellipsis and len(run) in (3, 6) and not state.address and not self._pairs.in_link:
+            out = self._ellipsis(run, right)
+            self._counts["normalised"] += out != run
+        state.add(out)
+        if out == run and run[0] == "。" and len(run) <= DOTS:
+            state.settle()
+            state.end_sentence()
+        return out, end
+
+    def _ellipsis(self, run: str, right: str) -> str:
+        """Three dots as one character in Latin text, as two in Chinese. What may be code or a range stays."""
+        before, kind = self._state.before, right_kind(right)
+        left = left_kind(before)
+        han, words = self._state.counts
+        if left == WIDE or (left == BREAK and HAN_LETTER.match(right)):
+            return "……"
+        if left != LETTER or before[-1:] in "`)]":
+            return run
+        if kind == WIDE and han > words:
+            return "……"
+        if run[0] == "." and kind != BREAK and right not in _AFTER_ELLIPSIS:
+            return run
+        return "……" if han > 2 * words else "…"
+
+    # ---- brackets and quotes -----------------------------------------------------------------------------------------
+
+    def _bracket(self, mark: str, right: str) -> str:
+        """Take note of a bracket or a quote, and return it in the width it should have."""
+        state, pairs = self._state, self._pairs
+        before = state.before
+        if pairs.in_link and mark not in "()":
+            return mark
+        whole = not state.head or before[-1:] in ("：", ":", "，", ",")
+        if mark in "(（":
+            return self._round(mark, right, whole)
+        if mark in ")）":
+            return self._round_closer(mark, right)
+        if mark in "\"'":
+            if pairs.straight(mark, before, right):
+                pairs.push(mark, whole)
+            state.address = False
+        elif mark == "[":
+            if right.strip() and before[-1:] != "\\":
+                pairs.push(mark)
+        elif mark == "‘":
+            if not right.isdigit() and not (before[-1:].isalnum() and not HAN_LETTER.match(before[-1])):
+                pairs.push(mark, whole)
+        elif mark == "’":
+            pairs.curly(before, right)
+        elif mark in CLOSERS:
+            if mark in "“「『" and any(one.mark == mark for one in pairs.open):
+                pairs.pop(CLOSERS[mark])  # one of the two is meant to close; neither is plainly open
+            else:
+                pairs.push(mark, whole)
+        elif mark != "{":
+            pairs.pop(mark)
+        return mark
+
+    def _round(self, mark: str, right: str, whole: bool) -> str:
+        state, pairs = self._state, self._pairs
+        last = state.before[-1:]
+        if mark == "(":
+            if last == "]" or pairs.in_link:
+                pairs.push(mark, link=True)
+                return mark
+            if state.address:
+                pairs.push(mark, address=True)
+                return mark
+            if not right.strip() or last == "\\":
+                return mark
+            if self._may_widen and bracket_becomes_full(right, state):
+                mark = self._changed("（")
+        elif self._narrows(right):
+            pairs.push("(", whole)
+            return self._changed(" (" if last.isalnum() else "(")
+        pairs.push(mark, whole)
+        return mark
+
+    def _round_closer(self, mark: str, right: str) -> str:
+        """A closing round bracket is as wide as what opened it."""
+        opened = self._pairs.pop(mark)
+        if opened is None or not opened.address:
+            self._state.address = False
+        wide = mark == "）"
+        if self._keep or (opened is None and self._settings.width != "half"):
+            return mark
+        if wide and (opened is None or opened.mark == "("):
+            return self._changed(")" + (" " if right.isalnum() else ""))
+        if not wide and opened is not None and opened.mark == "（":
+            return self._changed("）")
+        return mark
