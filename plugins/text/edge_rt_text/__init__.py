@@ -7,6 +7,7 @@ patterns in it take milliseconds to compile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from edge_rt.hooks import PostProcessorFactory, hookimpl
@@ -16,40 +17,22 @@ if TYPE_CHECKING:
 
 
 class TextPlugin:
-    """A plugin that offers one post-processor."""
+    """A plugin that offers one post-processor, which is in the module of the same name."""
 
     EDGE_RT_API = 1
 
-    def __init__(self, factory: PostProcessorFactory) -> None:
-        self._factory = factory
+    def __init__(self, name: str, description: str) -> None:
+        self._factory = PostProcessorFactory(name, self._compile, description)
 
     @hookimpl
     def edge_rt_post_processors(self) -> Iterable[PostProcessorFactory]:
         return [self._factory]
 
-
-def _punctuation(rules: Rules) -> Callable[[], PostProcessor]:
-    from edge_rt_text.punctuation import compile_rules
-
-    return compile_rules(rules)
+    def _compile(self, rules: Rules) -> Callable[[], PostProcessor]:
+        make: Callable[[], PostProcessor] = import_module(f"edge_rt_text.{self._factory.name}").compile_rules(rules)
+        return make
 
 
-def _terminology(rules: Rules) -> Callable[[], PostProcessor]:
-    from edge_rt_text.terminology import compile_rules
-
-    return compile_rules(rules)
-
-
-def _language_tags(rules: Rules) -> Callable[[], PostProcessor]:
-    from edge_rt_text.language_tags import compile_rules
-
-    return compile_rules(rules)
-
-
-PUNCTUATION = TextPlugin(
-    PostProcessorFactory("punctuation", _punctuation, "adds missing full stops, closes quotes and brackets, chooses the width")
-)
-TERMINOLOGY = TextPlugin(PostProcessorFactory("terminology", _terminology, "writes terms as a glossary wants them"))
-LANGUAGE_TAGS = TextPlugin(
-    PostProcessorFactory("language_tags", _language_tags, "marks changes of language, for speech synthesis and screen readers")
-)
+PUNCTUATION = TextPlugin("punctuation", "adds missing full stops, closes quotes and brackets, chooses the width")
+TERMINOLOGY = TextPlugin("terminology", "writes terms as a glossary wants them")
+LANGUAGE_TAGS = TextPlugin("language_tags", "marks changes of language, for speech synthesis and screen readers")

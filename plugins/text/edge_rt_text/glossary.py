@@ -14,6 +14,12 @@ from unicodedata import category
 
 from edge_rt.hooks import HALF_WIDTH, AhoCorasick, RuleError, Rules
 
+MAX_TERM = 100
+"""Most characters of a variant or preferred form."""
+CASES = ("smart", "exact", "ignore", "follow")
+INLINE = "terms"
+"""Stands for the domain of terms that are in the rule file itself."""
+
 _WIDTH = {**HALF_WIDTH, 0xA0: 0x20}
 _CASED = (range(0x41, 0x2E00), range(0xA640, 0xA800), range(0x10400, 0x10430))  # where letters have an upper and a lower case
 _LOWER = {code: ord(low) for codes in _CASED for code in codes if len(low := chr(code).lower()) == 1 and ord(low) != code}
@@ -80,23 +86,6 @@ def joins(before: str, mark: str, after: str) -> bool:
     return mark == "," and before.isdigit() and after.isdigit()
 
 
-def in_case_of(text: str, preferred: str) -> str:
-    """A preferred form in lower case as the text is: UPPER, Capitalised, or lower. Another has a case of its own."""
-    if preferred != preferred.lower() or text == text.lower():
-        return preferred
-    letters = [c for c in text if c.lower() != c.upper()]
-    if len(letters) > 1 and all(c.isupper() for c in letters):
-        return preferred.upper()
-    return preferred[0].upper() + preferred[1:] if letters[0].isupper() else preferred
-
-
-MAX_TERM = 100
-"""Characters of a variant or preferred form."""
-CASES = ("smart", "exact", "ignore", "follow")
-INLINE = "terms"
-"""What stands for the domain of terms that are in the rule file itself."""
-
-
 class Term(NamedTuple):
     """A variant and what is written instead. ``case``: exact, ignore or follow. ``first``: only the first time."""
 
@@ -116,10 +105,7 @@ class Entry(NamedTuple):
 
 
 class Glossary:
-    """Terms ready to be looked for. Nothing of it changes.
-
-    ``automaton`` finds, in text that was folded, all variants, and preferred forms that must be left whole.
-    """
+    """Terms to look for; immutable. ``automaton`` finds, in folded text, all variants, and preferred forms that must be left whole."""
 
     def __init__(self, entries: list[Entry]) -> None:
         """Raises RuleError for variants with two preferred forms, and for terms that are each other's variants."""
@@ -143,13 +129,13 @@ class Glossary:
             self.automaton = AhoCorasick(sorted(variants | self._whole))
 
     def _add(self, term: Term) -> Term:
-        """Returns the first term of the same variant."""
+        """Return the first term of the same variant."""
         if term.case == "exact":
             return self._exact.setdefault(term.variant, term)
         return self._folded.setdefault(fold(term.variant), term)
 
     def _last(self, entry: Entry) -> str:
-        """The preferred form of the preferred form, and so on."""
+        """Return the preferred form of the preferred form, and so on."""
         preferred, passed = entry.term.preferred, [entry.term.variant]
         while (further_term := self.term(preferred)) is not None:
             further = written(further_term, preferred)
@@ -181,11 +167,17 @@ class Glossary:
 
 
 def written(term: Term, text: str) -> str:
-    """What is written for a text that is a variant of a term."""
-    return in_case_of(narrow(text), term.preferred) if term.case == "follow" else term.preferred
+    """What is written for a text that is a variant of a term.
 
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
+    In the case ``follow`` a preferred form in lower case is written as the text is: UPPER, Capitalised or lower.
+    """
+    preferred, text = term.preferred, narrow(text)
+    if term.case != "follow" or preferred != preferred.lower() or text == text.lower():
+        return preferred
+    letters = [c for c in text if c.lower() != c.upper()]
+    if len(letters) > 1 and all(c.isupper() for c in letters):
+        return preferred.upper()
+    return preferred[0].upper() + preferred[1:] if letters[0].isupper() else preferred
 
 
 def read(rules: Rules) -> list[Entry]:
@@ -206,7 +198,7 @@ def read(rules: Rules) -> list[Entry]:
 
 
 def _inline(table: Rules, case: str, first: bool) -> Iterator[Entry]:
-    """Terms written as ``"variant" = "preferred"`` or ``"variant" = { to = "preferred", case = "exact", first = true }``."""
+    """Yield terms written as ``"variant" = "preferred"`` or ``"variant" = { to = "preferred", case = "exact", first = true }``."""
     for variant in table.keys():  # noqa: SIM118  # it is not a mapping
         try:
             preferred, its_case, its_first = table.text(variant), case, first
@@ -224,7 +216,7 @@ def _mistake_at(table: Rules, key: str, reason: str) -> RuleError:
 
 
 def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Entry]:
-    """Terms of a file, a line each: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
+    """Yield the terms of a file, a line each: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
     path, text = table.file("file")
     mistake = partial(_mistake_at, table, "file")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","

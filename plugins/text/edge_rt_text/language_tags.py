@@ -25,24 +25,30 @@ from typing import NamedTuple
 
 from edge_rt.hooks import CodeSpans, PostProcessor, Rules
 from edge_rt_text import identifier
-from edge_rt_text.scripts import (
-    LAST_STRONG,
-    LOWER,
-    OPEN_END,
-    OPENING,
-    SCRIPT,
-    SCRIPTS,
-    STRONG_OR_LINE,
-    WORD,
-    Patterns,
-    evidence,
-    patterns,
-)
+from edge_rt_text.scripts import LAST_STRONG, LOWER, OPEN_END, OPENING, SCRIPT, SCRIPTS, STRONG_OR_LINE, WORD, Patterns, evidence, patterns
 
+LOOK_AHEAD = 48
+"""Most characters held back."""
+GLANCE = 24
+"""Characters after which a unit may be found to be in the language before."""
+INSERTION = 16
+"""Most characters in another script after which a word or two in Latin script go on with what was before them."""
+WITHOUT_KANA = 8
+"""Han characters among which a Japanese sentence would have some kana."""
+LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl")
+"""Candidates for Latin script by default."""
+
+_TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")  # as BCP 47 forms it; whether its parts are registered is not looked up
 _XML = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord("\r"): "&#13;"}  # a bare \r is read as \n (XML 1.0, 2.11)
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _XML_SPECIAL = re.compile("[\x00-\x08\x0b-\x1f&<>\ud800-\udfff\ufffe\uffff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+_CODE = "`"  # stands for a character of code
+_FENCE = re.compile(" {0,3}```")
+_QUOTE_OR_LINE = re.compile('["\n]')
+_ANY, _SENTENCE = "", "sentence"  # kinds of stream that are in no script: any begins a unit; any but what cannot begin a sentence
+_FAMILY = {"ja": "han", "kana": "han"}  # scripts that one span goes on in
 
 
 def _plain(text: str) -> str:
@@ -114,24 +120,15 @@ class Writer:
         return end
 
 
-LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl")
-"""Candidates for Latin script by default."""
-_TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
-"""A language tag as BCP 47 forms it; whether its parts are registered is not looked up."""
-
-
 class Plan(NamedTuple):
-    """What all streams of a version of the rules share."""
+    """The compiled rules, which all streams of a version of them share."""
 
     form: Format
     primary: str
-    latin: str
-    """The language of Latin script until another is found."""
-    identify: identifier.Identifier | None
-    languages: Mapping[str, str]
-    """By script, without Latin."""
-    tags: Mapping[str, str | None]
-    """By language; None: it is not marked."""
+    latin: str  # the language of Latin script until another is found
+    identify: identifier.Identifier | None  # None: Latin script is in one language
+    languages: Mapping[str, str]  # by script, without Latin
+    tags: Mapping[str, str | None]  # by language; None: it is not marked
     minimum_words: int
     minimum_characters: int
 
@@ -197,38 +194,17 @@ def _tag(table: Rules, key: str, default: str) -> str:
     return tag
 
 
-LOOK_AHEAD = 48
-"""Characters held back, at most."""
-GLANCE = 24
-"""Characters after which a unit may be seen to be in the language before."""
-INSERTION = 16
-"""Characters in another script, at most, after which a word or two in Latin script are known to go on with what was before them."""
-WITHOUT_KANA = 8
-"""Han characters, of which a Japanese sentence would have some kana among so many."""
-
-_CODE = "`"  # stands for a character of code
-_FENCE = re.compile(" {0,3}```")
-_QUOTE_OR_LINE = re.compile('["\n]')
-_ANY, _SENTENCE = "", "sentence"  # kinds of stream that are in no script: any begins a unit; any but what cannot begin a sentence
-_FAMILY = {"ja": "han", "kana": "han"}  # scripts that one span goes on in
-
-
 class _Unit(NamedTuple):
     """What there is of a unit: from ``at`` to ``stop``; ``end``: of the text that may be looked at."""
 
     at: int
     stop: int
     end: int
-    ended: bool
-    """No more of it comes."""
-    full: bool
-    """No more text may be waited for."""
-    alone: bool
-    """It fills its line."""
-    fresh: bool
-    """It begins its line."""
-    returns: bool
-    """It goes on after an insertion."""
+    ended: bool  # no more of it comes
+    full: bool  # no more text may be waited for
+    alone: bool  # it fills its line
+    fresh: bool  # it begins its line
+    returns: bool  # it goes on after an insertion
 
 
 class LanguageTags:
@@ -299,8 +275,6 @@ class LanguageTags:
         self._passes = self._keeps = None
         return sent
 
-    # ---- text in -----------------------------------------------------------------------------------------------------
-
     def _take(self, text: str) -> None:
         self._raw += text
         if not self._prose or "`" in text or "\n" in text:
@@ -336,8 +310,6 @@ class LanguageTags:
             self._keep = self._sent + (LOOK_AHEAD if self._glanced else GLANCE)
         elif not self._raw and not self._unit and self._kind not in (_ANY, _SENTENCE) and self._writer.opened:
             self._passes = self._patterns(self._kind).boring.fullmatch
-
-    # ---- looking -----------------------------------------------------------------------------------------------------
 
     def _scan(self, final: bool) -> str:
         out: list[str] = []
@@ -404,8 +376,6 @@ class LanguageTags:
         if self._language is not None:
             self._send(out, self._opening(at))
         self._unit, self._glanced = script, False
-
-    # ---- settling ----------------------------------------------------------------------------------------------------
 
     def _settle(self, out: list[str], final: bool) -> bool:
         """Settle the unit. False: more text is needed."""

@@ -7,25 +7,9 @@ from collections.abc import MutableMapping
 from typing import NamedTuple
 
 from edge_rt_text.text_state import (
-    BREAK,
-    CLOSER,
-    CLOSERS,
-    CODE,
-    FULL,
-    FULL_WIDTH_ALNUM,
-    HALF,
-    HAN,
-    HAN_LETTER,
-    LETTER,
-    OPENERS,
-    OTHER,
-    QUOTES,
-    TO_ASCII,
-    WIDE,
-    TextState,
-    left_kind,
-    right_kind,
-)
+    BREAK, CLOSER, CLOSERS, CODE, FULL, FULL_WIDTH_ALNUM, HALF, HAN, HAN_LETTER, LETTER, OPENERS, OTHER, QUOTES, TO_ASCII, WIDE,
+    TextState, left_kind, right_kind,
+)  # fmt: skip
 
 DEPTH = 16
 """Open quotes and brackets that are kept. Text with more is not prose, and nothing of it is closed until its paragraph ends."""
@@ -56,11 +40,10 @@ class Pairs:
 
     @property
     def in_link(self) -> bool:
-        """In the destination of a Markdown link."""
+        """Whether the text is in the destination of a Markdown link."""
         return bool(self.open) and self.open[-1].link
 
     def push(self, mark: str, whole: bool = False, link: bool = False, address: bool = False) -> None:
-        """A quote or bracket was opened."""
         if self._lost:
             return
         self.open.append(Open(mark, whole, link, address))
@@ -71,8 +54,7 @@ class Pairs:
     def pop(self, closer: str) -> Open | None:
         """A quote or bracket was closed; returns what opened it, or None. What was opened in between is forgotten."""
         opener = OPENERS[closer]
-        for i in range(len(self.open) - 1, -1, -1):
-            one = self.open[i]
+        for i, one in reversed(list(enumerate(self.open))):
             if one.mark == opener or (opener == "(" and one.mark == "（"):
                 del self.open[i:]
                 return one
@@ -89,7 +71,7 @@ class Pairs:
                 self.pop(quote)
                 return False
             # A lone apostrophe may be one of '90s or 'n'; only after another mark does it plainly open.
-            plain = not before.strip() or left in '“"(（' or before[-2:] in (", ", ": ") or left in "：，"
+            plain = not before.strip() or left in '“"(（：，' or before[-2:] in (", ", ": ")
             return plain and right.isalpha() and not is_open
         if is_open:  # what looks as if it opened again says that the one before was stray
             self.pop(quote)
@@ -211,20 +193,15 @@ Decision = tuple[str, int] | None
 """What goes out, and up to where that decides the text; None: more text must be known."""
 
 
-class _Token(NamedTuple):
-    """``characters``: those of which a token has one, for a class of a pattern."""
-
-    pattern: re.Pattern[str]
-    characters: str
-
-
 _MARKS = ",.?!:;()\\[\\]\"'{，。？！：；、（）．“”‘’「」『』《》〈〉【】〔〕"
-TOKEN = _Token(re.compile(rf"\s\s+|\n| (?=[，。？！：；、）】」』》〉〕])|\.\.+|。。+|[{_MARKS}]"), _MARKS + "\n０-９Ａ-Ｚａ-ｚ")
+TOKEN = re.compile(rf"\s\s+|\n| (?=[，。？！：；、）】」』》〉〕])|\.\.+|。。+|[{_MARKS}]")
 """Marks, and white space that may end a line or stand before a full-width mark."""
+MAY_CHANGE = re.compile(f"[{_MARKS}\n０-９Ａ-Ｚａ-ｚ]")
+"""A character without which a text has neither marks nor full-width letters and digits."""
 
 
 class Settings(NamedTuple):
-    """The rules, compiled; docs/post/punctuation.md explains each."""
+    """The rules; docs/post/punctuation.md explains each."""
 
     complete: str
     close: str
@@ -287,8 +264,9 @@ class Marks:
         self._state.settle()
         if mark in ",.?!:;，。？！：；、．":
             return self._stop(text, mark, end, final)
-        if mark == " ":
-            return self._space(end)
+        if mark == " ":  # before a full-width mark
+            removed = not self._keep and HAN_LETTER.match(self._state.before[-1:])
+            return (self._changed(""), end) if removed else self._out(" ", end)
         if (mark == "{" or (mark == "[" and right in ("{", "[", '"'))) and not self._state.before.strip():
             self.raw = True
             return text[start:], len(text)
@@ -309,14 +287,6 @@ class Marks:
         self._counts["normalised"] += 1
         return text
 
-    def _space(self, end: int) -> Decision:
-        """A space before a full-width mark."""
-        if self._keep or not HAN_LETTER.match(self._state.before[-1:]):
-            return self._out(" ", end)
-        return self._changed(""), end
-
-    # ---- marks in and after sentences --------------------------------------------------------------------------------
-
     def _stop(self, text: str, mark: str, end: int, final: bool) -> Decision:
         state = self._state
         right, after = text[end : end + 1], text[end + 1 : end + 2]
@@ -333,7 +303,8 @@ class Marks:
             between = state.before[-1:].isdigit() and right.isdigit()
             out = self._changed(".") if between and self._settings.digits else mark
         elif mark in HALF and self._narrows(right):
-            out = self._changed(HALF[mark] + self._gap(right))
+            in_number = state.before[-1:].isdigit() and right.isdigit()
+            out = self._changed(HALF[mark] + (" " if (right.isalnum() or right in CLOSERS) and not in_number else ""))
         elif mark not in FULL and right == " " and HAN_LETTER.match(after) and not self._keep:
             taken += 1
             self._changed("")
@@ -360,22 +331,14 @@ class Marks:
         return becomes_full(mark, left_kind(state.before), right, after, state, self._settings.width == "full")
 
     def _narrows(self, right: str) -> bool:
-        if self._settings.width == "half":
-            return True
-        return self._settings.width == "auto" and becomes_half(left_kind(self._state.before), right, self._state)
-
-    def _gap(self, right: str) -> str:
-        """The space after a mark that became ASCII."""
-        if self._state.before[-1:].isdigit() and right.isdigit():
-            return ""
-        return " " if right.isalnum() or right in CLOSERS else ""
+        width = self._settings.width
+        return width == "half" or (width == "auto" and becomes_half(left_kind(self._state.before), right, self._state))
 
     def _after_stop(self, out: str, right: str) -> None:
         """Take note of a mark that goes out: it may end the sentence."""
         state, mark = self._state, out[:1]
         ends = mark in "。？！" or (mark in ".?!" and right_kind(right) not in (LETTER, CODE))
-        if ends and mark == "." and (is_abbreviation(state.before) or is_marker(state)):
-            ends = False
+        ends = ends and not (mark == "." and (is_abbreviation(state.before) or is_marker(state)))
         state.add(out)
         state.settle()
         if ends:
@@ -414,8 +377,6 @@ class Marks:
             return run
         return "……" if han > 2 * words else "…"
 
-    # ---- brackets and quotes -----------------------------------------------------------------------------------------
-
     def _bracket(self, mark: str, right: str) -> str:
         """Take note of a bracket or a quote, and return it in the width it should have."""
         state, pairs = self._state, self._pairs
@@ -452,11 +413,9 @@ class Marks:
         state, pairs = self._state, self._pairs
         last = state.before[-1:]
         if mark == "(":
-            if last == "]" or pairs.in_link:
-                pairs.push(mark, link=True)
-                return mark
-            if state.address:
-                pairs.push(mark, address=True)
+            link = last == "]" or pairs.in_link
+            if link or state.address:
+                pairs.push(mark, link=link, address=not link)
                 return mark
             if not right.strip() or last == "\\":
                 return mark

@@ -10,13 +10,12 @@ import unicodedata
 from collections.abc import Callable
 
 from edge_rt.hooks import CodeSpans, Rules
-from edge_rt_text.marks import TOKEN, Marks, Pairs, Settings
+from edge_rt_text.marks import MAY_CHANGE, TOKEN, Marks, Pairs, Settings
 from edge_rt_text.text_state import HAN_LETTER, TextState
 
 BLANKS = 16
 """Most white space characters held back, because a full stop may have to go before them. After more, nothing is added."""
 
-_INTERESTING = re.compile(f"[{TOKEN.characters}]")
 _PLACES = ("text", "paragraphs", "never")
 
 
@@ -57,7 +56,7 @@ class Punctuation:
             if self._code:
                 return text
             whole = self.held + text
-            if not _INTERESTING.search(whole) and not self._marks.spaces(whole):
+            if not MAY_CHANGE.search(whole) and not self._marks.spaces(whole):
                 certain = whole.rstrip()
                 self.held = whole[len(certain) :]
                 if len(self.held) <= BLANKS:
@@ -131,7 +130,7 @@ class Punctuation:
     def _read(self, text: str, body: int, final: bool) -> str:
         """Decide what can be decided of the first ``body`` characters of a text; the rest is held. ``final``: nothing follows it."""
         out, at = [], 0
-        for match in TOKEN.pattern.finditer(text, 0, body):
+        for match in TOKEN.finditer(text, 0, body):
             start, end = match.span()
             if start < at:
                 continue  # a space that went with the mark before it
@@ -192,7 +191,6 @@ _WHEN_CLAUSE = re.compile(r"(?:when|where|how|what|who)\s.*,", re.IGNORECASE)
 _ASKS = re.compile(
     "吗$|(?:是不是|对不对|好不好|行不行|可不可以|能不能)$|(?:什么|怎么|怎样|怎么样|谁|哪|为何|几|多少|如何).*呢$|^[你您我他她它]们?呢$"
 )
-_PLEASE_ASK = re.compile("(?:请问|敢问)")
 
 
 def missing_stop(state: TextState, shortest: int, width: str) -> str:
@@ -202,8 +200,10 @@ def missing_stop(state: TextState, shortest: int, width: str) -> str:
     """
     before, line = state.before, state.line
     core = before.rstrip("*_)）”’\"'」』》〉】〕")
-    if state.address or not core or _HEADING_OR_TABLE.match(line) or not _ends_with_a_word(core[-1]):
+    if state.address or not core or _HEADING_OR_TABLE.match(line):
         return ""
+    if not (core[-1].isalnum() or core[-1] in "%％°℃‰" or unicodedata.category(core[-1]).startswith("M")):
+        return ""  # it does not end with a word
     if before[-1] in ")）" and state.head.lstrip("”’\"'」』 ")[:1] in ("(", "（"):
         return ""  # a remark in brackets after the last sentence, or the only one
     if _BOLD.match(state.head):
@@ -225,20 +225,13 @@ def missing_stop(state: TextState, shortest: int, width: str) -> str:
     wide = han > words or (han == words and HAN_LETTER.match(state.head.lstrip("*_“\"‘'（([《「『")) is not None)
     if _NAME_OF_FILE.search(before) and (not wide or "@" in before.rpartition(" ")[2]):
         return ""
-    asks = _asks_in_chinese(core, state.head) if wide else _asks(state.head)
     marks = "？。" if width == "full" or (wide and width != "half") else "?."
-    return marks[0] if asks else marks[1]
+    return marks[0] if _asks(core, state.head, wide) else marks[1]
 
 
-def _asks_in_chinese(text: str, head: str) -> bool:
-    clause = re.split("[，。；：,:;]", text)[-1]
-    return _ASKS.search(clause) is not None or _PLEASE_ASK.match(head) is not None
-
-
-def _asks(head: str) -> bool:
+def _asks(text: str, head: str, chinese: bool) -> bool:
+    """Whether a sentence is a question. ``text``: the end of it, ``head``: its beginning."""
+    if chinese:
+        return _ASKS.search(re.split("[，。；：,:;]", text)[-1]) is not None or head.startswith(("请问", "敢问"))
     head = head.lstrip("*_“\"'‘( ")
     return _QUESTION.match(head) is not None and not _WHEN_CLAUSE.match(head)
-
-
-def _ends_with_a_word(character: str) -> bool:
-    return character.isalnum() or character in "%％°℃‰" or unicodedata.category(character).startswith("M")

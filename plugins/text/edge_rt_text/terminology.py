@@ -16,10 +16,12 @@ _MARK = re.compile(r"[a-z0-9]://|(?<![a-z0-9_.-])www\.|[a-z0-9._%+-]@", re.IGNOR
 """From here on it is an address. Four characters at most, the one before ``www`` included."""
 _END = re.compile(r"[^a-z0-9._~:/?#\[\]@!$&'()*+,;=%-]", re.IGNORECASE | re.ASCII)
 """What is in no address (RFC 3986)."""
-_LOCAL = re.compile(r"[a-z0-9._%+-]{0,64}", re.IGNORECASE | re.ASCII)
 _LONGEST_LOCAL = 64  # characters before the @ (RFC 5321)
+_LOCAL = re.compile(rf"[a-z0-9._%+-]{{0,{_LONGEST_LOCAL}}}", re.IGNORECASE | re.ASCII)
 MAX_LOOK = _LONGEST_LOCAL + len("://")
-"""Characters after a term that tell whether it is the beginning of an address."""
+"""Most characters after a term that are needed to see whether it is the beginning of an address."""
+MAX_HELD = MAX_TERM + MAX_LOOK
+"""Most characters held back: a term and what follows it. Usually it is the glossary's longest term and one character."""
 
 
 class Prose:
@@ -83,11 +85,6 @@ def may_be_address(text: str, at: int) -> bool | None:
     return None if "://".startswith(rest) else False
 
 
-MAX_HELD = MAX_TERM + MAX_LOOK
-"""Characters that may be held back: a term, and what follows it while that may make an address of it. A glossary's own longest term and
-a character are the rule."""
-
-
 def compile_rules(rules: Rules) -> Callable[[], PostProcessor]:
     """Returns a function that makes the post-processor of one stream. Raises RuleError."""
     in_code, in_addresses = rules.flag("in_code", False), rules.flag("in_addresses", False)
@@ -135,12 +132,12 @@ class Terminology:
         return self._settle(None, None)
 
     def flush(self) -> str:
-        """The text is complete: the rest."""
+        """The text is complete: return the rest."""
         self._state = 0
         return self._settle("", True)
 
     def cut(self, following: str) -> str:
-        """The text was cut off: the rest. A word at its very end may have gone on, so it is left alone."""
+        """The text was cut off: return the rest. A word at its very end may have gone on, so it is left alone."""
         self._state = 0
         return self._settle(following, False)
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from edge_rt.hooks import HALF_WIDTH
 
-CONTEXT = 48
-"""Characters of the text so far that decisions may look at."""
-HEAD = 64
-"""Characters kept of a sentence's beginning."""
-LINE = 24
-"""Characters kept of a line's beginning, by which lists, headings and tables are told."""
-UNREAD = 256
-"""Characters that are at most waiting to be counted."""
+# Characters that are kept: of the text so far, of the sentence's beginning, of the line's beginning (by which lists, headings and tables
+# are told apart), and of text that waits to be counted.
+CONTEXT, HEAD, LINE, UNREAD = 48, 64, 24, 256
 
 HAN = "\u3005-\u3007\u3040-\u30ff\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Letters that are written with full-width marks: Han, kana, bopomofo. For a character class of a pattern."""
@@ -56,25 +52,22 @@ _LIST = re.compile(
 _ENDED = re.compile("[。．.！!？?；;…][*_”’\"')）」』】\\s]*$")
 
 
-def _letter(character: str) -> int:
-    if HAN_LETTER.match(character):
-        return WIDE
-    return LETTER if character.isalnum() else OTHER
-
-
 def left_kind(before: str) -> int:
-    """What a mark follows; ``before`` is the text up to it. Marks of emphasis do not count."""
+    """The kind of neighbour that a mark follows; ``before`` is the text up to it. Marks of emphasis do not count."""
     character = before[-1:]
-    if character in ("*", "_"):
-        character = before.rstrip("*_")[-1:]
-    found = _NEIGHBOURS.get(character)
-    return _letter(character) if found is None else found
+    return _kind(before.rstrip("*_")[-1:] if character in ("*", "_") else character, _NEIGHBOURS)
 
 
 def right_kind(character: str) -> int:
-    """What follows a mark; "" at the end of the text."""
-    found = _RIGHT.get(character)
-    return _letter(character) if found is None else found
+    """The kind of neighbour that follows a mark; ``character`` is "" at the end of the text."""
+    return _kind(character, _RIGHT)
+
+
+def _kind(character: str, known: Mapping[str, int]) -> int:
+    found = known.get(character)
+    if found is None:
+        found = WIDE if HAN_LETTER.match(character) else LETTER if character.isalnum() else OTHER
+    return found
 
 
 class TextState:
@@ -164,10 +157,7 @@ class TextState:
             self.sentence_ended = False
         else:
             self.lines += 1
-            if self.is_item:
-                self.items_end = _ENDED.search(self.before) is not None
-            else:
-                self.items_end = None
+            self.items_end = _ENDED.search(self.before) is not None if self.is_item else None
         self._begin_sentence()
         if self.line:
             self.line_end = self.before.rstrip("*_ \t\r\n")[-1:]
