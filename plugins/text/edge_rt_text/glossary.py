@@ -114,7 +114,9 @@ class Glossary:
         entry_of: dict[Term, Entry] = {}
         for entry in entries:
             entry_of.setdefault(entry.term, entry)
-            other = self._add(entry.term)
+            term = entry.term
+            exact = term.case == "exact"
+            other = self._exact.setdefault(term.variant, term) if exact else self._folded.setdefault(fold(term.variant), term)
             if other.preferred != entry.term.preferred:
                 here, there = f"{entry.term.variant} is to be {entry.term.preferred} here", f"{other.preferred} in {entry_of[other].place}"
                 raise entry.mistake(f"{entry.place}: {here}, and {there}; leave one of them out")
@@ -127,12 +129,6 @@ class Glossary:
         self._whole = frozenset(self._found_inside())
         if self._whole:
             self.automaton = AhoCorasick(sorted(variants | self._whole))
-
-    def _add(self, term: Term) -> Term:
-        """Return the first term of the same variant."""
-        if term.case == "exact":
-            return self._exact.setdefault(term.variant, term)
-        return self._folded.setdefault(fold(term.variant), term)
 
     def _last(self, entry: Entry) -> str:
         """Return the preferred form of the preferred form, and so on."""
@@ -216,7 +212,7 @@ def _mistake_at(table: Rules, key: str, reason: str) -> RuleError:
 
 
 def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Entry]:
-    """Yield the terms of a file, a line each: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
+    """Yield the terms of a file, one a line: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
     path, text = table.file("file")
     mistake = partial(_mistake_at, table, "file")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","

@@ -94,9 +94,8 @@ class Writer:
     def switch(self, tag: str | None) -> str:
         """What follows is in a language, None: it is not marked. Returns the end of the span before."""
         end = self.close()
-        form = self._form
-        marked = tag is not None or form.always
-        self._begin, self._end = (part.format(tag=tag or "und") if marked else "" for part in (form.begin, form.end))
+        marks = self._form[:2] if tag is not None or self._form.always else ("", "")
+        self._begin, self._end = (mark.format(tag=tag or "und") for mark in marks)
         return end
 
     def text(self, text: str) -> str:
@@ -134,12 +133,7 @@ class Plan(NamedTuple):
 
 
 def compile_rules(rules: Rules) -> Callable[[], PostProcessor]:
-    """Returns a function that makes the post-processor of one stream. Raises RuleError."""
-    plan = _make_plan(rules)
-    return lambda: LanguageTags(plan)
-
-
-def _make_plan(rules: Rules) -> Plan:
+    """Return a function that makes the post-processor of one stream. Raises RuleError."""
     form = FORMATS[rules.choice("format", tuple(FORMATS), "plain")]
     latin = _latin(rules)
     table = rules.table("scripts")
@@ -156,7 +150,7 @@ def _make_plan(rules: Rules) -> Plan:
         patterns(kind)
     patterns("latin", len(latin) > 1)
     evidence()
-    return Plan(
+    plan = Plan(
         form,
         primary,
         primary if primary in latin else latin[0],
@@ -166,6 +160,7 @@ def _make_plan(rules: Rules) -> Plan:
         rules.integer("minimum_words", 3, 1, 6),
         rules.integer("minimum_characters", 2, 1, 16),
     )
+    return lambda: LanguageTags(plan)
 
 
 def _latin(rules: Rules) -> tuple[str, ...]:
@@ -356,8 +351,7 @@ class LanguageTags:
             if not unsettled:
                 self._send(out, end if final else self._opening(end))
             return False
-        script = SCRIPT.match(found[0])
-        if script is not None:
+        if script := SCRIPT.match(found[0]):
             self._start(out, found.start(), str(script.lastgroup))
             return True
         if found[0] == "\n":

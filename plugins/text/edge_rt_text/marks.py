@@ -7,8 +7,24 @@ from collections.abc import MutableMapping
 from typing import NamedTuple
 
 from edge_rt_text.text_state import (
-    BREAK, CLOSER, CLOSERS, CODE, FULL, FULL_WIDTH_ALNUM, HALF, HAN, HAN_LETTER, LETTER, OPENERS, OTHER, QUOTES, TO_ASCII, WIDE,
-    TextState, left_kind, right_kind,
+    BREAK,
+    CLOSER,
+    CLOSERS,
+    CODE,
+    FULL,
+    FULL_WIDTH_ALNUM,
+    HALF,
+    HAN,
+    HAN_LETTER,
+    LETTER,
+    OPENERS,
+    OTHER,
+    QUOTES,
+    TO_ASCII,
+    WIDE,
+    TextState,
+    left_kind,
+    right_kind,
 )  # fmt: skip
 
 DEPTH = 16
@@ -108,80 +124,7 @@ class Pairs:
         return "".join(closers) + stop
 
 
-_NO_STOP = re.compile(
-    r"(?:(?<![^\W_])[A-Za-z]|\b(?:etc|vs|cf|al|approx|dept|est|fig|figs|vol|pp|ed|eds|ch|sec|no|nos|mr|mrs|ms|dr|prof|st|jr|sr|gen|col|lt"
-    r"|sgt|rev|hon|pres|gov|sen|rep|inc|ltd|co|corp|llc|bros|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun"
-    r"|ph|ii|iii|iv|vi|vii|viii|ix|xi|xii))$",
-    re.IGNORECASE,
-)
-_MARKER = re.compile(r"(?:[-*+•]\s+)?[(（]?(?:\d{1,3}(?:\.\d{1,3})*|[A-Za-z]|[ivxIVX]{1,4}|[一二三四五六七八九十]{1,3})$")
 _ENTITY = re.compile(r"&#?\w{1,8}$")
-
-
-def is_marker(state: TextState) -> bool:
-    """Whether the line so far is the number of an item in a list."""
-    return len(state.line) <= 14 and _MARKER.match(state.line) is not None
-
-
-def is_abbreviation(before: str) -> bool:
-    """Whether a full stop after this text may belong to an abbreviation or an initial."""
-    return _NO_STOP.search(before[-8:]) is not None
-
-
-def becomes_full(mark: str, left: int, right: str, after: str, state: TextState, always: bool) -> bool:
-    """Whether an ASCII mark should be full-width. ``right``: the next character; ``after``: that after it, if the next is a space.
-
-    ``always``: the text is Chinese whatever it quotes. Else the sentence so far must be: the more of it, the less its neighbours tell.
-    """
-    han, words = state.counts
-    kind, spaced = right_kind(right), right == " "
-    if left not in (WIDE, LETTER) or kind == CODE or not (han or always):
-        return False
-    if spaced:
-        kind = right_kind(after)
-    if not always and kind == LETTER and left == LETTER:
-        return False  # Latin text in a sentence keeps its marks
-    if mark == "." and not _may_be_stop(left, kind, spaced, state):
-        return False
-    if mark == ";" and left == LETTER and _ENTITY.search(state.before):
-        return False
-    if left == LETTER and ((kind == LETTER and not spaced) or (kind == CLOSER and not always)):
-        return False  # inside a word; the end of a quotation, which may be Latin text
-    if always:
-        return True
-    if kind == LETTER:
-        return han > max(2 * words, 3) and state.text_han > state.text_words if spaced else han > words
-    return han > words if kind == WIDE and not spaced else han > 2 * words
-
-
-def _may_be_stop(left: int, kind: int, spaced: bool, state: TextState) -> bool:
-    """Whether an ASCII full stop ends a sentence, by what stands around it."""
-    if kind == LETTER and not spaced:
-        return False  # .NET, a file's name
-    if left == LETTER and (is_abbreviation(state.before) or (state.before[-1:].isdigit() and kind not in (BREAK, CLOSER))):
-        return False
-    return not is_marker(state)
-
-
-def becomes_half(left: int, right: str, state: TextState) -> bool:
-    """Whether a full-width mark should be ASCII: it follows Latin text, in a paragraph without Han letters of a text that has few."""
-    return (
-        left == LETTER
-        and state.words > 0
-        and not state.paragraph_han
-        and state.text_words > state.text_han
-        and right_kind(right) in (LETTER, BREAK, CLOSER, OTHER)
-    )
-
-
-def bracket_becomes_full(right: str, state: TextState) -> bool:
-    """Whether an ASCII bracket should open full-width: it follows Chinese text, or begins a Chinese line. Spaces around it are kept."""
-    han, words = state.counts
-    if not state.line:
-        return right_kind(right) == WIDE and state.text_han >= state.text_words
-    return left_kind(state.before) == WIDE and han > 2 * words
-
-
 DOTS = 6
 """Dots that are held back, at most; more are no ellipsis."""
 
@@ -191,7 +134,6 @@ _AFTER_ELLIPSIS = ("”", "’", '"', "'", "?", "!")
 
 Decision = tuple[str, int] | None
 """What goes out, and up to where that decides the text; None: more text must be known."""
-
 
 _MARKS = ",.?!:;()\\[\\]\"'{，。？！：；、（）．“”‘’「」『』《》〈〉【】〔〕"
 TOKEN = re.compile(rf"\s\s+|\n| (?=[，。？！：；、）】」』》〉〕])|\.\.+|。。+|[{_MARKS}]")
@@ -323,22 +265,47 @@ class Marks:
         return state.address
 
     def _widens(self, mark: str, right: str, after: str) -> bool:
-        state = self._state
+        """Whether an ASCII mark becomes full-width. ``after``: the character behind ``right``, if that is a space.
+
+        With the width "full" all in prose do. Else the sentence must have Han letters: the more, the less the mark's neighbours count.
+        """
+        state, always = self._state, self._settings.width == "full"
         if mark in "?!" and state.before[-1:] in ("？", "！"):
             return True
-        if mark == ":" and right in ("(", ")"):
-            return False  # a face
-        return becomes_full(mark, left_kind(state.before), right, after, state, self._settings.width == "full")
+        han, words = state.counts
+        left, kind, spaced = left_kind(state.before), right_kind(right), right == " "
+        face = mark == ":" and right in ("(", ")")
+        if face or left not in (WIDE, LETTER) or kind == CODE or not (han or always):
+            return False
+        if spaced:
+            kind = right_kind(after)
+        if not always and kind == LETTER and left == LETTER:
+            return False  # Latin text in a sentence keeps its marks
+        if mark == "." and not _may_be_stop(left, kind, spaced, state):
+            return False
+        if mark == ";" and left == LETTER and _ENTITY.search(state.before):
+            return False
+        if left == LETTER and ((kind == LETTER and not spaced) or (kind == CLOSER and not always)):
+            return False  # inside a word; the end of a quotation, which may be Latin text
+        if always:
+            return True
+        if kind == LETTER:
+            return han > max(2 * words, 3) and state.text_han > state.text_words if spaced else han > words
+        return han > words if kind == WIDE and not spaced else han > 2 * words
 
     def _narrows(self, right: str) -> bool:
-        width = self._settings.width
-        return width == "half" or (width == "auto" and becomes_half(left_kind(self._state.before), right, self._state))
+        """Whether a full-width mark becomes ASCII: in a paragraph without Han letters, after Latin text, in a text that is mostly Latin."""
+        state, width = self._state, self._settings.width
+        if width != "auto":
+            return width == "half"
+        latin = state.words > 0 and not state.paragraph_han and state.text_words > state.text_han
+        return latin and left_kind(state.before) == LETTER and right_kind(right) in (LETTER, BREAK, CLOSER, OTHER)
 
     def _after_stop(self, out: str, right: str) -> None:
         """Take note of a mark that goes out: it may end the sentence."""
         state, mark = self._state, out[:1]
         ends = mark in "。？！" or (mark in ".?!" and right_kind(right) not in (LETTER, CODE))
-        ends = ends and not (mark == "." and (is_abbreviation(state.before) or is_marker(state)))
+        ends = ends and not (mark == "." and (state.ends_in_abbreviation or state.is_marker))
         state.add(out)
         state.settle()
         if ends:
@@ -419,7 +386,12 @@ class Marks:
                 return mark
             if not right.strip() or last == "\\":
                 return mark
-            if self._may_widen and bracket_becomes_full(right, state):
+            han, words = state.counts
+            if not state.line:
+                chinese = right_kind(right) == WIDE and state.text_han >= state.text_words
+            else:
+                chinese = left_kind(state.before) == WIDE and han > 2 * words
+            if self._may_widen and chinese:
                 mark = self._changed("（")
         elif self._narrows(right):
             pairs.push("(", whole)
@@ -440,3 +412,12 @@ class Marks:
         if not wide and opened is not None and opened.mark == "（":
             return self._changed("）")
         return mark
+
+
+def _may_be_stop(left: int, kind: int, spaced: bool, state: TextState) -> bool:
+    """Whether an ASCII full stop ends a sentence, by what stands around it."""
+    if kind == LETTER and not spaced:
+        return False  # .NET, a file's name
+    if left == LETTER and (state.ends_in_abbreviation or (state.before[-1:].isdigit() and kind not in (BREAK, CLOSER))):
+        return False
+    return not state.is_marker

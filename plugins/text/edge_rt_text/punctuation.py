@@ -20,7 +20,7 @@ _PLACES = ("text", "paragraphs", "never")
 
 
 def compile_rules(rules: Rules) -> Callable[[], Punctuation]:
-    """Returns a function that makes the post-processor of one stream. Raises RuleError."""
+    """Return a function that makes the post-processor of one stream. Raises RuleError."""
     settings = Settings(
         rules.choice("complete", _PLACES, "text"),
         rules.choice("close", _PLACES, "text"),

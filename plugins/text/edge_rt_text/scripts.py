@@ -73,23 +73,12 @@ _PLAIN = r" 0-9,;:_'’*·~=@#$%^/+|\-–—→×°"
 
 
 class Patterns(NamedTuple):
-    """Of a stream that is in a script."""
+    """The patterns for a stream that is in one script."""
 
     letters: re.Pattern[str]
-    border: re.Pattern[str]
-    """What ends it, or may."""
-    stop: re.Pattern[str]
-    """What ends a unit whose language is not known yet."""
-    boring: re.Pattern[str]
-    """Pieces of text in which nothing can end."""
-
-
-class _Han(NamedTuple):
-    """Characters that only one of the languages writes, and those that Japanese may, as they stand in a character class."""
-
-    chinese: str
-    japanese: str
-    not_chinese: str
+    border: re.Pattern[str]  # what ends it, or may
+    stop: re.Pattern[str]  # what ends a unit whose language is not known yet
+    boring: re.Pattern[str]  # pieces of text in which nothing can end
 
 
 # Python's "shift_jis" is JIS X 0208, which has old forms that are written in Taiwan today and in Japan only in names. These are the
@@ -98,11 +87,12 @@ _TAIWAN = "很它哪們說會對體讀變發總當從處單圖聲戰斷繼續爲
 
 
 @cache
-def _han() -> _Han:
+def _han() -> tuple[str, str, str]:
+    """Characters that only Chinese writes, that only Japanese writes, and that Japanese may write, each for a character class."""
     unified = "".join(map(chr, range(0x4E00, 0xA000)))
     mainland, taiwan, japan = (set(unified.encode(name, "ignore").decode(name)) for name in ("gb2312", "big5", "shift_jis"))
     chinese = mainland - japan | set(_TAIWAN)
-    return _Han(_ranges(chinese), _ranges(japan - mainland - taiwan), _ranges(set(unified) - chinese))
+    return _ranges(chinese), _ranges(japan - mainland - taiwan), _ranges(set(unified) - chinese)
 
 
 def _ranges(characters: set[str]) -> str:
@@ -118,20 +108,22 @@ def _ranges(characters: set[str]) -> str:
 @cache
 def evidence() -> re.Pattern[str]:
     """The first character that tells Chinese (``han``) from Japanese (``ja``), or the end of the sentence or quotation."""
-    return re.compile(rf"(?P<ja>[{SCRIPTS['kana'][1]}{_han().japanese}])|(?P<han>[{_han().chinese}])|[{_RESET}]")
+    chinese, japanese, _ = _han()
+    return re.compile(rf"(?P<ja>[{SCRIPTS['kana'][1]}{japanese}])|(?P<han>[{chinese}])|[{_RESET}]")
 
 
 @cache
 def patterns(kind: str, sentences: bool = False) -> Patterns:
-    """Of a script. ``ja``: Han and kana together; ``han``: without kana. ``sentences``: the language may change with each."""
+    """The patterns of a script. ``ja``: Han and kana together; ``han``: without kana. ``sentences``: the language may change with each."""
     own = ("han", "kana") if kind == "ja" else (kind,)
     letters = "".join(SCRIPTS[name][1] for name in own)
     others = "".join(ranges for name, (_, ranges) in SCRIPTS.items() if name not in own)
     stop = border = rf"[{others}\n]"
     plain = letters + _PLAIN
     if kind in ("han", "kana", "ja"):
-        border = rf"[{others}{_RESET}{_han().chinese if kind == 'ja' else ''}]"
-        plain = (SCRIPTS["kana"][1] + _han().not_chinese if kind == "ja" else letters) + _PLAIN + "，、；："
+        chinese, _, not_chinese = _han()
+        border = rf"[{others}{_RESET}{chinese if kind == 'ja' else ''}]"
+        plain = (SCRIPTS["kana"][1] + not_chinese if kind == "ja" else letters) + _PLAIN + "，、；："
     elif sentences:
         border = rf"[{others}\n。！？]|{_SENTENCE}"
         stop = rf"[{others}\n]|{_SENTENCE}[^{_STRONG}\n]{{0,8}}{_NOT_LOWER}[{letters}]"

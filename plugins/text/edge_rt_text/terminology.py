@@ -86,7 +86,7 @@ def may_be_address(text: str, at: int) -> bool | None:
 
 
 def compile_rules(rules: Rules) -> Callable[[], PostProcessor]:
-    """Returns a function that makes the post-processor of one stream. Raises RuleError."""
+    """Return a function that makes the post-processor of one stream. Raises RuleError."""
     in_code, in_addresses = rules.flag("in_code", False), rules.flag("in_addresses", False)
     glossary = Glossary(read(rules))
     return lambda: Terminology(glossary, in_code=in_code, in_addresses=in_addresses)

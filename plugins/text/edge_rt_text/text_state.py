@@ -49,6 +49,13 @@ _ADDRESS_END = re.compile(f'[\\s，。？！；、：）】》」』”’"<>]|(
 _LIST = re.compile(
     r"[-*+•·]\s|\d{1,3}[.)、．](?!\d)|[（(][\d一二三四五六七八九十]{1,2}[)）]|[一二三四五六七八九十]{1,3}[、.]|[A-Za-z][.)]\s"
 )
+_NO_STOP = re.compile(
+    r"(?:(?<![^\W_])[A-Za-z]|\b(?:etc|vs|cf|al|approx|dept|est|fig|figs|vol|pp|ed|eds|ch|sec|no|nos|mr|mrs|ms|dr|prof|st|jr|sr|gen|col|lt"
+    r"|sgt|rev|hon|pres|gov|sen|rep|inc|ltd|co|corp|llc|bros|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun"
+    r"|ph|ii|iii|iv|vi|vii|viii|ix|xi|xii))$",
+    re.IGNORECASE,
+)
+_MARKER = re.compile(r"(?:[-*+•]\s+)?[(（]?(?:\d{1,3}(?:\.\d{1,3})*|[A-Za-z]|[ivxIVX]{1,4}|[一二三四五六七八九十]{1,3})$")
 _ENDED = re.compile("[。．.！!？?；;…][*_”’\"')）」』】\\s]*$")
 
 
@@ -131,6 +138,16 @@ class TextState:
     def is_item(self) -> bool:
         """Whether the line is an item of a list."""
         return _LIST.match(self.line) is not None
+
+    @property
+    def is_marker(self) -> bool:
+        """Whether the line so far is the number of an item in a list."""
+        return len(self.line) <= 14 and _MARKER.match(self.line) is not None
+
+    @property
+    def ends_in_abbreviation(self) -> bool:
+        """Whether a full stop that comes next may belong to an abbreviation or an initial."""
+        return _NO_STOP.search(self.before[-8:]) is not None
 
     def address_length(self, run: str) -> int:
         """How many characters of text that comes next still belong to a URL or path."""
