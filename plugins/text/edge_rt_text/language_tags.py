@@ -51,10 +51,6 @@ _ANY, _SENTENCE = "", "sentence"  # kinds of stream that are in no script: any b
 _FAMILY = {"ja": "han", "kana": "han"}  # scripts that one span goes on in
 
 
-def _plain(text: str) -> str:
-    return text.replace("<", "<<")
-
-
 def _xml(text: str) -> str:
     return _NO_XML.sub("\ufffd", text).translate(_XML) if _XML_SPECIAL.search(text) else text
 
@@ -65,7 +61,7 @@ def _json(text: str) -> str:
 
 
 class Format(NamedTuple):
-    """How a span begins and ends, with ``{tag}`` for its language, and how text is written in it.
+    """How a span begins and ends, with ``{tag}`` for its language, and how text is written in it so that it can be read back exactly.
 
     ``always``: also spans of the primary and of no known language. ``lines``: a span ends with each line and goes on in a new one.
     """
@@ -78,7 +74,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "plain": Format("<{tag}>", "</{tag}>", _plain),
+    "plain": Format("<{tag}>", "</{tag}>", lambda text: text.replace("<", "<<")),
     "ssml": Format('<lang xml:lang="{tag}">', "</lang>", _xml),
     "json": Format('{{"lang":"{tag}","text":"', '"}}\n', _json, always=True, lines=True),
 }
@@ -208,7 +204,7 @@ class LanguageTags:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._writer = Writer(plan.form)
-        self._counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # spans, by language
         # The text that is looked at, and the same with code replaced and straight quotes directed. What was sent of it is still there
         # if it may be a part of what ends a sentence.
         self._raw = self._mask = ""
@@ -239,11 +235,6 @@ class LanguageTags:
     def held(self) -> str:
         """Text not yet sent."""
         return self._raw[self._sent :]
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Spans by language."""
-        return self._counts
 
     def feed(self, text: str) -> str:
         """Take more text and return what can no longer change."""
@@ -324,7 +315,7 @@ class LanguageTags:
         """A span begins. Returns the end of the one before."""
         self._language = language
         if language:
-            self._counts[language] = self._counts.get(language, 0) + 1
+            self.counts[language] = self.counts.get(language, 0) + 1
         return self._writer.switch(self._plan.tags[language] if language else None)
 
     def _opening(self, end: int) -> int:

@@ -6,31 +6,71 @@ import re
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
-from edge_rt_text.text_state import (
-    BREAK,
-    CLOSER,
-    CLOSERS,
-    CODE,
-    FULL,
-    FULL_WIDTH_ALNUM,
-    HALF,
-    HAN,
-    HAN_LETTER,
-    LETTER,
-    OPENERS,
-    OTHER,
-    QUOTES,
-    TO_ASCII,
-    WIDE,
-    TextState,
-    left_kind,
-    right_kind,
-)  # fmt: skip
+from edge_rt.hooks import HALF_WIDTH
+from edge_rt_text.text_state import HAN, HAN_LETTER, TextState
 
 DEPTH = 16
-"""Open quotes and brackets that are kept. Text with more is not prose, and nothing of it is closed until its paragraph ends."""
+"""Most open quotes and brackets kept. Text with more is not prose, and nothing of it is closed until its paragraph ends."""
+DOTS = 6
+"""Most dots held back; more are no ellipsis."""
+
+FULL_WIDTH_ALNUM = re.compile("[０-９Ａ-Ｚａ-ｚ]")
+TO_ASCII = {code: half for code, half in HALF_WIDTH.items() if chr(half).isalnum()}
+
+FULL = dict(zip(",.?!:;()", "，。？！：；（）", strict=True))
+HALF = {full: half for half, full in FULL.items()}
+CLOSERS = dict(zip("([（“‘「『《〈【〔\"'", ")]）”’」』》〉】〕\"'", strict=True))
+"""What closes each opening bracket and quote."""
+QUOTES = "“‘「『\"'"
+OPENERS = {closer: opener for opener, closer in CLOSERS.items()} | {")": "(", "）": "("}
+"""What each closes; brackets of both widths close each other."""
+
+# Kinds of neighbours of a mark.
+WIDE, LETTER, BREAK, CLOSER, CODE, OTHER = range(6)
+_NEIGHBOURS = (
+    dict.fromkeys("）】》」』〉〕，。？！：；、…", WIDE)
+    | dict.fromkeys("%％‰℃°)]\"'”’`$€¥+#", LETTER)
+    | dict.fromkeys(("", "\n", "\r", " ", "\t", "\u3000"), BREAK)
+    | dict.fromkeys("/=\\_@&^~{}<>(-", CODE)
+)
+_RIGHT = (
+    _NEIGHBOURS
+    | dict.fromkeys("“‘「『《〈【〔（", WIDE)
+    | dict.fromkeys("）】》」』〉〕)]\"'”’，。？！：；、…!?", CLOSER)
+    | dict.fromkeys("[,.:;#+", CODE)
+)
 
 _BEFORE_QUOTE = " \t\n\u3000([（【「『《“‘—–-:：,，。！？；、*_/"
+_ENTITY = re.compile(r"&#?\w{1,8}$")
+_MEETING = re.compile(f"(?<=[{HAN}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{HAN}])")
+_STRETCHES = ('"', "'", "`", "*", "_", "(", "[")  # what may follow a mark that became full-width, without the space between
+_AFTER_ELLIPSIS = ("”", "’", '"', "'", "?", "!")
+
+Decision = tuple[str, int] | None
+"""What goes out, and up to where that decides the text; None: more text must be known."""
+
+_MARKS = ",.?!:;()\\[\\]\"'{，。？！：；、（）．“”‘’「」『』《》〈〉【】〔〕"
+TOKEN = re.compile(rf"\s\s+|\n| (?=[，。？！：；、）】」』》〉〕])|\.\.+|。。+|[{_MARKS}]")
+"""Marks, and white space that may end a line or stand before a full-width mark."""
+MAY_CHANGE = re.compile(f"[{_MARKS}\n０-９Ａ-Ｚａ-ｚ]")
+"""A character without which a text has neither marks nor full-width letters and digits."""
+
+
+def _letter(character: str) -> int:
+    return WIDE if HAN_LETTER.match(character) else LETTER if character.isalnum() else OTHER
+
+
+def left_kind(before: str) -> int:
+    """The kind of neighbour that a mark follows; ``before`` is the text up to it. Marks of emphasis do not count."""
+    character = before[-1:] if before[-1:] not in ("*", "_") else before.rstrip("*_")[-1:]
+    found = _NEIGHBOURS.get(character)
+    return _letter(character) if found is None else found
+
+
+def right_kind(character: str) -> int:
+    """The kind of neighbour that follows a mark; ``character`` is "" at the end of the text."""
+    found = _RIGHT.get(character)
+    return _letter(character) if found is None else found
 
 
 class Open(NamedTuple):
@@ -95,12 +135,6 @@ class Pairs:
                 return False
         return not spaced and (left in _BEFORE_QUOTE or HAN_LETTER.match(left) is not None)
 
-    def curly(self, before: str, right: str) -> None:
-        """A single curly closing quote, which is also the apostrophe."""
-        apostrophe = before[-1:].isalnum() and right.isalnum() and not HAN_LETTER.match(before[-1])
-        if not apostrophe and self.open and self.open[-1].mark == "‘":
-            self.open.pop()
-
     def end_line(self) -> None:
         """A line ends, and with it the destination of a link."""
         self.open = [one for one in self.open if not one.link]
@@ -122,24 +156,6 @@ class Pairs:
                 stop = ""
             closers.append(CLOSERS[one.mark])
         return "".join(closers) + stop
-
-
-_ENTITY = re.compile(r"&#?\w{1,8}$")
-DOTS = 6
-"""Dots that are held back, at most; more are no ellipsis."""
-
-_MEETING = re.compile(f"(?<=[{HAN}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{HAN}])")
-_STRETCHES = ('"', "'", "`", "*", "_", "(", "[")  # what may follow a mark that became full-width, without the space between
-_AFTER_ELLIPSIS = ("”", "’", '"', "'", "?", "!")
-
-Decision = tuple[str, int] | None
-"""What goes out, and up to where that decides the text; None: more text must be known."""
-
-_MARKS = ",.?!:;()\\[\\]\"'{，。？！：；、（）．“”‘’「」『』《》〈〉【】〔〕"
-TOKEN = re.compile(rf"\s\s+|\n| (?=[，。？！：；、）】」』》〉〕])|\.\.+|。。+|[{_MARKS}]")
-"""Marks, and white space that may end a line or stand before a full-width mark."""
-MAY_CHANGE = re.compile(f"[{_MARKS}\n０-９Ａ-Ｚａ-ｚ]")
-"""A character without which a text has neither marks nor full-width letters and digits."""
 
 
 class Settings(NamedTuple):
@@ -237,15 +253,13 @@ class Marks:
         may_widen = self._may_widen and mark in FULL and (state.counts[0] > 0 or self._settings.width == "full")
         if right == " " and not after and not final and (may_widen or mark not in FULL):
             return None
-        out, taken = mark, end
+        out, taken, in_number = mark, end, state.before[-1:].isdigit() and right.isdigit()
         if may_widen and self._widens(mark, right, after):
             out = self._changed(FULL[mark])
             taken += right == " " and (right_kind(after) in (WIDE, LETTER) or after in _STRETCHES)
         elif mark == "．":
-            between = state.before[-1:].isdigit() and right.isdigit()
-            out = self._changed(".") if between and self._settings.digits else mark
+            out = self._changed(".") if in_number and self._settings.digits else mark
         elif mark in HALF and self._narrows(right):
-            in_number = state.before[-1:].isdigit() and right.isdigit()
             out = self._changed(HALF[mark] + (" " if (right.isalnum() or right in CLOSERS) and not in_number else ""))
         elif mark not in FULL and right == " " and HAN_LETTER.match(after) and not self._keep:
             taken += 1
@@ -366,7 +380,9 @@ class Marks:
             if not right.isdigit() and not (before[-1:].isalnum() and not HAN_LETTER.match(before[-1])):
                 pairs.push(mark, whole)
         elif mark == "’":
-            pairs.curly(before, right)
+            apostrophe = before[-1:].isalnum() and right.isalnum() and not HAN_LETTER.match(before[-1])
+            if not apostrophe and pairs.open and pairs.open[-1].mark == "‘":
+                pairs.open.pop()
         elif mark in CLOSERS:
             if mark in "“「『" and any(one.mark == mark for one in pairs.open):
                 pairs.pop(CLOSERS[mark])  # one of the two is meant to close; neither is plainly open

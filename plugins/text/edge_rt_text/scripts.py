@@ -61,7 +61,6 @@ _CLOSING = r""")\]}”’"'»›）」』.!?…"""
 _SENTENCE = rf"[.!?…][{_CLOSING}]{{0,8}}[^\S\n]"
 OPEN_END = re.compile(rf"[.!?…][{_CLOSING}]{{0,8}}\Z")
 """What may be the end of a sentence if a space follows."""
-_NOT_LOWER = "(?![a-zß-öø-ÿ])"
 LOWER = re.compile("[a-zß-öø-ÿ]")
 """No sentence begins with it (letters that stand for most: it is about ``e.g. this``)."""
 WORD = re.compile(rf"[{SCRIPTS['latin'][1]}]\S*")
@@ -126,7 +125,7 @@ def patterns(kind: str, sentences: bool = False) -> Patterns:
         plain = (SCRIPTS["kana"][1] + not_chinese if kind == "ja" else letters) + _PLAIN + "，、；："
     elif sentences:
         border = rf"[{others}\n。！？]|{_SENTENCE}"
-        stop = rf"[{others}\n]|{_SENTENCE}[^{_STRONG}\n]{{0,8}}{_NOT_LOWER}[{letters}]"
+        stop = rf"[{others}\n]|{_SENTENCE}[^{_STRONG}\n]{{0,8}}(?!{LOWER.pattern})[{letters}]"
     else:
         plain += ".!?…"
     return Patterns(*map(re.compile, (f"[{letters}]", border, stop, f"[{plain}]+")))

@@ -7,7 +7,7 @@ a script with spaces does not match inside a longer word: ``AI`` matches in ``AI
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from edge_rt.hooks import CodeSpans, PostProcessor, Rules
 from edge_rt_text.glossary import MAX_TERM, Glossary, begins, continues, fold, in_word, joins, read, unbound, written
@@ -104,17 +104,12 @@ class Terminology:
         self._start = 0  # of what is held
         self._found: dict[int, list[int]] = {}  # where terms begin and, shorter ones first, end; not sorted
         self._used: set[str] = set()  # preferred forms, folded, of terms to be replaced once
-        self._counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # replacements, by domain if there are several
 
     @property
     def held(self) -> str:
         """Text that may be part of a term."""
         return self._text[self._start :]
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Replacements, of each domain if there are several."""
-        return self._counts
 
     def feed(self, text: str) -> str:
         """Take more text and return what can no longer change."""
@@ -123,8 +118,8 @@ class Terminology:
         for piece, prose in self._prose.feed(text):
             if prose:
                 state, ends = self._automaton.scan(fold(piece), state)
-                if ends:
-                    self._note(at, ends)
+                for i, ending in ends:
+                    self._note(at + i + 1, ending)
             else:
                 state = 0
             at += len(piece)
@@ -141,14 +136,12 @@ class Terminology:
         self._state = 0
         return self._settle(following, False)
 
-    def _note(self, at: int, ends: list[tuple[int, int]]) -> None:
-        """Patterns end in a piece that begins at a place."""
-        for i, state in ends:
-            end = at + i + 1
-            for pattern in self._automaton.ending(state):
-                start = end - self._automaton.lengths[pattern]
-                if start >= self._start and begins(self._text, start):
-                    self._found.setdefault(start, []).append(end)
+    def _note(self, end: int, state: int) -> None:
+        """Keep the terms that end at a place, where the automaton is in a state."""
+        for pattern in self._automaton.ending(state):
+            start = end - self._automaton.lengths[pattern]
+            if start >= self._start and begins(self._text, start):
+                self._found.setdefault(start, []).append(end)
 
     def _pruned(self, state: int, start: int) -> int:
         """The state without what began before a place or where no term may begin, or is a whole term that no other begins with."""
@@ -246,5 +239,5 @@ class Terminology:
         result = written(term, text)
         if result != text:
             kind = term.domain if len(self._glossary.domains) > 1 else "replacements"
-            self._counts[kind] = self._counts.get(kind, 0) + 1
+            self.counts[kind] = self.counts.get(kind, 0) + 1
         return result

@@ -1,11 +1,8 @@
-"""What ``punctuation`` knows of the text so far: kinds of characters, counts by sentence, paragraph and text."""
+"""What ``punctuation`` knows of the text so far: its last characters, and counts by sentence, paragraph and text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-
-from edge_rt.hooks import HALF_WIDTH
 
 # Characters that are kept: of the text so far, of the sentence's beginning, of the line's beginning (by which lists, headings and tables
 # are told apart), and of text that waits to be counted.
@@ -18,32 +15,6 @@ NARROW = "0-9A-Za-z\u00c0-\u024f\u0300-\u036f\u0370-\u03ff\u0400-\u04ff\u1e00-\u
 
 HAN_LETTER = re.compile(f"[{HAN}]")
 WORD_START = re.compile(f"(?<![{NARROW}])(?<![{NARROW}]['’.,:])[{NARROW[3:]}]")  # numbers are of no language
-FULL_WIDTH_ALNUM = re.compile("[０-９Ａ-Ｚａ-ｚ]")
-TO_ASCII = {code: half for code, half in HALF_WIDTH.items() if chr(half).isalnum()}
-
-FULL = dict(zip(",.?!:;()", "，。？！：；（）", strict=True))
-HALF = {full: half for half, full in FULL.items()}
-CLOSERS = dict(zip("([（“‘「『《〈【〔\"'", ")]）”’」』》〉】〕\"'", strict=True))
-"""What closes each opening bracket and quote."""
-QUOTES = "“‘「『\"'"
-OPENERS = {closer: opener for opener, closer in CLOSERS.items()} | {")": "(", "）": "("}
-"""What each closes; brackets of both widths close each other."""
-
-# Kinds of neighbours of a mark.
-WIDE, LETTER, BREAK, CLOSER, CODE, OTHER = range(6)
-_NEIGHBOURS = (
-    dict.fromkeys("）】》」』〉〕，。？！：；、…", WIDE)
-    | dict.fromkeys("%％‰℃°)]\"'”’`$€¥+#", LETTER)
-    | dict.fromkeys(("", "\n", "\r", " ", "\t", "\u3000"), BREAK)
-    | dict.fromkeys("/=\\_@&^~{}<>(-", CODE)
-)
-_RIGHT = (
-    _NEIGHBOURS
-    | dict.fromkeys("“‘「『《〈【〔（", WIDE)
-    | dict.fromkeys("）】》」』〉〕)]\"'”’，。？！：；、…!?", CLOSER)
-    | dict.fromkeys("[,.:;#+", CODE)
-)
-
 # Han letters after a slash, as in a path of a wiki, belong to the address; after a letter they are the sentence going on.
 _ADDRESS_END = re.compile(f'[\\s，。？！；、：）】》」』”’"<>]|(?<=[{NARROW}])[{HAN}]')
 _LIST = re.compile(
@@ -57,24 +28,6 @@ _NO_STOP = re.compile(
 )
 _MARKER = re.compile(r"(?:[-*+•]\s+)?[(（]?(?:\d{1,3}(?:\.\d{1,3})*|[A-Za-z]|[ivxIVX]{1,4}|[一二三四五六七八九十]{1,3})$")
 _ENDED = re.compile("[。．.！!？?；;…][*_”’\"')）」』】\\s]*$")
-
-
-def left_kind(before: str) -> int:
-    """The kind of neighbour that a mark follows; ``before`` is the text up to it. Marks of emphasis do not count."""
-    character = before[-1:]
-    return _kind(before.rstrip("*_")[-1:] if character in ("*", "_") else character, _NEIGHBOURS)
-
-
-def right_kind(character: str) -> int:
-    """The kind of neighbour that follows a mark; ``character`` is "" at the end of the text."""
-    return _kind(character, _RIGHT)
-
-
-def _kind(character: str, known: Mapping[str, int]) -> int:
-    found = known.get(character)
-    if found is None:
-        found = WIDE if HAN_LETTER.match(character) else LETTER if character.isalnum() else OTHER
-    return found
 
 
 class TextState:

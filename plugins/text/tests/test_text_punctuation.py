@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from edge_rt_text import PUNCTUATION
-from edge_rt_text.marks import DEPTH
+from edge_rt_text.marks import DEPTH, FULL_WIDTH_ALNUM, TO_ASCII
 from edge_rt_text.punctuation import BLANKS
-from edge_rt_text.text_state import FULL_WIDTH_ALNUM, TO_ASCII
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
