@@ -42,10 +42,10 @@ clean:  ## remove .venv and what tools leave (not the models in the cache)
 
 export PROMPT
 
-.venv/.ready: pyproject.toml tools/setup.sh
+.venv/.ready: pyproject.toml plugins/text/pyproject.toml tools/setup.sh
 	tools/setup.sh $(PYTHON)
 	@touch $@
 
-.venv/.ready-dev: pyproject.toml tools/setup.sh
+.venv/.ready-dev: pyproject.toml plugins/text/pyproject.toml tools/setup.sh
 	tools/setup.sh $(PYTHON) dev
 	@touch $@ .venv/.ready

@@ -55,9 +55,9 @@ BUILT_INS = {
     "redaction": "edge_rt.plugins.redaction",
 }
 OWN_PLUGINS = {"language_tags": "edge-rt-text", "punctuation": "edge-rt-text", "terminology": "edge-rt-text"}
-"""Plugins in distributions of this project that are installed by an extra of edge-rt: plugin -> distribution."""
+"""Plugins that are in a distribution of this project, installed by an extra of edge-rt: plugin -> distribution."""
 EXTRAS = {"edge-rt-text": "edge-rt[text]"}
-"""Distribution -> what to install to get it."""
+"""Distribution -> what pip is given to install it."""
 
 _T = TypeVar("_T")
 
@@ -176,11 +176,11 @@ class Registry:
         return self._named("post-processor", self.post_processors(), name)
 
     def trusted(self, plugin: str) -> bool:
-        """Whether a plugin is of this project, so that its post-processors need no thread of their own to be timed out on."""
+        """Whether a plugin is of this project: its post-processors run on the stream's thread, those of others on their own, timed."""
         return self._status[plugin].distribution in (installed.OWN_DISTRIBUTION, *EXTRAS)
 
     def not_installed(self, plugin: str) -> str | None:
-        """How to get a plugin of this project whose distribution is not installed, in a sentence; None for any other name."""
+        """What to say of a plugin of this project whose distribution is not installed, with the command; None for any other name."""
         if plugin in self._status or plugin not in OWN_PLUGINS:
             return None
         return f"{plugin} is not installed; pip install '{EXTRAS[OWN_PLUGINS[plugin]]}'"

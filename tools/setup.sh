@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs edge-rt into it. Usage: tools/setup.sh PYTHON [EXTRA]
+# Makes .venv and installs edge-rt and edge-rt-text (plugins/text) into it. Usage: tools/setup.sh PYTHON [EXTRA]
 # The native libraries come with llama-cpp-python, which pip builds from source unless it finds a wheel (its own cache counts).
 set -euo pipefail
 python=$1 extra=${2:-}
@@ -40,5 +40,6 @@ if [ "$extra" = dev ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   fi
 fi
 # editable_mode=compat: a plain path entry. setuptools' default is an import hook, which costs 13 ms at every start.
-.venv/bin/pip install -q --config-settings editable_mode=compat -e ".${extra:+[$extra]}" || fail "installing edge-rt failed; the reason is above"
-.venv/bin/python -m compileall -q edge_rt # the first start is then as fast as the next
+.venv/bin/pip install -q --config-settings editable_mode=compat -e ".${extra:+[$extra]}" -e plugins/text ||
+  fail "installing edge-rt failed; the reason is above"
+.venv/bin/python -m compileall -q edge_rt plugins/text/edge_rt_text # the first start is then as fast as the next
