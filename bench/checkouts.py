@@ -54,9 +54,10 @@ class Ran(NamedTuple):
 def run(words: Sequence[str], env: Mapping[str, str]) -> Ran:
     """Run a program to its end. Raises RuntimeError with its last words if it fails, or writes nothing."""
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(
-        words, env=env, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL
-    ) as process:
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL) as process,
+    ):
         assert process.stdout is not None, "a pipe"
         output = os.read(process.stdout.fileno(), 1)
         first = time.perf_counter() - started
