@@ -1,8 +1,9 @@
 """``python -m bench.before_after OLD NEW [--rounds N] [--model FILE] [--json FILE]``: is one checkout slower or larger than another?
 
 Each round measures each thing with both, a process of one after a process of the other; every other round runs backwards, and one round
-before them does not count. What is told is the median of the ratios new / old, with their spread (inter-quartile range / median). A ratio
-that is more than 2 % worse is flagged, and the exit status is 1.
+before them does not count. What is told is the median of the ratios new / old, with their spread (inter-quartile range / median) and the
+uncertainty of the median that follows (1.57 × spread / √rounds, about 95 %). A median that is more than 2 % worse is flagged, and the exit
+status is 1; where the uncertainty reaches the limit from either side, the flag says so, and more rounds or a quieter machine decide.
 
 - `import edge_rt`, and `edge-rt --help` from the process's start to its end
 - `first token`: `edge-rt run` with a short prompt, from the process's start to the first byte of the answer
@@ -37,6 +38,8 @@ OLD, NEW = "old", "new"
 REQUESTS = 40
 """Requests to a daemon whose median is one sample, after WARM ones that do not count."""
 WARM = 5
+_NOTCH = 1.57
+"""Times the inter-quartile range, by the root of how many there are: half the width of a 95 % interval of a median (McGill)."""
 _SHORT = "Name the capital of France."
 _LONG = (
     "The river runs from the hills to the sea, and on its banks stand villages whose people mend nets, bake bread and tell old stories. "
@@ -69,7 +72,9 @@ class Quantity(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A quantity of both: medians, the median ratio new / old and its spread, and whether it is worse by more than LIMIT."""
+    """A quantity of both: medians, the median ratio new / old and its spread, whether that is worse by more than LIMIT, and whether the
+    uncertainty of the median leaves that open.
+    """
 
     name: str
     unit: str
@@ -77,7 +82,9 @@ class Row(NamedTuple):
     new: float
     ratio: float
     spread: float
+    error: float
     worse: bool
+    unsure: bool
 
 
 Samples = dict[Quantity, float]
@@ -142,8 +149,8 @@ def _median(measure: Callable[[], float]) -> float:
     return median([measure() for _ in range(WARM + REQUESTS)][WARM:])
 
 
-MEASURES: Sequence[Callable[[Checkout], Samples]] = (_imports, _help, _first_token, _answer, _daemon)
-"""Each is a process, or a daemon with its worker, of one checkout."""
+MEASURES: Sequence[tuple[Callable[[Checkout], Samples], int]] = ((_imports, 3), (_help, 3), (_first_token, 3), (_answer, 1), (_daemon, 1))
+"""Each is a process, or a daemon with its worker, of one checkout; and how often in a round, in turn: short ones are easily disturbed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,12 +194,12 @@ def _rounds(text: str) -> int:
 
 
 def measure(checkouts: Mapping[str, Checkout], rounds: int) -> dict[str, dict[Quantity, list[float]]]:
-    """Samples of each checkout, one a round."""
+    """Samples of each checkout: one a round, or as many as the measure takes."""
     found: dict[str, dict[Quantity, list[float]]] = {name: {} for name in checkouts}
     for number in range(rounds + 1):
         order = list(checkouts) if number % 2 else list(checkouts)[::-1]
-        for one in MEASURES:
-            for name in order:
+        for one, times in MEASURES:
+            for name in order * times:
                 samples = one(checkouts[name])
                 if number:  # the round before fills caches
                     for quantity, value in samples.items():
@@ -207,17 +214,21 @@ def compared(found: Mapping[str, Mapping[Quantity, Sequence[float]]]) -> list[Ro
     for quantity, before in found[OLD].items():
         after = found[NEW][quantity]
         ratio = spread(ratios(after, before))
-        worse = ratio.median < 1 - LIMIT if quantity.more else ratio.median > 1 + LIMIT
-        rows.append(Row(quantity.name, quantity.unit, spread(before).median, spread(after).median, ratio.median, ratio.spread, worse))
+        error = _NOTCH * ratio.spread * ratio.median / len(before) ** 0.5
+        beyond = (1 - LIMIT) - ratio.median if quantity.more else ratio.median - (1 + LIMIT)
+        medians = spread(before).median, spread(after).median
+        rows.append(Row(*quantity[:2], *medians, ratio.median, ratio.spread, error, beyond > 0, abs(beyond) < error))
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each row."""
-    cells = [("what", "unit", OLD, NEW, "new / old", "spread", "")]
+    cells = [("what", "unit", OLD, NEW, "new / old", "±", "spread", "")]
     for row in rows:
         flag = f"worse by more than {LIMIT:.0%}" if row.worse else ""
-        cells.append((row.name, row.unit, f"{row.old:.4g}", f"{row.new:.4g}", f"{row.ratio:.3f}", f"{row.spread:.1%}", flag))
+        flag = ("perhaps " + flag if flag else "not shown to be within the limit") if row.unsure else flag
+        medians = f"{row.old:.4g}", f"{row.new:.4g}"
+        cells.append((row.name, row.unit, *medians, f"{row.ratio:.3f}", f"{row.error:.3f}", f"{row.spread:.1%}", flag))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 

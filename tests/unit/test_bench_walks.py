@@ -43,6 +43,18 @@ def test_what_has_no_name_belongs_to_the_function_around_it(name: str, function:
     assert outer(name) == function
 
 
+def test_a_noisy_ratio_decides_nothing() -> None:
+    time = Quantity("request", "ms")
+    noisy = {OLD: {time: [10.0] * 4}, NEW: {time: [9.0, 10.1, 10.5, 12.0]}}
+    (row,) = compared(noisy)
+    assert (row.worse, row.unsure) == (True, True)
+    assert "perhaps worse" in table([row])
+    (calm,) = compared({OLD: noisy[OLD], NEW: {time: [10.5, 10.5, 10.5, 10.5]}})
+    assert (calm.worse, calm.unsure) == (True, False)
+    (calm,) = compared({OLD: noisy[OLD], NEW: {time: [10.0, 10.0, 10.0, 10.0]}})
+    assert (calm.worse, calm.unsure) == (False, False)
+
+
 def test_a_walk_ends_with_the_write_that_brought_the_event() -> None:
     lines = [{"walk": 1, "t": t, "sent": True} for t in (3, 7, 12)]
     assert last_send(lines, 10) == 7
