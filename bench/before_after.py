@@ -9,7 +9,7 @@ status is 1; where the uncertainty reaches the limit from either side, the flag 
 - `first token`: `edge-rt run` with a short prompt, from the process's start to the first byte of the answer
 - `prefill`, `decode`, `peak memory`: of one `edge-rt run` with a prompt of some 700 tokens and 128 tokens of an answer
 - `request`, `http request`: a daemon that has answered before, from a request on a connection that is open to the first event, or chunk;
-  the median of many requests to one process. The prompt's cells are there already, so that the engine has little to do.
+  the median of many requests to two daemons in turn. The prompt's cells are there already, so that the engine has little to do.
 
 Both are driven by the command line and the daemon's sockets alone, so any two checkouts can be compared that have these.
 """
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -122,15 +123,22 @@ def _answer(checkout: Checkout) -> Samples:
     }
 
 
-def _daemon(checkout: Checkout) -> Samples:
+def _daemons(checkouts: Mapping[str, Checkout], order: Sequence[str]) -> dict[str, Samples]:
+    """A daemon of each, which are asked in turn: what disturbs one disturbs the other, and who is not asked computes nothing."""
     with contextlib.ExitStack() as stack:
-        daemon = stack.enter_context(Daemon(checkout.model, checkout.env))
-        wire = stack.enter_context(Wire(daemon.socket))
-        web = stack.enter_context(contextlib.closing(Web(daemon.http)))
-        return {
-            Quantity("request", "ms"): _median(lambda: _first_event(wire)) * 1e3,
-            Quantity("http request", "ms"): _median(lambda: web.first_chunk(messages=_MESSAGES, **_GREEDY)) * 1e3,
-        }
+        asked: dict[str, dict[Quantity, Callable[[], float]]] = {}
+        for name in order:
+            daemon = stack.enter_context(Daemon(checkouts[name].model, checkouts[name].env))
+            wire = stack.enter_context(Wire(daemon.socket))
+            web = stack.enter_context(contextlib.closing(Web(daemon.http)))
+            http = partial(web.first_chunk, messages=_MESSAGES, **_GREEDY)
+            asked[name] = {Quantity("request", "ms"): partial(_first_event, wire), Quantity("http request", "ms"): http}
+        took: dict[str, dict[Quantity, list[float]]] = {name: {} for name in order}
+        for number in range(WARM + REQUESTS):
+            for quantity in asked[order[0]]:
+                for name in order if number % 2 else order[::-1]:
+                    took[name].setdefault(quantity, []).append(asked[name][quantity]())
+        return {name: {quantity: median(values[WARM:]) * 1e3 for quantity, values in of.items()} for name, of in took.items()}
 
 
 def _first_event(wire: Wire) -> float:
@@ -145,12 +153,8 @@ def _first_event(wire: Wire) -> float:
     return seconds
 
 
-def _median(measure: Callable[[], float]) -> float:
-    return median([measure() for _ in range(WARM + REQUESTS)][WARM:])
-
-
-MEASURES: Sequence[tuple[Callable[[Checkout], Samples], int]] = ((_imports, 3), (_help, 3), (_first_token, 3), (_answer, 1), (_daemon, 1))
-"""Each is a process, or a daemon with its worker, of one checkout; and how often in a round, in turn: short ones are easily disturbed."""
+MEASURES: Sequence[tuple[Callable[[Checkout], Samples], int]] = ((_imports, 3), (_help, 3), (_first_token, 3), (_answer, 1))
+"""Each is a process of one checkout; and how often in a round, in turn: short ones are easily disturbed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -204,6 +208,10 @@ def measure(checkouts: Mapping[str, Checkout], rounds: int) -> dict[str, dict[Qu
                 if number:  # the round before fills caches
                     for quantity, value in samples.items():
                         found[name].setdefault(quantity, []).append(value)
+        for name, samples in _daemons(checkouts, order).items():
+            if number:
+                for quantity, value in samples.items():
+                    found[name].setdefault(quantity, []).append(value)
         print(f"round {number} of {rounds}", file=sys.stderr)
     return found
 
