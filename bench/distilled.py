@@ -14,7 +14,7 @@ from bench.processes import TOOL, reach_tool
 from bench.results import OURS, Bound, Result, Settings, compare
 from edge_rt.core.load.compensation import beside
 from edge_rt.core.load.model_file import ModelFile
-from edge_rt.testing.random_compensations import write_random_compensation
+from edge_rt.testing.random_models import write_random_compensation
 
 CALIBRATION, TUNING = 8_192, 20_480
 """Tokens of technical text, to which the prose that is measured on is not related."""

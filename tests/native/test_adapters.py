@@ -22,7 +22,7 @@ from edge_rt.core.load.adapter import LoraFile, open_lora
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ContextError, ModelChanged, UnsupportedModel
 from edge_rt.hooks import EngineOptions
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
+from edge_rt.testing.random_models import LINEAR, write_random_adapter
 
 WITH_ENDS = LINEAR + r"|output\.weight|token_embd\.weight"
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

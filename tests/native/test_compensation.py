@@ -26,8 +26,7 @@ from edge_rt.core.load.offload import Accelerator
 from edge_rt.errors import ModelFileError, OptionError, OutOfMemory
 from edge_rt.hooks import EngineOptions
 from edge_rt.testing import gguf_bytes
-from edge_rt.testing.random_adapters import write_random_adapter
-from edge_rt.testing.random_compensations import write_random_compensation
+from edge_rt.testing.random_models import write_random_adapter, write_random_compensation
 
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 

@@ -22,8 +22,7 @@ from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ModelFileError, OptionError, SessionMismatch, UnsupportedModel
 from edge_rt.registry import Registry
 from edge_rt.testing.null_device import NullPlugin
-from edge_rt.testing.random_compensations import write_random_compensation
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.random_models import write_random_compensation, write_random_model
 
 TOKENS = list(range(20, 60))
 

@@ -33,9 +33,7 @@ from edge_rt.errors import ModelFileError, OptionError, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
 from edge_rt.native.quantise import quantise
-from edge_rt.testing.random_adapters import write_random_adapter
-from edge_rt.testing.random_models import write_random_model
-from edge_rt.testing.random_weights import TYPE_NUMBERS, WEIGHT_TYPES
+from edge_rt.testing.random_models import TYPE_NUMBERS, WEIGHT_TYPES, write_random_adapter, write_random_model
 
 SIZES = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "context": 512}
 TOKENS = list(range(1, 70))

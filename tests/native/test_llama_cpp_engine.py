@@ -485,7 +485,7 @@ def test_libllamas_log_goes_to_logging(tiny: ModelFile, caplog: pytest.LogCaptur
 def test_a_step_with_several_adapters_is_as_many_calls(random_model: Callable[..., Path], tmp_path: Path) -> None:
     """Beyond 512 tokens too; afterwards the context is as if there had never been one."""
     from edge_rt.core.load.adapter import open_lora
-    from edge_rt.testing.random_adapters import write_random_adapter
+    from edge_rt.testing.random_models import write_random_adapter
 
     with ModelFile.open(random_model("gemma", context=2048)) as model:
         loras = [open_lora(write_random_adapter(tmp_path / f"{seed}.gguf", model.header, seed=seed), model.header) for seed in (1, 2)]

@@ -22,7 +22,7 @@ from edge_rt.core.load.adapter import open_lora
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import memory, places
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
+from edge_rt.testing.random_models import LINEAR, write_random_adapter
 
 CONTEXT = 1500
 PARTS = 6

@@ -17,7 +17,7 @@ from edge_rt.core.context.transcript import Piece, answer_start, pieces
 from edge_rt.errors import ContextOverflow, OptionError
 from edge_rt.native.llama import Vocab
 from edge_rt.runtime import Model
-from edge_rt.testing.null_vocab import NullVocab
+from edge_rt.testing.null_device import NullVocab
 from edge_rt.types import Delta, Done, Notice
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")}

@@ -15,7 +15,7 @@ from edge_rt.core.load.header import Header, read_header
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ModelFileError
 from edge_rt.testing import gguf_bytes
-from edge_rt.testing.random_adapters import write_random_adapter
+from edge_rt.testing.random_models import write_random_adapter
 
 
 @pytest.fixture(scope="module")

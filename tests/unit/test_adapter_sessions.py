@@ -16,7 +16,7 @@ from edge_rt.errors import ModelFileError, OptionError, SessionFileError
 from edge_rt.registry import Registry
 from edge_rt.runtime import Model
 from edge_rt.testing.null_device import NullPlugin
-from edge_rt.testing.random_adapters import write_random_adapter
+from edge_rt.testing.random_models import write_random_adapter
 from edge_rt.types import Delta, Done
 
 PROMPT = "A prompt that is long enough to be worth sharing. "

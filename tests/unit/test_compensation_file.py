@@ -16,8 +16,7 @@ from edge_rt.core.load.header import read_header
 from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ModelFileError, UnsupportedModel
 from edge_rt.testing import gguf_bytes
-from edge_rt.testing.random_compensations import write_random_compensation
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.random_models import write_random_compensation, write_random_model
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
 OFF = ", or run without it by --compensation off"

@@ -14,8 +14,7 @@ import pytest
 from edge_rt.hooks import EdgeError, EngineOptions, ModelFile, OptionError, Part, Pruned, SessionFileError
 from edge_rt.native.llama import Vocab
 from edge_rt.testing.conformance import DeviceConformance, EngineConformance
-from edge_rt.testing.null_device import NullDevice, NullEngine, NullEngineFactory
-from edge_rt.testing.null_vocab import BOS, EOS, EOT, NullVocab
+from edge_rt.testing.null_device import BOS, EOS, EOT, NullDevice, NullEngine, NullEngineFactory, NullVocab
 
 
 def _model(folder: Path, name: str = "tiny.null", content: bytes = b"weights") -> Any:

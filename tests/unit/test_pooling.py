@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from edge_rt.core.decode.embedding import POOLINGS, TextReader, finished, pooling_of, tokens_of
 from edge_rt.core.engine import Part
 from edge_rt.errors import ContextOverflow, NativeError, OptionError, OutOfMemory
-from edge_rt.testing.null_device import NullEngine
-from edge_rt.testing.null_vocab import BOS, EOS, NullVocab
+from edge_rt.testing.null_device import BOS, EOS, NullEngine, NullVocab
 
 tokens = st.lists(st.integers(0, 255), min_size=1, max_size=80)
 

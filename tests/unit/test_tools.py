@@ -15,7 +15,7 @@ from edge_rt.core.context import chat_template
 from edge_rt.core.context.chat_template import CHATML, PLAIN, Placed, placed, render, render_messages, render_segments
 from edge_rt.core.context.tools import checked
 from edge_rt.errors import ConstraintError, OptionError
-from edge_rt.testing.null_vocab import NullVocab
+from edge_rt.testing.null_device import NullVocab
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")}
 KNOWING = ("qwen25", "qwen3", "llama31", "mistral")

@@ -15,9 +15,8 @@ import edge_rt
 from edge_rt.core.load.adapter import open_lora
 from edge_rt.hooks import AppliesAdapters, EngineOptions, ModelFile, Part, UnsupportedModel, open_ggml_engine
 from edge_rt.registry import Registry
-from edge_rt.testing.feeding import feed, tokens_of
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.engine_helpers import feed, tokens_of
+from edge_rt.testing.random_models import LINEAR, write_random_adapter, write_random_model
 from edge_rt.types import Delta
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")

@@ -19,8 +19,8 @@ from edge_rt_mlu.placement import SIZES, place, weight_bytes
 import edge_rt
 from edge_rt.core.load.adapter import open_lora
 from edge_rt.hooks import EngineOptions, ModelFile, NativeError, OptionError, OutOfMemory, Part, Refusal
-from edge_rt.testing.feeding import feed, feed_new, tokens_of
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
+from edge_rt.testing.engine_helpers import feed, feed_new, tokens_of
+from edge_rt.testing.random_models import LINEAR, write_random_adapter
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")
 

@@ -32,7 +32,7 @@ from edge_rt.hooks import (
     hookimpl,
 )
 from edge_rt.registry import Registry
-from edge_rt.testing.feeding import feed, feed_new, tokens_of
+from edge_rt.testing.engine_helpers import feed, feed_new, tokens_of
 from edge_rt.types import Delta, Done, Message, Pruning
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")

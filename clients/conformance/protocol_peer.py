@@ -1,6 +1,6 @@
-"""A peer of the daemon's protocol for conformance checks, written from docs/protocol.md and Python's own library alone.
+"""MessagePack and connections for the checks, written from docs/protocol.md with Python's standard library.
 
-It shares no code with the daemon or its clients, so that a mistake in theirs is not made here too.
+No code is shared with the daemon or its clients, so that a mistake in theirs is not made here too.
 """
 
 from __future__ import annotations
@@ -9,23 +9,28 @@ import socket
 import struct
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = dict[str, Any]
+OPS = (
+    "hello", "generate", "cancel", "resume", "ack", "open_session", "close_session", "clone_session", "save_session", "restore_session",
+    "list_saved", "delete_saved", "tokenize", "detokenize", "embed", "status", "metrics", "reload_rules", "load_model", "unload_model",
+)  # fmt: skip
+"""Operations of version 1, which a server must list as its capabilities."""
 
 
-class Broken(Exception):
-    """What is checked does not keep to the protocol; the message says where."""
+class ConformanceError(Exception):
+    """What is checked does not keep to the protocol. The message says what came and what was expected."""
 
 
-class Silence(Broken):
-    """Nothing came in time."""
+class ReceiveTimeout(ConformanceError):
+    """No whole message came in time."""
 
 
-def expect(true: bool, message: str) -> None:
-    """Raises Broken with this message unless it is true."""
-    if not true:
-        raise Broken(message)
+def expect(condition: bool, message: str) -> None:
+    """Raises ConformanceError with ``message`` if the condition is false."""
+    if not condition:
+        raise ConformanceError(message)
 
 
 # ---- MessagePack -----------------------------------------------------------------------------------------------------
@@ -106,23 +111,23 @@ class _Reader:
 
 
 def decode(body: bytes) -> Message:
-    """The map that a frame's body is. Raises Broken."""
+    """The map that a frame's body is. Raises ConformanceError."""
     reader = _Reader(body)
     try:
         found = reader.value()
     except UnicodeDecodeError:
-        raise Broken("a text is not UTF-8") from None
+        raise ConformanceError("a text is not UTF-8") from None
     expect(isinstance(found, dict), "a frame is no map")
     expect(reader.at == len(body), "a frame has bytes after its map")
     message: Message = found
     return message
 
 
-# ---- a connection ----------------------------------------------------------------------------------------------------
+# ---- connections -----------------------------------------------------------------------------------------------------
 
 
-def family_of(address: str) -> tuple[int, Any]:
-    """An address as ``edge-rt serve --listen`` takes it, as sockets do: family and name. TCP: 127.0.0.1 or [::1] and a port."""
+def socket_address(address: str) -> tuple[int, Any]:
+    """The family and name of ``PATH``, ``unix:PATH``, ``abstract:NAME`` or ``tcp:HOST:PORT``; an IPv6 host is in brackets."""
     kind, colon, rest = address.partition(":")
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
@@ -133,7 +138,7 @@ def family_of(address: str) -> tuple[int, Any]:
 
 
 class Peer:
-    """One end of a connection; a context manager. Every wait ends after ``seconds``, as Broken."""
+    """One end of a connection; a context manager that closes it. A wait longer than ``seconds`` raises ConformanceError."""
 
     def __init__(self, made: socket.socket, seconds: float) -> None:
         self.socket, self.seconds = made, seconds
@@ -143,20 +148,20 @@ class Peer:
         self._data = b""
 
     def send(self, message: Message) -> None:
-        """Write a message."""
+        """Write a message as one frame."""
         self.write(frame(message))
 
     def write(self, data: bytes) -> None:
-        """Write bytes; who has closed the connection meanwhile has said why, which is still to be read."""
+        """Write bytes. Raises ConformanceError if the other end does not read them in time."""
         try:
             self.socket.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
-            return
+            return  # why the other end closed the connection is still to be read
         except TimeoutError:
-            raise Broken(f"nothing was read for {self.seconds:g} seconds") from None
+            raise ConformanceError(f"nothing was read for {self.seconds:g} seconds") from None
 
     def receive(self, seconds: float | None = None) -> Message | None:
-        """The next message, None at the end of the connection. Raises Silence after ``seconds``, and keeps what has come of it."""
+        """The next message, None at the end of the connection. After ReceiveTimeout the next call goes on with what has come."""
         if not self._fill(4, seconds):
             expect(not self._data, "the connection ended within a frame")
             return None
@@ -167,10 +172,10 @@ class Peer:
         return decode(body)
 
     def message(self) -> Message:
-        """The next message; the end of the connection is Broken."""
+        """The next message; the end of the connection is ConformanceError."""
         found = self.receive()
         if found is None:
-            raise Broken("the connection has ended")
+            raise ConformanceError("the connection has ended")
         return found
 
     def _fill(self, count: int, seconds: float | None) -> bool:
@@ -181,7 +186,7 @@ class Peer:
                 self.socket.settimeout(max(until - time.monotonic(), 0.001))
                 data = self.socket.recv(1 << 16)
             except TimeoutError:
-                raise Silence("nothing came in time") from None
+                raise ReceiveTimeout("nothing came in time") from None
             except ConnectionResetError:
                 return False
             finally:
@@ -191,61 +196,60 @@ class Peer:
             self._data += data
         return True
 
-    def quiet(self, seconds: float) -> list[Message]:
-        """What comes until nothing came for so long."""
+    def receive_until_quiet(self, seconds: float) -> list[Message]:
+        """All messages that come with less than ``seconds`` between them."""
         found: list[Message] = []
         try:
             while (message := self.receive(seconds)) is not None:
                 found.append(message)
-        except Silence:
+        except ReceiveTimeout:
             return found
-        raise Broken("the connection has ended")
+        raise ConformanceError("the connection has ended")
 
     def ask(self, op: str, **fields: Any) -> int:
-        """Send a request; its id."""
+        """Send a request and return its id."""
         self.number += 1
         self.send({"id": self.number, "op": op, **fields})
         return self.number
 
     def call(self, op: str, **fields: Any) -> Message:
-        """The answer to a request: what is in ``ok``, or the error. It is asked again when the server says to slow down."""
+        """The message that answers a request. The request is repeated, after ``retry_after``, while the server limits the rate."""
         while True:
-            answer = self.message_of(self.ask(op, **fields))
+            answer = self.message_for(self.ask(op, **fields))
             if answer.get("error", {}).get("code") != "limit" or "retry_after" not in answer["error"]:
                 return answer
             time.sleep(answer["error"]["retry_after"])
 
-    def message_of(self, number: int) -> Message:
-        """The next message of a request; others in between are not for us."""
+    def message_for(self, number: int) -> Message:
+        """The next message of the request ``number``; messages of other requests before it are dropped."""
         while True:
             message = self.message()
             if message.get("id") == number:
                 return message
             if message.get("id") is None:
-                raise Broken(f"the server said {message} while request {number} was under way")
+                raise ConformanceError(f"the server said {message} while request {number} was under way")
 
     def ok(self, op: str, **fields: Any) -> Message:
-        """What a request's answer holds. An error is Broken."""
+        """The ``ok`` of a request's answer. Raises ConformanceError if it is answered with an error."""
         answer = self.call(op, **fields)
         expect("ok" in answer, f"{op} was answered {answer.get('error')}")
         found: Message = answer["ok"]
         return found
 
-    def refused(self, code: str, op: str, **fields: Any) -> Message:
-        """The error of a request that cannot be done. Another answer is Broken."""
+    def expect_error(self, code: str, op: str, **fields: Any) -> Message:
+        """The error that answers a request. Raises ConformanceError for any other code or answer."""
         answer = self.call(op, **fields)
-        expect("error" in answer, f"{op} with {_short(fields)} was done; the error {code} was expected")
-        return error_is(answer, code, f"{op} with {_short(fields)}")
+        expect("error" in answer, f"{op} with {abbreviate(fields)} was done; the error {code} was expected")
+        return check_error(answer, code, f"{op} with {abbreviate(fields)}")
 
-    def ended(self) -> list[Message]:
-        """What comes until the server closes the connection."""
+    def receive_all(self) -> list[Message]:
+        """All messages that come before the server closes the connection."""
         found: list[Message] = []
         while (message := self.receive()) is not None:
             found.append(message)
         return found
 
     def close(self) -> None:
-        """Break the connection."""
         self.socket.close()
 
     def __enter__(self) -> Peer:
@@ -255,14 +259,41 @@ class Peer:
         self.close()
 
 
-def error_is(answer: Message, code: str, what: str) -> Message:
-    """The error that an answer holds, which must have this code and a sentence. Raises Broken."""
+def check_error(answer: Message, code: str, what: str) -> Message:
+    """The error of an answer. Raises ConformanceError if it has another code or no message; ``what`` names the request then."""
     found: Message = answer.get("error", {})
     expect(found.get("code") == code, f"{what} was answered {answer}; the error {code} was expected")
     expect(bool(found.get("message")) and isinstance(found["message"], str), f"the error {code} has no message")
     return found
 
 
-def _short(fields: Message) -> str:
+def abbreviate(fields: Message) -> str:
+    """The fields of a message for an error's text: 100 characters at most."""
     text = repr(fields)
     return text if len(text) < 100 else text[:100] + "..."
+
+
+class Server(NamedTuple):
+    """The server that is checked. ``key``: for TCP. ``seconds``: longest wait for a message."""
+
+    address: str
+    key: str | None
+    seconds: float
+
+    def connect(self) -> Peer:
+        """A new connection, before hello. Raises OSError."""
+        family, name = socket_address(self.address)
+        made = socket.socket(family)
+        made.settimeout(self.seconds)
+        made.connect(name)
+        return Peer(made, self.seconds)
+
+    def hello(self, **fields: Any) -> Message:
+        """The fields of a hello request, with these changed or added."""
+        return {"versions": [1], "client": "conformance", **({"key": self.key} if self.key is not None else {}), **fields}
+
+    def peer(self) -> Peer:
+        """A new connection, after hello; what was answered is its ``hello``."""
+        found = self.connect()
+        found.hello = found.ok("hello", **self.hello())
+        return found

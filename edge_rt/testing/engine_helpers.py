@@ -1,17 +1,19 @@
-"""Feeding engines in tests: tokens, sequences that are freed at the end, and logits that outlive the step."""
+"""For tests of engines: random tokens, sequences that are freed at the end, logits that outlive the step, and what a plugin opens."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edge_rt.hooks import EmbedsText, Engine, Part
+from edge_rt.hooks import EmbedsText, Engine, EngineOptions, ModelFile, Part
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import pytest
 
     from edge_rt.hooks import Logits, Wanted
 
@@ -61,3 +63,26 @@ def hidden_after(engine: EmbedsText, tokens: Sequence[int]) -> npt.NDArray[np.fl
     with sequences(engine, 1) as (sequence,):
         (rows,) = engine.hidden([Part(sequence, tokens, "last")])
         return np.array(rows)
+
+
+class Opening(NamedTuple):
+    """One call of ``open_ggml_engine``; ``more``: its keywords, ``accelerator`` and ``name``."""
+
+    model: ModelFile
+    options: EngineOptions
+    more: dict[str, Any]
+
+
+def note_openings(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Opening]:
+    """Until the test ends, a plugin's module that has imported ``open_ggml_engine`` opens nothing, and what it asked for is noted.
+
+    What it gets is the list's last entry. Raises AttributeError for a module that has not imported it.
+    """
+    found: list[Opening] = []
+
+    def note(model: ModelFile, options: EngineOptions, **more: Any) -> Opening:
+        found.append(Opening(model, options, more))
+        return found[-1]
+
+    monkeypatch.setattr(module, "open_ggml_engine", note)
+    return found

@@ -1,6 +1,6 @@
-"""A daemon that follows a script, to check a client of docs/protocol.md; for edge_rt/testing/protocol_conformance.py.
+"""What a client of docs/protocol.md must do: its program is run against servers that follow scripts.
 
-What the client's program must do is in docs/clients.md.
+What the program is given and must do is in docs/clients.md. ``conformance.py`` runs these checks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.testing.protocol_checks import OPS
-from edge_rt.testing.protocol_peer import Broken, Message, Peer, encode, expect, frame
+from protocol_peer import OPS, ConformanceError, Message, Peer, encode, expect, frame
 
 PROMPT, TOKENS = "Once upon a time", 12
 TEXTS = ("It", " was", "", " \U0001f600", "\n", " 東京", " é", " or", " so", " they", " say", ".")
@@ -27,7 +26,7 @@ CREDITS = 64
 
 
 def _events(texts: Sequence[str] = TEXTS) -> list[Message]:
-    """A generation as it is told, without ids: all kinds of events, one of a later version, and the answer."""
+    """The messages of a generation, without ids: all kinds of events, one of a later version, and the answer."""
     found: list[Message] = [{"event": "prompt", "done": 4, "total": 4, "reused": 0, "later": {"a": [None]}}, {"event": "mood", "text": "?"}]
     found.insert(0, {"event": "queued", "reason": "memory", "needed": 2**33, "available": 0})
     found += [{"event": "delta", "text": text, "tokens": [n, 200, 70_000]} for n, text in enumerate(texts)]
@@ -48,14 +47,14 @@ def _numbered(events: Sequence[Message], first: int = 1) -> list[Message]:
     return [{**event, "seq": seq} for seq, event in enumerate(events, first)]
 
 
-class Caller:
-    """One connection of the client, seen from the daemon. Raises Broken for what no client may say."""
+class ClientConnection:
+    """A client's connection at the server's end. Methods that read raise ConformanceError for what no client may send."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer, self.acknowledged, self.sent, self._ids = peer, 0, 0, set[int]()
 
     def request(self, op: str) -> Message:
-        """The next request, acknowledgements aside, which must be this one."""
+        """The next request that is no acknowledgement. Raises ConformanceError if it is not an ``op``."""
         while (message := self._read())["op"] == "ack":
             self._acknowledge(message)
         expect(message["op"] == op, f"the client asks {message}; {op} was expected")
@@ -64,7 +63,7 @@ class Caller:
     def _read(self) -> Message:
         message = self.peer.receive()
         if message is None:
-            raise Broken("the client has left before it had all")
+            raise ConformanceError("the client has left before it had all")
         op = message.get("op")
         expect(op in OPS, f"the client asks for {op!r}, which is no operation")
         if op != "ack":
@@ -79,19 +78,19 @@ class Caller:
         self.acknowledged = message["seq"]
 
     def acknowledge(self, seq: int) -> None:
-        """Wait until the client has acknowledged this one."""
+        """Wait until the client has acknowledged the event numbered ``seq``."""
         while self.acknowledged < seq:
             message = self._read()
             expect(message["op"] == "ack", f"the client asks {message}; an acknowledgement of {seq} was expected")
             self._acknowledge(message)
 
-    def hello(self, credits: int = CREDITS) -> None:
-        """The client must say hello, and is greeted."""
-        number = self.greeting()
+    def answer_hello(self, credits: int) -> None:
+        """The client must say hello, and gets an answer with the limits of this server."""
+        number = self.receive_hello()
         limits = {"frame_bytes": 1 << 20, "requests_per_connection": 8, "requests_per_second": 0, "credits": credits, "resume_within": 30}
         self.send({"id": number, "ok": {"version": 1, "server": "script/1", "capabilities": list(OPS), "limits": limits}})
 
-    def greeting(self) -> int:
+    def receive_hello(self) -> int:
         """The id of the client's hello."""
         hello = self.request("hello")
         expect(1 in hello.get("versions", []), f"{hello} does not have 1 as one of the versions")
@@ -119,15 +118,15 @@ class Caller:
         return number
 
     def send(self, *messages: Message) -> None:
-        """Write messages at once."""
+        """Write messages in one piece."""
         self.peer.write(b"".join(map(frame, messages)))
         self.sent = max([self.sent, *(message.get("seq", 0) for message in messages)])
 
     def events(self, number: int, events: Sequence[Message]) -> None:
-        """Events and answers of a request."""
+        """Write messages of the request ``number`` in one piece."""
         self.send(*({**event, "id": number} for event in events))
 
-    def farewell(self) -> None:
+    def finish(self) -> None:
         """Answer the client's last request, and wait until it has left."""
         self.send({"id": self.request("status")["id"], "ok": {"server": {}}})
         while (message := self.peer.receive()) is not None:
@@ -136,61 +135,64 @@ class Caller:
         self.peer.close()
 
 
-class Stage:
-    """Where the scripted daemon listens."""
+class ScriptedServer:
+    """A server on a Unix domain socket, whose every wait ends after ``seconds``."""
 
     def __init__(self, path: str, seconds: float) -> None:
         self.path, self._seconds = path, seconds
         self._listener: socket.socket | None = None
 
     def listen(self) -> None:
-        """Be there."""
+        """Create the socket and accept connections."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
         self._listener.listen()
         self._listener.settimeout(self._seconds)
 
-    def leave(self) -> None:
-        """Be gone."""
+    def close(self) -> None:
+        """Remove the socket, so that no client can connect; connections that were accepted stay."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
             os.unlink(self.path)
 
-    def call(self) -> Caller:
-        """The client's next connection."""
+    def accept(self) -> ClientConnection:
+        """The client's next connection, in which nothing was said. Raises ConformanceError if none comes in time."""
         assert self._listener is not None, "listen first"
         try:
-            return Caller(Peer(self._listener.accept()[0], self._seconds))
+            return ClientConnection(Peer(self._listener.accept()[0], self._seconds))
         except TimeoutError:
-            raise Broken("the client does not connect") from None
+            raise ConformanceError("the client does not connect") from None
+
+    def welcome(self, credits: int = CREDITS) -> ClientConnection:
+        """The client's next connection, after hello. ``credits``: events that may come without an acknowledgement."""
+        client = self.accept()
+        client.answer_hello(credits)
+        return client
 
 
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 
 
-def _answer_byte_by_byte(stage: Stage) -> None:
-    caller = stage.call()
-    caller.hello()
-    number = caller.generate(resumable=False)
+def _answer_byte_by_byte(server: ScriptedServer) -> None:
+    client = server.welcome()
+    number = client.generate(resumable=False)
     for byte in b"".join(frame({**event, "id": number}) for event in _events()):
-        caller.peer.write(bytes([byte]))
-    caller.farewell()
+        client.peer.write(bytes([byte]))
+    client.finish()
 
 
-def _answer_at_once(stage: Stage) -> None:
-    caller = stage.call()
-    caller.hello()
-    number = caller.generate(resumable=False)
-    caller.send({"id": 2**53 - 1, "event": "delta", "text": "another's", "tokens": []}, *({**event, "id": number} for event in _events()))
-    caller.farewell()
+def _answer_at_once(server: ScriptedServer) -> None:
+    client = server.welcome()
+    number = client.generate(resumable=False)
+    client.send({"id": 2**53 - 1, "event": "delta", "text": "another's", "tokens": []}, *({**event, "id": number} for event in _events()))
+    client.finish()
 
 
-def _answer_in_all_forms(stage: Stage) -> None:
+def _answer_in_all_forms(server: ScriptedServer) -> None:
     """MessagePack has many forms for one value, and a client may choose none of the daemon's."""
-    caller = stage.call()
-    caller.hello()
-    number = caller.generate(resumable=False)
+    client = server.welcome()
+    number = client.generate(resumable=False)
     numbers = [bytes([code]) + number.to_bytes(1 << (code & 3), "big") for code in (*range(0xCC, 0xD0), *range(0xD0, 0xD4))]
     texts = [b"\xd9%c", b"\xda\0%c", b"\xdb\0\0\0%c"]
     maps = [b"\x84", b"\xde\0\x04", b"\xdf\0\0\0\x04"]
@@ -199,151 +201,137 @@ def _answer_in_all_forms(stage: Stage) -> None:
         data = part.encode()
         body = maps[at % 3] + encode("id") + numbers[at % 8] + encode("event") + texts[at % 3] % 5 + b"delta"
         body += encode("text") + texts[(at + 1) % 3] % len(data) + data + encode("tokens") + lists[at % 3] + numbers[at % 7]
-        caller.peer.write(struct.pack(">I", len(body)) + body)
+        client.peer.write(struct.pack(">I", len(body)) + body)
     later = {"floats": [0.5, -math.inf, math.nan], "numbers": [2**64 - 1, -(2**63), -1], "others": [None, True, False, "x" * 70_000]}
-    caller.events(number, [{"event": "notice", "message": "", "later": later}, *_events()[-2:]])
-    caller.farewell()
+    client.events(number, [{"event": "notice", "message": "", "later": later}, *_events()[-2:]])
+    client.finish()
 
 
-def _break_at_every_event(stage: Stage) -> None:
+def _break_at_every_event(server: ScriptedServer) -> None:
     events = _numbered(_events())
-    caller = stage.call()
-    caller.hello()
-    number = caller.generate(resumable=True)
+    client = server.welcome()
+    number = client.generate(resumable=True)
     for at, event in enumerate(events[:-1], 1):
         half = frame({**events[at], "id": number})
-        caller.send({**event, "id": number})
-        caller.peer.write(half[: len(half) * at // len(events)])
-        caller.peer.close()
-        caller = stage.call()
-        caller.hello()
-        number = caller.resume(at)
-    caller.events(number, events[-1:])
-    caller.acknowledge(len(events))
-    caller.farewell()
+        client.send({**event, "id": number})
+        client.peer.write(half[: len(half) * at // len(events)])
+        client.peer.close()
+        client = server.welcome()
+        number = client.resume(at)
+    client.events(number, events[-1:])
+    client.acknowledge(len(events))
+    client.finish()
 
 
-def _be_gone_for_a_moment(stage: Stage) -> None:
+def _be_gone_for_a_moment(server: ScriptedServer) -> None:
     events = _numbered(_events())
-    caller = stage.call()
-    caller.hello()
-    caller.events(caller.generate(resumable=True), events[:7])
-    stage.leave()
-    caller.peer.close()
+    client = server.welcome()
+    client.events(client.generate(resumable=True), events[:7])
+    server.close()
+    client.peer.close()
     time.sleep(0.4)
-    stage.listen()
-    stage.call().peer.close()  # and one that ends before hello
-    caller = stage.call()
-    caller.hello()
-    caller.events(caller.resume(7), events[7:])
-    caller.acknowledge(len(events))
-    caller.farewell()
+    server.listen()
+    server.accept().peer.close()  # and one that ends before hello
+    client = server.welcome()
+    client.events(client.resume(7), events[7:])
+    client.acknowledge(len(events))
+    client.finish()
 
 
-def _wait_for_acknowledgements(stage: Stage) -> None:
+def _wait_for_acknowledgements(server: ScriptedServer) -> None:
     events = _numbered(_events())
-    caller = stage.call()
-    caller.hello(credits=3)
-    number = caller.generate(resumable=True)
+    client = server.welcome(credits=3)
+    number = client.generate(resumable=True)
     for at, event in enumerate(events, 1):
-        caller.acknowledge(at - 3)
-        caller.events(number, [event])
-    caller.acknowledge(len(events))
-    caller.farewell()
+        client.acknowledge(at - 3)
+        client.events(number, [event])
+    client.acknowledge(len(events))
+    client.finish()
 
 
-def _lose_the_stream(stage: Stage) -> None:
-    caller = stage.call()
-    caller.hello()
-    caller.events(caller.generate(resumable=True), _numbered(_events())[:5])
-    caller.peer.close()
-    caller = stage.call()
-    caller.hello()
-    caller.send({"id": caller.resume(5), "error": {"code": "no_such_stream", "message": "there is no such stream"}})
-    caller.peer.ended()
+def _lose_the_stream(server: ScriptedServer) -> None:
+    client = server.welcome()
+    client.events(client.generate(resumable=True), _numbered(_events())[:5])
+    client.peer.close()
+    client = server.welcome()
+    client.send({"id": client.resume(5), "error": {"code": "no_such_stream", "message": "there is no such stream"}})
+    client.peer.receive_all()
 
 
-def _cancel(stage: Stage, breaks: bool = False) -> None:
+def _cancel(server: ScriptedServer, breaks: bool = False) -> None:
     events = _numbered([*_events()[:4], _done("cancelled", 1), {"ok": {}}])
-    caller = stage.call()
-    caller.hello()
-    number = caller.generate(resumable=True)
-    caller.events(number, events[:4])
-    cancel = caller.request("cancel")
+    client = server.welcome()
+    number = client.generate(resumable=True)
+    client.events(number, events[:4])
+    cancel = client.request("cancel")
     if breaks:
-        caller.peer.close()
-        caller = stage.call()
-        caller.hello()
-        number, cancel = caller.resume(4), caller.request("cancel")
+        client.peer.close()
+        client = server.welcome()
+        number, cancel = client.resume(4), client.request("cancel")
     expect(cancel.get("request") == number, f"{cancel} does not cancel request {number}")
-    caller.send({"id": cancel["id"], "ok": {"found": True}})
-    caller.events(number, events[4:])
-    caller.acknowledge(len(events))
-    caller.farewell()
+    client.send({"id": cancel["id"], "ok": {"found": True}})
+    client.events(number, events[4:])
+    client.acknowledge(len(events))
+    client.finish()
 
 
-def _cancel_what_breaks(stage: Stage) -> None:
-    _cancel(stage, breaks=True)
+def _cancel_what_breaks(server: ScriptedServer) -> None:
+    _cancel(server, breaks=True)
 
 
-def _leave(stage: Stage) -> None:
+def _leave(server: ScriptedServer) -> None:
     events = _numbered([*_events()[:6], _done("cancelled", 3), {"ok": {}}])
-    caller = stage.call()
-    caller.hello()
-    number = caller.generate(resumable=True)
-    caller.events(number, events[:4])
-    cancel = caller.request("cancel")
+    client = server.welcome()
+    number = client.generate(resumable=True)
+    client.events(number, events[:4])
+    cancel = client.request("cancel")
     expect(cancel.get("request") == number, f"{cancel} does not cancel request {number}")
-    caller.send({"id": cancel["id"], "ok": {"found": True}})
-    caller.events(number, events[4:])
-    caller.farewell()
-    expect(caller.acknowledged == len(events), f"of {len(events)} messages {caller.acknowledged} were acknowledged")
+    client.send({"id": cancel["id"], "ok": {"found": True}})
+    client.events(number, events[4:])
+    client.finish()
+    expect(client.acknowledged == len(events), f"of {len(events)} messages {client.acknowledged} were acknowledged")
 
 
-def _break_what_cannot_be_resumed(stage: Stage) -> None:
-    caller = stage.call()
-    caller.hello()
-    caller.events(caller.generate(resumable=False), _events()[:5])
-    caller.peer.close()
+def _break_what_cannot_be_resumed(server: ScriptedServer) -> None:
+    client = server.welcome()
+    client.events(client.generate(resumable=False), _events()[:5])
+    client.peer.close()
 
 
-def _refuse(error: Message) -> Callable[[Stage], None]:
-    def script(stage: Stage) -> None:
-        caller = stage.call()
-        caller.hello()
-        caller.send({"id": caller.generate(resumable=False), "error": {"message": "a message", **error}})
-        caller.peer.ended()
+def _refuse(error: Message) -> Callable[[ScriptedServer], None]:
+    def script(server: ScriptedServer) -> None:
+        client = server.welcome()
+        client.send({"id": client.generate(resumable=False), "error": {"message": "a message", **error}})
+        client.peer.receive_all()
 
     return script
 
 
-def _speak_another_version(stage: Stage) -> None:
-    caller = stage.call()
-    caller.send({"id": caller.greeting(), "error": {"code": "unsupported_version", "message": "no common version", "supported": [9]}})
-    caller.peer.close()
+def _speak_another_version(server: ScriptedServer) -> None:
+    client = server.accept()
+    client.send({"id": client.receive_hello(), "error": {"code": "unsupported_version", "message": "no common version", "supported": [9]}})
+    client.peer.close()
 
 
-def _say_last_words(stage: Stage) -> None:
-    caller = stage.call()
-    caller.hello()
-    caller.generate(resumable=False)
-    caller.send({"id": None, "error": {"code": "limit", "message": "nothing was asked for 1 second"}})
-    caller.peer.close()
+def _say_last_words(server: ScriptedServer) -> None:
+    client = server.welcome()
+    client.generate(resumable=False)
+    client.send({"id": None, "error": {"code": "limit", "message": "nothing was asked for 1 second"}})
+    client.peer.close()
 
 
-def _talk_nonsense(stage: Stage) -> None:
-    caller = stage.call()
-    caller.hello()
-    caller.generate(resumable=False)
-    caller.peer.write(b"\xff\xff\xff\xff" + bytes(1000))
-    caller.peer.ended()
+def _talk_nonsense(server: ScriptedServer) -> None:
+    client = server.welcome()
+    client.generate(resumable=False)
+    client.peer.write(b"\xff\xff\xff\xff" + bytes(1000))
+    client.peer.receive_all()
 
 
 class Script(NamedTuple):
-    """``word``: the client's scenario. ``text`` and ``code``: what it must print, and the error that it must tell, None for none."""
+    """What the server does; the client's program must then print ``text``, and end with the error ``code`` (None: with success)."""
 
-    follow: Callable[[Stage], None]
-    word: str
+    follow: Callable[[ScriptedServer], None]
+    scenario: str
     text: str = TEXT
     code: str | None = None
 
@@ -369,25 +357,25 @@ SCRIPTS = {
 }
 
 
-def play(script: Script, command: Sequence[str], seconds: float) -> None:
-    """Run the client's program against a script. Raises Broken."""
+def run_script(script: Script, command: Sequence[str], seconds: float) -> None:
+    """Run the client's program against a script; each wait ends after ``seconds``. Raises ConformanceError."""
     with tempfile.TemporaryDirectory() as folder:
-        stage = Stage(str(Path(folder) / "d.sock"), seconds)
-        stage.listen()
-        words = [*command, stage.path, script.word, PROMPT, str(TOKENS)]
+        server = ScriptedServer(str(Path(folder) / "d.sock"), seconds)
+        server.listen()
+        words = [*command, server.path, script.scenario, PROMPT, str(TOKENS)]
         program = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            script.follow(stage)
+            script.follow(server)
             out, said = program.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise Broken(f"the program is still running after {seconds:g} seconds") from None
-        except Broken as error:
+            raise ConformanceError(f"the program is still running after {seconds:g} seconds") from None
+        except ConformanceError as error:
             program.kill()
-            raise Broken(f"{error}; it wrote {program.communicate()[1].decode(errors='replace')[-500:]!r}") from None
+            raise ConformanceError(f"{error}; it wrote {program.communicate()[1].decode(errors='replace')[-500:]!r}") from None
         finally:
             program.kill()
             program.wait()
-            stage.leave()
+            server.close()
     wrong = f"it wrote {out.decode(errors='replace')!r} and {said.decode(errors='replace')[-500:]!r}, with exit status {program.returncode}"
     expect(out.decode(errors="replace") == script.text, f"the text is not {script.text!r}: {wrong}")
     expect(program.returncode == (0 if script.code is None else 3), wrong)
