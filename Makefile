@@ -2,6 +2,9 @@
 PYTHON ?= python3
 PROMPT ?= Explain in two sentences why the sky is blue.
 BIN := .venv/bin
+# The distributions of this repository that are installed, editable; the first takes the extra "dev" for the tests.
+EDITABLE := . plugins/text
+SETUP := $(EDITABLE:%=%/pyproject.toml) tools/setup.sh
 # A mirror configured for pip is a mirror for the models too.
 INDEX = EDGE_RT_INDEX="$${EDGE_RT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}}"
 
@@ -42,10 +45,10 @@ clean:  ## remove .venv and what tools leave (not the models in the cache)
 
 export PROMPT
 
-.venv/.ready: pyproject.toml plugins/text/pyproject.toml tools/setup.sh
-	tools/setup.sh $(PYTHON)
+.venv/.ready: $(SETUP)
+	tools/setup.sh $(PYTHON) "" $(EDITABLE)
 	@touch $@
 
-.venv/.ready-dev: pyproject.toml plugins/text/pyproject.toml tools/setup.sh
-	tools/setup.sh $(PYTHON) dev
+.venv/.ready-dev: $(SETUP)
+	tools/setup.sh $(PYTHON) dev $(EDITABLE)
 	@touch $@ .venv/.ready
