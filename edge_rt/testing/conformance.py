@@ -28,7 +28,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_rt.guarded import PluginEmbedder
 from edge_rt.hooks import (
     CountsWork,
     Device,
@@ -43,6 +42,7 @@ from edge_rt.hooks import (
     Rules,
     TellsHealth,
 )
+from edge_rt.plugin_host.guard import PluginEmbedder
 from edge_rt.profile_check import health_faults, profile_faults, told
 from edge_rt.testing.engine_conformance import EngineConformance
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pytest
 
-from edge_rt.core.load.adapter import LoraFile, open_lora
+from edge_rt.core.gguf.lora import LoraFile, open_lora
 from edge_rt.hooks import (
     AppliesAdapters,
     ContextError,
@@ -25,10 +25,10 @@ from edge_rt.hooks import (
     MovesCells,
     OptionError,
     OutOfMemory,
-    Part,
     PrunesCells,
     Refusal,
     RemovesCells,
+    SequenceBatch,
     SessionFileError,
     TellsProgress,
 )
@@ -85,7 +85,9 @@ class EngineConformance:
     def test_returns_the_rows_that_were_asked_for(self, engine: Engine) -> None:
         tokens = tokens_of(engine, 9)
         with sequences(engine, 3) as (a, b, c):
-            none, *wanted = engine.step([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
+            none, *wanted = engine.step(
+                [SequenceBatch(a, tokens, "none"), SequenceBatch(b, tokens, "last"), SequenceBatch(c, tokens, "all")]
+            )
             assert none is None
             last, all_ = map(kept_rows, wanted)
             assert last.shape == (1, engine.info.n_vocab)
@@ -123,7 +125,7 @@ class EngineConformance:
             rows: list[list[npt.NDArray[np.float32]]] = [[], [], []]
             for start in range(0, 17, 4):  # shorter ones drop out on the way, as finished requests do
                 live = [i for i in range(3) if start < len(texts[i])]
-                results = engine.step([Part(opened[i], texts[i][start : start + 4], "all") for i in live])
+                results = engine.step([SequenceBatch(opened[i], texts[i][start : start + 4], "all") for i in live])
                 for i, result in zip(live, results, strict=True):
                     rows[i].append(kept_rows(result))
             for got, expected in zip(rows, alone, strict=True):
@@ -215,22 +217,22 @@ class EngineConformance:
         with sequences(engine, 2) as (full, other):
             feed(engine, full, tokens)
             with pytest.raises(ContextError):
-                engine.step([Part(other, more), Part(full, more)])
+                engine.step([SequenceBatch(other, more), SequenceBatch(full, more)])
             assert (engine.length(full), engine.length(other)) == (context - 4, 0)
             with pytest.raises(ContextError):
-                engine.step([Part(other, [*tokens, *more])])
+                engine.step([SequenceBatch(other, [*tokens, *more])])
             assert engine.length(other) == 0
             got = feed(engine, full, more[:4])
             assert engine.length(full) == context
             with pytest.raises(ContextError):
-                engine.step([Part(full, more[:1])])
+                engine.step([SequenceBatch(full, more[:1])])
         self._assert_close(got, feed_new(engine, tokens + more[:4], context - 4)[-4:])
 
     def test_tokens_outside_the_vocabulary_are_refused(self, engine: Engine) -> None:
         with sequences(engine, 1) as (sequence,):
             for bad in (-1, engine.info.n_vocab, 1 << 40):
                 with pytest.raises(OptionError):
-                    engine.step([Part(sequence, [1, bad])])
+                    engine.step([SequenceBatch(sequence, [1, bad])])
             assert engine.length(sequence) == 0
 
     def test_exact_rows_are_exact(self, engine: Engine) -> None:
@@ -256,7 +258,7 @@ class EngineConformance:
         tokens = tokens_of(engine, 30)
         gone = engine.new_sequence()
         engine.free_sequence(gone)
-        for use in (lambda: engine.step([Part(gone, [1])]), lambda: engine.length(gone), lambda: engine.free_sequence(gone)):
+        for use in (lambda: engine.step([SequenceBatch(gone, [1])]), lambda: engine.length(gone), lambda: engine.free_sequence(gone)):
             with pytest.raises(_MISUSE):
                 use()
         before = engine.memory().cache
@@ -317,7 +319,9 @@ class EngineConformance:
             pytest.skip("this engine does not show its hidden states")
         tokens, more = tokens_of(engine, 20), tokens_of(engine, 4, seed=2)
         with sequences(engine, 3) as (a, b, c):
-            none, *wanted = engine.hidden([Part(a, tokens, "none"), Part(b, tokens, "last"), Part(c, tokens, "all")])
+            none, *wanted = engine.hidden(
+                [SequenceBatch(a, tokens, "none"), SequenceBatch(b, tokens, "last"), SequenceBatch(c, tokens, "all")]
+            )
             assert none is None
             last, all_ = (np.array(rows) for rows in wanted)
             assert last.shape == (1, engine.info.n_embd)
@@ -330,17 +334,17 @@ class EngineConformance:
                 self._assert_close(feed(engine, sequence, more), feed_new(engine, tokens + more)[20:])
         for size in (1, 3, 16):
             with sequences(engine, 1) as (sequence,):
-                parts = [Part(sequence, tokens[start : start + size], "all") for start in range(0, 20, size)]
+                parts = [SequenceBatch(sequence, tokens[start : start + size], "all") for start in range(0, 20, size)]
                 self._assert_close(np.concatenate([np.array(engine.hidden([part])[0]) for part in parts]), all_)
         with sequences(engine, 1) as (sequence,):
-            engine.hidden([Part(sequence, [(tokens[0] + 1) % engine.info.n_vocab, *tokens[1:]], "none")])
-            (other,) = engine.hidden([Part(sequence, more, "last")])
+            engine.hidden([SequenceBatch(sequence, [(tokens[0] + 1) % engine.info.n_vocab, *tokens[1:]], "none")])
+            (other,) = engine.hidden([SequenceBatch(sequence, more, "last")])
             assert other is not None
             other = np.array(other)  # it is valid until the next call
             assert not np.array_equal(other, hidden_after(engine, [*tokens, *more])), "the first token makes no difference"
             for bad in (-1, engine.info.n_vocab):
                 with pytest.raises(OptionError):
-                    engine.hidden([Part(sequence, [bad], "last")])
+                    engine.hidden([SequenceBatch(sequence, [bad], "last")])
 
     def test_closing_twice_is_harmless_and_use_after_it_an_error(self, engine_factory: EngineFactory, model: ModelFile) -> None:
         engine = engine_factory.open(model, self.options)
@@ -349,7 +353,7 @@ class EngineConformance:
         engine.close()
         engine.close()
         with pytest.raises(_MISUSE):
-            engine.step([Part(sequence, [1])])
+            engine.step([SequenceBatch(sequence, [1])])
 
     # ---- engines that remove or move cells ---------------------------------------------------------------------------
 
@@ -604,11 +608,11 @@ class EngineConformance:
             for sequence, binding in zip([*alone, *joint], bindings * 2, strict=True):
                 able.adapt(sequence, *binding)
             expected = [feed(engine, sequence, text) for sequence, text in zip(alone, texts, strict=True)]
-            got = engine.step([Part(sequence, text, "all") for sequence, text in zip(joint, texts, strict=True)])
+            got = engine.step([SequenceBatch(sequence, text, "all") for sequence, text in zip(joint, texts, strict=True)])
             for rows, wanted in zip([kept_rows(rows) for rows in got], expected, strict=True):
                 self._assert_close(rows, wanted)
             next_ = [feed(engine, sequence, [1]) for sequence in alone]
-            got = engine.step([Part(sequence, [1], "last") for sequence in joint])
+            got = engine.step([SequenceBatch(sequence, [1], "last") for sequence in joint])
             for rows, wanted in zip([kept_rows(rows) for rows in got], next_, strict=True):
                 self._assert_close(rows, wanted)
         self._assert_close(expected[1], feed_new(engine, texts[1]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edge_rt.hooks import EmbedsText, Engine, EngineOptions, ModelFile, Part
+from edge_rt.hooks import EmbedsText, Engine, EngineOptions, ModelFile, SequenceBatch
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,7 +46,7 @@ def feed(engine: Engine, sequence: int, tokens: Sequence[int], size: int | None 
     """Feed tokens, ``size`` at a time, and return the logits of all: float32 [n, n_vocab]."""
     rows = [np.empty((0, engine.info.n_vocab), np.float32)]
     for start in range(0, len(tokens), size or len(tokens) or 1):
-        (result,) = engine.step([Part(sequence, tokens[start : start + (size or len(tokens))], want)])
+        (result,) = engine.step([SequenceBatch(sequence, tokens[start : start + (size or len(tokens))], want)])
         rows.append(kept_rows(result))
     return np.concatenate(rows)
 
@@ -61,7 +61,7 @@ def hidden_after(engine: EmbedsText, tokens: Sequence[int]) -> npt.NDArray[np.fl
     """The hidden state after all tokens, in a sequence of their own: float32 [1, n_embd]."""
     assert isinstance(engine, Engine)
     with sequences(engine, 1) as (sequence,):
-        (rows,) = engine.hidden([Part(sequence, tokens, "last")])
+        (rows,) = engine.hidden([SequenceBatch(sequence, tokens, "last")])
         return np.array(rows)
 
 

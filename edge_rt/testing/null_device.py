@@ -34,12 +34,12 @@ from edge_rt.hooks import (
     NativeError,
     Offer,
     OptionError,
-    Part,
     Positions,
     Profile,
     Pruned,
     Refusal,
     Run,
+    SequenceBatch,
     SessionFileError,
     check_parts,
     hookimpl,
@@ -200,22 +200,22 @@ class NullEngine:
         """Cells in use."""
         return len(self._get(sequence).tokens)
 
-    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
         """Feed every part and return its logits. Raises ContextError, then no sequence has changed."""
         check_parts(parts, self.length, self.info)
         self.steps += 1
         return [self._feed(part) for part in parts]
 
-    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with noise of eight numbers, no less a function of the whole history."""
         check_parts(parts, self.length, self.info)
         self.steps += 1
         return [self._rows(part, self._hidden) for part in parts]
 
-    def _feed(self, part: Part) -> npt.NDArray[np.float32] | None:
+    def _feed(self, part: SequenceBatch) -> npt.NDArray[np.float32] | None:
         return self._rows(part, self._logits)
 
-    def _rows(self, part: Part, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
+    def _rows(self, part: SequenceBatch, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
         import numpy as np
 
         sequence = self._sequences[part.sequence]

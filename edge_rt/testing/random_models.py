@@ -21,11 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_rt.core.load.adapter import EMBEDDING
-from edge_rt.core.load.compensation import compensation_fingerprint
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import Header
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.lora import EMBEDDING
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import GGML_TYPES, Header
+from edge_rt.core.weights.error_correction import compensation_fingerprint
 from edge_rt.errors import OptionError
 from edge_rt.testing import gguf_bytes
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_rt.native.ggml import Rows
 from edge_rt.native.memory import address_of
-from edge_rt.native.rows import Rows
 from edge_rt.native.samplers import Candidates, likeliest
 
 FIRST_TOKEN = """

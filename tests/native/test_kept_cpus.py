@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import Device, EngineOptions, Offer, hookimpl
 from edge_rt.native import ggml
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says where a thread may run")
 LAST = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -45,7 +45,7 @@ def logits(path: Path, **options: Any) -> np.ndarray[Any, Any]:
         sequence = engine.new_sequence()
         rows = []
         for tokens in (range(3, 20), [20], [21]):
-            (row,) = engine.step([Part(sequence, list(tokens))])
+            (row,) = engine.step([SequenceBatch(sequence, list(tokens))])
             assert row is not None
             rows.append(np.array(row))
         return np.concatenate(rows)
@@ -73,7 +73,7 @@ import sys
 from pathlib import Path
 from edge_rt.core.engine import Part
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import affinity
 

@@ -143,7 +143,7 @@ def test_nothing_but_tests_imports_the_testing_package() -> None:
 
 _NATIVE = ("ctypes", "llama_cpp")
 _HEAVY = (*_NATIVE, "numpy", "gguf", "jinja2", "typer", "rich", "psutil", "asyncio", "hypothesis", "importlib.metadata")
-_ON_THE_WAY = ("edge_rt.hooks", "edge_rt.registry", "edge_rt.plugins.cpu", "edge_rt.plugins.llama_cpp", "edge_rt.config")
+_ON_THE_WAY = ("edge_rt.hooks", "edge_rt.plugin_host.registry", "edge_rt.plugins.cpu", "edge_rt.plugins.llama_cpp", "edge_rt.config")
 
 
 def loaded_by(code: str) -> set[str]:
@@ -179,7 +179,7 @@ def test_modules_on_the_way_to_the_first_token_load_nothing_heavy(module: str) -
 
 
 def test_choosing_a_device_needs_neither_numpy_nor_the_native_library() -> None:
-    code = "from edge_rt.registry import Registry\nRegistry.load(entry_points=True, disabled=['ggml']).choose_device()"
+    code = "from edge_rt.plugin_host.registry import Registry\nRegistry.load(entry_points=True, disabled=['ggml']).choose_device()"
     loaded = loaded_by(code)
     assert "edge_rt.plugins.cpu" in loaded
     assert [name for name in _HEAVY if name in loaded] == []

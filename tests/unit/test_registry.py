@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from edge_rt import entry_points, registry
 from edge_rt.errors import AbiMismatch, ContextOverflow, OptionError, PluginError, UnsupportedModel
 from edge_rt.hooks import (
     API_VERSION,
@@ -30,8 +29,9 @@ from edge_rt.hooks import (
     Segment,
     hookimpl,
 )
-from edge_rt.registry import BUILT_INS, EXTRAS, OWN_PLUGINS, PluginStatus, Registry
-from edge_rt.rules import Ruleset
+from edge_rt.plugin_host import entry_points, registry
+from edge_rt.plugin_host.registry import BUILT_INS, EXTRAS, OWN_PLUGINS, PluginStatus, Registry
+from edge_rt.postprocess.rules import Ruleset
 from edge_rt.testing.null_device import NullDevice, NullEngine, NullPlugin
 
 MODEL: Any = SimpleNamespace(path=Path("tiny.gguf"), header=SimpleNamespace(architecture="llama"))

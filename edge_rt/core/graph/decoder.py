@@ -1,15 +1,19 @@
 """The pre-norm decoder: llama (Mistral, SmolLM, TinyLlama, Mixtral), qwen2, qwen3 and qwen3moe are this graph with other parts.
 
-``deci`` is what GGUF calls a llama whose blocks differ in size; here only their feed-forward networks may.
-"""
+``deci`` is what GGUF calls a llama whose blocks differ in size; here only their feed-forward networks may."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from edge_rt.core.graph.common import Builder, c
-from edge_rt.core.graph.moe import experts
+from edge_rt.core.graph.builder import GraphBuilder, c
+from edge_rt.core.graph.config import ModelConfig, read_config
+from edge_rt.core.graph.layers import experts
+from edge_rt.errors import OptionError, UnsupportedModel
 from edge_rt.native import ggml
+
+if TYPE_CHECKING:
+    from edge_rt.core.gguf.model_file import ModelFile
 
 
 class Family(NamedTuple):
@@ -33,7 +37,7 @@ Output = Literal["logits", "hidden"]
 """What a step gives of each wanted token: logits [V], or the normalised hidden state [E] that they are made of."""
 
 
-def build(b: Builder, family: Family, output: Output | None) -> int | None:
+def build(b: GraphBuilder, family: Family, output: Output | None) -> int | None:
     """Build one step: x += attention(norm(x)); x += ffn(norm(x)) for each block, then the head. Returns the output's address.
 
     Without ``output`` the last block only stores its keys and values: that is all a later step needs of this one.
@@ -63,7 +67,7 @@ def build(b: Builder, family: Family, output: Output | None) -> int | None:
     return b.head(b.border(x, "head"))
 
 
-def rotated(b: Builder, x: int, prefix: str, family: Family, factors: int | None) -> tuple[int, int, int]:
+def rotated(b: GraphBuilder, x: int, prefix: str, family: Family, factors: int | None) -> tuple[int, int, int]:
     """Queries [D, H, T] and keys [D, G, T] by position, and values [D, G, T], of normalised hidden states x [E, T]."""
     q, k, v = b.qkv(x, prefix)
     if family.qk_norm:
@@ -76,3 +80,31 @@ def rotated(b: Builder, x: int, prefix: str, family: Family, factors: int | None
     q, k = b.rope(q, family.rope_mode, factors), b.rope(k, family.rope_mode, factors)
     b.expand(q)
     return q, k, v
+
+
+# What the ggml engine has graphs and caches for; told from a model's header, before anything is opened.
+
+_KEY_TYPES = {"f16": ggml.TYPE_F16, "q8_0": ggml.TYPE_Q8_0}
+
+
+def unsupported(file: ModelFile) -> str | None:
+    """Why this engine has no graph for a model, None if it has one. Reads the header only."""
+    if file.header.architecture not in FAMILIES:
+        return f"no graph for architecture {file.header.architecture!r}"
+    try:
+        hyper = read_config(file.header)
+    except UnsupportedModel as error:
+        return str(error)
+    if hyper.n_expert and "blk.0.ffn_gate_exps.weight" not in file.header.tensors:
+        return "experts in separate tensors (an old Mixtral conversion)"
+    strange = next((name for name in file.header.tensors if name.endswith(".scale") or "_shexp" in name or "lora" in name), None)
+    return f"no graph for the tensor {strange}" if strange else None
+
+
+def key_type(name: Literal["f16", "q8_0"], hyper: ModelConfig) -> int:
+    """Element type of cached keys. Raises OptionError where heads do not divide into its blocks."""
+    if name not in _KEY_TYPES:
+        raise OptionError(f"--key-type {name} is unknown; choose f16 or q8_0")
+    if hyper.head_dim % ggml.c.blck_size(_KEY_TYPES[name]):
+        raise OptionError(f"heads of {hyper.head_dim} do not divide into {name} blocks; use --key-type f16")
+    return _KEY_TYPES[name]

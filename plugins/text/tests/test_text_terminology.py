@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from edge_rt.errors import RuleError
 from edge_rt.hooks import HALF_WIDTH, PostProcessorFactory, Rules
-from edge_rt.registry import Registry
-from edge_rt.rules import RuleFile, Ruleset
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.rules import RuleFile, Ruleset
 from edge_rt.testing.conformance import PostProcessorConformance
 
 (FACTORY,) = TERMINOLOGY.edge_rt_post_processors()
