@@ -22,9 +22,8 @@ from edge_rt.config import Remembered
 from edge_rt.core.autotune import NoWeights, autotune_v_layout
 from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
 from edge_rt.core.graph import layers
-from edge_rt.core.graph.builder import GraphBuilder, Inputs, SlotInputs, SlotShape
+from edge_rt.core.graph.builder import GraphBuilder, Inputs, SlotInputs, SlotShape, wants_flash
 from edge_rt.core.graph.config import ModelConfig
-from edge_rt.core.graph.layers import wants_flash
 from edge_rt.core.kv.cache import KVCache
 from edge_rt.core.kv.positions import STEP
 from edge_rt.core.weights import repack
@@ -212,7 +211,7 @@ def _seconds(weight: _Weight, copies: int, times: int, columns: int, numbers: Se
 
 def _multiplied(ctx: int, weight: int, apart: int | None, x: int) -> int:
     y = int(c.mul_mat(ctx, weight, x))
-    return y if apart is None else int(c.add(ctx, y, layers.product(ctx, apart, x)))
+    return y if apart is None else int(c.add(ctx, y, layers.offsets_product(ctx, apart, x)))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from edge_rt.compiler.shape import ModelShape, Product
 from edge_rt.compiler.target import FEW, Kernel, Target, bandwidth, share
-from edge_rt.core.graph.layers import TILES_FROM
+from edge_rt.core.graph.builder import TILES_FROM
 from edge_rt.core.kv.positions import padded
 from edge_rt.core.weights.streaming import SLOTS
 

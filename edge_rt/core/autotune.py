@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, NamedTuple
 from edge_rt import config
 from edge_rt.config import Remembered
 from edge_rt.core.graph import layers
-from edge_rt.core.graph.adapters import Applied
-from edge_rt.core.graph.builder import GraphBuilder, Inputs, KVView, SlotInputs, SlotShape, Weights
+from edge_rt.core.graph.builder import (
+    FLASH_FROM,
+    FULL_SUPPORT,
+    TILES_FROM,
+    AttentionSupport,
+    GraphBuilder,
+    Inputs,
+    KVView,
+    SlotInputs,
+    SlotShape,
+    Weights,
+)
 from edge_rt.core.graph.config import ModelConfig
-from edge_rt.core.graph.layers import ALL, FLASH_FROM, TILES_FROM, Traits
 from edge_rt.core.graph.step import StepGraph, description_bytes
 from edge_rt.core.kv.cache import KVCache
 from edge_rt.core.kv.ops import run_graph_once
+from edge_rt.core.weights.lora import AppliedLora
 from edge_rt.core.weights.repack import BLOCK, OFFSETS_SUFFIX
 from edge_rt.native import ggml
 
@@ -82,7 +92,7 @@ def _product(matrix: int, columns: npt.NDArray[np.float32], backend: ggml.Handle
         with ggml.allocate_context(inputs):
             ggml.view(x, "f4", (n, width))[:] = columns
             shape = (n, int(ggml.fields(matrix).ne[1]))
-            multiply = layers.product if _are_offsets(matrix) else c.mul_mat
+            multiply = layers.offsets_product if _are_offsets(matrix) else c.mul_mat
             product: npt.NDArray[np.float32] = run_graph_once(lambda ctx: int(multiply(ctx, matrix, x)), shape, backend, arena).copy()
             return product
 
@@ -115,9 +125,9 @@ def estimate_compute_buffer(
     tokens: int,
     parts: int,
     rows: int,
-    adapters: Iterable[Applied] = (),
+    adapters: Iterable[AppliedLora] = (),
     *,
-    traits: Traits = ALL,
+    traits: AttentionSupport = FULL_SUPPORT,
 ) -> ComputeBuffers:
     """Of steps with so many ``tokens`` at most in so many ``parts``, each over a cache like this one, that want ``rows`` of logits.
 

@@ -10,10 +10,10 @@ from edge_rt import config
 from edge_rt.core.autotune import distinct_kinds, estimate_compute_buffer, probe_batch_invariance
 from edge_rt.core.engine import EngineInfo, SequenceBatch, check_parts, check_tokens
 from edge_rt.core.graph.adapters import check_adapted
-from edge_rt.core.graph.builder import SlotShape
+from edge_rt.core.graph.builder import FLASH_FROM, FULL_SUPPORT, TILES_FROM, SlotShape
 from edge_rt.core.graph.config import ModelConfig, check_shapes, fused, read_config
 from edge_rt.core.graph.decoder import FAMILIES, key_type, unsupported
-from edge_rt.core.graph.layers import ALL, FLASH_FROM, TILES_FROM, of_block
+from edge_rt.core.graph.layers import of_block
 from edge_rt.core.graph.step import GraphCache, SequenceInput, StepGraph, Ubatch, attention_traits, split_ubatches, stacked
 from edge_rt.core.kv.cache import KVCache, cell_bytes
 from edge_rt.core.kv.ops import token_embeddings
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from edge_rt.core.engine import Logits
     from edge_rt.core.gguf.lora import LoraFile
     from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.graph.builder import AttentionSupport
     from edge_rt.core.graph.config import ModelConfig
     from edge_rt.core.graph.decoder import Output
-    from edge_rt.core.graph.layers import Traits
     from edge_rt.core.weights.error_correction import Compensation
     from edge_rt.core.weights.streaming import WeightStreamer
     from edge_rt.core.weights.units import Unit
@@ -69,7 +69,7 @@ class GgmlEngine(GgmlSequences):
         self.hyper: ModelConfig = fused(read_config(file.header), file.header, options.extra)
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = key_type(options.key_type, self.hyper)
-        self._progress, self._traits = options.progress, ALL
+        self._progress, self._traits = options.progress, FULL_SUPPORT
         self._chunk = int(options.extra.get("ggml.chunk", CHUNK))
         if accelerator:
             self._offload(accelerator, options)
@@ -402,7 +402,7 @@ PLANNED_PARTS, PLANNED_ROWS = 4, 16
 def offload(
     accelerator: Accelerator, file: ModelFile, hyper: ModelConfig, key_type: int, context: int | None, chunk: int,
     compensation: Compensation | None = None,
-) -> tuple[Offloaded, Traits]:  # fmt: skip
+) -> tuple[Offloaded, AttentionSupport]:  # fmt: skip
     """Open the device and place the last blocks there, beside one sequence of ``context`` cells, which needs twice its memory when it
     grows by moving; and what attention may ask of it.
 

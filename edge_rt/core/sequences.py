@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 
 from edge_rt.core.autotune import ComputeBuffers, autotune_v_layout, estimate_compute_buffer
 from edge_rt.core.engine import MemoryReport, Pruned, check_fits
-from edge_rt.core.graph.adapters import Applied, widest
+from edge_rt.core.graph.adapters import widest
 from edge_rt.core.graph.decoder import FAMILIES
 from edge_rt.core.graph.step import GRAPH_BYTES
 from edge_rt.core.kv.cache import KVCache, cell_bytes, read_cells, write_cells
 from edge_rt.core.kv.ops import rotate_keys
 from edge_rt.core.kv.positions import largest_capacity, next_capacity, padded
+from edge_rt.core.weights.lora import AppliedLora
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.native.memory import PAGE
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import EngineInfo, Logits
+    from edge_rt.core.graph.builder import AttentionSupport
     from edge_rt.core.graph.config import ModelConfig
-    from edge_rt.core.graph.layers import Traits
     from edge_rt.core.graph.step import GraphCache, StepGraph
     from edge_rt.core.kv.positions import Move
     from edge_rt.core.weights.error_correction import Corrections
@@ -64,7 +65,7 @@ class GgmlSequences:
     _paging: Paging
     _key_type: int
     _chunk: int
-    _traits: Traits
+    _traits: AttentionSupport
     _offloaded: Offloaded | None = None
     _corrections: Corrections | None = None
     _compensated: str | None = None
@@ -73,7 +74,7 @@ class GgmlSequences:
         """``transposed``: the layout of values, None for what is faster here."""
         self._sequences: dict[int, KVCache] = {}
         self._adapters: dict[int, AdapterWeights] = {}
-        self._adapted: dict[int, Applied] = {}  # by sequence
+        self._adapted: dict[int, AppliedLora] = {}  # by sequence
         self._next = 0
         self._last: Decoding | None = None
         self._transposed = transposed
@@ -115,7 +116,7 @@ class GgmlSequences:
         self._last = None
         self._adapted.pop(sequence, None)
         if adapter is not None and scale:
-            self._adapted[sequence] = Applied(self._adapters[adapter], scale)
+            self._adapted[sequence] = AppliedLora(self._adapters[adapter], scale)
 
     @property
     def transposed_values(self) -> bool:

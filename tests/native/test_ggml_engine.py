@@ -15,7 +15,7 @@ from reference import Reference
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.gguf.model_file import ModelFile
-from edge_rt.core.graph.layers import TILES_FROM
+from edge_rt.core.graph.builder import TILES_FROM
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.hooks import EngineOptions
 

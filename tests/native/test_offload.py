@@ -15,7 +15,7 @@ from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.core.graph import layers
-from edge_rt.core.graph.layers import Traits
+from edge_rt.core.graph.builder import AttentionSupport
 from edge_rt.core.kv.pruning import WATCHED
 from edge_rt.core.weights.gpu_offload import Accelerator
 from edge_rt.errors import Cancelled, NativeError, OptionError, OutOfMemory, UnsupportedModel
@@ -456,7 +456,7 @@ def test_without_flash_attention_values_are_transposed(llama: Path, monkeypatch:
     monkeypatch.setenv("SIM_WITHOUT", "FLASH_ATTN_EXT")
     with opened(llama, **layout(True)) as cpu, opened(llama, accelerator_for(llama, 2, extra={}), extra={}) as engine:
         assert engine.transposed_values
-        assert engine._traits == Traits(False, False)
+        assert engine._traits == AttentionSupport(False, False)
         tokens = random_tokens(cpu, 130)
         a, b = cpu.new_sequence(), engine.new_sequence()
         for part in (tokens[:40], tokens[40:]):
@@ -470,7 +470,7 @@ def test_without_masks_for_each_head_tokens_go_together(llama: Path, monkeypatch
     """As CUDA's flash attention has it."""
     monkeypatch.setenv("SIM_WITHOUT", "FLASH_ATTN_EXT:each")
     with opened(llama) as cpu, opened(llama, accelerator_for(llama, 2)) as engine:
-        assert engine._traits == Traits(True, False)
+        assert engine._traits == AttentionSupport(True, False)
         tokens = random_tokens(cpu, 60)
         a, b = cpu.new_sequence(), engine.new_sequence()
         for part in (tokens[:50], tokens[50:55], tokens[55:56], tokens[56:]):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.gguf.lora import EMBEDDING
+from edge_rt.core.weights.lora import AppliedLora
 from edge_rt.errors import UnsupportedModel
 from edge_rt.native import ggml
 
@@ -87,26 +88,19 @@ def check_adapted(adapter: LoraFile) -> None:
         raise UnsupportedModel(f"no graph here lets an adapter change {strange}; run it with --engine llama_cpp")
 
 
-class Applied(NamedTuple):
-    """An adapter as a sequence has it: ``scale`` times."""
-
-    weights: AdapterWeights
-    scale: float
-
-
-def widest(adapters: Iterable[AdapterWeights]) -> list[Applied]:
+def widest(adapters: Iterable[AdapterWeights]) -> list[AppliedLora]:
     """Of the adapters that change the same weights the largest: what steps take depends on no more than that."""
     found: dict[frozenset[str], AdapterWeights] = {}
     for weights in adapters:
         names = frozenset(pair.base for pair in weights.lora.pairs)
         found[names] = max(weights, found.get(names, weights), key=lambda one: one.size)
-    return [Applied(weights, 0.5) for weights in found.values()]
+    return [AppliedLora(weights, 0.5) for weights in found.values()]
 
 
 class Run(NamedTuple):
     """Columns of a step that one adapter changes."""
 
-    applied: Applied
+    applied: AppliedLora
     columns: Columns
 
 

@@ -1,4 +1,4 @@
-"""The parts every decoder graph is made of. One ``GraphBuilder`` builds the graphs of one step shape.
+"""The state of a graph while it is built: weights, inputs, caches, and the segments made so far. Its layers are in layers.py.
 
 Notation beside tensors: shapes in ggml order (fastest first); T tokens in the step, t tokens of one sequence, N cells attended,
 H heads, G key-value heads, D head size, E embedding width, KV = G*D.
@@ -10,15 +10,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from edge_rt.core.graph import adapters, layers
-from edge_rt.core.graph.config import TOGETHER, ModelConfig, Rope
-from edge_rt.core.weights.repack import offsets_name
+from edge_rt.core.graph.config import ModelConfig
+from edge_rt.core.weights.lora import AppliedLora
 from edge_rt.native import ggml
 
 if TYPE_CHECKING:
     from edge_rt.core.weights.error_correction import Corrections
 
 c = ggml.c
+
+
+FLASH_FROM = 9
+"""Tokens of one sequence from which they go through attention together. Fewer go one by one if all are to have logits, as drafts are."""
+TILES_FROM = 64
+"""Tokens from which ggml's flash attention takes many queries at once. Up to there it goes query by query, which is as slow for each as
+it is when decoding: 63 tokens behind 1,500 cells took ten times as long as 64 (135M, one thread, AVX-512).
+"""
+
+
+class AttentionSupport(NamedTuple):
+    """What attention may ask of all devices that a step runs on. ``flash``: flash attention over heads of this size; ``each``: with
+    another mask for every head, by which several tokens go one by one.
+    """
+
+    flash: bool = True
+    each: bool = True
+
+
+FULL_SUPPORT = AttentionSupport()
 
 
 class Weights(Protocol):
@@ -78,16 +97,21 @@ class SlotShape(NamedTuple):
     tokens: int
     cells: int
     rows: int
-    adapter: adapters.Applied | None = None
+    adapter: AppliedLora | None = None
     sequences: int = 1
-    traits: layers.Traits = layers.ALL
+    traits: AttentionSupport = FULL_SUPPORT
 
     @property
     def together(self) -> bool:
         """Whether the tokens go through attention together (prefill) or one by one (decode)."""
         if self.tokens > 1 and not self.traits.each:
             return self.sequences == 1
-        return self.sequences == 1 and (self.tokens >= layers.FLASH_FROM or self.tokens > max(1, self.rows))
+        return self.sequences == 1 and (self.tokens >= FLASH_FROM or self.tokens > max(1, self.rows))
+
+
+def wants_flash(shape: SlotShape, cache: KVView) -> bool:
+    """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
+    return not cache.transposed or (shape.sequences == 1 and shape.tokens >= TILES_FROM and shape.traits.flash)
 
 
 class SlotInputs(NamedTuple):
@@ -192,79 +216,11 @@ class GraphBuilder:
         """Make a tensor part of the current graph, in call order."""
         c.build_forward_expand(self.segments[-1].graph, tensor)
 
-    # ---- layers ------------------------------------------------------------------------------------------------------
-
-    def embed(self) -> int:
-        """Token embeddings [E, T]."""
-        rows = int(c.get_rows(self.ctx, self.weights.require("token_embd.weight"), self.inputs.tokens))
-        return adapters.add_embeddings(self, adapters.adapter_runs(self.shapes, [shape.tokens for shape in self.shapes]), rows)
-
-    def product(self, weight: int, x: int, *names: str) -> int:
-        """``weight`` x, with what compensation and adapters add: the weights of these names, one below the other, are in it."""
-        y = int(c.mul_mat(self.ctx, weight, x))
-        apart = tuple(map(offsets_name, names))
-        if (more := self.weights.get(apart[0]) if len(apart) == 1 else self.weights.joined(apart)) is not None:
-            y = int(c.add(self.ctx, y, layers.product(self.ctx, more, x)))
-        counts = adapters.counts(self.shapes, x)
-        y = adapters.add_compensation_terms(self, counts, y, x, names)
-        return adapters.add_lora_terms(self, adapters.adapter_runs(self.shapes, counts), y, x, names)
-
-    def rms_norm(self, x: int, name: str) -> int:
-        """x / rms(x) * w over the fastest dimension; without w where it is all ones."""
-        normed = int(c.rms_norm(self.ctx, x, self.hyper.eps))
-        return normed if name in self.hyper.fused.folded else int(c.mul(self.ctx, normed, self.weights.require(name)))
-
-    def linear(self, x: int, name: str) -> int:
-        """W x (+ b if the model has one)."""
-        y = self.product(self.weights.require(f"{name}.weight"), x, f"{name}.weight")
-        bias = self.weights.get(f"{name}.bias")
-        return adapters.add_bias(self, int(c.add(self.ctx, y, bias) if bias else y), (f"{name}.weight",))
-
-    def rope(self, x: int, mode: int, factors: int | None) -> int:
-        """Rotate x [D, heads, T] by its positions; ``factors`` [D/2] divides the frequencies (Llama 3)."""
-        r: Rope = self.hyper.rope
-        return int(
-            c.rope_ext(
-                self.ctx, x, self.inputs.positions, factors, r.dims, mode, r.original_context,
-                r.base, r.scale, r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow,
-            )
-        )  # fmt: skip
-
-    def linears(self, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
-        """Several products of one x as one: [sum of widths, T]; None where they are to stay apart, or do not lie side by side."""
-        one, weights = layers.joined(self.weights, self.hyper.fused, prefix, names), layers.weight_names(prefix, names)
-        if one is None:
-            return None
-        y = self.product(one.weight, x, *weights)
-        return adapters.add_bias(self, int(c.add(self.ctx, y, one.bias) if one.bias else y), weights)
-
     def heads(self, x: int, first: int, count: int) -> int:
         """Heads [D, count, T] out of contiguous x [W, T] or [D, heads, T], from head ``first`` on."""
         size, shape = 4 * self.hyper.head_dim, ggml.fields(x).ne
         row = 4 * shape[0] * shape[1] * shape[2] // self.n_tokens
         return int(c.view_3d(self.ctx, x, self.hyper.head_dim, count, self.n_tokens, size, row, first * size))
-
-    def qkv(self, x: int, prefix: str) -> tuple[int, int, int]:
-        """Queries [D, H, T], keys and values [D, G, T] before rotation, in as few products as the weights' places in memory allow."""
-        n_head, n_kv = self.hyper.n_head, self.hyper.n_head_kv
-        y = self._fused(x, prefix) or self.linears(x, prefix, TOGETHER[0])
-        if y is not None:
-            return self.heads(y, 0, n_head), self.heads(y, n_head, n_kv), self.heads(y, n_head + n_kv, n_kv)
-        k = self.heads(self.linear(x, f"{prefix}.attn_k"), 0, n_kv)
-        y = self.linears(x, prefix, layers.NEIGHBOURS)
-        if y is not None:
-            return self.heads(y, 0, n_head), k, self.heads(y, n_head, n_kv)
-        return self.heads(self.linear(x, f"{prefix}.attn_q"), 0, n_head), k, self.heads(self.linear(x, f"{prefix}.attn_v"), 0, n_kv)
-
-    def _fused(self, x: int, prefix: str) -> int | None:
-        """The product with weights that are one tensor in the file."""
-        if not self.weights.get(f"{prefix}.attn_qkv.weight"):
-            return None
-        y = self.linear(x, f"{prefix}.attn_qkv")
-        if not self.weights.get(f"{prefix}.attn_qkv.bias") and self.weights.get(f"{prefix}.attn_q.bias"):
-            parts = [self.weights.require(f"{prefix}.attn_{p}.bias") for p in "qkv"]
-            y = c.add(self.ctx, y, c.concat(self.ctx, c.concat(self.ctx, parts[0], parts[1], 0), parts[2], 0))
-        return y
 
     def beside(self, q: int, k: int) -> int | None:
         """Queries and keys as one tensor [D, H+G, T], None if they are not parts of one in this order."""
@@ -274,36 +230,7 @@ class GraphBuilder:
         heads, offset = self.hyper.n_head + self.hyper.n_head_kv, a.view_offs - ggml.fields(a.src[0]).view_offs
         return int(c.view_3d(self.ctx, a.src[0], self.hyper.head_dim, heads, self.n_tokens, a.nb[1], a.nb[2], offset))
 
-    def store(self, layer: int, k: int, v: int) -> None:
-        """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""
-        kv, first = self.hyper.kv_width, 0
-        for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
-            if cache.members:
-                layers.store(self, layer, k, v, first, shape, slot, cache)
-                first += shape.tokens
-                continue
-            self.expand(c.set_rows(self.ctx, cache.keys[layer], self._by_head(k, first, shape.tokens), slot.cells))
-            if cache.transposed:
-                token = int(ggml.fields(v).nb[2])
-                own = c.view_2d(self.ctx, v, kv, shape.tokens, token, token * first)
-                v_elements = c.reshape_2d(self.ctx, c.cont(self.ctx, own) if shape.tokens > 1 else own, 1, kv * shape.tokens)
-                by_element = c.reshape_2d(self.ctx, cache.values[layer], 1, cache.capacity * kv)
-                self.expand(c.set_rows(self.ctx, by_element, v_elements, slot.elements))
-            else:
-                self.expand(c.set_rows(self.ctx, cache.values[layer], self._by_head(v, first, shape.tokens), slot.cells))
-            first += shape.tokens
-
-    def keep_queries(self, layer: int, q: int) -> None:
-        """Write the last of the rotated queries [D, H, T] of every watched sequence into its ring."""
-        width, row, first = self.hyper.n_head * self.hyper.head_dim, int(ggml.fields(q).nb[2]), 0
-        for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
-            first += shape.tokens
-            if cache.window:
-                n = min(shape.tokens, cache.window)
-                last = c.view_2d(self.ctx, q, width, n, row, row * (first - n))
-                self.expand(c.set_rows(self.ctx, cache.queries[layer], last, slot.columns))
-
-    def _by_head(self, x: int, first: int, tokens: int) -> int:
+    def by_head(self, x: int, first: int, tokens: int) -> int:
         """Some tokens of keys or values [D, G, T], head by head: [D, tokens, G]."""
         nb = ggml.fields(x).nb
         return int(c.view_3d(self.ctx, x, self.hyper.head_dim, tokens, self.hyper.n_head_kv, nb[2], nb[1], nb[2] * first))
@@ -312,18 +239,6 @@ class GraphBuilder:
         """Some tokens of queries [D, H, T]: [D, H, tokens]."""
         nb = ggml.fields(q).nb
         return int(c.view_3d(self.ctx, q, self.hyper.head_dim, self.hyper.n_head, tokens, nb[1], nb[2], nb[2] * first))
-
-    def attend(self, layer: int, q: int) -> int:
-        """Attention of queries [D, H, T], each sequence over its own cells; returns [H*D, T]."""
-        first, outputs = 0, []
-        for shape, slot, cache in zip(self.shapes, self.inputs.slots, self.caches, strict=True):
-            if cache.members:
-                outputs.append(layers.attend_stacked(self, layer, q, first, shape, slot, cache))
-            else:
-                own = self.queries(q, first, shape.tokens) if len(self.shapes) > 1 else q
-                outputs.append(layers.attend(self, layer, own, shape, slot, cache))
-            first += shape.tokens
-        return self.side_by_side(outputs)
 
     def side_by_side(self, columns: Sequence[int]) -> int:
         """Join [E, a], [E, b], ... to [E, a + b + ...]."""
@@ -335,30 +250,3 @@ class GraphBuilder:
     def wanted_rows(self, x: int) -> int:
         """Keep only the rows that get logits."""
         return x if self.inputs.rows is None else int(c.get_rows(self.ctx, x, self.inputs.rows))
-
-    def swiglu(self, x: int, prefix: str) -> int:
-        """down(silu(gate x) * up x)."""
-        both = self.linears(x, prefix, TOGETHER[1])
-        if both is not None:
-            return self.linear(c.swiglu(self.ctx, both), f"{prefix}.ffn_down")
-        up, gate = self.linear(x, f"{prefix}.ffn_up"), self.linear(x, f"{prefix}.ffn_gate")
-        return self.linear(c.swiglu_split(self.ctx, gate, up), f"{prefix}.ffn_down")
-
-    def hidden(self, x: int) -> int:
-        """The last hidden states [E, R], normalised, as the graph's output."""
-        x = self.rms_norm(x, "output_norm.weight")
-        c.set_output(x)
-        self.expand(x)
-        return x
-
-    def head(self, x: int) -> int:
-        """Logits [V, R] from the last hidden states."""
-        x = self.rms_norm(x, "output_norm.weight")
-        output = self.weights.get("output.weight")
-        # A tied head is no other weight: no adapter changes it.
-        logits = self.product(output, x, "output.weight") if output else c.mul_mat(self.ctx, self.weights.require("token_embd.weight"), x)
-        if bias := self.weights.get("output.bias"):
-            logits = c.add(self.ctx, logits, bias)
-        c.set_output(logits)
-        self.expand(logits)
-        return int(logits)

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from edge_rt.core.graph import layers
 from edge_rt.core.graph.builder import GraphBuilder, c
 from edge_rt.core.graph.config import ModelConfig, read_config
-from edge_rt.core.graph.layers import experts
 from edge_rt.errors import OptionError, UnsupportedModel
 from edge_rt.native import ggml
 
@@ -44,40 +44,40 @@ def build(b: GraphBuilder, family: Family, output: Output | None) -> int | None:
     """
     h = b.hyper
     b.begin("embedding")
-    x = b.embed()  # [E, T]
+    x = layers.embed(b)  # [E, T]
     for layer in range(h.n_layer):
         prefix, last = f"blk.{layer}", layer == h.n_layer - 1
         x = b.border(x, prefix)
         factors = b.weights.get("rope_freqs.weight") if family.rope_factors else None
-        normed = b.rms_norm(x, f"{prefix}.attn_norm.weight")
+        normed = layers.rms_norm(b, x, f"{prefix}.attn_norm.weight")
         q, k, v = rotated(b, normed, prefix, family, factors)
-        b.store(layer, k, v)
-        b.keep_queries(layer, q)
+        layers.store_kv(b, layer, k, v)
+        layers.keep_queries(b, layer, q)
         if last and output is None:
             return None
-        attended = b.linear(b.attend(layer, q), f"{prefix}.attn_output")
+        attended = layers.linear(b, layers.attend(b, layer, q), f"{prefix}.attn_output")
         if last:
             attended, x = b.wanted_rows(attended), b.wanted_rows(x)
         x = c.add(b.ctx, attended, x)
-        normed = b.rms_norm(x, f"{prefix}.ffn_norm.weight")
-        fed = experts(b, normed, prefix) if h.n_expert else b.swiglu(normed, prefix)
+        normed = layers.rms_norm(b, x, f"{prefix}.ffn_norm.weight")
+        fed = layers.experts(b, normed, prefix) if h.n_expert else layers.swiglu(b, normed, prefix)
         x = c.add(b.ctx, fed, x)
     if output == "hidden":  # the norm is always in memory: under a memory limit nothing waits for the head's weights
-        return b.hidden(x)
-    return b.head(b.border(x, "head"))
+        return layers.last_hidden(b, x)
+    return layers.logits_head(b, b.border(x, "head"))
 
 
 def rotated(b: GraphBuilder, x: int, prefix: str, family: Family, factors: int | None) -> tuple[int, int, int]:
     """Queries [D, H, T] and keys [D, G, T] by position, and values [D, G, T], of normalised hidden states x [E, T]."""
-    q, k, v = b.qkv(x, prefix)
+    q, k, v = layers.project_qkv(b, x, prefix)
     if family.qk_norm:
-        q = b.rms_norm(q, f"{prefix}.attn_q_norm.weight")
-        k = b.rms_norm(k, f"{prefix}.attn_k_norm.weight")
+        q = layers.rms_norm(b, q, f"{prefix}.attn_q_norm.weight")
+        k = layers.rms_norm(b, k, f"{prefix}.attn_k_norm.weight")
     elif both := b.beside(q, k):  # heads are rotated alike, whether of queries or of keys
-        both = b.rope(both, family.rope_mode, factors)
+        both = layers.rope(b, both, family.rope_mode, factors)
         b.expand(both)
         return b.heads(both, 0, b.hyper.n_head), b.heads(both, b.hyper.n_head, b.hyper.n_head_kv), v
-    q, k = b.rope(q, family.rope_mode, factors), b.rope(k, family.rope_mode, factors)
+    q, k = layers.rope(b, q, family.rope_mode, factors), layers.rope(b, k, family.rope_mode, factors)
     b.expand(q)
     return q, k, v
 

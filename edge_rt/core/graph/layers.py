@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.core.graph.builder import GraphBuilder, c
-from edge_rt.core.graph.config import TOGETHER
-from edge_rt.core.weights.repack import BLOCK
+from edge_rt.core.graph import adapters
+from edge_rt.core.graph.builder import GraphBuilder, c, wants_flash
+from edge_rt.core.graph.config import TOGETHER, Rope
+from edge_rt.core.weights.repack import BLOCK, offsets_name
 from edge_rt.native import ggml
 
 if TYPE_CHECKING:
@@ -16,9 +17,157 @@ if TYPE_CHECKING:
     from edge_rt.core.graph.builder import GraphBuilder, KVView, SlotInputs, SlotShape, Weights
     from edge_rt.core.graph.config import FusedTensors, ModelConfig
 
+
+def embed(b: GraphBuilder) -> int:
+    """Token embeddings [E, T]."""
+    rows = int(c.get_rows(b.ctx, b.weights.require("token_embd.weight"), b.inputs.tokens))
+    return adapters.add_embeddings(b, adapters.adapter_runs(b.shapes, [shape.tokens for shape in b.shapes]), rows)
+
+
+def multiply(b: GraphBuilder, weight: int, x: int, *names: str) -> int:
+    """``weight`` x, with what compensation and adapters add: the weights of these names, one below the other, are in it."""
+    y = int(c.mul_mat(b.ctx, weight, x))
+    apart = tuple(map(offsets_name, names))
+    if (more := b.weights.get(apart[0]) if len(apart) == 1 else b.weights.joined(apart)) is not None:
+        y = int(c.add(b.ctx, y, offsets_product(b.ctx, more, x)))
+    counts = adapters.counts(b.shapes, x)
+    y = adapters.add_compensation_terms(b, counts, y, x, names)
+    return adapters.add_lora_terms(b, adapters.adapter_runs(b.shapes, counts), y, x, names)
+
+
+def rms_norm(b: GraphBuilder, x: int, name: str) -> int:
+    """x / rms(x) * w over the fastest dimension; without w where it is all ones."""
+    normed = int(c.rms_norm(b.ctx, x, b.hyper.eps))
+    return normed if name in b.hyper.fused.folded else int(c.mul(b.ctx, normed, b.weights.require(name)))
+
+
+def linear(b: GraphBuilder, x: int, name: str) -> int:
+    """W x (+ b if the model has one)."""
+    y = multiply(b, b.weights.require(f"{name}.weight"), x, f"{name}.weight")
+    bias = b.weights.get(f"{name}.bias")
+    return adapters.add_bias(b, int(c.add(b.ctx, y, bias) if bias else y), (f"{name}.weight",))
+
+
+def rope(b: GraphBuilder, x: int, mode: int, factors: int | None) -> int:
+    """Rotate x [D, heads, T] by its positions; ``factors`` [D/2] divides the frequencies (Llama 3)."""
+    r: Rope = b.hyper.rope
+    return int(
+        c.rope_ext(
+            b.ctx, x, b.inputs.positions, factors, r.dims, mode, r.original_context,
+            r.base, r.scale, r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow,
+        )
+    )  # fmt: skip
+
+
+def linear_joined(b: GraphBuilder, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
+    """Several products of one x as one: [sum of widths, T]; None where they are to stay apart, or do not lie side by side."""
+    one, weights = joined(b.weights, b.hyper.fused, prefix, names), weight_names(prefix, names)
+    if one is None:
+        return None
+    y = multiply(b, one.weight, x, *weights)
+    return adapters.add_bias(b, int(c.add(b.ctx, y, one.bias) if one.bias else y), weights)
+
+
+def project_qkv(b: GraphBuilder, x: int, prefix: str) -> tuple[int, int, int]:
+    """Queries [D, H, T], keys and values [D, G, T] before rotation, in as few products as the weights' places in memory allow."""
+    n_head, n_kv = b.hyper.n_head, b.hyper.n_head_kv
+    y = _fused_qkv(b, x, prefix) or linear_joined(b, x, prefix, TOGETHER[0])
+    if y is not None:
+        return b.heads(y, 0, n_head), b.heads(y, n_head, n_kv), b.heads(y, n_head + n_kv, n_kv)
+    k = b.heads(linear(b, x, f"{prefix}.attn_k"), 0, n_kv)
+    y = linear_joined(b, x, prefix, NEIGHBOURS)
+    if y is not None:
+        return b.heads(y, 0, n_head), k, b.heads(y, n_head, n_kv)
+    return b.heads(linear(b, x, f"{prefix}.attn_q"), 0, n_head), k, b.heads(linear(b, x, f"{prefix}.attn_v"), 0, n_kv)
+
+
+def _fused_qkv(b: GraphBuilder, x: int, prefix: str) -> int | None:
+    """The product with weights that are one tensor in the file."""
+    if not b.weights.get(f"{prefix}.attn_qkv.weight"):
+        return None
+    y = linear(b, x, f"{prefix}.attn_qkv")
+    if not b.weights.get(f"{prefix}.attn_qkv.bias") and b.weights.get(f"{prefix}.attn_q.bias"):
+        parts = [b.weights.require(f"{prefix}.attn_{p}.bias") for p in "qkv"]
+        y = c.add(b.ctx, y, c.concat(b.ctx, c.concat(b.ctx, parts[0], parts[1], 0), parts[2], 0))
+    return y
+
+
+def store_kv(b: GraphBuilder, layer: int, k: int, v: int) -> None:
+    """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""
+    kv, first = b.hyper.kv_width, 0
+    for shape, slot, cache in zip(b.shapes, b.inputs.slots, b.caches, strict=True):
+        if cache.members:
+            _store_stacked(b, layer, k, v, first, shape, slot, cache)
+            first += shape.tokens
+            continue
+        b.expand(c.set_rows(b.ctx, cache.keys[layer], b.by_head(k, first, shape.tokens), slot.cells))
+        if cache.transposed:
+            token = int(ggml.fields(v).nb[2])
+            own = c.view_2d(b.ctx, v, kv, shape.tokens, token, token * first)
+            v_elements = c.reshape_2d(b.ctx, c.cont(b.ctx, own) if shape.tokens > 1 else own, 1, kv * shape.tokens)
+            by_element = c.reshape_2d(b.ctx, cache.values[layer], 1, cache.capacity * kv)
+            b.expand(c.set_rows(b.ctx, by_element, v_elements, slot.elements))
+        else:
+            b.expand(c.set_rows(b.ctx, cache.values[layer], b.by_head(v, first, shape.tokens), slot.cells))
+        first += shape.tokens
+
+
+def keep_queries(b: GraphBuilder, layer: int, q: int) -> None:
+    """Write the last of the rotated queries [D, H, T] of every watched sequence into its ring."""
+    width, row, first = b.hyper.n_head * b.hyper.head_dim, int(ggml.fields(q).nb[2]), 0
+    for shape, slot, cache in zip(b.shapes, b.inputs.slots, b.caches, strict=True):
+        first += shape.tokens
+        if cache.window:
+            n = min(shape.tokens, cache.window)
+            last = c.view_2d(b.ctx, q, width, n, row, row * (first - n))
+            b.expand(c.set_rows(b.ctx, cache.queries[layer], last, slot.columns))
+
+
+def attend(b: GraphBuilder, layer: int, q: int) -> int:
+    """Attention of queries [D, H, T], each sequence over its own cells; returns [H*D, T]."""
+    first, outputs = 0, []
+    for shape, slot, cache in zip(b.shapes, b.inputs.slots, b.caches, strict=True):
+        if cache.members:
+            outputs.append(attend_stacked(b, layer, q, first, shape, slot, cache))
+        else:
+            own = b.queries(q, first, shape.tokens) if len(b.shapes) > 1 else q
+            outputs.append(_attend_one(b, layer, own, shape, slot, cache))
+        first += shape.tokens
+    return b.side_by_side(outputs)
+
+
+def swiglu(b: GraphBuilder, x: int, prefix: str) -> int:
+    """down(silu(gate x) * up x)."""
+    both = linear_joined(b, x, prefix, TOGETHER[1])
+    if both is not None:
+        return linear(b, c.swiglu(b.ctx, both), f"{prefix}.ffn_down")
+    up, gate = linear(b, x, f"{prefix}.ffn_up"), linear(b, x, f"{prefix}.ffn_gate")
+    return linear(b, c.swiglu_split(b.ctx, gate, up), f"{prefix}.ffn_down")
+
+
+def last_hidden(b: GraphBuilder, x: int) -> int:
+    """The last hidden states [E, R], normalised, as the graph's output."""
+    x = rms_norm(b, x, "output_norm.weight")
+    c.set_output(x)
+    b.expand(x)
+    return x
+
+
+def logits_head(b: GraphBuilder, x: int) -> int:
+    """Logits [V, R] from the last hidden states."""
+    x = rms_norm(b, x, "output_norm.weight")
+    output = b.weights.get("output.weight")
+    # A tied head is no other weight: no adapter changes it.
+    logits = multiply(b, output, x, "output.weight") if output else c.mul_mat(b.ctx, b.weights.require("token_embd.weight"), x)
+    if bias := b.weights.get("output.bias"):
+        logits = c.add(b.ctx, logits, bias)
+    c.set_output(logits)
+    b.expand(logits)
+    return int(logits)
+
+
 # The second part of a product with weights that lie as Q4_0 and offsets; what they are is told in core/weights/repack.py.
 
-c = ggml.c
 NODES = 8
 """Tensors that it adds to a graph at most."""
 
@@ -40,7 +189,7 @@ def sums(ctx: int, x: int, width: int) -> int:
     return int(c.pad(ctx, found, width - blocks, max(0, 2 - columns), 0, 0))
 
 
-def product(ctx: int, offsets: int, x: int) -> int:
+def offsets_product(ctx: int, offsets: int, x: int) -> int:
     """Offsets [width, out] times the sums of x [in, T]: [out, T]."""
     width, rows = (int(n) for n in ggml.fields(offsets).ne[:2])
     found = c.mul_mat(ctx, offsets, sums(ctx, x, width))
@@ -97,35 +246,9 @@ def of_block(weights: Weights, hyper: ModelConfig, prefix: str) -> Iterator[tupl
 
 
 # Attention of one sequence's queries over its cells: flash attention, or products with keys and with transposed values.
-#
-# Notation as in common.py; t tokens of a sequence, S sequences of a stack.
-
-FLASH_FROM = 9
-"""Tokens of one sequence from which they go through attention together. Fewer go one by one if all are to have logits, as drafts are."""
-TILES_FROM = 64
-"""Tokens from which ggml's flash attention takes many queries at once. Up to there it goes query by query, which is as slow for each as
-it is when decoding: 63 tokens behind 1,500 cells took ten times as long as 64 (135M, one thread, AVX-512).
-"""
 
 
-class Traits(NamedTuple):
-    """What attention may ask of all devices that a step runs on. ``flash``: flash attention over heads of this size; ``each``: with
-    another mask for every head, by which several tokens go one by one.
-    """
-
-    flash: bool = True
-    each: bool = True
-
-
-ALL = Traits()
-
-
-def wants_flash(shape: SlotShape, cache: KVView) -> bool:
-    """Flash attention and its half-precision mask, or matmuls over transposed values and a float32 mask."""
-    return not cache.transposed or (shape.sequences == 1 and shape.tokens >= TILES_FROM and shape.traits.flash)
-
-
-def attend(b: GraphBuilder, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KVView) -> int:
+def _attend_one(b: GraphBuilder, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KVView) -> int:
     """Attention of one sequence's queries [D, H, t] over its cells; returns [H*D, t]."""
     h, ctx = b.hyper, b.ctx
     key = c.row_size(cache.key_type, h.head_dim)
@@ -258,7 +381,7 @@ def span(stack: KVView) -> tuple[int, int]:
     return stack.address, stack.apart * (len(stack.members) - 1) + stack.size
 
 
-def store(b: GraphBuilder, layer: int, k: int, v: int, first: int, shape: SlotShape, slot: SlotInputs, stack: KVView) -> None:
+def _store_stacked(b: GraphBuilder, layer: int, k: int, v: int, first: int, shape: SlotShape, slot: SlotInputs, stack: KVView) -> None:
     """Write keys and values [D, G, T], of columns from ``first`` on, each into its own cache."""
     head, kv, n = b.hyper.head_dim, b.hyper.kv_width, shape.sequences
     for x, tensors, indices in (

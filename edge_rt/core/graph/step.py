@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.graph import adapters, decoder, layers
-from edge_rt.core.graph.builder import Beyond, GraphBuilder, GraphSegment, Inputs, KVView, SlotInputs, SlotShape, Weights
+from edge_rt.core.graph.builder import (
+    TILES_FROM,
+    AttentionSupport,
+    Beyond,
+    GraphBuilder,
+    GraphSegment,
+    Inputs,
+    KVView,
+    SlotInputs,
+    SlotShape,
+    Weights,
+    wants_flash,
+)
 from edge_rt.core.graph.config import ModelConfig
-from edge_rt.core.graph.layers import TILES_FROM, Traits, wants_flash
 from edge_rt.errors import OutOfMemory, UnsupportedModel
 from edge_rt.native import devices, ggml, memory
 from edge_rt.native.ggml import Rows, elements
@@ -90,7 +101,7 @@ class DeviceBoundary:
         self._ctx.close()
 
 
-def attention_traits(device: Device, hyper: ModelConfig, key_type: int) -> Traits:
+def attention_traits(device: Device, hyper: ModelConfig, key_type: int) -> AttentionSupport:
     """What the device's attention can do with heads and keys of this kind: asked with operations that are never run."""
     n, group = 256, hyper.n_head // hyper.n_head_kv
 
@@ -104,7 +115,7 @@ def attention_traits(device: Device, hyper: ModelConfig, key_type: int) -> Trait
 
     with ggml.context(32) as ctx:
         all_ = flash(ctx.address, 1, False) and flash(ctx.address, TILES_FROM, False)
-        return Traits(all_, all_ and flash(ctx.address, 2, True))
+        return AttentionSupport(all_, all_ and flash(ctx.address, 2, True))
 
 
 # How a step is divided among graph runs.

@@ -90,3 +90,10 @@ class AdapterWeights:
         self._far_ctx.close()
         self._buffer.close()
         self._ctx.close()
+
+
+class AppliedLora(NamedTuple):
+    """An adapter as a sequence has it: ``scale`` times."""
+
+    weights: AdapterWeights
+    scale: float
