@@ -106,8 +106,8 @@ class Session:
     """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
 
     def __init__(
-        self, model: Model, sequence: int | None = None, history: SequenceState | None = None, *, context: int | None = None, owner: str = "",
-        adapter: Adapter | None = None,
+        self, model: Model, sequence: int | None = None, history: SequenceState | None = None, *,
+        context: int | None = None, owner: str = "", adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         """Use ``Model.session`` or ``Model.restore``."""
         self.owner = owner

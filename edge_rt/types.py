@@ -73,7 +73,7 @@ class GenerateOptions(NamedTuple):
     ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
     ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
     ``post`` names post-processors, applied in this order; none: those of the ``rules``, if there are any. ``rules``: their rules, as the
-    tables of a rule file, or an ``edge_rt.postprocess.rules.RuleFile``, of which the request keeps the version that is current when it starts.
+    tables of a rule file, or an ``edge_rt.postprocess.rules.RuleFile``, of which the request keeps the version current at its start.
     ``tools``: schemas of functions the model may call, as ``{"type": "function", "function": {"name", "description", "parameters"}}``;
     they go to the model's chat template. A call is text of the answer.
     ``adapter``: name of a LoRA adapter of the model, applied ``adapter_scale`` times; None: the model as it is. Another one than the

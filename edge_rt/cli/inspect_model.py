@@ -219,7 +219,8 @@ def _text(found: dict[str, Any]) -> str:
     ]
     text = table(rows) + "\n"
     text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"),
-                   *((t["type"], str(t["tensors"]), str(t["parameters"]), format_size(t["bytes"])) for t in found["types"])]) + "\n"  # fmt: skip
+                   *((t["type"], str(t["tensors"]), str(t["parameters"]), format_size(t["bytes"]))
+                      for t in found["types"])]) + "\n"  # fmt: skip
     text += table([("UNIT", "TENSORS", "BLOCKS", "SIZE", "RESIDENT", "TYPES"), *map(_unit_row, units)])
     if "tensors" in found:
         text += "\n" + table([("TENSOR", "SHAPE", "TYPE", "OFFSET", "SIZE"),

@@ -307,7 +307,7 @@ def _attended(hyper: ModelConfig, tokens: int, numbers: Sequence[int], transpose
             builder = GraphBuilder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
             builder.begin("attention")
             for layer in range(hyper.n_layer):
-                builder.expand(builder.attend(layer, q))
+                builder.expand(layers.attend(builder, layer, q))
             c.gallocr_alloc_graph(arena.address, builder.segments[0].graph)
             found = _by_threads(numbers, builder.segments[0].graph)
             return {n: seconds / hyper.n_layer for n, seconds in found.items()}

@@ -1,4 +1,4 @@
-"""Measured or probed once per build and CPU, then remembered: batch invariance of products, the layout of cached values, the size of compute buffers."""
+"""Probed once per build and CPU, then kept: batch invariance of products, the layout of cached values, sizes of compute buffers."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def estimate_compute_buffer(
 # Which layout of cached values decodes faster here: by cell with flash attention, or transposed with matmuls?
 #
 # It depends on the CPU. On one AVX-512 server flash attention took seven times as long as matmuls for one query over 2,048 cells, on
-# another the two are within a fifth of each other. So both are timed once, for the heads of the model at hand, and the answer is remembered.
+# another the two are within a fifth of each other. So both are timed once, for the heads of the model at hand, and the answer is kept.
 #
 # A wrong answer would stay, and the two round differently. So one thread computes, whose own CPU time counts, which neighbours disturb
 # little; the two take turns, and what is found is remembered only if both halves of the measurement say the same.
@@ -238,7 +238,7 @@ def _attention(hyper: ModelConfig, key_type: int, backend: ggml.Handle, *, trans
             shape, slot = SlotShape(1, CELLS, 0), SlotInputs(0, 0, mask)
             builder = GraphBuilder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], 64)
             builder.begin("attention")
-            builder.expand(builder.attend(0, q))
+            builder.expand(layers.attend(builder, 0, q))
             graph = builder.segments[0].graph
             c.gallocr_alloc_graph(arena.address, graph)
 

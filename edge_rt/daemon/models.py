@@ -229,7 +229,10 @@ class Models:
     def _too_large(self, one: Hosted) -> Ended:
         """Why a model is not loaded however much the others give."""
         needed, most = one.needs.total, self.budget
-        message = f"the model {one.name} needs {format_size(needed)} and all models may have {format_size(most)}; raise memory, or limit the model's own"
+        message = (
+            f"the model {one.name} needs {format_size(needed)} and all models may have {format_size(most)}; "
+            "raise memory, or limit the model's own"
+        )
         return Ended("out_of_memory", message, {"needed": needed, "available": most})
 
     def _put_out(self, one: Hosted) -> None:
@@ -251,7 +254,10 @@ class Models:
         if self._wants.pop(one, None) is None:  # it has just found some
             return
         needed, free = one.needs.total, max(0, self.free)
-        message = f"the model {one.name} needs {format_size(needed)} and {format_size(free)} are free, as other models are in use; ask again later"
+        message = (
+            f"the model {one.name} needs {format_size(needed)} and {format_size(free)} are free, as other models are in use; "
+            "ask again later"
+        )
         self._tasks.spawn(self.unload(one, Ended("out_of_memory", message, {"needed": needed, "available": free})))
 
     # ---- memory ------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ class PowerHistory:
 #
 # The model is kept simple, so that it can be learnt while tokens are made:
 #
-# - power is what the board draws at rest, and ``heat`` watts more while n threads compute: rest + duty * heat[n]. Each window of some seconds
+# - power is what the board draws at rest, plus ``heat`` watts while n threads compute: rest + duty * heat[n]. Each window of some seconds
 #   at one number of threads is a measurement of ``heat[n]`` and of the tokens that a busy second makes. The best number of threads is that
 #   with the most tokens a second at the duty that the cap leaves it. Those not yet tried are tried, for a few seconds each, once the cap
 #   binds; those that were measured seldom and may be better, again.

@@ -109,7 +109,8 @@ def test_it_changes_an_answer(run: Run, commands: SimpleNamespace, page: str) ->
 
 def test_the_registry_has_it(run: Run) -> None:
     code = (
-        "from edge_rt.plugin_host.registry import Registry; from edge_rt.postprocess.rules import Ruleset; r = Registry.load(required=['arrows']); "
+        "from edge_rt.plugin_host.registry import Registry; from edge_rt.postprocess.rules import Ruleset; "
+        "r = Registry.load(required=['arrows']); "
         "p = r.post_processor('arrows'); s = Ruleset({}, r).pipeline(['arrows']); "
         "print(p.plugin, p.description, s.feed('a -') + s.feed('> b') + s.flush(), sep='|')"
     )

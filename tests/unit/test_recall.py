@@ -158,7 +158,7 @@ def test_a_disk_that_refuses_costs_nothing_but_time(tmp_path: Path, monkeypatch:
 
 
 def test_what_a_killed_process_left_is_removed() -> None:
-    code = "import os; from edge_rt.core.kv.swap import CellStore; s = CellStore(); s.put(0, [1], b'x'); os._exit(9)"
+    code = "import os; from edge_rt.core.kv.swap import KVSwap; s = KVSwap(); s.put(0, [1], b'x'); os._exit(9)"
     subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False)
     parent = config.cache_dir() / "evicted"
     (left,) = parent.iterdir()

@@ -82,7 +82,7 @@ class Request:
         return self.window.history
 
 
-GenerationSteps = Generator["Event | Part", "Logits | None", "_T"]
+GenerationSteps = Generator["Event | SequenceBatch", "Logits | None", "_T"]
 """Gives events and parts of steps; for a part it is sent the logits asked for, which it is done with when it gives the next."""
 
 

@@ -75,7 +75,12 @@ class Scheduler:
         return len(self._running)
 
     def add(
-        self, job: Request, steps: GenerationSteps[None], deliver: Deliver, ended: Callable[[Exception | None], None], priority: str = "normal"
+        self,
+        job: Request,
+        steps: GenerationSteps[None],
+        deliver: Deliver,
+        ended: Callable[[Exception | None], None],
+        priority: str = "normal",
     ) -> Running:  # fmt: skip
         """Take up a request, which ``Session.begin`` prepared. ``ended`` is called once, after the last event: with what went wrong, if
         anything did.

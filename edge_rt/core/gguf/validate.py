@@ -1,4 +1,4 @@
-"""Checks hyperparameters, weight types and vocabulary before native code reads them: ggml and libllama end the process on what they do not expect."""
+"""Checks hyperparameters, weight types and vocabulary before native code, which ends the process on bad ones, reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One built and allocated graph for one step shape, the cache of such graphs, how a step is split into ubatches, and where it crosses to a device."""
+"""One built and allocated graph for one step shape, the cache of such graphs, the split into ubatches, the border to a device."""
 
 from __future__ import annotations
 
@@ -343,18 +343,18 @@ class StepGraph:
         step.
         """
         column = 0
-        for shape, memory in zip(self.shapes, self._slots, strict=True):
+        for shape, filled in zip(self.shapes, self._slots, strict=True):
             if shape.sequences > 1:
-                where = memory.cells
+                where = filled.cells
                 where += 1
             else:
-                memory.cells[0] += 1
-            if (where := memory.elements) is not None:
+                filled.cells[0] += 1
+            if (where := filled.elements) is not None:
                 where += 1
-            if memory.columns is not None:
-                memory.columns[0] = (memory.columns[0] + 1) % memory.window
+            if filled.columns is not None:
+                filled.columns[0] = (filled.columns[0] + 1) % filled.window
             for i in range(shape.sequences):
-                memory.mask[i * shape.cells + cells[column]] = 0
+                filled.mask[i * shape.cells + cells[column]] = 0
                 self._tokens[column] = tokens[column]
                 self._positions[column] += 1
                 column += 1
@@ -362,23 +362,23 @@ class StepGraph:
     def set_inputs(self, slots: Sequence[SequenceInput]) -> None:
         """Fill every input for the given slots, which must have this graph's shapes."""
         first = row = 0
-        for slot, shape, memory in zip(slots, self.shapes, self._slots, strict=True):
+        for slot, shape, filled in zip(slots, self.shapes, self._slots, strict=True):
             n, here, positions = shape.tokens, slot.starts, slot.positions
             if shape.sequences > 1:
-                _fill_indices(memory.cells, here, slot.cache.capacity)
+                _fill_indices(filled.cells, here, slot.cache.capacity)
             else:
                 here, positions = range(here[0], here[0] + n), range(positions[0], positions[0] + n)
-                memory.cells[:] = array("q", here)
+                filled.cells[:] = array("q", here)
             self._tokens[first : first + n] = array("i", slot.tokens)
             self._positions[first : first + n] = array("i", positions)
-            if memory.elements is not None:
-                _fill_indices(memory.elements, here, slot.cache.capacity)
-            if memory.columns is not None:
-                last = range(slot.column + n - len(memory.columns), slot.column + n)
-                memory.columns[:] = array("q", [column % memory.window for column in last])
+            if filled.elements is not None:
+                _fill_indices(filled.elements, here, slot.cache.capacity)
+            if filled.columns is not None:
+                last = range(slot.column + n - len(filled.columns), slot.column + n)
+                filled.columns[:] = array("q", [column % filled.window for column in last])
             for i, cell in enumerate(here):
                 unseen = shape.cells - cell - 1
-                memory.mask[i * shape.cells : (i + 1) * shape.cells] = memory.mask_rows[unseen : unseen + shape.cells]
+                filled.mask[i * shape.cells : (i + 1) * shape.cells] = filled.mask_rows[unseen : unseen + shape.cells]
             if self._rows is not None:
                 self._rows[row : row + shape.rows] = array("i", [first + r for r in slot.rows])
             first += n

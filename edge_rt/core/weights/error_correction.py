@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #     blk.N.NAME.centroids [in, K], .offsets [K], .rows [out, K]      y += rows[argmax(centroids x + offsets)]
 #     blk.N.NAME.bias [out]                                           y += bias
 #
-# (shapes in ggml's order; offsets may be absent). It is a file of its own, as stock llama.cpp refuses a model with tensors it does not know.
+# (shapes in ggml's order; offsets may be absent). It is a separate file, as stock llama.cpp refuses a model with tensors it does not know.
 # A side file that is there and cannot be used is an error that says why: results would silently be worse without it.
 
 SUFFIX = ".compensation.gguf"
@@ -205,7 +205,7 @@ def read_tensor(file: ModelFile, info: TensorInfo) -> bytes:
 #
 # They are few bytes and read by every step, so they are copied out of the side file once and stay, whatever limit the weights are held to.
 # Where several sites share a product's input, their A and centroids stand one below the other, so that one product is enough for all, and
-# their B side by side on a diagonal of a matrix that is zero elsewhere, if that is not much larger: each operation that a graph does without
+# their B side by side on a diagonal of a matrix that is zero elsewhere, if not much larger: each operation that a graph does without
 # saves 2 to 4 us at two threads.
 #
 # On the CPU B is turned, and in F32: added up column by column (ggml_out_prod). As a product with rows of few elements it took three times

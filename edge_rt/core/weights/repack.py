@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # A block of 32 weights is ``d q + m`` in Q4_1 (q from 0 to 15) and ``d (q - 8)`` in Q4_0. As ``d q + m = d (q - 8) + (m + 8 d)``, a product
 # with Q4_1 is one with Q4_0, whose kernels are fast, and one of the offsets ``m + 8 d`` with the sums of 32 inputs each
 # (graph/offsets.py), which has a 32nd of the multiplications. Offsets are kept in F16: where a block's m is between -16 d and -4 d, as in
-# most, they are exact (Sterbenz's lemma), else rounded by 2**-11 of themselves at most; ggml's own kernel rounds each sum of inputs as much.
+# most, they are exact (Sterbenz's lemma), else rounded by 2**-11 of themselves at most; ggml's kernel rounds each sum of inputs as much.
 
 OFFSETS_SUFFIX = ".offsets"
 """How the names of matrices of offsets end."""

@@ -1,4 +1,4 @@
-"""Running a model in less memory than its weights need: a share of every unit stays, the rest is streamed through a few buffers, ahead of the forward pass."""
+"""Running a model in less memory than its weights need: a share of every unit stays, the rest is streamed through buffers."""
 
 from __future__ import annotations
 
