@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -86,10 +85,14 @@ class Remembered:
 
     def put(self, name: str, value: float) -> None:
         """Keep a number for later runs."""
+        import json  # not before a model is opened: `edge_rt.config` is on the way of every command
+
         self._values[name] = value
         keep(self._path, json.dumps({"build": self._build, "values": self._values}))
 
     def _read(self) -> dict[str, float]:
+        import json
+
         try:
             found: Any = json.loads(self._path.read_text())
             if found["build"] == self._build:

@@ -175,7 +175,7 @@ class Session:
         room: int | None = None,
         **overrides: Any,
     ) -> tuple[loop.Request, loop.GenerationSteps[None]]:
-        """Prepare an answer whose steps someone else takes (``core.decode.batch.Batch``): the request, and its events and steps.
+        """Prepare an answer whose steps someone else takes (``core.generate.scheduler.Scheduler``): the request, and its events and steps.
 
         ``tokens`` of the prompt, if they are known (``Model.prompt_tokens``). ``room``: cells that there is memory for.
         Whoever takes the steps calls ``end`` after the last. Raises what ``generate`` raises.

@@ -454,9 +454,9 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
 def test_two_processes_fetch_once(site):
     script = (
         "import json, sys\n"
-        "from edge_rt import catalog\n"
-        f"catalog.CATALOG = (catalog.KnownModel(*json.loads({json.dumps(json.dumps(TINY))})),)\n"
-        "print(catalog.fetch('tiny-model'))\n"
+        "from edge_rt import model_hub\n"
+        f"model_hub.CATALOG = (model_hub.KnownModel(*json.loads({json.dumps(json.dumps(TINY))})),)\n"
+        "print(model_hub.fetch_model('tiny-model'))\n"
     )
     started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate(timeout=60)[0].strip() for process in started}
