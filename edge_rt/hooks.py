@@ -42,7 +42,7 @@ from edge_rt.core.engine import (
     TellsProgress,
     Wanted,
 )
-from edge_rt.device_profile import Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
+from edge_rt.device_profile import Basis, Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -116,9 +116,6 @@ API_VERSION = 1
 ENTRY_POINT_GROUP = "edge_rt"
 hookspec = pluggy.HookspecMarker("edge_rt")
 hookimpl = pluggy.HookimplMarker("edge_rt")
-
-Basis = Literal["measured", "simulated", "projected", "unknown"]
-"""What a stated capability rests on: run on this hardware, run on a model of it, worked out on paper, or not known."""
 
 
 def __getattr__(name: str) -> Any:

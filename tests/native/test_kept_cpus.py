@@ -71,7 +71,7 @@ WORKERS = """
 import os
 import sys
 from pathlib import Path
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
@@ -80,7 +80,7 @@ from edge_rt.native import affinity
 affinity.fitting = lambda cpus, threads: tuple(cpus)  # two threads on one CPU: OpenMP makes a team even here
 engine = GgmlEngine(ModelFile.open(sys.argv[1]), EngineOptions(threads=2, context=256, cpus=(int(sys.argv[2]),)))
 before = {path.name for path in Path("/proc/self/task").iterdir()}
-engine.step([Part(engine.new_sequence(), list(range(3, 20)))])
+engine.step([SequenceBatch(engine.new_sequence(), list(range(3, 20)))])
 for task in Path("/proc/self/task").iterdir():
     allowed = next(line.split()[1] for line in (task / "status").read_text().splitlines() if line.startswith("Cpus_allowed_list"))
     print("new" if task.name not in before else "caller" if int(task.name) == os.getpid() else "other", allowed)

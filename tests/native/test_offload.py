@@ -14,7 +14,7 @@ from bits import feed, random_tokens, same_bits
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.gguf.model_file import ModelFile
-from edge_rt.core.graph import layers
+from edge_rt.core.graph import builder
 from edge_rt.core.graph.builder import AttentionSupport
 from edge_rt.core.kv.pruning import WATCHED
 from edge_rt.core.weights.gpu_offload import Accelerator
@@ -461,7 +461,7 @@ def test_without_flash_attention_values_are_transposed(llama: Path, monkeypatch:
         a, b = cpu.new_sequence(), engine.new_sequence()
         for part in (tokens[:40], tokens[40:]):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(layers, "TILES_FROM", 1000)  # 90 tokens would go through flash attention on the CPU
+                patch.setattr(builder, "TILES_FROM", 1000)  # 90 tokens would go through flash attention on the CPU
                 expected = feed(cpu, a, part)
             same_bits(feed(engine, b, part), expected)
 

@@ -104,7 +104,9 @@ def test_on_the_way_there_too(engine: GgmlEngine, monkeypatch: pytest.MonkeyPatc
     def look() -> None:
         peaks.append(sum(memory.resident_bytes(base, size) or 0 for base, size in held.items()))
 
-    class WatchedPlaces:
+    class Watched:
+        PAGE, inner_page_span = memory.PAGE, staticmethod(memory.inner_page_span)
+
         @staticmethod
         def take(size: int) -> int:
             base = memory.take(size)
@@ -116,15 +118,11 @@ def test_on_the_way_there_too(engine: GgmlEngine, monkeypatch: pytest.MonkeyPatc
             del held[base]
             memory.give(base, size)
 
-    class Watched:
-        PAGE, inner_page_span = memory.PAGE, staticmethod(memory.inner_page_span)
-
         @staticmethod
         def advise(*given: Any) -> bool:
             look()
             return memory.advise(*given)
 
-    monkeypatch.setattr(cache, "places", WatchedPlaces)
     monkeypatch.setattr(cache, "memory", Watched)
     sequence = engine.new_sequence()
     try:
