@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from edge_rt import deployment
 from edge_rt.core.engine import AppliesAdapters
-from edge_rt.core.generate.scoring import Embedding, TextReader, finished, pooling_of, tokens_of
 from edge_rt.core.gguf import model_file
 from edge_rt.core.gguf.model_file import ModelFile, OpenFile
 from edge_rt.errors import AbiMismatch, NativeError, OptionError, SessionFileError, UnsupportedModel
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.session_file import SavedSession
     from edge_rt.core.engine import Engine, EngineInfo, MemoryReport
-    from edge_rt.core.generate.scoring import Vector
+    from edge_rt.core.generate.scoring import Embedding, Vector
     from edge_rt.core.gguf.lora import LoraFile
     from edge_rt.error_correction import Applied
     from edge_rt.hooks import EngineOptions, Grade, Segment
@@ -214,6 +213,8 @@ def embeddings(
     Sessions on other threads go on between two chunks of a text. Raises OptionError for an empty text, and for a model or an engine that
     makes none, ContextOverflow for a text longer than the context, OutOfMemory, NativeError.
     """
+    from edge_rt.core.generate.scoring import TextReader, finished, pooling_of, tokens_of  # loads NumPy, which no first token needs
+
     how, info = pooling_of(model.file.header, pooling), model.info
     reader = TextReader(model.engine, model.prefixes.clear)
     try:

@@ -75,9 +75,9 @@ from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
-from edge_rt.native import affinity
+from edge_rt.native import memory
 
-affinity.fitting = lambda cpus, threads: tuple(cpus)  # two threads on one CPU: OpenMP makes a team even here
+memory.fitting = lambda cpus, threads: tuple(cpus)  # two threads on one CPU: OpenMP makes a team even here
 engine = GgmlEngine(ModelFile.open(sys.argv[1]), EngineOptions(threads=2, context=256, cpus=(int(sys.argv[2]),)))
 before = {path.name for path in Path("/proc/self/task").iterdir()}
 engine.step([SequenceBatch(engine.new_sequence(), list(range(3, 20)))])
