@@ -20,11 +20,11 @@ from bench.context.text import run_of_prose
 from bench.processes import CONSOLE_SCRIPT, run_program, run_tool
 from bench.results import OURS, Bound, Result, Settings, compare
 from bench.timing import interleave
-from edge_rt import deployment
-from edge_rt.compiler.gguf_file import write_gguf
-from edge_rt.compiler.sensitivity import groups
 from edge_rt.core.gguf.model_file import ModelFile
-from edge_rt.deployment import Plan
+from edge_rt.deploy import plan as deployment
+from edge_rt.deploy.plan import Plan
+from edge_rt.deploy.sensitivity import groups
+from edge_rt.deploy.writer import write_gguf
 from edge_rt.hooks import SequenceBatch
 
 SOURCE = "as it was"

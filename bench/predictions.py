@@ -12,11 +12,11 @@ import edge_rt
 from bench import models
 from bench.results import Result, Settings
 from bench.timing import Spread
-from edge_rt.compiler import cost, measure
-from edge_rt.compiler.here import here
-from edge_rt.compiler.shape import read_shape
-from edge_rt.compiler.target import Target
 from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.deploy import calibrate, cost
+from edge_rt.deploy.calibrate import here
+from edge_rt.deploy.cost import read_shape
+from edge_rt.deploy.target import Target
 from edge_rt.plugin_host.registry import Registry
 
 WITHIN = 0.2
@@ -82,13 +82,13 @@ def _points(name: str, path: Path, settings: Settings) -> Iterator[Point]:
         for n in reversed(threads):
             with closing(edge_rt.open(path, context=max(*contexts, *prompts) + 256, threads=n, device="cpu")) as model:
                 engine = model.engine
-                sequence = measure.filled(engine, max(contexts)) if saved is None else engine.import_sequence(saved)
+                sequence = calibrate.filled(engine, max(contexts)) if saved is None else engine.import_sequence(saved)
                 saved = saved or engine.export_sequence(sequence)
                 for context in reversed(contexts):
-                    _least(seconds, ("token", n, context), 1.0 / measure.rate(engine, sequence, context))
+                    _least(seconds, ("token", n, context), 1.0 / calibrate.rate(engine, sequence, context))
                 engine.free_sequence(sequence)
                 for prompt in prompts:
-                    _least(seconds, ("first", n, prompt), measure.first_token(engine, prompt))
+                    _least(seconds, ("first", n, prompt), calibrate.first_token(engine, prompt))
     for (what, n, size), taken in seconds.items():
         of = f"{name}, {n} thread{'s' * (n > 1)}"
         if what == "token":

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from edge_rt.compiler import cost, target
-from edge_rt.compiler.shape import ModelShape, read_shape, tensor_bytes
 from edge_rt.core.gguf.reader import GGML_TYPES, Header, TensorInfo
+from edge_rt.deploy import cost, target
+from edge_rt.deploy.cost import ModelShape, read_shape, tensor_bytes
 
 FACTOR = 1.34
 """How far a prediction may be off: by a third."""

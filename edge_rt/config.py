@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_rt.system_files import cpu_quota
+from edge_rt.hardware.system_files import cpu_quota
 
 # Where edge-rt keeps things, by the platform's own conventions, each overridable by an environment variable.
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.core.engine import AppliesCompensation
 from edge_rt.core.weights.error_correction import AUTO, WITHOUT, compensation_path, find_compensation, open_compensation
-from edge_rt.deployment import COMPENSATION
+from edge_rt.deploy.plan import COMPENSATION
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Engine
     from edge_rt.core.gguf.model_file import ModelFile
     from edge_rt.core.weights.error_correction import Compensation
-    from edge_rt.deployment import Deployed
+    from edge_rt.deploy.plan import Deployed
 
 
 class Applied(NamedTuple):

@@ -42,7 +42,6 @@ from edge_rt.core.engine import (
     TellsProgress,
     Wanted,
 )
-from edge_rt.device_profile import Basis, Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -61,6 +60,7 @@ from edge_rt.errors import (
     UnsupportedModel,
     UserError,
 )
+from edge_rt.hardware.profile import Basis, Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
 from edge_rt.postprocess.protocol import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 
 if TYPE_CHECKING:
@@ -88,10 +88,15 @@ if TYPE_CHECKING:
     from edge_rt.core.kv.pruning import check_pruning, choose_cells
     from edge_rt.core.weights.error_correction import Compensation, compensation_fingerprint
     from edge_rt.core.weights.gpu_offload import Accelerator
-    from edge_rt.cpu_profile import cpu_profile
-    from edge_rt.cpuinfo import board as board_name
-    from edge_rt.cpuinfo import processors as cpu_processors
-    from edge_rt.deployment import Gain, Pass, Plan
+    from edge_rt.deploy.plan import Gain, Pass, Plan
+    from edge_rt.hardware.sensors import CpuSensors, cpu_profile
+    from edge_rt.hardware.system_files import Latest, Patient
+    from edge_rt.hardware.system_files import read_int as read_system_int
+    from edge_rt.hardware.system_files import read_text as read_system_text
+    from edge_rt.hardware.system_files import subfolders as system_folders
+    from edge_rt.hardware.topology import board as board_name
+    from edge_rt.hardware.topology import cpu_topology
+    from edge_rt.hardware.topology import processors as cpu_processors
     from edge_rt.model_hub import resolve_model
     from edge_rt.native.ggml import cpu_features as ggml_features
     from edge_rt.native.ggml import quantise as quantise_rows
@@ -100,15 +105,9 @@ if TYPE_CHECKING:
     from edge_rt.native.libs import install as install_native_log
     from edge_rt.native.libs import recent_errors as recent_native_errors
     from edge_rt.native.llama import Vocab
-    from edge_rt.patience import Latest, Patient
     from edge_rt.postprocess.rules import Rules
     from edge_rt.postprocess.text_search import HALF_WIDTH, AhoCorasick, CodeSpans
-    from edge_rt.sensors import CpuSensors
-    from edge_rt.system_files import read_int as read_system_int
-    from edge_rt.system_files import read_text as read_system_text
-    from edge_rt.system_files import subfolders as system_folders
     from edge_rt.toml_file import read_file as read_toml
-    from edge_rt.topology import cpu_topology
 
 API_VERSION = 1
 """Raised when a hook or type here changes so that an existing plugin would break. A plugin declares ``EDGE_RT_API = 1``."""
@@ -336,7 +335,7 @@ class HookSpecs:
     def edge_rt_compiler_targets(self) -> Iterable[Path]:  # type: ignore[empty-body]
         """Compiler: devices a model can be fitted to, as TOML files whose names (without ``.toml``) are the targets'.
 
-        Called once per registry, when a target is first needed. ``edge_rt/compiler/targets`` shows what is in one.
+        Called once per registry, when a target is first needed. ``edge_rt/deploy/targets`` shows what is in one.
         """
 
     @hookspec

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from edge_rt import deployment
 from edge_rt.core.engine import AppliesAdapters
 from edge_rt.core.gguf import model_file
 from edge_rt.core.gguf.model_file import ModelFile, OpenFile
+from edge_rt.deploy import plan as deployment
 from edge_rt.errors import AbiMismatch, NativeError, OptionError, SessionFileError, UnsupportedModel
 from edge_rt.native.llama import VocabLoad
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from edge_rt.device_profile import Health
+from edge_rt.hardware.profile import Health
 
 TICK = 0.05
 """Seconds of one step of the simulation."""

@@ -198,7 +198,7 @@ cross() {  # core, build: a directory compiled here for such a core has what the
   case $1-$2 in
     cortex-a72-armv8) target=rpi-cm4 ;;
     cortex-a76-dotprod) target=rpi-5 ;;
-    *) sed "s/^features = .*/features = [$(features "$1" "$2")]/" edge_rt/compiler/targets/rpi-5.toml >"$target" ;;
+    *) sed "s/^features = .*/features = [$(features "$1" "$2")]/" edge_rt/deploy/targets/rpi-5.toml >"$target" ;;
   esac
   rm -rf "$folder"
   echo "compiled here for $target"

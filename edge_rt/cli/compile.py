@@ -13,12 +13,12 @@ from edge_rt.errors import OptionError
 from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
-    from edge_rt.compiler.plan import Goals, Situation
-    from edge_rt.compiler.sensitivity import Sensitive
-    from edge_rt.compiler.target import Target
     from edge_rt.core.gguf.model_file import ModelFile
     from edge_rt.core.weights.error_correction import Compensation
-    from edge_rt.deployment import Deployed, Plan
+    from edge_rt.deploy.passes import Goals, Situation
+    from edge_rt.deploy.plan import Deployed, Plan
+    from edge_rt.deploy.sensitivity import Sensitive
+    from edge_rt.deploy.target import Target
     from edge_rt.plugin_host.registry import Registry
 
 HELP = """Fit a model to a device.
@@ -60,10 +60,10 @@ class Options(JsonOption):
 def run(options: Options) -> int:
     """Decide, write and print."""
     from edge_rt import error_correction
-    from edge_rt.compiler import folding
-    from edge_rt.compiler import target as targets
-    from edge_rt.compiler.plan import Situation, built_in, decide
     from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.deploy import folding
+    from edge_rt.deploy import target as targets
+    from edge_rt.deploy.passes import Situation, built_in, decide
     from edge_rt.model_hub import resolve_model
     from edge_rt.plugin_host.registry import Registry
 
@@ -79,7 +79,7 @@ def run(options: Options) -> int:
         plan = decide(situation, [*built_in(), *registry.compiler_passes()])
         deployed, copied = None, _fitting(corrected, plan)
         if not options.dry_run:
-            from edge_rt.compiler.writer import write as write_directory
+            from edge_rt.deploy.writer import write as write_directory
 
             folder = Path(options.output or f"{path.stem}-{target.name}")
             progress = ProgressBar()
@@ -101,8 +101,8 @@ def _fitting(corrected: Compensation | None, plan: Plan) -> Compensation | None:
 
 
 def _here(registry: Registry, source: ModelFile) -> Target:
-    from edge_rt.compiler.here import here
-    from edge_rt.compiler.shape import read_shape
+    from edge_rt.deploy.calibrate import here
+    from edge_rt.deploy.cost import read_shape
 
     shape = read_shape(source.header)
     apart = read_shape(source.header, joined=())  # what is decided by was timed, either way
@@ -115,9 +115,9 @@ def _sensitivities(options: Options, source: ModelFile) -> Sequence[Sensitive]:
         if options.calibration is not None:
             raise OptionError("--calibration is of use only with --quality or --weights; add one of them")
         return ()
-    from edge_rt.compiler import sensitivity
-    from edge_rt.compiler.passes.precision import TYPES
     from edge_rt.config import available_cpus
+    from edge_rt.deploy import sensitivity
+    from edge_rt.deploy.passes import TYPES
 
     tokens = sensitivity.calibration(source, None if options.calibration is None else Path(options.calibration))
     progress = ProgressBar()
@@ -129,7 +129,7 @@ def _sensitivities(options: Options, source: ModelFile) -> Sequence[Sensitive]:
 
 def _goals(options: Options) -> Goals:
     from edge_rt import model_hub
-    from edge_rt.compiler.plan import Goals
+    from edge_rt.deploy.passes import Goals
 
     memory = None if options.memory is None else model_hub.parse_size(options.memory, "--memory")
     weights = None if options.weights is None else model_hub.parse_size(options.weights, "--weights")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.errors import EdgeError
+from edge_rt.hardware.profile import FIGURES
 from edge_rt.model_hub import format_size
-from edge_rt.profile_check import FIGURES
 
 if TYPE_CHECKING:
-    from edge_rt.device_profile import Profile
+    from edge_rt.hardware.profile import Profile
     from edge_rt.plugin_host.guard import PluginDevice
     from edge_rt.plugin_host.registry import Registry
 

@@ -12,8 +12,7 @@ from edge_rt.errors import OptionError, UserError
 from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
-    from edge_rt.compiler.cost import Prediction
-    from edge_rt.compiler.shape import ModelShape
+    from edge_rt.deploy.cost import ModelShape, Prediction
     from edge_rt.plugin_host.registry import Registry
 
 HELP = """Predict how fast a model runs on a device.
@@ -46,8 +45,8 @@ class Options(JsonOption):
 
 def run(options: Options) -> int:
     """Predict and print."""
-    from edge_rt.compiler.shape import read_shape
     from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.deploy.cost import read_shape
     from edge_rt.model_hub import resolve_model
     from edge_rt.plugin_host.registry import Registry
 
@@ -72,9 +71,9 @@ def run(options: Options) -> int:
 
 def predictions(options: Options, shape: ModelShape, registry: Registry) -> list[Prediction]:
     """A row for each target asked for. Raises OptionError."""
-    from edge_rt.compiler import target as targets
-    from edge_rt.compiler.cost import predict
-    from edge_rt.compiler.here import here
+    from edge_rt.deploy import target as targets
+    from edge_rt.deploy.calibrate import here
+    from edge_rt.deploy.cost import predict
 
     more = registry.compiler_targets()
     if options.all_targets and options.target:
@@ -92,8 +91,8 @@ def predictions(options: Options, shape: ModelShape, registry: Registry) -> list
 def _measured(options: Options, path: Path) -> Prediction:
     """The model run here."""
     import edge_rt
-    from edge_rt.compiler.measure import measure
     from edge_rt.config import available_cpus
+    from edge_rt.deploy.calibrate import measure
 
     threads = options.threads or available_cpus()
     room = max(options.context, options.prompt) + 64
@@ -102,7 +101,7 @@ def _measured(options: Options, path: Path) -> Prediction:
 
 
 def _draw(path: Path, rows: Sequence[Prediction], title: str) -> None:
-    from edge_rt.compiler.plot import svg
+    from edge_rt.deploy.plot import svg
 
     try:
         path.write_text(svg(rows, title), encoding="utf-8")

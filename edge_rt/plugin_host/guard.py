@@ -76,7 +76,7 @@ class PluginDevice(NamedTuple):
         """What it is like, None if it does not say; may measure for half a second. Raises the errors of ``edge_rt.errors``."""
         if not isinstance(self.device, HasProfile):
             return None
-        from edge_rt.profile_check import profile_faults
+        from edge_rt.hardware.profile import profile_faults
 
         profile = _call(self.plugin, f"the profile of device {self.name}", Profile, self.device.profile)
         self._refuse("the profile", profile_faults(profile))
@@ -86,7 +86,7 @@ class PluginDevice(NamedTuple):
         """How it is now, None if it does not say. Raises PluginError."""
         if not isinstance(self.device, TellsHealth):
             return None
-        from edge_rt.profile_check import health_faults
+        from edge_rt.hardware.profile import health_faults
 
         health = _call(self.plugin, f"the health of device {self.name}", Health, self.device.health)
         self._refuse("the health", health_faults(health))

@@ -1,6 +1,6 @@
 """The device ``cpu``: always there, with the instruction sets its kernels profit from, and the memory this process may use.
 
-What it is like is measured by edge_rt/cpu_profile.py, how it is now is read by edge_rt/sensors.py.
+What it is like is measured by edge_rt/hardware/sensors.py, how it is now is read by edge_rt/hardware/sensors.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from edge_rt.power.thermal import Thermal
 
 if TYPE_CHECKING:
-    from edge_rt.device_profile import Health
+    from edge_rt.hardware.profile import Health
 
 # What happened in a stretch of time: steps that were taken, and readings of the device.
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edge_rt.core.engine import HoldsLimits
-from edge_rt.device_profile import Health, Limits, TellsHealth
 from edge_rt.errors import OptionError
+from edge_rt.hardware.profile import Health, Limits, TellsHealth
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Engine
-    from edge_rt.deployment import PowerSetting
+    from edge_rt.deploy.plan import PowerSetting
     from edge_rt.plugin_host.guard import PluginDevice
     from edge_rt.power.controller import Sustained
 

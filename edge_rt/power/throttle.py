@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from edge_rt.power.governor import Governor, read_cpus
 
 if TYPE_CHECKING:
-    from edge_rt.device_profile import Limits
+    from edge_rt.hardware.profile import Limits
     from edge_rt.power.controller import Kind, PowerController, Sustained
 
 PERIOD = 0.2

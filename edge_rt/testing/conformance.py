@@ -28,6 +28,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_rt.hardware.profile import health_faults, profile_faults, told
 from edge_rt.hooks import (
     CountsWork,
     Device,
@@ -43,7 +44,6 @@ from edge_rt.hooks import (
     TellsHealth,
 )
 from edge_rt.plugin_host.guard import PluginEmbedder
-from edge_rt.profile_check import health_faults, profile_faults, told
 from edge_rt.testing.engine_conformance import EngineConformance
 
 if TYPE_CHECKING:

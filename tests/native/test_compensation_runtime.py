@@ -13,12 +13,12 @@ import pytest
 
 import edge_rt
 from edge_rt.cli import main
-from edge_rt.compiler import folding, writer
-from edge_rt.compiler import target as targets
-from edge_rt.compiler.plan import Goals, Situation, built_in, decide
 from edge_rt.core import sequences
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.core.weights.error_correction import SUFFIX, compensation_fingerprint, open_compensation
+from edge_rt.deploy import folding, writer
+from edge_rt.deploy import target as targets
+from edge_rt.deploy.passes import Goals, Situation, built_in, decide
 from edge_rt.errors import ModelFileError, OptionError, SessionMismatch, UnsupportedModel
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullPlugin

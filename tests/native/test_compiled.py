@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt import deployment
 from edge_rt.cli.main import main
-from edge_rt.compiler import gguf_file, writer
-from edge_rt.compiler import target as targets
-from edge_rt.compiler.plan import Goals, Situation, built_in, decide
 from edge_rt.core import sequences
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.gguf.model_file import ModelFile
-from edge_rt.deployment import Deployed, Plan
+from edge_rt.deploy import plan as deployment
+from edge_rt.deploy import target as targets
+from edge_rt.deploy import writer
+from edge_rt.deploy.passes import Goals, Situation, built_in, decide
+from edge_rt.deploy.plan import Deployed, Plan
 from edge_rt.errors import ModelFileError, OptionError
 from edge_rt.testing.random_models import write_random_model
 
@@ -106,16 +106,16 @@ def test_other_types_are_quantised_from_the_source(tmp_path: Path) -> None:
     path = made(tmp_path, type="F32")
     plan = Plan("x86-avx2", types={"blk.1.ffn_down.weight": "Q8_0", "blk.0.attn_q.weight": "Q4_0", "token_embd.weight": "F16"})
     with ModelFile.open(path) as source, open(tmp_path / "other.gguf", "wb") as out:
-        gguf_file.write_gguf(source, out, plan)
+        writer.write_gguf(source, out, plan)
     with ModelFile.open(path) as source, ModelFile.open(tmp_path / "other.gguf") as other:
         for name, most in (("blk.1.ffn_down.weight", 0.01), ("blk.0.attn_q.weight", 0.15), ("token_embd.weight", 0.001)):
             assert other.header.tensors[name].type_name == plan.types[name]
-            ours = np.concatenate(list(gguf_file.float_rows(other, other.header.tensors[name])))
-            theirs = np.concatenate(list(gguf_file.float_rows(source, source.header.tensors[name])))
+            ours = np.concatenate(list(writer.float_rows(other, other.header.tensors[name])))
+            theirs = np.concatenate(list(writer.float_rows(source, source.header.tensors[name])))
             error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
             assert 0 < error < most
     with ModelFile.open(path) as source, open(tmp_path / "no.gguf", "wb") as out, pytest.raises(OptionError, match="there is no type Q3"):
-        gguf_file.write_gguf(source, out, Plan("x", types={"blk.0.attn_q.weight": "Q3"}))
+        writer.write_gguf(source, out, Plan("x", types={"blk.0.attn_q.weight": "Q3"}))
 
 
 def test_the_plan_is_followed(tmp_path: Path) -> None:

@@ -17,9 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edge_rt
-from edge_rt.compiler import target as targets
-from edge_rt.compiler import writer
-from edge_rt.compiler.plan import Goals, Situation, built_in, decide
 from edge_rt.core import sequences
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.gguf.model_file import ModelFile
@@ -27,7 +24,10 @@ from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
 from edge_rt.core.weights import repack
 from edge_rt.core.weights.interleave import CHOICES
 from edge_rt.core.weights.repack import Entry, PackDamaged, PackedFile
-from edge_rt.deployment import Deployed
+from edge_rt.deploy import target as targets
+from edge_rt.deploy import writer
+from edge_rt.deploy.passes import Goals, Situation, built_in, decide
+from edge_rt.deploy.plan import Deployed
 from edge_rt.native import ggml, memory
 
 INTERLEAVED = {name: type_ for name, type_ in ggml.extra_buffer_types().items() if name == "CPU_REPACK"}

@@ -14,13 +14,7 @@ from bits import feed, same_bits
 from reference import Reference
 
 import edge_rt
-from edge_rt import deployment
 from edge_rt.cli.main import main
-from edge_rt.compiler import folding, writer
-from edge_rt.compiler import target as targets
-from edge_rt.compiler.passes import fusion
-from edge_rt.compiler.plan import Goals, Situation, built_in, decide
-from edge_rt.compiler.target import Kernel, Target
 from edge_rt.core.autotune import _product
 from edge_rt.core.engine import AppliesAdapters, SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
@@ -28,7 +22,12 @@ from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.core.gguf.reader import FOLDED, SCALED
 from edge_rt.core.weights.gpu_offload import Accelerator
 from edge_rt.core.weights.store import WeightStore
-from edge_rt.deployment import Deployed, Plan
+from edge_rt.deploy import folding, passes, writer
+from edge_rt.deploy import plan as deployment
+from edge_rt.deploy import target as targets
+from edge_rt.deploy.passes import Goals, Situation, built_in, decide
+from edge_rt.deploy.plan import Deployed, Plan
+from edge_rt.deploy.target import Kernel, Target
 from edge_rt.errors import ModelFileError, OptionError, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
@@ -288,7 +287,7 @@ def test_a_plan_that_folds_what_the_file_does_not_say_is_refused(tmp_path: Path)
     with pytest.raises(ModelFileError, match=r"takes the scales of blk\.1\.ffn_norm\.weight for ones, which the model does not say"):
         edge_rt.open(deployed.folder, engine="ggml", threads=1)
     with ModelFile.open(path) as source, open(tmp_path / "no.gguf", "wb") as out:
-        from edge_rt.compiler.gguf_file import write_gguf
+        from edge_rt.deploy.writer import write_gguf
 
         with pytest.raises(ModelFileError, match="cannot be folded: they have scales that are no powers of two"):
             write_gguf(source, out, plan)
@@ -306,9 +305,9 @@ def test_a_pass_behind_fusion_may_not_change_the_types_of_what_was_folded_into(t
         assert "blk.0.ffn_norm.weight" in plan.folded
         with pytest.raises(ModelFileError, match="that get another type"):
             writer.write(source, target, plan, tmp_path / "out", here=False)
-        other = fusion.apply(Plan("x", types={"blk.0.ffn_up.weight": "Q8_0"}), situation(source, target))
+        other = passes._apply_fusion(Plan("x", types={"blk.0.ffn_up.weight": "Q8_0"}), situation(source, target))
         assert hidden_norms(path) - set(other.folded) == {"blk.0.ffn_norm.weight"}
-        card = fusion.apply(Plan("x"), situation(source, targets.load("a10g")))
+        card = passes._apply_fusion(Plan("x"), situation(source, targets.load("a10g")))
         assert card.folded == ()
         assert "whose kernels, on a card, round inputs as they like" in card.gains[0].what
 

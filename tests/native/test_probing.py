@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt import probing
-from edge_rt.cpu_profile import cpu_profile
 from edge_rt.errors import OutOfMemory
+from edge_rt.hardware import probe
+from edge_rt.hardware.sensors import cpu_profile
 from edge_rt.native import ggml, memory
 from edge_rt.testing import system_trees as trees
 
 
 def test_memory_bandwidth() -> None:
-    found = probing.memory_bandwidth((2, 1), 8 << 20)
+    found = probe.memory_bandwidth((2, 1), 8 << 20)
     assert list(found) in ([1, 2], [2]), "rising; what there was no time for is left out"
     # From an emulated core to a server's: outside, units are wrong.
     assert all(1e6 < rate < 2e12 for rate in found.values())
@@ -26,14 +26,14 @@ def test_memory_bandwidth() -> None:
 
 def test_every_byte_is_read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     read: dict[int, list[tuple[int, int]]] = {}
-    original = probing._plain
+    original = probe._plain
 
     def noted(type_: int, shape: tuple[int, int], address: int):  # type: ignore[no-untyped-def]
         read.setdefault(type_, []).append((address, ggml.c.row_size(type_, shape[0]) * shape[1]))
         return original(type_, shape, address)
 
-    monkeypatch.setattr(probing, "_plain", noted)
-    probing.memory_bandwidth((3, 1), 16 << 20, 0.05)
+    monkeypatch.setattr(probe, "_plain", noted)
+    probe.memory_bandwidth((3, 1), 16 << 20, 0.05)
     assert list(read) == [ggml.TYPE_F16, ggml.TYPE_F32]
     for spans in read.values():
         assert len(spans) >= 6, "two for each thread: what one has just read is in its cache"
@@ -42,28 +42,28 @@ def test_every_byte_is_read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_that_is_read_is_really_there() -> None:
-    with probing._pages(8 << 20, 2) as address:
+    with probe._pages(8 << 20, 2) as address:
         assert memory.resident_bytes(address, 8 << 20) == 8 << 20
 
 
 def test_operations_of_each_type() -> None:
-    found = probing.operations(2)
+    found = probe.operations(2)
     assert list(found) == ["int8", "f16", "f32"]
     assert all(1e6 < rate < 1e15 for rate in found.values())
 
 
-@pytest.mark.parametrize(("one", "columns"), [(1.0, 1), (0.005, 3), (1e-6, probing._COLUMNS)])
+@pytest.mark.parametrize(("one", "columns"), [(1.0, 1), (0.005, 3), (1e-6, probe._COLUMNS)])
 def test_a_slow_machine_is_given_less_to_do(monkeypatch: pytest.MonkeyPatch, one: float, columns: int) -> None:
     made: list[int] = []
-    original = probing._product
+    original = probe._product
 
     def noted(stack: ExitStack, weight: int, shape: tuple[int, int], columns: int) -> int:
         made.append(columns)
         return original(stack, weight, shape, columns)
 
-    monkeypatch.setattr(probing, "_product", noted)
-    monkeypatch.setattr(probing, "_undisturbed", lambda *_: one)  # seconds of a product with one column
-    rate = probing._rate(ggml.TYPE_F32, 2, 0.03)
+    monkeypatch.setattr(probe, "_product", noted)
+    monkeypatch.setattr(probe, "_undisturbed", lambda *_: one)  # seconds of a product with one column
+    rate = probe._rate(ggml.TYPE_F32, 2, 0.03)
     assert made == [1, columns, columns]
     assert rate == pytest.approx(2 * 2.0 * 1024 * 1024 * columns / one)
 
@@ -74,7 +74,7 @@ def test_a_system_without_more_threads_is_told_of(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(OutOfMemory, match="close other programs"):
-        probing.memory_bandwidth((2, 1), 1 << 20)
+        probe.memory_bandwidth((2, 1), 1 << 20)
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_storage_is_read_past_the_page_cache(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(b"x" * 100)
     with open(file, "rb+") as out:
         os.fsync(out.fileno())
-    rate = probing.storage_bandwidth([tmp_path / "none", tmp_path])
+    rate = probe.storage_bandwidth([tmp_path / "none", tmp_path])
     try:
         os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
     except OSError:
@@ -98,8 +98,8 @@ def test_storage_is_read_past_the_page_cache(tmp_path: Path) -> None:
 
 def test_storage_without_a_file_large_enough(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(b"x" * 1000)
-    assert probing.storage_bandwidth([tmp_path]) is None
-    assert probing.storage_bandwidth([]) is None
+    assert probe.storage_bandwidth([tmp_path]) is None
+    assert probe.storage_bandwidth([]) is None
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_memory_that_is_short_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     taken: list[int] = []
     original = memory.map_large
     monkeypatch.setattr(memory, "map_large", lambda size: taken.append(size) or original(size))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(probing, "_available", lambda: 40 << 20)
-    assert probing.memory_bandwidth((2, 1), 1 << 30, 0.02)
-    monkeypatch.setattr(probing, "_available", lambda: 0)
-    assert probing.memory_bandwidth((2, 1), 1 << 30, 0.02)
+    monkeypatch.setattr(probe, "_available", lambda: 40 << 20)
+    assert probe.memory_bandwidth((2, 1), 1 << 30, 0.02)
+    monkeypatch.setattr(probe, "_available", lambda: 0)
+    assert probe.memory_bandwidth((2, 1), 1 << 30, 0.02)
     assert taken[0] <= 10 << 20
     assert taken[1] <= 1 << 20

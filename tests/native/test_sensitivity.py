@@ -11,13 +11,12 @@ import pytest
 import edge_rt
 from edge_rt import config
 from edge_rt.cli.main import main
-from edge_rt.compiler import sensitivity
-from edge_rt.compiler import target as targets
-from edge_rt.compiler.passes import precision
-from edge_rt.compiler.plan import Goals, Situation
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.gguf.model_file import ModelFile
-from edge_rt.deployment import Plan
+from edge_rt.deploy import passes, sensitivity
+from edge_rt.deploy import target as targets
+from edge_rt.deploy.passes import Goals, Situation
+from edge_rt.deploy.plan import Plan
 from edge_rt.errors import OptionError
 from edge_rt.testing.random_models import write_random_model
 
@@ -66,10 +65,10 @@ def test_groups_hold_every_matrix_once(model: Path) -> None:
 
 def test_mixed_types_of_the_same_bytes_diverge_less_than_uniform_ones(model: Path) -> None:
     with ModelFile.open(model) as source:
-        measured = sensitivity.measure(source, TOKENS, precision.TYPES, 1)
+        measured = sensitivity.measure(source, TOKENS, passes.TYPES, 1)
         assert all(one.divergence["Q8_0"] < one.divergence["Q4_0"] for one in measured)
         situation = Situation(source.header, targets.load("x86-avx512"), Goals(), measured)
-        plan = precision.apply(Plan("x86-avx512"), situation)
+        plan = passes._apply_precision(Plan("x86-avx512"), situation)
         uniform = {name: "Q4_0" for one in measured for name in one.group.tensors}
         mixed = {name: plan.types.get(name, "F16") for name in uniform}
         shape = situation.shape(plan)
@@ -77,7 +76,7 @@ def test_mixed_types_of_the_same_bytes_diverge_less_than_uniform_ones(model: Pat
         ours, theirs = (sensitivity.divergence(source, types, TOKENS, 1) for types in (mixed, uniform))
         assert ours < theirs
         assert plan.gains[0].quality == pytest.approx(ours, rel=0.5)  # what was predicted from parts
-        assert precision.apply(plan, situation._replace(sensitivities=())) == plan
+        assert passes._apply_precision(plan, situation._replace(sensitivities=())) == plan
 
 
 def test_the_command_requantises_within_bytes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

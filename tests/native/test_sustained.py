@@ -158,7 +158,7 @@ def test_drafts_that_were_wrong_are_no_tokens() -> None:
 
 
 def test_a_rest_says_that_it_goes_on_and_time_that_passed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_rt.device_profile import Limits
+    from edge_rt.hardware.profile import Limits
 
     one = throttle.StepThrottle(1, 1, Limits(lambda: Health(power=1.0), power=500.0))
     try:

@@ -11,7 +11,7 @@ import pytest
 
 from edge_rt.cli import doctor
 from edge_rt.cli.doctor_devices import device_rows, devices
-from edge_rt.device_profile import Cache, Cores
+from edge_rt.hardware.profile import Cache, Cores
 from edge_rt.hooks import API_VERSION, Health, Offer, Profile, Refusal, hookimpl
 from edge_rt.plugin_host.registry import BUILT_INS, Registry
 from edge_rt.testing.null_device import NullDevice

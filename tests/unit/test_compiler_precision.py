@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from edge_rt.compiler.passes import precision
-from edge_rt.compiler.sensitivity import Group, Sensitive, fitting
+from edge_rt.deploy import passes
+from edge_rt.deploy.sensitivity import Group, Sensitive, fitting
 from edge_rt.errors import OptionError
 
 TYPES = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q8_0")
@@ -28,18 +28,18 @@ def spent(found: list[Sensitive], chosen: dict[str, str]) -> int:
 
 def test_the_most_sensitive_get_the_bytes() -> None:
     found = groups([0.001, 5.0, 0.002, 0.003])
-    budget = precision.uniform_bytes(found) + found[1].group.nbytes("Q8_0") - found[1].group.nbytes("Q4_0")
-    chosen = precision.choose(found, budget, None)
+    budget = passes.uniform_bytes(found) + found[1].group.nbytes("Q8_0") - found[1].group.nbytes("Q4_0")
+    chosen = passes.choose(found, budget, None)
     assert chosen["group 1"] == "Q8_0"
     assert spent(found, chosen) <= budget
 
 
 def test_of_equal_bytes_the_better_type_is_taken() -> None:
     found = groups([1.0, 2.0, 3.0])
-    chosen = precision.choose(found, precision.uniform_bytes(found), None)
+    chosen = passes.choose(found, passes.uniform_bytes(found), None)
     assert set(chosen.values()) == {"IQ4_NL"}  # as large as Q4_0
     uniform = {one.group.name: "Q4_0" for one in found}
-    assert precision.predicted(found, chosen) < precision.predicted(found, uniform)
+    assert passes.predicted(found, chosen) < passes.predicted(found, uniform)
     assert spent(found, chosen) == spent(found, uniform)
 
 
@@ -50,10 +50,10 @@ def test_no_choice_within_the_bytes_is_much_better(seed: int) -> None:
     found = groups([10 ** chance.uniform(-3, 0) for _ in range(4)])
     least = spent(found, {one.group.name: "Q4_0" for one in found})
     budget = int(least * chance.uniform(1.0, 1.8))
-    mine = precision.predicted(found, precision.choose(found, budget, None))
+    mine = passes.predicted(found, passes.choose(found, budget, None))
     names = [one.group.name for one in found]
     every = (dict(zip(names, kinds, strict=True)) for kinds in itertools.product(TYPES, repeat=len(names)))
-    best = min(precision.predicted(found, chosen) for chosen in every if spent(found, chosen) <= budget)
+    best = min(passes.predicted(found, chosen) for chosen in every if spent(found, chosen) <= budget)
     largest_step = max(max(one.divergence.values()) for one in found)
     assert best <= mine <= best + largest_step
 
@@ -61,8 +61,8 @@ def test_no_choice_within_the_bytes_is_much_better(seed: int) -> None:
 @pytest.mark.parametrize("quality", [1.0, 0.3, 0.01])
 def test_a_divergence_is_reached_with_few_bytes(quality: float) -> None:
     found = groups([0.5, 1.0, 0.01, 0.2])
-    chosen = precision.choose(found, None, quality)
-    assert precision.predicted(found, chosen) <= quality
+    chosen = passes.choose(found, None, quality)
+    assert passes.predicted(found, chosen) <= quality
     uniform = {one.group.name: "Q8_0" for one in found}
     assert spent(found, chosen) < spent(found, uniform)
 
@@ -70,7 +70,7 @@ def test_a_divergence_is_reached_with_few_bytes(quality: float) -> None:
 def test_too_few_bytes_are_told() -> None:
     found = groups([1.0])
     with pytest.raises(OptionError, match="raise --weights"):
-        precision.choose(found, 10, None)
+        passes.choose(found, 10, None)
 
 
 def test_types_are_those_whose_blocks_fill_the_rows() -> None:

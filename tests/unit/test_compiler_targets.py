@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.compiler import target as targets
+from edge_rt.deploy import target as targets
 from edge_rt.errors import OptionError
 from edge_rt.hooks import hookimpl
 from edge_rt.plugin_host.registry import Registry

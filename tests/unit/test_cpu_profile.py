@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.cpu_profile import TYPICAL_CACHE, last_level, slows_down_at, thread_counts
+from edge_rt.hardware.sensors import TYPICAL_CACHE, last_level, slows_down_at, thread_counts
+from edge_rt.hardware.topology import cpu_topology
 from edge_rt.testing import system_trees as trees
-from edge_rt.topology import cpu_topology
 
 
 @pytest.mark.parametrize(("most", "numbers"), [(1, (1,)), (2, (2, 1)), (4, (4, 1, 2)), (16, (16, 1, 2, 8))])

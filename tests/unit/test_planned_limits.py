@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_rt.deployment import PowerSetting
+from edge_rt.deploy.plan import PowerSetting
 from edge_rt.hooks import Health, Offer
 from edge_rt.plugin_host.guard import PluginDevice
 from edge_rt.power import limits

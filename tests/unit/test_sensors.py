@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt import patience, sensors
-from edge_rt.device_profile import Health
-from edge_rt.sensors import CpuSensors
+from edge_rt.hardware import sensors, system_files
+from edge_rt.hardware.profile import Health
+from edge_rt.hardware.sensors import CpuSensors
 from edge_rt.testing import system_trees as trees
 
 CPU = "sys/devices/system/cpu"
@@ -21,7 +21,7 @@ PI_FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 10.0)  # answers must not depend on how busy this machine is
+    monkeypatch.setattr(system_files, "DRIVER_PATIENCE", 10.0)  # answers must not depend on how busy this machine is
 
 
 def health(root: Path) -> Health:
@@ -143,7 +143,7 @@ def test_a_sensor_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
     root = trees.raspberry_pi_4(tmp_path)
     cpu = CpuSensors(root)
     known = cpu.health()
-    monkeypatch.setattr(patience, "PATIENCE", 0.01)
+    monkeypatch.setattr(system_files, "DRIVER_PATIENCE", 0.01)
     temperature = root / "sys/class/thermal/thermal_zone0/temp"
     temperature.unlink()
     os.mkfifo(temperature)  # whoever reads it waits for a writer
@@ -157,7 +157,7 @@ def test_a_sensor_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest
         time.sleep(0.005)
     temperature.unlink()
     trees.write(root, {"sys/class/thermal/thermal_zone0/temp": 62000})
-    monkeypatch.setattr(patience, "PATIENCE", 10.0)
+    monkeypatch.setattr(system_files, "DRIVER_PATIENCE", 10.0)
     assert cpu.health().temperature == 62, "and goes on when it can"
 
 

@@ -11,7 +11,7 @@ from boards import Board, Firmware, Mass, Run, best, drive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rt.device_profile import Health
+from edge_rt.hardware.profile import Health
 from edge_rt.power.controller import LEAST, PowerController, ReadingWindow, Setting, reading
 from edge_rt.power.thermal import Thermal
 

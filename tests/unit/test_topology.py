@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from edge_rt import hooks
-from edge_rt.cpuinfo import board
+from edge_rt.hardware.system_files import cpu_quota
+from edge_rt.hardware.topology import allowed_cpus, board, cpu_topology
 from edge_rt.hooks import Cache, Cores
-from edge_rt.system_files import cpu_quota
 from edge_rt.testing import system_trees as trees
-from edge_rt.topology import allowed_cpus, cpu_topology
 
 CPU = "sys/devices/system/cpu"
 

@@ -32,11 +32,11 @@ _SHAPES = {name: [(64 if name in _LONG else 256, 8)] for name in _TYPES} | {"Q4_
 _KINDS = ((256, 32), (256, 4))
 """Of which there are fingerprints, for every type."""
 _NAMES = {"fp16_va": "fp16", "matmul_int8": "i8mm", "avx512": "avx512f"}
-"""The library's names of features that have others in cpuinfo.py."""
+"""The library's names of features that have others in hardware/topology.py."""
 
 
 def features() -> tuple[str, ...]:
-    """What the library was built for and this processor has, in the names of cpuinfo.py, and how long its vectors are."""
+    """What the library was built for and this processor has, in the names of hardware/topology.py, and how long its vectors are."""
     found = [_NAMES.get(name, name) for name in ggml.cpu_features()]
     length = ggml.vector_length()
     return (*found, f"sve{8 * length}") if "sve" in found else tuple(found)

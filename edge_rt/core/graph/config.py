@@ -100,7 +100,7 @@ def fused(hyper: ModelConfig, header: Header, extra: Mapping[str, Any]) -> Model
     """The same, with what is fused as an engine's settings have it (``ggml.joined``, ``ggml.folded``).
 
     A plan is not believed alone: that the scales of a norm are all one is said in the file too, by who wrote and looked at them
-    (compiler/folding.py). Raises ModelFileError where the file does not say it, OptionError for settings that cannot be.
+    (deploy/folding.py). Raises ModelFileError where the file does not say it, OptionError for settings that cannot be.
     """
     joined, folded = extra.get("ggml.joined"), frozenset(extra.get("ggml.folded", ()))
     known = ["|".join(names) for names in TOGETHER]

@@ -56,7 +56,7 @@ CHOICES = _choices(
     ("Q4_0 Q8_0 Q1_0 IQ4_NL MXFP4", "neon dotprod", 4, 4),
     ("Q4_K Q5_K Q6_K", "neon dotprod", 8, 4),
 )
-"""Best first: ``ggml_repack_get_optimal_repack_type``. Features are named as in cpuinfo.py; ``sve256``: vectors of 256 bits."""
+"""Best first: ``ggml_repack_get_optimal_repack_type``. Features are named as in hardware/topology.py; ``sve256``: vectors of 256 bits."""
 _AMX = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 """Types with tiles of AMX: ``qtype_has_amx_kernels`` of ggml-cpu/amx/common.h."""
 

@@ -405,7 +405,7 @@ def library_packer(types: Mapping[str, int]) -> Packer:
 
 
 def interleaver(features: Collection[str]) -> Packer:
-    """For a CPU with these features (cpuinfo.py) and no AMX."""
+    """For a CPU with these features (hardware/topology.py) and no AMX."""
 
     def kernels(sources: Mapping[str, TensorInfo]) -> dict[str, tuple[str, int]]:
         weights = {name: info for name, info in sources.items() if name.endswith(".weight")}

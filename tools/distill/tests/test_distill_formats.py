@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_rt.compiler.gguf_file import float_rows
+from edge_rt.deploy.writer import float_rows
 from edge_rt.hooks import GGML_TYPES, ModelFile, OptionError
 
 NAMES = list(FORMATS)

@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 
 class Pass(NamedTuple):
     """A pass of the compiler: a pure function from a plan to a plan. ``apply`` gets the plan and the situation
-    (edge_rt/compiler/plan.py: the model's shape, the target and what is asked for), and raises OptionError for what cannot be had.
+    (edge_rt/deploy/passes.py: the model's shape, the target and what is asked for), and raises OptionError for what cannot be had.
     """
 
     name: str

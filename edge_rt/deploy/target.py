@@ -1,8 +1,4 @@
-"""What a model is fitted to: a device's profile, and what of it the kernels reach.
-
-Targets are TOML files: those in ``targets``, and those of plugins (the hook ``edge_rt_compiler_targets``). ``auto`` is no file: it is
-this machine, looked at by its device and measured by calibrate.py.
-"""
+"""What a model is fitted to: a device's profile and what its kernels reach."""
 
 from __future__ import annotations
 
@@ -12,8 +8,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from edge_rt.core.weights.interleave import packed_types
-from edge_rt.device_profile import Cache, Cores, Profile
 from edge_rt.errors import OptionError, RuleError
+from edge_rt.hardware.profile import Cache, Cores, Profile
 
 FOLDER = Path(__file__).parent / "targets"
 AUTO = "auto"

@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.compiler.gguf_file import float_rows
-from edge_rt.compiler.shape import tensor_bytes
 from edge_rt.core.gguf.reader import GGML_TYPES
 from edge_rt.core.graph.builder import SlotShape
 from edge_rt.core.graph.config import read_config
@@ -23,6 +21,8 @@ from edge_rt.core.graph.decoder import unsupported
 from edge_rt.core.graph.step import SequenceInput, StepGraph
 from edge_rt.core.kv.cache import KVCache
 from edge_rt.core.kv.positions import padded
+from edge_rt.deploy.cost import tensor_bytes
+from edge_rt.deploy.writer import float_rows
 from edge_rt.errors import OptionError, UnsupportedModel
 from edge_rt.native import ggml
 from edge_rt.power.governor import Governor

@@ -1,9 +1,4 @@
-"""What this machine's kernels reach with the shapes of one model: a short benchmark, remembered by machine and library.
-
-Weights are random: libggml looks their scales up in a table, and is half as fast again if all are the same. Each is timed in place (with
-copies enough that no cache holds them) and in a cache, so that what limits it is known; the least of a few times counts, which neighbours
-disturb little.
-"""
+"""What this machine's kernels reach with the shapes of one model; this machine as the target ``auto``; measured rates."""
 
 from __future__ import annotations
 
@@ -11,15 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edge_rt import config
-from edge_rt.compiler.shape import ModelShape, Product, tensor_bytes
-from edge_rt.compiler.target import FEW, Kernel
 from edge_rt.config import Remembered
 from edge_rt.core.autotune import NoWeights, autotune_v_layout
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
 from edge_rt.core.graph import layers
 from edge_rt.core.graph.builder import GraphBuilder, Inputs, SlotInputs, SlotShape, wants_flash
@@ -28,9 +22,23 @@ from edge_rt.core.kv.cache import KVCache
 from edge_rt.core.kv.positions import STEP
 from edge_rt.core.weights import repack
 from edge_rt.core.weights.repack import offsets_shape
-from edge_rt.device_profile import Profile
+from edge_rt.deploy.cost import Memory, ModelShape, Prediction, Product, tensor_bytes
+from edge_rt.deploy.target import AUTO, FEW, Efficiency, Kernel, Target
+from edge_rt.errors import ContextError, PluginError
+from edge_rt.hardware.profile import Cores, HasProfile, Profile
+from edge_rt.hooks import Offer
 from edge_rt.native import ggml
 from edge_rt.native.ggml import quantise
+
+if TYPE_CHECKING:
+    from edge_rt.core.engine import Engine
+    from edge_rt.plugin_host.registry import Registry
+
+# What this machine's kernels reach with the shapes of one model: a short benchmark, remembered by machine and library.
+#
+# Weights are random: libggml looks their scales up in a table, and is half as fast again if all are the same. Each is timed in place (with
+# copies enough that no cache holds them) and in a cache, so that what limits it is known; the least of a few times counts, which neighbours
+# disturb little.
 
 c = ggml.c
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -350,3 +358,126 @@ def _chain(ctx: int, w: int) -> int:
     for _ in range(_MOST_NODES):
         w = c.add(ctx, w, w)
     return w
+
+
+# The target ``auto``: this machine, as its device says that it is, with its kernels measured for one model.
+
+_STEP = 5e-5
+"""Seconds of Python in a step that repeats the last one (measured with 135M: the time of a step less that of its graph)."""
+_OPENING, _PROCESS = 0.25, 75_000_000
+_ASKED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
+_GUESSED = {"int8": 1e11, "f16": 5e10, "f32": 5e10}
+"""Of a few GHz and cores; used only for types that were not measured."""
+_UNKNOWN = Efficiency(0.1, 0.2)
+"""Of a type that was not measured here: the compiler asks about types that a model does not have yet."""
+
+
+def here(registry: Registry, shape: ModelShape, threads: Iterable[int] = ()) -> Target:
+    """This machine for one model, measured with so many threads and with one and all CPUs.
+
+    Raises PluginError, UserError, NativeError, OutOfMemory.
+    """
+    from edge_rt.native import libs
+
+    libs.install()
+    profile = cpu_profile(registry)
+    kernels = calibrated(shape, profile, {1, config.available_cpus(), *threads})
+    efficiency = {"other": _UNKNOWN, "attention": _UNKNOWN}
+    return Target(
+        AUTO, profile.name, profile, efficiency, reading=1.0, node=1e-6, step=_STEP, elements=1e9, opening=_OPENING, process=_PROCESS,
+        packed=packed_types_here(), kernels=kernels,
+    )  # fmt: skip
+
+
+def cpu_profile(registry: Registry) -> Profile:
+    """What the device ``cpu`` says of itself, or where it makes no profile what its offer says. Raises PluginError, NativeError."""
+    device = registry.devices()["cpu"]
+    if isinstance(device, HasProfile) and (found := device.profile()) is not None:
+        return found
+    offer = registry.probe("cpu")
+    if not isinstance(offer, Offer):
+        raise PluginError(f"the device cpu makes no offer ({offer.reason}), so there is nothing to plan for; name a target")
+    cpus = config.available_cpus()
+    cores = Cores(offer.description, cpus, tuple(range(cpus)), offer.features)
+    return Profile(offer.description, "cpu", (cores,), offer.memory_bytes, operations=_GUESSED, basis={"memory": "measured"})
+
+
+def packed_types_here() -> tuple[str, ...]:
+    """Types for which the library has packed kernels here."""
+    from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
+    from edge_rt.core.weights.repack import forms
+    from edge_rt.deploy.cost import tensor_bytes
+
+    shape = (1024, 1024)
+    asked = {
+        f"{name}.weight": TensorInfo(f"{name}.weight", shape, number, name, 0, tensor_bytes(shape, name))
+        for number, (name, _, _) in GGML_TYPES.items()
+        if name in _ASKED
+    }
+    return tuple(name.removesuffix(".weight") for name in forms(asked)[0])
+
+
+# A row of the table that was timed: an open model, with the prompt and the context that a prediction is about.
+
+TOKENS = 16
+"""Tokens that are decoded, up to the end of the context."""
+_MEASURE_ROUNDS, _SETTLED, _LONG = 3, 0.5, 5.0
+
+
+def measure(engine: Engine, target: str, *, context: int, prompt: int, threads: int) -> Prediction:
+    """Time the first token of a prompt, and tokens at the end of a context; the best of a few rounds. Raises ContextError."""
+    if max(prompt, context) + 1 > engine.info.max_context:
+        raise ContextError(f"the model was opened with a context of {engine.info.max_context} tokens; raise --context")
+    first = first_token(engine, prompt)
+    sequence = filled(engine, context)
+    try:
+        tokens = rate(engine, sequence, context)
+        held = engine.memory()
+    finally:
+        engine.free_sequence(sequence)
+    memory = Memory(held.weights_resident or held.weights_mapped, held.cache, held.compute, 0)
+    return Prediction(
+        target=target, threads=threads, prompt=prompt, context=context, first=first, first_bound="", first_cold=None, cold_bound=None,
+        rate=tokens, rate_bound="", memory=memory, fits=True, energy=None, measured=True, basis="measured",
+    )  # fmt: skip
+
+
+def filled(engine: Engine, context: int) -> int:
+    """A new sequence with so many cells."""
+    sequence = engine.new_sequence()
+    engine.step([SequenceBatch(sequence, _ids(engine, context))])
+    return sequence
+
+
+def first_token(engine: Engine, prompt: int) -> float:
+    """Seconds from a prompt to its logits, in an empty context; the least of a few, or of one that takes long."""
+    times: list[float] = []
+    while len(times) < _MEASURE_ROUNDS + 1 and sum(times) < _LONG:
+        sequence = engine.new_sequence()
+        try:
+            started = time.perf_counter()
+            engine.step([SequenceBatch(sequence, _ids(engine, prompt))])
+            times.append(time.perf_counter() - started)
+        finally:
+            engine.free_sequence(sequence)
+    return min(times)
+
+
+def rate(engine: Engine, sequence: int, context: int) -> float:
+    """Tokens a second up to the end of a context, of which the sequence has at least that many cells; the most of a few rounds."""
+    tokens = min(TOKENS, max(2, context))
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < _MEASURE_ROUNDS or time.perf_counter() - started < _SETTLED:
+        engine.truncate(sequence, max(0, context - tokens))
+        engine.step([SequenceBatch(sequence, [1])])  # wakes the threads, and builds the graph
+        begun = time.perf_counter()
+        for _ in range(tokens - 1):
+            engine.step([SequenceBatch(sequence, [1])])
+        times.append((time.perf_counter() - begun) / (tokens - 1))
+    return 1.0 / min(times)
+
+
+def _ids(engine: Engine, n: int) -> list[int]:
+    """Tokens that differ; what they are does not change how long they take (of experts, nearly)."""
+    return [(7 + 13 * i) % engine.info.n_vocab for i in range(n)]

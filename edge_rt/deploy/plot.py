@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from math import ceil, floor, log10
 
-from edge_rt.compiler.cost import Prediction
+from edge_rt.deploy.cost import Prediction
 
 _WIDTH, _LABEL, _VALUE, _ROW, _TOP, _GAP = 760, 170, 180, 26, 58, 46
 _COLOURS = {"bandwidth": "#3b6ea5", "compute": "#c4651f", "overhead": "#7a7a7a", "storage": "#7b519d", "": "#2e8b57"}

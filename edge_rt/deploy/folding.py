@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.compiler.shape import tensor_bytes
 from edge_rt.core.gguf.reader import GGML_TYPES, SCALED, TensorInfo
 from edge_rt.core.graph.config import check_shapes, read_config
 from edge_rt.core.graph.decoder import FAMILIES, unsupported
-from edge_rt.deployment import Plan
+from edge_rt.deploy.cost import tensor_bytes
+from edge_rt.deploy.plan import Plan
 from edge_rt.errors import ModelFileError, UnsupportedModel
 
 if TYPE_CHECKING:
