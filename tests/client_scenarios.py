@@ -7,24 +7,24 @@ import sys
 import time
 
 from edge_rt.daemon.client import Client
-from edge_rt.daemon.conversation import Answers, Conversation
+from edge_rt.daemon.client.protocol import ClientProtocol, Reply
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta
 
 
 def forget_to_acknowledge():
-    Answers.due = lambda self, every: False
+    Reply.due = lambda self, every: False
 
 
 def resume_too_early():
-    resume = Conversation.resume
+    resume = ClientProtocol.resume
 
     def early(self):
         for answers in self._broken:
             answers.seq = max(0, answers.seq - 1)
         resume(self)
 
-    Conversation.resume = early
+    ClientProtocol.resume = early
 
 
 def ask_anew():
@@ -33,7 +33,7 @@ def ask_anew():
             self._asked[self.ask("generate", {"prompt": "Once upon a time"}).request] = answers
         self._broken = []
 
-    Conversation.resume = again
+    ClientProtocol.resume = again
 
 
 MISTAKES = (forget_to_acknowledge, resume_too_early, ask_anew)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from edge_rt.daemon.account import Account
-from edge_rt.daemon.admission import Line
-from edge_rt.daemon.readings import Readings
-from edge_rt.daemon.store import Store
+from edge_rt.daemon.worker.memory import MemoryBudget, SessionStore
+from edge_rt.daemon.worker.read_jobs import ReadJobs
+from edge_rt.daemon.worker.requests import AdmissionQueue
 
 
-def unlimited(model: Any) -> Account:
+def unlimited(model: Any) -> MemoryBudget:
     """An account of memory of which there is enough."""
-    return Account(model, Store(model, lambda message: None), None)
+    return MemoryBudget(model, SessionStore(model, lambda message: None), None)
 
 
 class Asks:
@@ -26,7 +25,7 @@ class Asks:
         self.asked: dict[str, Any] = {}
         account = unlimited(model)
         none: Any = None
-        self.work = Readings(model, account, Line(account, none, none, none, lambda short: None), self.say, self.end)
+        self.work = ReadJobs(model, account, AdmissionQueue(account, none, none, none, lambda short: None), self.say, self.end)
 
     def end(self, command: dict[str, Any], error: Exception | None, answer: dict[str, Any]) -> None:
         self.ended[command["id"]] = error or answer

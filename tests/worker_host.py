@@ -2,7 +2,7 @@
 
 import time
 
-from edge_rt.daemon.serving import Serving
+from edge_rt.daemon.worker.engine import WorkerEngine
 
 
 class Host:
@@ -10,7 +10,7 @@ class Host:
 
     def __init__(self, model, allowance=None, parked=None, keep=(), **options):
         self.said, self.news, self.queue, self.number = {}, [], [], 0
-        self.serving = Serving(self._send, self.queue.append)
+        self.serving = WorkerEngine(self._send, self.queue.append)
         parked = None if parked is None else str(parked)
         self.do("open", model=str(model), options=options, rules=None, allowance=allowance, parked=parked, keep=keep)
         assert "ok" in self.said[0][-1], self.said

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.protocol import FrameReader, pack
 
 HELLO = pack({"id": 1, "op": "hello", "versions": [1]})
 CONNECTIONS = 1000
@@ -86,7 +86,7 @@ def _send(made: socket.socket, data: bytes) -> None:
 
 def _read(target: Target, made: socket.socket, most: int = 1) -> None:
     """Answers, counted by code, until there are some, or the end."""
-    frames, found = Frames(), 0
+    frames, found = FrameReader(), 0
     with contextlib.suppress(OSError):
         while found < most and (data := made.recv(1 << 16)):
             for message in frames.feed(data):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from edge_rt.daemon.conversation import Answers, Conversation, hello_fields
+from edge_rt.daemon.client.protocol import ClientProtocol, Reply, hello_fields
 from edge_rt.types import Delta, Done
 
 PATIENCE = 180.0
@@ -102,12 +102,12 @@ class OwnChat:
     def __init__(self, path: str, text: str, tokens: int) -> None:
         self._path = path
         self.sent, self.times, self.tokens, self.prompt_tokens, self.ended = 0.0, list[float](), 0, 0, False
-        self._conversation = Conversation()
+        self._conversation = ClientProtocol()
         self._conversation.ask("hello", hello_fields(None))
         self._fields = {
             "messages": [{"role": "user", "content": text}], "options": {"max_tokens": tokens, "temperature": 0, "ignore_eos": True},
         }  # fmt: skip
-        self._answers: Answers | None = None
+        self._answers: Reply | None = None
 
     def begin(self) -> None:
         """Connect and ask."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bench.processes import CONSOLE_SCRIPT
 from edge_rt.daemon.client import Client
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.protocol import FrameReader, pack
 from edge_rt.errors import UserError
 from edge_rt.types import Delta, Done, Event
 
@@ -68,7 +68,7 @@ def refused(config: str) -> str | None:
         path = Path(folder) / "daemon.toml"
         path.write_text(config)
         try:
-            configuration.read(path)
+            configuration.read_config(path)
         except UserError as error:
             return str(getattr(error, "reason", error))
     return None
@@ -116,7 +116,7 @@ class Served:
                 made.settimeout(_PATIENCE)
                 made.connect(str(self.socket))
                 made.sendall(pack({"id": 1, "op": "hello", "versions": [1]}) + pack({"id": 2, "op": "status"}))
-                frames, found = Frames(), 0
+                frames, found = FrameReader(), 0
                 while found < 2 and (data := made.recv(1 << 16)):
                     found += len(list(frames.feed(data)))
                 if found == 2:

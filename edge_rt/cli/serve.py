@@ -14,8 +14,8 @@ from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_rt.daemon.address import Address, Listener
-    from edge_rt.daemon.config import Config, Http, Record
-    from edge_rt.daemon.traffic.recorder import Recorder
+    from edge_rt.daemon.config import Config, HttpConfig, RecordConfig
+    from edge_rt.daemon.recording import Recorder
 
 HELP = """Serve a model to other programs on this machine.
 
@@ -57,11 +57,11 @@ def run(options: Options) -> int:
     import asyncio
     import logging
 
-    from edge_rt.daemon.lifetime import serve
+    from edge_rt.daemon.server import serve
 
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
     recorder = _recorder(config)
-    listeners = listen(config, addresses.activated())
+    listeners = listen(config, addresses.systemd_listeners())
     where = ", ".join(shown(one.address, one.http) for one in listeners)
     asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}"), recorder))
     return 0
@@ -71,7 +71,7 @@ def _recorder(config: Config) -> Recorder | None:
     """What records traffic, if that is asked for: only then does this process import plugins."""
     if config.record is None:
         return None
-    from edge_rt.daemon.traffic.recorder import open_recorder
+    from edge_rt.daemon.recording import open_recorder
 
     return open_recorder(config.record)
 
@@ -83,7 +83,7 @@ def configured(options: Options) -> Config:
 
     if options.pack and options.no_pack:
         raise OptionError("--pack and --no-pack contradict each other; give one of them")
-    config = configuration.read(Path(options.config)) if options.config is not None else configuration.default()
+    config = configuration.read_config(Path(options.config)) if options.config is not None else configuration.default_config()
     more: dict[str, Any] = {
         "context": options.ctx,
         "threads": options.threads,
@@ -103,11 +103,11 @@ def configured(options: Options) -> Config:
     listen_at = tuple(map(addresses.parse, options.listen)) or config.listen or (addresses.default_address(),)
     http = config.http
     if options.http:
-        http = (http or configuration.Http())._replace(listen=tuple(map(addresses.parse, options.http)))
+        http = (http or configuration.HttpConfig())._replace(listen=tuple(map(addresses.parse, options.http)))
     record = config.record
     if options.record is not None:
         file = Path(options.record).absolute()
-        record = configuration.Record(file) if record is None else record._replace(file=file)
+        record = configuration.RecordConfig(file) if record is None else record._replace(file=file)
     config = config._replace(
         listen=listen_at,
         record=record,
@@ -121,7 +121,7 @@ def configured(options: Options) -> Config:
     return config
 
 
-def _check_http(http: Http | None, at: Sequence[Address]) -> None:
+def _check_http(http: HttpConfig | None, at: Sequence[Address]) -> None:
     """Raises OptionError for HTTP that cannot be, or is open to all by mistake."""
     from importlib.util import find_spec
 
@@ -175,7 +175,7 @@ def check(config: Config) -> int:
     from edge_rt.daemon import address as addresses
 
     for address, http in wanted(config):
-        addresses.check(address)
+        addresses.check_address(address)
         say(f"would listen at {shown(address, http)}")
     users = ", ".join("root" if one == 0 else "you" if one == os.getuid() else str(one) for one in sorted(config.users))
     say(f"would let in {users}")
@@ -191,12 +191,13 @@ def check(config: Config) -> int:
     return 0
 
 
-def _check_record(record: Record) -> None:
+def _check_record(record: RecordConfig) -> None:
     """Say what would be recorded. Raises OptionError, RuleError, PluginError."""
-    from edge_rt.daemon.traffic import file, redaction
+    from edge_rt.daemon.recording import trace as file
+    from edge_rt.daemon.recording import trace as redaction
 
-    found = redaction.load(record.rules)
-    file.check(record.file)
+    found = redaction.load_redaction(record.rules)
+    file.check_trace_file(record.file)
     what = "requests" if record.sample == 1 else f"{100 * record.sample:g} % of the requests"
     say(f"would record {what} {'and their answers' if record.answers else 'without their answers'} in {record.file}")
     say(f"would redact what is recorded: {found.by}")
@@ -208,12 +209,11 @@ def _check_models(config: Config) -> None:
     from edge_rt.core.gguf.lora import open_lora
     from edge_rt.core.gguf.model_file import ModelFile
     from edge_rt.core.weights import error_correction
-    from edge_rt.daemon.hosted import foreseen
-    from edge_rt.daemon.models import check_name, most_of_what_is_free
-    from edge_rt.daemon.supervisor import Spec
+    from edge_rt.daemon.models import check_model_name, default_memory_budget, estimate_memory
+    from edge_rt.daemon.supervisor import WorkerSpec
     from edge_rt.model_hub import resolve_model
 
-    budget = config.memory or most_of_what_is_free()
+    budget = config.memory or default_memory_budget()
     if config.model is None:
         say("would wait for a client to load a model" if not config.models else "would open no model before it is asked for")
     given = [("would open", config.model, config.model_options)] if config.model is not None else []
@@ -221,10 +221,10 @@ def _check_models(config: Config) -> None:
         path = resolve_model(model)
         with ModelFile.open(path) as file:
             model_file.check_metadata(file)
-            spec = Spec(str(path), options)
+            spec = WorkerSpec(str(path), options)
             if model is config.model:
-                check_name(model, spec, config.models)
-            needs = foreseen(spec).total
+                check_model_name(model, spec, config.models)
+            needs = estimate_memory(spec).total
             say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {model_hub.format_size(needs)}")
             if (side := error_correction.find_compensation(path, options.get("compensation", error_correction.AUTO))) is not None:
                 with error_correction.open_compensation(side, file).file:

@@ -17,8 +17,7 @@ from typing import IO, NamedTuple
 
 from edge_rt.errors import OptionError
 
-MAX_PATH = 107
-"""Bytes of a socket's name in Linux; 103 on macOS."""
+MAX_PATH = 107  # bytes of a socket's name in Linux; 103 on macOS
 
 
 class Address(NamedTuple):
@@ -72,7 +71,6 @@ class Listener(NamedTuple):
     http: bool = False
 
     def close(self) -> None:
-        """Stop listening; the socket's file goes."""
         self.socket.close()
         if self.lock is not None:
             Path(self.address.path).unlink(missing_ok=True)
@@ -94,7 +92,7 @@ def listen(address: Address, backlog: int = 128) -> Listener:
     return Listener(found, address)
 
 
-def check(address: Address) -> None:
+def check_address(address: Address) -> None:
     """Whether one could listen there, without a trace. Raises OptionError as ``listen`` would."""
     if address.kind != "unix":
         _bound(address).close()
@@ -209,10 +207,7 @@ def _taken(address: Address) -> OptionError:
     return OptionError(f"another daemon listens at {address}; stop it, or choose another address with --listen")
 
 
-# ---- systemd ---------------------------------------------------------------------------------------------------------
-
-
-def activated() -> list[Listener]:
+def systemd_listeners() -> list[Listener]:
     """The sockets that systemd listens at for us (sd_listen_fds(3)), none if it did not start us; those named ``http`` are for that."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
@@ -235,7 +230,7 @@ def activated() -> list[Listener]:
     return found
 
 
-def notify(state: str) -> None:
+def notify_systemd(state: str) -> None:
     """Tell systemd, if it asks to be told (sd_notify(3)), e.g. ``READY=1``."""
     name = os.environ.get("NOTIFY_SOCKET")
     if not name:
@@ -247,10 +242,7 @@ def notify(state: str) -> None:
             return  # who asked is gone
 
 
-# ---- peers -----------------------------------------------------------------------------------------------------------
-
-
-class Peer(NamedTuple):
+class PeerCredentials(NamedTuple):
     """Who is at the other end of a local socket; None where the system does not say."""
 
     user: int | None
@@ -258,14 +250,14 @@ class Peer(NamedTuple):
     process: int | None
 
 
-def peer(connection: socket.socket) -> Peer:
+def peer_credentials(connection: socket.socket) -> PeerCredentials:
     """As the kernel says, not as the peer does."""
     if connection.family != socket.AF_UNIX:
-        return Peer(None, None, None)
+        return PeerCredentials(None, None, None)
     if hasattr(socket, "SO_PEERCRED"):
         process, user, group = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return Peer(user, group, process)
+        return PeerCredentials(user, group, process)
     # macOS: struct xucred of LOCAL_PEERCRED (1), level 0: version, user, number of groups, groups
     data = connection.getsockopt(0, 1, 76)
     _, user, count, *groups = struct.unpack_from("IIh2x16I", data)
-    return Peer(user, groups[0] if count else None, None)
+    return PeerCredentials(user, groups[0] if count else None, None)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.frames import MAX_BYTES
+from edge_rt.daemon.protocol import MAX_BYTES
 from edge_rt.errors import OptionError
 from edge_rt.postprocess.rules import Rules
 
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     idle_seconds: float = 0.0
 
 
-class Http(NamedTuple):
+class HttpConfig(NamedTuple):
     """The HTTP side (docs/http.md). ``keys``: any of them lets in. ``open``: none is needed, also over TCP.
 
     ``origins``: of pages that may ask. ``hosts``: names by which the daemon may be asked for, beside those of this machine.
@@ -47,7 +47,7 @@ class Http(NamedTuple):
     hosts: tuple[str, ...] = ()
 
 
-class Record(NamedTuple):
+class RecordConfig(NamedTuple):
     """Recording traffic. ``sample``: share of the requests. ``rules``: for what is taken out, None for the usual ones.
 
     ``max_bytes``: from which a file is renamed; ``keep``: of these.
@@ -88,30 +88,28 @@ class Config(NamedTuple):
     hung_after: float = 120.0
     cool_after: float = 60.0
     wait_for_memory: float = 60.0
-    http: Http | None = None
-    record: Record | None = None
+    http: HttpConfig | None = None
+    record: RecordConfig | None = None
 
 
-FRAME_ROOM = 1 << 16
-"""Bytes that the daemon may add to a client's message on its way to the worker."""
+FRAME_ROOM = 1 << 16  # bytes that the daemon may add to a client's message on its way to the worker
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?")
 _TIMES = {"keep_sessions": 86400.0, "resume_within": 3600.0, "drain_seconds": 3600.0, "hung_after": 86400.0, "wait_for_memory": 3600.0}
-_LEAST_RECORDED = 1 << 16
-"""Bytes of a file of recorded traffic."""
+_LEAST_RECORDED = 1 << 16  # bytes of a file of recorded traffic
 _MODEL_NUMBERS = ("context", "threads")
 _MODEL_LIMITS = {"power": 10_000.0, "celsius": 150.0}
 _MODEL_TEXTS = ("key_type", "engine", "device", "policy", "embedder", "compensation")
 
 
-def default() -> Config:
+def default_config() -> Config:
     """Without a file: the user's own socket, for the user and root."""
     from edge_rt.config import state_dir
 
     return Config(users=frozenset((os.getuid(), 0)), state=state_dir() / "sessions")
 
 
-def read(path: Path) -> Config:
+def read_config(path: Path) -> Config:
     """Read a file. Raises OptionError, RuleError with the line."""
     from edge_rt.toml_file import read_file
 
@@ -119,7 +117,7 @@ def read(path: Path) -> Config:
 
 
 def _config(table: Rules, folder: Path) -> Config:
-    base = default()
+    base = default_config()
     rules, state, users = table.text("rules", ""), table.text("state", ""), table.texts("users")
     model, options = _model(table.table("model"), folder)
     others = table.table("models")
@@ -174,7 +172,6 @@ def _adapters(table: Rules, folder: Path) -> dict[str, str]:
 
 
 def _named_model(table: Rules, name: str, folder: Path) -> tuple[str, dict[str, Any]]:
-    """One of several models."""
     if not _NAME.fullmatch(name):
         raise table.error(f"{name!r:.80} is no name for a model; give 1 to 64 of A-Z a-z 0-9 . _ -", name)
     own = table.table(name)
@@ -195,12 +192,12 @@ def _limits(table: Rules) -> Limits:
     return Limits(**found)
 
 
-def _http(table: Rules) -> Http:
-    base, origins = Http(), table.texts("origins")
+def _http(table: Rules) -> HttpConfig:
+    base, origins = HttpConfig(), table.texts("origins")
     for i, origin in enumerate(origins):
         if not _ORIGIN.fullmatch(origin):
             raise table.error(f"{origin!r:.80} is no origin; give it as browsers do, such as http://localhost:3000", "origins", i)
-    return Http(
+    return HttpConfig(
         listen=_addresses(table) or base.listen,
         keys=_keys(table) if "key_file" in table else (),
         open=table.flag("open", False),
@@ -209,19 +206,19 @@ def _http(table: Rules) -> Http:
     )
 
 
-def _record(table: Rules, folder: Path) -> Record:
-    rules, max_bytes = table.text("rules", ""), table.size("max_bytes", Record._field_defaults["max_bytes"])
+def _record(table: Rules, folder: Path) -> RecordConfig:
+    rules, max_bytes = table.text("rules", ""), table.size("max_bytes", RecordConfig._field_defaults["max_bytes"])
     if max_bytes < _LEAST_RECORDED:
         raise table.error(f"max_bytes is {max_bytes}; give {_LEAST_RECORDED} or more", "max_bytes")
     if not (file := table.text("file")):
         raise table.error("record has no file; give its path", "file")
-    return Record(
+    return RecordConfig(
         file=(folder / Path(file).expanduser()).absolute(),
         sample=table.number("sample", 1.0, 0.0, 1.0),
         answers=table.flag("answers", False),
         rules=(folder / Path(rules).expanduser()).absolute() if rules else None,
         max_bytes=max_bytes,
-        keep=table.integer("keep", Record._field_defaults["keep"], 1, 1000),
+        keep=table.integer("keep", RecordConfig._field_defaults["keep"], 1, 1000),
     )
 
 

@@ -1,20 +1,103 @@
-"""The protocol's vocabulary (docs/protocol.md): operations with their fields, options of a request, codes of errors.
+"""The daemon's protocol (docs/protocol.md): frames, operations with their fields, options of a request, codes of errors.
 
-A message from a peer is checked here, field by field, before anything uses it.
+A frame is a length of four bytes, big-endian, and a MessagePack map of that many bytes. What comes from a peer is hostile until it was
+checked: the length before anything is kept, the map field by field before anything uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from edge_rt import errors
-from edge_rt.daemon.frames import Message
 from edge_rt.errors import ProtocolError
 
+MAX_BYTES = 16 << 20  # longest frame, in bytes without the length
+MAX_DEPTH = 32  # maps and lists within each other, the outermost map included
+_LENGTH = struct.Struct(">I")
+
+Message = dict[str, Any]
+
+
+def pack(message: Message) -> bytes:
+    """A message as a frame. Raises ProtocolError if it is too long."""
+    import msgpack
+
+    body: bytes = msgpack.packb(message, use_bin_type=True)
+    if len(body) > MAX_BYTES:
+        raise ProtocolError("frame_too_long", f"a message of {len(body):,} bytes is too long; {MAX_BYTES:,} are allowed")
+    return _LENGTH.pack(len(body)) + body
+
+
+def pack_answer(message: Message) -> bytes:
+    """The answer to a request as a frame; one that is too long becomes an error."""
+    try:
+        return pack(message)
+    except ProtocolError as error:
+        return pack({"id": message["id"], "error": {"code": "limit", "message": str(error)}})
+
+
+class FrameReader:
+    """Bytes in as they come, whole messages out. ``max_bytes`` may change between two messages."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.length = 0  # bytes of the message that was given last
+        self._held = bytearray()
+
+    @property
+    def pending(self) -> int:
+        return len(self._held)
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Message]:
+        """The messages that are complete now. Raises ProtocolError; after that the stream cannot be read any more."""
+        self._held += data
+        start = 0
+        try:
+            while len(self._held) - start >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._held, start)
+                if length > self.max_bytes:
+                    raise ProtocolError("frame_too_long", f"a frame of {length:,} bytes is too long; {self.max_bytes:,} are allowed")
+                end = start + _LENGTH.size + length
+                if len(self._held) < end:
+                    break
+                body = bytes(memoryview(self._held)[start + _LENGTH.size : end])
+                start, self.length = end, length
+                yield unpack(body)
+        finally:
+            del self._held[:start]
+
+
+def unpack(body: bytes) -> Message:
+    """The message of a frame's body. Raises ProtocolError."""
+    import msgpack
+
+    try:
+        message = msgpack.unpackb(body, raw=False, strict_map_key=True, max_ext_len=0)
+    except Exception as error:  # msgpack raises many kinds, all because of the peer's bytes
+        raise ProtocolError("bad_frame", f"a frame is no MessagePack: {type(error).__name__}; see docs/protocol.md") from None
+    if not isinstance(message, dict):
+        raise ProtocolError("bad_frame", f"a frame holds {type(message).__name__} and no map; see docs/protocol.md")
+    if _depth(message) > MAX_DEPTH:
+        raise ProtocolError("bad_frame", f"a message has more than {MAX_DEPTH} maps and lists in each other")
+    return message
+
+
+def _depth(value: Any) -> int:
+    """How many maps and lists are within each other, MAX_DEPTH + 1 if there are more. Level by level: a recursion could be too deep."""
+    level, depth = [value], 1
+    while depth <= MAX_DEPTH:
+        inner = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [one for one in inner if isinstance(one, (dict, list))]
+        if not level:
+            break
+        depth += 1
+    return depth
+
+
 VERSIONS = (1,)
-MAX_ID = (1 << 53) - 1
-"""Of requests: what a double can hold exactly, for peers that know no other numbers."""
+MAX_ID = (1 << 53) - 1  # of requests: what a double can hold exactly, for peers that know no other numbers
 
 CODES: tuple[tuple[type[BaseException], str], ...] = (
     (errors.ContextOverflow, "context_overflow"),
@@ -35,8 +118,7 @@ CODES: tuple[tuple[type[BaseException], str], ...] = (
 """Codes of edge-rt's errors; the first class that fits counts. A ProtocolError has its own, any other error is ``internal``."""
 
 
-def failure(error: BaseException) -> Message:
-    """An error as the protocol tells it."""
+def describe_error(error: BaseException) -> Message:
     if isinstance(error, (ProtocolError, errors.DaemonError)):
         return {"code": error.code, "message": str(error), **error.fields}
     code = next((code for kind, code in CODES if isinstance(error, kind)), "internal")
@@ -47,48 +129,45 @@ def failure(error: BaseException) -> Message:
     return found
 
 
-# ---- fields ----------------------------------------------------------------------------------------------------------
-
-
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _id(value: Any) -> bool:
+def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID
 
 
-def _integer(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _ids(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_id, value))
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_id, value))
 
 
-def _id_lists(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_ids, value))
+def _is_id_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_ids, value))
 
 
-def _json(value: Any) -> bool:
+def _is_json(value: Any) -> bool:
     """What JSON could say: no bytes anywhere, and texts as keys."""
     rest = [value]
     while rest:
         one = rest.pop()
         if isinstance(one, dict):
-            if not all(map(_text, one)):
+            if not all(map(_is_text, one)):
                 return False
             rest += one.values()
         elif isinstance(one, list):
@@ -98,12 +177,12 @@ def _json(value: Any) -> bool:
     return True
 
 
-def _map(value: Any) -> bool:
-    return isinstance(value, dict) and _json(value)
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and _is_json(value)
 
 
-def _maps(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) for one in value) and _json(value)
+def _is_maps(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value) and _is_json(value)
 
 
 class Kind(NamedTuple):
@@ -114,16 +193,16 @@ class Kind(NamedTuple):
 
 
 KINDS: Mapping[str, Kind] = {
-    "text": Kind(_text, "a text"),
-    "id": Kind(_id, "a whole number from 0 to 2^53 - 1"),
-    "integer": Kind(_integer, "a whole number"),
-    "number": Kind(_number, "a number"),
-    "flag": Kind(_flag, "true or false"),
-    "texts": Kind(_texts, "a list of texts"),
-    "ids": Kind(_ids, "a list of whole numbers"),
-    "id lists": Kind(_id_lists, "a list of lists of whole numbers"),
-    "map": Kind(_map, "a map as JSON has it"),
-    "maps": Kind(_maps, "a list of maps as JSON has them"),
+    "text": Kind(_is_text, "a text"),
+    "id": Kind(_is_id, "a whole number from 0 to 2^53 - 1"),
+    "integer": Kind(_is_integer, "a whole number"),
+    "number": Kind(_is_number, "a number"),
+    "flag": Kind(_is_flag, "true or false"),
+    "texts": Kind(_is_texts, "a list of texts"),
+    "ids": Kind(_is_ids, "a list of whole numbers"),
+    "id lists": Kind(_is_id_lists, "a list of lists of whole numbers"),
+    "map": Kind(_is_map, "a map as JSON has it"),
+    "maps": Kind(_is_maps, "a list of maps as JSON has them"),
 }
 
 OPS: Mapping[str, Mapping[str, str]] = {
@@ -189,20 +268,20 @@ class Request(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def request(message: Message) -> Request:
+def parse_request(message: Message) -> Request:
     """Check a message. Raises ProtocolError: bad_request, unknown_op."""
     op, number = message.get("op"), message.get("id")
     if number is None and op != "ack":
         raise ProtocolError("bad_request", "a request has no id; give a whole number")
-    if number is not None and not _id(number):
+    if number is not None and not _is_id(number):
         raise ProtocolError("bad_request", f"the id of a request is not {KINDS['id'].shown}")
     if not isinstance(op, str) or op not in OPS:
         raise ProtocolError("unknown_op", f"there is no operation {_shown(op)}; see the capabilities in the answer to hello")
     given = {name: value for name, value in message.items() if name not in ("id", "op")}
-    return Request(number, op, fields(given, OPS[op], op))
+    return Request(number, op, check_fields(given, OPS[op], op))
 
 
-def fields(given: Mapping[str, Any], known: Mapping[str, str], what: str, code: str = "bad_request") -> dict[str, Any]:
+def check_fields(given: Mapping[str, Any], known: Mapping[str, str], what: str, code: str = "bad_request") -> dict[str, Any]:
     """The fields of a map that are not null, checked. Raises ProtocolError."""
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -220,27 +299,26 @@ def fields(given: Mapping[str, Any], known: Mapping[str, str], what: str, code: 
     return found
 
 
-def options(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``generate``, checked, as keywords of ``Session.generate``. Raises ProtocolError: option."""
-    found = fields(given, OPTIONS, "the options", "option")
+    found = check_fields(given, OPTIONS, "the options", "option")
     if "logit_bias" in found:
         found["logit_bias"] = dict(_bias(token, value) for token, value in found["logit_bias"].items())
     if "prune" in found:
         from edge_rt.types import Pruning
 
-        found["prune"] = Pruning(**fields(found["prune"], PRUNE, "prune", "option"))
+        found["prune"] = Pruning(**check_fields(found["prune"], PRUNE, "prune", "option"))
         if found["prune"].unit not in ("cells", "bytes", "share"):
             raise ProtocolError("option", "the unit of prune is none; choose from cells, bytes, share")
     return found
 
 
 def _bias(token: str, value: Any) -> tuple[int, float]:
-    if not (token.isascii() and token.isdigit() and len(token) < 10 and _number(value)):
+    if not (token.isascii() and token.isdigit() and len(token) < 10 and _is_number(value)):
         raise ProtocolError("option", 'logit_bias is not as {"42": 1.5}: token ids, as texts, with a number each')
     return int(token), float(value)
 
 
 def _shown(value: Any) -> str:
-    """A peer's value in a message, shortened."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

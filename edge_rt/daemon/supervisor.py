@@ -1,29 +1,203 @@
-"""Keeps a worker process: starts it, starts it again when it died, ends it when it hangs."""
+"""Runs the worker process of one model: starts it, passes commands and answers, starts it again when it died, ends it when it hangs."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+import logging
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from edge_rt.daemon.frames import Message
-from edge_rt.daemon.process import Ended, Process, Took
+from edge_rt.daemon.protocol import FrameReader, Message, pack
 from edge_rt.errors import ProtocolError
+
+
+class TaskSet:
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Let something go on."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+
+ReplyHandler = Callable[[Message], None]  # takes the answer to a command: any number of events, then ``{"ok": ...}`` or ``{"error": ...}``
+
+
+class WorkerExit(NamedTuple):
+    """How the process ended, as the protocol tells it."""
+
+    code: str
+    message: str
+    fields: Message = {}  # noqa: RUF012 - nobody changes it
+
+    @property
+    def error(self) -> Message:
+        """What those hear who were to be answered."""
+        return {"code": self.code, "message": self.message, **self.fields}
+
+
+class WorkerProcess(asyncio.Protocol):
+    """Commands are written as soon as the process is started; it reads them when it can.
+
+    ``told`` takes what the process says of itself, ``ended`` is called once. Nothing of a process that has ended is passed on.
+    """
+
+    def __init__(self, told: Callable[[Message], None], ended: Callable[[WorkerProcess, WorkerExit], None]) -> None:
+        """Raises OSError."""
+        self._told, self._ended = told, ended
+        self.pending: dict[int, ReplyHandler] = {}
+        self._frames = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._early: list[bytes] = []
+        self._verdict: WorkerExit | None = None  # why we ended it
+        self.over = False  # it has ended; ``ended`` is called in a moment
+        self._gone = asyncio.Event()
+        self._tasks = TaskSet()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        program = [sys.executable, "-m", "edge_rt.daemon.worker", str(theirs.fileno())]
+        try:
+            self._process = subprocess.Popen(
+                program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._tasks.spawn(self._connect(ours))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, number: int, command: Message, took: ReplyHandler) -> None:
+        """Send a command; ``number`` is its id. Raises ProtocolError if it is too long."""
+        data = pack({"id": number, **command})
+        self.pending[number] = took
+        self._write(data)
+
+    def tell(self, command: Message) -> None:
+        self._write(pack(command))
+
+    def kill(self, why: WorkerExit) -> None:
+        """End it at once; what is pending gets this error."""
+        self._verdict = self._verdict or why
+        if self._process.poll() is None:
+            self._process.kill()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is None:
+            self._early.append(data)
+        elif not self._transport.is_closing():  # it has died, which we are told in a moment
+            self._transport.write(data)
+
+    async def _connect(self, ours: socket.socket) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        for data in self._early:
+            self._transport.write(data)
+        self._early.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self.over:
+            return
+        try:
+            for message in self._frames.feed(data):
+                if self._verdict is None:  # else it said this before it knew of its end, and the verdict says more
+                    self._answer(message)
+        except ProtocolError as error:
+            self.kill(WorkerExit("worker_died", f"the worker wrote what it must not: {error}"))
+
+    def _answer(self, message: Message) -> None:
+        number = message.pop("id", None)
+        took = self._told if number is None else self.pending.get(number)
+        if number is not None and "event" not in message:
+            self.pending.pop(number, None)
+        if took is not None:
+            self._pass_on(took, message)
+
+    @staticmethod
+    def _pass_on(took: ReplyHandler, message: Message) -> None:
+        """What goes wrong with one answer is no affair of the others."""
+        try:
+            took(message)
+        except Exception as error:
+            logging.getLogger("edge_rt.daemon").error("an answer of the worker was lost", exc_info=error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.over:
+            self.over = True
+            self._tasks.spawn(self._bury())
+
+    async def _bury(self) -> None:
+        """Wait for the status, which comes a moment after the connection ends, then tell everybody."""
+        if not await self._dead(0.2):
+            self._process.kill()
+            await self._dead(1.0)
+        verdict = self._verdict or WorkerExit("worker_died", f"the worker process {_describe_status(self._process.returncode)}")
+        pending, self.pending = self.pending, {}
+        self._ended(self, verdict)
+        for took in pending.values():
+            self._pass_on(took, {"error": verdict.error})
+        self._gone.set()
+
+    async def _dead(self, seconds: float) -> bool:
+        """Wait for the process's end, so long at most; whether it came."""
+        until = asyncio.get_running_loop().time() + seconds
+        while self._process.poll() is None and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.002)
+        return self._process.poll() is not None
+
+    async def stop(self, why: WorkerExit) -> None:
+        """Let it end: it does when the connection does. What is pending gets this error."""
+        self._verdict = self._verdict or why
+        if self._transport is not None:
+            self._transport.close()
+        await self._dead(1.0)
+        self.kill(why)
+        await self._gone.wait()
+
+
+def _describe_status(status: int | None) -> str:
+    """A process's status in words."""
+    if status is None:  # it waits for a disk that does not answer
+        return "does not answer, and cannot be ended"
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
 """Seconds until a worker that died is started again: doubling while it dies before it has served anybody."""
-GIVES_UP_AFTER = 5
-"""Deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds."""
+GIVES_UP_AFTER = 5  # deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds
 
-PATIENCE, LEAST_PATIENCE = 100.0, 10.0
+STEP_FACTOR, MIN_HANG_SECONDS = 100.0, 10.0
 """A step may take so many times as long as such steps did before, and so many seconds in any case: neighbours may be busy."""
 
-UNLOADED = Ended("unloaded", "the model was unloaded; load one with load_model")
+UNLOADED = WorkerExit("unloaded", "the model was unloaded; load one with load_model")
 
 
-class Spec(NamedTuple):
+class WorkerSpec(NamedTuple):
     """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file."""
 
     model: str
@@ -47,12 +221,12 @@ class Supervisor:
         self.model: Message | None = None
         self.rules: Message | None = None
         self._hung_after, self._changed, self._tell_others, self._grant = hung_after, changed, told, grant
-        self.spec: Spec | None = None
-        self._process: Process | None = None
+        self.spec: WorkerSpec | None = None
+        self._process: WorkerProcess | None = None
         self._numbers = itertools.count(1)
-        self._held: list[tuple[int, Message, Took | None]] = []
+        self._held: list[tuple[int, Message, ReplyHandler | None]] = []
         self._failures, self._served = 0, False
-        self._failure = Ended("worker_died", "")
+        self._failure = WorkerExit("worker_died", "")
         self._retry: asyncio.TimerHandle | None = None
         self._started = float("-inf")
         self._watch: asyncio.TimerHandle | None = None
@@ -65,17 +239,14 @@ class Supervisor:
         return self._process.pid if self._process else None
 
     def status(self) -> Message:
-        """What is the case now."""
         return {"state": self.state, "reason": self.reason, "pid": self.pid, "deaths": self.deaths, **self.phase}
 
-    # ---- commands ----------------------------------------------------------------------------------------------------
-
-    def call(self, command: Message, took: Took) -> int:
+    def call(self, command: Message, took: ReplyHandler) -> int:
         """Send a command, perhaps after a start of the worker; returns its number. Raises ProtocolError if there is none to be had."""
         if self.spec is None:
             raise ProtocolError("no_model", "no model is loaded; load one with load_model")
         if self.state == "failed":
-            if _now() - self._started < LONGEST_DELAY:
+            if now() - self._started < LONGEST_DELAY:
                 raise ProtocolError(self._failure.code, self._failure.message)
             self._start()
             if self._process is None:
@@ -109,47 +280,45 @@ class Supervisor:
         return False
 
     @property
-    def _living(self) -> Process | None:
+    def _living(self) -> WorkerProcess | None:
         """The worker, None if there is none, or one whose end is only not yet understood."""
         return None if self._process is None or self._process.over else self._process
 
-    def _send(self, process: Process, number: int, command: Message, took: Took | None) -> None:
+    def _send(self, process: WorkerProcess, number: int, command: Message, took: ReplyHandler | None) -> None:
         if took is None:
             process.tell(command)
             return
         if not process.pending:
-            self._moved = _now()
+            self._moved = now()
         process.call(number, command, partial(self._answered, took))
         if self._watch is None:
-            self._watch = _loop().call_later(self._interval, self._look)
+            self._watch = asyncio.get_running_loop().call_later(self._interval, self._look)
 
-    def _answered(self, took: Took, message: Message) -> None:
-        self._moved = _now()
+    def _answered(self, took: ReplyHandler, message: Message) -> None:
+        self._moved = now()
         if "ok" in message:
             self._served, self._failures = True, 0
         took(message)
 
-    # ---- lives -------------------------------------------------------------------------------------------------------
-
-    def load(self, spec: Spec) -> None:
+    def load(self, spec: WorkerSpec) -> None:
         """Start a worker with this model; there must be none."""
         assert self._process is None, "unload comes first"
         self.spec, self._failures = spec, 0
         self._start()
 
-    def expect(self, spec: Spec, why: str) -> None:
+    def expect(self, spec: WorkerSpec, why: str) -> None:
         """Hold commands until ``load``: the model is going to be loaded, and waits for something."""
         self.spec = spec
         self._set("waiting", why)
 
-    async def unload(self, why: Ended = UNLOADED) -> None:
+    async def unload(self, why: WorkerExit = UNLOADED) -> None:
         """End the worker; what it is at gets an error."""
         process, self._process = self._process, None
         self.abandon(why)
         if process is not None:
             await process.stop(why)
 
-    def abandon(self, why: Ended = UNLOADED) -> None:
+    def abandon(self, why: WorkerExit = UNLOADED) -> None:
         """There is no worker, and will be none before ``load``: what waits for one gets an error."""
         assert self._process is None, "it is ended by unload"
         self.spec, self.model = None, None
@@ -160,38 +329,36 @@ class Supervisor:
 
     def _start(self) -> None:
         assert self.spec is not None, "a worker is started for a model"
-        self._retry, self._served, self._started = None, False, _now()
+        self._retry, self._served, self._started = None, False, now()
         self.phase = {"phase": "starting", "done": 0, "total": 0}
         try:
-            self._process = process = Process(self._told, self._ended)
+            self._process = process = WorkerProcess(self._told, self._ended)
         except OSError as error:
-            self._died(Ended("worker_died", f"the worker cannot be started: {(error.strerror or str(error)).lower()}"))
+            self._died(WorkerExit("worker_died", f"the worker cannot be started: {(error.strerror or str(error)).lower()}"))
             return
         self._set("starting")
         opening = {"op": "open", **self.spec._asdict(), **self._grant()}
-        self._moved = _now()
+        self._moved = now()
         process.call(0, opening, self._opened)
         held, self._held = self._held, []
         for number, command, took in held:
             self._send(process, number, command, took)
         if self._watch is None:
-            self._watch = _loop().call_later(self._interval, self._look)
+            self._watch = asyncio.get_running_loop().call_later(self._interval, self._look)
 
     def _opened(self, message: Message) -> None:
-        """The model is open, or cannot be."""
         if "ok" in message:
             self.model, self.phase = message["ok"], {"phase": "ready", "done": 0, "total": 0}
             self._set("ready")
         elif self._process is not None:
             error = message["error"]
-            self._failure = Ended(error["code"], error["message"])
+            self._failure = WorkerExit(error["code"], error["message"])
             self._failures = GIVES_UP_AFTER  # a file that is wrong does not mend itself
             self._process.kill(self._failure)
 
     def _told(self, message: Message) -> None:
-        """What the worker says of itself."""
         if "phase" in message:
-            self._moved = _now()
+            self._moved = now()
             if self.state == "starting":
                 self.phase = message
             elif message["phase"] == "prefetch":  # which goes on behind the first answers
@@ -201,18 +368,17 @@ class Supervisor:
         elif "beats" in message:
             self._expected = message["expected"]
             if message["idle"] or message["beats"] != self._beats:
-                self._beats, self._moved = message["beats"], _now()
+                self._beats, self._moved = message["beats"], now()
         else:
             self._tell_others(message)
 
-    def _ended(self, process: Process, how: Ended) -> None:
+    def _ended(self, process: WorkerProcess, how: WorkerExit) -> None:
         if process is self._process:
             self._process = None
             if self.spec is not None:
                 self._died(how)
 
-    def _died(self, how: Ended) -> None:
-        """Start it again, later; or give up."""
+    def _died(self, how: WorkerExit) -> None:
         self.epoch += 1
         self.deaths += 1
         self.model = None
@@ -223,9 +389,9 @@ class Supervisor:
             self._fail_held(how)
             return
         self._set("waiting", how.message)
-        self._retry = _loop().call_later(min(LONGEST_DELAY, FIRST_DELAY * 2**self._failures), self._start)
+        self._retry = asyncio.get_running_loop().call_later(min(LONGEST_DELAY, FIRST_DELAY * 2**self._failures), self._start)
 
-    def _fail_held(self, how: Ended) -> None:
+    def _fail_held(self, how: WorkerExit) -> None:
         held, self._held = self._held, []
         for took in [took for _, _, took in held if took is not None]:
             took({"error": how.error})
@@ -236,25 +402,22 @@ class Supervisor:
             self.phase = {}
         self._changed()
 
-    # ---- the watchdog ------------------------------------------------------------------------------------------------
-
     @property
     def _interval(self) -> float:
         return min(1.0, self._hung_after / 4)
 
     def _look(self) -> None:
-        """Ask whether anything moves, while anything should."""
         self._watch = None
         process = self._process
         if process is None or not process.pending:
             return
-        patience = patience_with(self._expected, self._hung_after)
-        if _now() - self._moved > patience:
-            process.kill(Ended("worker_hung", f"nothing moved in the worker for {patience:.3g} seconds, and it was ended; ask again"))
+        patience = hang_timeout(self._expected, self._hung_after)
+        if now() - self._moved > patience:
+            process.kill(WorkerExit("worker_hung", f"nothing moved in the worker for {patience:.3g} seconds, and it was ended; ask again"))
             return
         self._expected = None  # until it answers
         process.tell({"op": "ping"})
-        self._watch = _loop().call_later(self._interval, self._look)
+        self._watch = asyncio.get_running_loop().call_later(self._interval, self._look)
 
     def _forget_timers(self) -> None:
         for timer in (self._retry, self._watch):
@@ -263,16 +426,13 @@ class Supervisor:
         self._retry = self._watch = None
 
 
-def patience_with(expected: float | None, hung_after: float) -> float:
+def hang_timeout(expected: float | None, hung_after: float) -> float:
     """Seconds that nothing may move in a worker. ``expected``: that the engine's step under way should take, None if it is at
     something else, or does not answer.
     """
-    return hung_after if expected is None else min(hung_after, max(LEAST_PATIENCE, PATIENCE * expected))
+    return hung_after if expected is None else min(hung_after, max(MIN_HANG_SECONDS, STEP_FACTOR * expected))
 
 
-def _loop() -> asyncio.AbstractEventLoop:
-    return asyncio.get_running_loop()
-
-
-def _now() -> float:
-    return _loop().time()
+def now() -> float:
+    """Seconds on the running loop's clock."""
+    return asyncio.get_running_loop().time()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import edge_rt
-from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.client import AsyncClient
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta
 

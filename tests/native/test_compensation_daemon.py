@@ -12,8 +12,8 @@ from edge_rt.cli import main, serve
 from edge_rt.cli.options import quick_parse
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.daemon import config as configuration
-from edge_rt.daemon.hosted import foreseen
-from edge_rt.daemon.supervisor import Spec
+from edge_rt.daemon.models import estimate_memory
+from edge_rt.daemon.supervisor import WorkerSpec
 from edge_rt.testing.random_models import write_random_compensation, write_random_model
 
 
@@ -43,15 +43,15 @@ def test_where_the_configuration_says_it_is(line: str, words: list[str], expecte
     assert options is not None
     found = serve.configured(options).model_options.get("compensation")
     assert found == (None if expected is None else expected.format(folder=tmp_path))
-    assert configuration.read(tmp_path / "d.toml").model == "m"
+    assert configuration.read_config(tmp_path / "d.toml").model == "m"
 
 
 def test_its_bytes_are_foreseen(model: Path) -> None:
-    plain = foreseen(Spec(str(model), {"compensation": "off"}))
+    plain = estimate_memory(WorkerSpec(str(model), {"compensation": "off"}))
     side = model.with_name("m.compensation.gguf")
-    assert foreseen(Spec(str(model), {})).weights == plain.weights + side.stat().st_size
-    assert foreseen(Spec(str(model), {"compensation": str(side)})).weights == plain.weights + side.stat().st_size
-    assert foreseen(Spec(str(model), {"compensation": "/nowhere.gguf"})) == plain
+    assert estimate_memory(WorkerSpec(str(model), {})).weights == plain.weights + side.stat().st_size
+    assert estimate_memory(WorkerSpec(str(model), {"compensation": str(side)})).weights == plain.weights + side.stat().st_size
+    assert estimate_memory(WorkerSpec(str(model), {"compensation": "/nowhere.gguf"})) == plain
 
 
 def test_a_check_finds_what_is_wrong_with_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

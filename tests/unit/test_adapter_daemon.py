@@ -142,7 +142,7 @@ def test_names_and_files_in_the_configuration(tmp_path):
     path.write_text(
         '[model]\nadapters = { law = "law.gguf" }\n[models.small]\nfile = "s.gguf"\n[models.small.adapters]\n"a.b" = "/a.gguf"\n'
     )
-    found = configuration.read(path)
+    found = configuration.read_config(path)
     assert found.model_options == {"adapters": {"law": str(tmp_path / "law.gguf")}}
     assert found.models["small"][1] == {"adapters": {"a.b": "/a.gguf"}}
     for text, line, said in (
@@ -152,7 +152,7 @@ def test_names_and_files_in_the_configuration(tmp_path):
     ):
         path.write_text(f"[model.adapters]\n{text}\n")
         with pytest.raises(RuleError, match=said) as caught:
-            configuration.read(path)
+            configuration.read_config(path)
         assert caught.value.line == line
 
 

@@ -10,7 +10,16 @@ import textwrap
 import pytest
 
 from edge_rt.daemon import address as addresses
-from edge_rt.daemon.address import Address, activated, check, default_address, listen, notify, parse, peer
+from edge_rt.daemon.address import (
+    Address,
+    check_address,
+    default_address,
+    listen,
+    notify_systemd,
+    parse,
+    peer_credentials,
+    systemd_listeners,
+)
 from edge_rt.errors import OptionError
 
 
@@ -55,7 +64,7 @@ def test_a_socket_is_private(tmp_path):
         client.connect(str(path))
         server, _ = found.socket.accept()
         with server:
-            assert (peer(server).user, peer(server).group) == (os.getuid(), os.getgid())
+            assert (peer_credentials(server).user, peer_credentials(server).group) == (os.getuid(), os.getgid())
     found.close()
     assert not path.exists()
 
@@ -72,13 +81,13 @@ def test_who_listens_is_not_pushed_aside_and_who_is_gone_is_replaced(tmp_path):
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"there\n"
-        for try_it in (listen, check):
+        for try_it in (listen, check_address):
             with pytest.raises(OptionError, match=r"^another daemon listens at unix:.*d\.sock; stop it, or choose another address"):
                 try_it(Address("unix", str(path)))
         other.stdin.close()
         other.wait(20)
     assert path.exists()
-    check(Address("unix", str(path)))
+    check_address(Address("unix", str(path)))
     assert path.exists()
     listen(Address("unix", str(path))).close()
 
@@ -87,7 +96,7 @@ def test_a_program_that_knows_no_lock_is_not_pushed_aside_either(tmp_path):
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "d.sock"))
         other.listen()
-        for try_it in (listen, check):
+        for try_it in (listen, check_address):
             with pytest.raises(OptionError, match="another daemon listens at"):
                 try_it(Address("unix", str(tmp_path / "d.sock")))
         with socket.socket(socket.AF_UNIX) as client:
@@ -101,11 +110,11 @@ def test_other_kinds_are_not_shared_either(text):
         pytest.skip("abstract sockets are Linux's")
     found = listen(parse(text.format(pid=os.getpid())))
     assert found.address.port or found.address.kind == "abstract"
-    for try_it in (listen, check):
+    for try_it in (listen, check_address):
         with pytest.raises(OptionError, match="another daemon listens at"):
             try_it(found.address)
     found.close()
-    check(found.address)
+    check_address(found.address)
 
 
 def everything(folder):
@@ -129,7 +138,7 @@ def test_folders_and_files_that_are_not_for_sockets(tmp_path):
     before = everything(tmp_path)
     for name, message in wrong.items():
         with pytest.raises(OptionError, match=message):
-            check(Address("unix", str(tmp_path / name)))
+            check_address(Address("unix", str(tmp_path / name)))
     assert everything(tmp_path) == before
     for name, message in wrong.items():
         with pytest.raises(OptionError, match=message):
@@ -141,15 +150,15 @@ def test_folders_where_nothing_can_be_written(tmp_path, monkeypatch):
     """As for a user who is not root, whom the tests may not have."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OptionError, match=r"cannot listen at unix:.*d\.sock: permission denied"):
-        check(Address("unix", str(tmp_path / "d.sock")))
+        check_address(Address("unix", str(tmp_path / "d.sock")))
     with pytest.raises(OptionError, match="run for the socket cannot be made: permission denied"):
-        check(Address("unix", str(tmp_path / "run" / "d.sock")))
+        check_address(Address("unix", str(tmp_path / "run" / "d.sock")))
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_only_for_reading(tmp_path):
     tmp_path.chmod(0o500)
-    for try_it in (listen, check):
+    for try_it in (listen, check_address):
         with pytest.raises(OptionError, match=r"cannot listen at unix:.*d\.sock: permission denied"):
             try_it(Address("unix", str(tmp_path / "d.sock")))
         with pytest.raises(OptionError, match="run for the socket cannot be made: permission denied"):
@@ -157,36 +166,36 @@ def test_a_folder_that_is_only_for_reading(tmp_path):
 
 
 def test_a_check_leaves_no_trace(tmp_path):
-    check(Address("unix", str(tmp_path / "run" / "edge-rt" / "d.sock")))
-    check(Address("unix", str(tmp_path / "d.sock")))
+    check_address(Address("unix", str(tmp_path / "run" / "edge-rt" / "d.sock")))
+    check_address(Address("unix", str(tmp_path / "d.sock")))
     assert everything(tmp_path) == []
 
 
 def test_sockets_of_systemd(tmp_path, monkeypatch):
     code = """
         import os, socket
-        from edge_rt.daemon.address import activated
+        from edge_rt.daemon.address import systemd_listeners
         given = socket.socket(socket.AF_UNIX); given.bind("s.sock"); given.listen()
         os.dup2(given.fileno(), 3)
         os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-        (found,) = activated()
-        print(found.address, found.lock, sorted(name for name in os.environ if name.startswith("LISTEN")), activated())
+        (found,) = systemd_listeners()
+        print(found.address, found.lock, sorted(name for name in os.environ if name.startswith("LISTEN")), systemd_listeners())
     """
     program = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "unix:s.sock None [] []\n", done.stderr
     monkeypatch.setenv("LISTEN_PID", "1")
-    assert activated() == []
+    assert systemd_listeners() == []
 
 
 def test_systemd_is_told(tmp_path, monkeypatch):
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    notify("READY=1")
+    notify_systemd("READY=1")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "n"))
         told.settimeout(5)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
-        notify("READY=1")
+        notify_systemd("READY=1")
         assert told.recv(100) == b"READY=1"
-    notify("STOPPING=1")  # nobody is there any more
+    notify_systemd("STOPPING=1")  # nobody is there any more
     assert addresses.MAX_PATH == 107

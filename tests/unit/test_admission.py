@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from worker_host import Host
 
 from edge_rt.core.engine import PredictsMemory
-from edge_rt.daemon import admission
-from edge_rt.daemon.account import Need
-from edge_rt.daemon.admission import Line, Waiting
-from edge_rt.daemon.sessions import Sessions
+from edge_rt.daemon.sessions import SessionRegistry
+from edge_rt.daemon.worker import requests as admission
+from edge_rt.daemon.worker.memory import MemoryRequest
+from edge_rt.daemon.worker.requests import AdmissionQueue, QueuedRequest
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 
@@ -298,7 +298,7 @@ def test_what_is_saved_later_is_gone_on_from_and_not_what_was_parked_before(tmp_
     parked, saved = tmp_path / "parked", tmp_path / "saved"
     for path in (parked, saved):
         path.touch()
-    sessions = Sessions(9, 1.0, lambda one: None)
+    sessions = SessionRegistry(9, 1.0, lambda one: None)
     hosted = SimpleNamespace(supervisor=SimpleNamespace(epoch=0))
     one = sessions.add(1, hosted, False, None)
     assert one.last_save is None
@@ -380,10 +380,10 @@ def test_nobody_is_passed_for_ever():
         begun.append(one.name)
         units.used += one.need.cells
 
-    line = Line(units, begin, lambda one, error: begun.append(error), lambda one, event: None, lambda short: None)
+    line = AdmissionQueue(units, begin, lambda one, error: begun.append(error), lambda one, event: None, lambda short: None)
 
     def come(name, cells, priority="normal"):
-        line.add(Waiting({"priority": priority}, [], {}, Need(cells, cells), name, lambda: True))
+        line.add(QueuedRequest({"priority": priority}, [], {}, MemoryRequest(cells, cells), name, lambda: True))
         line.admit()
 
     def end(cells):
@@ -394,7 +394,7 @@ def test_nobody_is_passed_for_ever():
     come("large", 10, "low")
     for number in range(12):
         come(number, 2, "high")
-        if number < admission.PASSES:
+        if number < admission.MAX_PASSES:
             assert begun[-1] == number
             end(2)
     assert begun == ["first", *range(8)], "the others wait, though they would fit"
@@ -407,10 +407,12 @@ def test_nobody_is_passed_for_ever():
 
 def test_the_urgent_go_first_and_then_the_first():
     units, begun = Units(), []
-    line = Line(units, lambda one, room: begun.append(one.name), lambda one, error: None, lambda one, event: None, lambda short: None)
+    line = AdmissionQueue(
+        units, lambda one, room: begun.append(one.name), lambda one, error: None, lambda one, event: None, lambda short: None
+    )
     units.used = 10
     for name, priority in (("a", "low"), ("b", "normal"), ("c", "high"), ("d", "normal")):
-        line.add(Waiting({"priority": priority}, [], {}, Need(1, 1), name, lambda: True))
+        line.add(QueuedRequest({"priority": priority}, [], {}, MemoryRequest(1, 1), name, lambda: True))
     assert not line.admit()
     units.used = 0
     assert line.admit()
@@ -421,14 +423,14 @@ def test_who_waits_is_looked_at_again_after_a_while_though_nothing_ended(monkeyp
     now = [1000.0]
     monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now[0]))
     units = Units()
-    line = Line(units, lambda one, room: None, lambda one, error: None, lambda one, event: None, lambda short: None)
+    line = AdmissionQueue(units, lambda one, room: None, lambda one, error: None, lambda one, event: None, lambda short: None)
     assert line.due() is None
     units.used = 10
-    line.add(Waiting({}, [], {}, Need(1, 1), "a", lambda: True))
+    line.add(QueuedRequest({}, [], {}, MemoryRequest(1, 1), "a", lambda: True))
     line.admit()
-    now[0] += admission.LOOK_EVERY / 2
+    now[0] += admission.RETRY_SECONDS / 2
     assert line.due() > now[0]
-    now[0] += admission.LOOK_EVERY / 2
+    now[0] += admission.RETRY_SECONDS / 2
     assert line.due() <= now[0]
     line.admit()
     assert line.due() > now[0]

@@ -14,7 +14,7 @@ from bench.results import OURS, Settings
 from bench.serve import chats, fairness, throughput
 from bench.serve.chats import HttpChat, OwnChat, prompt, talk
 from bench.serve.servers import OVER_HTTP, PEER, LineUp, Serving
-from edge_rt.daemon.frames import pack
+from edge_rt.daemon.protocol import pack
 from edge_rt.types import ContextUse, Delta, Done, Timings, Usage, record
 
 

@@ -8,8 +8,8 @@ import protocol_peer
 import pytest
 from protocol_peer import ConformanceError
 
-from edge_rt.daemon.conversation import Conversation
-from edge_rt.daemon.frames import Frames, pack, unpack
+from edge_rt.daemon.client.protocol import ClientProtocol
+from edge_rt.daemon.protocol import FrameReader, pack, unpack
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Delta
 
@@ -60,21 +60,21 @@ def test_what_is_no_messagepack(vector):
 def test_frames_split_at_every_byte(vector):
     data = bytes.fromhex(vector["hex"])
     for at in range(len(data) + 1):
-        frames = Frames()
+        frames = FrameReader()
         assert [*frames.feed(data[:at]), *frames.feed(data[at:])] == vector["messages"]
 
 
 @named("not_frames")
 def test_what_is_no_frame(vector):
     with pytest.raises(ProtocolError) as caught:
-        list(Frames().feed(bytes.fromhex(vector["hex"])))
+        list(FrameReader().feed(bytes.fromhex(vector["hex"])))
     assert caught.value.code == vector["code"]
 
 
 @named("resume")
 @pytest.mark.parametrize("at_once", [True, False])
 def test_resuming(vector, at_once):
-    conversation, text = Conversation(), ""
+    conversation, text = ClientProtocol(), ""
     answers = conversation.ask("generate", {"prompt": "x", "resumable": True})
     conversation.to_send()
 
@@ -87,14 +87,14 @@ def test_resuming(vector, at_once):
             conversation.disconnected()
             conversation.resume()
             expected = step["break"]["resumes"]
-            sent = list(Frames().feed(conversation.to_send()))
+            sent = list(FrameReader().feed(conversation.to_send()))
             assert sent == ([] if expected is None else [{"id": answers.request, **expected}])
         else:
             data = pack({"id": answers.request, **step.get("receive", step.get("receive_part"))})
             conversation.received(data if "receive" in step else data[: len(data) // 2])
         if at_once:
             text += "".join(take())
-        for message in Frames().feed(conversation.to_send()):
+        for message in FrameReader().feed(conversation.to_send()):
             assert (message["op"], message["seq"] <= answers.seq) == ("ack", True)
     assert text + "".join(take()) == vector["text"]
     if vector["error"] is None:

@@ -11,10 +11,9 @@ import pytest
 from daemons import Daemon, write_plugin
 from relay import Relay
 
-from edge_rt.daemon.aclient import AsyncClient
-from edge_rt.daemon.client import Client
-from edge_rt.daemon.conversation import Conversation
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.client import AsyncClient, Client
+from edge_rt.daemon.client.protocol import ClientProtocol
+from edge_rt.daemon.protocol import FrameReader, pack
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta, Done
 
@@ -206,7 +205,7 @@ def test_a_generation_that_is_not_read_ends_when_it_is_cancelled(daemon, client)
 
 def raw(daemon):
     """A connection without our client's care, after hello."""
-    connection, conversation = socket.socket(socket.AF_UNIX), Conversation()
+    connection, conversation = socket.socket(socket.AF_UNIX), ClientProtocol()
     connection.settimeout(30)
     connection.connect(str(daemon.socket))
     hello = conversation.ask("hello", {"versions": [1]})
@@ -444,7 +443,7 @@ def test_the_async_client_cancels_resumes_and_fails_as_the_other(daemon, client)
 
 @pytest.mark.parametrize("last_words", [{"code": "limit", "message": "full"}, None])
 def test_a_daemon_that_takes_no_one_any_more_is_not_besieged(daemon, tmp_path, monkeypatch, last_words):
-    monkeypatch.setattr("edge_rt.daemon.aclient.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("edge_rt.daemon.client.async_.PAUSES", (0.01, 0.01))
     connections = []
 
     def down(pieces):
@@ -521,7 +520,7 @@ def test_messages_in_pieces_and_in_one_piece(daemon):
             connection.connect(str(daemon.socket))
             for start in range(0, len(data), size):
                 connection.sendall(data[start : start + size])
-            frames, found = Frames(), []
+            frames, found = FrameReader(), []
             while len(found) < 3:
                 found += frames.feed(connection.recv(1 << 16))
         assert [sorted(one) for one in found] == [["id", "ok"]] * 3

@@ -16,10 +16,9 @@ from readers import Asks
 
 from edge_rt.core.generate import scheduler as batch_module
 from edge_rt.core.generate.scheduler import LEAST, Scheduler
-from edge_rt.daemon import embeddings as module
-from edge_rt.daemon.aclient import AsyncClient
-from edge_rt.daemon.client import Client
-from edge_rt.daemon.readings import Readings
+from edge_rt.daemon.client import AsyncClient, Client
+from edge_rt.daemon.worker import read_jobs as module
+from edge_rt.daemon.worker.read_jobs import ReadJobs
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
 from edge_rt.testing.null_device import NullEngine
 from edge_rt.types import Delta, Done
@@ -106,7 +105,7 @@ def test_cancelling_another_leaves_the_text_that_is_read(asks, model):
 
 
 def test_many_texts_are_tokenised_a_few_at_a_time_and_checked_before_any_is_read(asks, monkeypatch):
-    monkeypatch.setattr(module, "AT_ONCE", 10)
+    monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 10)
     seen = []
     monkeypatch.setattr(module, "tokens_of", lambda *given, real=module.tokens_of: seen.append(given[2]) or real(*given))
     asks.add("good", texts=["12345"] * 6)
@@ -148,7 +147,7 @@ def test_an_engine_that_makes_none(model):
 
     mute = SimpleNamespace(file=model.file, engine=Mute(), prefixes=model.prefixes)
     with pytest.raises(OptionError, match="makes no embeddings"):
-        Readings(mute, None, None, None, None).add(None, {"op": "embed", "texts": ["a"]})
+        ReadJobs(mute, None, None, None, None).add(None, {"op": "embed", "texts": ["a"]})
 
 
 # ---- beside generations ----------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 from daemons import Daemon
 
 from edge_rt.daemon import supervisor
-from edge_rt.daemon.aclient import AsyncClient
-from edge_rt.daemon.supervisor import Spec, Supervisor
+from edge_rt.daemon.client import AsyncClient
+from edge_rt.daemon.supervisor import Supervisor, WorkerSpec
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta, Done
 
@@ -110,18 +110,18 @@ def test_a_step_that_takes_long_and_says_that_it_goes_on_is_not_ended(start):
     ("expected", "seconds"), [(None, 120), (0.001, 10), (0.5, 50), (30, 120)], ids=["unknown", "small", "larger", "no more than that"]
 )
 def test_how_long_a_step_may_stand_still(expected, seconds):
-    assert supervisor.patience_with(expected, 120) == seconds
+    assert supervisor.hang_timeout(expected, 120) == seconds
 
 
 def test_a_step_that_takes_much_longer_than_its_like_is_ended_soon(folder, random_model, monkeypatch):
     """And what takes long without being a step of the engine, or before there was any, is not."""
-    monkeypatch.setattr(supervisor, "LEAST_PATIENCE", 0.5)
+    monkeypatch.setattr(supervisor, "MIN_HANG_SECONDS", 0.5)
     for name, value in Daemon(folder, delay=0.002).environment.items():
         monkeypatch.setenv(name, value)
 
     async def work():
         found = Supervisor(60, lambda: None, lambda message: None, lambda: {"allowance": 1 << 40, "parked": None})
-        found.load(Spec(str(random_model()), {"engine": "null", "device": "null"}))
+        found.load(WorkerSpec(str(random_model()), {"engine": "null", "device": "null"}))
 
         async def answer(prompt):
             end = asyncio.get_running_loop().create_future()
@@ -245,7 +245,7 @@ def test_what_waits_for_a_worker_can_be_cancelled(start):
 
 def test_a_daemon_that_is_gone_ends_streams_that_could_be_resumed(start, monkeypatch):
     monkeypatch.setattr("edge_rt.daemon.client.PAUSES", (0.05, 0.05))
-    monkeypatch.setattr("edge_rt.daemon.aclient.PAUSES", (0.05, 0.05))
+    monkeypatch.setattr("edge_rt.daemon.client.async_.PAUSES", (0.05, 0.05))
     daemon = start()
     client = daemon.ready()
     events = client.generate("a", max_tokens=3000, ignore_eos=True, resumable=True)

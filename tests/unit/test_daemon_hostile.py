@@ -12,8 +12,8 @@ import pytest
 from daemons import Daemon, write_plugin
 
 from edge_rt.daemon.address import parse
-from edge_rt.daemon.client import connected
-from edge_rt.daemon.frames import MAX_BYTES, Frames, pack, pack_answer, unpack
+from edge_rt.daemon.client import connect_socket
+from edge_rt.daemon.protocol import MAX_BYTES, FrameReader, pack, pack_answer, unpack
 from edge_rt.errors import DaemonError
 
 CONFIG = """
@@ -64,7 +64,7 @@ HELLO = pack({"id": 1, "op": "hello", "versions": [1]})
 
 
 def connect(daemon, greet=False):
-    connection = connected(parse(str(daemon.socket)), 10)
+    connection = connect_socket(parse(str(daemon.socket)), 10)
     if greet:
         connection.sendall(HELLO)
         assert "ok" in read(connection)[0]
@@ -73,7 +73,7 @@ def connect(daemon, greet=False):
 
 def read(connection, most=1):
     """Messages until there are some, or the end."""
-    frames, found = Frames(), []
+    frames, found = FrameReader(), []
     while len(found) < most:
         try:
             data = connection.recv(1 << 16)
@@ -265,7 +265,7 @@ def test_the_same_id_twice(daemon):
         options = {"max_tokens": 50, "ignore_eos": True}
         for _ in range(2):
             send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": options}))
-        frames, found = Frames(), []
+        frames, found = FrameReader(), []
         while not any("ok" in one for one in found):
             found += frames.feed(connection.recv(1 << 16))
         assert [one["error"]["code"] for one in found if "error" in one] == ["bad_request"]
@@ -339,7 +339,7 @@ def test_who_asks_nothing_is_sent_away_and_who_waits_is_not(tmp_path, random_mod
 def test_who_is_refused_again_and_again_is_not_heard_for_a_while_and_others_are(daemon):
     connection = connect(daemon, greet=True)
     connection.setblocking(False)
-    asked, answered, frames = 1500, 0, Frames()
+    asked, answered, frames = 1500, 0, FrameReader()
     data = b"".join(pack({"id": number + 2, "op": "nonsense"}) for number in range(asked))
     sent = connection.send(data)
     assert sent == len(data), "they fit the socket"

@@ -11,7 +11,7 @@ import time
 import pytest
 from daemons import Daemon, write_plugin
 
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.protocol import FrameReader, pack
 from edge_rt.errors import DaemonError
 
 OPTIONS = {"engine": "null", "device": "null", "context": 128}
@@ -51,7 +51,7 @@ def test_two_who_load_at_once_do_not_leave_a_worker_behind(tmp_path, random_mode
         connection.settimeout(30)
         connection.connect(str(daemon.socket))
         connection.sendall(b"".join(pack({"id": number, **message}) for number, message in enumerate(asked)))
-        frames, found = Frames(), {}
+        frames, found = FrameReader(), {}
         while len(found) < len(asked):
             found |= {message["id"]: message for message in frames.feed(connection.recv(1 << 16))}
         assert found[2]["error"]["code"] == "busy"

@@ -63,13 +63,13 @@ def test_a_configuration(tmp_path):
         'listen = ["/run/x.sock", "tcp:127.0.0.1:80"]\nusers = ["root", "1000"]\nkey_file = "key"\nrules = "r.toml"\ncredits = 8\n'
         'hung_after = 5\n[model]\nfile = "m.gguf"\ncontext = 512\npack = false\n[limits]\nconnections = 3\nhello_seconds = 0\n'
     )
-    found = configuration.read(tmp_path / "d.toml")
+    found = configuration.read_config(tmp_path / "d.toml")
     assert found.listen == (Address("unix", "/run/x.sock"), Address("tcp", "127.0.0.1", 80))
     assert (found.users, found.key, found.rules) == ({0, 1000}, "0123456789abcdef", str(tmp_path / "r.toml"))
     assert (found.model, found.model_options) == (str(tmp_path / "m.gguf"), {"context": 512, "pack": False})
     assert (found.credits, found.hung_after, found.limits.connections, found.limits.hello_seconds) == (8, 5.0, 3, 0.0)
     (tmp_path / "d.toml").write_text("")
-    assert configuration.read(tmp_path / "d.toml") == configuration.default()
+    assert configuration.read_config(tmp_path / "d.toml") == configuration.default_config()
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_configurations_that_are_wrong(tmp_path, text, message):
     (tmp_path / "short").chmod(0o600)
     (tmp_path / "d.toml").write_text(text)
     with pytest.raises(RuleError, match=message):
-        configuration.read(tmp_path / "d.toml")
+        configuration.read_config(tmp_path / "d.toml")
     with pytest.raises(OptionError, match="cannot be read: no such file"):
-        configuration.read(tmp_path / "none.toml")
+        configuration.read_config(tmp_path / "none.toml")
 
 
 FILE_OPTIONS = {"context": 512, "threads": 3, "memory": 1 << 20, "key_type": "q8_0", "engine": "e", "device": "d", "policy": "slide",

@@ -9,7 +9,7 @@ import time
 import pytest
 from daemons import Daemon
 
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.protocol import FrameReader, pack
 
 
 class Worker:
@@ -22,7 +22,7 @@ class Worker:
         self.process = subprocess.Popen(program, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         ours.settimeout(30)
-        self.socket, self.frames, self.said, self.news = ours, Frames(), {}, []
+        self.socket, self.frames, self.said, self.news = ours, FrameReader(), {}, []
         options = {"engine": "null", "device": "null", **opening.pop("options", {})}
         self.tell(op="open", id=0, model=str(model), options=options, rules=None, **opening)
 
@@ -211,11 +211,11 @@ def test_events_of_several_generations_come_in_order(start):
 
 
 def test_writes_of_a_step_go_out_when_it_is_over():
-    from edge_rt.daemon.worker import Worker as Work
+    from edge_rt.daemon.worker.__main__ import WorkerLoop as Work
 
     ours, theirs = socket.socketpair()
     ours.settimeout(5)
-    work, frames, heard = Work(theirs), Frames(), []
+    work, frames, heard = Work(theirs), FrameReader(), []
 
     class Serving:
         busy = False

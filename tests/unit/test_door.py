@@ -9,38 +9,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.daemon import door
-from edge_rt.daemon.bucket import Bucket
-from edge_rt.daemon.door import Door
+from edge_rt.daemon import server as door
+from edge_rt.daemon.connection import TokenBucket
+from edge_rt.daemon.server import RateLimitedAcceptor
 
 
 @given(st.floats(0.5, 1000), st.floats(1, 50), st.lists(st.floats(0, 2), max_size=200))
 def test_no_more_are_taken_than_come_and_are_there(rate, most, pauses):
-    bucket, now, taken = Bucket(rate, most, 0.0), 0.0, 0
+    bucket, now, taken = TokenBucket(rate, most, 0.0), 0.0, 0
     for pause in pauses:
         now += pause
         wait = bucket.take(now)
         taken += not wait
         assert taken <= most + rate * now + 1e-6
         if wait:
-            assert Bucket.take(bucket, now + wait * 1.001) == 0, "after that time there is one"
+            assert TokenBucket.take(bucket, now + wait * 1.001) == 0, "after that time there is one"
             taken += 1
             now += wait * 1.001
 
 
 @given(st.floats(0.5, 1000), st.lists(st.floats(0, 0.01), max_size=300), st.floats(0.1, 2))
 def test_what_is_owed_adds_up_to_a_limit(rate, pauses, longest):
-    bucket, now = Bucket(rate, 1, 0.0), 0.0
+    bucket, now = TokenBucket(rate, 1, 0.0), 0.0
     for number, pause in enumerate(pauses):
         now += pause
-        wait = bucket.owe(now, longest)
+        wait = bucket.overdraw(now, longest)
         assert 0 <= wait <= longest + 1e-6
         assert wait >= min(longest, number / rate - now) - 1e-6
 
 
 def test_without_a_rate_there_is_no_limit():
-    bucket = Bucket(0, 0, 0.0)
-    assert [bucket.take(0.0) or bucket.owe(0.0, 1.0) for _ in range(1000)] == [0] * 1000
+    bucket = TokenBucket(0, 0, 0.0)
+    assert [bucket.take(0.0) or bucket.overdraw(0.0, 1.0) for _ in range(1000)] == [0] * 1000
 
 
 class Client(asyncio.Protocol):
@@ -74,7 +74,7 @@ def let_in(listening, number, rate, burst, before=None):
     async def run():
         loop, made, now = asyncio.get_running_loop(), [], 0.0
         loop.time = lambda: now
-        found = Door(listening, lambda: type("One", (Client,), {"made": made})(), rate, burst)
+        found = RateLimitedAcceptor(listening, lambda: type("One", (Client,), {"made": made})(), rate, burst)
         clients = connect(listening, number)
         seen = []
         for _ in range(10):
@@ -118,7 +118,7 @@ def test_without_descriptors_it_tries_again(listening, monkeypatch, caplog):
                 raise OSError(errno.EMFILE, "Too many open files")
             return accept(self)
 
-    monkeypatch.setattr(door, "FULL_WAIT", 0.25)
+    monkeypatch.setattr(door, "EXHAUSTED_PAUSE", 0.25)
     full = Full(listening.family, listening.type, fileno=listening.fileno())
     try:
         seen = let_in(full, 3, rate=0, burst=1)
@@ -132,7 +132,7 @@ def test_without_descriptors_it_tries_again(listening, monkeypatch, caplog):
 def test_small_answers_do_not_wait_for_acknowledgements():
     async def run(listening):
         loop, made = asyncio.get_running_loop(), []
-        found = Door(listening, lambda: type("One", (Client,), {"made": made})(), 0, 1)
+        found = RateLimitedAcceptor(listening, lambda: type("One", (Client,), {"made": made})(), 0, 1)
         with socket.create_connection(listening.getsockname()):
             while not made:
                 await loop.run_in_executor(None, lambda: None)

@@ -7,7 +7,7 @@ from daemons import Daemon, write_plugin
 from edge_rt_distill.replay.trace import read_trace
 from http_peer import Peer
 
-from edge_rt.daemon.aclient import AsyncClient
+from edge_rt.daemon.client import AsyncClient
 from edge_rt.errors import DaemonError
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.daemon.frames import MAX_BYTES, MAX_DEPTH, Frames, pack, unpack
+from edge_rt.daemon.protocol import MAX_BYTES, MAX_DEPTH, FrameReader, pack, unpack
 from edge_rt.errors import ProtocolError
 
 VALUES = st.recursive(
@@ -21,7 +21,7 @@ MESSAGES = st.dictionaries(st.text(), VALUES, max_size=4)
 
 @given(st.lists(MESSAGES, max_size=5), st.randoms())
 def test_messages_come_out_whole_however_they_were_cut(messages, chance):
-    data, frames, found = b"".join(map(pack, messages)), Frames(), []
+    data, frames, found = b"".join(map(pack, messages)), FrameReader(), []
     while data:
         n = chance.randrange(1, 40)
         found += frames.feed(data[:n])
@@ -32,7 +32,7 @@ def test_messages_come_out_whole_however_they_were_cut(messages, chance):
 @pytest.mark.parametrize("length", [MAX_BYTES + 1, 2**32 - 1])
 def test_a_giant_length_is_refused_before_anything_is_kept(length):
     with pytest.raises(ProtocolError, match="is too long") as caught:
-        list(Frames().feed(struct.pack(">I", length)))
+        list(FrameReader().feed(struct.pack(">I", length)))
     assert caught.value.code == "frame_too_long"
     with pytest.raises(ProtocolError, match=r"a message of .* is too long"):
         pack({"text": "x" * MAX_BYTES})
@@ -74,7 +74,7 @@ def test_depth_up_to_the_limit_is_allowed():
 def test_random_bytes_do_no_harm():
     chance = random.Random(5)
     for _ in range(2000):
-        frames = Frames(max_bytes=1 << 16)
+        frames = FrameReader(max_bytes=1 << 16)
         data = chance.randbytes(chance.randrange(1, 200))
         if chance.random() < 0.5:
             data = struct.pack(">I", len(data)) + data

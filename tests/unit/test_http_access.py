@@ -16,7 +16,7 @@ from http_peer import Peer, connect
 from edge_rt.cli import main as cli
 from edge_rt.daemon import config as configuration
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.config import Http
+from edge_rt.daemon.config import HttpConfig
 from edge_rt.errors import RuleError
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
@@ -138,12 +138,12 @@ def test_pages_that_may_ask(daemon, peer):
 
 def test_a_configuration(folder):
     (folder / "c.toml").write_text('[http]\nkey_file = "keys"\norigins = ["https://a.example", "http://[::1]:3"]\nhosts = ["A"]\n')
-    found = configuration.read(folder / "c.toml").http
-    assert found == Http((Address("tcp", "127.0.0.1", 8080),), (KEY, OTHER), False, ("https://a.example", "http://[::1]:3"), ("a",))
+    found = configuration.read_config(folder / "c.toml").http
+    assert found == HttpConfig((Address("tcp", "127.0.0.1", 8080),), (KEY, OTHER), False, ("https://a.example", "http://[::1]:3"), ("a",))
     (folder / "c.toml").write_text('[http]\nlisten = ["/run/h.sock"]\nopen = true\n')
-    assert configuration.read(folder / "c.toml").http == Http((Address("unix", "/run/h.sock"),), open=True)
+    assert configuration.read_config(folder / "c.toml").http == HttpConfig((Address("unix", "/run/h.sock"),), open=True)
     (folder / "c.toml").write_text("")
-    assert configuration.read(folder / "c.toml").http is None
+    assert configuration.read_config(folder / "c.toml").http is None
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_configurations_that_are_wrong(folder, text, message):
         (folder / name).chmod(0o600)
     (folder / "c.toml").write_text(text)
     with pytest.raises(RuleError, match=message):
-        configuration.read(folder / "c.toml")
+        configuration.read_config(folder / "c.toml")
 
 
 def test_check(tmp_path, capsys):

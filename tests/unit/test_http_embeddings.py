@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
 
-from edge_rt.daemon.http.embeddings import MOST_TEXTS, _packed, read
-from edge_rt.daemon.http.errors import ApiError
+from edge_rt.daemon.http.openai import ApiError
+from edge_rt.daemon.http.routes import MAX_EMBEDDING_TEXTS, pack_base64, parse_embedding_request
 from edge_rt.errors import ProtocolError
 from edge_rt.types import singles
 
@@ -31,14 +31,16 @@ PATH = "/v1/embeddings"
     ],
 )
 def test_inputs(given, fields):
-    asked = read({"input": given, "model": "m", "user": "u", "dimensions": None})
+    asked = parse_embedding_request({"input": given, "model": "m", "user": "u", "dimensions": None})
     assert (asked.fields, asked.model, asked.base64, asked.dimensions, asked.ignored) == (fields, "m", False, None, ("user",))
 
 
 def test_what_edge_rt_adds():
-    asked = read({"input": "a", "encoding_format": "base64", "dimensions": 3, "edge_rt": {"pooling": "last", "normalize": False}})
+    asked = parse_embedding_request(
+        {"input": "a", "encoding_format": "base64", "dimensions": 3, "edge_rt": {"pooling": "last", "normalize": False}}
+    )
     assert (asked.fields, asked.base64, asked.dimensions) == ({"texts": ["a"], "pooling": "last", "normalize": False}, True, 3)
-    asked = read({"input": "a", "dimensions": 3, "edge_rt": {"truncate": True}})
+    asked = parse_embedding_request({"input": "a", "dimensions": 3, "edge_rt": {"truncate": True}})
     assert (asked.fields, asked.dimensions) == ({"texts": ["a"], "dimensions": 3}, None)
 
 
@@ -61,7 +63,7 @@ def test_what_edge_rt_adds():
         ({"input": ""}, "input", "invalid_value"),
         ({"input": ["a", ""]}, "input", "invalid_value"),
         ({"input": [[]]}, "input", "invalid_value"),
-        ({"input": ["a"] * (MOST_TEXTS + 1)}, "input", "invalid_value"),
+        ({"input": ["a"] * (MAX_EMBEDDING_TEXTS + 1)}, "input", "invalid_value"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "invalid_value"),
         ({"input": "a", "encoding_format": 3}, "encoding_format", "invalid_type"),
         ({"input": "a", "dimensions": 0}, "dimensions", "invalid_value"),
@@ -72,20 +74,20 @@ def test_what_edge_rt_adds():
 )
 def test_what_cannot_be(body, param, code):
     with pytest.raises(ApiError) as caught:
-        read(body)
+        parse_embedding_request(body)
     assert (caught.value.param, caught.value.code, caught.value.status) == (param, code, 400)
 
 
 def test_what_edge_rt_has_not():
     with pytest.raises(ProtocolError):
-        read({"input": "a", "edge_rt": {"top_k": 3}})
+        parse_embedding_request({"input": "a", "edge_rt": {"top_k": 3}})
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20))
 def test_numbers_come_back_to_the_bit(row):
     bits = struct.pack(f"<{len(row)}f", *row)
     assert struct.pack(f"<{len(row)}f", *json.loads(json.dumps(singles(row)))) == bits
-    assert base64.b64decode(_packed(row)) == bits
+    assert base64.b64decode(pack_base64(row)) == bits
 
 
 # ---- the daemon ------------------------------------------------------------------------------------------------------

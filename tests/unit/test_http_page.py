@@ -13,7 +13,7 @@ import pytest
 from daemons import Daemon, write_plugin
 from http_peer import Peer
 
-from edge_rt.daemon.measures import SHOWN, Recent
+from edge_rt.daemon.metrics import RATE_SECONDS, TokenRate
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
 
@@ -211,7 +211,7 @@ def test_the_facts(daemon, peer):
 def test_throughput_is_of_all_clients_and_falls_again(peer, other):
     other.post(CHAT, {**SHORT, "max_tokens": 100, "edge_rt": {"ignore_eos": True}})
     found = peer.get(STATUS).json["throughput"]
-    assert len(found["by_second"]) == SHOWN
+    assert len(found["by_second"]) == RATE_SECONDS
     until = time.monotonic() + 20
     while found["tokens_per_second"]:
         assert time.monotonic() < until
@@ -293,14 +293,14 @@ def test_usage_so_far_is_in_every_chunk_if_asked_for(peer):
 
 
 def test_tokens_by_second():
-    recent, start = Recent(), 1000.0
+    recent, start = TokenRate(), 1000.0
     for tenth in range(100):
         recent.add(3, start + tenth / 10)  # 30 a second, for ten seconds
     now = start + 10
-    assert recent.by_second(now) == [0] * (SHOWN - 10) + [30] * 10
+    assert recent.by_second(now) == [0] * (RATE_SECONDS - 10) + [30] * 10
     assert recent.rate(now) == 30
     assert recent.rate(now + 0.5) == 60 / 2.5
     assert recent.rate(now + 3) == 0
-    assert recent.by_second(now + 55) == [30] * 5 + [0] * (SHOWN - 5)
-    assert recent.by_second(now + 1e9) == [0] * SHOWN
-    assert recent.by_second(now) == [0] * SHOWN, "a clock that goes back changes nothing"
+    assert recent.by_second(now + 55) == [30] * 5 + [0] * (RATE_SECONDS - 5)
+    assert recent.by_second(now + 1e9) == [0] * RATE_SECONDS
+    assert recent.by_second(now) == [0] * RATE_SECONDS, "a clock that goes back changes nothing"

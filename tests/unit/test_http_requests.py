@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rt.daemon import protocol
-from edge_rt.daemon.http import body, request
-from edge_rt.daemon.http.answer import Answer
-from edge_rt.daemon.http.errors import STATUS, ApiError, api_error
-from edge_rt.daemon.http.routes import _Generation
-from edge_rt.daemon.http.tool_calls import Call, ToolCalls
+from edge_rt.daemon.http import openai as body
+from edge_rt.daemon.http import openai as request
+from edge_rt.daemon.http.openai import STATUS, ApiError, CompletionBuilder, ToolCall, ToolCallParser, to_api_error
+from edge_rt.daemon.http.routes import GenerationAnswer
 from edge_rt.errors import ContextOverflow, ProtocolError
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -24,7 +23,7 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 
 
 def options(**fields):
-    return request.chat({"messages": HELLO, **fields}).fields["options"]
+    return request.parse_chat({"messages": HELLO, **fields}).fields["options"]
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -44,18 +43,18 @@ def test_fields_become_options():
     assert options(logprobs=True) == {"logprobs": 1}
     assert options(logprobs=True, top_logprobs=5) == {"logprobs": 5}
     assert options(edge_rt={"top_k": 3, "post": [], "prune": {"budget": 9}}) == {"top_k": 3, "post": [], "prune": {"budget": 9}}
-    assert options(**dict.fromkeys(request.CHAT.keys() - {"messages"}), n=None, anything=None) == {}
-    protocol.options(options(**same, stop="x", logprobs=True, tools=[TOOL]))  # as the daemon takes them
+    assert options(**dict.fromkeys(request.CHAT_FIELDS.keys() - {"messages"}), n=None, anything=None) == {}
+    protocol.check_options(options(**same, stop="x", logprobs=True, tools=[TOOL]))  # as the daemon takes them
 
 
 def test_what_is_not_an_option():
-    asked = request.chat({"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, "model": "m", "user": "u",
+    asked = request.parse_chat({"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, "model": "m", "user": "u",
                           "tools": [TOOL], "edge_rt": {"session": "s", "priority": "low"}})  # fmt: skip
     assert asked.fields == {"messages": HELLO, "priority": "low", "options": {"tools": [TOOL]}, "model": "m"}
     assert (asked.stream, asked.include_usage, asked.model, asked.session, asked.ignored) == (True, True, "m", "s", ("user",))
     assert (asked.tools, asked.rivals) == ({"add"}, None)
-    assert request.chat({"messages": HELLO, "logprobs": True}).fields["pieces"] is True
-    assert request.completion({"prompt": "x", "logprobs": 0}).rivals == 0
+    assert request.parse_chat({"messages": HELLO, "logprobs": True}).fields["pieces"] is True
+    assert request.parse_completion({"prompt": "x", "logprobs": 0}).rivals == 0
 
 
 def test_messages_as_templates_have_them():
@@ -66,7 +65,7 @@ def test_messages_as_templates_have_them():
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": [], "audio": None},
         {"role": "tool", "tool_call_id": "1", "content": "3"},
     ]
-    assert request.chat({"messages": given}).fields["messages"] == [
+    assert request.parse_chat({"messages": given}).fields["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "ab", "name": "me"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -114,20 +113,20 @@ def test_messages_as_templates_have_them():
 )
 def test_what_cannot_be_done_is_refused(fields, param, code):
     with pytest.raises(ApiError) as caught:
-        request.chat({"messages": HELLO, **fields})
+        request.parse_chat({"messages": HELLO, **fields})
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
 def test_a_prompt_may_be_its_tokens(prompt):
-    assert request.completion({"prompt": prompt}).fields["tokens"] == [1, 2]
+    assert request.parse_completion({"prompt": prompt}).fields["tokens"] == [1, 2]
 
 
 @pytest.mark.parametrize("prompt", [None, 3, [], ["a", "b"], [[]], [[1], [2]], [1, "a"], [-1], [True], {}])
 def test_prompts_that_are_none(prompt):
     with pytest.raises(ApiError) as caught:
-        request.completion({"prompt": prompt})
+        request.parse_completion({"prompt": prompt})
     assert caught.value.param == "prompt"
 
 
@@ -137,17 +136,19 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
-fields = st.sampled_from(sorted({*request.CHAT, *request.COMPLETION, *request.ONLY, *request.IGNORED, "prompt", "stop", "tool_choice"}))
+fields = st.sampled_from(
+    sorted({*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"})
+)
 """Of requests, by name."""
 
 
 @given(st.dictionaries(fields, json_values, max_size=6))
 def test_any_body_is_a_request_or_an_error_of_the_clients(found):
-    for read in (request.chat, request.completion):
+    for read in (request.parse_chat, request.parse_completion):
         try:
             asked = read({"messages": HELLO, "prompt": "x", **found})
         except (ApiError, ProtocolError) as error:
-            status = api_error(error).status
+            status = to_api_error(error).status
         else:
             status = 400
             json.dumps(asked.fields)
@@ -158,20 +159,20 @@ def test_every_code_of_the_protocol_has_a_status():
     """Or is none that a request over HTTP can end with, or a failure of ours."""
     others = {"session_file", "session_mismatch", "rule", "native", "failed", "internal"}
     assert {code for _, code in protocol.CODES} - set(STATUS) <= others
-    found = api_error(ContextOverflow("too long", 30, 20))
+    found = to_api_error(ContextOverflow("too long", 30, 20))
     assert (found.status, found.code) == (400, "context_length_exceeded")
     assert (found.body()["error"]["needed"], found.body()["error"]["available"]) == (30, 20)
-    found = api_error(ProtocolError("limit", "later", retry_after=2.2))
+    found = to_api_error(ProtocolError("limit", "later", retry_after=2.2))
     assert (found.status, found.headers) == (429, (("Retry-After", "3"),))
     assert "retry_after" not in found.body()["error"]
-    found = api_error(KeyError("secret"))
+    found = to_api_error(KeyError("secret"))
     assert (found.status, found.code, "secret" in str(found)) == (500, "internal", False)
 
 
 def test_the_page_says_all_that_there_is():
     root = Path(__file__).parents[2]
     page = (root / "docs" / "http.md").read_text(encoding="utf-8")
-    fields = {*request.CHAT, *request.COMPLETION, *request.ONLY, *request.IGNORED, "prompt", "stop", "tool_choice"}
+    fields = {*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"}
     deprecated = {"functions", "function_call"}
     assert [name for name in fields - deprecated if f"`{name}" not in page] == []
     codes = {code for _, code in STATUS.values()} | {"invalid_value"}
@@ -187,22 +188,22 @@ def test_the_page_says_all_that_there_is():
 
 
 def test_bodies():
-    assert body.parse('{"a": [1, 2.5, null, true, "é😀"]}'.encode()) == {"a": [1, 2.5, None, True, "é😀"]}
-    assert body.parse(b'{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+    assert body.parse_body('{"a": [1, 2.5, null, true, "é😀"]}'.encode()) == {"a": [1, 2.5, None, True, "é😀"]}
+    assert body.parse_body(b'{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
     deep = b'{"a": ' + b"[" * 29 + b"]" * 29 + b"}"
-    assert body.parse(deep)
+    assert body.parse_body(deep)
     for wrong in (deep.replace(b"[]", b"[[]]"), b'{"a": 9223372036854775808}', b'{"a": "\\udc00"}', b'{"a": -Infinity}', b"", b"1"):
         with pytest.raises(ApiError) as caught:
-            body.parse(wrong)
+            body.parse_body(wrong)
         assert caught.value.code == "malformed_json"
 
 
 @given(st.binary(max_size=60) | json_values.map(lambda value: json.dumps({"a": value}).encode()))
 def test_any_bytes_are_a_body_that_a_frame_can_hold_or_an_error(data):
-    from edge_rt.daemon.frames import pack, unpack
+    from edge_rt.daemon.protocol import pack, unpack
 
     try:
-        found = body.parse(data)
+        found = body.parse_body(data)
     except ApiError as error:
         code = error.code
     else:
@@ -218,12 +219,12 @@ def call(name="add", arguments='{"a": 1}'):
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-ADD = Call("add", '{"a": 1}')
+ADD = ToolCall("add", '{"a": 1}')
 
 
 def taken(parts, names=("add",)):
     """What came out, texts joined."""
-    calls, found = ToolCalls(frozenset(names)), []
+    calls, found = ToolCallParser(frozenset(names)), []
     for piece in [piece for part in parts for piece in calls.feed(part)] + calls.flush():
         if isinstance(piece, str) and found and isinstance(found[-1], str):
             found[-1] += piece
@@ -268,7 +269,7 @@ def test_calls_are_the_same_however_the_text_is_split(pieces, seed):
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     found = taken(parts)
     assert found == taken([text])
-    calls = [one for one in found if isinstance(one, Call)]
+    calls = [one for one in found if isinstance(one, ToolCall)]
     assert calls == [ADD] * len(calls)
     if not calls:
         assert "".join(found) == text
@@ -283,8 +284,8 @@ DONE = {
 
 
 def answered(texts, stream, **fields):
-    asked = request.chat({"messages": HELLO, "stream": stream, **fields})
-    answer = Answer(asked, "m")
+    asked = request.parse_chat({"messages": HELLO, "stream": stream, **fields})
+    answer = CompletionBuilder(asked, "m")
     chunks = answer.begin()
     for text in texts:
         chunks += answer.event({"event": "delta", "text": text, "tokens": (1,)})
@@ -311,7 +312,7 @@ def test_who_waits_for_memory_gets_a_comment_in_the_stream(stream):
             said.append(found["choices"][0]["message"]["content"])
 
     exchange = SimpleNamespace(connection=Connection())
-    generation = _Generation(exchange, request.chat({"messages": HELLO, "stream": stream}), "m", "m", ())
+    generation = GenerationAnswer(exchange, request.parse_chat({"messages": HELLO, "stream": stream}), "m", "m", ())
     queued = {"event": "queued", "reason": "so", "needed": 2, "available": 1}
     for message in (queued, {"event": "delta", "text": "a", "tokens": (1,)}, DONE, {"ok": {}}):
         generation._heard(message)
@@ -350,8 +351,8 @@ def test_reasons():
 
 
 def test_a_log_probability_of_the_impossible():
-    asked = request.chat({"messages": HELLO, "logprobs": True, "top_logprobs": 1})
-    answer = Answer(asked, "m")
+    asked = request.parse_chat({"messages": HELLO, "logprobs": True, "top_logprobs": 1})
+    answer = CompletionBuilder(asked, "m")
     entry = {"token": 1, "text": "x", "logprob": None, "top": ((2, -0.5),), "piece": b"\xc3", "top_pieces": [b"y"]}
     answer.event({"event": "delta", "text": "", "tokens": (1,), "logprobs": [entry]})
     answer.event(DONE)

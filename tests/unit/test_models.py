@@ -12,13 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rt.daemon import supervisor
-from edge_rt.daemon.exchange import Exchange
-from edge_rt.daemon.hosted import Needs, foreseen
-from edge_rt.daemon.models import Models
-from edge_rt.daemon.process import Ended
+from edge_rt.daemon.models import MemoryNeeds, ModelManager, estimate_memory
+from edge_rt.daemon.operations import ModelLoader
 from edge_rt.daemon.protocol import Request
-from edge_rt.daemon.supervisor import Spec
-from edge_rt.daemon.tasks import Tasks
+from edge_rt.daemon.supervisor import TaskSet, WorkerExit, WorkerSpec
 from edge_rt.errors import ModelFileError, ProtocolError
 
 MB = 1 << 20
@@ -94,7 +91,7 @@ class Worker:
         if took := self.pending.pop(number, None):
             took(message)
 
-    def die(self, why: Ended) -> None:
+    def die(self, why: WorkerExit) -> None:
         self.over = True
         Worker.alive.remove(self)
         pending, self.pending = self.pending, {}
@@ -104,7 +101,7 @@ class Worker:
 
     kill = die
 
-    async def stop(self, why: Ended) -> None:
+    async def stop(self, why: WorkerExit) -> None:
         await asyncio.sleep(0.001)
         if not self.over:
             self.die(why)
@@ -117,15 +114,15 @@ class Worker:
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     Worker.alive.clear()
-    monkeypatch.setattr(supervisor, "Process", Worker)
-    monkeypatch.setattr("edge_rt.daemon.hosted.foreseen", lambda spec: Needs(Path(spec.model).stat().st_size, 6 * MB, 4 * MB))
+    monkeypatch.setattr(supervisor, "WorkerProcess", Worker)
+    monkeypatch.setattr("edge_rt.daemon.models.estimate_memory", lambda spec: MemoryNeeds(Path(spec.model).stat().st_size, 6 * MB, 4 * MB))
 
 
 @dataclass
 class Host:
     """A daemon's models. ``files``: sizes in MB by name."""
 
-    models: Models
+    models: ModelManager
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     asked: int = 0
     most: int = 0
@@ -157,12 +154,12 @@ class Host:
 
 def host(folder: Path, budget: int, sizes: dict[str, int], **times: float) -> Host:
     cool_after, patience = times.get("cool_after", 0.0), times.get("patience", 5.0)
-    models = Models(budget * MB, 60.0, cool_after, patience, folder / "state", lambda one: None, lambda one, message: None)
+    models = ModelManager(budget * MB, 60.0, cool_after, patience, folder / "state", lambda one: None, lambda one, message: None)
     for name, size in sizes.items():
         path = folder / f"{name}.gguf"
         with path.open("wb") as file:
             file.truncate(size * MB)
-        models.know(name, Spec(str(path), {}))
+        models.add(name, WorkerSpec(str(path), {}))
     return Host(models)
 
 
@@ -267,7 +264,7 @@ def test_a_model_cools_down_when_nobody_asks_and_leaves_before_others(tmp_path: 
 def test_one_that_needs_more_than_was_foreseen_makes_others_shrink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         here = host(tmp_path, 100, {"a": 40, "b": 40})
-        here.models.find("b").needs = Needs(10 * MB, 6 * MB, 4 * MB)
+        here.models.find("b").needs = MemoryNeeds(10 * MB, 6 * MB, 4 * MB)
         here.models.load(here.models.find("a"))
         await here.answer(here.ask("a", 20 * MB))
         here.models.call(here.models.find("b"), {"op": "generate", "bytes": MB}, lambda message: here.answers.setdefault(99, message))
@@ -289,7 +286,7 @@ def test_one_that_turns_out_too_large_for_all_the_memory_leaves_and_is_refused_i
     async def main() -> None:
         here = host(tmp_path, 50, {"a": 20, "b": 60})
         b = here.models.find("b")
-        b.needs = Needs(10 * MB, 6 * MB, 4 * MB)  # its worker knows better
+        b.needs = MemoryNeeds(10 * MB, 6 * MB, 4 * MB)  # its worker knows better
         here.models.load(here.models.find("a"))
         await here.answer(here.ask("a"))
         refused = {"code": "out_of_memory", "needed": 69 * MB, "available": 50 * MB}
@@ -308,7 +305,7 @@ def test_one_that_turns_out_too_large_for_all_the_memory_leaves_and_is_refused_i
             here.ask("b")
         assert {"code": caught.value.code, **caught.value.fields} == refused
         assert await here.answer(here.ask("a")) == {"ok": {}}
-        await here.models.close(Ended("draining", "over"))
+        await here.models.close(WorkerExit("draining", "over"))
         assert Worker.alive == []
 
     asyncio.run(main())
@@ -366,7 +363,7 @@ def test_the_next_worker_is_warm_after_one_that_had_cooled_down_died(tmp_path: P
         await here.answer(here.ask("a"))
         while not a.cooled:
             await asyncio.sleep(0.001)
-        Worker.alive[0].die(Ended("worker_died", "it died"))
+        Worker.alive[0].die(WorkerExit("worker_died", "it died"))
         assert not a.cooled
         while a.supervisor.state != "ready":
             assert not a.cooled
@@ -386,7 +383,7 @@ def test_who_asks_for_a_model_that_leaves_for_good_is_told_and_no_worker_is_star
         await asyncio.sleep(0)
         late = here.ask("a")
         await leaving
-        again = here.models.know("a", a.spec)  # as load_model does
+        again = here.models.add("a", a.spec)  # as load_model does
         assert (await here.answer(late))["error"]["code"] == "unloaded"
         assert await here.answer(here.ask("a")) == {"ok": {}}
         assert [one.pid for one in Worker.alive] == [again.supervisor.pid]
@@ -416,12 +413,12 @@ def test_who_loads_a_model_whose_file_vanishes_meanwhile_is_told_and_the_model_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bug: bool
 ) -> None:
     if not bug:  # else what is in its place raises what nobody expects
-        monkeypatch.setattr("edge_rt.daemon.hosted.foreseen", foreseen)
+        monkeypatch.setattr("edge_rt.daemon.models.estimate_memory", estimate_memory)
 
     async def main() -> None:
-        here, tasks, connection = host(tmp_path, 1000, {"a": 10}), Tasks(), Connection()
+        here, tasks, connection = host(tmp_path, 1000, {"a": 10}), TaskSet(), Connection()
         path, request = tmp_path / "a.gguf", Request(1, "load_model", {})
-        exchange = Exchange(here.models, lambda model, options: Spec(model, options), tasks)
+        exchange = ModelLoader(here.models, lambda model, options: WorkerSpec(model, options), tasks)
 
         async def load() -> Any:
             exchange.load(connection, request, str(path), {})  # type: ignore[arg-type]
@@ -457,7 +454,7 @@ def test_one_that_cannot_be_opened_makes_room_for_who_waits(tmp_path: Path, monk
         asked = here.ask("b")
         await asyncio.sleep(0.01)
         monkeypatch.undo()
-        monkeypatch.setattr(supervisor, "Process", Worker)
+        monkeypatch.setattr(supervisor, "WorkerProcess", Worker)
         (opening,) = Worker.alive
         opening._answer(0, {"error": {"code": "model_file", "message": "it is damaged"}})
         assert await here.answer(asked) == {"ok": {}}
@@ -472,7 +469,7 @@ def test_an_allowance_is_lowered_without_a_worker_to_tell(tmp_path: Path) -> Non
         await here.answer(here.ask("a"))
         a.supervisor._failures = supervisor.GIVES_UP_AFTER
         a.supervisor._served = False
-        Worker.alive[0].die(Ended("worker_died", "again"))
+        Worker.alive[0].die(WorkerExit("worker_died", "again"))
         assert a.supervisor.state == "failed"
         a.supervisor._started = float("-inf")  # long ago: what is asked of it would start a worker
         assert await here.answer(here.ask("b", 30 * MB)) == {"ok": {}}
@@ -506,7 +503,7 @@ def test_deaths_stay_counted_when_their_model_is_forgotten(tmp_path: Path) -> No
     async def main() -> None:
         here = host(tmp_path, 100, {"a": 10})
         await here.answer(here.ask("a"))
-        Worker.alive[0].die(Ended("worker_died", "it died"))
+        Worker.alive[0].die(WorkerExit("worker_died", "it died"))
         await here.models.unload(here.models.find("a"))
         here.models.forget(here.models.find("a"))
         assert here.models.deaths == 1
@@ -534,13 +531,13 @@ def test_the_budget_holds_and_every_request_is_answered(tmp_path_factory: Any, s
             elif isinstance(step, tuple):
                 asked.append(here.ask(step[0], step[1] * MB))
             elif step < len(Worker.alive):
-                Worker.alive[step].die(Ended("worker_died", "it died"))
+                Worker.alive[step].die(WorkerExit("worker_died", "it died"))
             here.check()
         for number in asked:
             answer = await here.answer(number)
             assert "ok" in answer or answer["error"]["code"] in ("out_of_memory", "worker_died", "unloaded"), answer
         assert all(one.under_way == 0 for one in here.models)
-        await here.models.close(Ended("draining", "over"))
+        await here.models.close(WorkerExit("draining", "over"))
         assert Worker.alive == []
 
     asyncio.run(main())
@@ -550,6 +547,6 @@ def test_what_is_foreseen_is_near_what_a_worker_takes(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     with path.open("wb") as file:
         file.truncate(93 * MB)
-    needs = foreseen(Spec(str(path), {}))
+    needs = estimate_memory(WorkerSpec(str(path), {}))
     assert (needs.weights, needs.process) == (93 * MB, 48 * MB + 93 * MB // 16)
-    assert foreseen(Spec(str(path), {"memory": 40 * MB})).weights == 40 * MB
+    assert estimate_memory(WorkerSpec(str(path), {"memory": 40 * MB})).weights == 40 * MB

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.daemon.parking import Parking
+from edge_rt.daemon.models import ParkingFolder
 
 
 def test_it_is_ones_own_and_goes_with_its_daemon(tmp_path: Path) -> None:
-    one, other = Parking(tmp_path / "state"), Parking(tmp_path / "state")
+    one, other = ParkingFolder(tmp_path / "state"), ParkingFolder(tmp_path / "state")
     first, second = one.folder(), other.folder()
     assert first is not None
     assert second is not None
@@ -25,7 +25,7 @@ def test_it_is_ones_own_and_goes_with_its_daemon(tmp_path: Path) -> None:
 
 
 def test_what_a_daemon_left_that_died_is_removed(tmp_path: Path) -> None:
-    dead = Parking(tmp_path)
+    dead = ParkingFolder(tmp_path)
     left = dead.folder()
     assert left is not None
     (left / "m").mkdir()
@@ -33,13 +33,13 @@ def test_what_a_daemon_left_that_died_is_removed(tmp_path: Path) -> None:
     os.close(dead._lock)  # as when a process ends
     (tmp_path / "1000").mkdir()
     (tmp_path / "1000" / "mine.session").write_bytes(b"saved")
-    found = Parking(tmp_path).folder()
+    found = ParkingFolder(tmp_path).folder()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "1000", found])
     assert (tmp_path / "1000" / "mine.session").read_bytes() == b"saved"
 
 
 def test_where_there_is_no_place_sessions_are_not_parked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    assert Parking(tmp_path / "file" / "state").folder() is None
+    assert ParkingFolder(tmp_path / "file" / "state").folder() is None
     assert "sessions cannot be parked" in caplog.text
-    Parking(tmp_path).close()
+    ParkingFolder(tmp_path).close()

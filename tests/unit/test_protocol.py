@@ -49,7 +49,7 @@ def test_any_message_is_a_request_of_the_right_types_or_an_error(op, data):
         message[name] = data.draw(VALUES)
     if data.draw(st.booleans()):
         message[data.draw(st.text(max_size=3))] = 1
-    request, code = attempt(protocol.request, message)
+    request, code = attempt(protocol.parse_request, message)
     if request is None:
         assert code in ("bad_request", "unknown_op")
         return
@@ -59,19 +59,19 @@ def test_any_message_is_a_request_of_the_right_types_or_an_error(op, data):
 
 @given(st.dictionaries(st.sampled_from(list(protocol.OPTIONS)) | st.text(max_size=4), VALUES, max_size=4))
 def test_any_options_are_keywords_or_an_error(options):
-    found, code = attempt(protocol.options, options)
+    found, code = attempt(protocol.check_options, options)
     assert code in (None, "option")
     assert set(found or ()) <= (set(GenerateOptions._fields) | set(SamplingParams._fields)) - {"rules", "sampling"}
 
 
 def test_every_option_is_there_and_every_operation_is_done():
     assert set(protocol.OPTIONS) == (set(GenerateOptions._fields) | set(SamplingParams._fields)) - {"rules", "sampling"}
-    assert set(operations._RUN) == set(protocol.OPS)
+    assert {f"_do_{op}" for op in protocol.OPS} == {name for name in dir(operations.Operations) if name.startswith("_do_")}
 
 
 def test_options_become_keywords():
     given_ = {"logit_bias": {"7": -math.inf}, "prune": {"budget": 0.5, "unit": "share"}, "stop": ["a"], "seed": None}
-    assert protocol.options(given_) == {"logit_bias": {7: -math.inf}, "prune": Pruning(0.5, "share"), "stop": ["a"]}
+    assert protocol.check_options(given_) == {"logit_bias": {7: -math.inf}, "prune": Pruning(0.5, "share"), "stop": ["a"]}
 
 
 @pytest.mark.parametrize(
@@ -88,27 +88,31 @@ def test_options_become_keywords():
 )
 def test_options_that_are_none(options, message):
     with pytest.raises(ProtocolError, match=message):
-        protocol.options(options)
+        protocol.check_options(options)
 
 
 def test_errors_have_codes():
-    assert protocol.failure(ContextOverflow("too long", 9, 8)) == {
+    assert protocol.describe_error(ContextOverflow("too long", 9, 8)) == {
         "code": "context_overflow",
         "message": "too long",
         "needed": 9,
         "available": 8,
     }
-    assert protocol.failure(ProtocolError("limit", "slower", retry_after=0.5)) == {"code": "limit", "message": "slower", "retry_after": 0.5}
-    assert protocol.failure(RuleError("no"))["code"] == "rule"
-    assert protocol.failure(errors.UnsupportedModel("no"))["code"] == "model_file"
-    found = protocol.failure(ZeroDivisionError("secret text of a user"))
+    assert protocol.describe_error(ProtocolError("limit", "slower", retry_after=0.5)) == {
+        "code": "limit",
+        "message": "slower",
+        "retry_after": 0.5,
+    }
+    assert protocol.describe_error(RuleError("no"))["code"] == "rule"
+    assert protocol.describe_error(errors.UnsupportedModel("no"))["code"] == "model_file"
+    found = protocol.describe_error(ZeroDivisionError("secret text of a user"))
     assert found["code"] == "internal"
     assert "secret" not in found["message"]
     for name in dir(errors):
         kind = getattr(errors, name)
         if isinstance(kind, type) and issubclass(kind, errors.EdgeError) and kind not in (errors.EdgeError, ContextOverflow):
             made = kind("code", "message") if kind in (ProtocolError, errors.DaemonError) else kind("message")
-            assert protocol.failure(made)["code"] != "internal", kind
+            assert protocol.describe_error(made)["code"] != "internal", kind
 
 
 EVENTS = [
@@ -127,7 +131,7 @@ EVENTS = [
 
 @pytest.mark.parametrize("one", EVENTS)
 def test_events_survive_the_wire(one):
-    from edge_rt.daemon.frames import pack, unpack
+    from edge_rt.daemon.protocol import pack, unpack
 
     message = unpack(pack(record(one))[4:])
     assert event({**message, "id": 3, "new": [1]}) == one

@@ -9,7 +9,7 @@ from daemons import Daemon, write_plugin
 from protocol_peer import Server
 from relay import Relay
 
-from edge_rt.daemon.frames import Frames, pack
+from edge_rt.daemon.protocol import FrameReader, pack
 
 CHECKS = list(conformance.server_checks(Server("", None, 0)))
 SCENARIOS = Path(__file__).parent.parent / "client_scenarios.py"
@@ -44,7 +44,7 @@ def altered(alter):
     """Of each message of the daemon's, ``alter`` makes others, or more, or none."""
 
     def down(pieces):
-        frames = Frames()
+        frames = FrameReader()
         for data in pieces:
             yield b"".join(pack(one) for message in frames.feed(data) for one in alter(message))
 

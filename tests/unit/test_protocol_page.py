@@ -35,8 +35,8 @@ def test_priorities_and_their_shares():
 
 
 def test_codes():
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "edge_rt" / "daemon").glob("*.py"))
-    said = set(re.findall(r"(?:ProtocolError|Ended|Cancelled)\(\s*\"([a-z_]+)\"", sources))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "edge_rt" / "daemon").rglob("*.py"))
+    said = set(re.findall(r"(?:ProtocolError|WorkerExit|Cancelled)\(\s*\"([a-z_]+)\"", sources))
     codes = said | {code for _, code in protocol.CODES} | {"internal"}
     assert len(codes) > 25
     assert {re.search(r"`(\w+)`", cell)[1] for cell in rows("## Errors")} == codes

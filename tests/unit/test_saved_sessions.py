@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from daemons import Daemon, write_plugin
 
-from edge_rt.daemon import saves
-from edge_rt.daemon.aclient import AsyncClient
-from edge_rt.daemon.client import Client
+from edge_rt.daemon import sessions as saves
+from edge_rt.daemon.client import AsyncClient, Client
 from edge_rt.errors import DaemonError, ProtocolError, UserError
 
 WHY = r"the session was lost: .* belongs to another model, or to what this one's file was before"
@@ -124,21 +123,21 @@ def test_nobody_goes_on_from_what_was_deleted(daemon):
 
 
 def test_what_is_no_saved_session_is_not_listed_and_a_disk_that_says_no_is_told(tmp_path):
-    assert saves.saves_of(tmp_path, 7) == []
+    assert saves.list_saved_sessions(tmp_path, 7) == []
     folder = tmp_path / "7"
     folder.mkdir()
     for name in ("a.session", "a.sessionx1.tmp", ".session", "b.txt", "c d.session"):
         (folder / name).write_bytes(b"123")
-    assert [(one.name, one.bytes) for one in saves.saves_of(tmp_path, 7)] == [("a", 3)]
+    assert [(one.name, one.bytes) for one in saves.list_saved_sessions(tmp_path, 7)] == [("a", 3)]
     (folder / "d.session").mkdir()
     with pytest.raises(UserError, match="the saved session d cannot be deleted: is a directory"):
-        saves.delete(folder / "d.session", "d")
+        saves.delete_saved_session(folder / "d.session", "d")
     with pytest.raises(ProtocolError) as caught:
-        saves.delete(folder / "e.session", "e")
+        saves.delete_saved_session(folder / "e.session", "e")
     assert caught.value.code == "session_file"
     (tmp_path / "8").write_text("")
     with pytest.raises(UserError, match="saved sessions cannot be listed: not a directory"):
-        saves.saves_of(tmp_path, 8)
+        saves.list_saved_sessions(tmp_path, 8)
 
 
 def test_what_was_saved_of_a_model_whose_file_was_replaced_says_so_and_can_be_deleted(tmp_path, random_model):

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rt.daemon.address import parse
-from edge_rt.daemon.client import Client, connected
+from edge_rt.daemon.client import Client, connect_socket
 from edge_rt.daemon.config import Limits
-from edge_rt.daemon.frames import Frames, pack
-from edge_rt.daemon.shares import Shares
+from edge_rt.daemon.operations import UserQuotas
+from edge_rt.daemon.protocol import FrameReader, pack
 from edge_rt.errors import DaemonError, ProtocolError
 
 KEY = "0123456789abcdef"
@@ -27,7 +27,7 @@ def refused(work):
 
 
 def test_one_user_leaves_room_for_others():
-    shares = Shares(FEW)
+    shares = UserQuotas(FEW)
     for _ in range(3):
         shares.begin(1)
     assert refused(lambda: shares.begin(1)) == "limit"
@@ -44,7 +44,7 @@ def test_one_user_leaves_room_for_others():
 
 
 def test_bytes_that_turn_out_to_be_anothers_are_moved_or_stay():
-    shares = Shares(FEW)
+    shares = UserQuotas(FEW)
     shares.hold(1, 20)
     shares.move(20, 1, 2)
     shares.hold(1, 30)
@@ -58,7 +58,7 @@ def test_bytes_that_turn_out_to_be_anothers_are_moved_or_stay():
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=60))
 def test_nothing_is_left_when_all_is_over(steps):
-    shares, begun, held = Shares(FEW), [], []
+    shares, begun, held = UserQuotas(FEW), [], []
     for user, more in steps:
         try:
             shares.begin(user)
@@ -134,12 +134,12 @@ def test_a_user_whose_requests_are_long_does_not_keep_others_out(daemon):
     hello = pack({"id": 1, "op": "hello", "versions": [1]})
     connections = []
     for _ in range(3):
-        connections.append(connected(parse(str(daemon.socket)), 10))
+        connections.append(connect_socket(parse(str(daemon.socket)), 10))
         connections[-1].sendall(hello)
-        assert "ok" in next(iter(Frames().feed(connections[-1].recv(1 << 16))))
+        assert "ok" in next(iter(FrameReader().feed(connections[-1].recv(1 << 16))))
         connections[-1].sendall(struct.pack(">I", 99_000) + b"\x00" * 98_000)
     connections[-1].settimeout(10)
-    (said,) = Frames().feed(connections[-1].recv(1 << 16))
+    (said,) = FrameReader().feed(connections[-1].recv(1 << 16))
     assert said["error"]["code"] == "limit"
     assert "a user may have 200,000 bytes" in said["error"]["message"]
     with other(daemon) as another:

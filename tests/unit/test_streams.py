@@ -1,16 +1,23 @@
 """A stream that breaks anywhere, any number of times, goes on without losing or repeating anything, and keeps little."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.daemon.conversation import ACK_EVERY, Answers, Conversation, fields_of
-from edge_rt.daemon.frames import Frames, pack
-from edge_rt.daemon.streams import Stream
+from edge_rt.daemon.client.protocol import ACK_EVERY, ClientProtocol, Reply, generate_fields
+from edge_rt.daemon.connection import EventStream
+from edge_rt.daemon.protocol import FrameReader, pack
 from edge_rt.errors import DaemonError, OptionError, ProtocolError
 from edge_rt.types import Delta, Pruning, record
 
 CREDITS = 16
+
+
+def worker(credit):
+    """A model whose worker is given credits."""
+    return SimpleNamespace(supervisor=SimpleNamespace(tell=lambda command: credit(command["events"])))
 
 
 class Wire:
@@ -18,13 +25,13 @@ class Wire:
 
     def __init__(self, texts):
         self.left, self.credits = list(texts), CREDITS
-        self.stream = Stream(1, True, CREDITS, self._credit)
-        self.client, self.got, self.down = Conversation(), [], b""
-        self.answers = self.client.ask("generate", fields_of("x", None, None, "normal", True, {}))
+        self.stream = EventStream(1, worker(self._credit), CREDITS, resumable=True)
+        self.client, self.got, self.down = ClientProtocol(), [], b""
+        self.answers = self.client.ask("generate", generate_fields("x", None, None, "normal", True, {}))
         self.client.to_send()
         self.down = pack({"id": 1, "event": "stream", "stream": self.stream.token})
         self.deliver(len(self.down))
-        self.frames = Frames()
+        self.frames = FrameReader()
         self.request = 1
 
     def _credit(self, events):
@@ -60,10 +67,10 @@ class Wire:
         if not self.client.broken:
             return
         self.client.resume()
-        (message,) = Frames().feed(self.client.to_send())
+        (message,) = FrameReader().feed(self.client.to_send())
         assert (message["op"], message["stream"]) == ("resume", self.stream.token)
         self.request = message["id"]
-        self.down = b"".join(pack({**held, "id": self.request}) for held in self.stream.after(message["after"]))
+        self.down = b"".join(pack({**held, "id": self.request}) for held in self.stream.events_after(message["after"]))
 
 
 @given(
@@ -95,26 +102,26 @@ def test_who_does_not_acknowledge_is_sent_no_more_than_the_credits():
 
 
 def test_a_stream_goes_on_only_after_what_is_still_there():
-    stream = Stream(1, True, CREDITS, lambda events: None)
+    stream = EventStream(1, worker(lambda events: None), CREDITS, resumable=True)
     for text in "abcdef":
         stream.add(record(Delta(text)))
     stream.acknowledge(3)
     for seq in (2, 7):
         with pytest.raises(ProtocolError, match="can be resumed after 3 to 6"):
-            stream.after(seq)
-    assert [message["text"] for message in stream.after(4)] == ["e", "f"]
+            stream.events_after(seq)
+    assert [message["text"] for message in stream.events_after(4)] == ["e", "f"]
 
 
 def test_credits_of_a_plain_stream_come_back_when_it_was_written():
     given = []
-    stream = Stream(1, False, CREDITS, given.append)
+    stream = EventStream(1, worker(given.append), CREDITS, resumable=False)
     for _ in range(10):
         stream.written()
     assert (given, stream.token, stream.held) == ([4, 4], None, 0)
 
 
 def test_what_cannot_be_resumed_fails_when_the_connection_breaks():
-    client = Conversation()
+    client = ClientProtocol()
     answers = client.ask("status", {})
     client.disconnected()
     with pytest.raises(DaemonError, match="has closed the connection") as caught:
@@ -123,11 +130,11 @@ def test_what_cannot_be_resumed_fails_when_the_connection_breaks():
 
 
 def said(client):
-    return [(message["op"], message.get("request")) for message in Frames().feed(client.to_send())]
+    return [(message["op"], message.get("request")) for message in FrameReader().feed(client.to_send())]
 
 
 def test_what_was_cancelled_is_cancelled_in_the_next_connection_too():
-    client, answers = Conversation(), Answers()
+    client, answers = ClientProtocol(), Reply()
     client.cancel(answers)
     client.ask("generate", {"prompt": "x"}, answers)
     assert said(client) == [("generate", None), ("cancel", answers.request)]
@@ -143,7 +150,7 @@ def test_what_was_cancelled_is_cancelled_in_the_next_connection_too():
 
 
 def test_options_as_the_protocol_has_them():
-    fields = fields_of("x", "s", "m", "low", False, {"logit_bias": {3: 1.5}, "prune": Pruning(8), "stop": ("a",), "seed": 1})
+    fields = generate_fields("x", "s", "m", "low", False, {"logit_bias": {3: 1.5}, "prune": Pruning(8), "stop": ("a",), "seed": 1})
     assert fields == {
         "prompt": "x",
         "session": "s",
@@ -157,4 +164,4 @@ def test_options_as_the_protocol_has_them():
         },
     }
     with pytest.raises(OptionError, match="the daemon takes no rules"):
-        fields_of("x", None, None, "normal", False, {"rules": {}})
+        generate_fields("x", None, None, "normal", False, {"rules": {}})

@@ -14,7 +14,7 @@ from edge_rt.cli import main as cli
 from edge_rt.cli import serve
 from edge_rt.cli.options import quick_parse
 from edge_rt.daemon import config as configuration
-from edge_rt.daemon.config import Record
+from edge_rt.daemon.config import RecordConfig
 from edge_rt.errors import DaemonError, RuleError
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
@@ -42,11 +42,11 @@ def settled(client, count):
 def test_a_configuration(tmp_path):
     path = tmp_path / "d.toml"
     path.write_text('[record]\nfile = "t.jsonl"\n')
-    assert configuration.read(path).record == Record(tmp_path / "t.jsonl", 1.0, False, None, 64 << 20, 4)
+    assert configuration.read_config(path).record == RecordConfig(tmp_path / "t.jsonl", 1.0, False, None, 64 << 20, 4)
     path.write_text('[record]\nfile = "/x/t"\nsample = 0.1\nanswers = true\nrules = "r.toml"\nmax_bytes = "1 MB"\nkeep = 2\n')
-    assert configuration.read(path).record == Record(type(path)("/x/t"), 0.1, True, tmp_path / "r.toml", 1 << 20, 2)
+    assert configuration.read_config(path).record == RecordConfig(type(path)("/x/t"), 0.1, True, tmp_path / "r.toml", 1 << 20, 2)
     path.write_text("")
-    assert configuration.read(path).record is None
+    assert configuration.read_config(path).record is None
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def test_a_configuration(tmp_path):
 def test_configurations_that_are_wrong(tmp_path, text, message):
     (tmp_path / "d.toml").write_text(text)
     with pytest.raises(RuleError, match=message):
-        configuration.read(tmp_path / "d.toml")
+        configuration.read_config(tmp_path / "d.toml")
 
 
 def test_the_command_line_names_the_file_and_keeps_the_other_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert serve.configured(quick_parse(serve.Options, ["--record", "t"])).record == Record(tmp_path / "t")
+    assert serve.configured(quick_parse(serve.Options, ["--record", "t"])).record == RecordConfig(tmp_path / "t")
     (tmp_path / "d.toml").write_text("[record]\nfile = 'x'\nsample = 0.5\n")
     found = serve.configured(quick_parse(serve.Options, ["--config", "d.toml", "--record", "t"]))
-    assert found.record == Record(tmp_path / "t", 0.5)
+    assert found.record == RecordConfig(tmp_path / "t", 0.5)
 
 
 def test_check_says_what_would_be_recorded_and_leaves_nothing(tmp_path, capsys):
@@ -100,10 +100,10 @@ def test_a_daemon_that_cannot_record_does_not_start_and_leaves_no_socket(tmp_pat
 
 def test_without_recording_the_daemon_imports_no_plugins():
     program = (
-        "import sys, edge_rt.daemon.lifetime, edge_rt.daemon.http.connection\n"
-        "from edge_rt.daemon.server import Server\nfrom edge_rt.daemon.config import default\n"
-        "assert Server(default()).status()['recording'] is None\n"
-        "print([name for name in sys.modules if name.startswith(('edge_rt.plugins', 'edge_rt.daemon.traffic', "
+        "import sys, edge_rt.daemon.server, edge_rt.daemon.http.connection\n"
+        "from edge_rt.daemon.server import Server\nfrom edge_rt.daemon.config import default_config\n"
+        "assert Server(default_config()).status()['recording'] is None\n"
+        "print([name for name in sys.modules if name.startswith(('edge_rt.plugins', 'edge_rt.daemon.recording', "
         "'edge_rt.plugin_host.registry'))])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -7,8 +7,8 @@ import os
 import pytest
 from edge_rt_distill.replay.trace import read_trace
 
-from edge_rt.daemon.traffic import file as files
-from edge_rt.daemon.traffic.file import TraceFile
+from edge_rt.daemon.recording import trace as files
+from edge_rt.daemon.recording.trace import TraceFile
 from edge_rt.errors import OptionError
 
 HEADER = b'{"edge_rt_trace":1,"begun":"2026-01-01T00:00:00.000Z"}\n'
@@ -185,17 +185,17 @@ def test_files_that_are_not_written_to(path, spoil, message):
     with pytest.raises(OptionError, match=message):
         opened(path).ready()
     with pytest.raises(OptionError, match=message):
-        files.check(path)
+        files.check_trace_file(path)
     assert path.stat().st_size == before
 
 
 def test_what_can_be_written_is_told_without_a_trace(path):
-    files.check(path)
+    files.check_trace_file(path)
     assert not path.exists()
     with pytest.raises(OptionError, match=r"traffic cannot be recorded in .*: no such file or directory; name another file"):
-        files.check(path / "x")
+        files.check_trace_file(path / "x")
     with pytest.raises(OptionError, match="is a directory"):
-        files.check(path.parent)
+        files.check_trace_file(path.parent)
 
 
 def test_two_do_not_write_to_the_same_file(path):
@@ -204,5 +204,5 @@ def test_two_do_not_write_to_the_same_file(path):
     with pytest.raises(OptionError, match="another daemon records traffic in"):
         opened(path).ready()
     file.close()
-    files.check(path)
+    files.check_trace_file(path)
     assert path.read_bytes() == HEADER + line(1)

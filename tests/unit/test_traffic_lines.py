@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rt.daemon import protocol
-from edge_rt.daemon.http import request
-from edge_rt.daemon.traffic import redaction as redactions
-from edge_rt.daemon.traffic.lines import SESSIONS, Conversations, Lines, Recorded, Unfit, as_line
+from edge_rt.daemon.http import openai as request
+from edge_rt.daemon.recording import trace as redactions
+from edge_rt.daemon.recording.trace import MAX_SESSIONS, FinishedRequest, LineBuilder, NotExpressible, SessionTracker, as_line
 from edge_rt.errors import OptionError, PluginError, RuleError
 
 SECRETS = ("john.smith@example.com", "4111 1111 1111 1111")
@@ -22,16 +22,16 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 4
 
 @pytest.fixture(scope="module")
 def redaction():
-    return redactions.load(None)
+    return redactions.load_redaction(None)
 
 
 def recorded(fields, **more):
-    found = Recorded(1.23456, fields, "c1", None, "ok", None, "end_of_generation", None, 5, 2, 0.1, 0.2, None, None)
+    found = FinishedRequest(1.23456, fields, "c1", None, "ok", None, "end_of_generation", None, 5, 2, 0.1, 0.2, None, None)
     return found._replace(**more)
 
 
 def line(redaction, fields, answers=True, **more):
-    return json.loads(Lines(redaction, answers).line(recorded(fields, **more)))
+    return json.loads(LineBuilder(redaction, answers).line(recorded(fields, **more)))
 
 
 # ---- the same again --------------------------------------------------------------------------------------------------
@@ -63,18 +63,18 @@ completions = st.fixed_dictionaries(
 
 @given(chats | completions)
 def test_a_line_asks_the_same_again(redaction, body):
-    read = request.chat if "messages" in body else request.completion
+    read = request.parse_chat if "messages" in body else request.parse_completion
     asked = read(copy.deepcopy(body))
     fields = {name: value for name, value in asked.fields.items() if name != "pieces"}
     found = line(redaction, fields)
-    again = (request.chat if found["path"] == "/v1/chat/completions" else request.completion)(found["request"])
+    again = (request.parse_chat if found["path"] == "/v1/chat/completions" else request.parse_completion)(found["request"])
     assert again.fields == asked.fields
     assert (again.tools, again.model) == (asked.tools, asked.model)
 
 
 def test_what_came_over_the_protocol_is_a_body_of_openais(redaction):
     options = {"max_tokens": 9, "stop": ["x"], "logprobs": 3, "top_k": 5, "json_schema": SCHEMA, "seed": None, "tools": []}
-    protocol.options(options)
+    protocol.check_options(options)
     found = line(redaction, {"messages": HELLO, "options": options, "priority": "high", "model": "m"})
     assert (found["path"], found["at"], found["client"]) == ("/v1/chat/completions", 1.235, "c1")
     assert found["request"] == {
@@ -101,7 +101,7 @@ def test_what_came_over_the_protocol_is_a_body_of_openais(redaction):
     ],
 )
 def test_what_openais_api_cannot_ask_is_no_line(redaction, fields):
-    with pytest.raises(Unfit):
+    with pytest.raises(NotExpressible):
         line(redaction, fields)
 
 
@@ -169,14 +169,14 @@ offered = st.lists(st.builds(lambda name, rest: {"type": "function", "function":
 def test_no_secret_is_in_a_line_wherever_it_was(redaction, said, given_options, binding, tools, model, answer):
     asked = {**given_options, **(binding or {"tools": tools})}
     fields = {"messages": said, "options": asked, **({} if model is None else {"model": model})}
-    written = Lines(redaction, True).line(recorded(fields, text=answer)).decode()
+    written = LineBuilder(redaction, True).line(recorded(fields, text=answer)).decode()
     assert not [one for one in SECRETS if one in written]
     assert "[EMAIL]" in written or "[CARD]" in written
 
 
-@pytest.mark.parametrize("at", [redactions.PIECE - 9, redactions.PIECE, 3 * redactions.PIECE - 1])
+@pytest.mark.parametrize("at", [redactions.CHARACTERS_AT_ONCE - 9, redactions.CHARACTERS_AT_ONCE, 3 * redactions.CHARACTERS_AT_ONCE - 1])
 def test_a_secret_across_the_pieces_of_a_long_text_is_found(redaction, at):
-    text = "word " * redactions.PIECE
+    text = "word " * redactions.CHARACTERS_AT_ONCE
     assert redaction.text(f"{text[:at]} {SECRETS[0]} {text}") == f"{text[:at]} [EMAIL] {text}"
     assert redaction.text("") == ""
 
@@ -196,7 +196,7 @@ def test_two_names_that_become_one_are_no_line(redaction):
 def test_rules_of_a_file_that_conceal_are_used_and_no_others(tmp_path):
     rules = tmp_path / "r.toml"
     rules.write_text('[terminology.terms]\n"Hello" = "Goodbye"\n[redaction]\nnames = ["Ada Lovelace"]\n')
-    found = redactions.load(rules)
+    found = redactions.load_redaction(rules)
     assert found.names == ("redaction",)
     assert found.by == f"redaction by r.toml, version {found.rules.version}"
     assert line(found, {"prompt": "Hello Ada Lovelace"})["request"] == {"prompt": "Hello [NAME]"}
@@ -216,7 +216,7 @@ def test_rules_by_which_nothing_would_be_concealed(tmp_path, text, kind, message
     if text is not None:
         (tmp_path / "r.toml").write_text(text)
     with pytest.raises(kind, match=message):
-        redactions.load(tmp_path / "r.toml")
+        redactions.load_redaction(tmp_path / "r.toml")
 
 
 def test_without_the_plugin_nothing_is_recorded(monkeypatch):
@@ -225,7 +225,7 @@ def test_without_the_plugin_nothing_is_recorded(monkeypatch):
     whole = Registry.load(entry_points=False, disabled=["redaction"])
     monkeypatch.setattr(Registry, "load", lambda: whole)
     with pytest.raises(OptionError, match="not recorded without redaction, which cannot be loaded: there is no post-processor redaction"):
-        redactions.load(None)
+        redactions.load_redaction(None)
 
 
 def test_a_post_processor_that_fails_gives_no_text_and_does_not_say_it():
@@ -269,7 +269,7 @@ class Trace:
     """What conversations write."""
 
     def __init__(self):
-        self.conversations = Conversations()
+        self.conversations = SessionTracker()
 
     def write(self, session, *contents):
         messages = said(*contents)
@@ -305,14 +305,14 @@ def test_what_was_not_written_is_in_the_next_line_and_a_new_file_begins_anew():
 
 def test_no_more_sessions_are_known_than_may_be():
     trace = Trace()
-    for number in range(SESSIONS + 1):
+    for number in range(MAX_SESSIONS + 1):
         trace.write(str(number), "a")
     assert trace.write("1", "a", "b", "c")[0] == "s2"
-    assert trace.write("0", "a", "b", "c") == (f"s{SESSIONS + 2}", said("a", "b", "c"))
+    assert trace.write("0", "a", "b", "c") == (f"s{MAX_SESSIONS + 2}", said("a", "b", "c"))
 
 
 def test_sessions_are_written_by_their_aliases_and_prompts_without(redaction):
-    lines = Lines(redaction, False)
+    lines = LineBuilder(redaction, False)
     first, second = (recorded({"messages": said(*one)}, session="real-id") for one in [("a",), ("a", "b", "c")])
     assert json.loads(lines.line(first))["session"] == "s1"
     lines.written(first)

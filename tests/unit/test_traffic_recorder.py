@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from edge_rt_distill.replay.trace import read_trace
 
-from edge_rt.daemon.channel import OVER_HTTP, OVER_TCP
-from edge_rt.daemon.config import Record
-from edge_rt.daemon.traffic import writer as writers
-from edge_rt.daemon.traffic.recorder import Recorder
+from edge_rt.daemon.config import RecordConfig
+from edge_rt.daemon.connection import OVER_HTTP, OVER_TCP
+from edge_rt.daemon.recording import Recorder
+from edge_rt.daemon.recording import trace as writers
 from edge_rt.errors import OptionError, PluginError
 
 HOSTED = SimpleNamespace(name="m", template="")
@@ -65,7 +65,7 @@ def record(tmp_path, clock):
     made = []
 
     def make(redaction=None, chance=lambda: 0.0, **settings):
-        given = Record(tmp_path / "t.jsonl", **settings)
+        given = RecordConfig(tmp_path / "t.jsonl", **settings)
         made.append(Recorder(given, redaction or Plain(), chance, clock))
         return made[-1]
 
@@ -75,10 +75,10 @@ def record(tmp_path, clock):
 
 
 def ask(recorder, *messages, client=None, fields=HELLO, session=None, size=100):
-    taken = recorder.take(client or Client(), fields, size, HOSTED, session)
+    taken = recorder.start(client or Client(), fields, size, HOSTED, session)
     if taken is not None:
         for message in messages or (DELTA, done(), {"ok": {}}):
-            taken.heard(message)
+            taken.observe(message)
     return taken
 
 
@@ -100,13 +100,13 @@ def lines(tmp_path):
 def test_a_request_from_its_coming_to_its_end(tmp_path, record, clock):
     recorder = record(answers=True)
     clock.now += 5
-    taken = recorder.take(Client(), {**HELLO, "resumable": True, "pieces": True, "session": "real", "priority": "low"}, 100, HOSTED, None)
+    taken = recorder.start(Client(), {**HELLO, "resumable": True, "pieces": True, "session": "real", "priority": "low"}, 100, HOSTED, None)
     for seconds, message in [
         (1, {"event": "prompt", "done": 7, "total": 7}), (0.5, {**DELTA, "text": "my ", "tokens": []}), (0.25, {**DELTA, "text": "secret"}),
         (0.25, {**DELTA, "text": "", "tokens": [], "concealed": 1}), (1, done()), (0, {"ok": {}}),
     ]:  # fmt: skip
         clock.now += seconds
-        taken.heard(message)
+        taken.observe(message)
     recorder.close(10)
     header, line = lines(tmp_path)
     assert header["edge_rt_trace"] == 1
@@ -124,9 +124,9 @@ def test_which_rules_an_answer_hit_and_which_form_its_prompt_had(tmp_path, recor
     post = [{"name": "redaction", "counts": {"email": 2, "card": 1}}, {"name": "punctuation", "counts": {}}]
     for template, fields in (("t1", HELLO), ("t1", {"prompt": "x"}), ("t2", HELLO), ("", HELLO)):
         hosted.template = template
-        taken = recorder.take(Client(), fields, 100, hosted, None)
-        taken.heard(done(post=post if template == "t1" else ()))
-        taken.heard({"ok": {}})
+        taken = recorder.start(Client(), fields, 100, hosted, None)
+        taken.observe(done(post=post if template == "t1" else ()))
+        taken.observe({"ok": {}})
     recorder.close(10)
     found = lines(tmp_path)[1:]
     assert [line["outcome"].get("rules") for line in found] == [{"redaction": 3}, {"redaction": 3}, None, None]
@@ -146,15 +146,15 @@ def test_which_rules_an_answer_hit_and_which_form_its_prompt_had(tmp_path, recor
 )
 def test_how_requests_end(tmp_path, record, clock, left, messages, expected):
     recorder = record()
-    taken = recorder.take(Client(), HELLO, 100, HOSTED, None)
-    taken.heard(DELTA)
+    taken = recorder.start(Client(), HELLO, 100, HOSTED, None)
+    taken.observe(DELTA)
     if left:
         clock.now += 2
-        taken.left()
+        taken.note_left()
         clock.now += 1
-        taken.left()
+        taken.note_left()
     for message in messages:
-        taken.heard(message)
+        taken.observe(message)
     recorder.close(10)
     line = lines(tmp_path)[1]
     found = {"cancel_after": None, **line, **line["outcome"]}
@@ -244,7 +244,7 @@ def test_what_openais_api_cannot_ask_is_counted(tmp_path, record):
 def test_a_folder_that_vanishes_pauses_the_recording_until_it_is_back(tmp_path, clock, caplog):
     folder = tmp_path / "folder"
     folder.mkdir()
-    recorder = Recorder(Record(folder / "t.jsonl"), Plain(), clock=clock)
+    recorder = Recorder(RecordConfig(folder / "t.jsonl"), Plain(), clock=clock)
     talk = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
 
     def turn(messages):
@@ -274,7 +274,7 @@ def test_a_full_disk_pauses_the_recording(tmp_path, record, clock, monkeypatch, 
     ask(recorder)
     settled(recorder, 1)
     with monkeypatch.context() as patched:
-        patched.setattr("edge_rt.daemon.traffic.file.os.write", _no_space)
+        patched.setattr("edge_rt.daemon.recording.trace.os.write", _no_space)
         for number in range(3):
             clock.now += writers.RETRY_SECONDS
             ask(recorder)
@@ -315,4 +315,4 @@ def test_the_end_does_not_wait_for_ever(record, caplog):
 
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path):
     with pytest.raises(OptionError, match=r"traffic cannot be recorded in .*: no such file or directory"):
-        Recorder(Record(tmp_path / "none" / "t.jsonl"), Plain())
+        Recorder(RecordConfig(tmp_path / "none" / "t.jsonl"), Plain())

@@ -1,51 +1,471 @@
-"""What there is over HTTP, and what each path does."""
+"""The paths of the HTTP side (docs/http.md) and what each does.
+
+Evaluation tools (lm-evaluation-harness, ``local-completions``) use ``echo`` with ``logprobs`` and ``max_tokens`` of 0 or 1.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import secrets
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from edge_rt.daemon.http import answer, body, embeddings, facts, feedback, files, metrics, models, request, scores, tokens
-from edge_rt.daemon.http.errors import TRY_AGAIN, ApiError
+from edge_rt import __version__
+from edge_rt.daemon import protocol
+from edge_rt.daemon.http import openai
+from edge_rt.daemon.http.connection import Exchange, HttpConnection, Route
+from edge_rt.daemon.http.openai import (
+    COMPLETION_FIELDS,
+    IGNORED,
+    MAX_LOGPROBS,
+    MIN_LOGPROB,
+    TRY_AGAIN,
+    ApiError,
+    check_body,
+    ignored_headers,
+    invalid_field,
+    normalize_messages,
+    parse_texts,
+)
+from edge_rt.daemon.metrics import CONTEXT, PROMETHEUS_TYPE, prometheus_text
+from edge_rt.daemon.supervisor import now
 from edge_rt.errors import ProtocolError
+from edge_rt.types import singles
 
 if TYPE_CHECKING:
-    from edge_rt.daemon.frames import Message
-    from edge_rt.daemon.hosted import Hosted
-    from edge_rt.daemon.http.connection import HttpConnection
-    from edge_rt.daemon.http.request import Asked
-    from edge_rt.daemon.server import Server
+    from edge_rt.daemon.config import HttpConfig
+    from edge_rt.daemon.http.openai import GenerateRequest
+    from edge_rt.daemon.models import ManagedModel
+    from edge_rt.daemon.operations import Operations
+    from edge_rt.daemon.protocol import Message
 
 
-class Exchange:
-    """A request and its answer. ``headers``: names in lower case. ``heard`` takes what the daemon says of it."""
-
-    def __init__(self, connection: HttpConnection, path: str, body: bytes, headers: Mapping[str, str]) -> None:
-        self.connection, self.path, self.body, self.headers = connection, path, body, headers
-        self.heard: Callable[[Message], None] = lambda message: None
-        self.left: Callable[[], None] = lambda: None
-        """Called if the client is gone before the answer."""
-
-    @property
-    def server(self) -> Server:
-        """The daemon."""
-        return self.connection.server
+def display_name(hosted: ManagedModel, adapter: str | None) -> str:
+    """The name of a model, or of a model with an adapter, which clients see as one more model."""
+    return hosted.name if adapter is None else f"{hosted.name}:{adapter}"
 
 
-class Route(NamedTuple):
-    """``path``: what it is called in metrics. ``work`` answers, now or later; raises ApiError, ProtocolError."""
+def find_model(server: Operations, name: str | None) -> tuple[ManagedModel, str | None]:
+    """The model that a request names, or the default, and the adapter in ``NAME:ADAPTER``. Raises ApiError, ProtocolError: no_model."""
+    try:
+        return server.models.find(name), None
+    except ProtocolError as error:
+        if name is None or not server.models.names:
+            raise
+        model, _, adapter = name.rpartition(":")
+        with suppress(ProtocolError):
+            if model and adapter in (found := server.models.find(model)).adapters:
+                return found, adapter
+        message = f"there is no model {name!r:.80} here; name one of {server.models.names}"
+        raise ApiError(404, message, "model_not_found", param="model") from error
 
-    path: str
-    method: str
-    work: Callable[[Exchange], None]
-    needs_key: bool = True
+
+def find_ready_model(server: Operations, name: str | None) -> tuple[ManagedModel, str | None]:
+    """The same, if it can answer soon. Raises ApiError while it is being opened and nobody waits for it yet."""
+    hosted, adapter = find_model(server, name)
+    worker = hosted.supervisor.status()
+    if worker["state"] in ("starting", "waiting") and hosted.idle and not server.draining:
+        share = f" {100 * worker['done'] // worker['total']} %" if worker.get("total") else ""
+        message = f"the model is being opened ({worker.get('phase', worker['state'])}{share}); ask again a little later"
+        raise ApiError(503, message, "model_loading", headers=TRY_AGAIN)
+    return hosted, adapter
 
 
-def find(method: str, path: str) -> Route:
+def require_no_adapter(found: tuple[ManagedModel, str | None], what: str) -> ManagedModel:
+    """A model for ``what`` there is only without an adapter. Raises ApiError if one was named."""
+    hosted, adapter = found
+    if adapter is not None:
+        raise invalid_field("model", f"{what} a model without an adapter; name {hosted.name}")
+    return hosted
+
+
+MEMORY_SECONDS = 0.5  # how long an answer waits for the workers to say what they hold
+
+
+def with_memory(exchange: Exchange, work: Callable[[dict[str, Message]], None]) -> None:
+    """``work`` with the bytes of each model whose worker says so soon. Not at all if the client leaves before."""
+    server = exchange.server
+
+    async def go_on() -> None:
+        memory = await server.models.memory(MEMORY_SECONDS)
+        if waiting:
+            work(memory)
+
+    waiting = [exchange]
+    exchange.left = waiting.clear
+    server.tasks.spawn(go_on())
+
+
+def _send_status(exchange: Exchange) -> None:
+    """Answer with all of it, as docs/http.md has it."""
+    headers = (("Cache-Control", "no-store"),)
+    with_memory(exchange, lambda memory: exchange.connection.respond_json(_full_status(exchange, memory), headers=headers))
+
+
+def _full_status(exchange: Exchange, memory: Mapping[str, Message]) -> dict[str, Any]:
+    server = exchange.server
+    recent, counts, at = server.metrics.recent, server.counters(), now()
+    counts["context"] = {kind: counts["context"].get(kind, 0) for kind in CONTEXT}
+    return {
+        **server.status(),
+        "counts": counts,
+        "throughput": {"tokens_per_second": round(recent.rate(at), 2), "by_second": recent.by_second(at)},
+        "memory": {model: {name: value for name, value in found.items() if name != "by_session"} for model, found in memory.items()},
+        "sessions": {"open": len(server.sessions), "own": _own_sessions(exchange, memory)},
+    }
+
+
+def _own_sessions(exchange: Exchange, memory: Mapping[str, Message]) -> list[dict[str, Any]]:
+    """The sessions of the user who asks, and nobody else's."""
+    connection, server = exchange.connection, exchange.server
+    assert connection.user is not None, "nobody else comes as far as this"
+    names = {session: name for (user, _, name), session in connection.names.items() if user == connection.user}
+    found = []
+    for one in server.sessions.of(connection.user):
+        said = memory.get(one.hosted.name, {}).get("by_session", {}).get(one.id, {})
+        held = {name: said.get(name) for name in ("cells", "bytes", "parked")}
+        found.append({"name": names.get(one.id), "model": one.hosted.name, "busy": one.busy, **held})
+    return found
+
+
+_PAGE_FOLDER = Path(__file__).parent / "page"
+_PAGE_TYPES = {
+    ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}  # fmt: skip
+POINTER = (
+    b"edge-rt speaks OpenAI's API here: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models. Also /health and /metrics.\n"
+)
+PAGE_PREFIX = "/page/"
+
+_PAGE_POLICY = "; ".join((
+    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'",
+    "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+))  # fmt: skip
+"""Nothing from elsewhere, nothing inline, and no text that becomes HTML: what a model writes stays text."""
+_PAGE_HEADERS = (
+    ("Content-Security-Policy", _PAGE_POLICY), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"), ("Cache-Control", "no-cache"),
+)  # fmt: skip
+
+
+class _PageFile(NamedTuple):
+    body: bytes
+    kind: str
+    tag: str
+
+
+@cache
+def _page_files() -> dict[str, _PageFile]:
+    bodies = {path.name: path.read_bytes() for path in sorted(_PAGE_FOLDER.iterdir()) if path.suffix in _PAGE_TYPES}
+    return {
+        name: _PageFile(body, _PAGE_TYPES[Path(name).suffix], f'"{hashlib.sha256(body).hexdigest()[:16]}"') for name, body in bodies.items()
+    }  # fmt: skip
+
+
+def _send_root(exchange: Exchange) -> None:
+    """The page for a browser; for anybody else a line of text."""
+    if "text/html" in exchange.headers.get("accept", ""):
+        _send_file(exchange, _page_files()["index.html"], ("Vary", "Accept"))
+    else:
+        exchange.connection.respond(200, POINTER, "text/plain; charset=utf-8", (("Vary", "Accept"),))
+
+
+def _send_page_file(exchange: Exchange) -> None:
+    """A file that the page is made of. Raises ApiError."""
+    found = _page_files().get(exchange.path.removeprefix(PAGE_PREFIX))
+    if found is None:
+        raise ApiError(404, f"the page has no file {exchange.path:.200}", "unknown_url")
+    _send_file(exchange, found)
+
+
+def _send_file(exchange: Exchange, file: _PageFile, *more: tuple[str, str]) -> None:
+    headers = (*_PAGE_HEADERS, ("ETag", file.tag), *more)
+    tags = [tag.strip().removeprefix("W/") for tag in exchange.headers.get("if-none-match", "").split(",")]
+    if file.tag in tags:
+        exchange.connection.respond(304, b"", "", headers)
+    else:
+        exchange.connection.respond(200, file.body, file.kind, headers)
+
+
+TOKENIZE_FIELDS: Mapping[str, str] = {"prompt": "text!", "add_special_tokens": "flag", "model": "text"}
+DETOKENIZE_FIELDS: Mapping[str, str] = {"tokens": "ids!", "model": "text"}
+
+
+def _tokenize(exchange: Exchange) -> None:
+    """The tokens of a prompt; names of control tokens in it are those tokens. Raises ApiError, ProtocolError."""
+    given, _ = check_body(openai.parse_body(exchange.body), TOKENIZE_FIELDS, ())
+    fields = {"text": given["prompt"], "special": True, **({} if given.get("add_special_tokens", True) else {"bos": False})}
+    _ask_tokenizer(
+        exchange, "tokenize", fields, given.get("model"), lambda found: {"tokens": found["tokens"], "count": len(found["tokens"])}
+    )
+
+
+def _detokenize(exchange: Exchange) -> None:
+    """The text of some tokens. Raises ApiError, ProtocolError."""
+    given, _ = check_body(openai.parse_body(exchange.body), DETOKENIZE_FIELDS, ())
+    _ask_tokenizer(exchange, "detokenize", {"tokens": given["tokens"]}, given.get("model"), lambda found: {"prompt": found["text"]})
+
+
+def _tokenizer_info(exchange: Exchange) -> None:
+    """Of the default model: the names of the tokens that begin and end texts, and its chat template. Raises ProtocolError."""
+
+    def shown(found: Message) -> dict[str, Any]:
+        return {"bos_token": found["bos"], "eos_token": found["eos"], "chat_template": found["template"], "vocab_size": found["tokens"]}
+
+    _ask_tokenizer(exchange, "tokenizer", {}, None, shown)
+
+
+def _ask_tokenizer(
+    exchange: Exchange, op: str, fields: dict[str, Any], model: str | None, shown: Callable[[Message], dict[str, Any]]
+) -> None:
+    hosted, _ = find_model(exchange.server, model)
+    exchange.heard = lambda message: exchange.connection.respond_json(shown(message["ok"]))
+    exchange.connection.run(op, {**fields, "model": hosted.name}, len(exchange.body))
+
+
+FEEDBACK_FIELDS: Mapping[str, str] = protocol.OPS["feedback"]
+
+
+def _record_feedback(exchange: Exchange) -> None:
+    """Answer when it is recorded. Raises ApiError, ProtocolError."""
+    fields, _ = check_body(openai.parse_body(exchange.body), FEEDBACK_FIELDS, ())
+    if "model" in fields:
+        fields["model"] = require_no_adapter(find_model(exchange.server, fields["model"]), "feedback is of").name
+    exchange.heard = lambda message: exchange.connection.respond_json({"object": "edge_rt.feedback"})
+    exchange.connection.run("feedback", fields, len(exchange.body))
+
+
+EMBEDDING_FIELDS: Mapping[str, str] = {"model": "text", "encoding_format": "text", "dimensions": "integer", "edge_rt": "map"}
+EMBEDDING_EXTENSIONS: Mapping[str, str] = {"pooling": "text", "normalize": "flag", "truncate": "flag"}
+"""Fields of ``edge_rt``. ``truncate``: the client knows that the model was trained for fewer dimensions."""
+MAX_EMBEDDING_TEXTS = 2048  # OpenAI's limit of one request
+
+
+class EmbeddingRequest(NamedTuple):
+    """A request that was checked. ``fields``: of ``embed``. ``dimensions``: what the model must have, if that was asked for."""
+
+    fields: dict[str, Any]
+    model: str | None
+    base64: bool
+    dimensions: int | None
+    ignored: tuple[str, ...]
+
+
+def parse_embedding_request(body: Mapping[str, Any]) -> EmbeddingRequest:
+    """A request for ``/v1/embeddings``. Raises ApiError, ProtocolError."""
+    given, rest = check_body(body, EMBEDDING_FIELDS, ("input",))
+    form = given.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise invalid_field("encoding_format", "encoding_format is float or base64")
+    extensions = protocol.check_fields(given.get("edge_rt", {}), EMBEDDING_EXTENSIONS, "edge_rt")
+    truncate, dimensions = extensions.pop("truncate", False), given.get("dimensions")
+    if dimensions is not None and dimensions < 1:
+        raise invalid_field("dimensions", f"dimensions is {dimensions}; give 1 or more")
+    fields = {**_embedding_input(rest.get("input")), **extensions}
+    if truncate and dimensions is not None:
+        fields["dimensions"], dimensions = dimensions, None
+    ignored = tuple(name for name in IGNORED if body.get(name) is not None)
+    return EmbeddingRequest(fields, given.get("model"), form == "base64", dimensions, ignored)
+
+
+def _embedding_input(given: Any) -> dict[str, Sequence[Any]]:
+    """``input``: a text, texts, tokens of one text, or of several."""
+    if given is None:
+        raise invalid_field("input", "there is no input; give a text or a list of texts", "missing_required_parameter")
+    name, texts = parse_texts("input", given, MAX_EMBEDDING_TEXTS)
+    for i, text in enumerate(texts):
+        if not text:
+            raise invalid_field("input", f"text {i + 1} is empty and has no embedding; leave it out")
+    return {name: texts}
+
+
+class _EmbeddingAnswer:
+    """One request, until its answer. Each embedding is kept as it will be written: Python's numbers would take three times the memory."""
+
+    def __init__(self, exchange: Exchange, asked: EmbeddingRequest, model: str) -> None:
+        """``model``: what it is called in the answer."""
+        self._exchange, self._asked, self._model = exchange, asked, model
+        self._data: list[str] = []
+        self._tokens = 0
+
+    def start(self) -> None:
+        """Raises ProtocolError."""
+        self._exchange.heard = self._heard
+        self._exchange.connection.run("embed", {**self._asked.fields, "model": self._model}, len(self._exchange.body))
+
+    def _heard(self, message: Message) -> None:
+        """An embedding, or the end. Raises ApiError, ProtocolError."""
+        if "event" not in message:
+            self._exchange.connection.respond(200, self._answer(), "application/json", ignored_headers(self._asked.ignored))
+            return
+        if message["event"] != "embedding":  # it waits for memory, which is nothing to tell in an answer that is whole
+            return
+        row = message["embedding"]
+        wanted = self._asked.dimensions
+        if wanted is not None and wanted != len(row):
+            said = "fewer mean something only if it was trained for them (Matryoshka); say so with edge_rt.truncate"
+            raise invalid_field(
+                "dimensions", f"an embedding of this model has {len(row)} numbers and not {wanted}; {said}", "unsupported_value"
+            )
+        written = json.dumps(pack_base64(row) if self._asked.base64 else singles(row), separators=(",", ":"))
+        self._exchange.connection.keep(len(written))
+        self._data.append(f'{{"object":"embedding","index":{message["index"]},"embedding":{written}}}')
+        self._tokens += message["tokens"]
+
+    def _answer(self) -> bytes:
+        usage = {"prompt_tokens": self._tokens, "total_tokens": self._tokens}
+        rest = json.dumps({"model": self._model, "usage": usage}, ensure_ascii=False, separators=(",", ":"))
+        return f'{{"object":"list","data":[{",".join(self._data)}],{rest[1:]}'.encode()
+
+
+def pack_base64(row: Sequence[float]) -> str:
+    """As OpenAI packs it: single precision, little-endian, in base64."""
+    return base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode()
+
+
+Json = dict[str, Any]
+SCORE_FIELDS: Mapping[str, str] = {
+    "model": "text", "prompt": "text", "messages": "maps", "continuations": "texts!", "top_logprobs": "integer",
+}  # fmt: skip
+"""Of ``/edge-rt/score``."""
+MAX_SCORE_TEXTS = 256
+
+
+class ScoreRequest(NamedTuple):
+    """A request that was checked. ``fields``: of ``score``. ``rivals``: to be shown with each token. ``more``: a token behind each text."""
+
+    fields: dict[str, Any]
+    model: str | None
+    rivals: int
+    more: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+def wants_echo(body: Mapping[str, Any]) -> bool:
+    """Whether a request for completions wants its prompts scored."""
+    return body.get("echo") is True
+
+
+def parse_echo(body: Mapping[str, Any]) -> ScoreRequest:
+    """A request for ``/v1/completions`` with ``echo``. Raises ApiError."""
+    given, rest = check_body({name: value for name, value in body.items() if name != "echo"}, COMPLETION_FIELDS, ("stop", "prompt"))
+    rivals, most = given.get("logprobs"), given.get("max_tokens", 16)
+    if rivals is None:
+        raise invalid_field("echo", "echo is for scoring a prompt; set logprobs too, or leave echo out", "unsupported_value")
+    if given.get("stream"):
+        raise invalid_field("stream", "what is scored comes as a whole; leave stream out", "unsupported_value")
+    if most not in (0, 1) or (most == 1 and given.get("temperature", 1) != 0):
+        raise invalid_field("max_tokens", "with echo, max_tokens is 0, or 1 at temperature 0", "unsupported_value")
+    fields = {**_echo_prompts(rest.get("prompt")), "top": _check_top_logprobs("logprobs", rivals), "beyond": most == 1, "pieces": True}
+    return ScoreRequest(fields, given.get("model"), rivals, most == 1, tuple(name for name in IGNORED if body.get(name) is not None))
+
+
+def _check_top_logprobs(name: str, given: int) -> int:
+    if not 0 <= given <= MAX_LOGPROBS:
+        raise invalid_field(name, f"log-probabilities can be of 0 to {MAX_LOGPROBS} tokens")
+    return given
+
+
+def _echo_prompts(given: Any) -> dict[str, Any]:
+    name, prompts = parse_texts("prompt", given, MAX_SCORE_TEXTS)
+    if not all(prompts):
+        raise invalid_field("prompt", "one of the prompts is empty and has no likelihood; leave it out", "invalid_type")
+    return {name: prompts}
+
+
+def parse_score_request(body: Mapping[str, Any]) -> ScoreRequest:
+    """A request for ``/edge-rt/score``. Raises ApiError."""
+    given, _ = check_body(body, SCORE_FIELDS, ())
+    if ("prompt" in given) == ("messages" in given):
+        raise invalid_field("prompt", "continuations continue a prompt or messages; give one of them", "missing_required_parameter")
+    if not 1 <= len(given["continuations"]) <= MAX_SCORE_TEXTS:
+        raise invalid_field("continuations", f"there are {len(given['continuations'])} continuations; give 1 to {MAX_SCORE_TEXTS}")
+    rivals = _check_top_logprobs("top_logprobs", given.get("top_logprobs", 0))
+    before = {"prompt": given["prompt"]} if "prompt" in given else {"messages": normalize_messages(given["messages"])}
+    return ScoreRequest({**before, "continuations": given["continuations"], "top": rivals, "pieces": True}, given.get("model"), rivals)
+
+
+class _ScoreAnswer:
+    def __init__(self, exchange: Exchange, asked: ScoreRequest, model: str, *, echo: bool) -> None:
+        """``model``: what it is called in the answer."""
+        self._exchange, self._asked, self._model, self._echo = exchange, asked, model, echo
+        self._scores: list[Message] = []
+
+    def start(self) -> None:
+        """Raises ProtocolError."""
+        self._exchange.heard = self._heard
+        self._exchange.connection.run("score", {**self._asked.fields, "model": self._model}, len(self._exchange.body))
+
+    def _heard(self, message: Message) -> None:
+        if message.get("event") == "scored":
+            self._scores += message["scores"]
+        elif "event" not in message:
+            self._exchange.connection.respond_json(self._answer(message["ok"]["tokens"]), headers=ignored_headers(self._asked.ignored))
+
+    def _answer(self, tokens: int) -> Json:
+        more = len(self._scores) if self._asked.more else 0
+        usage = {"prompt_tokens": tokens, "completion_tokens": more, "total_tokens": tokens + more}
+        if self._echo:
+            head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "system_fingerprint": f"edge-rt-{__version__}"}
+            choices = [self._choice(index, one) for index, one in enumerate(self._scores)]
+            return {**head, "created": int(time.time()), "model": self._model, "choices": choices, "usage": usage}
+        data = [{"index": index, **self._scored(one)} for index, one in enumerate(self._scores)]
+        return {"object": "edge_rt.scores", "model": self._model, "data": data, "usage": usage}
+
+    def _scored(self, score: Message) -> Json:
+        found = {
+            "tokens": score["tokens"],
+            "pieces": list(map(_decode, score["pieces"])),
+            "logprobs": list(map(_finite, score["logprobs"])),
+        }
+        return {**found, "top_logprobs": [_top_logprobs(one) for one in score["top"]]} if self._asked.rivals else found
+
+    def _choice(self, index: int, score: Message) -> Json:
+        """As OpenAI's completions had it: the first token's log-probability is null, for nothing is before it."""
+        pieces = [score["first"], *score["pieces"]]
+        logprobs: list[float | None] = [None, *map(_finite, score["logprobs"])]
+        rivals: list[Json | None] = [None, *map(_top_logprobs, score.get("top", ()))]
+        if self._asked.more:
+            _, logprob, piece = score["beyond"][0]
+            pieces.append(piece)
+            logprobs.append(_finite(logprob))
+            rivals.append(_top_logprobs(score["beyond"][: self._asked.rivals]))
+        texts = list(map(_decode, pieces))
+        *offsets, _ = accumulate(map(len, texts), initial=0)
+        shown = {
+            "tokens": texts,
+            "token_logprobs": logprobs,
+            "top_logprobs": rivals if self._asked.rivals else None,
+            "text_offset": offsets,
+        }
+        text = b"".join(pieces).decode(errors="replace")
+        return {"index": index, "text": text, "logprobs": shown, "finish_reason": "length"}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
+
+
+def _top_logprobs(rivals: Sequence[Sequence[Any]]) -> dict[str, float]:
+    return {_decode(piece): _finite(logprob) for _, logprob, piece in reversed(rivals)}  # of tokens that look alike the likeliest stays
+
+
+def _decode(piece: bytes) -> str:
+    return piece.decode(errors="replace")
+
+
+def find_route(method: str, path: str) -> Route:
     """Raises ApiError: there is no such path, or not with this method."""
     known = [route for route in ROUTES if re.fullmatch(re.sub(r"\{\w+\}", ".+", route.path), path)]
     for route in known:
@@ -60,11 +480,11 @@ def find(method: str, path: str) -> Route:
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def _preflight(exchange: Exchange) -> None:
+def _send_preflight(exchange: Exchange) -> None:
     exchange.connection.preflight()
 
 
-def _health(exchange: Exchange) -> None:
+def _send_health(exchange: Exchange) -> None:
     """200 if a request would be answered now, or as soon as the model is back in memory; else the phase."""
     server = exchange.server
     status, worker = server.health(), server.models.find().supervisor.status() if server.models.default else {}
@@ -73,76 +493,81 @@ def _health(exchange: Exchange) -> None:
     exchange.connection.respond_json(found, 200 if ready else 503, () if ready else TRY_AGAIN)
 
 
-def _metrics(exchange: Exchange) -> None:
+def _send_metrics(exchange: Exchange) -> None:
     """With what the workers hold, if they say so soon."""
-    facts.with_memory(
-        exchange, lambda memory: exchange.connection.respond(200, metrics.text(exchange.server, memory).encode(), metrics.TYPE)
-    )
+    server = exchange.server
+
+    def send(memory: Mapping[str, Message]) -> None:
+        ready = server.health() in ("ready", "asleep")
+        text = prometheus_text(server.status(), server.counters(), server.metrics, memory, ready=ready)
+        exchange.connection.respond(200, text.encode(), PROMETHEUS_TYPE)
+
+    with_memory(exchange, send)
 
 
-def _shown(hosted: Hosted, adapter: str | None = None) -> dict[str, Any]:
+def _model_entry(hosted: ManagedModel, adapter: str | None = None) -> dict[str, Any]:
     try:
         created = int(Path(hosted.spec.model if adapter is None else hosted.adapters[adapter]).stat().st_mtime)
     except OSError:
         created = 0  # it was moved away
-    found = {"id": models.called(hosted, adapter), "object": "model", "created": created, "owned_by": "edge-rt"}
+    found = {"id": display_name(hosted, adapter), "object": "model", "created": created, "owned_by": "edge-rt"}
     return found if adapter is None else {**found, "parent": hosted.name}
 
 
-def _models(exchange: Exchange) -> None:
-    found = [_shown(one, adapter) for one in exchange.server.models for adapter in (None, *one.adapters)]
+def _list_models(exchange: Exchange) -> None:
+    found = [_model_entry(one, adapter) for one in exchange.server.models for adapter in (None, *one.adapters)]
     exchange.connection.respond_json({"object": "list", "data": found})
 
 
-def _one_model(exchange: Exchange) -> None:
-    exchange.connection.respond_json(_shown(*models.named(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
+def _send_model(exchange: Exchange) -> None:
+    exchange.connection.respond_json(_model_entry(*find_model(exchange.server, unquote(exchange.path.removeprefix("/v1/models/")))))
 
 
-def _embeddings(exchange: Exchange) -> None:
-    asked = embeddings.read(body.parse(exchange.body))
-    hosted = models.bare(models.answering(exchange.server, asked.model), "embeddings come from")
-    embeddings.Embedding(exchange, asked, hosted.name).start()
+def _embed(exchange: Exchange) -> None:
+    asked = parse_embedding_request(openai.parse_body(exchange.body))
+    hosted = require_no_adapter(find_ready_model(exchange.server, asked.model), "embeddings come from")
+    _EmbeddingAnswer(exchange, asked, hosted.name).start()
 
 
-def _score(exchange: Exchange, asked: scores.Asked, *, echo: bool) -> None:
-    hosted = models.bare(models.answering(exchange.server, asked.model), "scores come from")
-    scores.Scores(exchange, asked, hosted.name, echo=echo).start()
+def _start_scores(exchange: Exchange, asked: ScoreRequest, *, echo: bool) -> None:
+    hosted = require_no_adapter(find_ready_model(exchange.server, asked.model), "scores come from")
+    _ScoreAnswer(exchange, asked, hosted.name, echo=echo).start()
 
 
-def _scores(exchange: Exchange) -> None:
-    _score(exchange, scores.read_score(body.parse(exchange.body)), echo=False)
+def _score(exchange: Exchange) -> None:
+    _start_scores(exchange, parse_score_request(openai.parse_body(exchange.body)), echo=False)
 
 
 def _complete(exchange: Exchange) -> None:
-    given = body.parse(exchange.body)
-    if scores.echoes(given):
-        _score(exchange, scores.read_echo(given), echo=True)
+    given = openai.parse_body(exchange.body)
+    if wants_echo(given):
+        _start_scores(exchange, parse_echo(given), echo=True)
     else:
-        _generate(exchange, request.completion(given))
+        _generate(exchange, openai.parse_completion(given))
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
 def _chat(exchange: Exchange) -> None:
-    _generate(exchange, request.chat(body.parse(exchange.body)))
+    _generate(exchange, openai.parse_chat(openai.parse_body(exchange.body)))
 
 
-def _generate(exchange: Exchange, asked: Asked) -> None:
-    hosted, adapter = models.answering(exchange.server, asked.model)
+def _generate(exchange: Exchange, asked: GenerateRequest) -> None:
+    hosted, adapter = find_ready_model(exchange.server, asked.model)
     if adapter is not None:
-        asked = request.through(asked, hosted.name, adapter)
-    _Generation(exchange, asked, hosted.name, models.called(hosted, adapter), request.headers(asked.ignored)).start()
+        asked = openai.with_adapter(asked, hosted.name, adapter)
+    GenerationAnswer(exchange, asked, hosted.name, display_name(hosted, adapter), ignored_headers(asked.ignored)).start()
 
 
-class _Generation:
+class GenerationAnswer:
     """One generation, from the request to the end of its answer."""
 
-    def __init__(self, exchange: Exchange, asked: Asked, model: str, called: str, headers: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, exchange: Exchange, asked: GenerateRequest, model: str, called: str, headers: tuple[tuple[str, str], ...]) -> None:
         """``called``: what the model is called in the answer."""
         self._exchange, self._asked, self._headers = exchange, asked, headers
         self._connection = exchange.connection
-        self._model, self._answer = model, answer.Answer(asked, called)
+        self._model, self._answer = model, openai.CompletionBuilder(asked, called)
         self._begun = False
 
     def start(self) -> None:
@@ -190,7 +615,6 @@ class _Generation:
         self._connection.run("generate", {**self._asked.fields, **session}, len(self._exchange.body))
 
     def _heard(self, message: Message) -> None:
-        """An event, or the end."""
         chunks = self._answer.event(message) if "event" in message else []
         if not self._asked.stream:
             if "event" not in message:
@@ -210,20 +634,25 @@ class _Generation:
 
 
 ROUTES = (
-    Route("/", "GET", files.root, needs_key=False),
-    Route(f"{files.PREFIX}{{file}}", "GET", files.part, needs_key=False),
-    Route("/health", "GET", _health, needs_key=False),
-    Route("/metrics", "GET", _metrics),
-    Route("/edge-rt/status", "GET", facts.status),
-    Route("/v1/models", "GET", _models),
-    Route("/v1/models/{model}", "GET", _one_model),
+    Route("/", "GET", _send_root, needs_key=False),
+    Route(f"{PAGE_PREFIX}{{file}}", "GET", _send_page_file, needs_key=False),
+    Route("/health", "GET", _send_health, needs_key=False),
+    Route("/metrics", "GET", _send_metrics),
+    Route("/edge-rt/status", "GET", _send_status),
+    Route("/v1/models", "GET", _list_models),
+    Route("/v1/models/{model}", "GET", _send_model),
     Route("/v1/chat/completions", "POST", _chat),
     Route("/v1/completions", "POST", _complete),
-    Route("/edge-rt/score", "POST", _scores),
-    Route("/edge-rt/feedback", "POST", feedback.give),
-    Route("/v1/embeddings", "POST", _embeddings),
-    Route("/tokenize", "POST", tokens.tokenize),
-    Route("/detokenize", "POST", tokens.detokenize),
-    Route("/tokenizer_info", "GET", tokens.info),
+    Route("/edge-rt/score", "POST", _score),
+    Route("/edge-rt/feedback", "POST", _record_feedback),
+    Route("/v1/embeddings", "POST", _embed),
+    Route("/tokenize", "POST", _tokenize),
+    Route("/detokenize", "POST", _detokenize),
+    Route("/tokenizer_info", "GET", _tokenizer_info),
 )
-PREFLIGHT = Route("preflight", "OPTIONS", _preflight, needs_key=False)
+PREFLIGHT = Route("preflight", "OPTIONS", _send_preflight, needs_key=False)
+
+
+def connection_factory(server: Operations, http: HttpConfig) -> Callable[[], HttpConnection]:
+    """Makes the connection of each client; the names that clients give to sessions are of all connections."""
+    return partial(HttpConnection, server, http, {}, find_route, PREFLIGHT)

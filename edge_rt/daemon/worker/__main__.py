@@ -16,20 +16,17 @@ import threading
 import time
 from queue import Empty, SimpleQueue
 
-from edge_rt.daemon.frames import Frames, Message, pack_answer
-from edge_rt.daemon.serving import Serving
+from edge_rt.daemon.protocol import FrameReader, Message, pack_answer
+from edge_rt.daemon.worker.engine import WorkerEngine
 
-BETWEEN_STEPS = 0.005
-"""Seconds for commands between two steps, while somebody generates; what is left over then waits for the next."""
+BETWEEN_STEPS = 0.005  # seconds for commands between two steps, while somebody generates; what is left over then waits for the next
 SWITCH_EVERY = 0.0005
 """Seconds that a thread may hold Python's lock while another wants it. A step lets go of it some ten times, and would wait as often for
 a thread that chooses what stays of a long prompt: by default 0.005 seconds each time, which is as long as a step.
 """
 
 
-class Worker:
-    """Commands in, answers out."""
-
+class WorkerLoop:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
@@ -37,7 +34,7 @@ class Worker:
         self._thread = threading.get_ident()
         self._queue: SimpleQueue[Message] = SimpleQueue()
         self._idle = False
-        self._serving = Serving(self._send, self._queue.put)
+        self._serving = WorkerEngine(self._send, self._queue.put)
 
     def run(self) -> None:
         """Work until the daemon is gone; does not return."""
@@ -91,7 +88,7 @@ class Worker:
             os._exit(0)
 
     def _read(self) -> None:
-        frames = Frames()
+        frames = FrameReader()
         while True:
             try:
                 data = self._connection.recv(1 << 18)
@@ -134,7 +131,7 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_EVERY)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    Worker(connection).run()
+    WorkerLoop(connection).run()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,18 @@ from typing import Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.client import PAUSES, connected
-from edge_rt.daemon.conversation import GONE, Answers, Conversation, embed_fields, feedback_fields, fields_of, hello_fields, score_fields
-from edge_rt.daemon.frames import Message
+from edge_rt.daemon.client import PAUSES, connect_socket
+from edge_rt.daemon.client.protocol import (
+    GONE,
+    ClientProtocol,
+    Reply,
+    embed_fields,
+    feedback_fields,
+    generate_fields,
+    hello_fields,
+    score_fields,
+)
+from edge_rt.daemon.protocol import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
@@ -33,15 +42,13 @@ class AsyncClient:
         """``address``: as ``edge-rt serve --listen`` takes it, else the user's own. ``key``: for TCP."""
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key = key
-        self._conversation = Conversation()
+        self._conversation = ClientProtocol()
         self._writer: asyncio.StreamWriter | None = None
         self._news = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
-        self.hello: Message = {}
-        """What the daemon said of itself: version, server, capabilities, limits."""
+        self.hello: Message = {}  # what the daemon said of itself: version, server, capabilities, limits
 
     async def connect(self) -> None:
-        """Connect."""
         reader, hello = await self._open()
         self._reading = asyncio.get_running_loop().create_task(self._read(reader, hello))
         while not hello.over:
@@ -53,10 +60,9 @@ class AsyncClient:
             raise
         self._conversation.greeted(self.hello)
 
-    async def _open(self) -> tuple[asyncio.StreamReader, Answers]:
-        """A connection, in which hello was said."""
+    async def _open(self) -> tuple[asyncio.StreamReader, Reply]:
         try:
-            made = await asyncio.to_thread(connected, self.address, None)
+            made = await asyncio.to_thread(connect_socket, self.address, None)
             reader, self._writer = await asyncio.open_connection(sock=made)
         except OSError as error:
             raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
@@ -83,7 +89,7 @@ class AsyncClient:
 
         ``session``: the id of one, as ``open_session`` gives it.
         """
-        answers = self._ask("generate", fields_of(prompt, session, model, priority, resumable, options))
+        answers = self._ask("generate", generate_fields(prompt, session, model, priority, resumable, options))
         try:
             while True:
                 while (event := answers.take()) is not None:
@@ -136,15 +142,13 @@ class AsyncClient:
         await self.call("feedback", **feedback_fields(prompt, answer, rating, correction, comment, model))
 
     async def saved(self) -> list[Message]:
-        """The user's saved sessions; see ``Client.saved``."""
         found: list[Message] = (await self.call("list_saved"))["saved"]
         return found
 
     async def delete_saved(self, name: str) -> None:
-        """Delete what was saved under a name."""
         await self.call("delete_saved", name=name)
 
-    def _ask(self, op: str, fields: Mapping[str, Any]) -> Answers:
+    def _ask(self, op: str, fields: Mapping[str, Any]) -> Reply:
         if self._writer is None:
             raise DaemonError("disconnected", "the connection was closed; connect again")
         answers = self._conversation.ask(op, fields)
@@ -156,14 +160,13 @@ class AsyncClient:
             self._writer.write(data)
 
     async def _wait(self) -> None:
-        """Until something came."""
         await self._news.wait()
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def _read(self, reader: asyncio.StreamReader, hello: Answers) -> None:
+    async def _read(self, reader: asyncio.StreamReader, hello: Reply) -> None:
         """Take what comes; when the connection breaks, connect again, as long as there are streams to go on with."""
         pauses = iter(PAUSES)
         while True:
@@ -206,7 +209,6 @@ class AsyncClient:
                 return  # it is closed all the same
 
     async def close(self) -> None:
-        """Leave; what runs for this connection ends."""
         if self._reading is not None:
             self._reading.cancel()
         await self._close()
@@ -222,7 +224,7 @@ class AsyncClient:
         await self.close()
 
 
-def _refusal(hello: Answers) -> DaemonError | None:
+def _refusal(hello: Reply) -> DaemonError | None:
     """Why there was no greeting, None if there was. It is over."""
     try:
         hello.result()

@@ -1,7 +1,6 @@
-"""What the worker process does: it owns a model, its sessions and the requests under way.
+"""The worker's engine: it owns a model and its sessions and carries out the daemon's commands, which the daemon has checked.
 
-Commands are maps as the protocol's, from the daemon, which has checked them. One thread calls everything but ``generations``' ``note``,
-``cancel``, ``credit`` and ``unwanted``, so that the model needs no lock.
+One thread calls everything but ``requests.register``, ``cancel``, ``add_credits`` and ``mark_unwanted``, so that the model needs no lock.
 """
 
 from __future__ import annotations
@@ -12,41 +11,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_rt.daemon.account import Account
-from edge_rt.daemon.frames import Message
-from edge_rt.daemon.generations import LONG, Generations
-from edge_rt.daemon.store import Store
+from edge_rt.daemon.protocol import Message
+from edge_rt.daemon.worker.memory import MemoryBudget, SessionStore
+from edge_rt.daemon.worker.requests import LONG, RequestManager
 from edge_rt.errors import ProtocolError, UserError
 from edge_rt.power.limits import sustained
 
 if TYPE_CHECKING:
     from edge_rt.core.generate.scheduler import Scheduler
-    from edge_rt.daemon.readings import Readings
+    from edge_rt.daemon.worker.read_jobs import ReadJobs
     from edge_rt.model import Model
     from edge_rt.postprocess.rules import RuleFile
 
-PROGRESS_EVERY = 0.05
-"""Seconds between two reports of one phase of opening."""
-TELL_EVERY = 0.2
-"""Seconds between two words about what is held, and by which share it must have changed."""
-NOTICEABLE = 1 / 32
-SUSTAINED_EVERY = 1.0
-"""Seconds between two words about power and temperature."""
+PROGRESS_EVERY = 0.05  # seconds between two reports of one phase of opening
+REPORT_SECONDS = 0.2  # seconds between two words about what is held, and by which share it must have changed
+REPORT_SHARE = 1 / 32
+SUSTAINED_EVERY = 1.0  # seconds between two words about power and temperature
 
 
-class Serving:
+class WorkerEngine:
     """See above. ``send`` takes messages to the daemon, ``later`` a command that is to be carried out in its turn; both on any thread."""
 
     def __init__(self, send: Callable[[Message], None], later: Callable[[Message], None]) -> None:
-        self.beats = 0
-        """Rises while something moves."""
-        self.generations = Generations(send, later)
+        self.beats = 0  # rises while something moves
+        self.generations = RequestManager(send, later)
         self._send = send
         self._model: Model | None = None
         self._batch: Scheduler | None = None
-        self._readings: Readings | None = None
+        self._readings: ReadJobs | None = None
         self._rules: RuleFile | None = None
-        self._store: Store | None = None
+        self._store: SessionStore | None = None
         self._reported = ("", 0.0)
         self._cool = False
         self._held, self._held_due, self._sustained_due = (0, 0), 0.0, 0.0
@@ -74,7 +68,7 @@ class Serving:
     def do(self, command: Message) -> None:
         """Carry out a command; its answer is sent, also if it is an error."""
         try:
-            work = _WORK[command["op"]]
+            work = _COMMANDS[command["op"]]
             answer = work(self, command)
         except Exception as error:
             self.generations.failed(command, error)
@@ -100,7 +94,7 @@ class Serving:
             generations.due = False
             started = generations.line.admit()
         if now >= self._held_due:
-            self._held_due = now + TELL_EVERY
+            self._held_due = now + REPORT_SECONDS
             if self._changed_noticeably():
                 self._tell_held()
             self._tell_sustained(now)
@@ -121,9 +115,7 @@ class Serving:
         return self._account.held(), self._account.reserved()
 
     def _changed_noticeably(self) -> bool:
-        return any(abs(now - told) > NOTICEABLE * told for now, told in zip(self._bytes(), self._held, strict=True))
-
-    # ---- the model ---------------------------------------------------------------------------------------------------
+        return any(abs(now - told) > REPORT_SHARE * told for now, told in zip(self._bytes(), self._held, strict=True))
 
     def _open(self, command: Message) -> Message:
         """Open rules and model, and take a first step, which makes what later ones need."""
@@ -150,8 +142,8 @@ class Serving:
         if isinstance(model.engine, TellsProgress):
             model.engine.tell(self._beat)
         model.logits([model.vocab.bos or 0])
-        store = Store(model, self._send, command.get("parked"), self._beat)
-        self._account = Account(model, store, command.get("allowance"))
+        store = SessionStore(model, self._send, command.get("parked"), self._beat)
+        self._account = MemoryBudget(model, store, command.get("allowance"))
         self.generations.opened(model, self._batch, store, self._account, self._rules)
         self._store = store
         info = model.info
@@ -164,10 +156,10 @@ class Serving:
 
     def _needs(self, command: Message) -> Message:
         """Bytes of weights at most, of the process beside them, and the least to work with, as far as that is known."""
-        from edge_rt.daemon.facts import anonymous
+        from edge_rt.daemon.worker.memory import anonymous_bytes
 
         mapped, limit = self._opened.memory().weights_mapped, command["options"].get("memory")
-        process, held = anonymous(), self._account.held()
+        process, held = anonymous_bytes(), self._account.held()
         found = {"weights": min(mapped, limit) if limit else mapped, "process": None if process is None else max(0, process - held)}
         found["working"] = self._account.least() or None
         return {name: size for name, size in found.items() if size is not None}
@@ -202,7 +194,7 @@ class Serving:
         return self._model
 
     @property
-    def _sessions(self) -> Store:
+    def _sessions(self) -> SessionStore:
         if self._store is None:
             raise ProtocolError("unloaded", "the model could not be opened")
         return self._store
@@ -215,7 +207,6 @@ class Serving:
         return None
 
     def _found(self, command: Message) -> Message | None:
-        """Another thread is done."""
         answer: Message | None = command["then"]()
         return answer
 
@@ -227,14 +218,12 @@ class Serving:
         bos, eos = (None if one is None else vocab.piece(one, special=True).decode(errors="replace") for one in (vocab.bos, vocab.eos))
         return {"bos": bos, "eos": eos, "template": vocab.chat_template(), "tokens": vocab.n_tokens}
 
-    # ---- memory ------------------------------------------------------------------------------------------------------
-
     def _memory(self, command: Message) -> Message:
         """Bytes by owner. ``by_session`` names sessions: it is for the daemon alone."""
-        from edge_rt.daemon.facts import memory
+        from edge_rt.daemon.worker.memory import memory_report
 
         generations = self.generations
-        found = memory(self._opened, self._sessions, self._account)
+        found = memory_report(self._opened, self._sessions, self._account)
         return {**found, "requests": len(generations), "queued": len(generations.line)}
 
     def _allow(self, command: Message) -> Message:
@@ -272,8 +261,6 @@ class Serving:
         self.generations.due = True
         return {"held": self._account.held()}
 
-    # ---- sessions ----------------------------------------------------------------------------------------------------
-
     def _open_session(self, command: Message) -> Message:
         self._sessions.open(command["session"], command.get("context"), command.get("owner", ""))
         return {}
@@ -302,8 +289,6 @@ class Serving:
         tokens = self._sessions.restore(command["session"], path, owner, self._has_room, context=command.get("context"))
         return {"tokens": tokens}
 
-    # ---- generation --------------------------------------------------------------------------------------------------
-
     def _generate(self, command: Message) -> None:
         self._warm()
         self.generations.generate(command)
@@ -312,14 +297,13 @@ class Serving:
         one = self.generations.reading(command)
         self._warm()
         if self._readings is None:
-            from edge_rt.daemon.readings import Readings
+            from edge_rt.daemon.worker.read_jobs import ReadJobs
 
             say, ended, line = self.generations.sent, self.generations.answered, self.generations.line
-            self._readings = Readings(self._opened, self._account, line, say, ended)
+            self._readings = ReadJobs(self._opened, self._account, line, say, ended)
         self._readings.add(one, command)
 
     def _warm(self) -> None:
-        """Somebody asks again."""
         model = self._opened
         if self._cool:
             self._cool = False
@@ -335,27 +319,27 @@ class Serving:
         self.generations.drop(command)
 
 
-_WORK: dict[str, Callable[[Serving, Message], Message | None]] = {
-    "open": Serving._open,
-    "reload_rules": Serving._reload_rules,
-    "tokenize": Serving._tokenize,
-    "detokenize": Serving._detokenize,
-    "tokenizer": Serving._tokenizer,
-    "found": Serving._found,
-    "memory": Serving._memory,
-    "allow": Serving._allow,
-    "cool": Serving._cool_down,
-    "park_session": Serving._park_session,
-    "open_session": Serving._open_session,
-    "close_session": Serving._close_session,
-    "clone_session": Serving._clone_session,
-    "save_session": Serving._save_session,
-    "restore_session": Serving._restore_session,
-    "generate": Serving._generate,
-    "embed": Serving._read,
-    "score": Serving._read,
-    "resume": Serving._resume,
-    "cancel": Serving._cancel,
-    "drop": Serving._drop,
+_COMMANDS: dict[str, Callable[[WorkerEngine, Message], Message | None]] = {
+    "open": WorkerEngine._open,
+    "reload_rules": WorkerEngine._reload_rules,
+    "tokenize": WorkerEngine._tokenize,
+    "detokenize": WorkerEngine._detokenize,
+    "tokenizer": WorkerEngine._tokenizer,
+    "found": WorkerEngine._found,
+    "memory": WorkerEngine._memory,
+    "allow": WorkerEngine._allow,
+    "cool": WorkerEngine._cool_down,
+    "park_session": WorkerEngine._park_session,
+    "open_session": WorkerEngine._open_session,
+    "close_session": WorkerEngine._close_session,
+    "clone_session": WorkerEngine._clone_session,
+    "save_session": WorkerEngine._save_session,
+    "restore_session": WorkerEngine._restore_session,
+    "generate": WorkerEngine._generate,
+    "embed": WorkerEngine._read,
+    "score": WorkerEngine._read,
+    "resume": WorkerEngine._resume,
+    "cancel": WorkerEngine._cancel,
+    "drop": WorkerEngine._drop,
 }
 """What answers None has answered itself, or has no answer."""

@@ -7,31 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_rt import __version__
-from edge_rt.daemon.frames import Frames, Message, pack
+from edge_rt.daemon.protocol import FrameReader, Message, pack
 from edge_rt.errors import DaemonError, OptionError
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
 from edge_rt.types import event as event_of
 
-ACK_EVERY = 8
-"""Events of a stream that can be resumed between two acknowledgements."""
+ACK_EVERY = 8  # events of a stream that can be resumed between two acknowledgements
 
 GONE = "the daemon has closed the connection; connect again"
 
 
-class Answers:
+class Reply:
     """What comes for one request. ``request``: its id, 0 until it was asked, and another one after the stream was resumed."""
 
     def __init__(self) -> None:
         self.request = 0
-        self.cancelled = False
-        """The daemon is to be told, in this connection or the next."""
+        self.cancelled = False  # the daemon is to be told, in this connection or the next
         self.stream: str | None = None
-        self.seq = 0
-        """Of the last event received."""
+        self.seq = 0  # of the last event received
         self.events: deque[Event] = deque()
-        self.readings: list[Message] = []
-        """Events of texts that are read, in their order."""
+        self.readings: list[Message] = []  # events of texts that are read, in their order
         self._end: Message | None = None
         self._acknowledged = 0
 
@@ -53,12 +49,11 @@ class Answers:
         """The answer. Raises DaemonError if it is one."""
         assert self._end is not None, "it has not come yet"
         if "error" in self._end:
-            raise error_of(self._end["error"])
+            raise daemon_error(self._end["error"])
         found: Message = self._end["ok"]
         return found
 
     def end(self, message: Message) -> None:
-        """The answer has come, or never will."""
         self._end = message
 
     def due(self, every: int) -> bool:
@@ -69,37 +64,37 @@ class Answers:
         return True
 
 
-class Conversation:
+class ClientProtocol:
     """One client's requests. After ``disconnected`` it goes on with the next connection."""
 
     def __init__(self) -> None:
         self._farewell: Message = {"code": "disconnected", "message": GONE}
-        self._frames = Frames()
-        self._asked: dict[int, Answers] = {}
-        self._broken: list[Answers] = []
+        self._frames = FrameReader()
+        self._asked: dict[int, Reply] = {}
+        self._broken: list[Reply] = []
         self._number = 0
         self._out: list[bytes] = []
         self._ack_every = ACK_EVERY
 
-    def ask(self, op: str, fields: Mapping[str, Any], answers: Answers | None = None) -> Answers:
+    def ask(self, op: str, fields: Mapping[str, Any], answers: Reply | None = None) -> Reply:
         """A request. ``answers``: those that are to take what comes. Raises ProtocolError if it is too long."""
         data = pack({"id": self._number + 1, "op": op, **fields})
         self._number += 1
         self._out.append(data)
-        answers = Answers() if answers is None else answers
+        answers = Reply() if answers is None else answers
         answers.request = self._number
         self._asked[self._number] = answers
         if answers.cancelled:
             self._cancel(answers)
         return answers
 
-    def cancel(self, answers: Answers) -> None:
+    def cancel(self, answers: Reply) -> None:
         """End a generation soon: now, or as soon as it is asked or goes on."""
         answers.cancelled = True
         if self._asked.get(answers.request) is answers:
             self._cancel(answers)
 
-    def _cancel(self, answers: Answers) -> None:
+    def _cancel(self, answers: Reply) -> None:
         self.ask("cancel", {"request": answers.request})
 
     def greeted(self, hello: Message) -> None:
@@ -119,16 +114,14 @@ class Conversation:
 
     def gone(self) -> DaemonError:
         """Why the connection ended: the daemon's last words, if it had any."""
-        return error_of(self._farewell)
+        return daemon_error(self._farewell)
 
     def give_up(self, error: DaemonError) -> None:
-        """There is no other connection for them."""
         for answers in self._broken:
             answers.end({"error": {"code": error.code, "message": str(error)}})
         self._broken.clear()
 
     def to_send(self) -> bytes:
-        """Bytes to write now."""
         data = b"".join(self._out)
         self._out.clear()
         return data
@@ -164,7 +157,7 @@ class Conversation:
                 self._broken.append(answers)
             else:
                 answers.end({"error": self._farewell})
-        self._frames, self._farewell = Frames(), {"code": "disconnected", "message": GONE}
+        self._frames, self._farewell = FrameReader(), {"code": "disconnected", "message": GONE}
         self._out.clear()
         self._asked.clear()
 
@@ -175,10 +168,9 @@ def hello_fields(key: str | None) -> Message:
     return fields if key is None else {**fields, "key": key}
 
 
-def fields_of(
+def generate_fields(
     prompt: str | Sequence[ChatMessage], session: str | None, model: str | None, priority: str, resumable: bool, options: Mapping[str, Any]
 ) -> Message:
-    """The fields of ``generate``."""
     fields = _prompt(prompt)
     fields |= {name: value for name, value in (("session", session), ("model", model)) if value is not None}
     if priority != "normal":
@@ -212,7 +204,6 @@ def score_fields(
 def feedback_fields(
     prompt: str | Sequence[ChatMessage], answer: str, rating: int | None, correction: str | None, comment: str | None, model: str | None
 ) -> Message:  # fmt: skip
-    """The fields of ``feedback``."""
     return {**_prompt(prompt), "answer": answer, "rating": rating, "correction": correction, "comment": comment, "model": model}
 
 
@@ -229,7 +220,6 @@ def _texts(texts: Sequence[str | Sequence[int]]) -> Message:
 
 
 def _sendable(name: str, value: Any) -> Any:
-    """An option as the protocol has it."""
     if name in ("sampling", "rules"):
         raise OptionError(f"the daemon takes no {name}; give sampling parameters by name, and rules to the daemon itself")
     if hasattr(value, "_asdict"):
@@ -239,7 +229,6 @@ def _sendable(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, list)) else value
 
 
-def error_of(found: Mapping[str, Any]) -> DaemonError:
-    """An error of the daemon's."""
+def daemon_error(found: Mapping[str, Any]) -> DaemonError:
     rest = {name: value for name, value in found.items() if name not in ("code", "message")}
     return DaemonError(found["code"], found["message"], **rest)

@@ -1,4 +1,4 @@
-"""A client of the daemon: `Client` for threads that wait; `AsyncClient` in aclient.py is the same for asyncio.
+"""Clients of the daemon: `Client` blocks, `AsyncClient` is the same for asyncio.
 
 with Client() as client, client.session() as session:
     for event in session.generate([{"role": "user", "content": "Hello"}], max_tokens=64):
@@ -13,21 +13,24 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
-from edge_rt.daemon.conversation import Answers, Conversation, embed_fields, feedback_fields, fields_of, hello_fields, score_fields
-from edge_rt.daemon.frames import Message
+from edge_rt.daemon.client.protocol import ClientProtocol, Reply, embed_fields, feedback_fields, generate_fields, hello_fields, score_fields
+from edge_rt.daemon.protocol import Message
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
 
-PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)
-"""Seconds between attempts to connect again, for a stream that is to go on."""
+if TYPE_CHECKING:
+    from edge_rt.daemon.client.async_ import AsyncClient
 
-CROWDED = 5.0
-"""Seconds to try for, while more connect than the system keeps waiting."""
+__all__ = ["AsyncClient", "Client", "Generation", "Session", "connect_socket"]
+
+PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to connect again, for a stream that is to go on
+
+CROWDED = 5.0  # seconds to try for, while more connect than the system keeps waiting
 
 
 class Client:
@@ -41,10 +44,9 @@ class Client:
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key, self._timeout = key, timeout
         self._socket: socket.socket | None = None
-        self._conversation = Conversation()
+        self._conversation = ClientProtocol()
         self._lock = threading.RLock()  # of the conversation, and of what is written
-        self.hello: Message = {}
-        """What the daemon said of itself: version, server, capabilities, limits."""
+        self.hello: Message = {}  # what the daemon said of itself: version, server, capabilities, limits
         self.connect()
 
     def connect(self) -> None:
@@ -53,7 +55,7 @@ class Client:
             self.close()
             self._conversation.disconnected()
         try:
-            self._socket = connected(self.address, self._timeout)
+            self._socket = connect_socket(self.address, self._timeout)
         except OSError as error:
             raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
         try:
@@ -76,8 +78,6 @@ class Client:
             else:
                 return
         self.connect()
-
-    # ---- requests ----------------------------------------------------------------------------------------------------
 
     def call(self, op: str, **fields: Any) -> Message:
         """Ask, and wait for the answer."""
@@ -103,9 +103,9 @@ class Client:
         Leaving the loop cancels the request, and lets the rest of its events go by: the connection is as before. With ``resumable``, a
         connection that breaks is made again, and the events go on where they were.
         """
-        return Generation(self, fields_of(prompt, None if session is None else session.id, model, priority, resumable, options))
+        return Generation(self, generate_fields(prompt, None if session is None else session.id, model, priority, resumable, options))
 
-    def _answer(self, fields: Message, answers: Answers) -> Generator[Event, None, None]:
+    def _answer(self, fields: Message, answers: Reply) -> Generator[Event, None, None]:
         self._ask("generate", fields, answers)
         try:
             yield from self._events(answers)
@@ -113,7 +113,7 @@ class Client:
             if not answers.over:
                 self._leave(answers)
 
-    def _events(self, answers: Answers) -> Iterator[Event]:
+    def _events(self, answers: Reply) -> Iterator[Event]:
         while True:
             while (event := answers.take()) is not None:
                 yield event
@@ -130,7 +130,7 @@ class Client:
             self._flush()
         answers.result()
 
-    def _leave(self, answers: Answers) -> None:
+    def _leave(self, answers: Reply) -> None:
         """Cancel a request, and let its events go by."""
         self._cancel(answers)
         try:
@@ -141,7 +141,7 @@ class Client:
         except DaemonError:
             return  # the connection has ended; or the daemon takes long, and the rest goes by with what is asked next
 
-    def _cancel(self, answers: Answers) -> None:
+    def _cancel(self, answers: Reply) -> None:
         """Tell the daemon that a request is to end, on any thread; in the next connection if this one is gone."""
         with self._lock:
             self._conversation.cancel(answers)
@@ -211,16 +211,12 @@ class Client:
         return found
 
     def delete_saved(self, name: str) -> None:
-        """Delete what was saved under a name."""
         self.call("delete_saved", name=name)
 
     def status(self) -> Message:
-        """What the daemon is at."""
         return self.call("status")
 
-    # ---- the socket --------------------------------------------------------------------------------------------------
-
-    def _ask(self, op: str, fields: Mapping[str, Any], answers: Answers | None = None) -> Answers:
+    def _ask(self, op: str, fields: Mapping[str, Any], answers: Reply | None = None) -> Reply:
         with self._lock:
             answers = self._conversation.ask(op, fields, answers)
             self._flush()
@@ -295,7 +291,7 @@ class Generation(Iterator[Event]):
 
     def __init__(self, client: Client, fields: Message) -> None:
         """Use ``Client.generate`` or ``Session.generate``."""
-        self._client, self._answers = client, Answers()
+        self._client, self._answers = client, Reply()
         self._events = client._answer(fields, self._answers)  # knows nothing of us, so that it ends when nobody holds us any more
 
     def __next__(self) -> Event:
@@ -333,7 +329,6 @@ class Session:
         self._client.call("save_session", session=self.id, name=name)
 
     def close(self) -> None:
-        """End it."""
         self._client.call("close_session", session=self.id)
 
     def __enter__(self) -> Session:
@@ -344,7 +339,7 @@ class Session:
             self.close()
 
 
-def connected(address: Address, timeout: float | None) -> socket.socket:
+def connect_socket(address: Address, timeout: float | None) -> socket.socket:
     """A socket that is connected. Raises OSError."""
     family = socket.AF_INET6 if ":" in address.path else socket.AF_INET
     found = socket.socket(family if address.kind == "tcp" else socket.AF_UNIX)
@@ -366,3 +361,11 @@ def connected(address: Address, timeout: float | None) -> socket.socket:
         found.close()
         raise
     return found
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AsyncClient":  # not before it is asked for: a program that blocks needs no asyncio
+        from edge_rt.daemon.client.async_ import AsyncClient
+
+        return AsyncClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

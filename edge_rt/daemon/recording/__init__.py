@@ -1,4 +1,7 @@
-"""What the daemon hears of requests that are recorded, in its loop: nothing here takes long, and all else is the writer's."""
+"""Recording of what clients ask and what became of it (docs/daemon.md).
+
+What runs in the daemon's loop is here and takes microseconds; redaction and writing are on the thread of trace.py.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,37 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from edge_rt import __version__
-from edge_rt.daemon.channel import OVER_HTTP
-from edge_rt.daemon.traffic.file import TraceFile
-from edge_rt.daemon.traffic.lines import FIELDS, Feedback, Lines, Recorded, as_line
-from edge_rt.daemon.traffic.redaction import Redaction, load
-from edge_rt.daemon.traffic.writer import Writer
+from edge_rt.daemon.connection import OVER_HTTP
+from edge_rt.daemon.recording.trace import (
+    RECORDED_FIELDS,
+    Feedback,
+    FinishedRequest,
+    LineBuilder,
+    Redaction,
+    TraceFile,
+    TraceWriter,
+    as_line,
+    load_redaction,
+)
 
 if TYPE_CHECKING:
-    from edge_rt.daemon.channel import Channel
-    from edge_rt.daemon.config import Record
-    from edge_rt.daemon.frames import Message
-    from edge_rt.daemon.hosted import Hosted
-    from edge_rt.daemon.sessions import Known
+    from edge_rt.daemon.config import RecordConfig
+    from edge_rt.daemon.connection import ClientConnection
+    from edge_rt.daemon.models import ManagedModel
+    from edge_rt.daemon.protocol import Message
+    from edge_rt.daemon.sessions import ClientSession
 
 SWITCH_EVERY = 0.0005
 """Seconds that redaction may hold Python's lock while the daemon's loop wants it; by default it waits ten times as long."""
-_OVERHEAD = 1024
-"""Bytes of a request that waits to be written, beside its texts."""
+_OVERHEAD = 1024  # bytes of a request that waits to be written, beside its texts
 
 
-class Taken:
-    """One request, from when it came to its end; ``heard`` takes what the daemon says of it."""
+class RequestRecorder:
+    """One request, from when it came to its end; ``observe`` takes what the daemon says of it."""
 
     def __init__(
-        self, fields: Mapping[str, Any], size: int, client: str, hosted: Hosted, session: str | None, keeps: bool,
-        began: float, clock: Callable[[], float], then: Callable[[Recorded, int], None],
+        self, fields: Mapping[str, Any], size: int, client: str, hosted: ManagedModel, session: str | None, keeps: bool,
+        began: float, clock: Callable[[], float], then: Callable[[FinishedRequest, int], None],
     ) -> None:  # fmt: skip
         """``keeps``: the answer. ``began``: when the recording did, by the clock. ``then`` is called at the end, with the bytes of it."""
         self._fields, self._size, self._client, self._hosted, self._session = fields, size, client, hosted, session
@@ -52,7 +61,7 @@ class Taken:
         self._stop: str | None = None
         self._rules: dict[str, int] = {}
 
-    def heard(self, message: Message) -> None:
+    def observe(self, message: Message) -> None:
         """An event, or the answer to the request."""
         kind = message.get("event")
         if kind == "delta":
@@ -66,7 +75,7 @@ class Taken:
             usage = message["usage"]
             self._prompt_tokens, self._completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         elif kind is None:
-            self.ended(message["error"]["code"] if "error" in message else None)
+            self.finish(message["error"]["code"] if "error" in message else None)
 
     def _delta(self, message: Message) -> None:
         count = len(message["tokens"]) + message.get("concealed", 0)
@@ -76,16 +85,16 @@ class Taken:
         if self._text is not None:
             self._text.append(message["text"])
 
-    def left(self) -> None:
+    def note_left(self) -> None:
         """The client wants no more of it."""
         if self._left is None:
             self._left = self._clock() - self._came
 
-    def ended(self, code: str | None) -> None:
+    def finish(self, code: str | None) -> None:
         """It is over, with the code of an error if it failed."""
         cancelled = self._reason == "cancelled" or code == "cancelled"
         text = None if self._text is None else "".join(self._text)
-        found = Recorded(
+        found = FinishedRequest(
             self._at, self._fields, self._client, self._session, "cancelled" if cancelled else "ok" if code is None else "error",
             None if cancelled else code, self._reason, self._stop, self._prompt_tokens, self._completion_tokens,
             self._first_token, self._clock() - self._came, self._left if cancelled else None, text,
@@ -99,7 +108,7 @@ class Recorder:
 
     def __init__(
         self,
-        settings: Record,
+        settings: RecordConfig,
         redaction: Redaction,
         chance: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
@@ -112,32 +121,34 @@ class Recorder:
             "sample": settings.sample, "answers": settings.answers,
         }  # fmt: skip
         file = TraceFile(settings.file, as_line(header), settings.max_bytes, settings.keep)
-        self._writer = Writer(file, Lines(redaction, settings.answers), clock)
-        self._clients: WeakKeyDictionary[Channel, str] = WeakKeyDictionary()
+        self._writer = TraceWriter(file, LineBuilder(redaction, settings.answers), clock)
+        self._clients: WeakKeyDictionary[ClientConnection, str] = WeakKeyDictionary()
         self._users: dict[int, str] = {}
         self._names = 0
 
-    def take(self, connection: Channel, fields: Mapping[str, Any], size: int, hosted: Hosted, session: Known | None) -> Taken | None:
+    def start(
+        self, connection: ClientConnection, fields: Mapping[str, Any], size: int, hosted: ManagedModel, session: ClientSession | None
+    ) -> RequestRecorder | None:
         """A client asks for a generation. None if it is left out; requests of a session are taken or left together."""
-        drawn = self._chance() if session is None else _share(session.id)
+        drawn = self._chance() if session is None else _hash_share(session.id)
         if drawn >= self._settings.sample:
             self._writer.count("left_out")
             return None
-        asked = {name: fields[name] for name in FIELDS if name in fields}
+        asked = {name: fields[name] for name in RECORDED_FIELDS if name in fields}
         if session is not None:
             asked["model"] = hosted.name
         keeps = self._settings.answers or bool(fields.get("options", {}).get("tools"))  # calls are told by the answer
         named = None if session is None else session.id
-        return Taken(asked, size, self._client(connection), hosted, named, keeps, self._began, self._clock, self._writer.put)
+        return RequestRecorder(asked, size, self._client(connection), hosted, named, keeps, self._began, self._clock, self._writer.put)
 
     def feedback(
-        self, connection: Channel, fields: Mapping[str, Any], size: int, template: str, then: Callable[[str], object]
+        self, connection: ClientConnection, fields: Mapping[str, Any], size: int, template: str, then: Callable[[str], object]
     ) -> None:  # fmt: skip
         """A client says something of an answer; none is left out. ``then`` as of ``OutputStream.put``."""
         found = Feedback(self._clock() - self._began, fields, self._client(connection), template)
         self._writer.put(found, size + _OVERHEAD, then)
 
-    def _client(self, connection: Channel) -> str:
+    def _client(self, connection: ClientConnection) -> str:
         """The alias of the user, or, where several may be one to us, of the connection."""
         user = connection.user
         assert user is not None, "nobody else comes as far as this"
@@ -158,7 +169,6 @@ class Recorder:
         return self._writer.counts
 
     def status(self) -> Message:
-        """What is the case now."""
         return {
             "file": str(self._settings.file), "paused": self._writer.paused, "queued_bytes": self._writer.queued, **self._writer.counts,
         }  # fmt: skip
@@ -168,12 +178,12 @@ class Recorder:
         self._writer.close(seconds)
 
 
-def open_recorder(settings: Record) -> Recorder:
+def open_recorder(settings: RecordConfig) -> Recorder:
     """Raises OptionError, RuleError, PluginError: without redaction, or a file, nothing is recorded."""
     sys.setswitchinterval(SWITCH_EVERY)
-    return Recorder(settings, load(settings.rules))
+    return Recorder(settings, load_redaction(settings.rules))
 
 
-def _share(name: str) -> float:
+def _hash_share(name: str) -> float:
     """A number from 0 to 1 that a name stands for."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / (1 << 64)

@@ -1,1 +1,0 @@
-"""Recording what clients ask the daemon, and what became of it (docs/daemon.md)."""

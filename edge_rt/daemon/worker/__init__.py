@@ -1,0 +1,1 @@
+"""The worker process, which owns a model: sessions, memory, requests under way."""
