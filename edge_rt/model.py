@@ -213,7 +213,8 @@ def embeddings(
     Sessions on other threads go on between two chunks of a text. Raises OptionError for an empty text, and for a model or an engine that
     makes none, ContextOverflow for a text longer than the context, OutOfMemory, NativeError.
     """
-    from edge_rt.core.generate.scoring import Embedding, TextReader, finished, pooling_of, tokens_of  # loads NumPy, which no first token needs
+    # Loads NumPy, which no first token needs.
+    from edge_rt.core.generate.scoring import Embedding, TextReader, finished, pooling_of, tokens_of
 
     how, info = pooling_of(model.file.header, pooling), model.info
     reader = TextReader(model.engine, model.prefixes.clear)
