@@ -17,8 +17,8 @@ run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
 	@echo "> $(PROMPT)"
 	@$(BIN)/edge-rt run --temp 0 "$$PROMPT"
 
-test: .venv/.ready-dev  ## set up, run all tests
-	$(INDEX) $(BIN)/python -m pytest
+test: .venv/.ready-dev  ## set up, run all tests, on all cores
+	$(INDEX) $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-arm: .venv/.ready-dev  ## run edge-rt on emulated ARM cores, see plugins/arm/README.md (long; needs the tools it names)
 	$(INDEX) PYTHON=$(BIN)/python tools/test_arm.sh
