@@ -143,8 +143,9 @@ def test_the_runtime_knows_nothing_of_its_users() -> None:
         "structured",
         "power",
     ]
+    # A compiled model is opened by its plan (deploy.plan).
     users = [one for one in ours(*below) if within(one.module, "cli", "daemon", "deploy", "testing", "plugins")]
-    assert [one for one in users if one.module != "edge_rt.deploy" and not within(one.module, "deploy.plan")] == []  # a compiled model is opened by its plan
+    assert [one for one in users if one.module != "edge_rt.deploy" and not within(one.module, "deploy.plan")] == []
 
 
 def test_nothing_but_tests_imports_the_testing_package() -> None:
