@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROMPT ?= Explain in two sentences why the sky is blue.
 BIN := .venv/bin
 # The distributions of this repository that are installed, editable; the first takes the extra "dev" for the tests.
-EDITABLE := .
+EDITABLE := . plugins/text
 SETUP := $(EDITABLE:%=%/pyproject.toml) tools/setup.sh
 # A mirror configured for pip is a mirror for the models too.
 INDEX = EDGE_RT_INDEX="$${EDGE_RT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}}"
@@ -18,7 +18,7 @@ run: .venv/.ready  ## set up, fetch the default model, answer PROMPT
 	@$(BIN)/edge-rt run --temp 0 "$$PROMPT"
 
 # One worker for each CPU; a file stays on one worker, for the daemons and models that its tests share. The heavy files come first, in tests/e2e.
-test: .venv/.ready-dev  ## set up, run all tests
+test: .venv/.ready-dev  ## set up, run all tests, on all cores
 	$(INDEX) $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 soak: .venv/.ready-dev  ## run the long tests that `make test` leaves out

@@ -23,9 +23,9 @@ from bench.timing import interleave
 from edge_rt import deployment
 from edge_rt.compiler.gguf_file import write_gguf
 from edge_rt.compiler.sensitivity import groups
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.deployment import Plan
-from edge_rt.hooks import Part
+from edge_rt.hooks import SequenceBatch
 
 SOURCE = "as it was"
 """The peer: edge-rt with the file that was compiled, its packed weights made already."""
@@ -84,9 +84,7 @@ def _speed(path: Path, folder: Path, kind: str, settings: Settings) -> Iterator[
     try:
         for name, measure in measures.items():
             contenders: dict[str, Callable[[], float]] = {who: partial(measure, contender) for who, contender in opened.items()}
-            samples = interleave(
-                contenders, rounds=settings.pick(15, 2), most=settings.pick(45, 2), deadline=settings.deadline, wide=0.03
-            )
+            samples = interleave(contenders, rounds=settings.pick(15, 2), most=settings.pick(45, 2), deadline=settings.deadline, wide=0.03)
             yield compare(f"compiled, {kind}: {name}", "tokens/s", samples, (Bound(SOURCE, "at least", 1.0),))
     finally:
         for ours in opened.values():
@@ -165,7 +163,7 @@ def log_probabilities(model: edge_rt.Model, tokens: list[int]) -> np.ndarray[tup
     """Of the token behind each of some [n_tokens, n_vocab], in nats."""
     sequence = model.engine.new_sequence()
     try:
-        (logits,) = model.engine.step([Part(sequence, tokens, "all")])
+        (logits,) = model.engine.step([SequenceBatch(sequence, tokens, "all")])
         shifted = np.array(logits, np.float64)
         shifted -= shifted.max(-1, keepdims=True)
         found: np.ndarray[tuple[int, int], np.dtype[np.float64]] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -16,7 +16,7 @@ from llama_cpp import llama_cpp
 
 import edge_rt
 from bench.timing import WIDE, interleave
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 
 AUTO, OFF, ON = -1, 0, 1
 _FLASH = {AUTO: "flash attention by default", OFF: "flash attention off", ON: "flash attention on"}
@@ -73,12 +73,12 @@ class Ours:
         return self._engine.length(self._sequence)
 
     def feed(self, tokens: Sequence[int]) -> Any:
-        (logits,) = self._engine.step([Part(self._sequence, tokens)])
+        (logits,) = self._engine.step([SequenceBatch(self._sequence, tokens)])
         assert logits is not None, "a step with the last token's logits"
         return np.asarray(logits[0])
 
     def feed_all(self, tokens: Sequence[int]) -> Any:
-        (logits,) = self._engine.step([Part(self._sequence, tokens, "all")])
+        (logits,) = self._engine.step([SequenceBatch(self._sequence, tokens, "all")])
         assert logits is not None, "a step with all logits"
         return np.array(logits)
 

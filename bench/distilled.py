@@ -12,9 +12,9 @@ from bench.compiled import divergences
 from bench.contenders import Ours, decode_seconds, in_turns
 from bench.processes import TOOL, reach_tool
 from bench.results import OURS, Bound, Result, Settings, compare
-from edge_rt.core.load.compensation import beside
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.testing.random_compensations import write_random_compensation
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.error_correction import compensation_path
+from edge_rt.testing.random_models import write_random_compensation
 
 CALIBRATION, TUNING = 8_192, 20_480
 """Tokens of technical text, to which the prose that is measured on is not related."""
@@ -41,7 +41,7 @@ def quantised(settings: Settings) -> list[Result]:
         PLAIN: (_quantised(settings, "Q4_0", "plain"), "off"),
     }
     found = divergences(source, files, settings, "quantised")
-    side = beside(files[OURS][0])
+    side = compensation_path(files[OURS][0])
     sizes = {name: path.stat().st_size + (side.stat().st_size if how == "auto" else 0) for name, (path, how) in files.items()}
     notes = [f"bytes of {name}: {size:,} ({size / sizes[PLAIN]:.3f})" for name, size in sizes.items()]
     bounds = (Bound(PLAIN, "at most", 0.4),)
@@ -67,11 +67,11 @@ def overhead(settings: Settings) -> list[Result]:
     with ModelFile.open(large) as file:
         # As many as a hundredth of a step's time allows, by the costs that sites are chosen with.
         sites = r"blk\.(0|4|8|12|16)\.(attn_v|ffn_down)\.weight"
-        write_random_compensation(beside(large), file, rank=32, rows=0, bias=False, target=sites, type="Q8_0")
+        write_random_compensation(compensation_path(large), file, rank=32, rows=0, bias=False, target=sites, type="Q8_0")
     try:
         results.append(_overhead(large, "1B", 1.01, settings))
     finally:
-        beside(large).unlink()
+        compensation_path(large).unlink()
     return results
 
 
@@ -79,7 +79,7 @@ def _overhead(path: Path, what: str, most: float, settings: Settings) -> Result:
     opened = {OURS: Ours(path, 512, compensation="auto"), "without": Ours(path, 512, compensation="off")}
     measure = partial(decode_seconds, start=100, tokens=settings.pick(64, 4))
     samples = in_turns(opened, 100, measure, rounds=settings.pick(25, 2), most=settings.pick(75, 2), deadline=settings.deadline, wide=0.02)
-    notes = [f"the side file has {beside(path).stat().st_size / path.stat().st_size:.1%} of the file's bytes"]
+    notes = [f"the side file has {compensation_path(path).stat().st_size / path.stat().st_size:.1%} of the file's bytes"]
     return compare(f"a token, {what}, with compensation", "s", samples, (Bound("without", "at most", most),), notes)
 
 
@@ -139,7 +139,7 @@ def _corrected(settings: Settings, tokens: int = CALIBRATION, tuning: int = TUNI
     reach_tool()
     plain = _quantised(settings, "Q4_0", "gptq", tokens)
     target = plain.with_name(plain.name.replace("gptq-Q4_0", "corrected" if tuning else "untuned"))
-    if target.exists() and beside(target).exists():
+    if target.exists() and compensation_path(target).exists():
         return target
     from edge_rt_distill.compensate.choose import choose
     from edge_rt_distill.model.load import read_gguf

@@ -12,7 +12,7 @@ import numpy as np
 from bench import models
 from bench.contenders import AUTO, OFF, ON, Contender, Ours, Peer, PeerSetting
 from bench.results import Result, Settings
-from edge_rt.core.load import packing
+from edge_rt.core.weights import repack
 
 _CONTEXT = 1024
 _SAME_KERNELS = ("F16", "Q4_1", "Q4_0")
@@ -74,7 +74,7 @@ def _logits(settings: Settings, path: Path, kind: str) -> Iterator[Result]:
 
 def _ours(path: Path, kind: str) -> Ours:
     """With the kernels that libllama has: Q4_1 it packs for AMX alone."""
-    return Ours(path, _CONTEXT, pack=kind != "Q4_1" or "AMX" in packing.layouts())
+    return Ours(path, _CONTEXT, pack=kind != "Q4_1" or "AMX" in repack.layouts())
 
 
 def _difference(ours: Contender, peer: Contender, parts: Sequence[Sequence[int]]) -> tuple[float, bool]:

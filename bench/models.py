@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.results import Settings
-from edge_rt import catalog, config
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt import config, model_hub
+from edge_rt.core.gguf.model_file import ModelFile
 
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15}  # enum llama_ftype
 
@@ -24,7 +24,7 @@ def smollm2(settings: Settings, kind: str, *, keep_embedding: bool = False) -> P
 
     ``keep_embedding``: it is F16, instead of what goes with the type. Raises DownloadError, RuntimeError.
     """
-    source = settings.model or catalog.fetch(catalog.DEFAULT)
+    source = settings.model or model_hub.fetch_model(model_hub.DEFAULT)
     if kind == "Q4_1":
         return source
     with ModelFile.open(source) as file:
@@ -67,7 +67,7 @@ def random(kind: str, measures: Mapping[str, int]) -> Path:
 
 def packed(path: Path) -> Path:
     """The packed file of a model, made if need be. Raises RuntimeError where the CPU has no packed kernels."""
-    from edge_rt.core.load.pack_cache import open_packed
+    from edge_rt.core.weights.repack import open_packed
     from edge_rt.native import llama
 
     llama.initialise()  # libggml's log goes to logging; without this it prints a line for every tensor packed

@@ -60,12 +60,11 @@ def _column(seen: dict[str, list[dict[str, Any]]], key: str, unit: float) -> dic
 
 def _parts(path: Path) -> list[str]:
     """What opening consists of, each part measured alone in this process. The vocabulary loads beside the others, on a thread."""
-    from edge_rt.core.graph.hyper import read_hyper
-    from edge_rt.core.load.hyperparameter_check import check_hyperparameters
-    from edge_rt.core.load.model_file import ModelFile
-    from edge_rt.core.load.pack_cache import open_packed
-    from edge_rt.core.load.vocabulary_check import check_vocabulary
-    from edge_rt.core.load.weights import WeightStore
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.gguf.validate import check_hyperparameters, check_vocabulary
+    from edge_rt.core.graph.config import read_config
+    from edge_rt.core.weights.repack import open_packed
+    from edge_rt.core.weights.store import WeightStore
     from edge_rt.native.llama import Vocab
 
     def header() -> None:
@@ -78,7 +77,7 @@ def _parts(path: Path) -> list[str]:
             check_hyperparameters(file.header)
 
         def packed_map() -> None:
-            WeightStore(file, read_hyper(file.header), open_packed(file)[0]).close()
+            WeightStore(file, read_config(file.header), open_packed(file)[0]).close()
 
         def vocabulary() -> None:
             Vocab.load(file.native_path).close()

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from edge_rt.core.load.ring import REQUEST, Source
+from edge_rt.core.weights.streaming import REQUEST, Source
 from edge_rt.native import ggml, memory
 
 _CHUNK = 2 << 20

@@ -16,8 +16,8 @@ from edge_rt.compiler import cost, measure
 from edge_rt.compiler.here import here
 from edge_rt.compiler.shape import read_shape
 from edge_rt.compiler.target import Target
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.registry import Registry
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.plugin_host.registry import Registry
 
 WITHIN = 0.2
 MEDIUM = {"n_layer": 32, "n_embd": 960, "n_head": 15, "n_head_kv": 5, "head_dim": 64, "n_ff": 2560, "n_vocab": 49152}

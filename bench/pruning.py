@@ -12,9 +12,9 @@ from bench import models
 from bench.contenders import random_prompt
 from bench.results import OURS, Bound, Result, Settings, compare
 from bench.timing import interleave
-from edge_rt.core.context.pruning import ASKED, WATCHED, plan
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
+from edge_rt.core.kv.pruning import ASKED, WATCHED, plan
 from edge_rt.native import ggml, memory
 
 _ALL = "all cells kept"
@@ -26,10 +26,10 @@ def run(settings: Settings) -> list[Result]:
     cells, keep, steps = settings.pick((4096, 1024, 24), (512, 128, 4))
     with _engine(settings, cells + steps + 1) as engine:
         whole = engine.new_sequence()
-        engine.step([Part(whole, random_prompt(cells - WATCHED), "none")])
+        engine.step([SequenceBatch(whole, random_prompt(cells - WATCHED), "none")])
         rounds, most = settings.pick((9, 27), (2, 2))
         pruned = _watched(engine, whole, cells)
-        engine.step([Part(whole, [5] * WATCHED, "none")])
+        engine.step([SequenceBatch(whole, [5] * WATCHED, "none")])
         before = _resident(engine, pruned)
         _prune(engine, pruned, keep, 0)
         memory_result = _memory(cells, keep, before, _resident(engine, pruned))
@@ -65,7 +65,7 @@ def _watched(engine: GgmlEngine, source: int, cells: int) -> int:
     """A copy of a sequence whose last WATCHED tokens were watched."""
     fork = engine.fork_sequence(source, cells - WATCHED)
     engine.watch(fork, WATCHED)
-    engine.step([Part(fork, [5] * WATCHED, "none")])
+    engine.step([SequenceBatch(fork, [5] * WATCHED, "none")])
     return fork
 
 
@@ -80,10 +80,10 @@ def _prune(engine: GgmlEngine, sequence: int, keep: int, question: int) -> float
 def _seconds(engine: GgmlEngine, sequence: int, steps: int) -> float:
     """Seconds of some steps at the end of a sequence, which then is as it was."""
     length = engine.length(sequence)
-    engine.step([Part(sequence, [5])])  # whatever this shape needs is built
+    engine.step([SequenceBatch(sequence, [5])])  # whatever this shape needs is built
     started = time.perf_counter()
     for _ in range(steps):
-        engine.step([Part(sequence, [5])])
+        engine.step([SequenceBatch(sequence, [5])])
     took = time.perf_counter() - started
     engine.truncate(sequence, length)
     return took

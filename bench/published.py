@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from edge_rt.compiler import cost, target
 from edge_rt.compiler.shape import ModelShape, read_shape, tensor_bytes
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import Header, TensorInfo
+from edge_rt.core.gguf.reader import GGML_TYPES, Header, TensorInfo
 
 FACTOR = 1.34
 """How far a prediction may be off: by a third."""

@@ -29,6 +29,9 @@ and off, repacked weights on and off, every number of threads, then mapped again
 `--memory-group DIRECTORY` names a memory cgroup in which `limited` may make a group of its own for stock libllama and edge-rt alike.
 Each benchmark waits for a quiet machine, repeats while ratios spread more than 5 %, and ends within ten minutes.
 
+Two benches compare edge-rt with itself: `python -m bench.before_after OLD NEW` says which figures of one checkout are more than 2 % worse
+than another's, and `python -m bench.walks` lists the files and functions that a token, an opening, a run and a request execute.
+
 What is left of answers when the context is short has [a page of its own](quality.md).
 
 Models: SmolLM2-135M-Instruct in several types, made from one file; for memory and disk a random llama of 1.3 GB in Q4_0.

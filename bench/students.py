@@ -14,7 +14,7 @@ from bench.compiled import log_probabilities
 from bench.contenders import Ours, decode_seconds, in_turns
 from bench.context.text import run_of_prose
 from bench.results import OURS, Bound, Result, Settings, compare
-from edge_rt.core.load.compensation import beside
+from edge_rt.core.weights.error_correction import compensation_path
 
 TEACHER, WHOLE = "the teacher's own Q4_0", "the teacher in F16"
 LETTERS = 1200
@@ -30,7 +30,7 @@ def run(settings: Settings) -> list[Result]:
         made = "make it with `edge-rt distill run tools/distill/runs/demo.toml`, or name another with --student"
         raise RuntimeError(f"there is no student {student}; {made}")
     teacher = models.smollm2(settings, "Q4_0")
-    files = {OURS: (student, beside(student)), TEACHER: (teacher,)}
+    files = {OURS: (student, compensation_path(student)), TEACHER: (teacher,)}
     sizes = {name: [sum(one.stat().st_size for one in some if one.exists()) / 1e6] for name, some in files.items()}
     return [
         _decode(student, teacher, settings),

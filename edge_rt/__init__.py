@@ -17,13 +17,13 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "open"]
 
 if TYPE_CHECKING:
-    from edge_rt.runtime import open as open
+    from edge_rt.model import open as open
 
 
 def __getattr__(name: str) -> Any:
     # The runtime (native code) is loaded when first asked for, so that `import edge_rt` stays light.
     if name == "open":
-        from edge_rt.runtime import open as runtime_open
+        from edge_rt.model import open as runtime_open
 
         return runtime_open
     raise AttributeError(f"module 'edge_rt' has no attribute {name!r}")

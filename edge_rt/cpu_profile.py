@@ -15,7 +15,7 @@ from edge_rt.system_files import matching, read_int, read_text, subfolders
 from edge_rt.topology import cpu_topology
 
 if TYPE_CHECKING:
-    from edge_rt.hooks import Basis
+    from edge_rt.device_profile import Basis
 
 TYPICAL_CACHE = 8 << 20
 """Bytes of last-level cache where the system does not say."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from edge_rt.hooks import Basis
+Basis = Literal["measured", "simulated", "projected", "unknown"]
+"""What a stated capability rests on: run on this hardware, run on a model of it, worked out on paper, or not known."""
 
 
 class Cache(NamedTuple):

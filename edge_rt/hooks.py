@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import pluggy
 
-from edge_rt.core.assemble.post_processor import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 from edge_rt.core.engine import (
     AppliesAdapters,
     AppliesCompensation,
@@ -35,15 +34,15 @@ from edge_rt.core.engine import (
     Logits,
     MemoryReport,
     MovesCells,
-    Part,
     PredictsMemory,
     Pruned,
     PrunesCells,
     RemovesCells,
+    SequenceBatch,
     TellsProgress,
     Wanted,
 )
-from edge_rt.device_profile import Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
+from edge_rt.device_profile import Basis, Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
 from edge_rt.errors import (
     AbiMismatch,
     Cancelled,
@@ -62,6 +61,7 @@ from edge_rt.errors import (
     UnsupportedModel,
     UserError,
 )
+from edge_rt.postprocess.protocol import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,51 +70,44 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import typer
 
-    from edge_rt.catalog import resolve as resolve_model
+    from edge_rt.chat.template import tokenize_messages
     from edge_rt.config import available_cpus
-    from edge_rt.core.assemble.aho_corasick import AhoCorasick
-    from edge_rt.core.assemble.code_spans import CodeSpans
-    from edge_rt.core.assemble.rules import Rules
-    from edge_rt.core.assemble.toml_place import read_file as read_toml
-    from edge_rt.core.assemble.width import HALF_WIDTH
-    from edge_rt.core.context.candidates import Candidate
-    from edge_rt.core.context.capacity import largest_capacity, next_capacity
-    from edge_rt.core.context.chat_template import tokenize_messages
+    from edge_rt.core.context.eviction import Candidate, keep_graded, keep_slide, keep_strict
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
-    from edge_rt.core.context.placed_cells import PlacedCells, saved_mixed
-    from edge_rt.core.context.placed_cells import unmoved as unmoved_cells
-    from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
-    from edge_rt.core.context.positions import Positions, Run
-    from edge_rt.core.context.pruning import check as check_pruning
-    from edge_rt.core.context.pruning import choose as choose_cells
-    from edge_rt.core.context.segments import Segment
+    from edge_rt.core.context.history import Segment
+    from edge_rt.core.engine import check_fits, check_parts, check_tokens
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
-    from edge_rt.core.graph.hyper import Hyper, read_hyper
-    from edge_rt.core.graph.pieces import Piece, in_pieces
-    from edge_rt.core.graph.support import unsupported as ggml_unsupported
-    from edge_rt.core.load.adapter import LoraFile
-    from edge_rt.core.load.compensation import Compensation, compensation_fingerprint
-    from edge_rt.core.load.gguf_tables import GGML_TYPES
-    from edge_rt.core.load.header import metadata_spans as gguf_metadata_spans
-    from edge_rt.core.load.model_file import ModelFile
-    from edge_rt.core.load.offload import Accelerator
-    from edge_rt.core.part_checks import check_fits, check_parts, check_tokens
+    from edge_rt.core.gguf.lora import LoraFile
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.gguf.reader import GGML_TYPES
+    from edge_rt.core.gguf.reader import metadata_spans as gguf_metadata_spans
+    from edge_rt.core.graph.config import ModelConfig, read_config
+    from edge_rt.core.graph.decoder import unsupported as ggml_unsupported
+    from edge_rt.core.graph.step import Ubatch, split_ubatches
+    from edge_rt.core.kv.positions import PlacedCells, Positions, Run, largest_capacity, next_capacity, saved_mixed, unmoved_cells
+    from edge_rt.core.kv.pruning import check_pruning, choose_cells
+    from edge_rt.core.weights.error_correction import Compensation, compensation_fingerprint
+    from edge_rt.core.weights.gpu_offload import Accelerator
     from edge_rt.cpu_profile import cpu_profile
     from edge_rt.cpuinfo import board as board_name
     from edge_rt.cpuinfo import processors as cpu_processors
     from edge_rt.deployment import Gain, Pass, Plan
+    from edge_rt.model_hub import resolve_model
     from edge_rt.native.ggml import cpu_features as ggml_features
+    from edge_rt.native.ggml import quantise as quantise_rows
     from edge_rt.native.ggml import vector_length as ggml_vector_length
     from edge_rt.native.libs import built_backends as ggml_backends
+    from edge_rt.native.libs import install as install_native_log
+    from edge_rt.native.libs import recent_errors as recent_native_errors
     from edge_rt.native.llama import Vocab
-    from edge_rt.native.logs import install as install_native_log
-    from edge_rt.native.logs import recent_errors as recent_native_errors
-    from edge_rt.native.quantise import quantise as quantise_rows
     from edge_rt.patience import Latest, Patient
+    from edge_rt.postprocess.rules import Rules
+    from edge_rt.postprocess.text_search import HALF_WIDTH, AhoCorasick, CodeSpans
     from edge_rt.sensors import CpuSensors
     from edge_rt.system_files import read_int as read_system_int
     from edge_rt.system_files import read_text as read_system_text
     from edge_rt.system_files import subfolders as system_folders
+    from edge_rt.toml_file import read_file as read_toml
     from edge_rt.topology import cpu_topology
 
 API_VERSION = 1
@@ -123,9 +116,6 @@ API_VERSION = 1
 ENTRY_POINT_GROUP = "edge_rt"
 hookspec = pluggy.HookspecMarker("edge_rt")
 hookimpl = pluggy.HookimplMarker("edge_rt")
-
-Basis = Literal["measured", "simulated", "projected", "unknown"]
-"""What a stated capability rests on: run on this hardware, run on a model of it, worked out on paper, or not known."""
 
 
 def __getattr__(name: str) -> Any:
@@ -331,8 +321,8 @@ class HookSpecs:
         """Assemble: text transducers a request may name.
 
         Called once per registry, when a post-processor is first needed. ``PostProcessorFactory.compile`` is called for every version of
-        the rules, what it returns for every stream. The built-in ones are ``punctuation``, ``terminology``, ``redaction`` and
-        ``language_tags``.
+        the rules, what it returns for every stream. The built-in one is ``redaction``; the distribution edge-rt-text has
+        ``punctuation``, ``terminology`` and ``language_tags``.
         """
 
     @hookspec
@@ -355,18 +345,124 @@ class HookSpecs:
 
 
 __all__ = [
-    "API_VERSION", "ENTRY_POINT_GROUP", "GGML_TYPES", "HALF_WIDTH", "AbiMismatch", "Accelerator", "AhoCorasick", "AppliesAdapters",
-    "AppliesCompensation", "Basis", "Cache", "Cancelled", "Candidate", "CodeSpans", "Compensation", "ContextError", "ContextOverflow",
-    "ContextPolicy", "Contribution", "Cores", "CountsWork", "CpuSensors", "DataError", "Device", "EdgeError", "Embedder", "EmbedsText",
-    "EmbedsTokens", "Engine", "EngineFactory", "EngineInfo", "EngineOptions", "Gain", "Grade", "GraderFactory", "HandlesCut",
-    "HasProfile", "Health", "HoldsLimits", "HoldsText", "HookSpecs", "Hyper", "Latest", "Limits", "Logits", "LoraFile", "MemoryReport",
-    "ModelChanged", "ModelFile", "ModelFileError", "MovesCells", "NativeError", "Offer", "OptionError", "OutOfMemory", "Part", "Pass",
-    "Patient", "Piece", "PlacedCells", "Plan", "Positions", "PostProcessor", "PostProcessorFactory", "PredictsMemory", "Profile",
-    "Pruned", "PrunesCells", "Refusal", "RemovesCells", "RuleError", "Rules", "Run", "Segment", "SessionFileError", "TellsHealth",
-    "TellsProgress", "TrainingError", "UnsupportedModel", "UserError", "Vocab", "Wanted", "available_cpus", "board_name", "check_fits",
-    "check_parts", "check_pruning", "check_tokens", "choose_cells", "compensation_fingerprint", "content_grader", "cpu_processors",
-    "cpu_profile", "cpu_topology", "ggml_backends", "ggml_features", "ggml_unsupported", "ggml_vector_length", "gguf_metadata_spans",
-    "hookimpl", "hookspec", "in_pieces", "install_native_log", "keep_graded", "keep_slide", "keep_strict", "largest_capacity",
-    "next_capacity", "open_ggml_engine", "quantise_rows", "read_hyper", "read_system_int", "read_system_text", "read_toml",
-    "recent_native_errors", "resolve_model", "saved_mixed", "system_folders", "tokenize_messages", "unmoved_cells",
+    "API_VERSION",
+    "ENTRY_POINT_GROUP",
+    "GGML_TYPES",
+    "HALF_WIDTH",
+    "AbiMismatch",
+    "Accelerator",
+    "AhoCorasick",
+    "AppliesAdapters",
+    "AppliesCompensation",
+    "Basis",
+    "Cache",
+    "Cancelled",
+    "Candidate",
+    "CodeSpans",
+    "Compensation",
+    "ContextError",
+    "ContextOverflow",
+    "ContextPolicy",
+    "Contribution",
+    "Cores",
+    "CountsWork",
+    "CpuSensors",
+    "DataError",
+    "Device",
+    "EdgeError",
+    "Embedder",
+    "EmbedsText",
+    "EmbedsTokens",
+    "Engine",
+    "EngineFactory",
+    "EngineInfo",
+    "EngineOptions",
+    "Gain",
+    "Grade",
+    "GraderFactory",
+    "HandlesCut",
+    "HasProfile",
+    "Health",
+    "HoldsLimits",
+    "HoldsText",
+    "HookSpecs",
+    "Latest",
+    "Limits",
+    "Logits",
+    "LoraFile",
+    "MemoryReport",
+    "ModelChanged",
+    "ModelConfig",
+    "ModelFile",
+    "ModelFileError",
+    "MovesCells",
+    "NativeError",
+    "Offer",
+    "OptionError",
+    "OutOfMemory",
+    "Pass",
+    "Patient",
+    "PlacedCells",
+    "Plan",
+    "Positions",
+    "PostProcessor",
+    "PostProcessorFactory",
+    "PredictsMemory",
+    "Profile",
+    "Pruned",
+    "PrunesCells",
+    "Refusal",
+    "RemovesCells",
+    "RuleError",
+    "Rules",
+    "Run",
+    "Segment",
+    "SequenceBatch",
+    "SessionFileError",
+    "TellsHealth",
+    "TellsProgress",
+    "TrainingError",
+    "Ubatch",
+    "UnsupportedModel",
+    "UserError",
+    "Vocab",
+    "Wanted",
+    "available_cpus",
+    "board_name",
+    "check_fits",
+    "check_parts",
+    "check_pruning",
+    "check_tokens",
+    "choose_cells",
+    "compensation_fingerprint",
+    "content_grader",
+    "cpu_processors",
+    "cpu_profile",
+    "cpu_topology",
+    "ggml_backends",
+    "ggml_features",
+    "ggml_unsupported",
+    "ggml_vector_length",
+    "gguf_metadata_spans",
+    "hookimpl",
+    "hookspec",
+    "install_native_log",
+    "keep_graded",
+    "keep_slide",
+    "keep_strict",
+    "largest_capacity",
+    "next_capacity",
+    "open_ggml_engine",
+    "quantise_rows",
+    "read_config",
+    "read_system_int",
+    "read_system_text",
+    "read_toml",
+    "recent_native_errors",
+    "resolve_model",
+    "saved_mixed",
+    "split_ubatches",
+    "system_folders",
+    "tokenize_messages",
+    "unmoved_cells",
 ]  # fmt: skip

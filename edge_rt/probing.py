@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from edge_rt.core.load.packing import layouts
+from edge_rt.core.weights.repack import layouts
 from edge_rt.errors import OutOfMemory
 from edge_rt.native import ggml, memory
-from edge_rt.native.logs import muted
+from edge_rt.native.libs import muted
 
 _T = TypeVar("_T")
 _Result = TypeVar("_Result")

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from edge_rt.device_profile import Cores, Health, Profile
-from edge_rt.hooks import Basis
+from edge_rt.device_profile import Basis, Cores, Health, Profile
 
 FIGURES = ("cores", "memory", "bandwidth", "operations", "storage", "link", "idle_power", "power", "hottest")
 """The fields of a profile that have a basis."""

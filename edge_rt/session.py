@@ -1,4 +1,4 @@
-"""One conversation: its cells, its tokens, and the requests made of it."""
+"""One conversation: its cells, its tokens, the requests made of it, and its file."""
 
 from __future__ import annotations
 
@@ -10,29 +10,65 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from edge_rt.core.assemble.detokenise import Detokeniser
-from edge_rt.core.assemble.stopping import StopMatcher
-from edge_rt.core.assemble.writer import Writer
-from edge_rt.core.context.allowance import affordable
-from edge_rt.core.context.history import History
-from edge_rt.core.context.prefix import common_prefix
-from edge_rt.core.context.window import Window
-from edge_rt.core.decode import loop
-from edge_rt.core.decode.sampling import Sampler
+from edge_rt.core.context import session_file
+from edge_rt.core.context.history import SequenceState
+from edge_rt.core.context.manager import ContextManager, max_tokens_in_memory
 from edge_rt.core.engine import AppliesAdapters
-from edge_rt.errors import OptionError
-from edge_rt.limits import news
-from edge_rt.options import check, check_context, override
-from edge_rt.types import Event, GenerateOptions, Message, Notice
+from edge_rt.core.generate import loop
+from edge_rt.core.generate.output import Detokeniser, OutputStream, StopMatcher
+from edge_rt.core.generate.sampler import Sampler
+from edge_rt.core.kv.prefix_cache import common_prefix
+from edge_rt.errors import OptionError, SessionFileError
+from edge_rt.power.limits import news
+from edge_rt.types import Event, GenerateOptions, Message, Notice, check, check_context, override
 
 if TYPE_CHECKING:
-    from edge_rt.adapters import Adapter
+    from edge_rt.chat.transcript import Span
     from edge_rt.core.context.recall import Recall
-    from edge_rt.core.context.transcript import Piece
-    from edge_rt.core.decode.constraints import Constraint
-    from edge_rt.core.decode.speculation import NgramDrafter
+    from edge_rt.core.generate.speculative import NgramDrafter
+    from edge_rt.model import Adapter, Model
     from edge_rt.native.llama import Vocab
-    from edge_rt.runtime import Model
+    from edge_rt.structured.grammar import Constraint
+
+# Sessions to a file and back: the runtime's part of core/context/session_file.py.
+
+
+def save_session(
+    path: Path, model: Model, sequence: int | None, history: SequenceState, adapter: Adapter | None, *, durable: bool,
+    moved: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Write a session that answers no request; ``durable``, ``moved``: see ``Session.save``. Raises UserError if the disk says no."""
+    cells: bytes | memoryview = b""
+    if sequence is not None:
+        with model.lock:
+            cells = model.engine.export_sequence(sequence)
+    made_with = None if adapter is None else session_file.MadeWith(adapter.name, adapter.key, adapter.scale)
+    found = session_file.SavedSession(model.info.engine, model.key, history, cells, made_with)
+    session_file.save(path, found, durable=durable, moved=moved)
+
+
+def read_session(path: Path, model: Model, moved: Callable[[], None] = lambda: None) -> session_file.SavedSession:
+    """A saved session of this model; ``moved`` is called after each piece of the file. Raises SessionFileError."""
+    return session_file.load(path, engine=model.info.engine, model=model.key, moved=moved)
+
+
+def session_path(saved: session_file.SavedSession, path: Path, model: Model) -> tuple[int | None, SequenceState, Adapter | None]:
+    """Its sequence, history and adapter. Raises SessionFileError, and what opening the adapter raises."""
+    adapter, engine = model.adapters.saved(*saved.adapter) if saved.adapter is not None else None, model.engine
+    sequence = None
+    with model.lock:
+        if saved.cells:
+            sequence = engine.import_sequence(saved.cells)
+        if (0 if sequence is None else engine.length(sequence)) != saved.history.cells:
+            if sequence is not None:
+                engine.free_sequence(sequence)
+            raise SessionFileError(f"the session {path} has other cells than tokens; start a new session")
+        if sequence is not None and adapter is not None and isinstance(engine, AppliesAdapters):
+            engine.adapt(sequence, adapter.number, adapter.scale, imported=True)
+    return sequence, saved.history, adapter
+
+
+# One conversation: its cells, its tokens, and the requests made of it.
 
 
 class Stream(Iterator[Event]):
@@ -70,14 +106,14 @@ class Session:
     """A context manager. Requests run one at a time; what a request's prompt shares with the session's cells is not computed again."""
 
     def __init__(
-        self, model: Model, sequence: int | None = None, history: History | None = None, *, context: int | None = None, owner: str = "",
-        adapter: Adapter | None = None,
+        self, model: Model, sequence: int | None = None, history: SequenceState | None = None, *,
+        context: int | None = None, owner: str = "", adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         """Use ``Model.session`` or ``Model.restore``."""
         self.owner = owner
         self._model = model
         self._sequence = sequence
-        self._history = history if history is not None else History()
+        self._history = history if history is not None else SequenceState()
         self._adapter = adapter
         self._context = context
         check_context(context, model.info.max_context)
@@ -109,7 +145,7 @@ class Session:
         return self.owner, self._adapter
 
     @property
-    def history(self) -> History:
+    def history(self) -> SequenceState:
         """All that was said, whether it is still in cells or was evicted. Not for changing."""
         return self._history
 
@@ -126,7 +162,7 @@ class Session:
         Raises OptionError, ConstraintError, ContextOverflow (what must stay does not fit), ModelChanged, PluginError.
         """
         job, running = self.begin(prompt, options, **overrides)
-        stream = Stream(loop.alone(job, running), partial(self.end, job))
+        stream = Stream(loop.run_single(job, running), partial(self.end, job))
         self._stream = weakref.ref(stream)  # weak: a stream nobody holds any more ends its request
         return stream
 
@@ -138,8 +174,8 @@ class Session:
         tokens: list[int] | None = None,
         room: int | None = None,
         **overrides: Any,
-    ) -> tuple[loop.Job, loop.Steps[None]]:
-        """Prepare an answer whose steps someone else takes (``core.decode.batch.Batch``): the request, and its events and steps.
+    ) -> tuple[loop.Request, loop.GenerationSteps[None]]:
+        """Prepare an answer whose steps someone else takes (``core.generate.scheduler.Scheduler``): the request, and its events and steps.
 
         ``tokens`` of the prompt, if they are known (``Model.prompt_tokens``). ``room``: cells that there is memory for.
         Whoever takes the steps calls ``end`` after the last. Raises what ``generate`` raises.
@@ -154,7 +190,7 @@ class Session:
         tokens: list[int] | None = None,
         room: int | None = None,
         **overrides: Any,
-    ) -> Callable[[], tuple[loop.Job, loop.Steps[None]]]:
+    ) -> Callable[[], tuple[loop.Request, loop.GenerationSteps[None]]]:
         """``begin`` in two parts, for a prompt that may be far longer than the context. This is the first; it opens and frees sequences.
 
         What it returns is the second, to be called once, on any thread: what leaves the context is chosen there, which takes a second
@@ -171,7 +207,7 @@ class Session:
             self._busy.release()
             raise
 
-        def rest() -> tuple[loop.Job, loop.Steps[None]]:
+        def rest() -> tuple[loop.Request, loop.GenerationSteps[None]]:
             try:
                 job = make()
             except BaseException:
@@ -205,12 +241,11 @@ class Session:
         ``durable``: so that they survive the end of the system's power. ``moved`` is called while that goes on. Cells of what left the
         context are not saved: if it is recalled after a restore, it is computed again.
         """
-        from edge_rt import saved
 
         if not self._busy.acquire(blocking=False):
             raise OptionError("the session is answering a request; save it when that is done")
         try:
-            saved.save(Path(path), self._model, self._sequence, self._history, self._adapter, durable=durable, moved=moved)
+            save_session(Path(path), self._model, self._sequence, self._history, self._adapter, durable=durable, moved=moved)
         finally:
             self._busy.release()
 
@@ -228,7 +263,7 @@ class Session:
                     sequence = self._model.engine.fork_sequence(self._sequence, self._history.cells)
             other = self._model.session(context=self._context, owner=self.owner)
             other._sequence, other._adapter = sequence, self._adapter
-            other._history = History(self._history.tokens, self._history.evicted, self._history.condensed)
+            other._history = SequenceState(self._history.tokens, self._history.evicted, self._history.condensed)
         finally:
             self._busy.release()
         return other
@@ -257,7 +292,7 @@ class Session:
 
     def _prepare(
         self, prompt: str | Sequence[Message] | None, options: GenerateOptions, tokens: list[int] | None, room: int | None
-    ) -> Callable[[], loop.Job]:
+    ) -> Callable[[], loop.Request]:
         """Check the request, then find the cells it can start from; what is returned makes the prompt fit."""
         model = self._model
         if tokens is None:
@@ -270,7 +305,7 @@ class Session:
         allowed = self._asked(options)
         sampler = Sampler(model.vocab, options.sampling, constraint, context=allowed, ban_eog=options.ignore_eos)
         try:
-            writer = Writer(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post, options.rules))
+            writer = OutputStream(Detokeniser(model.vocab), StopMatcher(options.stop), model.pipeline(options.post, options.rules))
             if options.logprobs and writer.pipeline.conceals:
                 raise OptionError("log-probabilities tell the text that post-processing is to conceal; ask for one of them")
             window = self._window(tokens, allowed, room, options, lambda: _pieces(model.vocab, prompt, tokens, options.tools), adapter)
@@ -279,7 +314,9 @@ class Session:
             raise
         return partial(self._job, options, tokens, window, sampler, writer)
 
-    def _job(self, options: GenerateOptions, tokens: list[int], window: Window, sampler: Sampler, writer: Writer) -> loop.Job:
+    def _job(
+        self, options: GenerateOptions, tokens: list[int], window: ContextManager, sampler: Sampler, writer: OutputStream
+    ) -> loop.Request:
         """Make the prompt fit."""
         model = self._model
         try:
@@ -293,7 +330,7 @@ class Session:
             self._give_up(sampler)
             raise
         self._cancelled.clear()
-        return loop.Job(
+        return loop.Request(
             engine=model.engine, lock=model.lock, vocab=model.vocab, window=window, sampler=sampler, writer=writer,
             max_tokens=options.max_tokens, drafter=drafter, speculate=speculate, logprobs=options.logprobs,
             ignore_eos=options.ignore_eos, cancelled=self._cancelled.is_set, relieve=model.prefixes.clear, news=partial(news, model.engine),
@@ -305,9 +342,9 @@ class Session:
         self._history.truncate(self._history.fed)
 
     def _window(
-        self, tokens: list[int], allowed: int, room: int | None, options: GenerateOptions, pieces: Callable[[], list[Piece]],
+        self, tokens: list[int], allowed: int, room: int | None, options: GenerateOptions, pieces: Callable[[], list[Span]],
         adapter: Adapter | None,
-    ) -> Window:  # fmt: skip
+    ) -> ContextManager:  # fmt: skip
         """The sequence to continue, our own or one that shares more of the prompt, cut to what it shares; one token is left to feed."""
         model = self._model
         with model.lock:
@@ -318,16 +355,16 @@ class Session:
                 if self._sequence is not None:
                     model.prefixes.give(self._sequence, self._history.whole(), self.shares_with)
                 self._sequence, own = other
-                self._history = History(tokens[:own])
+                self._history = SequenceState(tokens[:own])
             elif other:
                 model.prefixes.give(other[0], tokens[: other[1]], self.shares_with)
             if self._sequence is None:
                 self._sequence = model.engine.new_sequence()
                 if adapter is not None and isinstance(model.engine, AppliesAdapters):
                     model.engine.adapt(self._sequence, adapter.number, adapter.scale)
-            most = [cells for cells in (affordable(model.engine, self._history.cells), room) if cells is not None]
+            most = [cells for cells in (max_tokens_in_memory(model.engine, self._history.cells), room) if cells is not None]
             allowed = max(1, min([allowed, *most]))
-            window = Window(
+            window = ContextManager(
                 model.engine, model.lock, self._sequence, self._history, allowed=allowed, policy=model.policy.name,
                 keep=model.policy.keep, answer=options.max_tokens, pieces=pieces, grader=model.grader, text=model.detokenize,
                 recall=self._remember if model.policy.recalls else None, pruning=options.prune,
@@ -343,7 +380,7 @@ class Session:
             self._model.engine.free_sequence(self._sequence)
         if self._recall:
             self._recall.forget()
-        self._sequence, self._history, self._recall, self._adapter = None, History(), None, adapter
+        self._sequence, self._history, self._recall, self._adapter = None, SequenceState(), None, adapter
 
     def _remember(self) -> Recall:
         """What this session remembers of what left its context."""
@@ -351,7 +388,7 @@ class Session:
             self._recall = self._model.recall()
         return self._recall
 
-    def _run(self, job: loop.Job, options: GenerateOptions) -> loop.Steps[None]:
+    def _run(self, job: loop.Request, options: GenerateOptions) -> loop.GenerationSteps[None]:
         messages = self._model.new_notices()
         asked, allowed = self._asked(options), job.window.allowed
         if allowed < asked and not self._memory_told:
@@ -362,13 +399,13 @@ class Session:
         if options.speculate and job.drafter is None:
             messages.append("speculation is off: this model's kernels do not give bit-identical results for several tokens at once")
         yield from map(Notice, messages)
-        yield from loop.steps(job)
+        yield from loop.generate_steps(job)
 
     def _asked(self, options: GenerateOptions) -> int:
         """Cells that the request, the session or the model asks for."""
         return options.context or self._context or self._model.info.max_context
 
-    def end(self, job: loop.Job) -> None:
+    def end(self, job: loop.Request) -> None:
         """A request that was begun is over, however it ended: another may begin. Once for each."""
         job.sampler.close()
         self._history.truncate(self._history.fed)
@@ -379,22 +416,22 @@ def _constraint(vocab: Vocab, options: GenerateOptions) -> Constraint | None:
     """What binds the answer; most requests have none, and do not pay for the import."""
     if options.grammar is None and options.json_schema is None:
         return None
-    from edge_rt.core.decode.constraints import compile_constraint
+    from edge_rt.structured.grammar import compile_constraint
 
     return compile_constraint(vocab, options.grammar, options.json_schema)
 
 
 def _drafter(prompt: Sequence[int]) -> NgramDrafter:
     """An index of the prompt to draft from."""
-    from edge_rt.core.decode.speculation import NgramDrafter
+    from edge_rt.core.generate.speculative import NgramDrafter
 
     drafter = NgramDrafter()
     drafter.extend(prompt)
     return drafter
 
 
-def _pieces(vocab: Vocab, prompt: str | Sequence[Message] | None, tokens: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
+def _pieces(vocab: Vocab, prompt: str | Sequence[Message] | None, tokens: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> list[Span]:
     """The prompt's segments; most requests fit, and do not pay for the import."""
-    from edge_rt.core.context.transcript import pieces
+    from edge_rt.chat.transcript import find_spans
 
-    return pieces(vocab, prompt, tokens, tools)
+    return find_spans(vocab, prompt, tokens, tools)

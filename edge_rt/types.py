@@ -1,16 +1,22 @@
-"""Value objects that cross stage borders: what is asked for, and the events that come back.
-
-Named tuples: making a dataclass costs half a millisecond of every start. ``_replace`` gives a changed copy.
-"""
+"""Value objects that cross stage borders: requests, the events that come back, their checks, and their form as plain maps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf, isfinite
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.rules import Rulebook
+    from edge_rt.postprocess.rules import Rulebook
+
+# Value objects that cross stage borders: what is asked for, and the events that come back.
+#
+# Named tuples: making a dataclass costs half a millisecond of every start. ``_replace`` gives a changed copy.
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": "system"|"user"|"assistant"|"tool", "content": str, ...}``."""
@@ -67,7 +73,7 @@ class GenerateOptions(NamedTuple):
     ``logprobs`` n > 0 attaches each token's log-probability and its n likeliest rivals (natural log, before sampling).
     ``speculate`` is the number of tokens an n-gram look-up may draft per step (0: off); it never changes the result.
     ``post`` names post-processors, applied in this order; none: those of the ``rules``, if there are any. ``rules``: their rules, as the
-    tables of a rule file, or an ``edge_rt.rules.RuleFile``, of which the request keeps the version that is current when it starts.
+    tables of a rule file, or an ``edge_rt.postprocess.rules.RuleFile``, of which the request keeps the version current at its start.
     ``tools``: schemas of functions the model may call, as ``{"type": "function", "function": {"name", "description", "parameters"}}``;
     they go to the model's chat template. A call is text of the answer.
     ``adapter``: name of a LoRA adapter of the model, applied ``adapter_scale`` times; None: the model as it is. Another one than the
@@ -218,3 +224,140 @@ class Done(NamedTuple):
 
 
 Event = PromptProgress | Delta | Notice | Queued | Done
+
+
+# What a request may ask for: keywords over options, and values that are out of range.
+
+_SAMPLING_FIELDS = frozenset(SamplingParams._fields)
+
+
+def override(options: GenerateOptions, overrides: dict[str, Any]) -> GenerateOptions:
+    """Apply keywords to options and to their sampling parameters. Raises OptionError for an unknown one."""
+    sampling = {k: overrides.pop(k) for k in list(overrides) if k in _SAMPLING_FIELDS}
+    unknown = sorted(set(overrides) - set(GenerateOptions._fields))
+    if unknown:
+        raise OptionError(f"generate has no option {unknown[0]!r}; see edge_rt.types.GenerateOptions")
+    chosen = options._replace(**overrides)
+    return chosen._replace(sampling=chosen.sampling._replace(**sampling)) if sampling else chosen
+
+
+def check_opening(
+    context: int | None, threads: int | None, memory: int | None, power: float | None = None, celsius: float | None = None
+) -> None:
+    """Raise OptionError for what no model can be opened with."""
+    if context is not None and context < 1:
+        raise OptionError(f"a context of {context} tokens is too small; give at least 1")
+    if threads is not None and not 1 <= threads <= 512:
+        raise OptionError(f"{threads} threads are out of range; give 1 to 512")
+    if memory is not None and memory < 1:
+        raise OptionError(f"a memory limit of {memory} bytes is too small; give e.g. 500M")
+    if power is not None and not 0 < power <= 10_000:
+        raise OptionError(f"a power cap of {power:g} W is out of range; give more than 0 and up to 10000")
+    if celsius is not None and not 0 <= celsius <= 150:
+        raise OptionError(f"a temperature limit of {celsius:g} degrees Celsius is out of range; give 0 to 150")
+
+
+def check_context(context: int | None, most: int) -> None:
+    """Raise OptionError for a context that the model cannot give."""
+    if context is not None and not 1 <= context <= most:
+        raise OptionError(f"a context of {context} tokens is out of range; give 1 to {most}, or open the model with a larger one")
+
+
+def _check_pruning(pruning: Pruning) -> None:
+    """Raise OptionError for a budget or an interval that is none."""
+    if not 0 < pruning.budget < math.inf or (pruning.unit == "share" and pruning.budget > 1):
+        most = "up to 1" if pruning.unit == "share" else "more than 0"
+        raise OptionError(f"a pruning budget of {pruning.budget} {pruning.unit} is out of range; give {most}")
+    if pruning.every < 0:
+        raise OptionError(f"pruning every {pruning.every} tokens makes no sense; give at least 1, or 0 for never")
+
+
+def check(options: GenerateOptions, max_context: int) -> None:
+    """Raise OptionError for values out of range (sampling parameters are checked by the sampler)."""
+    check_context(options.context, max_context)
+    if options.prune is not None:
+        _check_pruning(options.prune)
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise OptionError(f"max_tokens is {options.max_tokens}; give at least 1, or leave it out")
+    if not 0 <= options.logprobs <= 100:
+        raise OptionError(f"logprobs is {options.logprobs}; give 0 to 100")
+    if not 0 <= options.speculate <= 64:
+        raise OptionError(f"speculate is {options.speculate}; give 0 to 64")
+    if isinstance(options.post, str):
+        raise OptionError(f"post is the text {options.post!r}; give a list of names")
+    if isinstance(options.rules, (str, Path)):
+        raise OptionError(f"rules is the name {str(options.rules)!r}; open it with edge_rt.postprocess.rules.RuleFile")
+    if options.grammar is not None and options.json_schema is not None:
+        raise OptionError("a grammar and a JSON schema contradict each other; give one of them")
+
+
+# Events as plain maps and back: what ``--json`` writes, and what the daemon's protocol carries.
+
+_T = TypeVar("_T")
+_NAMES: Mapping[type, str] = {PromptProgress: "prompt", Delta: "delta", Notice: "notice", Queued: "queued", Done: "done"}
+
+
+def record(event: Event) -> dict[str, Any]:
+    """An event as JSON: its fields and ``event``, its kind. Times are in seconds."""
+    if isinstance(event, Delta):  # most events by far
+        delta: dict[str, Any] = {"event": "delta", "text": event.text, "tokens": event.tokens}
+        if event.logprobs:
+            delta["logprobs"] = [_logprob(entry) for entry in event.logprobs]
+        if event.concealed:
+            delta["concealed"] = event.concealed
+        return delta
+    found = {"event": _NAMES[type(event)], **_plain(event)}
+    if isinstance(event, Done):
+        found["timings"]["total"] = event.timings.total
+        found["timings"]["tokens_per_second"] = decode_rate(event)
+    return found
+
+
+def event(found: Mapping[str, Any]) -> Event | None:
+    """The event that a record is of, None for a kind that this version does not know. Fields it does not know are left out."""
+    kind = next((kind for kind, name in _NAMES.items() if name == found["event"]), None)
+    if kind is Delta:
+        scores = tuple(_scored(entry) for entry in found.get("logprobs", ()))
+        return Delta(found["text"], tuple(found["tokens"]), scores, found.get("concealed", 0))
+    if kind is Done:
+        made = {**found, "usage": _made(Usage, found["usage"]), "timings": _made(Timings, found["timings"])}
+        made["context"] = _made(ContextUse, found["context"])
+        made["post"] = tuple(_made(PostUse, one) for one in found.get("post", ()))
+        return _made(Done, made)
+    return None if kind is None else _made(kind, found)
+
+
+def singles(numbers: Iterable[float]) -> list[float]:
+    """Numbers of single precision for JSON: nine digits tell each from its neighbours, and the 17 of double precision say no more."""
+    return [float(f"{number:.9g}") for number in numbers]
+
+
+def _made(kind: type[_T], found: Mapping[str, Any]) -> _T:
+    """A named tuple of the fields that it knows."""
+    return kind(**{name: found[name] for name in kind._fields if name in found})  # type: ignore[attr-defined]
+
+
+def _plain(value: Any) -> Any:
+    """A value with the named tuples and mappings in it as dictionaries; other tuples stay."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+    """JSON has no infinity: the log-probability of what is impossible is null."""
+    top = [(token, logprob if isfinite(logprob) else None) for token, logprob in entry.top]
+    return {**entry._asdict(), "logprob": entry.logprob if isfinite(entry.logprob) else None, "top": top}
+
+
+def _scored(entry: Mapping[str, Any]) -> TokenLogprob:
+    top = tuple((token, -inf if logprob is None else logprob) for token, logprob in entry["top"])
+    return TokenLogprob(entry["token"], entry["text"], -inf if entry["logprob"] is None else entry["logprob"], top)
+
+
+def decode_rate(done: Done) -> float | None:
+    """Tokens a second after the first one; None where there are too few to tell."""
+    more = done.usage.completion_tokens - 1
+    return more / done.timings.decode if more > 0 and done.timings.decode > 0 else None

@@ -37,14 +37,14 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Q4_1): ``$EDGE_RT_TEST_MODEL``, else the user's cache, where it is fetched the first time."""
     if given := os.environ.get("EDGE_RT_TEST_MODEL"):
         return Path(given)
-    from edge_rt import catalog
+    from edge_rt import model_hub
 
     with pytest.MonkeyPatch.context() as environment:
         if _USERS_CACHE is None:
             environment.delenv("EDGE_RT_CACHE", raising=False)
         else:
             environment.setenv("EDGE_RT_CACHE", _USERS_CACHE)
-        return catalog.fetch(catalog.DEFAULT)
+        return model_hub.fetch_model(model_hub.DEFAULT)
 
 
 _USERS_CACHE = os.environ.get("EDGE_RT_CACHE")
@@ -96,7 +96,7 @@ def folder(tmp_path: Path) -> Path:
 def null_model(random_model: Callable[..., Path]) -> Iterator[Any]:
     """An open Model on the null engine, which answers "Hello, world!" when decoding greedily."""
     import edge_rt
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
     from edge_rt.testing.null_device import NullPlugin
 
     registry = Registry.load(entry_points=False, plugins={"null": NullPlugin(reply="Hello, world!")})
@@ -108,7 +108,7 @@ def null_model(random_model: Callable[..., Path]) -> Iterator[Any]:
 def shared_null_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An open Model on the null engine, one for all tests of a file, with a context of 512."""
     import edge_rt
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
     from edge_rt.testing.null_device import NullPlugin
     from edge_rt.testing.random_models import write_random_model
 
@@ -121,7 +121,7 @@ def shared_null_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]
 def open_null(random_model: Callable[..., Path]) -> Iterator[Callable[..., Any]]:
     """``open_null(reply=None, plugins={}, **options)``: a model on the null engine."""
     import edge_rt
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
     from edge_rt.testing.null_device import NullPlugin
 
     opened: list[Any] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_rt import device_profile, hooks
 from edge_rt.core import engine
-from edge_rt.core.decode import windows
+from edge_rt.power import controller
 
 TARGET = Path(__file__).parent.parent / "docs" / "hooks.md"
 HEAD = """# Hooks
@@ -37,7 +37,7 @@ VOCABULARY: dict[str, tuple[type, ...]] = {
         hooks.EngineOptions,
         engine.Engine,
         *(kind for kind in _types_of(engine) if kind is not engine.Engine),
-        windows.Sustained,
+        controller.Sustained,
     ),
     "edge_rt_context_policies": (hooks.ContextPolicy, hooks.Candidate),
     "edge_rt_graders": (hooks.GraderFactory, hooks.Segment, hooks.Grade, hooks.Contribution),

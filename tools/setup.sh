@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs edge-rt into it. Usage: tools/setup.sh PYTHON EXTRA FOLDER...
+# Makes .venv and installs edge-rt and its own distributions into it. Usage: tools/setup.sh PYTHON EXTRA FOLDER...
 # FOLDERs are installed editable, the first with EXTRA ("" for none). What pip and the compiler say goes to .venv/build.log.
 # The native libraries come with llama-cpp-python, which is built from source unless there is a wheel (pip's own cache counts).
 set -euo pipefail

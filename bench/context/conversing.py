@@ -25,7 +25,7 @@ from bench.context.score import any_found, interval
 from bench.context.sessions import POLICIES, RECALLING, SLIDING, Asked, converse
 from bench.context.tasks import REPORTING
 from bench.results import Result, Settings
-from edge_rt.runtime import Model
+from edge_rt.model import Model
 
 WINDOW, TIMES = 256, 5
 REQUIRED = 0.9

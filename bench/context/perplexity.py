@@ -16,7 +16,7 @@ from bench.context.retrieval import CONTEXT, MODEL
 from bench.context.score import Groups, difference
 from bench.context.text import run_of_prose
 from bench.results import Result, Settings
-from edge_rt.core.context.segments import segments
+from edge_rt.core.context.history import segments
 
 BEFORE, AFTER = 2048, 256
 """Tokens of context, and tokens after it whose perplexity is measured."""

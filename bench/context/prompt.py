@@ -8,8 +8,8 @@ from typing import NamedTuple
 from bench.context.conversations import Conversation
 from bench.context.reader import Reader
 from bench.context.tasks import Task
-from edge_rt.core.context.chat_template import tokenize_messages
-from edge_rt.core.context.segments import Segment, segments
+from edge_rt.chat.template import tokenize_messages
+from edge_rt.core.context.history import Segment, segments
 
 SINKS = 4
 """First tokens that stay: without them, attention falls apart (Xiao et al., 2024, StreamingLLM)."""

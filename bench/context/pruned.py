@@ -2,7 +2,7 @@
 
 All methods keep as many cells, the same first and last ones of them, and ask with the same queries. Retrieval is query-aware: the question
 is fed before the pass and stays besides the budget. Perplexity is not: what follows is unknown, and the last tokens of the context take
-the question's place. Each is pruned as edge-rt prunes then: ``ASKED`` and ``UNASKED`` of core/context/pruning.py.
+the question's place. Each is pruned as edge-rt prunes then: ``ASKED`` and ``UNASKED`` of core/kv/pruning.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from bench.context.runner import Score, by_method, in_rounds, table, versus
 from bench.context.score import Groups, difference
 from bench.context.tasks import KINDS, REPORTING
 from bench.results import Result, Settings
-from edge_rt.core.context.pruner import choose_tokens, spans
-from edge_rt.core.context.pruning import ASKED, METHODS, SINKS, UNASKED, WATCHED, Plan, Way
 from edge_rt.core.context.recall import same_tokens
-from edge_rt.core.engine import Part, PrunesCells, RemovesCells
+from edge_rt.core.engine import PrunesCells, RemovesCells, SequenceBatch
+from edge_rt.core.kv.pruning import ASKED, METHODS, SINKS, UNASKED, WATCHED, PruningMethod, PruningPlan, choose_tokens, spans
 
 LENGTHS = (1000, 2000, 4000)
 LEAST = {0.2: 0.95, 0.1: 0.80}
@@ -37,14 +36,14 @@ MOST_ABOVE = 0.01
 
 
 @contextmanager
-def pruned(reader: Reader, method: str, way: Way, context: Sequence[int], question: Sequence[int], budget: int) -> Iterator[int]:
+def pruned(reader: Reader, method: str, way: PruningMethod, context: Sequence[int], question: Sequence[int], budget: int) -> Iterator[int]:
     """A sequence that holds ``budget`` cells of a context, and the question that they were chosen for, if any."""
     older = len(context) - WATCHED
     with reader.after(context[:older]) as sequence:
         engine = reader.model.engine
         assert isinstance(engine, PrunesCells), "edge-rt's own engine is"
         engine.watch(sequence, WATCHED)
-        engine.step([Part(sequence, [*context[older:], *question], "none")])
+        engine.step([SequenceBatch(sequence, [*context[older:], *question], "none")])
         keep, last = budget + len(question), int(way.newest * budget) + len(question)
         engine.prune(sequence, keep, first=SINKS, last=last, method=method, queries=way.queries)
         yield sequence
@@ -64,7 +63,7 @@ def _by_tokens(reader: Reader, prompt: Prompt, budget: int) -> str:
     question, n = prompt.question[:-1], len(prompt.context)
     tokens = [*prompt.context, *question]
     last = int(ASKED.newest * budget) + len(question)
-    kept = choose_tokens(tokens, question, Plan(budget + len(question), SINKS, last, *ASKED[:2]), same_tokens)
+    kept = choose_tokens(tokens, question, PruningPlan(budget + len(question), SINKS, last, *ASKED[:2]), same_tokens)
     with reader.after(prompt.context) as sequence:
         engine = reader.model.engine
         assert isinstance(engine, RemovesCells), "edge-rt's own engine is"

@@ -8,8 +8,8 @@ from types import TracebackType
 
 import numpy as np
 
-from edge_rt.core.engine import Part
-from edge_rt.runtime import Model
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.model import Model
 
 KEPT = 2
 """Contexts whose cells are kept: the whole one, which several methods may start from, and the last that a method made of it."""
@@ -60,7 +60,7 @@ class Reader:
     def _feed(self, sequence: int, tokens: Sequence[int]) -> None:
         chunk = self.model.info.chunk
         for start in range(0, len(tokens), chunk):
-            self.model.engine.step([Part(sequence, tokens[start : start + chunk], "none")])
+            self.model.engine.step([SequenceBatch(sequence, tokens[start : start + chunk], "none")])
 
     def answer(self, sequence: int, question: Sequence[int], limit: int) -> str:
         """Feed a question's tokens to a sequence and return the greedy answer: its first sentence, ``limit`` tokens at most."""
@@ -68,7 +68,7 @@ class Reader:
         tokens = list(question)
         text = ""
         while True:
-            (logits,) = self.model.engine.step([Part(sequence, tokens)])
+            (logits,) = self.model.engine.step([SequenceBatch(sequence, tokens)])
             assert logits is not None, "logits of the last token were asked for"
             token = int(np.argmax(np.asarray(logits[0])))
             if self.model.vocab.is_eog(token):
@@ -81,7 +81,7 @@ class Reader:
 
     def losses(self, sequence: int, tokens: Sequence[int]) -> list[float]:
         """Minus the natural logarithm of each token's probability, but the first one's, after a sequence."""
-        (logits,) = self.model.engine.step([Part(sequence, tokens, "all")])
+        (logits,) = self.model.engine.step([SequenceBatch(sequence, tokens, "all")])
         assert logits is not None, "logits of all tokens were asked for"
         rows = np.asarray(logits, dtype=np.float64)[:-1]
         rows = rows - rows.max(axis=1, keepdims=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from bench.context.conversations import Conversation
-from edge_rt.runtime import Model
+from edge_rt.model import Model
 from edge_rt.session import Session
 from edge_rt.types import Delta, Done, GenerateOptions, Message, SamplingParams
 

@@ -21,9 +21,8 @@ from bench.context.prompt import NEWEST
 from bench.context.retrieval import BUDGETS, LENGTHS
 from bench.context.score import holds
 from bench.context.tasks import KINDS, TUNING, tasks
-from edge_rt.core.context.features import Features
-from edge_rt.core.context.grading import grade, load_weights
-from edge_rt.core.context.segments import segments
+from edge_rt.core.context.grading import Features, grade, load_weights
+from edge_rt.core.context.history import segments
 
 STEPS = (0.5, 0.8, 1.25, 2.0)
 WIDEST = 3.0
@@ -100,10 +99,10 @@ def search(found: Sequence[Text], start: Any) -> Any:
 
 def main() -> None:
     """Print the search's weights, and what both halves of the tuning seeds say of them."""
-    from edge_rt import catalog
+    from edge_rt import model_hub
     from edge_rt.native.llama import Vocab
 
-    vocab = Vocab.load(catalog.fetch(catalog.DEFAULT))
+    vocab = Vocab.load(model_hub.fetch_model(model_hub.DEFAULT))
     try:
         halves = [
             list(texts(seeds, lambda text: len(vocab.tokenize(text, bos=False))))

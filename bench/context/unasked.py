@@ -18,9 +18,9 @@ from bench.context.retrieval import CONTEXT, MODEL, asked
 from bench.context.runner import by_method, in_rounds, table, versus
 from bench.context.tasks import KINDS, REPORTING
 from bench.results import Result, Settings
-from edge_rt.core.context.pruning import METHODS, UNASKED
 from edge_rt.core.context.recall import RELEVANT, SHARE, embedded, relevances
 from edge_rt.core.engine import EmbedsTokens
+from edge_rt.core.kv.pruning import METHODS, UNASKED
 
 LENGTHS = (1000, 2000)
 BUDGET = 0.2

@@ -41,8 +41,8 @@ class Redaction:
     """The pipeline under test and the tokenizer whose tokens it gets, once for each process."""
 
     def __init__(self, model: Path | None) -> None:
-        from edge_rt.registry import Registry
-        from edge_rt.rules import Ruleset
+        from edge_rt.plugin_host.registry import Registry
+        from edge_rt.postprocess.rules import Ruleset
 
         registry = Registry.load()
         self._rules = (Ruleset(REDACTION, registry), Ruleset(HASHING, registry))

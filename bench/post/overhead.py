@@ -16,10 +16,10 @@ from bench.post.rules import ALL, REDACTION, TERMS, terms
 from bench.post.texts import sample
 from bench.results import OURS, Bound, Result, Settings, compare
 from bench.timing import interleave, spread
-from edge_rt.core.assemble.detokenise import Detokeniser
-from edge_rt.core.assemble.pipeline import Pipeline
-from edge_rt.rules import Ruleset
-from edge_rt.runtime import Model
+from edge_rt.core.generate.output import Detokeniser
+from edge_rt.model import Model
+from edge_rt.postprocess.pipeline import Pipeline
+from edge_rt.postprocess.rules import Ruleset
 from edge_rt.types import Delta, Done
 
 PROMPT = [{"role": "user", "content": "Write about the sea, first in English, then in Chinese. 先用英文，再用中文，写一写大海。"}]

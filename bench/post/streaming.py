@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from bench.post.secret import Sample
-from edge_rt.core.assemble.detokenise import Detokeniser
-from edge_rt.core.assemble.pipeline import Pipeline
-from edge_rt.core.assemble.stopping import StopMatcher
-from edge_rt.core.assemble.writer import Writer
+from edge_rt.core.generate.output import Detokeniser, OutputStream, StopMatcher
+from edge_rt.postprocess.pipeline import Pipeline
 
 LONGEST = 8
 """Characters of a token, at most."""
@@ -80,7 +78,7 @@ def _count(tokens: Sequence[bytes], size: int) -> int:
 
 def said(spoken: Stream, pipeline: Pipeline) -> str:
     """What comes out of a pipeline; of a cancelled stream, what came before it was dropped."""
-    writer = Writer(Detokeniser(_Spoken(spoken.tokens)), StopMatcher([spoken.stop] if spoken.stop else []), pipeline)
+    writer = OutputStream(Detokeniser(_Spoken(spoken.tokens)), StopMatcher([spoken.stop] if spoken.stop else []), pipeline)
     parts = []
     for token in range(len(spoken.tokens)):
         parts.append(writer.feed(token))

@@ -11,10 +11,10 @@ import numpy as np
 
 import edge_rt
 import edge_rt.core.ggml_engine
-import edge_rt.core.load.header
-import edge_rt.registry
-import edge_rt.runtime  # opening a model imports these: the other program, too, has its imports behind it when the clock starts
-from edge_rt.hooks import Part
+import edge_rt.core.gguf.reader
+import edge_rt.model  # opening a model imports these: the other program, too, has its imports behind it when the clock starts
+import edge_rt.plugin_host.registry
+from edge_rt.hooks import SequenceBatch
 from edge_rt.native import llama
 
 llama.initialise()
@@ -52,7 +52,7 @@ sequence = engine.new_sequence()
 
 def feed(tokens: list[int]) -> int:
     """Append tokens and return the likeliest next one."""
-    (logits,) = engine.step([Part(sequence, tokens)])
+    (logits,) = engine.step([SequenceBatch(sequence, tokens)])
     assert logits is not None
     return int(np.asarray(logits[0]).argmax())
 

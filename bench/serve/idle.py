@@ -13,7 +13,7 @@ from bench import models, pages
 from bench.results import OURS, Bound, Result, Settings, compare
 from bench.serve.served import NO_RATE, Served, mapped, refused, say, wait_for, worker
 from bench.timing import interleave
-from edge_rt.runtime import Model
+from edge_rt.model import Model
 
 LIMIT = 1.3
 COOL_AFTER = 0.5

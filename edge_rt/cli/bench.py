@@ -11,11 +11,10 @@ from edge_rt.cli.generation import answer, opened
 from edge_rt.cli.options import JsonOption, ModelOptions, option
 from edge_rt.cli.output import say, table, write, write_json
 from edge_rt.errors import Cancelled, ContextError
-from edge_rt.records import decode_rate
-from edge_rt.types import Done, Event, GenerateOptions, SamplingParams
+from edge_rt.types import Done, Event, GenerateOptions, SamplingParams, decode_rate
 
 if TYPE_CHECKING:
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
 
 HELP = """Measure a model's speed here.
 

@@ -15,7 +15,7 @@ from edge_rt.errors import ContextError, OptionError, RuleError, UserError
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
     from edge_rt.session import Session
     from edge_rt.types import GenerateOptions
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from edge_rt.cli.options import JsonOption, argument, option
 from edge_rt.cli.output import ProgressBar, say, table, write, write_json
 from edge_rt.errors import OptionError
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
     from edge_rt.compiler.plan import Goals, Situation
     from edge_rt.compiler.sensitivity import Sensitive
     from edge_rt.compiler.target import Target
-    from edge_rt.core.load.compensation import Compensation
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.weights.error_correction import Compensation
     from edge_rt.deployment import Deployed, Plan
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
 HELP = """Fit a model to a device.
 
@@ -59,18 +59,18 @@ class Options(JsonOption):
 
 def run(options: Options) -> int:
     """Decide, write and print."""
-    from edge_rt import compensating
-    from edge_rt.catalog import resolve
+    from edge_rt import error_correction
     from edge_rt.compiler import folding
     from edge_rt.compiler import target as targets
     from edge_rt.compiler.plan import Situation, built_in, decide
-    from edge_rt.core.load.model_file import ModelFile
-    from edge_rt.registry import Registry
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.model_hub import resolve_model
+    from edge_rt.plugin_host.registry import Registry
 
     registry = Registry.load()
-    path = resolve(options.file)
+    path = resolve_model(options.file)
     with ModelFile.open(path) as source, ExitStack() as undo:
-        corrected = compensating.opened(path, source, options.compensation or "auto", undo)
+        corrected = error_correction.opened(path, source, options.compensation or "auto", undo)
         here = options.target == targets.AUTO
         target = _here(registry, source) if here else targets.load(options.target, registry.compiler_targets())
         norms = folding.norms(source) if corrected is None else folding.kept_for_compensation(folding.norms(source))
@@ -128,11 +128,11 @@ def _sensitivities(options: Options, source: ModelFile) -> Sequence[Sensitive]:
 
 
 def _goals(options: Options) -> Goals:
-    from edge_rt import sizes
+    from edge_rt import model_hub
     from edge_rt.compiler.plan import Goals
 
-    memory = None if options.memory is None else sizes.parse(options.memory, "--memory")
-    weights = None if options.weights is None else sizes.parse(options.weights, "--weights")
+    memory = None if options.memory is None else model_hub.parse_size(options.memory, "--memory")
+    weights = None if options.weights is None else model_hub.parse_size(options.weights, "--weights")
     return Goals(memory, options.power, options.latency, options.context, options.quality, weights)
 
 
@@ -148,7 +148,7 @@ def _show(options: Options, plan: Plan, situation: Situation, deployed: Deployed
     write(table([("PASS", "FIRST TOKEN", "TOKENS/S", "MEMORY", "DECIDED"), *rows]))
     say(
         f"predicted: first token after {predicted['first_token']:.2f} s, {predicted['tokens_per_second']:.1f} tokens/s "
-        f"with {situation.context} cells, {shown(held.total)}"
+        f"with {situation.context} cells, {format_size(held.total)}"
     )
     if deployed is not None:
         say(f"wrote {deployed.folder}; run it with `edge-rt run -m {deployed.folder}`")

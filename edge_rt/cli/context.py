@@ -14,8 +14,8 @@ from edge_rt.errors import OptionError
 from edge_rt.types import Message
 
 if TYPE_CHECKING:
-    from edge_rt.core.context.protection import Protection
-    from edge_rt.core.context.segments import Segment
+    from edge_rt.core.context.eviction import Protection
+    from edge_rt.core.context.history import Segment
     from edge_rt.hooks import Grade
 
 HELP = """Show a conversation's segments, their grades and what makes them.
@@ -55,7 +55,7 @@ def run(options: Options) -> int:
     """Grade and print."""
     if options.action != "explain":
         raise OptionError(f"edge-rt context has no action {options.action!r}; write edge-rt context explain FILE")
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     messages, tools = parse(read_text(options.file, "the conversation"))
     grade = Registry.load().grader(options.grader).start(None if options.weights is None else Path(options.weights))
@@ -69,8 +69,8 @@ def run(options: Options) -> int:
 
 def explained(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], grade: Callable[[Segment], Grade]) -> Iterator[Explained]:
     """Each segment of a conversation with its grade. Raises OptionError for messages that are none."""
-    from edge_rt.core.context.protection import protections
-    from edge_rt.core.context.segments import segments
+    from edge_rt.core.context.eviction import protections
+    from edge_rt.core.context.history import segments
 
     found = segments(messages, tools)
     return (Explained(segment, grade(segment), protected) for segment, protected in zip(found, protections(found), strict=True))

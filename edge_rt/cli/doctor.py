@@ -10,7 +10,7 @@ from typing import Any
 from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import table, write, write_json
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 HELP = """Show what edge-rt found on this machine.
 
@@ -53,7 +53,7 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
     from edge_rt.cli.plugins import silence_warnings
     from edge_rt.cli.report import versions
     from edge_rt.cli.rules import facts as rule_facts
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     silence_warnings()
     registry = Registry.load()
@@ -79,7 +79,7 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
 
 
 def _library() -> dict[str, Any]:
-    from edge_rt.core.load.packing import layouts
+    from edge_rt.core.weights.repack import layouts
     from edge_rt.native import abi
 
     report = abi.report()
@@ -142,7 +142,7 @@ def _lockable() -> int | None:
 
 
 def _cache() -> dict[str, Any]:
-    from edge_rt import catalog
+    from edge_rt import model_hub
     from edge_rt.config import cache_dir, models_dir, packed_dir
 
     folder = cache_dir()
@@ -151,7 +151,7 @@ def _cache() -> dict[str, Any]:
         "writable": _writable(folder),
         "models": _bytes(models_dir()),
         "packed": _bytes(packed_dir()),
-        "installed": [model.name for model in catalog.installed()],
+        "installed": [model.name for model in model_hub.installed_models()],
     }
 
 
@@ -190,16 +190,16 @@ def _text(found: dict[str, Any]) -> str:
             ("load", f"{cpus['load']:.2f}" if cpus["load"] is not None else "unknown"),
         ],
         "Memory": [
-            ("available", f"{shown(memory['available'])} of {shown(memory['total'])}"),
-            ("cgroup limit", shown(memory["cgroup_limit"]) if memory["cgroup_limit"] is not None else "none"),
-            ("lockable", shown(memory["lockable"]) if memory["lockable"] is not None else "no limit"),
+            ("available", f"{format_size(memory['available'])} of {format_size(memory['total'])}"),
+            ("cgroup limit", format_size(memory["cgroup_limit"]) if memory["cgroup_limit"] is not None else "none"),
+            ("lockable", format_size(memory["lockable"]) if memory["lockable"] is not None else "no limit"),
         ],
         "Devices": [row for device in found["devices"] for row in device_rows(device)],
         "Plugins": [(plugin["name"], plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])) for plugin in found["plugins"]],
         "Cache": [
             ("folder", cache["folder"] + ("" if cache["writable"] else "  NOT WRITABLE: set EDGE_RT_CACHE to another folder")),
-            ("models", f"{shown(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
-            ("packed weights", shown(cache["packed"])),
+            ("models", f"{format_size(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
+            ("packed weights", format_size(cache["packed"])),
         ],
         "Rules": _rule_rows(found["rules"]),
         "Problems": [(problem,) for problem in found["problems"]],

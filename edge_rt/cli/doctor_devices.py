@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.errors import EdgeError
+from edge_rt.model_hub import format_size
 from edge_rt.profile_check import FIGURES
-from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
     from edge_rt.device_profile import Profile
-    from edge_rt.guarded import PluginDevice
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.guard import PluginDevice
+    from edge_rt.plugin_host.registry import Registry
 
 _APART = 0.02
 """Seconds between two looks at a device: some of its meters are counters, which tell the power by their change."""
@@ -76,7 +76,7 @@ def device_rows(device: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if not device["usable"]:
         return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
     return [
-        (device["name"], f"{device['description']}, {shown(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
+        (device["name"], f"{device['description']}, {format_size(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
         ("", f"engines {', '.join(device['engines'])}; features {', '.join(device['features']) or 'none stated'}"),
         *(("", f"{title:<11} {text}") for title, text in (*_health_rows(device), *_profile_rows(device))),
     ]
@@ -130,7 +130,7 @@ def _shown(field: str, value: Any) -> Iterator[str]:
     elif field == "operations":
         yield ", ".join(f"{kind} {rate / _GIGA:.4g} Gop/s" for kind, rate in value.items())
     elif field == "memory":
-        yield shown(value)
+        yield format_size(value)
     elif field in ("storage", "link"):
         yield _rate(value)
     else:
@@ -138,7 +138,7 @@ def _shown(field: str, value: Any) -> Iterator[str]:
 
 
 def _rate(value: float) -> str:
-    return f"{shown(value)}/s"
+    return f"{format_size(value)}/s"
 
 
 def _cores(cores: Mapping[str, Any]) -> str:

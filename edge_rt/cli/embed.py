@@ -11,7 +11,7 @@ from edge_rt.cli.generation import opened
 from edge_rt.cli.options import ModelOptions, argument, option
 from edge_rt.cli.output import say, terminal, write_json
 from edge_rt.errors import OptionError
-from edge_rt.records import singles
+from edge_rt.types import singles
 
 HELP = """Embed texts: numbers that lie close for texts of close meaning.
 
@@ -46,7 +46,7 @@ def run(options: Options) -> int:
     if not options.texts and sys.stdin is None:
         raise OptionError("standard input is closed and there is no text; give some as arguments")
     with opened(options) as model:
-        from edge_rt.embedding import embeddings
+        from edge_rt.model import embeddings
 
         texts, count, tokens, started = iter(options.texts) if options.texts else _lines(), 0, 0, time.perf_counter()
         with closing(embeddings(model, texts, pooling=options.pooling, normalize=not options.no_normalize)) as found:

@@ -11,18 +11,17 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from edge_rt import sizes
+from edge_rt import model_hub
 from edge_rt.cli import interrupts
 from edge_rt.cli.options import GenerationOptions, ModelOptions
 from edge_rt.cli.output import ProgressBar, say, write, write_json
 from edge_rt.cli.post_options import names
 from edge_rt.errors import ConstraintError, OptionError
-from edge_rt.records import decode_rate, record
-from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, Pruning, SamplingParams
+from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, Pruning, SamplingParams, decode_rate, record
 
 if TYPE_CHECKING:
-    from edge_rt.registry import Registry
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
+    from edge_rt.plugin_host.registry import Registry
     from edge_rt.session import Session
 
 Show = Callable[[Iterable[Event]], tuple[str, Done]]
@@ -40,10 +39,10 @@ def opened(
 
     ``adapter``: as the command line has it.
     """
-    from edge_rt.catalog import resolve
+    from edge_rt.model_hub import resolve_model
 
-    path = resolve(options.model)
-    memory = sizes.parse(options.memory, "--memory") if options.memory is not None else None
+    path = resolve_model(options.model)
+    memory = model_hub.parse_size(options.memory, "--memory") if options.memory is not None else None
     import edge_rt
 
     progress = ProgressBar()
@@ -180,7 +179,7 @@ def _pruning(options: GenerationOptions) -> Pruning | None:
     try:
         if text.endswith("%"):
             return Pruning(float(text[:-1]) / 100, "share", every=every)
-        return Pruning(int(text), every=every) if text.isdigit() else Pruning(sizes.parse(text, "--prune"), "bytes", every=every)
+        return Pruning(int(text), every=every) if text.isdigit() else Pruning(model_hub.parse_size(text, "--prune"), "bytes", every=every)
     except (ValueError, OptionError):
         raise OptionError(f"--prune takes cells as 1024, a size as 64M or a share as 25%, and not {text!r}") from None
 
@@ -217,7 +216,7 @@ def _tools(name: str) -> Sequence[Mapping[str, Any]]:
     """The tool schemas in a file. Raises OptionError."""
     import json
 
-    from edge_rt.core.context.tools import checked
+    from edge_rt.chat.tools import checked
 
     try:
         return checked(json.loads(read_text(name, "the tools")))
@@ -323,7 +322,7 @@ def facts(done: Done) -> str:
 
 def say_sustained(model: Model, *, json: bool, verbose: bool) -> None:
     """What --power and --celsius came to, if they were given: as JSON, as a line with -v, and never silent where they were not held."""
-    from edge_rt.limits import sentence, sustained
+    from edge_rt.power.limits import sentence, sustained
 
     found = sustained(model.engine)
     if found is None:

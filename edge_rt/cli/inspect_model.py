@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from edge_rt.cli.options import JsonOption, argument, option
 from edge_rt.cli.output import table, write, write_json
 from edge_rt.errors import ModelFileError
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
-    from edge_rt.core.load.header import Header, TensorInfo
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.gguf.reader import Header, TensorInfo
 
 HELP = """Show what a model file holds.
 
@@ -51,10 +51,10 @@ class Options(JsonOption):
 
 def run(options: Options) -> int:
     """Look and print."""
-    from edge_rt.catalog import resolve
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.model_hub import resolve_model
 
-    with ModelFile.open(resolve(options.file)) as model:
+    with ModelFile.open(resolve_model(options.file)) as model:
         found = facts(model, tensors=options.tensors)
     if options.json:
         write_json(found, indent=2)
@@ -65,8 +65,8 @@ def run(options: Options) -> int:
 
 def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
     """Everything the command shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
-    from edge_rt.core.load.adapter import is_adapter
-    from edge_rt.core.load.compensation import find, is_compensation
+    from edge_rt.core.gguf.lora import is_adapter
+    from edge_rt.core.weights.error_correction import find_compensation, is_compensation
 
     header = model.header
     found: dict[str, Any] = {
@@ -77,9 +77,7 @@ def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
         "architecture": header.architecture,
         "parameters": sum(_elements(tensor) for tensor in header.tensors.values()),
         "metadata": {key: header.get(f"general.{key}") for key in _FACTS if f"general.{key}" in header},
-        "sizes": {
-            name: header.get(f"{header.architecture}.{key}") for key, name in _SIZES if f"{header.architecture}.{key}" in header
-        },
+        "sizes": {name: header.get(f"{header.architecture}.{key}") for key, name in _SIZES if f"{header.architecture}.{key}" in header},
         "vocabulary": header.count("tokenizer.ggml.tokens"),
         "tokenizer": header.get("tokenizer.ggml.model"),
         "chat_template": "tokenizer.chat_template" in header,
@@ -91,7 +89,7 @@ def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
         found["adapter"] = _adapter(header)
     elif is_compensation(header):
         found["corrects"] = {"weights": len({name.rpartition(".")[0] for name in header.tensors}), "model": header.get(_MADE_FOR)}
-    elif (side := find(Path(model.path))) is not None:
+    elif (side := find_compensation(Path(model.path))) is not None:
         found["compensation"] = _compensation(side, model)
     if tensors:
         found["tensors"] = [
@@ -110,7 +108,7 @@ def _adapter(header: Header) -> dict[str, Any]:
 
 def _compensation(side: Path, model: ModelFile) -> dict[str, Any]:
     """What the side file of a model corrects, or the ``problem`` with it."""
-    from edge_rt.core.load.compensation import open_compensation
+    from edge_rt.core.weights.error_correction import open_compensation
 
     try:
         found = open_compensation(side, model)
@@ -139,7 +137,7 @@ def _types(tensors: Any) -> list[dict[str, Any]]:
 
 def _units(model: ModelFile) -> list[dict[str, Any]]:
     """Units in file order of their first tensor, with the pages they cover and those in memory."""
-    from edge_rt.core.load.units import unit_name
+    from edge_rt.core.weights.units import unit_name
     from edge_rt.native import memory
 
     base = memory.address_of(model.map)
@@ -207,25 +205,26 @@ def _page_runs(base: int, tensors: list[TensorInfo]) -> list[tuple[int, int]]:
 def _text(found: dict[str, Any]) -> str:
     units, kind = found["units"], "adapter" if "adapter" in found else "compensation" if "corrects" in found else "model"
     resident = [unit["resident"] for unit in units]
-    in_memory = "" if None in resident else f", {shown(sum(resident))} of the weights in memory"
+    in_memory = "" if None in resident else f", {format_size(sum(resident))} of the weights in memory"
     rows: list[tuple[str, ...]] = [
-        ("file", f"{found['path']}  ({shown(found['bytes'])}{in_memory})"),
+        ("file", f"{found['path']}  ({format_size(found['bytes'])}{in_memory})"),
         ("format", f"GGUF {found['gguf_version']}, tensors aligned to {found['alignment']}"),
         (kind, f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters" + _of_side_file(found)),
         *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
         *((name, str(value)) for name, value in found["sizes"].items()),
         *([("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})")] if kind == "model" else []),
-        *(("packed weights", f"{p['path']}  ({shown(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
+        *(("packed weights", f"{p['path']}  ({format_size(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
         *([("compensation", _of_compensation(found["compensation"]))] if "compensation" in found else []),
         *([("chat template", "yes" if found["chat_template"] else "no; run with --raw")] if kind == "model" else []),
     ]
     text = table(rows) + "\n"
     text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"),
-                   *((t["type"], str(t["tensors"]), str(t["parameters"]), shown(t["bytes"])) for t in found["types"])]) + "\n"  # fmt: skip
+                   *((t["type"], str(t["tensors"]), str(t["parameters"]), format_size(t["bytes"]))
+                      for t in found["types"])]) + "\n"  # fmt: skip
     text += table([("UNIT", "TENSORS", "BLOCKS", "SIZE", "RESIDENT", "TYPES"), *map(_unit_row, units)])
     if "tensors" in found:
         text += "\n" + table([("TENSOR", "SHAPE", "TYPE", "OFFSET", "SIZE"),
-                              *((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), shown(t["bytes"]))
+                              *((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), format_size(t["bytes"]))
                                 for t in found["tensors"])])  # fmt: skip
     return text
 
@@ -234,7 +233,7 @@ def _of_compensation(side: dict[str, Any]) -> str:
     if side["problem"] is not None:
         return str(side["problem"])
     parts = f"{side['low_rank']} low-rank terms, {side['tables']} tables, {side['biases']} biases"
-    return f"{side['path']}  ({shown(side['bytes'])}, at {side['sites']} weights: {parts})"
+    return f"{side['path']}  ({format_size(side['bytes'])}, at {side['sites']} weights: {parts})"
 
 
 def _of_side_file(found: dict[str, Any]) -> str:
@@ -249,7 +248,7 @@ def _of_side_file(found: dict[str, Any]) -> str:
 
 
 def _unit_row(unit: dict[str, Any]) -> tuple[str, ...]:
-    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), shown(unit["bytes"]), _share(unit), " ".join(unit["types"]))
+    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), format_size(unit["bytes"]), _share(unit), " ".join(unit["types"]))
 
 
 def _share(entry: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The command line `edge-rt`: which command, what becomes of an error, and with which status the process ends.
 
-A command is a module with ``HELP``, a class ``Options`` (see options.py) and ``run(options) -> int``; COMMANDS is the list.
-The time until `edge-rt run` opens its model counts, so this module and options.py import little, and typer only when
+A command is a module with ``HELP``, a class ``Options`` (see types.py) and ``run(options) -> int``; COMMANDS is the list.
+The time until `edge-rt run` opens its model counts, so this module and types.py import little, and typer only when
 ``quick_parse`` does not understand the line.
 
 Status: 0 done; 1 the user can mend it; 2 wrong usage; 3 a bug (a report is written); 130 interrupted; 141 standard output closed.

@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from edge_rt.catalog import DEFAULT
 from edge_rt.errors import OptionError
+from edge_rt.model_hub import DEFAULT
 from edge_rt.types import SamplingParams
 
 T = TypeVar("T")
@@ -57,9 +57,7 @@ class Spec(NamedTuple):
         return not any(self.default is nothing for nothing in (None, False, (), "", REQUIRED))
 
 
-def option(
-    default: T, flags: str, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
-) -> T:
+def option(default: T, flags: str, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> T:
     """An option set by ``flags``, which may end in a metavar ("-n --max-tokens N"); typed as its value, so that mypy checks its use."""
     words = flags.split()
     metavar = "" if words[-1].startswith("-") else words.pop()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edge_rt.errors import UserError
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 
 class OutputClosed(Exception):
@@ -106,7 +106,7 @@ class ProgressBar:
                 self._draw(phase, done, total)
                 self._due = now + 0.1
             else:
-                say(f"{phase}" + (f" {shown(total)}" if total else "") + " ...")
+                say(f"{phase}" + (f" {format_size(total)}" if total else "") + " ...")
                 self._due = float("inf")
 
     def finish(self) -> None:
@@ -118,7 +118,7 @@ class ProgressBar:
 
     def _draw(self, phase: str, done: int, total: int) -> None:
         share = min(1.0, done / total) if total else 0.0
-        facts = f"[{'#' * int(share * 30):<30}] {share:4.0%}  {shown(done)} of {shown(total)}" if total else shown(done)
+        facts = f"[{'#' * int(share * 30):<30}] {share:4.0%}  {format_size(done)} of {format_size(total)}" if total else format_size(done)
         self._write(f"\r\x1b[K{phase:<12} {facts}")
         self._drawn = True
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from edge_rt.cli.options import JsonOption, argument, option
 from edge_rt.cli.output import say, table, write, write_json
 from edge_rt.errors import OptionError, UserError
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
     from edge_rt.compiler.cost import Prediction
     from edge_rt.compiler.shape import ModelShape
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
 HELP = """Predict how fast a model runs on a device.
 
@@ -46,13 +46,13 @@ class Options(JsonOption):
 
 def run(options: Options) -> int:
     """Predict and print."""
-    from edge_rt.catalog import resolve
     from edge_rt.compiler.shape import read_shape
-    from edge_rt.core.load.model_file import ModelFile
-    from edge_rt.registry import Registry
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.model_hub import resolve_model
+    from edge_rt.plugin_host.registry import Registry
 
     registry = Registry.load()
-    path = resolve(options.file)
+    path = resolve_model(options.file)
     with ModelFile.open(path) as model:
         shape = read_shape(model.header)
     rows = predictions(options, shape, registry)
@@ -63,7 +63,9 @@ def run(options: Options) -> int:
     if options.json:
         write_json({"model": str(path), **_facts(shape), "rows": [_record(row) for row in rows]}, indent=2)
         return 0
-    say(f"{path.name}: {shape.parameters / 1e6:.0f} million weights a token, {shown(shape.weights)}, mostly {next(iter(shape.types))}")
+    say(
+        f"{path.name}: {shape.parameters / 1e6:.0f} million weights a token, {format_size(shape.weights)}, mostly {next(iter(shape.types))}"
+    )
     write(table([_TITLES, *(_row(row) for row in rows)]))
     return 0
 
@@ -130,7 +132,7 @@ _TITLES = ("TARGET", "THREADS", "FIRST TOKEN", "", "COLD", "", "TOKENS/S", "", "
 
 
 def _row(row: Prediction) -> tuple[str, ...]:
-    held = "" if row.memory is None else shown(row.memory.total) + ("" if row.fits else ", too much")
+    held = "" if row.memory is None else format_size(row.memory.total) + ("" if row.fits else ", too much")
     return (
         row.target, str(row.threads), _seconds(row.first), row.first_bound, _seconds(row.first_cold), row.cold_bound or "",
         f"{row.rate:.1f}" if row.rate < 1000 else f"{row.rate:.0f}", row.rate_bound, held,

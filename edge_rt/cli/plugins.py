@@ -9,7 +9,7 @@ from edge_rt.cli.options import JsonOption
 from edge_rt.cli.output import table, write, write_json
 
 if TYPE_CHECKING:
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
 HELP = """List plugins and what they offer.
 
@@ -34,7 +34,7 @@ class Options(JsonOption):
 
 def run(options: Options) -> int:
     """List."""
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     silence_warnings()
     found = facts(Registry.load())

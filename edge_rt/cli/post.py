@@ -15,8 +15,8 @@ from edge_rt.cli.post_options import asked, names, rulebook
 from edge_rt.errors import OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.core.assemble.pipeline import Pipeline
-    from edge_rt.rules import Rulebook
+    from edge_rt.postprocess.pipeline import Pipeline
+    from edge_rt.postprocess.rules import Rulebook
 
 HELP = """Post-process a text.
 
@@ -44,8 +44,8 @@ class Options(PostOptions):
 
 def run(options: Options) -> int:
     """Process and return the exit status."""
-    from edge_rt.registry import Registry
-    from edge_rt.rules import Ruleset
+    from edge_rt.plugin_host.registry import Registry
+    from edge_rt.postprocess.rules import Ruleset
 
     if not asked(options):
         raise OptionError("there is nothing to do; name post-processors with --post, as --post redaction, or give --rules")

@@ -10,8 +10,8 @@ from edge_rt.cli.options import PostOptions
 from edge_rt.errors import OptionError, RuleError
 
 if TYPE_CHECKING:
-    from edge_rt.registry import Registry
-    from edge_rt.rules import Rulebook
+    from edge_rt.plugin_host.registry import Registry
+    from edge_rt.postprocess.rules import Rulebook
     from edge_rt.types import GenerateOptions
 
 
@@ -36,7 +36,7 @@ def post_processed(
     if not asked(options):
         yield request, None
         return
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     registry = Registry.load()
     with rulebook(options, registry, watch=watch, told=told) as book:
@@ -51,7 +51,7 @@ def rulebook(
     if options.rules is None and not options.rule:
         yield None
         return
-    from edge_rt.rules import RuleFile, Ruleset, change
+    from edge_rt.postprocess.rules import RuleFile, Ruleset, change
 
     if options.rules is None:
         yield Ruleset(change({}, options.rule), registry)

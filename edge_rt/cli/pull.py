@@ -29,17 +29,17 @@ class Options(CommandOptions):
 
 def run(options: Options) -> int:
     """Fetch and print the path."""
-    from edge_rt import catalog
-    from edge_rt.download import sha256_of
+    from edge_rt import model_hub
+    from edge_rt.model_hub import sha256_of
 
     progress = ProgressBar()
     try:
         if "://" in options.name:
-            path = catalog.fetch_url(options.name, options.sha256, progress)
+            path = model_hub.fetch_model_url(options.name, options.sha256, progress)
         elif options.sha256 is not None:
             raise OptionError("--sha256 is for addresses; the models edge-rt knows by name have theirs built in")
         else:
-            path = catalog.fetch(options.name, progress)
+            path = model_hub.fetch_model(options.name, progress)
     finally:
         progress.finish()
     if "://" in options.name and options.sha256 is None:

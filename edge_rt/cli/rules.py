@@ -10,7 +10,7 @@ from edge_rt.cli.output import table, write, write_json
 from edge_rt.errors import EdgeError, OptionError, RuleError, UserError
 
 if TYPE_CHECKING:
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
 HELP = """Check rules for post-processors.
 
@@ -34,7 +34,7 @@ def run(options: Options) -> int:
     """Check and print."""
     if options.action != "check":
         raise OptionError(f"edge-rt rules has no action {options.action!r}; write edge-rt rules check FILE")
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     found = facts(options.file, Registry.load())
     if options.json:
@@ -51,7 +51,7 @@ def run(options: Options) -> int:
 
 def facts(file: str, registry: Registry) -> dict[str, Any]:
     """What a rule file says, or what is wrong with it."""
-    from edge_rt.rules import RuleFile
+    from edge_rt.postprocess.rules import RuleFile
 
     started = time.perf_counter()
     try:

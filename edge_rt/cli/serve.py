@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_rt import sizes
+from edge_rt import model_hub
 from edge_rt.cli.options import ModelOptions, option
 from edge_rt.cli.output import say
 from edge_rt.errors import OptionError
@@ -87,7 +87,7 @@ def configured(options: Options) -> Config:
     more: dict[str, Any] = {
         "context": options.ctx,
         "threads": options.threads,
-        "memory": sizes.parse(options.memory, "--memory") if options.memory is not None else None,
+        "memory": model_hub.parse_size(options.memory, "--memory") if options.memory is not None else None,
         "pack": options.pack if options.pack or options.no_pack else None,
         "key_type": options.key_type,
         "engine": options.engine,
@@ -180,8 +180,8 @@ def check(config: Config) -> int:
     users = ", ".join("root" if one == 0 else "you" if one == os.getuid() else str(one) for one in sorted(config.users))
     say(f"would let in {users}")
     if config.rules is not None:
-        from edge_rt.registry import Registry
-        from edge_rt.rules import RuleFile
+        from edge_rt.plugin_host.registry import Registry
+        from edge_rt.postprocess.rules import RuleFile
 
         book = RuleFile(config.rules, Registry.load(), watch=False)
         say(f"would post-process by {config.rules}, version {book.current.version}")
@@ -204,33 +204,36 @@ def _check_record(record: Record) -> None:
 
 def _check_models(config: Config) -> None:
     """Say which models there would be, and what they need. Raises ModelFileError, OptionError."""
-    from edge_rt.catalog import resolve
-    from edge_rt.core.load import checked, compensation
-    from edge_rt.core.load.adapter import open_lora
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf import model_file
+    from edge_rt.core.gguf.lora import open_lora
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.weights import error_correction
     from edge_rt.daemon.hosted import foreseen
     from edge_rt.daemon.models import check_name, most_of_what_is_free
     from edge_rt.daemon.supervisor import Spec
+    from edge_rt.model_hub import resolve_model
 
     budget = config.memory or most_of_what_is_free()
     if config.model is None:
         say("would wait for a client to load a model" if not config.models else "would open no model before it is asked for")
     given = [("would open", config.model, config.model_options)] if config.model is not None else []
     for verb, model, options in [*given, *((f"would know {name}:", *model) for name, model in config.models.items())]:
-        path = resolve(model)
+        path = resolve_model(model)
         with ModelFile.open(path) as file:
-            checked.check_metadata(file)
+            model_file.check_metadata(file)
             spec = Spec(str(path), options)
             if model is config.model:
                 check_name(model, spec, config.models)
             needs = foreseen(spec).total
-            say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {sizes.shown(needs)}")
-            if (side := compensation.find(path, options.get("compensation", compensation.AUTO))) is not None:
-                with compensation.open_compensation(side, file).file:
+            say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {model_hub.format_size(needs)}")
+            if (side := error_correction.find_compensation(path, options.get("compensation", error_correction.AUTO))) is not None:
+                with error_correction.open_compensation(side, file).file:
                     say(f"would apply its compensation {side}")
             for name, adapter in options.get("adapters", {}).items():
                 with open_lora(adapter, file.header).file:
                     say(f"would offer its adapter {name}, {adapter}")
         if needs > budget:
-            raise OptionError(f"{model} needs {sizes.shown(needs)} and all models may have {sizes.shown(budget)}; raise memory")
-    say(f"would let models have {sizes.shown(budget)} together")
+            raise OptionError(
+                f"{model} needs {model_hub.format_size(needs)} and all models may have {model_hub.format_size(budget)}; raise memory"
+            )
+    say(f"would let models have {model_hub.format_size(budget)} together")

@@ -101,6 +101,6 @@ def _parameter(name: str, spec: Spec, annotation: str) -> inspect.Parameter:
 
 def _add_plugin_commands(app: typer.Typer) -> None:
     """Let plugins add their commands; the registry reports one that fails, and the others stay."""
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     Registry.load().add_cli_commands(app)

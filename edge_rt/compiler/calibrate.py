@@ -18,21 +18,19 @@ import numpy as np
 from edge_rt import config
 from edge_rt.compiler.shape import ModelShape, Product, tensor_bytes
 from edge_rt.compiler.target import FEW, Kernel
-from edge_rt.core.context.capacity import STEP
-from edge_rt.core.context.kv import KvCache
-from edge_rt.core.graph import offsets
-from edge_rt.core.graph.attention import wants_flash
-from edge_rt.core.graph.common import Builder, Inputs, SlotInputs, SlotShape
-from edge_rt.core.graph.hyper import Hyper
-from edge_rt.core.graph.layout import NoWeights, transposed_decodes_faster
-from edge_rt.core.load import packing
-from edge_rt.core.load.centred import offsets_shape
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import TensorInfo
-from edge_rt.core.remember import Remembered
+from edge_rt.config import Remembered
+from edge_rt.core.autotune import NoWeights, autotune_v_layout
+from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
+from edge_rt.core.graph import layers
+from edge_rt.core.graph.builder import GraphBuilder, Inputs, SlotInputs, SlotShape, wants_flash
+from edge_rt.core.graph.config import ModelConfig
+from edge_rt.core.kv.cache import KVCache
+from edge_rt.core.kv.positions import STEP
+from edge_rt.core.weights import repack
+from edge_rt.core.weights.repack import offsets_shape
 from edge_rt.device_profile import Profile
 from edge_rt.native import ggml
-from edge_rt.native.quantise import quantise
+from edge_rt.native.ggml import quantise
 
 c = ggml.c
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -87,7 +85,7 @@ def _measurements(shape: ModelShape, cold: int) -> Iterator[tuple[str, Callable[
         yield f"{product.type} {product.inputs}x{product.outputs}", partial(_product, product, cold)
     sizes = f"{h.n_head} {h.n_head_kv} {h.head_dim}"
     yield f"attention {sizes}", partial(_attention, h, cold)
-    if transposed_decodes_faster(h, ggml.TYPE_F16):
+    if autotune_v_layout(h, ggml.TYPE_F16):
         yield f"few-attention {sizes}", partial(_few_attention, h)
     yield f"elements {sizes} {h.n_embd} {h.n_ff}", partial(_elements, h)
 
@@ -207,13 +205,13 @@ def _seconds(weight: _Weight, copies: int, times: int, columns: int, numbers: Se
             def build(ctx: int) -> list[int]:
                 return [_multiplied(ctx, *one, x) for one in weights for _ in range(times)]
 
-            with _graph(build, copies * times * (1 + offsets.NODES)) as graph:
+            with _graph(build, copies * times * (1 + layers.NODES)) as graph:
                 return {n: seconds / (copies * times) for n, seconds in _by_threads(numbers, graph).items()}
 
 
 def _multiplied(ctx: int, weight: int, apart: int | None, x: int) -> int:
     y = int(c.mul_mat(ctx, weight, x))
-    return y if apart is None else int(c.add(ctx, y, offsets.product(ctx, apart, x)))
+    return y if apart is None else int(c.add(ctx, y, layers.offsets_product(ctx, apart, x)))
 
 
 @contextlib.contextmanager
@@ -221,12 +219,12 @@ def _placed(weight: _Weight, copies: int) -> Iterator[list[tuple[int, int | None
     """Copies of a weight, packed where the library has a kernel for it; and their offsets where they lie apart."""
     number = _NUMBERS[weight.type]
     info = TensorInfo("timed.weight", (weight.inputs, weight.outputs), number, weight.type, 0, weight.nbytes)
-    found, centred = packing.forms({info.name: info})
+    found, centred = repack.forms({info.name: info})
     layout, nbytes = found.get(info.name, ("", info.nbytes))
     if info.name in centred:
         number, info = ggml.TYPE_Q4_0, info._replace(nbytes=tensor_bytes(info.shape, "Q4_0"))
     apart = -(-nbytes // 64) * 64
-    type_ = packing.layouts()[layout] if layout else c.backend_cpu_buffer_type()
+    type_ = repack.layouts()[layout] if layout else c.backend_cpu_buffer_type()
     source = _content(number, weight.inputs, info.nbytes)
     with ggml.context(copies) as ctx, ggml.context(copies) as beside, ggml.buffer(type_, apart * copies + 64) as room:
         base = -(-c.backend_buffer_get_base(room.address) // 64) * 64
@@ -255,9 +253,9 @@ def _content(number: int, width: int, nbytes: int) -> bytes:
 # ---- attention and the rest ------------------------------------------------------------------------------------------
 
 
-def _attention(hyper: Hyper, cold: int, numbers: Sequence[int]) -> dict[int, Kernel]:
+def _attention(hyper: ModelConfig, cold: int, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Of one token over cached cells and over cells in memory, and of many tokens, as the engine computes it here."""
-    transposed = transposed_decodes_faster(hyper, ggml.TYPE_F16)
+    transposed = autotune_v_layout(hyper, ggml.TYPE_F16)
     layer = 4 * hyper.kv_width * _CELLS  # bytes of keys and values
     deep = min(_MOST_NODES, max(2, -(-cold // layer)))
     operations = 4.0 * hyper.n_head * hyper.head_dim * _CELLS
@@ -277,18 +275,18 @@ def _attention(hyper: Hyper, cold: int, numbers: Sequence[int]) -> dict[int, Ker
     return found
 
 
-def _few_attention(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
+def _few_attention(hyper: ModelConfig, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Of several tokens, but fewer than flash attention takes at once, as products with transposed values."""
     seconds = _attended(hyper._replace(n_layer=2), FEW, numbers, transposed=True)
     rates = {n: 4.0 * hyper.n_head * hyper.head_dim * _CELLS * FEW / seconds[n] for n in numbers}
     return {n: Kernel(rate, rate, 1e18, 0.0, 0.0) for n, rate in rates.items()}
 
 
-def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: bool, causal: bool = False) -> dict[int, float]:
+def _attended(hyper: ModelConfig, tokens: int, numbers: Sequence[int], transposed: bool, causal: bool = False) -> dict[int, float]:
     """Seconds of one layer's attention of some tokens, by threads: each sees all cells, or in a prompt itself and those before it."""
     n_cells = STEP if causal else _CELLS
     with (
-        contextlib.closing(KvCache(hyper, ggml.TYPE_F16, n_cells, transposed=transposed)) as cache,
+        contextlib.closing(KVCache(hyper, ggml.TYPE_F16, n_cells, transposed=transposed)) as cache,
         ggml.context(8) as inputs,
         ggml.context(64 * hyper.n_layer, (64 * hyper.n_layer,)) as work,
         ggml.allocator() as arena,
@@ -306,16 +304,16 @@ def _attended(hyper: Hyper, tokens: int, numbers: Sequence[int], transposed: boo
             hidden = causal & (np.arange(n_cells) > np.arange(tokens)[:, None])
             ggml.view(mask, "f2" if half else "f4", (tokens, n_cells))[:] = np.where(hidden, -np.inf, 0.0)
             slot, size = SlotInputs(0, 0, mask), 64 * hyper.n_layer
-            builder = Builder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
+            builder = GraphBuilder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
             builder.begin("attention")
             for layer in range(hyper.n_layer):
-                builder.expand(builder.attend(layer, q))
+                builder.expand(layers.attend(builder, layer, q))
             c.gallocr_alloc_graph(arena.address, builder.segments[0].graph)
             found = _by_threads(numbers, builder.segments[0].graph)
             return {n: seconds / hyper.n_layer for n, seconds in found.items()}
 
 
-def _elements(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
+def _elements(hyper: ModelConfig, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Elements a second of norms, rotation, the gate and sums over many tokens; and what a small node costs."""
     heads = hyper.n_head + hyper.n_head_kv
     with ggml.context(8) as inputs:
@@ -337,7 +335,7 @@ def _elements(hyper: Hyper, numbers: Sequence[int]) -> dict[int, Kernel]:
     return {n: Kernel(elements / layer[n], elements / layer[n], 1e18, node[n], 0.0) for n in numbers}
 
 
-def _layer(ctx: int, hyper: Hyper, x: int, w: int, qk: int, both: int, positions: int) -> list[int]:
+def _layer(ctx: int, hyper: ModelConfig, x: int, w: int, qk: int, both: int, positions: int) -> list[int]:
     """What a block computes beside products, over inputs that already are in memory."""
     r = hyper.rope
     rotated = c.rope_ext(

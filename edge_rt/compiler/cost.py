@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 from edge_rt.compiler.shape import ModelShape, Product
 from edge_rt.compiler.target import FEW, Kernel, Target, bandwidth, share
-from edge_rt.core.context.capacity import padded
-from edge_rt.core.graph.attention import TILES_FROM
-from edge_rt.core.load.residency import SLOTS
+from edge_rt.core.graph.builder import TILES_FROM
+from edge_rt.core.kv.positions import padded
+from edge_rt.core.weights.streaming import SLOTS
 
 CHUNK = 512
 """Tokens of a prompt that the ggml engine feeds at once."""
@@ -259,9 +259,7 @@ def memory(shape: ModelShape, target: Target, context: int, chunk: int = CHUNK, 
     hidden = 4 * n * (3 * h.n_embd + 3 * active)
     queries = 4 * n * (2 * h.n_head + 2 * h.n_head_kv) * h.head_dim
     mask = 2 * n * cells
-    return Memory(
-        shape.weights, cells * shape.cell_bytes(key_type), max(hidden, queries) + mask + 4 * h.n_vocab, target.process
-    )
+    return Memory(shape.weights, cells * shape.cell_bytes(key_type), max(hidden, queries) + mask + 4 * h.n_vocab, target.process)
 
 
 def power(target: Target, threads: int) -> float | None:

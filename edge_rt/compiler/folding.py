@@ -20,12 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.compiler.shape import tensor_bytes
-from edge_rt.core.graph.decoder import FAMILIES
-from edge_rt.core.graph.hyper import read_hyper
-from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.graph.support import unsupported
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import SCALED, TensorInfo
+from edge_rt.core.gguf.reader import GGML_TYPES, SCALED, TensorInfo
+from edge_rt.core.graph.config import check_shapes, read_config
+from edge_rt.core.graph.decoder import FAMILIES, unsupported
 from edge_rt.deployment import Plan
 from edge_rt.errors import ModelFileError, UnsupportedModel
 
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf.model_file import ModelFile
 
     Exponents = npt.NDArray[np.int32]
 
@@ -76,7 +73,7 @@ def norms(source: ModelFile) -> tuple[Norm, ...]:
     """
     if unsupported(source):
         return ()
-    hyper, tensors = read_hyper(source.header), source.header.tensors
+    hyper, tensors = read_config(source.header), source.header.tensors
     try:
         check_shapes(tensors, hyper, FAMILIES[hyper.architecture])
     except UnsupportedModel:

@@ -1,6 +1,6 @@
 """Writes a model's GGUF again by a plan: tensors in another order, alignment or type, with the same metadata.
 
-Any reader of GGUF takes the result. Layout as in core/load/header.py; offsets follow each other with padding to the alignment alone, which
+Any reader of GGUF takes the result. Layout as in core/gguf/reader.py; offsets follow each other with padding to the alignment alone, which
 llama.cpp insists on.
 """
 
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from edge_rt.compiler import folding
 from edge_rt.compiler.shape import tensor_bytes
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import FOLDED, MAGIC, SCALED, TensorInfo, metadata_spans
+from edge_rt.core.gguf.reader import FOLDED, GGML_TYPES, MAGIC, SCALED, TensorInfo, metadata_spans
 from edge_rt.deployment import Plan
 from edge_rt.errors import OptionError
 from edge_rt.native import memory
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf.model_file import ModelFile
 
 _NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
@@ -112,7 +111,7 @@ def _data(source: ModelFile, one: _Placed, importance: Importance) -> Iterator[b
         for start in range(0, info.nbytes, _PIECE):
             yield source.map[info.offset + start : info.offset + min(info.nbytes, start + _PIECE)]
         return
-    from edge_rt.native.quantise import quantise
+    from edge_rt.native.ggml import quantise
 
     for rows in float_rows(source, info):
         yield quantise(rows, _NUMBERS[one.type_name], importance.get(info.name))
@@ -120,7 +119,7 @@ def _data(source: ModelFile, one: _Placed, importance: Importance) -> Iterator[b
 
 def float_rows(source: ModelFile, info: TensorInfo, most: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
     """A tensor's rows [n, width] as float32, ``most`` at a time; of three dimensions those of the first matrix first."""
-    from edge_rt.core.graph.embedding import token_embeddings
+    from edge_rt.core.kv.ops import token_embeddings
     from edge_rt.native import ggml
 
     width, count = info.shape[0], prod(info.shape[1:])

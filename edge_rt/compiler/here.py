@@ -13,7 +13,7 @@ from edge_rt.errors import PluginError
 from edge_rt.hooks import Offer
 
 if TYPE_CHECKING:
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
 _STEP = 5e-5
 """Seconds of Python in a step that repeats the last one (measured with 135M: the time of a step less that of its graph)."""
@@ -31,9 +31,9 @@ def here(registry: Registry, shape: ModelShape, threads: Iterable[int] = ()) -> 
     Raises PluginError, UserError, NativeError, OutOfMemory.
     """
     from edge_rt.compiler.calibrate import calibrated
-    from edge_rt.native import logs
+    from edge_rt.native import libs
 
-    logs.install()
+    libs.install()
     profile = cpu_profile(registry)
     kernels = calibrated(shape, profile, {1, config.available_cpus(), *threads})
     efficiency = {"other": _UNKNOWN, "attention": _UNKNOWN}
@@ -59,9 +59,8 @@ def cpu_profile(registry: Registry) -> Profile:
 def packed_types() -> tuple[str, ...]:
     """Types for which the library has packed kernels here."""
     from edge_rt.compiler.shape import tensor_bytes
-    from edge_rt.core.load.gguf_tables import GGML_TYPES
-    from edge_rt.core.load.header import TensorInfo
-    from edge_rt.core.load.packing import forms
+    from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
+    from edge_rt.core.weights.repack import forms
 
     shape = (1024, 1024)
     asked = {

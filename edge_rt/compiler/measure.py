@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from edge_rt.compiler.cost import Memory, Prediction
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.errors import ContextError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def measure(engine: Engine, target: str, *, context: int, prompt: int, threads: 
 def filled(engine: Engine, context: int) -> int:
     """A new sequence with so many cells."""
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, _ids(engine, context))])
+    engine.step([SequenceBatch(sequence, _ids(engine, context))])
     return sequence
 
 
@@ -49,7 +49,7 @@ def first_token(engine: Engine, prompt: int) -> float:
         sequence = engine.new_sequence()
         try:
             started = time.perf_counter()
-            engine.step([Part(sequence, _ids(engine, prompt))])
+            engine.step([SequenceBatch(sequence, _ids(engine, prompt))])
             times.append(time.perf_counter() - started)
         finally:
             engine.free_sequence(sequence)
@@ -63,10 +63,10 @@ def rate(engine: Engine, sequence: int, context: int) -> float:
     started = time.perf_counter()
     while len(times) < _ROUNDS or time.perf_counter() - started < _SETTLED:
         engine.truncate(sequence, max(0, context - tokens))
-        engine.step([Part(sequence, [1])])  # wakes the threads, and builds the graph
+        engine.step([SequenceBatch(sequence, [1])])  # wakes the threads, and builds the graph
         begun = time.perf_counter()
         for _ in range(tokens - 1):
-            engine.step([Part(sequence, [1])])
+            engine.step([SequenceBatch(sequence, [1])])
         times.append((time.perf_counter() - begun) / (tokens - 1))
     return 1.0 / min(times)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edge_rt.compiler import cost
 from edge_rt.compiler.shape import ModelShape, read_shape
 from edge_rt.compiler.target import Target
-from edge_rt.core.load.header import Header
+from edge_rt.core.gguf.reader import Header
 from edge_rt.deployment import Gain, Pass, Plan
 
 if TYPE_CHECKING:

@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.compiler.gguf_file import float_rows
 from edge_rt.compiler.shape import tensor_bytes
-from edge_rt.core.context.capacity import padded
-from edge_rt.core.context.kv import KvCache
-from edge_rt.core.decode.governor import Governor
-from edge_rt.core.graph.common import SlotShape
-from edge_rt.core.graph.hyper import read_hyper
-from edge_rt.core.graph.step import Slot, StepGraph
-from edge_rt.core.graph.support import unsupported
-from edge_rt.core.load.gguf_tables import GGML_TYPES
+from edge_rt.core.gguf.reader import GGML_TYPES
+from edge_rt.core.graph.builder import SlotShape
+from edge_rt.core.graph.config import read_config
+from edge_rt.core.graph.decoder import unsupported
+from edge_rt.core.graph.step import SequenceInput, StepGraph
+from edge_rt.core.kv.cache import KVCache
+from edge_rt.core.kv.positions import padded
 from edge_rt.errors import OptionError, UnsupportedModel
 from edge_rt.native import ggml
+from edge_rt.power.governor import Governor
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.load.header import Header
-    from edge_rt.core.load.model_file import ModelFile
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.gguf.reader import Header
 
 TEXT = Path(__file__).parent / "calibration.txt"
 BASE = "Q4_0"
@@ -71,7 +71,7 @@ class Sensitive(NamedTuple):
 
 def groups(header: Header) -> list[Group]:
     """The weights that may change their type: products of bands of blocks, then the head, and an embedding that is not the head."""
-    hyper = read_hyper(header)
+    hyper = read_config(header)
     bands = min(BANDS, hyper.n_layer)
     found: list[tuple[str, list[str]]] = []
     for band in range(bands):
@@ -148,7 +148,7 @@ class FloatModel:
         """Raises UnsupportedModel, OutOfMemory."""
         if reason := unsupported(source):
             raise UnsupportedModel(f"the sensitivity of its weights cannot be measured: {reason}; leave --quality and --weights out")
-        self.source, self.hyper = source, read_hyper(source.header)
+        self.source, self.hyper = source, read_config(source.header)
         self.centred, self.corrections = False, None
         infos = source.header.tensors.values()
         self._ctx = ggml.context(len(source.header.tensors))
@@ -162,7 +162,7 @@ class FloatModel:
         self._governor = Governor(threads)  # beside a busy neighbour one thread is many times as fast as two
         self._backend = ggml.cpu_backend(threads)
         self._arena = ggml.allocator()
-        self._cache = KvCache(self.hyper, ggml.TYPE_F16, padded(PIECE))
+        self._cache = KVCache(self.hyper, ggml.TYPE_F16, padded(PIECE))
         shape = SlotShape(PIECE, padded(PIECE), PIECE)
         self._graph = StepGraph(self.hyper, self, [shape], [self._cache.view], self._arena, False)
 
@@ -216,7 +216,7 @@ class FloatModel:
         import numpy as np
 
         for start in range(0, len(tokens), PIECE):
-            self._graph.set_inputs([Slot(self._cache.view, (0,), (0,), tokens[start : start + PIECE], range(PIECE))])
+            self._graph.set_inputs([SequenceInput(self._cache.view, (0,), (0,), tokens[start : start + PIECE], range(PIECE))])
             ggml.c.backend_cpu_set_n_threads(self._backend.address, self._governor.threads())
             for segment in self._graph.segments:
                 ggml.compute(self._backend, segment.graph)
@@ -233,8 +233,8 @@ class FloatModel:
 
 def rounded(rows: npt.NDArray[np.float32], type_name: str) -> npt.NDArray[np.float32]:
     """What a type leaves of rows [n, width]."""
-    from edge_rt.core.graph.embedding import token_embeddings
-    from edge_rt.native.quantise import quantise
+    from edge_rt.core.kv.ops import token_embeddings
+    from edge_rt.native.ggml import quantise
 
     number, (n, width) = _NUMBERS[type_name], rows.shape
     data = quantise(rows, number)

@@ -10,12 +10,12 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.core.graph.hyper import TOGETHER, Hyper, read_hyper
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.units import unit_name
+from edge_rt.core.gguf.reader import GGML_TYPES
+from edge_rt.core.graph.config import TOGETHER, ModelConfig, read_config
+from edge_rt.core.weights.units import unit_name
 
 if TYPE_CHECKING:
-    from edge_rt.core.load.header import Header, TensorInfo
+    from edge_rt.core.gguf.reader import Header, TensorInfo
 
 _BLOCKS = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}
 LEAST = 32
@@ -51,7 +51,7 @@ class ModelShape(NamedTuple):
     order too. ``types``: bytes by ggml type name. ``folded``: norms of hidden states that are not multiplied with.
     """
 
-    hyper: Hyper
+    hyper: ModelConfig
     units: Mapping[str, int]
     products: tuple[Product, ...]
     types: Mapping[str, int]
@@ -109,7 +109,7 @@ def read_shape(
     What shares its input is one product if its types are ``packed`` (None: any), or if it lies side by side in the file. With ``joined``,
     names of TOGETHER joined by "|", it is if it is one of these and can be laid side by side. Raises ModelFileError, UnsupportedModel.
     """
-    hyper = read_hyper(header)
+    hyper = read_config(header)
     tensors = {name: _typed(info, (types or {}).get(name, info.type_name)) for name, info in header.tensors.items()}
     tied = "output.weight" not in tensors
     units: dict[str, int] = {}
@@ -148,7 +148,7 @@ _One = Callable[[Sequence[str], "Sequence[TensorInfo]"], bool]
 """Whether products of these names and weights are one."""
 
 
-def _products(hyper: Hyper, tensors: Mapping[str, TensorInfo], one: _One) -> Iterable[Product]:
+def _products(hyper: ModelConfig, tensors: Mapping[str, TensorInfo], one: _One) -> Iterable[Product]:
     for layer in range(hyper.n_layer):
         prefix = f"blk.{layer}."
         own = {
@@ -177,7 +177,7 @@ def _together(own: Mapping[str, TensorInfo], one: _One) -> Iterable[tuple[str, l
         yield name, left[name]
 
 
-def _product(hyper: Hyper, unit: str, name: str, infos: Sequence[TensorInfo], *, tokens: bool) -> Product:
+def _product(hyper: ModelConfig, unit: str, name: str, infos: Sequence[TensorInfo], *, tokens: bool) -> Product:
     experts = len(infos[0].shape) == 3
     outputs = sum(prod(info.shape[1:]) for info in infos)
     share = hyper.n_expert_used / hyper.n_expert if experts and hyper.n_expert else 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from edge_rt.core.load.interleaving import packed_types
+from edge_rt.core.weights.interleave import packed_types
 from edge_rt.device_profile import Cache, Cores, Profile
 from edge_rt.errors import OptionError, RuleError
 
@@ -133,12 +133,12 @@ def read(path: Path) -> Target:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise OptionError(f"the target {path} cannot be read: {why}") from error
-    from edge_rt.core.assemble import toml_place
+    from edge_rt import toml_file
 
     try:
-        return _target(path.stem, toml_place.parse(text))
+        return _target(path.stem, toml_file.parse(text))
     except RuleError as error:
-        line = error.line if error.line is not None else toml_place.line_of(text, error.place)
+        line = error.line if error.line is not None else toml_file.line_of(text, error.place)
         raise OptionError(f"{path}, line {line or 1}: {error.reason}") from None
 
 

@@ -15,15 +15,15 @@ from edge_rt import __version__
 from edge_rt.compiler import folding
 from edge_rt.compiler.gguf_file import Importance, write_gguf
 from edge_rt.compiler.shape import tensor_bytes
-from edge_rt.core.load.compensation import open_compensation
-from edge_rt.core.load.interleaving import has_tiles
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.error_correction import open_compensation
+from edge_rt.core.weights.interleave import has_tiles
 from edge_rt.deployment import COMPENSATION, MODEL, PACKED, PLAN, Deployed, Plan, read, to_json
 from edge_rt.errors import ModelFileError, OptionError
 
 if TYPE_CHECKING:
     from edge_rt.compiler.target import Target
-    from edge_rt.core.load.compensation import Compensation
+    from edge_rt.core.weights.error_correction import Compensation
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,7 +35,7 @@ def write(
     """Write the model as the plan has it to a directory that does not exist, or that an earlier compilation made.
 
     ``here``: the target has this machine's library and CPU, which then packs the weights. For other CPUs they are packed in the layouts
-    that the library takes there (core/load/interleaving.py). Tiles of AMX are made when the model is first opened there.
+    that the library takes there (core/weights/interleave.py). Tiles of AMX are made when the model is first opened there.
     ``compensation``: the source's, which is copied; the plan must leave its weights as they are.
     Raises OptionError, ModelFileError, NativeError.
     """
@@ -74,8 +74,7 @@ def _fill(
             (part / COMPENSATION).write_bytes(compensation.file.map)
             open_compensation(part / COMPENSATION, written).file.close()  # or it does not fit
         if _packs(target, plan, here):
-            from edge_rt.core.load.pack_cache import write_beside
-            from edge_rt.core.load.packers import interleaver
+            from edge_rt.core.weights.repack import interleaver, write_beside
 
             write_beside(written, progress, None if here else interleaver(target.features))
     files = {name: sha256(part / name) for name in (MODEL, PACKED, COMPENSATION) if (part / name).exists()}

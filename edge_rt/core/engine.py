@@ -1,20 +1,23 @@
-"""What every engine fills: a model that turns tokens of several sequences into logits, with a cache it owns.
-
-An engine knows tokens, positions and its cache. It knows nothing of text, sampling, stop strings or sessions.
-Sequences are named by small integers the engine hands out; tokens always go to the end of a sequence.
-"""
+"""What every engine implements: the Engine protocol, its optional capabilities, and the checks made before a step changes anything."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
+from edge_rt.errors import ContextError, OptionError
+
+# What every engine fills: a model that turns tokens of several sequences into logits, with a cache it owns.
+#
+# An engine knows tokens, positions and its cache. It knows nothing of text, sampling, stop strings or sessions.
+# Sequences are named by small integers the engine hands out; tokens always go to the end of a sequence.
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.decode.windows import Sustained
-    from edge_rt.core.load.adapter import LoraFile
+    from edge_rt.core.gguf.lora import LoraFile
+    from edge_rt.power.controller import Sustained
 
     Row = memoryview[float] | npt.NDArray[np.float32]
     """Logits after one token: float32 [n_vocab]."""
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 Wanted = Literal["none", "last", "all"]
 
 
-class Part(NamedTuple):
+class SequenceBatch(NamedTuple):
     """One sequence's share of a step: ``tokens`` go to its end; ``logits`` says for which of them logits come back.
 
     ``more``: so many tokens are to follow in later steps. An engine that must make room may do so for them, too.
@@ -123,7 +126,7 @@ class Engine(Protocol):
         """Cells in use."""
         ...
 
-    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
         """Feed every part and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
 
         They are valid until the next call. Raises ContextError if a sequence would outgrow ``max_context``
@@ -224,7 +227,7 @@ class PrunesCells(Protocol):
         ...
 
     def prune(self, sequence: int, keep: int, *, first: int, last: int, method: str = "defensive", queries: int | None = None) -> Pruned:
-        """Keep ``keep`` cells of each head, the first and last ones among them, and chosen by ``method`` of core/context/pruning.py.
+        """Keep ``keep`` cells of each head, the first and last ones among them, and chosen by ``method`` of core/kv/pruning.py.
 
         ``queries``: ask with so many of those kept, the last ones; None: with all. Nothing changes if there are no more cells.
         Raises OptionError for an unknown method, ends longer than ``keep`` or less than one query, ContextError if the method asks for
@@ -255,7 +258,7 @@ class EmbedsTokens(Protocol):
 class EmbedsText(Protocol):
     """Models that show what they make of a text before they turn it into logits."""
 
-    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """``step``, with the hidden states after the output norm in place of logits: float32 [rows, n_embd].
 
         A part's ``logits`` says for which tokens they come back. Cells are filled as by ``step``. Raises what that does.
@@ -341,3 +344,33 @@ class PredictsMemory(Protocol):
         parts and ``rows`` rows of logits. Never less than is held now. Raises OutOfMemory.
         """
         ...
+
+
+# What every engine checks before a step changes anything.
+
+
+def check_parts(parts: Sequence[SequenceBatch], length: Callable[[int], int], info: EngineInfo) -> None:
+    """Refuse a step that an engine cannot take. ``length``: gives the cells of a sequence, and raises what the engine raises for none.
+
+    Raises OptionError for a sequence that is named twice and for tokens that no vocabulary of this size has, ContextError for a sequence
+    that would outgrow the context.
+    """
+    seen: set[int] = set()
+    for part in parts:
+        if part.sequence in seen:
+            raise OptionError("a step names the same sequence twice; join its tokens into one part")
+        seen.add(part.sequence)
+        check_fits(length(part.sequence) + len(part.tokens), info)
+        check_tokens(part.tokens, info)
+
+
+def check_tokens(tokens: Sequence[int], info: EngineInfo) -> None:
+    """Raise OptionError for tokens that no vocabulary of this size has."""
+    if min(tokens, default=0) < 0 or max(tokens, default=0) >= info.n_vocab:
+        raise OptionError(f"a token id is outside the vocabulary of {info.n_vocab}; tokenize with this model")
+
+
+def check_fits(cells: int, info: EngineInfo) -> None:
+    """Raise ContextError if a sequence of so many cells would outgrow the context."""
+    if cells > info.max_context:
+        raise ContextError(f"{cells} tokens do not fit a context of {info.max_context}; shorten the prompt or raise --ctx")

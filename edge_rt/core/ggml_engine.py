@@ -7,45 +7,43 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from edge_rt import config
-from edge_rt.core.context.capacity import padded
-from edge_rt.core.decode.pace import Pace
-from edge_rt.core.engine import EngineInfo, Part
-from edge_rt.core.ggml_sequences import Decoding, GgmlSequences
-from edge_rt.core.graph.attention import ALL, FLASH_FROM, TILES_FROM
-from edge_rt.core.graph.common import SlotShape
-from edge_rt.core.graph.decoder import FAMILIES
-from edge_rt.core.graph.embedding import token_embeddings
-from edge_rt.core.graph.exactness import distinct_kinds, exact_columns
-from edge_rt.core.graph.hyper import Hyper, fused, read_hyper
-from edge_rt.core.graph.lora import check_adapted
-from edge_rt.core.graph.pieces import Piece, in_pieces
-from edge_rt.core.graph.products import of_block
-from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.graph.step import GraphCache, Slot, StepGraph, stacked
-from edge_rt.core.graph.support import key_type, unsupported
-from edge_rt.core.load.adapter_weights import AdapterWeights
-from edge_rt.core.load.offload import Accelerator
-from edge_rt.core.load.pack_cache import open_packed
-from edge_rt.core.load.paging import Paging, paging_settings
-from edge_rt.core.load.weights import WeightStore
-from edge_rt.core.part_checks import check_parts, check_tokens
+from edge_rt.core.autotune import distinct_kinds, estimate_compute_buffer, probe_batch_invariance
+from edge_rt.core.engine import EngineInfo, SequenceBatch, check_parts, check_tokens
+from edge_rt.core.graph.adapters import check_adapted
+from edge_rt.core.graph.builder import FLASH_FROM, FULL_SUPPORT, TILES_FROM, SlotShape
+from edge_rt.core.graph.config import ModelConfig, check_shapes, fused, read_config
+from edge_rt.core.graph.decoder import FAMILIES, key_type, unsupported
+from edge_rt.core.graph.layers import of_block
+from edge_rt.core.graph.step import GraphCache, SequenceInput, StepGraph, Ubatch, attention_traits, split_ubatches, stacked
+from edge_rt.core.kv.cache import KVCache, cell_bytes
+from edge_rt.core.kv.ops import token_embeddings
+from edge_rt.core.kv.positions import padded
+from edge_rt.core.sequences import Decoding, GgmlSequences
+from edge_rt.core.weights.gpu_offload import Accelerator, Offloaded
+from edge_rt.core.weights.lora import AdapterWeights
+from edge_rt.core.weights.repack import open_packed
+from edge_rt.core.weights.store import WeightStore
+from edge_rt.core.weights.streaming import Paging, paging_settings
 from edge_rt.errors import UnsupportedModel
-from edge_rt.native import abi, affinity, ggml, logs
-from edge_rt.native.rows import Rows
+from edge_rt.native import abi, ggml, libs, memory
+from edge_rt.native.ggml import Rows
+from edge_rt.power.throttle import StepThrottle
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.decode.windows import Kind, Sustained
     from edge_rt.core.engine import Logits
+    from edge_rt.core.gguf.lora import LoraFile
+    from edge_rt.core.gguf.model_file import ModelFile
+    from edge_rt.core.graph.builder import AttentionSupport
+    from edge_rt.core.graph.config import ModelConfig
     from edge_rt.core.graph.decoder import Output
-    from edge_rt.core.load.adapter import LoraFile
-    from edge_rt.core.load.compensation import Compensation
-    from edge_rt.core.load.model_file import ModelFile
-    from edge_rt.core.load.residency import Pager
-    from edge_rt.core.load.units import Unit
+    from edge_rt.core.weights.error_correction import Compensation
+    from edge_rt.core.weights.streaming import WeightStreamer
+    from edge_rt.core.weights.units import Unit
     from edge_rt.hooks import EngineOptions
+    from edge_rt.power.controller import Kind, Sustained
 
 CHUNK = 512
 TOLD_FROM = 1 << 35
@@ -57,23 +55,21 @@ slow. Python takes 20 us for it after each node, which made a step of 32 tokens 
 class GgmlEngine(GgmlSequences):
     """Fills the ``Engine`` protocol. Not thread-safe: the runtime holds a lock."""
 
-    def __init__(
-        self, file: ModelFile, options: EngineOptions, *, accelerator: Accelerator | None = None, name: str = "ggml"
-    ) -> None:
+    def __init__(self, file: ModelFile, options: EngineOptions, *, accelerator: Accelerator | None = None, name: str = "ggml") -> None:
         """Open a model, the last blocks of it on an ``accelerator`` if one is given. ``name``: the engine's.
 
         Raises AbiMismatch, UnsupportedModel, ModelFileError, OptionError, OutOfMemory.
         """
         super().__init__(options.extra.get("ggml.transposed_values"))
         abi.check()
-        logs.install()
+        libs.install()
         if reason := unsupported(file):
             raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
         self._file, self.notices = file, list[str]()
-        self.hyper: Hyper = fused(read_hyper(file.header), file.header, options.extra)
+        self.hyper: ModelConfig = fused(read_config(file.header), file.header, options.extra)
         check_shapes(file.header.tensors, self.hyper, FAMILIES[self.hyper.architecture])
         self._key_type = key_type(options.key_type, self.hyper)
-        self._progress, self._traits = options.progress, ALL
+        self._progress, self._traits = options.progress, FULL_SUPPORT
         self._chunk = int(options.extra.get("ggml.chunk", CHUNK))
         if accelerator:
             self._offload(accelerator, options)
@@ -81,11 +77,11 @@ class GgmlEngine(GgmlSequences):
         self._correct(options.compensation)
         beside = self._corrections.size if self._corrections else 0
         self._paging = Paging(self.weights, self.hyper, options.memory, options.progress, *paging_settings(options.extra), beside=beside)
-        cpus = affinity.fitting(options.cpus, options.threads)
+        cpus = memory.fitting(options.cpus, options.threads)
         most = min(config.available_cpus(), len(cpus) or 1 << 16, int(options.extra.get("ggml.most_threads", 1 << 16)))
         self._threads = options.threads or most
         self._backend = ggml.cpu_backend(self._threads, cpus)
-        self._pace = Pace(options.threads, most, options.limits, cpus)
+        self._pace = StepThrottle(options.threads, most, options.limits, cpus)
         self._graphs = GraphCache(self.hyper, self.weights, self._paging.streams, self._offloaded)
         self._exact: int | None = None
         self._moved: Callable[[], None] = lambda: None
@@ -112,7 +108,7 @@ class GgmlEngine(GgmlSequences):
         """Take up the corrections of all products. Raises UnsupportedModel, ModelChanged, OutOfMemory."""
         if compensation is None:
             return
-        from edge_rt.core.load.corrections import Corrections
+        from edge_rt.core.weights.error_correction import Corrections
 
         products: list[tuple[str, ...]] = []
         for layer in range(self.hyper.n_layer):
@@ -130,7 +126,6 @@ class GgmlEngine(GgmlSequences):
 
     def _offload(self, accelerator: Accelerator, options: EngineOptions) -> None:
         """Place the last blocks on the device."""
-        from edge_rt.core.offloading import offload
 
         self._offloaded, self._traits = offload(
             accelerator, self._file, self.hyper, self._key_type, options.context, self._chunk, options.compensation
@@ -156,24 +151,24 @@ class GgmlEngine(GgmlSequences):
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
         """Feed every part; see ``Engine.step``."""
         repeated = self._repeat(parts)
         return list(self._step(parts, "logits")) if repeated is None else repeated
 
-    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with hidden states in place of logits; see ``EmbedsText``."""
         import numpy as np
 
         return [None if rows is None else np.asarray(rows) for rows in self._step(parts, "hidden")]
 
-    def _step(self, parts: Sequence[Part], output: Output) -> list[Rows | None]:
+    def _step(self, parts: Sequence[SequenceBatch], output: Output) -> list[Rows | None]:
         """Any step, as several graph runs if it is long."""
         self._file.check_unchanged()
         self._check(parts)
         for part in parts:
             self._room(part.sequence, len(part.tokens), part.more)
-        pending = in_pieces(parts, self._chunk, self._order(parts) if len(parts) > 1 else None)
+        pending = split_ubatches(parts, self._chunk, self._order(parts) if len(parts) > 1 else None)
         results: list[list[Rows]] = [[] for _ in parts]
         for number, run in enumerate(pending):
             graph = self._run(run, output)
@@ -195,7 +190,7 @@ class GgmlEngine(GgmlSequences):
         """Call ``moved`` after each graph, of which there is one for each unit whose weights are streamed; of long ones after each node."""
         self._moved, self._after_node = moved, ggml.after_node(moved)
 
-    def _repeat(self, parts: Sequence[Part]) -> list[Logits | None] | None:
+    def _repeat(self, parts: Sequence[SequenceBatch]) -> list[Logits | None] | None:
         """The step after the last: one more token of each of the sequences that were decoding, through the same graph.
 
         Nearly all steps are this one, and Python's share of a step is what it touches: its caches are cold after a whole model
@@ -227,7 +222,7 @@ class GgmlEngine(GgmlSequences):
         self._last = last
         return last.rows
 
-    def _remember(self, parts: Sequence[Part], run: Sequence[Piece], graph: StepGraph, rows: list[Rows | None]) -> None:
+    def _remember(self, parts: Sequence[SequenceBatch], run: Sequence[Ubatch], graph: StepGraph, rows: list[Rows | None]) -> None:
         """Note what the next step needs to repeat this one, if it was one token of each."""
         if self._paging.streams or graph.experts or any(len(piece.tokens) != 1 or not piece.rows for piece in run):
             return
@@ -240,7 +235,7 @@ class GgmlEngine(GgmlSequences):
         sequences, cells = [part.sequence for part in parts], [cache.length for cache in caches]
         self._last = Decoding(sequences, caches, cells, columns, list(rows), graph, left, adapters)
 
-    def _order(self, parts: Sequence[Part]) -> list[int]:
+    def _order(self, parts: Sequence[SequenceBatch]) -> list[int]:
         """Tokens of one adapter side by side, those that go through it one by one first: then one product is enough for them.
 
         Of these, those of one token by where their caches are, so that neighbours can be one in the graph.
@@ -256,13 +251,13 @@ class GgmlEngine(GgmlSequences):
 
         return sorted(range(len(parts)), key=key)
 
-    def _check(self, parts: Sequence[Part]) -> None:
+    def _check(self, parts: Sequence[SequenceBatch]) -> None:
         """Refuse before anything has changed."""
         for weights in {applied.weights for part in parts if (applied := self._adapted.get(part.sequence))}:
             weights.check_unchanged()
         check_parts(parts, self.length, self.info)
 
-    def _slots(self, run: Sequence[Piece]) -> tuple[list[SlotShape], list[Slot]]:
+    def _slots(self, run: Sequence[Ubatch]) -> tuple[list[SlotShape], list[SequenceInput]]:
         """What the pieces are to a graph: each a slot, but neighbours that decode are one together."""
         shapes, slots = [], []
         for piece in run:
@@ -271,10 +266,10 @@ class GgmlEngine(GgmlSequences):
             n = len(piece.tokens)
             shapes.append(SlotShape(n, padded(cache.length + n), len(piece.rows), applied, traits=self._traits))
             column = cache.ring.column(cache.length) if cache.ring else 0
-            slots.append(Slot(cache.view, (cache.length,), (cache.positions.next,), piece.tokens, piece.rows, column))
+            slots.append(SequenceInput(cache.view, (cache.length,), (cache.positions.next,), piece.tokens, piece.rows, column))
         return stacked(shapes, slots) if len(run) > 1 else (shapes, slots)
 
-    def _run(self, run: Sequence[Piece], output: Output) -> StepGraph:
+    def _run(self, run: Sequence[Ubatch], output: Output) -> StepGraph:
         """Evaluate one graph; its output is valid until the next."""
         self._last = None
         if self._offloaded:
@@ -310,7 +305,7 @@ class GgmlEngine(GgmlSequences):
             self._threads = threads
             ggml.c.backend_cpu_set_n_threads(self._backend.address, threads)
 
-    def _end(self, kind: Kind, run: Sequence[Piece]) -> None:
+    def _end(self, kind: Kind, run: Sequence[Ubatch]) -> None:
         """Tell what a graph was for, before its cells count."""
         fed = [(piece.sequence, self._sequences[piece.sequence].length, len(piece.tokens)) for piece in run]
         self._pace.after(kind, self._pace.written(fed) if kind == "decode" else sum(tokens for _, _, tokens in fed))
@@ -329,7 +324,7 @@ class GgmlEngine(GgmlSequences):
             matrices = distinct_kinds(self.weights.matrices())
             # How experts group tokens depends on the data, so no probe could prove anything; and a device's kernels are not probed.
             unknown = self.hyper.n_expert or self._offloaded
-            self._exact = 1 if unknown else exact_columns(self._paging.held(matrices), self._backend, FLASH_FROM - 1)
+            self._exact = 1 if unknown else probe_batch_invariance(self._paging.held(matrices), self._backend, FLASH_FROM - 1)
         return self._exact
 
     # ---- weights and memory ------------------------------------------------------------------------------------------
@@ -348,7 +343,7 @@ class GgmlEngine(GgmlSequences):
         return number
 
     @property
-    def pager(self) -> Pager | None:
+    def pager(self) -> WeightStreamer | None:
         """What streams the weights under a memory budget, None without one."""
         return self._paging.pager
 
@@ -392,3 +387,42 @@ class GgmlEngine(GgmlSequences):
         self.weights.close()
         if self._offloaded:
             self._offloaded.close()
+
+
+# Opening the part of a model that an accelerator takes: what it can do, what a step needs there, and what then fits.
+
+PLANNED_CELLS = 4096
+"""Cells that room is kept for on the device where no context was asked for: what a model was trained with is often far more than it
+gets, and would leave no room for weights. Sequences may use what is left beyond.
+"""
+PLANNED_PARTS, PLANNED_ROWS = 4, 16
+"""Sequences in a step, and rows of logits, that the compute buffer is planned for."""
+
+
+def offload(
+    accelerator: Accelerator, file: ModelFile, hyper: ModelConfig, key_type: int, context: int | None, chunk: int,
+    compensation: Compensation | None = None,
+) -> tuple[Offloaded, AttentionSupport]:  # fmt: skip
+    """Open the device and place the last blocks there, beside one sequence of ``context`` cells, which needs twice its memory when it
+    grows by moving; and what attention may ask of it.
+
+    Raises OptionError if there is no such device or it cannot hold the head, OutOfMemory.
+    """
+    offloaded = Offloaded.open(accelerator, file, hyper)
+    try:
+        traits = attention_traits(offloaded.device, hyper, key_type)
+        cells = padded(context or min(hyper.train_context, PLANNED_CELLS))
+        with (
+            closing(WeightStore(file, hyper)) as weights,
+            closing(KVCache(hyper, key_type, cells, transposed=not traits.flash)) as cache,
+        ):
+            found = estimate_compute_buffer(hyper, weights, False, cache.view, chunk, PLANNED_PARTS, PLANNED_ROWS, traits=traits)
+        if compensation:
+            from edge_rt.core.weights.error_correction import far_bytes
+
+            offloaded.weights.add(far_bytes(compensation))
+        offloaded.place(2 * cells * cell_bytes(hyper, key_type) // hyper.n_layer, found.arena + found.graph)
+    except BaseException:
+        offloaded.close()
+        raise
+    return offloaded, traits

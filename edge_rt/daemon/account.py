@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from edge_rt.core.context.allowance import spare
-from edge_rt.core.decode.batch import MAX_PARTS
+from edge_rt.core.context.manager import spare
 from edge_rt.core.engine import PredictsMemory
+from edge_rt.core.generate.scheduler import MAX_PARTS
 
 if TYPE_CHECKING:
     from typing import Concatenate, ParamSpec
 
     from edge_rt.core.engine import Engine
     from edge_rt.daemon.store import Store
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
     from edge_rt.session import Session
     from edge_rt.types import Pruning
 
@@ -47,8 +47,7 @@ def need(prompt: int, asked: int, max_tokens: int | None, prune: Pruning | None,
     cells = asked if max_tokens is None else min(asked, prompt + max(1, max_tokens))
     least = cells if max_tokens is not None else min(cells, prompt + WORTH_ANSWERING)
     if prune is not None:
-        from edge_rt.core.context.pruner import LONGEST
-        from edge_rt.core.context.pruning import budget_cells
+        from edge_rt.core.kv.pruning import LONGEST, budget_cells
 
         keep = max(1, min(budget_cells(prune, cells, getattr(engine, "cell_bytes", None)), cells))
         cells = min(cells, keep + spare(keep) + engine.info.chunk) + LONGEST  # of the question, fed for a pass before their turn

@@ -1,8 +1,8 @@
 """The client for asyncio: many requests at once on one connection.
 
-    async with AsyncClient() as client:
-        async for event in client.generate("Once upon a time", max_tokens=64):
-            ...
+async with AsyncClient() as client:
+    async for event in client.generate("Once upon a time", max_tokens=64):
+        ...
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_rt.errors import Cancelled, ProtocolError
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
     from edge_rt.daemon.account import Account, Need
@@ -168,7 +168,7 @@ class Line:
         available = max(0, needed - missing)
         self.leave(one, ProtocolError(
             "out_of_memory",
-            f"the request needs {shown(needed)} of memory and can have {shown(available)}; {one.advice}",
+            f"the request needs {format_size(needed)} of memory and can have {format_size(available)}; {one.advice}",
             needed=needed, available=available,
         ))  # fmt: skip
         return False

@@ -1,8 +1,8 @@
 """A client of the daemon: `Client` for threads that wait; `AsyncClient` in aclient.py is the same for asyncio.
 
-    with Client() as client, client.session() as session:
-        for event in session.generate([{"role": "user", "content": "Hello"}], max_tokens=64):
-            ...
+with Client() as client, client.session() as session:
+    for event in session.generate([{"role": "user", "content": "Hello"}], max_tokens=64):
+        ...
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Client:
         normalize: bool = True,
         dimensions: int | None = None,
     ) -> list[list[float]]:
-        """Embeddings of texts, or of their tokens; see ``edge_rt.embedding``. ``dimensions``: so many of the first numbers of each."""
+        """Embeddings of texts, or of their tokens; see ``edge_rt.model``. ``dimensions``: so many of the first numbers of each."""
         return [one["embedding"] for one in self._readings("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
 
     def score(

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge_rt.core.assemble.rules import Rules
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.frames import MAX_BYTES
 from edge_rt.errors import OptionError
+from edge_rt.postprocess.rules import Rules
 
 
 class Limits(NamedTuple):
@@ -113,7 +113,7 @@ def default() -> Config:
 
 def read(path: Path) -> Config:
     """Read a file. Raises OptionError, RuleError with the line."""
-    from edge_rt.core.assemble.toml_place import read_file
+    from edge_rt.toml_file import read_file
 
     return read_file(path, "configuration", lambda table: _config(table, path.parent))
 

@@ -9,9 +9,9 @@ from typing import Any
 from edge_rt import __version__
 from edge_rt.daemon.frames import Frames, Message, pack
 from edge_rt.errors import DaemonError, OptionError
-from edge_rt.records import event as event_of
 from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
+from edge_rt.types import event as event_of
 
 ACK_EVERY = 8
 """Events of a stream that can be resumed between two acknowledgements."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_rt.core.decode.embedding import TextReader, finished, pooling_of, tokens_of
+from edge_rt.core.generate.scoring import TextReader, finished, pooling_of, tokens_of
 from edge_rt.daemon.account import Need
 from edge_rt.daemon.frames import Message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
 
 AT_ONCE = 1 << 14
 """Characters of texts that are tokenised between two steps; a longer text is tokenised whole."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from edge_rt.daemon.account import Account
     from edge_rt.daemon.frames import Message
     from edge_rt.daemon.store import Store
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
 
 
 def memory(model: Model, store: Store, account: Account) -> Message:

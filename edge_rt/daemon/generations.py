@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_rt.core.part_checks import check_tokens
+from edge_rt.core.engine import check_tokens
 from edge_rt.daemon import protocol
 from edge_rt.daemon.account import Account, Promise, need
 from edge_rt.daemon.admission import Line, Waiting
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import Cancelled
-from edge_rt.records import record
+from edge_rt.types import record
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from edge_rt.core.decode.batch import Batch, Running
-    from edge_rt.core.decode.loop import Job, Steps
+    from edge_rt.core.generate.loop import GenerationSteps, Request
+    from edge_rt.core.generate.scheduler import Running, Scheduler
     from edge_rt.daemon.store import Store
-    from edge_rt.rules import RuleFile
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
+    from edge_rt.postprocess.rules import RuleFile
     from edge_rt.session import Session
     from edge_rt.types import Event
 
@@ -82,7 +82,7 @@ class Generations:
         self.due = False
         """Something changed, and somebody who waits may fit now: ``Line.admit``."""
 
-    def opened(self, model: Model, batch: Batch, store: Store, account: Account, rules: RuleFile | None) -> None:
+    def opened(self, model: Model, batch: Scheduler, store: Store, account: Account, rules: RuleFile | None) -> None:
         """There is a model, and with it all that belongs to it."""
         self._model, self._batch, self._store, self._account, self._rules = model, batch, store, account, rules
         self.line = Line(account, self._start, self._refuse, self._queued, self.short)
@@ -268,7 +268,12 @@ class Generations:
             self.on_another_thread(command, begin, begun)
 
     def _begun(
-        self, one: Asked, session: Session, command: Message, over: Callable[[], None], begin: Callable[[], tuple[Job, Steps[None]]]
+        self,
+        one: Asked,
+        session: Session,
+        command: Message,
+        over: Callable[[], None],
+        begin: Callable[[], tuple[Request, GenerationSteps[None]]],
     ) -> None:
         """A request takes its first step. ``begin`` gives it or raises why it cannot; ``over`` lets go of what it was promised."""
         try:

@@ -62,9 +62,9 @@ def _adapter_bytes(spec: Spec) -> int:
 
 def _compensation_bytes(spec: Spec) -> int:
     """Of the side file that the model is opened with; one that cannot be is the worker's to refuse."""
-    from edge_rt.core.load.compensation import AUTO, find
+    from edge_rt.core.weights.error_correction import AUTO, find_compensation
 
-    side = find(Path(spec.model), spec.options.get("compensation", AUTO))
+    side = find_compensation(Path(spec.model), spec.options.get("compensation", AUTO))
     return side.stat().st_size if side is not None and side.exists() else 0
 
 

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_rt.core.load.heat import Heat
+from edge_rt.core.weights.units import DecayingCounter
 from edge_rt.daemon.hosted import Hosted
 from edge_rt.daemon.parking import Parking
 from edge_rt.daemon.process import Ended
 from edge_rt.daemon.supervisor import UNLOADED, Spec
 from edge_rt.daemon.tasks import Tasks
 from edge_rt.errors import OptionError, ProtocolError
-from edge_rt.sizes import shown
+from edge_rt.model_hub import format_size
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
@@ -51,7 +51,7 @@ class Models:
         self._known: dict[str, Hosted] = {}
         self._hung_after, self._cool_after, self._patience, self._parking = hung_after, cool_after, patience, Parking(state)
         self._changed, self._told = changed, told
-        self._heat = Heat(HALF_LIFE)
+        self._heat = DecayingCounter(HALF_LIFE)
         self._wants: dict[Hosted, int] = {}  # bytes, in the order in which they were asked for
         self._nudged = False
         self._task: asyncio.Task[None] | None = None
@@ -221,7 +221,7 @@ class Models:
         if self._task is None and not one.leaving and self.free >= needed:
             self._place(one)
             return
-        one.supervisor.expect(one.spec, f"it waits for {shown(needed)} of memory, of which {shown(max(0, self.free))} are free")
+        one.supervisor.expect(one.spec, f"it waits for {format_size(needed)} of memory, of which {format_size(max(0, self.free))} are free")
         one.start_timer(self._patience, partial(self._give_up, one))
         self._wants[one] = needed
         self._nudge()
@@ -230,7 +230,8 @@ class Models:
         """Why a model is not loaded however much the others give."""
         needed, most = one.needs.total, self.budget
         message = (
-            f"the model {one.name} needs {shown(needed)} and all models may have {shown(most)}; raise memory, or limit the model's own"
+            f"the model {one.name} needs {format_size(needed)} and all models may have {format_size(most)}; "
+            "raise memory, or limit the model's own"
         )
         return Ended("out_of_memory", message, {"needed": needed, "available": most})
 
@@ -253,7 +254,10 @@ class Models:
         if self._wants.pop(one, None) is None:  # it has just found some
             return
         needed, free = one.needs.total, max(0, self.free)
-        message = f"the model {one.name} needs {shown(needed)} and {shown(free)} are free, as other models are in use; ask again later"
+        message = (
+            f"the model {one.name} needs {format_size(needed)} and {format_size(free)} are free, as other models are in use; "
+            "ask again later"
+        )
         self._tasks.spawn(self.unload(one, Ended("out_of_memory", message, {"needed": needed, "available": free})))
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -382,7 +386,7 @@ def check_name(model: str, spec: Spec, others: Container[str]) -> None:
 
 def most_of_what_is_free() -> int:
     """Bytes that models may have where the configuration does not say: seven eighths of what is free now."""
-    from edge_rt.core.load.prefetch import available_memory
+    from edge_rt.core.weights.units import available_memory
 
     free = available_memory()
     return 1 << 60 if free is None else free * 7 // 8

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from edge_rt.core.decode.embedding import TextReader
+from edge_rt.core.generate.scoring import TextReader
 from edge_rt.daemon.account import Need, Promise
 from edge_rt.daemon.admission import Asker, Waiting
 from edge_rt.daemon.embeddings import Embedding
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edge_rt.daemon.account import Account
     from edge_rt.daemon.admission import Line
     from edge_rt.daemon.generations import Asked
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
 
 Say = Callable[["Asked", Message], object]
 """Sends an event of a request, which takes one of its credits."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.core.decode.logprobs import LOGITS_CHUNK
-from edge_rt.core.decode.scoring import Scored, scoring
+from edge_rt.core.generate.scoring import LOGITS_CHUNK, Scored, scoring
 from edge_rt.daemon.account import Need
 from edge_rt.daemon.frames import Message
 from edge_rt.errors import ContextOverflow, OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.core.decode.scoring import Rivals
-    from edge_rt.runtime import Model
+    from edge_rt.core.generate.scoring import Rivals
+    from edge_rt.model import Model
 
 MOST_TOP = 20
 """Rivals of a token that may be told."""

@@ -95,9 +95,9 @@ class Server:
 
     def spec(self, model: str, options: dict[str, Any]) -> Spec:
         """What a worker is to open. Raises ModelFileError if there is no such model."""
-        from edge_rt.catalog import resolve
+        from edge_rt.model_hub import resolve_model
 
-        return Spec(str(resolve(model).absolute()), options, self.config.rules)
+        return Spec(str(resolve_model(model).absolute()), options, self.config.rules)
 
     # ---- clients -----------------------------------------------------------------------------------------------------
 

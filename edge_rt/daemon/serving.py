@@ -17,13 +17,13 @@ from edge_rt.daemon.frames import Message
 from edge_rt.daemon.generations import LONG, Generations
 from edge_rt.daemon.store import Store
 from edge_rt.errors import ProtocolError, UserError
-from edge_rt.limits import sustained
+from edge_rt.power.limits import sustained
 
 if TYPE_CHECKING:
-    from edge_rt.core.decode.batch import Batch
+    from edge_rt.core.generate.scheduler import Scheduler
     from edge_rt.daemon.readings import Readings
-    from edge_rt.rules import RuleFile
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
+    from edge_rt.postprocess.rules import RuleFile
 
 PROGRESS_EVERY = 0.05
 """Seconds between two reports of one phase of opening."""
@@ -43,7 +43,7 @@ class Serving:
         self.generations = Generations(send, later)
         self._send = send
         self._model: Model | None = None
-        self._batch: Batch | None = None
+        self._batch: Scheduler | None = None
         self._readings: Readings | None = None
         self._rules: RuleFile | None = None
         self._store: Store | None = None
@@ -128,12 +128,12 @@ class Serving:
     def _open(self, command: Message) -> Message:
         """Open rules and model, and take a first step, which makes what later ones need."""
         self._report("mapping", 0, 0)
-        from edge_rt.registry import Registry
-        from edge_rt.runtime import open as open_model
+        from edge_rt.model import open as open_model
+        from edge_rt.plugin_host.registry import Registry
 
         registry = Registry.load()
         if command["rules"] is not None:
-            from edge_rt.rules import RuleFile
+            from edge_rt.postprocess.rules import RuleFile
 
             self._rules = RuleFile(command["rules"], registry, told=lambda _: self._tell_rules())
             self._tell_rules()
@@ -143,10 +143,10 @@ class Serving:
         model.adapters.declare(adapters)
         self._report("warm-up", 0, 0)
         from edge_rt import session  # noqa: F401 - what a request needs
-        from edge_rt.core.decode.batch import Batch
         from edge_rt.core.engine import TellsProgress
+        from edge_rt.core.generate.scheduler import Scheduler
 
-        self._batch = Batch(model.engine, model.lock)
+        self._batch = Scheduler(model.engine, model.lock)
         if isinstance(model.engine, TellsProgress):
             model.engine.tell(self._beat)
         model.logits([model.vocab.bos or 0])

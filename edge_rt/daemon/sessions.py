@@ -48,7 +48,6 @@ class Known:
         parked = self.parked if self.parked is not None and self.parked.exists() else None
         return self.saved if parked is None or (self.saved_later and self.saved is not None) else parked
 
-
     def lose(self, source: Path, why: str) -> None:
         """It cannot go on from this file, which is not tried again."""
         self.lost = why

@@ -17,7 +17,7 @@ from edge_rt.errors import OptionError, ProtocolError, SessionFileError, UserErr
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message
-    from edge_rt.runtime import Model
+    from edge_rt.model import Model
     from edge_rt.session import Session
 
 FULL_SECONDS = 5.0
@@ -88,11 +88,11 @@ class Store:
 
     def _back(self, name: str, parked: Parked) -> Session:
         """From its file. A file that is damaged costs time, and no more: requests bring the whole conversation."""
-        from edge_rt import saved
+        from edge_rt import session as saved
 
         try:
             path = self._path(name)
-            read = saved.read(path, self._model, self._moved)
+            read = saved.read_session(path, self._model, self._moved)
             session = self._model.restore(path, context=parked.context, owner=parked.owner, read=read)
         except SessionFileError as error:
             logging.getLogger("edge_rt.daemon").warning("a parked session is computed again: %s", error)
@@ -159,9 +159,9 @@ class Store:
 
         ``room`` says whether there is memory for so many cells; else it is parked at once.
         """
-        from edge_rt import saved
+        from edge_rt import session as saved
 
-        read = saved.read(path, self._model, self._moved)
+        read = saved.read_session(path, self._model, self._moved)
         cells = read.history.cells
         if self._folder is None or room(cells):
             self.live[name] = self._model.restore(path, context=context, owner=owner, read=read)

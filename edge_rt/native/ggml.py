@@ -1,22 +1,23 @@
 """libggml: the C functions edge-rt builds and runs graphs with. Prototypes are those of ggml 0.25.3 (llama-cpp-python 0.3.36).
 
 Contexts, tensors, graphs, buffers and backends are opaque addresses (``int``); ``Handle`` frees one exactly once.
-Tensor shapes are in ggml's order: ne0 is the fastest dimension.
-"""
+Tensor shapes are in ggml's order: ne0 is the fastest dimension."""
 
 from __future__ import annotations
 
 import ctypes as C
+import struct
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edge_rt.errors import NativeError, OutOfMemory
-from edge_rt.native.affinity import Affinity
 from edge_rt.native.libs import Bindings, function
+from edge_rt.native.memory import Affinity
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
 P, I32, I64, SIZE, F32, BOOL, STR = C.c_void_p, C.c_int, C.c_int64, C.c_size_t, C.c_float, C.c_bool, C.c_char_p
@@ -391,3 +392,95 @@ def vector_length() -> int:
     """Bytes of a vector where the CPU decides, not its instruction set (SVE, RISC-V): packed layouts depend on it. Else 0."""
     c.backend_cpu_reg()  # the library asks the CPU when it is first used: before, it says 0
     return max(int(function(f"ggml_cpu_get_{name}", I32)()) for name in ("sve_cnt", "rvv_vlen"))
+
+
+# libggml's quantisation of rows of weights. Prototypes as in ggml.py.
+
+# size_t ggml_quantize_chunk(enum ggml_type type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row,
+#     const float * imatrix);
+c.declare("quantize_chunk", C.c_size_t, C.c_int, C.c_void_p, C.c_void_p, C.c_int64, C.c_int64, C.c_int64, C.c_void_p)
+# bool ggml_quantize_requires_imatrix(enum ggml_type type);
+c.declare("quantize_requires_imatrix", C.c_bool, C.c_int)
+
+
+def quantise(rows: npt.NDArray[np.float32], type_: int, importance: npt.NDArray[np.float32] | None = None) -> bytes:
+    """Rows [n, width] in a ggml type. ``importance`` [width]: weights of squared errors by column, None: all alike.
+
+    Raises NativeError for rows that are no multiple of the type's block, or if the type cannot be made without ``importance``.
+    """
+    import numpy as np
+
+    n, width = rows.shape
+    if width % c.blck_size(type_):
+        raise NativeError(f"rows of {width} cannot be quantised in blocks of {c.blck_size(type_)}")
+    if importance is None and c.quantize_requires_imatrix(type_):
+        raise NativeError("this type needs to know which columns matter")
+    source = np.ascontiguousarray(rows, dtype=np.float32)
+    size = int(c.row_size(type_, width)) * n
+    out = np.empty(size, np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    written = c.quantize_chunk(type_, source.ctypes.data, out.ctypes.data, 0, n, width, None if weights is None else weights.ctypes.data)
+    if written != size:
+        raise NativeError(f"libggml wrote {written} bytes of weights where {size} were expected")
+    return out.tobytes()
+
+
+# Memory of tensors without NumPy, which takes longer to import than a small model takes for its first token.
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Kind = Literal["H", "i", "q", "f"]
+
+
+def elements(tensor: int, kind: Kind, count: int) -> memoryview[Any]:
+    """The first elements of a tensor's data, ``kind`` in struct's letters; valid while the tensor's buffer lives."""
+    return memory_at(data_address(tensor), count * struct.calcsize(kind)).cast(kind)
+
+
+class Rows:
+    """A float32 matrix [rows, width]: a row is a memoryview, and ``np.asarray`` makes an array of the whole without a copy."""
+
+    __slots__ = ("_memory", "_width")
+
+    def __init__(self, memory: memoryview[float], width: int) -> None:
+        """``memory``: the rows one after the other, a contiguous view of kind ``f``."""
+        self._memory, self._width = memory, width
+
+    @classmethod
+    def of(cls, tensor: int, count: int, width: int) -> Rows:
+        """Over a contiguous tensor; valid while its buffer lives."""
+        return cls(elements(tensor, "f", count * width), width)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Copies of all rows of several matrices of one width."""
+        return cls(memoryview(b"".join(part._memory for part in parts)).cast("f"), parts[0]._width)
+
+    def __len__(self) -> int:
+        return len(self._memory) // self._width
+
+    def __getitem__(self, index: int) -> memoryview[float]:
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"row {index} of {count}")
+        first = index % count * self._width
+        return self._memory[first : first + self._width]
+
+    def part(self, first: int, count: int) -> Rows:
+        """Some of the rows, in place."""
+        return Rows(self._memory[first * self._width : (first + count) * self._width], self._width)
+
+    def copy(self, into: Rows | None = None) -> Rows:
+        """The same in memory of its own: that of ``into``, an earlier copy, if it is as large. New memory takes longer than copying."""
+        if into is None or len(into._memory) != len(self._memory):
+            return Rows(memoryview(bytearray(self._memory)).cast("f"), self._width)
+        into._memory[:] = self._memory
+        return into
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.float32]:
+        import numpy as np
+
+        array: npt.NDArray[np.float32] = np.asarray(self._memory).reshape(len(self), self._width)
+        return array if dtype is None and not copy else np.array(array, dtype=dtype, copy=copy)

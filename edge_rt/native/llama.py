@@ -1,23 +1,62 @@
-"""libllama: the vocabulary of a model. Prototypes are those of llama.cpp at ggml 0.25.3 (llama-cpp-python 0.3.36).
+"""Cuts long texts for pre-tokenisers that libllama runs through std::regex, which recurses on the native stack.
 
-A ``Vocab`` opens a model file with ``vocab_only``: tokens, merges and metadata are read, weights are not. libllama aborts the
-process, or lets a C++ exception through, on what it calls misuse (a token out of range, a missing BOS); everything that reaches
-it here has been checked.
-"""
+One or two calls a character, 325 bytes each: 26,000 letters in a row overflow 8 MiB and kill the process (measured with the
+patterns of falcon, deepseek, tekken, gpt-4o, llama4 and the default one). Such texts are tokenised ``CHUNK`` characters at a time."""
 
 from __future__ import annotations
 
 import array
 import ctypes as C
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 
-from edge_rt.errors import AbiMismatch, NativeError, OptionError
-from edge_rt.native import ggml, logs
+from edge_rt.errors import AbiMismatch, ModelFileError, NativeError, OptionError
+from edge_rt.native import ggml, libs
 from edge_rt.native.abi import KNOWN_VERSIONS
 from edge_rt.native.libs import Bindings
-from edge_rt.native.splitting import CHUNK, ITERATIVE, chunks
+
+CHUNK = 1000  # characters: less than 1 MiB of stack, which the smallest thread stacks have
+
+ITERATIVE = frozenset((
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe", "chatglm-bpe", "glm4",
+    "glm5", "gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling",
+    "starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2", "qwen2", "deepseek-r1-qwen", "kormo",
+    "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "qwen35", "grok-2", "kimi-k2", "gemma4", "laguna",
+))  # fmt: skip
+"""Values of tokenizer.ggml.pre whose patterns libllama matches with loops of its own. All others of kind bpe are cut."""
+
+
+def chunks(text: str, size: int, names: tuple[str, ...]) -> Iterator[str]:
+    """Cut a text into pieces of at most ``size`` characters, where possible before the space between two words.
+
+    There most pre-tokenisers cut too, so that the tokens stay the same. No cut falls inside one of ``names``.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = limit = start + size
+        while (cut := text.rfind(" ", start + size // 2, cut)) > 0:
+            if text[cut - 1].isalnum() and text[cut + 1].isalnum():
+                break
+        if cut < 0:
+            cut = limit
+        for name in names:
+            at = text.find(name, max(start + 1, cut - len(name) + 1), cut + len(name) - 1)
+            if at >= 0:  # the first name in the way; longer ones come first in ``names``
+                cut = at
+                break
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+# libllama: the vocabulary of a model. Prototypes are those of llama.cpp at ggml 0.25.3 (llama-cpp-python 0.3.36).
+#
+# A ``Vocab`` opens a model file with ``vocab_only``: tokens, merges and metadata are read, weights are not. libllama aborts the
+# process, or lets a C++ exception through, on what it calls misuse (a token out of range, a missing BOS); everything that reaches
+# it here has been checked.
 
 P, I32, U32, I64, SIZE, F32, BOOL, STR = C.c_void_p, C.c_int32, C.c_uint32, C.c_int64, C.c_size_t, C.c_float, C.c_bool, C.c_char_p
 
@@ -163,7 +202,7 @@ def _candidates_problem() -> str | None:
 def initialise() -> None:
     """Check the library, send its log to ``logging`` and start it; once per process."""
     check_llama_abi()
-    logs.install()
+    libs.install()
     c.backend_init()
 
 
@@ -196,7 +235,6 @@ class Vocab:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Vocab:
         """Open the vocabulary of a GGUF file and wait for it; see ``VocabLoad``, and for what it raises."""
-        from edge_rt.native.vocab_load import VocabLoad
 
         return VocabLoad(path).result()
 
@@ -208,7 +246,7 @@ class Vocab:
         """
         if not model_pointer:
             raise NativeError("cannot adopt the vocabulary of a model that is not open")
-        logs.install()
+        libs.install()
         return cls(None, model_pointer, owner)
 
     @property
@@ -372,3 +410,78 @@ class Vocab:
 
 def _token(token: int) -> int | None:
     return None if token < 0 else int(token)
+
+
+# Loading a vocabulary beside other work: libllama reads it on a thread, in C, without the GIL.
+
+
+class VocabLoad:
+    """A vocabulary that is being loaded (30 to 55 ms for 49,152 tokens where nothing else runs); weights are not read.
+
+    The thread makes one call. What needs Python is done before it starts and after it ended: beside a busy main thread every return
+    to Python waits for the GIL, five milliseconds each (sys.getswitchinterval). It is no daemon thread, because the interpreter could
+    end in the middle of the call.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Start. Raises ModelFileError for an impossible path, AbiMismatch, NativeError."""
+        initialise()
+        self._name = os.fspath(path)
+        if "\0" in self._name:
+            raise ModelFileError("the model's path contains a NUL character; give the path of a GGUF file")
+        self._params = c.model_default_params()
+        self._params.vocab_only, self._params.load_mode, self._params.n_gpu_layers = True, LOAD_MODE_NONE, 0
+        self._model: int | None = None
+        self.vocab: Vocab | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        load = c.model_load_from_file  # bound here: the first look-up takes Python
+        quiet = ExitStack()
+        quiet.enter_context(libs.muted())
+
+        def run() -> None:
+            with quiet:
+                self._model = load(os.fsencode(self._name), self._params)
+
+        self._thread = threading.Thread(target=run, name="edge-rt-vocabulary")
+        try:
+            self._thread.start()
+        except BaseException:
+            quiet.close()
+            raise
+
+    @property
+    def loading(self) -> bool:
+        """Whether it still goes on."""
+        return self._thread.is_alive()
+
+    def result(self) -> Vocab:
+        """Wait for it; always the same object. Raises ModelFileError with libllama's own reason, NativeError after ``close``."""
+        with self._lock:
+            self._thread.join()
+            if self._closed:
+                raise NativeError("the vocabulary was closed; open the model again")
+            if self.vocab is None:
+                model = self._model or self._once_more()
+                self.vocab = Vocab(ggml.Handle(model, c.model_free, "a vocabulary"), model)
+            return self.vocab
+
+    def _once_more(self) -> int:
+        """Load it aloud, for the reason why it cannot be loaded."""
+        with libs.collect_errors() as errors:
+            model: int | None = c.model_load_from_file(os.fsencode(self._name), self._params)
+        if not model:
+            reason = errors[0].split(": ", 1)[-1] if errors else "it gave no reason"
+            raise ModelFileError(f"libllama cannot read the vocabulary of {self._name} ({reason}); check that it is a complete GGUF file")
+        return model
+
+    def close(self) -> None:
+        """Wait for the thread, then let go of the model as ``Vocab.close`` does. Closing twice is harmless."""
+        with self._lock:
+            self._thread.join()
+            self._closed = True
+            if self.vocab is not None:
+                self.vocab.close()
+            elif self._model:
+                c.model_free(self._model)
+            self._model = None

@@ -1,15 +1,22 @@
-"""Pages of mapped files: map over an address, ask what is resident, advise, lock, release (Linux and macOS)."""
+"""Memory of the process: pages of mapped files, tensors side by side, and the CPUs a computation is kept on."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import mmap
 import os
 import sys
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import Any
 
 from edge_rt.errors import NativeError, OutOfMemory
+
+# Pages of mapped files: map over an address, ask what is resident, advise, lock, release (Linux and macOS).
 
 PAGE = mmap.PAGESIZE
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 0x10
@@ -223,3 +230,101 @@ def address_of(buffer: Any) -> int:
     C.pythonapi.PyObject_GetBuffer(C.py_object(buffer), C.byref(view), 0)  # raises TypeError, BufferError
     C.pythonapi.PyBuffer_Release(C.byref(view))
     return int(view.buf or 0)
+
+
+# Memory in equal pieces side by side: what lies in them at equal distances can be read as one tensor with one dimension more.
+#
+# For pieces of each size an address range of ``SIDE_BY_SIDE`` is reserved, which takes no memory; a piece has memory as long as it is
+# taken, and the first that is free is taken next, so that those in use stay close together.
+
+SIDE_BY_SIDE = 16
+"""Pieces in a range; as many sequences as one step carries."""
+
+
+@dataclass(slots=True)
+class _Range:
+    base: int
+    places: int
+    free: list[int]
+
+
+_ranges: dict[int, list[_Range]] = {}
+_lock = threading.RLock()  # a piece may be given back by the garbage collector, in the middle of anything
+
+
+def take(size: int) -> int:
+    """The address of a fresh, zeroed piece of ``size`` bytes (whole pages) that costs nothing until written. Raises OutOfMemory."""
+    with _lock:
+        found = next((one for one in _ranges.get(size, ()) if one.free), None) or _reserved(size)
+        place = heappop(found.free)  # before anything else: a range with a place taken stays
+        try:
+            return map_anonymous(size, found.base + place * size)
+        except OutOfMemory:
+            _free(size, found, place)
+            raise
+
+
+def _reserved(size: int) -> _Range:
+    """A new range; for one piece alone where addresses are short, as under a limit (RLIMIT_AS). Raises OutOfMemory."""
+    try:
+        places, base = SIDE_BY_SIDE, reserve(size * SIDE_BY_SIDE)
+    except OutOfMemory:
+        places, base = 1, reserve(size)
+    found = _Range(base, places, list(range(places)))
+    _ranges.setdefault(size, []).append(found)
+    return found
+
+
+def give(address: int, size: int) -> None:
+    """Give a piece and its memory back."""
+    with _lock:
+        found = next(one for one in _ranges[size] if one.base <= address < one.base + size * one.places)
+        reserve(size, address)
+        _free(size, found, (address - found.base) // size)
+
+
+def _free(size: int, found: _Range, place: int) -> None:
+    heappush(found.free, place)
+    if len(found.free) == found.places:
+        _ranges[size].remove(found)
+        if not _ranges[size]:
+            del _ranges[size]
+        unmap(found.base, size * found.places)
+
+
+# Keeps a computation on some CPUs: the fast cores of a processor that has slow ones beside them.
+
+
+class Affinity:
+    """A context manager: until it ends, the calling thread and the threads started meanwhile run on ``cpus`` alone; () changes nothing.
+
+    Threads inherit the affinity of the one that starts them, so this reaches ggml's, whoever makes them: OpenMP starts a team in its first
+    parallel region and keeps it, ggml without OpenMP starts threads for each graph. The caller itself is where it may be for the
+    rest of its work: it belongs to the program that embeds edge-rt.
+    """
+
+    def __init__(self, cpus: Collection[int]) -> None:
+        self.cpus = frozenset(cpus) if hasattr(os, "sched_setaffinity") else frozenset()  # macOS and Windows have no such call
+        self._before: set[int] | None = None
+
+    def __enter__(self) -> None:
+        if self.cpus:
+            # Not allowed now: Android takes CPUs from programs in the background, and gives them back.
+            with contextlib.suppress(OSError):
+                before = os.sched_getaffinity(0)
+                os.sched_setaffinity(0, self.cpus)
+                self._before = before
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            with contextlib.suppress(OSError):  # as above: CPUs of before may be gone
+                os.sched_setaffinity(0, self._before)
+            self._before = None
+
+
+def fitting(cpus: Collection[int], threads: int | None) -> tuple[int, ...]:
+    """The CPUs to keep to: () if the user asks for more threads than these have room for, or this process may not use all of them."""
+    if threads is not None and threads > len(cpus):
+        return ()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    return tuple(cpus) if allowed.issuperset(cpus) else ()

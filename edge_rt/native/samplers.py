@@ -1,7 +1,7 @@
 """libllama's samplers and grammars: candidates in, one token out. Prototypes are those of llama.cpp at ggml 0.25.3.
 
 libllama aborts the process when a grammar accepts a token it does not allow, and lets C++ exceptions through when memory for a
-penalty window cannot be had: callers check both before (core/decode/sampling.py).
+penalty window cannot be had: callers check both before (core/generate/sampler.py).
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Grammar:
     def parse(cls, vocab: Vocab, text: str) -> Grammar:
         """Parse a grammar whose start is ``root``. Raises ConstraintError.
 
-        core/decode/constraints.py has checked the text: libllama prints its complaints to stderr and hangs on some grammars.
+        structured/grammar.py has checked the text: libllama prints its complaints to stderr and hangs on some grammars.
         """
         address = c.sampler_init_grammar(vocab.pointer, text.encode(), b"root")
         if not address:

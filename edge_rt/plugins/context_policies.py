@@ -1,4 +1,4 @@
-"""The context policies ``strict``, ``slide`` and ``graded`` (edge_rt/core/context/policies.py)."""
+"""The context policies ``strict``, ``slide`` and ``graded`` (edge_rt/core/context/eviction.py)."""
 
 from __future__ import annotations
 

@@ -11,17 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_rt.hooks import (
-    Device,
-    Health,
-    Offer,
-    Profile,
-    Refusal,
-    available_cpus,
-    board_name,
-    cpu_processors,
-    hookimpl,
-)
+from edge_rt.hooks import Device, Health, Offer, Profile, Refusal, available_cpus, board_name, cpu_processors, hookimpl
 
 if TYPE_CHECKING:
     from edge_rt.hooks import CpuSensors

@@ -6,8 +6,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edge_rt.core.load.gguf_tables import ARRAY, SCALARS, STRING
-from edge_rt.core.load.header import read_header
+from edge_rt.core.gguf.reader import ARRAY, SCALARS, STRING, read_header
 
 NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"str": STRING}
 """GGUF's number of a metadata type, by name: u8 i8 u16 i16 u32 i32 u64 i64 f32 f64 bool str."""

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from edge_rt.hooks import (
     API_VERSION,
@@ -34,24 +34,112 @@ from edge_rt.hooks import (
     NativeError,
     Offer,
     OptionError,
-    Part,
     Positions,
     Profile,
     Pruned,
     Refusal,
     Run,
+    SequenceBatch,
     SessionFileError,
     check_parts,
     hookimpl,
 )
-from edge_rt.testing.noise import mix, noise
-from edge_rt.testing.null_vocab import DEFAULT_CONTEXT, EOS, N_VOCAB, NullVocab
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from edge_rt.hooks import Basis, LoraFile, ModelFile
+
+
+# ---- vocabulary ------------------------------------------------------------------------------------------------------
+
+BOS, EOS, EOT, PAD = 256, 257, 258, 259
+_SPECIAL = {BOS: b"<|begin|>", EOS: b"<|end|>", EOT: b"<|turn|>", PAD: b"<|pad|>"}
+N_VOCAB = 260
+DEFAULT_CONTEXT = 4096
+
+
+class NullVocab:
+    """Bytes are tokens 0 to 255; four control tokens follow. It answers all that ``edge_rt.native.llama.Vocab`` does."""
+
+    n_tokens = N_VOCAB
+    kind = "bytes"
+    train_context = DEFAULT_CONTEXT
+    bos: int | None = BOS
+    eos: int | None = EOS
+    eot: int | None = EOT
+    nl: int | None = ord("\n")
+    add_bos = True
+    add_eos = False
+    keep_alive: object = None
+
+    @property
+    def pointer(self) -> int:
+        """Raises NativeError: there is no libllama vocabulary, so no grammar or DRY sampling."""
+        raise NativeError("the null vocabulary is not one of libllama's; use a model file for grammars")
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
+        """UTF-8 bytes; with ``special``, ``<|end|>`` and its like are one token. ``bos`` None adds the begin-of-text token."""
+        tokens: list[int] = []
+        data = text.encode()
+        i = 0
+        while i < len(data):
+            found = next((token for token, name in _SPECIAL.items() if special and data.startswith(name, i)), None)
+            tokens.append(data[i] if found is None else found)
+            i += 1 if found is None else len(_SPECIAL[found])
+        add = bos or (bos is None and tokens[:1] != [BOS])
+        return [BOS, *tokens] if add else tokens
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The byte, or for a control token its name if ``special``, else nothing. Raises OptionError outside the vocabulary."""
+        if token in _SPECIAL:
+            return _SPECIAL[token] if special else b""
+        return bytes((self._check(token),))
+
+    def detokenize(self, tokens: Iterable[int], special: bool = False) -> bytes:
+        """The bytes of tokens, joined."""
+        return b"".join(self.piece(token, special) for token in tokens)
+
+    def is_eog(self, token: int) -> bool:
+        """End of text or of turn."""
+        return self._check(token) in (EOS, EOT)
+
+    def is_control(self, token: int) -> bool:
+        """One of the four after the bytes."""
+        return self._check(token) in _SPECIAL
+
+    def eog_tokens(self) -> tuple[int, ...]:
+        """End of text and of turn."""
+        return (EOS, EOT)
+
+    def control_texts(self) -> tuple[str, ...]:
+        """Names of the control tokens, longest first."""
+        return tuple(sorted((name.decode() for name in _SPECIAL.values()), key=lambda name: (-len(name), name)))
+
+    def suppressed_tokens(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def metadata(self, key: str) -> str | None:
+        """None: there is no file."""
+        return None
+
+    def chat_template(self, name: str | None = None) -> str | None:
+        """Each message's content, closed by the end-of-turn token."""
+        return "{% for message in messages %}{{ message['content'] }}<|turn|>{% endfor %}" if name is None else None
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    @staticmethod
+    def _check(token: int) -> int:
+        if not 0 <= token < N_VOCAB:
+            raise OptionError(f"token {token} is out of range; this model has tokens 0 to {N_VOCAB - 1}")
+        return token
+
+
+# ---- engine ----------------------------------------------------------------------------------------------------------
 
 _HEADER = struct.Struct("<8sI16s16s")  # magic, cells, digest of the tokens, identity of the model
 _MAGIC = b"ERTNULL1"
@@ -112,22 +200,22 @@ class NullEngine:
         """Cells in use."""
         return len(self._get(sequence).tokens)
 
-    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
         """Feed every part and return its logits. Raises ContextError, then no sequence has changed."""
         check_parts(parts, self.length, self.info)
         self.steps += 1
         return [self._feed(part) for part in parts]
 
-    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with noise of eight numbers, no less a function of the whole history."""
         check_parts(parts, self.length, self.info)
         self.steps += 1
         return [self._rows(part, self._hidden) for part in parts]
 
-    def _feed(self, part: Part) -> npt.NDArray[np.float32] | None:
+    def _feed(self, part: SequenceBatch) -> npt.NDArray[np.float32] | None:
         return self._rows(part, self._logits)
 
-    def _rows(self, part: Part, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
+    def _rows(self, part: SequenceBatch, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
         import numpy as np
 
         sequence = self._sequences[part.sequence]
@@ -322,6 +410,35 @@ class NullEngine:
             raise ValueError(f"sequence {sequence} has {len(found.tokens)} cells, not {length}")
         return found
 
+
+def mix(value: int) -> int:
+    """splitmix64's finaliser: every bit of the result depends on every bit of the value."""
+    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
+
+
+def noise(state: int, count: int) -> npt.NDArray[np.float32]:
+    """Float32 [count] in [-4, 4), by chance and always the same for a state."""
+    import numpy as np
+
+    bits = mix_array(np.uint64(state) + np.arange(1, count + 1, dtype=np.uint64))
+    noise: npt.NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 21) - np.float32(4)
+    return noise
+
+
+def mix_array(values: Any) -> Any:
+    """``mix`` of a uint64 array; unsigned arithmetic wraps around by itself."""
+    import numpy as np
+
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+# ---- plugin ----------------------------------------------------------------------------------------------------------
 
 _MEMORY = 1 << 30
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from daemons import Daemon
 
-from edge_rt import catalog
+from edge_rt import model_hub
 from edge_rt.config import models_dir
 
 
@@ -16,7 +16,7 @@ from edge_rt.config import models_dir
 def installed(smollm2: Path, _cache_of_the_tests: Path) -> None:
     """The model under its name in the tests' own cache."""
     models_dir().mkdir(parents=True, exist_ok=True)
-    link = models_dir() / catalog.CATALOG[0].file
+    link = models_dir() / model_hub.CATALOG[0].file
     if not link.exists():
         link.symlink_to(smollm2)
 

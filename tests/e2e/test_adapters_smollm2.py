@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from daemons import Daemon
 
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.testing.random_adapters import write_random_adapter
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.testing.random_models import write_random_adapter
 from edge_rt.types import Delta
 
 GREEDY = ["--temp", "0", "-n", "16", "--raw"]

@@ -18,9 +18,9 @@ import pytest
 from meanings import PAIRS, closest
 
 import edge_rt as api
-from edge_rt import __version__, catalog
+from edge_rt import __version__, model_hub
 from edge_rt.config import packed_dir
-from edge_rt.core.load import packing
+from edge_rt.core.weights import repack
 
 PROGRAM = [sys.executable, "-m", "edge_rt.cli.main"]
 GREEDY = ["--temp", "0", "-n", "12"]
@@ -413,7 +413,7 @@ def test_tools_are_in_the_prompt_and_stay(tmp_path):
     assert [event["message"] for event in events(done.stdout) if event["event"] == "notice"] == [
         "the model's chat template has no place for tools: they are written into the messages, but it may not know how to call them"
     ]
-    with api.open(catalog.fetch(catalog.DEFAULT)) as model, model.restore(saved) as session:
+    with api.open(model_hub.fetch_model(model_hub.DEFAULT)) as model, model.restore(saved) as session:
         assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in model.detokenize(session.tokens)
     questions = "\n".join(f"Tell me fact number {i} about rivers and the sea." for i in range(6))
     talk = edge_rt("chat", *GREEDY, "--ctx", "220", "--tools", str(file), "-v", input=questions)
@@ -509,9 +509,9 @@ def test_leaving(terminal, keys, status):
 
 def test_models():
     found = json.loads(edge_rt("models", "--json").stdout)
-    assert [model["name"] for model in found["installed"]] == [catalog.DEFAULT]
+    assert [model["name"] for model in found["installed"]] == [model_hub.DEFAULT]
     assert found["available"] == []
-    assert catalog.DEFAULT in edge_rt("models").stdout
+    assert model_hub.DEFAULT in edge_rt("models").stdout
 
 
 def test_inspect(smollm2):
@@ -542,7 +542,7 @@ def test_doctor():
     assert found["versions"]["edge-rt"] == __version__
     assert found["library"]["verdict"] == "as expected"
     assert found["library"]["ggml"] in found["library"]["known"]
-    assert found["library"]["layouts"] == list(packing.layouts())
+    assert found["library"]["layouts"] == list(repack.layouts())
     cpu = found["devices"][0]
     assert (cpu["name"], cpu["usable"], cpu["basis"]) == ("cpu", True, "measured")
     assert found["cache"]["writable"]

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import conformance
 import pytest
 from relay import Relay
 
-from edge_rt.testing import protocol_conformance
 from edge_rt.types import Delta
 
 ROOT = Path(__file__).parents[2]
@@ -84,13 +84,13 @@ def test_the_client_for_node_by_itself():
 
 
 def test_clients_keep_to_the_protocol(program):
-    checks = protocol_conformance.client_checks(program, 20)
-    assert {name: wrong for name, wrong in protocol_conformance.run(checks) if wrong} == {}
+    checks = conformance.client_checks(program, 20)
+    assert {name: wrong for name, wrong in conformance.run(checks) if wrong} == {}
 
 
 @pytest.mark.soak  # what a server must do is checked with the null engine, in seconds
 def test_our_daemon_with_a_real_model(daemon):
-    done = run(sys.executable, "-m", "edge_rt.testing.protocol_conformance", daemon.socket)
+    done = run(sys.executable, CLIENTS / "conformance" / "conformance.py", daemon.socket)
     assert done.returncode == 0, done.stdout.decode()
 
 

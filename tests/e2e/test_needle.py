@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core.context.pruning import ASKED, plan
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.runtime import Model
+from edge_rt.core.kv.pruning import ASKED, plan
+from edge_rt.model import Model
 
 _WHO = ("The baker", "A fisherman", "Her aunt", "The old teacher", "Our neighbour", "A young sailor", "The gardener", "His cousin")
 _DID = ("walked along", "looked across", "remembered", "wrote a letter about", "drew a picture of", "told a story about", "went back to")
@@ -51,18 +51,18 @@ def test_a_fact_is_found_in_a_fifth_of_the_cells(model: Model, depth: float, key
     context, question = model.tokenize("".join(text), bos=False), model.tokenize(_QUESTION, bos=False)
     assert 1000 < len(context) < 2000
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, context, "none")])
+    engine.step([SequenceBatch(sequence, context, "none")])
     answers = {}
     for method in ("defensive", "window"):
         fork = engine.fork_sequence(sequence, len(context))
         engine.watch(fork, ASKED.queries)
-        engine.step([Part(fork, question[:-1], "none")])
+        engine.step([SequenceBatch(fork, question[:-1], "none")])
         chosen = plan(len(context) // 5, asked=True, since=len(question))
         engine.prune(fork, chosen.keep, first=chosen.first, last=chosen.last, method=method)
         tokens = question[-1:]
         found: list[int] = []
         for _ in range(8):
-            (logits,) = engine.step([Part(fork, tokens)])
+            (logits,) = engine.step([SequenceBatch(fork, tokens)])
             assert logits is not None
             tokens = [int(np.argmax(np.asarray(logits[0])))]
             found += tokens

@@ -18,8 +18,8 @@ import pytest
 import edge_rt
 from edge_rt.cli.plugins import facts
 from edge_rt.errors import RuleError
-from edge_rt.registry import Registry
-from edge_rt.rules import Ruleset
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.rules import Ruleset
 from edge_rt.testing.conformance import EmbedderConformance
 from edge_rt.types import Done
 
@@ -109,7 +109,8 @@ def test_it_changes_an_answer(run: Run, commands: SimpleNamespace, page: str) ->
 
 def test_the_registry_has_it(run: Run) -> None:
     code = (
-        "from edge_rt.registry import Registry; from edge_rt.rules import Ruleset; r = Registry.load(required=['arrows']); "
+        "from edge_rt.plugin_host.registry import Registry; from edge_rt.postprocess.rules import Ruleset; "
+        "r = Registry.load(required=['arrows']); "
         "p = r.post_processor('arrows'); s = Ruleset({}, r).pipeline(['arrows']); "
         "print(p.plugin, p.description, s.feed('a -') + s.feed('> b') + s.flush(), sep='|')"
     )
@@ -159,7 +160,7 @@ def test_the_embedder_on_the_page_finds_a_fact_far_back(page: str, smollm2: Path
 
 
 def test_the_other_python_on_the_page_runs(page: str) -> None:
-    (code,) = re.findall(r"^```python\n(from edge_rt.registry .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (code,) = re.findall(r"^```python\n(from edge_rt.plugin_host.registry .*?)^```$", page, re.MULTILINE | re.DOTALL)
     plugin: Any = SimpleNamespace(EDGE_RT_API=1)
     names: dict[str, Any] = {"my_plugin": plugin}
     exec(code, names)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import edge_rt
-from edge_rt.rules import RuleFile
+from edge_rt.postprocess.rules import RuleFile
 from edge_rt.types import Delta, Done
 
 PROGRAM = [sys.executable, "-m", "edge_rt.cli.main"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_rt.core.engine import Engine, Part
+from edge_rt.core.engine import Engine, SequenceBatch
 
 
 def random_tokens(engine: Engine, n: int, seed: int = 0) -> list[int]:
@@ -16,7 +16,7 @@ def random_tokens(engine: Engine, n: int, seed: int = 0) -> list[int]:
 
 def feed(engine: Engine, sequence: int, tokens: list[int]) -> Any:
     """Logits of every token, as a copy."""
-    (logits,) = engine.step([Part(sequence, tokens, "all")])
+    (logits,) = engine.step([SequenceBatch(sequence, tokens, "all")])
     return np.array(logits)
 
 

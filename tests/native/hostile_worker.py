@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import Header, TensorInfo, read_header
+from edge_rt.core.gguf.reader import GGML_TYPES, Header, TensorInfo, read_header
 from edge_rt.testing import gguf_bytes
 
 Entry = tuple[str, Any]

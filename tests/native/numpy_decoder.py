@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 
 
 def tensors(path: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from edge_rt.core.load import packing
+from edge_rt.core.weights import repack
 from edge_rt.native import ggml
 
 _QUIET = llama.llama_log_callback(lambda *_: None)
@@ -28,7 +28,7 @@ class Reference:
         self, path: Path, *, flash: bool, threads: int = 1, context: int = 512, key_type: int = 1, layouts: Sequence[str] | None = None
     ) -> None:
         llama.llama_log_set(_QUIET, ctypes.c_void_p(0))
-        with _offered(tuple(packing.layouts()) if layouts is None else layouts):
+        with _offered(tuple(repack.layouts()) if layouts is None else layouts):
             self._model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
         assert self._model, f"libllama cannot load {path}"
         params = llama.llama_context_default_params()

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Reference
 
-from edge_rt.core.engine import AppliesAdapters, Part
+from edge_rt.core.engine import AppliesAdapters, SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.adapter import LoraFile, open_lora
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.lora import LoraFile, open_lora
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.errors import ContextError, ModelChanged, UnsupportedModel
 from edge_rt.hooks import EngineOptions
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
+from edge_rt.testing.random_models import LINEAR, write_random_adapter
 
 WITH_ENDS = LINEAR + r"|output\.weight|token_embd\.weight"
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -144,7 +144,7 @@ def test_none_and_several_adapters_in_one_step_equal_each_alone(kind: str, rando
         texts = [random_tokens(engine, n, seed=n) for n in (21, 30, 4, 3, 12, 1, 11)]
         alone = [feed(engine, adapted(engine, *binding), text) for binding, text in zip(bindings, texts, strict=True)]
         for want in ("all", "last"):
-            parts = [Part(adapted(engine, *binding), text, want) for binding, text in zip(bindings, texts, strict=True)]
+            parts = [SequenceBatch(adapted(engine, *binding), text, want) for binding, text in zip(bindings, texts, strict=True)]
             for expected, found in zip(alone, engine.step(parts), strict=True):
                 close(np.array(found), expected if want == "all" else expected[-1:])
 
@@ -189,7 +189,7 @@ def test_any_interleaving_gives_the_bits_of_each_alone(exact: tuple[GgmlEngine, 
             if n:
                 parts.append((i, texts[i][done[i] : done[i] + n]))
                 room -= n
-        for (i, tokens), logits in zip(parts, engine.step([Part(live[i], tokens, "all") for i, tokens in parts]), strict=True):
+        for (i, tokens), logits in zip(parts, engine.step([SequenceBatch(live[i], tokens, "all") for i, tokens in parts]), strict=True):
             found[i].append(np.array(logits))
             done[i] += len(tokens)
         if chance.random() < 0.2:  # a fork goes on as its source would
@@ -229,7 +229,7 @@ def test_decoding_goes_on_with_the_right_adapter_after_a_switch(exact: tuple[Ggm
     tokens = random_tokens(engine, 4)
 
     def decode(sequence: int) -> Any:
-        return np.concatenate([np.array(engine.step([Part(sequence, [token], "last")])[0]) for token in tokens])
+        return np.concatenate([np.array(engine.step([SequenceBatch(sequence, [token], "last")])[0]) for token in tokens])
 
     expected = {number: decode(adapted(engine, number)) for number in (a, b, None)}
     sequence = engine.new_sequence()
@@ -269,14 +269,14 @@ def test_a_file_that_changes_under_us_is_an_error(random_model: Callable[..., Pa
     with opened(path, adapter) as (engine, (number,)):
         sequence, plain = adapted(engine, number), engine.new_sequence()
         for one in (sequence, plain):
-            engine.step([Part(one, [1])])
+            engine.step([SequenceBatch(one, [1])])
         with adapter.open("r+b") as file:
             file.truncate(100)
         for tokens in ([2], [2, 3]):
             with pytest.raises(ModelChanged, match="adapter-0"):
-                engine.step([Part(sequence, tokens)])
+                engine.step([SequenceBatch(sequence, tokens)])
         assert engine.length(sequence) == 1
-        engine.step([Part(plain, [2])])
+        engine.step([SequenceBatch(plain, [2])])
 
 
 def test_what_no_graph_here_changes_is_refused(random_model: Callable[..., Path], tmp_path: Path) -> None:

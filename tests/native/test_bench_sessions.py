@@ -10,7 +10,7 @@ import pytest
 import edge_rt
 from bench.context.conversations import conversation
 from bench.context.sessions import POLICIES, converse
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullPlugin
 
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import Reference
 
-from edge_rt.core.context.positions import Positions, Run
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.kv.positions import Positions, Run
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml, memory
 
@@ -42,7 +42,7 @@ def test_as_in_libllama(random_model: Callable[..., Path], rope: str, *, close_g
         reference = Reference(path, flash=True)
         try:
             sequence = engine.new_sequence()
-            before = engine.step([Part(sequence, TOKENS)])[0]
+            before = engine.step([SequenceBatch(sequence, TOKENS)])[0]
             assert before is not None
             expected = reference.feed(TOKENS)[-1]
             assert relative_error(np.asarray(before)[0], expected) < 1e-3
@@ -52,7 +52,7 @@ def test_as_in_libllama(random_model: Callable[..., Path], rope: str, *, close_g
                 engine.renumber(sequence)
             assert engine.next_position(sequence) == (60 if close_gap else 100)
             for token in (5, 6, 7):
-                (logits,) = engine.step([Part(sequence, [token])])
+                (logits,) = engine.step([SequenceBatch(sequence, [token])])
                 got, expected = np.asarray(logits)[0], reference.feed([token])[0]
                 assert relative_error(got, expected) < 5e-3, "attention adds up in another order and keys are rounded, no more"
         finally:
@@ -65,11 +65,11 @@ def test_a_gap_matters(random_model: Callable[..., Path]) -> None:
         outputs = []
         for renumber in (False, True):
             sequence = engine.new_sequence()
-            engine.step([Part(sequence, TOKENS)])
+            engine.step([SequenceBatch(sequence, TOKENS)])
             engine.remove_cells(sequence, [(30, 70)])
             if renumber:
                 engine.renumber(sequence)
-            outputs.append(np.array(engine.step([Part(sequence, [5])])[0]))
+            outputs.append(np.array(engine.step([SequenceBatch(sequence, [5])])[0]))
         assert relative_error(*outputs) > 2e-2
 
 
@@ -80,7 +80,7 @@ def test_their_memory_goes_back(random_model: Callable[..., Path], transposed: b
     options = EngineOptions(context=4096, threads=1, extra={"ggml.transposed_values": transposed})
     with ModelFile.open(path) as file, closing(GgmlEngine(file, options)) as engine:
         sequence = engine.new_sequence()
-        engine.step([Part(sequence, TOKENS * 20, "none")])
+        engine.step([SequenceBatch(sequence, TOKENS * 20, "none")])
         held = engine.memory().cache
         cache = engine._sequences[sequence].view
         places = [(ggml.data_address(t), ggml.fields(t).nb[3]) for t in (*cache.keys, *cache.values)]
@@ -93,7 +93,7 @@ def test_their_memory_goes_back(random_model: Callable[..., Path], transposed: b
         assert engine.memory().cache == held // 10
         assert given_back > share * held
         assert before - resident() == given_back
-        engine.step([Part(sequence, TOKENS, "none")])
+        engine.step([SequenceBatch(sequence, TOKENS, "none")])
         assert engine.length(sequence) == 300
 
 

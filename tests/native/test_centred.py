@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from edge_rt import config
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load import centred, packing
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.pack_cache import cache_key
-from edge_rt.core.load.packing import PackedFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights import repack
+from edge_rt.core.weights.repack import PackedFile, cache_key
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
 
@@ -35,7 +34,7 @@ def _interleaved_rows_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     found = ggml.extra_buffer_types()
     if "CPU_REPACK" not in found:
         pytest.skip("this build has no interleaved rows")
-    monkeypatch.setattr(packing, "layouts", lambda: {"CPU_REPACK": found["CPU_REPACK"]})
+    monkeypatch.setattr(repack, "layouts", lambda: {"CPU_REPACK": found["CPU_REPACK"]})
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def packed_types(path: Path) -> dict[str, tuple[int, str]]:
     """Type and layout by name, of the one packed file there is."""
     (pack,) = config.packed_dir().glob("*.pack")
     with pack.open("rb") as file:
-        return {entry[0]: (entry[1], entry[5]) for entry in packing._read_body(file.fileno())["entries"]}
+        return {entry[0]: (entry[1], entry[5]) for entry in repack._read_body(file.fileno())["entries"]}
 
 
 @pytest.fixture
@@ -67,16 +66,16 @@ def model(random_model: Callable[..., Path]) -> Path:
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_both_parts_together_are_the_weights(blocks: int, rows: int, seed: int) -> None:
-    values = np.random.default_rng(seed).standard_normal((rows, blocks * centred.BLOCK)).astype(np.float32)
+    values = np.random.default_rng(seed).standard_normal((rows, blocks * repack.BLOCK)).astype(np.float32)
     data = gguf.quants.quantize(values, Q4_1)
-    quants, offsets = centred.quants(memoryview(data.tobytes())), centred.offsets(memoryview(data.tobytes()), (values.shape[1], rows))
-    assert offsets.shape == centred.offsets_shape((values.shape[1], rows))[::-1]
+    quants, offsets = repack.quants(memoryview(data.tobytes())), repack.offsets(memoryview(data.tobytes()), (values.shape[1], rows))
+    assert offsets.shape == repack.offsets_shape((values.shape[1], rows))[::-1]
     assert not offsets[:, blocks:].any()
-    added = np.repeat(offsets[:, :blocks].astype(np.float32), centred.BLOCK, axis=1)
+    added = np.repeat(offsets[:, :blocks].astype(np.float32), repack.BLOCK, axis=1)
     whole = gguf.quants.dequantize(quants.reshape(rows, -1), Q4_0) + added
     expected = gguf.quants.dequantize(data, Q4_1)
-    minimum = np.repeat(data.reshape(rows, blocks, 20)[:, :, 2:4].copy().view(np.float16)[:, :, 0], centred.BLOCK, axis=1)
-    scale = np.repeat(data.reshape(rows, blocks, 20)[:, :, :2].copy().view(np.float16)[:, :, 0], centred.BLOCK, axis=1)
+    minimum = np.repeat(data.reshape(rows, blocks, 20)[:, :, 2:4].copy().view(np.float16)[:, :, 0], repack.BLOCK, axis=1)
+    scale = np.repeat(data.reshape(rows, blocks, 20)[:, :, :2].copy().view(np.float16)[:, :, 0], repack.BLOCK, axis=1)
     exact = (-16 * scale <= minimum) & (minimum <= -4 * scale)
     np.testing.assert_allclose(whole, expected, rtol=0, atol=2**-11 * np.abs(minimum + 8 * scale).max() + 1e-6)
     np.testing.assert_allclose(whole[exact], expected[exact], rtol=0, atol=1e-6)
@@ -172,7 +171,7 @@ def test_a_file_cannot_bring_offsets_of_its_own(random_model: Callable[..., Path
     path.write_bytes(data.replace(b"blk.0.attn_norm.weight", b"blk.0.attn_nor.offsets"))
     with ModelFile.open(path) as file:
         assert "blk.0.attn_nor.offsets" in file.header.tensors
-        assert packing.plan(file.header) is None
+        assert repack.plan_repack(file.header) is None
 
 
 def test_packed_bytes_are_checked(model: Path) -> None:

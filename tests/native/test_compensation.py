@@ -15,19 +15,18 @@ from hypothesis import strategies as st
 from numpy_decoder import NumpyDecoder, tensors
 from reference import Reference
 
-from edge_rt.core.engine import AppliesCompensation, Part
+from edge_rt.core.engine import AppliesCompensation, SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph.products import of_block
-from edge_rt.core.load.adapter import open_lora
-from edge_rt.core.load.compensation import Compensation, open_compensation
-from edge_rt.core.load.header import read_header
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.offload import Accelerator
+from edge_rt.core.gguf.lora import open_lora
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import read_header
+from edge_rt.core.graph.layers import of_block
+from edge_rt.core.weights.error_correction import Compensation, open_compensation
+from edge_rt.core.weights.gpu_offload import Accelerator
 from edge_rt.errors import ModelFileError, OptionError, OutOfMemory
 from edge_rt.hooks import EngineOptions
 from edge_rt.testing import gguf_bytes
-from edge_rt.testing.random_adapters import write_random_adapter
-from edge_rt.testing.random_compensations import write_random_compensation
+from edge_rt.testing.random_models import write_random_adapter, write_random_compensation
 
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -94,9 +93,7 @@ def test_logits_are_what_the_formulas_say(kind: str, joined: bool, random_model:
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("q8_0", 3e-2), ("f16", 5e-3), ("f32", 1e-3)])
-def test_a_low_rank_term_is_an_adapter_of_scale_one(
-    kind: str, tolerance: float, random_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_low_rank_term_is_an_adapter_of_scale_one(kind: str, tolerance: float, random_model: Callable[..., Path], tmp_path: Path) -> None:
     """An adapter's kernels round A x to the type of B, and those of a compensation do not."""
     path = random_model("llama", n_embd=128, n_ff=256)
     side = side_for(path, tmp_path, rank=32, rows=0, bias=False, type=kind.upper())
@@ -234,7 +231,7 @@ def test_any_interleaving_gives_the_bits_of_each_alone(exact: tuple[GgmlEngine, 
             if n := min(int(chance.integers(1, 4)), len(texts[i]) - done[i], room):
                 parts.append((i, texts[i][done[i] : done[i] + n]))
                 room -= n
-        for (i, tokens), logits in zip(parts, engine.step([Part(live[i], tokens, "all") for i, tokens in parts]), strict=True):
+        for (i, tokens), logits in zip(parts, engine.step([SequenceBatch(live[i], tokens, "all") for i, tokens in parts]), strict=True):
             found[i].append(np.array(logits))
             done[i] += len(tokens)
     for sequence in live:
@@ -259,8 +256,14 @@ def test_a_prompt_beside_others_is_as_alone(exact: tuple[GgmlEngine, list[int | 
     others = [sequence_of(engine, adapter) for adapter in (*adapters, *adapters)]
     for at in range(0, 40, 4):
         part = tokens[at : at + 4]
-        expected = np.array(engine.step([Part(alone, part)])[0])
-        found = engine.step([*(Part(other, tokens[at : at + 1]) for other in others[:2]), Part(company, part), Part(others[2], part[:2])])
+        expected = np.array(engine.step([SequenceBatch(alone, part)])[0])
+        found = engine.step(
+            [
+                *(SequenceBatch(other, tokens[at : at + 1]) for other in others[:2]),
+                SequenceBatch(company, part),
+                SequenceBatch(others[2], part[:2]),
+            ]
+        )
         same_bits(np.array(found[2]), expected)
 
 
@@ -303,7 +306,7 @@ def test_graphs_of_all_shapes_have_room(random_model: Callable[..., Path], tmp_p
         said = engine.compute_bytes(256, 16, 16)
         for want in ("all", "last"):
             sequences = [engine.new_sequence() for _ in range(24)]
-            engine.step([Part(sequence, random_tokens(engine, 1 + i % 12, i), want) for i, sequence in enumerate(sequences)])
+            engine.step([SequenceBatch(sequence, random_tokens(engine, 1 + i % 12, i), want) for i, sequence in enumerate(sequences)])
             for sequence in sequences:
                 engine.free_sequence(sequence)
         assert engine.held_bytes()[1] <= said
@@ -324,7 +327,7 @@ def test_a_site_of_a_weight_that_is_part_of_another_is_refused(random_model: Cal
     path, whole = random_model("llama", fused_qkv=True), random_model("llama")
     side = side_for(whole, tmp_path, target=r"blk\.0\.attn_q\.weight")
     with ModelFile.open(path) as file:
-        from edge_rt.core.load.compensation import compensation_fingerprint
+        from edge_rt.core.weights.error_correction import compensation_fingerprint
 
         changes = {"edge_rt.compensation.model": ("str", compensation_fingerprint(file))}
         side.write_bytes(gguf_bytes.edit_metadata(side.read_bytes(), changes))
@@ -354,8 +357,8 @@ def test_corrections_go_where_their_units_go(
         for ours, theirs in zip(talked(engine, tokens), expected, strict=True):
             assert np.abs(ours - theirs).max() < 2e-2 * np.abs(theirs).max()
         parts = [(21, "last"), (3, "all"), (1, "last")]
-        together = [engine.step([Part(engine.new_sequence(), tokens[:n], want) for n, want in parts]),
-                    cpu.step([Part(cpu.new_sequence(), tokens[:n], want) for n, want in parts])]  # fmt: skip
+        together = [engine.step([SequenceBatch(engine.new_sequence(), tokens[:n], want) for n, want in parts]),
+                    cpu.step([SequenceBatch(cpu.new_sequence(), tokens[:n], want) for n, want in parts])]  # fmt: skip
         for ours, theirs in zip(*together, strict=True):
             assert np.abs(np.array(ours) - np.array(theirs)).max() < 2e-2 * np.abs(np.array(theirs)).max()
         engine.cool()

@@ -10,12 +10,11 @@ from worker_host import Host
 
 from edge_rt.cli import main, serve
 from edge_rt.cli.options import quick_parse
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.daemon import config as configuration
 from edge_rt.daemon.hosted import foreseen
 from edge_rt.daemon.supervisor import Spec
-from edge_rt.testing.random_compensations import write_random_compensation
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.random_models import write_random_compensation, write_random_model
 
 
 @pytest.fixture

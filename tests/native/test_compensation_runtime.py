@@ -16,14 +16,13 @@ from edge_rt.cli import main
 from edge_rt.compiler import folding, writer
 from edge_rt.compiler import target as targets
 from edge_rt.compiler.plan import Goals, Situation, built_in, decide
-from edge_rt.core import ggml_sequences
-from edge_rt.core.load.compensation import SUFFIX, compensation_fingerprint, open_compensation
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core import sequences
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.error_correction import SUFFIX, compensation_fingerprint, open_compensation
 from edge_rt.errors import ModelFileError, OptionError, SessionMismatch, UnsupportedModel
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullPlugin
-from edge_rt.testing.random_compensations import write_random_compensation
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.random_models import write_random_compensation, write_random_model
 
 TOKENS = list(range(20, 60))
 
@@ -32,7 +31,7 @@ TOKENS = list(range(20, 60))
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which layout of values decodes faster is timed, and on a busy machine two runs may find otherwise: their bits then differ."""
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ggml_sequences, "transposed_decodes_faster", lambda *_: False)
+    monkeypatch.setattr(sequences, "autotune_v_layout", lambda *_: False)
 
 
 @pytest.fixture

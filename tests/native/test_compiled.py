@@ -15,9 +15,9 @@ from edge_rt.cli.main import main
 from edge_rt.compiler import gguf_file, writer
 from edge_rt.compiler import target as targets
 from edge_rt.compiler.plan import Goals, Situation, built_in, decide
-from edge_rt.core import ggml_sequences
-from edge_rt.core.engine import Part
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core import sequences
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.deployment import Deployed, Plan
 from edge_rt.errors import ModelFileError, OptionError
 from edge_rt.testing.random_models import write_random_model
@@ -30,7 +30,7 @@ TOKENS = list(range(1, 90))
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "cache"))
     # Which layout of values decodes faster is timed, and on a busy machine two runs may find otherwise: their bits then differ.
-    monkeypatch.setattr(ggml_sequences, "transposed_decodes_faster", lambda *_: False)
+    monkeypatch.setattr(sequences, "autotune_v_layout", lambda *_: False)
 
 
 def made(tmp_path: Path, **changes: object) -> Path:
@@ -46,9 +46,9 @@ def compiled(path: Path, folder: Path, name: str = "x86-avx512", *, here: bool =
 def logits(path: Path) -> np.ndarray:
     with edge_rt.open(path, threads=1, context=256) as model:
         sequence = model.engine.new_sequence()
-        (rows,) = model.engine.step([Part(sequence, TOKENS, "all")])
+        (rows,) = model.engine.step([SequenceBatch(sequence, TOKENS, "all")])
         before = np.array(rows)  # a copy: the next step writes where these are
-        (last,) = model.engine.step([Part(sequence, [7])])
+        (last,) = model.engine.step([SequenceBatch(sequence, [7])])
         return np.concatenate([before, np.array(last)])
 
 
@@ -98,7 +98,7 @@ def test_stock_llama_cpp_reads_the_file_and_the_metadata_is_kept(tmp_path: Path)
         assert all(written.header.get(key) == source.header.get(key) for key in kept)
         assert written.header.get("edge_rt.target") == "x86-avx512"
     with edge_rt.open(deployed.model, engine="llama_cpp", threads=1, context=256) as model:
-        (rows,) = model.engine.step([Part(model.engine.new_sequence(), TOKENS, "all")])
+        (rows,) = model.engine.step([SequenceBatch(model.engine.new_sequence(), TOKENS, "all")])
         assert np.abs(np.array(rows) - logits(path)[: len(TOKENS)]).max() < 0.05
 
 

@@ -13,8 +13,8 @@ from edge_rt.compiler import calibrate, cost
 from edge_rt.compiler.here import here, packed_types
 from edge_rt.compiler.shape import ModelShape, read_shape
 from edge_rt.compiler.target import Kernel
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.registry import Registry
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.random_models import write_random_model
 
 
@@ -76,9 +76,7 @@ def test_types_with_packed_kernels_are_those_the_library_packs(shape: ModelShape
     assert set(packed_types()) <= {"Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"}
 
 
-def test_the_table_has_a_row_for_each_target_and_one_measured(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_has_a_row_for_each_target_and_one_measured(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "plan.svg"
     words = ["plan", str(model), "--all-targets", "--measure", "--context", "128", "--prompt", "16", "--json", "--plot", str(picture)]
     assert main(words) == 0

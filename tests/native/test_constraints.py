@@ -9,10 +9,10 @@ import textwrap
 import numpy as np
 import pytest
 
-from edge_rt.core.decode.constraints import compile_constraint
-from edge_rt.core.decode.sampling import Sampler
+from edge_rt.core.generate.sampler import Sampler
 from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.native.llama import Vocab
+from edge_rt.structured.grammar import compile_constraint
 from edge_rt.types import SamplingParams
 
 
@@ -259,8 +259,8 @@ def test_random_grammars_in_a_process_of_their_own(smollm2, tmp_path):
     script = """
         import json, sys
         import numpy as np
-        from edge_rt.core.decode.constraints import compile_constraint
-        from edge_rt.core.decode.sampling import Sampler
+        from edge_rt.structured.grammar import compile_constraint
+        from edge_rt.core.generate.sampler import Sampler
         from edge_rt.errors import ConstraintError
         from edge_rt.native.llama import Vocab
         from edge_rt.types import SamplingParams

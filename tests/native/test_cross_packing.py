@@ -20,14 +20,13 @@ import edge_rt
 from edge_rt.compiler import target as targets
 from edge_rt.compiler import writer
 from edge_rt.compiler.plan import Goals, Situation, built_in, decide
-from edge_rt.core import ggml_sequences
-from edge_rt.core.engine import Part
-from edge_rt.core.load import pack_cache, packers, packing
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import TensorInfo
-from edge_rt.core.load.interleaving import CHOICES
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.packing import Entry, PackDamaged, PackedFile
+from edge_rt.core import sequences
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
+from edge_rt.core.weights import repack
+from edge_rt.core.weights.interleave import CHOICES
+from edge_rt.core.weights.repack import Entry, PackDamaged, PackedFile
 from edge_rt.deployment import Deployed
 from edge_rt.native import ggml, memory
 
@@ -44,9 +43,9 @@ pytestmark = pytest.mark.skipif(not INTERLEAVED, reason="this build has no inter
 def _interleaved_rows_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A CPU without AMX, whose tiles are not made elsewhere, and a cache for each test."""
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packing, "layouts", lambda: INTERLEAVED)
+    monkeypatch.setattr(repack, "layouts", lambda: INTERLEAVED)
     # Which layout of values decodes faster is timed, and on a busy machine two runs may find otherwise: their bits then differ.
-    monkeypatch.setattr(ggml_sequences, "transposed_decodes_faster", lambda *_: False)
+    monkeypatch.setattr(sequences, "autotune_v_layout", lambda *_: False)
 
 
 def weight(type_: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -63,7 +62,7 @@ def test_numpy_packs_what_the_library_packs(type_: str, blocks: int, rows: int, 
     """The same weights have kernels, and their bytes are the same: any type, any shape, any blocks."""
     shape = (NUMBERS[type_][1] * blocks, rows, *([] if experts is None else [experts]))
     info = weight(type_, shape)
-    library, interleaver = packers.library(INTERLEAVED), packers.interleaver(HERE)
+    library, interleaver = repack.library_packer(INTERLEAVED), repack.interleaver(HERE)
     found = library.kernels({info.name: info})
     assert interleaver.kernels({info.name: info}) == found
     if found:
@@ -76,8 +75,8 @@ def test_numpy_packs_what_the_library_packs(type_: str, blocks: int, rows: int, 
 def test_every_type_that_the_library_packs_here_is_packed_in_numpy() -> None:
     """So the test above cannot pass for want of kernels."""
     infos = {f"{name}.weight": weight(name, (2 * elements, 32)) for name, (_, elements, _) in NUMBERS.items()}
-    found = packers.library(INTERLEAVED).kernels(infos)
-    assert packers.interleaver(HERE).kernels(infos) == found
+    found = repack.library_packer(INTERLEAVED).kernels(infos)
+    assert repack.interleaver(HERE).kernels(infos) == found
     if "avx512f" in HERE:
         assert set(found) == {f"{name}.weight" for name in ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4", "Q2_K")}
 
@@ -91,12 +90,12 @@ def header(*infos: TensorInfo) -> Any:
 
 def test_fingerprints_are_of_kinds_and_not_of_who_packs() -> None:
     some = header(*(weight(name, (1024, rows)) for name in ("Q4_0", "Q4_1", "Q2_K", "F16") for rows in (64, 96, 8, 6)))
-    found = packing.fingerprints(some)
-    assert found == packing.fingerprints(some, packer=packers.interleaver(HERE))
+    found = repack.fingerprints(some)
+    assert found == repack.fingerprints(some, packer=repack.interleaver(HERE))
     assert len(found) == 3 * 3  # a float weight is none, and rows of 64 and 96 are of one kind
     assert "Q4_0 512x2: plain" in found
     centred = [one for one in found if one.startswith("Q4_1")]
-    plain = [one for one in packing.fingerprints(some, centre=False) if one.startswith("Q4_1")]
+    plain = [one for one in repack.fingerprints(some, centre=False) if one.startswith("Q4_1")]
     assert all(one.endswith(": plain") for one in plain)
     assert "avx2" not in HERE or "Q4_1 512x32: Q4_0 CPU_REPACK" in centred[1]
 
@@ -104,19 +103,19 @@ def test_fingerprints_are_of_kinds_and_not_of_who_packs() -> None:
 @pytest.mark.parametrize("features", [{"neon"}, {"neon", "dotprod"}, {"neon", "dotprod", "i8mm"}, {"avx2"}, {"avx2", "avx512f"}])
 def test_other_layouts_have_other_fingerprints(features: set[str]) -> None:
     some = header(*(weight(name, (1024, 64)) for name in ("Q4_0", "Q2_K")))
-    packer = packers.interleaver(features)
-    same = packer.kernels(some.tensors) == packers.interleaver(HERE).kernels(some.tensors) and ("neon" in features) == ("neon" in HERE)
-    assert (packing.fingerprints(some) == packing.fingerprints(some, packer=packer)) == same
+    packer = repack.interleaver(features)
+    same = packer.kernels(some.tensors) == repack.interleaver(HERE).kernels(some.tensors) and ("neon" in features) == ("neon" in HERE)
+    assert (repack.fingerprints(some) == repack.fingerprints(some, packer=packer)) == same
 
 
 def test_they_take_no_time(random_model: Callable[..., Path]) -> None:
     path = random_model("qwen3moe", type="Q4_0", n_embd=256, n_ff_exp=256, n_layer=8)
     with ModelFile.open(path) as file:
-        packing.fingerprints(file.header)
+        repack.fingerprints(file.header)
 
         def once() -> float:
             start = time.perf_counter()
-            packing.fingerprints(file.header)
+            repack.fingerprints(file.header)
             return time.perf_counter() - start
 
         assert min(once() for _ in range(20)) < 0.002
@@ -134,9 +133,9 @@ def compiled(path: Path, folder: Path, name: str) -> Deployed:
 def logits(path: Path) -> np.ndarray[Any, Any]:
     with edge_rt.open(path, threads=1, context=256) as model:
         sequence = model.engine.new_sequence()
-        (rows,) = model.engine.step([Part(sequence, list(range(1, 60)), "all")])
+        (rows,) = model.engine.step([SequenceBatch(sequence, list(range(1, 60)), "all")])
         before = np.array(rows)
-        (last,) = model.engine.step([Part(sequence, [7])])
+        (last,) = model.engine.step([SequenceBatch(sequence, [7])])
         return np.concatenate([before, np.array(last)])
 
 
@@ -167,10 +166,10 @@ def test_what_was_packed_elsewhere_is_mapped_and_not_packed_again(
     copy = shutil.copytree(deployed.folder, tmp_path / "copy", copy_function=shutil.copyfile)  # without times
     found = logits(copy)
     assert own_packs(tmp_path) == []
-    with ModelFile.open(copy / "model.gguf") as file, closing(PackedFile(copy / "model.pack", pack_cache.copied_key(file))) as pack:
+    with ModelFile.open(copy / "model.gguf") as file, closing(PackedFile(copy / "model.pack", repack.copied_key(file))) as pack:
         pack.verify()
-        assert pack.data_offset % pack_cache.ELSEWHERE_PAGE == 0
-        assert pack.size % pack_cache.ELSEWHERE_PAGE == 0
+        assert pack.data_offset % repack.ELSEWHERE_PAGE == 0
+        assert pack.size % repack.ELSEWHERE_PAGE == 0
     assert np.array_equal(found, logits(path))
     assert len(own_packs(tmp_path)) == 1  # of the model that was not compiled
 
@@ -179,11 +178,11 @@ def test_what_was_packed_elsewhere_is_mapped_and_not_packed_again(
 def test_it_holds_byte_by_byte_what_the_library_packs(random_model: Callable[..., Path], tmp_path: Path) -> None:
     deployed = compiled(random_model("llama", type="Q4_1", **SIZES), tmp_path / "out", "x86-avx2")
     with ModelFile.open(deployed.model) as file:
-        base, plan = memory.address_of(file.map), packing.plan(file.header)
+        base, plan = memory.address_of(file.map), repack.plan_repack(file.header)
         assert plan is not None
-        with closing(PackedFile(deployed.folder / "model.pack", pack_cache.copied_key(file))) as pack:
+        with closing(PackedFile(deployed.folder / "model.pack", repack.copied_key(file))) as pack:
             data = (deployed.folder / "model.pack").read_bytes()[pack.data_offset :]
-            for (ours, packed), theirs in zip(packing.pack_tensors(plan, file.header, base), pack.entries, strict=True):
+            for (ours, packed), theirs in zip(repack.pack_tensors(plan, file.header, base), pack.entries, strict=True):
                 assert (ours.name, ours.type, ours.shape, ours.layout) == (theirs.name, theirs.type, theirs.shape, theirs.layout)
                 assert bytes(packed) == data[theirs.offset : theirs.offset + theirs.nbytes]
 
@@ -195,7 +194,7 @@ def test_another_cpus_layouts_are_packed_anew(random_model: Callable[..., Path],
     deployed = compiled(path, tmp_path / "out", name)
     assert "model.pack" in deployed.files
     with ModelFile.open(deployed.model) as file, pytest.raises(PackDamaged, match="another model, library or CPU"):
-        PackedFile(deployed.folder / "model.pack", pack_cache.copied_key(file))
+        PackedFile(deployed.folder / "model.pack", repack.copied_key(file))
     assert np.array_equal(logits(deployed.folder), logits(path))
     assert any(name.startswith("model-") for name in own_packs(tmp_path))
 
@@ -244,14 +243,14 @@ def test_larger_pages_than_it_was_made_for(random_model: Callable[..., Path], tm
     path = random_model("llama", type="Q4_0", n_layer=3, n_embd=256, n_head=8, n_head_kv=2, n_ff=512)
     small = shutil.copyfile(path, tmp_path / "small.gguf")
     with ModelFile.open(small) as file:
-        assert pack_cache.write_beside(file) is not None
-        key = pack_cache.copied_key(file)
+        assert repack.write_beside(file) is not None
+        key = repack.copied_key(file)
         PackedFile(tmp_path / "small.pack", key).close()
-        monkeypatch.setattr(memory, "PAGE", pack_cache.ELSEWHERE_PAGE)
+        monkeypatch.setattr(memory, "PAGE", repack.ELSEWHERE_PAGE)
         with pytest.raises(PackDamaged, match="smaller pages"):
             PackedFile(tmp_path / "small.pack", key)
     deployed = compiled(path, tmp_path / "out", "x86-avx512")
-    with ModelFile.open(deployed.model) as file, closing(PackedFile(deployed.folder / "model.pack", pack_cache.copied_key(file))) as pack:
+    with ModelFile.open(deployed.model) as file, closing(PackedFile(deployed.folder / "model.pack", repack.copied_key(file))) as pack:
         assert pack.entries
 
 
@@ -274,6 +273,6 @@ def test_offsets_beyond_f16_are_left_out(random_model: Callable[..., Path], tmp_
         out.seek(place)
         out.write(np.array([60000, 1], np.float16).tobytes())
     with ModelFile.open(path) as file:
-        assert pack_cache.write_beside(file, packer=packers.interleaver({"neon", "dotprod"})) is None
+        assert repack.write_beside(file, packer=repack.interleaver({"neon", "dotprod"})) is None
     assert not path.with_suffix(".pack").exists()
     assert list(tmp_path.glob("*.tmp")) == []

@@ -12,7 +12,7 @@ import pytest
 
 from edge_rt.core.engine import EmbedsTokens
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.errors import OptionError
 from edge_rt.hooks import EngineOptions
 

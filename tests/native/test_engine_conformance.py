@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
 from edge_rt.plugins.ggml import GgmlFactory
 from edge_rt.testing.conformance import EngineConformance

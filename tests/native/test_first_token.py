@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_rt.native.ggml import Rows
 from edge_rt.native.memory import address_of
-from edge_rt.native.rows import Rows
 from edge_rt.native.samplers import Candidates, likeliest
 
 FIRST_TOKEN = """
 import sys
 import edge_rt
-from edge_rt.core import ggml_sequences
+from edge_rt.core import sequences
 from edge_rt.types import Delta
-ggml_sequences.transposed_decodes_faster = lambda *_: False  # what the first run on a machine measures, with NumPy
+sequences.autotune_v_layout = lambda *_: False  # what the first run on a machine measures, with NumPy
 with edge_rt.open(sys.argv[1], threads=1) as model, model.session() as session:
     events = session.generate("one two three", temperature=float(sys.argv[2]), seed=1, max_tokens=9, ignore_eos=True)
     first = next(event for event in events if isinstance(event, Delta))

@@ -21,21 +21,19 @@ from edge_rt.compiler import target as targets
 from edge_rt.compiler.passes import fusion
 from edge_rt.compiler.plan import Goals, Situation, built_in, decide
 from edge_rt.compiler.target import Kernel, Target
-from edge_rt.core.engine import AppliesAdapters, Part
+from edge_rt.core.autotune import _product
+from edge_rt.core.engine import AppliesAdapters, SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph.exactness import _product
-from edge_rt.core.load.header import FOLDED, SCALED
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.offload import Accelerator
-from edge_rt.core.load.weights import WeightStore
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import FOLDED, SCALED
+from edge_rt.core.weights.gpu_offload import Accelerator
+from edge_rt.core.weights.store import WeightStore
 from edge_rt.deployment import Deployed, Plan
 from edge_rt.errors import ModelFileError, OptionError, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
-from edge_rt.native.quantise import quantise
-from edge_rt.testing.random_adapters import write_random_adapter
-from edge_rt.testing.random_models import write_random_model
-from edge_rt.testing.random_weights import TYPE_NUMBERS, WEIGHT_TYPES
+from edge_rt.native.ggml import quantise
+from edge_rt.testing.random_models import TYPE_NUMBERS, WEIGHT_TYPES, write_random_adapter, write_random_model
 
 SIZES = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "context": 512}
 TOKENS = list(range(1, 70))
@@ -110,7 +108,7 @@ def logits(path: Path, *, hidden: bool = False, **options: Any) -> Any:
     ):
         sequence = engine.new_sequence()
         if hidden:
-            return np.array(engine.hidden([Part(sequence, TOKENS, "all")])[0])
+            return np.array(engine.hidden([SequenceBatch(sequence, TOKENS, "all")])[0])
         return np.concatenate([feed(engine, sequence, TOKENS), feed(engine, sequence, [7]), feed(engine, sequence, [9])])
 
 
@@ -240,9 +238,7 @@ def bytes_of(file: ModelFile, name: str) -> bytes:
 
 
 @pytest.mark.parametrize(("type_name", "value", "scale"), [("F32", 1e38, 16.0), ("F32", 1e-37, 2.0**-6), ("BF16", 3e38, 2.0)])
-def test_a_value_that_would_overflow_or_become_subnormal_keeps_the_norm(
-    tmp_path: Path, type_name: str, value: float, scale: float
-) -> None:
+def test_a_value_that_would_overflow_or_become_subnormal_keeps_the_norm(tmp_path: Path, type_name: str, value: float, scale: float) -> None:
     path = made(tmp_path, lambda *_: scale, type=type_name)
     assert set(compiled(path, tmp_path / "out").plan.folded) == hidden_norms(path)
     with ModelFile.open(path) as found, open(path, "r+b") as file:

@@ -12,10 +12,10 @@ import pytest
 from bits import feed, random_tokens, same_bits
 from reference import Reference
 
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph.attention import TILES_FROM
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.graph.builder import TILES_FROM
 from edge_rt.errors import ContextError, OptionError, SessionFileError
 from edge_rt.hooks import EngineOptions
 
@@ -132,7 +132,7 @@ def test_sequences_in_one_step_do_not_touch_each_other(model: Path) -> None:
         together = [engine.new_sequence() for _ in range(3)]
         parts = [tokens[:20], tokens[20:23], tokens[23:60]]
         expected = [feed(engine, s, p) for s, p in zip(alone, parts, strict=True)]
-        found = engine.step([Part(s, p, "all") for s, p in zip(together, parts, strict=True)])
+        found = engine.step([SequenceBatch(s, p, "all") for s, p in zip(together, parts, strict=True)])
         for a, b in zip(expected, [np.array(f) for f in found if f is not None], strict=True):
             assert np.abs(a - b).mean() / np.abs(a).mean() < 2e-3  # rows of a larger product may use other kernels
         for s, t in zip(alone, together, strict=True):
@@ -144,10 +144,10 @@ def test_a_refused_step_changes_nothing(random_model: Callable[..., Path]) -> No
         sequence, tokens = engine.new_sequence(), random_tokens(engine, 40)
         feed(engine, sequence, tokens[:20])
         for bad, error in (
-            ([Part(sequence, tokens[20:40])], ContextError),
-            ([Part(sequence, [engine.info.n_vocab])], OptionError),
-            ([Part(sequence, [-1])], OptionError),
-            ([Part(sequence, [1]), Part(sequence, [2])], OptionError),
+            ([SequenceBatch(sequence, tokens[20:40])], ContextError),
+            ([SequenceBatch(sequence, [engine.info.n_vocab])], OptionError),
+            ([SequenceBatch(sequence, [-1])], OptionError),
+            ([SequenceBatch(sequence, [1]), SequenceBatch(sequence, [2])], OptionError),
         ):
             with pytest.raises(error):
                 engine.step(bad)
@@ -220,7 +220,7 @@ def test_exact_rows_is_remembered_for_other_models_of_the_same_kinds(
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path))
     with opened(random_model("llama", type="Q8_0")) as engine:
         found = engine.exact_rows()
-    monkeypatch.setattr("edge_rt.core.graph.exactness._product", None)  # a second probe would fail
+    monkeypatch.setattr("edge_rt.core.autotune._product", None)  # a second probe would fail
     with opened(random_model("llama", type="Q8_0", seed=5)) as engine:
         assert engine.exact_rows() == found
     (tmp_path / "exact-columns.json").write_text('{"damaged": ')

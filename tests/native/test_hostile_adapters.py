@@ -37,8 +37,7 @@ def main(folder: Path) -> None:
 
     import edge_rt
     from edge_rt.errors import EdgeError
-    from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
-    from edge_rt.testing.random_models import write_random_model
+    from edge_rt.testing.random_models import LINEAR, write_random_adapter, write_random_model
 
     path = write_random_model(folder / "model.gguf", n_layer=1, n_embd=32, n_head=2, n_head_kv=1, n_ff=64, tied=False)
     for engine in ("ggml", "llama_cpp"):

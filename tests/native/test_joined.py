@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
 
@@ -47,9 +47,9 @@ def test_no_bit_depends_on_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with ModelFile.open(model) as file, closing(GgmlEngine(file, EngineOptions(threads=2, context=64))) as opened:
             sequence = opened.new_sequence()
             fed = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [12], [13, 14]]
-            return [np.array(opened.step([Part(sequence, tokens, "all")])[0]) for tokens in fed]
+            return [np.array(opened.step([SequenceBatch(sequence, tokens, "all")])[0]) for tokens in fed]
 
     together = run()
-    monkeypatch.setattr("edge_rt.core.load.weights.WeightStore.joined", lambda _self, _names: None)
+    monkeypatch.setattr("edge_rt.core.weights.store.WeightStore.joined", lambda _self, _names: None)
     for one, other in zip(together, run(), strict=True):
         np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))

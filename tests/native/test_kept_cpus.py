@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import Device, EngineOptions, Offer, hookimpl
 from edge_rt.native import ggml
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says where a thread may run")
 LAST = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -45,7 +45,7 @@ def logits(path: Path, **options: Any) -> np.ndarray[Any, Any]:
         sequence = engine.new_sequence()
         rows = []
         for tokens in (range(3, 20), [20], [21]):
-            (row,) = engine.step([Part(sequence, list(tokens))])
+            (row,) = engine.step([SequenceBatch(sequence, list(tokens))])
             assert row is not None
             rows.append(np.array(row))
         return np.concatenate(rows)
@@ -71,16 +71,16 @@ WORKERS = """
 import os
 import sys
 from pathlib import Path
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.hooks import EngineOptions
-from edge_rt.native import affinity
+from edge_rt.native import memory
 
-affinity.fitting = lambda cpus, threads: tuple(cpus)  # two threads on one CPU: OpenMP makes a team even here
+memory.fitting = lambda cpus, threads: tuple(cpus)  # two threads on one CPU: OpenMP makes a team even here
 engine = GgmlEngine(ModelFile.open(sys.argv[1]), EngineOptions(threads=2, context=256, cpus=(int(sys.argv[2]),)))
 before = {path.name for path in Path("/proc/self/task").iterdir()}
-engine.step([Part(engine.new_sequence(), list(range(3, 20)))])
+engine.step([SequenceBatch(engine.new_sequence(), list(range(3, 20)))])
 for task in Path("/proc/self/task").iterdir():
     allowed = next(line.split()[1] for line in (task / "status").read_text().splitlines() if line.startswith("Cpus_allowed_list"))
     print("new" if task.name not in before else "caller" if int(task.name) == os.getpid() else "other", allowed)

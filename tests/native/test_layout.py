@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.core.graph import layout
-from edge_rt.core.graph.hyper import Hyper, read_hyper
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core import autotune
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.graph.config import ModelConfig, read_config
 from edge_rt.native import ggml
 
 
 @pytest.fixture
-def hyper(random_model: Callable[..., Path]) -> Hyper:
+def hyper(random_model: Callable[..., Path]) -> ModelConfig:
     with ModelFile.open(random_model("llama")) as file:
-        return read_hyper(file.header)
+        return read_config(file.header)
 
 
 @pytest.fixture
@@ -40,38 +40,40 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Iterator[float]) -> list[bool]
 
         yield once
 
-    monkeypatch.setattr(layout, "_attention", attention)
+    monkeypatch.setattr(autotune, "_attention", attention)
     return asked
 
 
 @pytest.mark.parametrize(("time", "faster"), [(0.2, True), (0.5, False)])
 def test_the_layout_is_chosen_by_time_and_remembered(
-    hyper: Hyper, cache: Path, monkeypatch: pytest.MonkeyPatch, time: float, *, faster: bool
+    hyper: ModelConfig, cache: Path, monkeypatch: pytest.MonkeyPatch, time: float, *, faster: bool
 ) -> None:
     asked = timed(monkeypatch, itertools.repeat(time))
-    assert layout.transposed_decodes_faster(hyper, 1) is faster
+    assert autotune.autotune_v_layout(hyper, 1) is faster
     assert asked[:4] == [False, True, False, True], "they take turns"
     asked.clear()
-    assert layout.transposed_decodes_faster(hyper, 1) is faster
+    assert autotune.autotune_v_layout(hyper, 1) is faster
     assert asked == []
 
 
-def test_disturbed_rounds_do_not_count(hyper: Hyper, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disturbed_rounds_do_not_count(hyper: ModelConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, itertools.cycle([7.0, 0.9, 0.2]))
-    assert layout.transposed_decodes_faster(hyper, 1)
+    assert autotune.autotune_v_layout(hyper, 1)
     assert list(json.loads(cache.read_text())["values"].values()) == [0.2]
 
 
-def test_what_the_halves_do_not_agree_about_is_asked_again_by_the_next(hyper: Hyper, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = layout._ROUNDS
+def test_what_the_halves_do_not_agree_about_is_asked_again_by_the_next(
+    hyper: ModelConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = autotune._ROUNDS
     timed(monkeypatch, iter([0.2] * half + [0.9] * half + [0.2] * 2 * half))
-    assert not layout.transposed_decodes_faster(hyper, 1), "the layout of libllama"
+    assert not autotune.autotune_v_layout(hyper, 1), "the layout of libllama"
     assert not cache.exists()
-    assert layout.transposed_decodes_faster(hyper, 1)
+    assert autotune.autotune_v_layout(hyper, 1)
     assert cache.exists()
 
 
-def test_both_layouts_can_be_timed_here(hyper: Hyper) -> None:
+def test_both_layouts_can_be_timed_here(hyper: ModelConfig) -> None:
     for transposed in (False, True):
-        with ggml.cpu_backend(1) as backend, layout._attention(hyper._replace(n_layer=1), 1, backend, transposed=transposed) as once:
+        with ggml.cpu_backend(1) as backend, autotune._attention(hyper._replace(n_layer=1), 1, backend, transposed=transposed) as once:
             assert 0 < once() < 1

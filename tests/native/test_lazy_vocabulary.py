@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 import edge_rt
-from edge_rt.core.load import checked
+from edge_rt.core.gguf import model_file
 from edge_rt.errors import ModelFileError, NativeError, PluginError
 from edge_rt.native import libs, llama
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullPlugin
 
 
 def is_known(path: Path) -> bool:
     with path.open("rb") as file:
-        return checked.known(checked.mark(file.fileno()))
+        return model_file.is_verified(model_file.fingerprint(file.fileno()))
 
 
 def loading() -> bool:
@@ -111,7 +111,7 @@ def test_what_makes_a_file_unknown(sound: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(libs, "identity", lambda: "another libllama")
         assert not is_known(sound)
     with monkeypatch.context() as patch:
-        patch.setattr(checked, "__version__", "0.0.0")
+        patch.setattr(model_file, "__version__", "0.0.0")
         assert not is_known(sound)
     status = sound.stat()
     with sound.open("r+b") as file:

@@ -15,17 +15,9 @@ import numpy as np
 import pytest
 from reference import Reference
 
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.errors import (
-    ContextError,
-    ModelChanged,
-    NativeError,
-    OptionError,
-    OutOfMemory,
-    SessionFileError,
-    UnsupportedModel,
-)
-from edge_rt.hooks import EngineOptions, Part, Refusal
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.errors import ContextError, ModelChanged, NativeError, OptionError, OutOfMemory, SessionFileError, UnsupportedModel
+from edge_rt.hooks import EngineOptions, Refusal, SequenceBatch
 from edge_rt.native.llama import Vocab
 from edge_rt.plugins.llama_cpp import LlamaCpp
 from edge_rt.testing.conformance import EngineConformance
@@ -223,9 +215,9 @@ def test_without_llama_cpp_python_it_says_so(tiny: ModelFile, monkeypatch: pytes
 
     import llama_cpp
 
-    from edge_rt.plugins.llama_cpp import opening
+    from edge_rt.plugins.llama_cpp import engine
 
-    opening._library.cache_clear()
+    engine._library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     monkeypatch.delattr(llama_cpp, "llama_cpp")
     with pytest.raises(NativeError, match=r"llama-cpp-python cannot be loaded: .*; reinstall it"):
@@ -236,7 +228,7 @@ def test_packing_can_be_left_out(random_model: Callable[..., Path]) -> None:
     with ModelFile.open(random_model("llama", type="Q4_0", n_embd=128)) as model:
         for pack in (True, False):
             engine = LlamaCpp().open(model, EngineOptions(context=CONTEXT, threads=1, pack=pack))
-            (logits,) = engine.step([Part(engine.new_sequence(), tokens(8))])
+            (logits,) = engine.step([SequenceBatch(engine.new_sequence(), tokens(8))])
             assert logits is not None
             assert np.isfinite(logits).all()
             engine.close()
@@ -247,7 +239,7 @@ def test_packing_can_be_left_out(random_model: Callable[..., Path]) -> None:
 
 def test_logits_are_libllamas(tiny: ModelFile, engine: Any) -> None:
     text = tokens(40)
-    (logits,) = engine.step([Part(engine.new_sequence(), text, "all")])
+    (logits,) = engine.step([SequenceBatch(engine.new_sequence(), text, "all")])
     reference = Reference(tiny.path, flash=True, threads=1, context=CONTEXT)
     expected = reference.feed(text)
     reference.close()
@@ -267,10 +259,10 @@ def test_a_model_file_that_changes_is_noticed(tiny: ModelFile, tmp_path: Path) -
     with ModelFile.open(copy) as model:
         engine = LlamaCpp().open(model, EngineOptions(context=CONTEXT, threads=1))
         sequence = engine.new_sequence()
-        engine.step([Part(sequence, [1, 2])])
+        engine.step([SequenceBatch(sequence, [1, 2])])
         os.utime(copy, (1, 1))
         with pytest.raises(ModelChanged):
-            engine.step([Part(sequence, [3])])
+            engine.step([SequenceBatch(sequence, [3])])
         assert engine.length(sequence) == 2
         engine.close()
 
@@ -318,14 +310,14 @@ def test_sequences_that_together_outgrow_the_cache_change_nothing(tiny: ModelFil
     """libllama rounds 640 cells up to 768. The second part's first chunk of 512 fits beside 250 cells, its second does not."""
     engine = LlamaCpp().open(tiny, EngineOptions(context=640, threads=1))
     first, second, third = (engine.new_sequence() for _ in range(3))
-    engine.step([Part(first, tokens(250), "none"), Part(third, tokens(4), "none")])
+    engine.step([SequenceBatch(first, tokens(250), "none"), SequenceBatch(third, tokens(4), "none")])
     before = engine.export_sequence(first)
     with pytest.raises(OutOfMemory, match="fill the shared cache"):
-        engine.step([Part(second, tokens(560, 2)), Part(third, tokens(1))])
+        engine.step([SequenceBatch(second, tokens(560, 2)), SequenceBatch(third, tokens(1))])
     assert [engine.length(s) for s in (first, second, third)] == [250, 0, 4]
     assert engine.export_sequence(first) == before
     engine.free_sequence(first)
-    (after, _) = engine.step([Part(second, tokens(560, 2)), Part(third, tokens(1))])  # and now there is room
+    (after, _) = engine.step([SequenceBatch(second, tokens(560, 2)), SequenceBatch(third, tokens(1))])  # and now there is room
     assert after is not None
     engine.close()
 
@@ -333,9 +325,9 @@ def test_sequences_that_together_outgrow_the_cache_change_nothing(tiny: ModelFil
 def test_a_fork_costs_no_cells(engine: Any) -> None:
     """120 cells forked three times are 120 cells: with copies, 480 would not fit 256."""
     source = engine.new_sequence()
-    engine.step([Part(source, tokens(120), "none")])
+    engine.step([SequenceBatch(source, tokens(120), "none")])
     forks = [engine.fork_sequence(source, 120) for _ in range(3)]
-    results = engine.step([Part(s, [7]) for s in (source, *forks)])
+    results = engine.step([SequenceBatch(s, [7]) for s in (source, *forks)])
     for result in results[1:]:
         assert np.allclose(result, results[0], atol=1e-3)
 
@@ -357,11 +349,11 @@ class _Failing:
 def test_a_step_that_fails_half_way_is_undone(tiny: ModelFile) -> None:
     engine: Any = LlamaCpp().open(tiny, EngineOptions(context=640, threads=1))
     sequence, lib = engine.new_sequence(), engine._lib
-    engine.step([Part(sequence, tokens(10), "none")])
+    engine.step([SequenceBatch(sequence, tokens(10), "none")])
     before = engine.export_sequence(sequence)
     engine._call._lib = _Failing(lib, 2, -3)
     with pytest.raises(NativeError, match="failed with code -3"):
-        engine.step([Part(sequence, tokens(600, 2))])
+        engine.step([SequenceBatch(sequence, tokens(600, 2))])
     engine._call._lib = lib
     assert engine.length(sequence) == 10
     assert engine.export_sequence(sequence) == before
@@ -372,13 +364,13 @@ def test_a_state_that_cannot_be_undone_is_dropped(tmp_path: Path) -> None:
     with ModelFile.open(write_mamba(tmp_path / "mamba.gguf")) as model:
         engine: Any = LlamaCpp().open(model, EngineOptions(context=640, threads=1))
         sequence, lib = engine.new_sequence(), engine._lib
-        engine.step([Part(sequence, tokens(10), "none")])
+        engine.step([SequenceBatch(sequence, tokens(10), "none")])
         engine._call._lib = _Failing(lib, 2, -3)
         with pytest.raises(NativeError, match="lost"):
-            engine.step([Part(sequence, tokens(600, 2))])
+            engine.step([SequenceBatch(sequence, tokens(600, 2))])
         engine._call._lib = lib
         assert engine.length(sequence) == 0
-        engine.step([Part(sequence, tokens(10), "none")])
+        engine.step([SequenceBatch(sequence, tokens(10), "none")])
         engine.close()
 
 
@@ -386,7 +378,7 @@ def test_models_that_cannot_go_back_say_so(tmp_path: Path) -> None:
     with ModelFile.open(write_mamba(tmp_path / "mamba.gguf")) as model:
         engine = LlamaCpp().open(model, EngineOptions(context=CONTEXT, threads=1))
         sequence = engine.new_sequence()
-        engine.step([Part(sequence, tokens(10), "none")])
+        engine.step([SequenceBatch(sequence, tokens(10), "none")])
         for cut in (engine.truncate, engine.fork_sequence):
             with pytest.raises(ContextError, match="mamba models cannot go back to token 4 of 10; start the session anew"):
                 cut(sequence, 4)
@@ -397,7 +389,7 @@ def test_models_that_cannot_go_back_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [-1, 11])
 def test_cutting_beyond_what_is_there_is_a_mistake(engine: Any, length: int) -> None:
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, tokens(10), "none")])
+    engine.step([SequenceBatch(sequence, tokens(10), "none")])
     for cut in (engine.truncate, engine.fork_sequence):
         with pytest.raises(ValueError, match="has 10 cells"):
             cut(sequence, length)
@@ -406,8 +398,8 @@ def test_cutting_beyond_what_is_there_is_a_mistake(engine: Any, length: int) -> 
 def test_a_sequence_occurs_once_in_a_step(engine: Any) -> None:
     sequence = engine.new_sequence()
     with pytest.raises(OptionError, match="same sequence twice"):
-        engine.step([Part(sequence, [1]), Part(sequence, [2])])
-    assert engine.step([Part(sequence, [])]) == [None]
+        engine.step([SequenceBatch(sequence, [1]), SequenceBatch(sequence, [2])])
+    assert engine.step([SequenceBatch(sequence, [])]) == [None]
     assert engine.length(sequence) == 0
 
 
@@ -417,7 +409,7 @@ def test_a_sequence_occurs_once_in_a_step(engine: Any) -> None:
 @pytest.fixture
 def saved(engine: Any) -> bytes:
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, tokens(20), "none")])
+    engine.step([SequenceBatch(sequence, tokens(20), "none")])
     data: bytes = engine.export_sequence(sequence)
     engine.free_sequence(sequence)
     return data
@@ -440,7 +432,7 @@ def test_a_saved_sequence_belongs_to_its_model_and_key_type(random_model: Callab
 
     (one_file, one), (same_file, same), (other_file, other), (keys_file, keys) = opened(), opened(), opened(seed=5), opened("q8_0")
     sequence = one.new_sequence()
-    one.step([Part(sequence, tokens(8), "none")])
+    one.step([SequenceBatch(sequence, tokens(8), "none")])
     data = one.export_sequence(sequence)
     assert same.length(same.import_sequence(data)) == 8
     for stranger in (other, keys):
@@ -452,7 +444,7 @@ def test_a_saved_sequence_belongs_to_its_model_and_key_type(random_model: Callab
 
 def test_a_saved_sequence_must_fit(tiny: ModelFile, engine: Any) -> None:
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, tokens(100), "none")])
+    engine.step([SequenceBatch(sequence, tokens(100), "none")])
     data = engine.export_sequence(sequence)
     small = LlamaCpp().open(tiny, EngineOptions(context=64, threads=1))
     with pytest.raises(SessionFileError, match="has 100 tokens, more than the context of 64; raise --ctx"):
@@ -484,8 +476,8 @@ def test_libllamas_log_goes_to_logging(tiny: ModelFile, caplog: pytest.LogCaptur
 
 def test_a_step_with_several_adapters_is_as_many_calls(random_model: Callable[..., Path], tmp_path: Path) -> None:
     """Beyond 512 tokens too; afterwards the context is as if there had never been one."""
-    from edge_rt.core.load.adapter import open_lora
-    from edge_rt.testing.random_adapters import write_random_adapter
+    from edge_rt.core.gguf.lora import open_lora
+    from edge_rt.testing.random_models import write_random_adapter
 
     with ModelFile.open(random_model("gemma", context=2048)) as model:
         loras = [open_lora(write_random_adapter(tmp_path / f"{seed}.gguf", model.header, seed=seed), model.header) for seed in (1, 2)]
@@ -500,11 +492,11 @@ def test_a_step_with_several_adapters_is_as_many_calls(random_model: Callable[..
                 opened.adapt(sequence, *binding)
             return found
 
-        alone = [np.array(opened.step([Part(s, text, "last")])[0]) for s, text in zip(bound(), texts, strict=True)]
-        together = opened.step([Part(s, text, "last") for s, text in zip(bound(), texts, strict=True)])
+        alone = [np.array(opened.step([SequenceBatch(s, text, "last")])[0]) for s, text in zip(bound(), texts, strict=True)]
+        together = opened.step([SequenceBatch(s, text, "last") for s, text in zip(bound(), texts, strict=True)])
         for one, other in zip(alone, together, strict=True):
             assert np.abs(np.asarray(other) - one).mean() / np.abs(one).mean() < 2e-2
-        plain = np.array(opened.step([Part(opened.new_sequence(), texts[0], "last")])[0])
+        plain = np.array(opened.step([SequenceBatch(opened.new_sequence(), texts[0], "last")])[0])
         assert np.abs(plain - alone[0]).mean() > 0.1
         opened.close()
         for lora in loras:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from bits import feed, random_tokens, same_bits
 
-from edge_rt.core.context.pruning import WATCHED
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph import attention
-from edge_rt.core.graph.attention import Traits
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.offload import Accelerator
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.graph import builder
+from edge_rt.core.graph.builder import AttentionSupport
+from edge_rt.core.kv.pruning import WATCHED
+from edge_rt.core.weights.gpu_offload import Accelerator
 from edge_rt.errors import Cancelled, NativeError, OptionError, OutOfMemory, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import devices
@@ -104,7 +104,10 @@ def test_several_sequences_in_one_step(llama: Path, blocks: int) -> None:
         opened = [[one.new_sequence() for _ in texts] for one in engines]
         for start, end in ((0, -4), (-4, -3), (-3, -2), (-2, -1)):
             expected, got = (
-                [np.array(rows) for rows in one.step([Part(s, text[start:end], "last") for s, text in zip(sequences, texts, strict=True)])]
+                [
+                    np.array(rows)
+                    for rows in one.step([SequenceBatch(s, text[start:end], "last") for s, text in zip(sequences, texts, strict=True)])
+                ]
                 for one, sequences in zip(engines, opened, strict=True)
             )
             for mine, theirs in zip(got, expected, strict=True):
@@ -117,8 +120,8 @@ def test_a_long_prompt_among_others_and_steps_without_logits(llama: Path) -> Non
         found = []
         for one in (cpu, engine):
             a, b = one.new_sequence(), one.new_sequence()
-            assert one.step([Part(a, long, "none"), Part(b, short[:-1], "none")]) == [None, None]
-            found.append([np.array(rows) for rows in one.step([Part(a, [1], "last"), Part(b, short[-1:], "all")])])
+            assert one.step([SequenceBatch(a, long, "none"), SequenceBatch(b, short[:-1], "none")]) == [None, None]
+            found.append([np.array(rows) for rows in one.step([SequenceBatch(a, [1], "last"), SequenceBatch(b, short[-1:], "all")])])
         for expected, got in zip(*found, strict=True):
             same_bits(got, expected)
 
@@ -127,7 +130,7 @@ def test_a_long_prompt_among_others_and_steps_without_logits(llama: Path) -> Non
 def test_hidden_states(llama: Path, blocks: int) -> None:
     with both(llama, blocks) as (cpu, engine):
         tokens = random_tokens(cpu, 40)
-        expected, got = (one.hidden([Part(one.new_sequence(), tokens, "all")])[0] for one in (cpu, engine))
+        expected, got = (one.hidden([SequenceBatch(one.new_sequence(), tokens, "all")])[0] for one in (cpu, engine))
         same_bits(got, expected)
 
 
@@ -137,7 +140,7 @@ def test_head_alone_and_no_logits_at_all(llama: Path) -> None:
         tokens = random_tokens(cpu, 20)
         a, b = cpu.new_sequence(), engine.new_sequence()
         for one, sequence in ((cpu, a), (engine, b)):
-            one.step([Part(sequence, tokens, "none")])
+            one.step([SequenceBatch(sequence, tokens, "none")])
         same_bits(feed(engine, b, [3]), feed(cpu, a, [3]))
 
 
@@ -302,7 +305,7 @@ def test_reports_say_what_lies_there_and_closing_gives_it_back(llama: Path) -> N
         before = engine.memory()
         assert 0 < before.device == held_by_the_device(engine) <= engine._offloaded.memory  # type: ignore[union-attr]
         sequences = [engine.new_sequence() for _ in range(2)]
-        engine.step([Part(one, random_tokens(engine, 40), "last") for one in sequences])
+        engine.step([SequenceBatch(one, random_tokens(engine, 40), "last") for one in sequences])
         engine.watch(sequences[0], 8)
         after = engine.memory()
         assert before.device < after.device == held_by_the_device(engine)
@@ -357,7 +360,7 @@ def test_no_more_is_held_than_was_predicted(llama: Path, blocks: int, transposed
             engine.watch(sequence, WATCHED)
         most = engine.compute_bytes(900, 2, 16)
         for start in range(0, 900, 150):
-            engine.step([Part(s, tokens[start : start + 150], "last") for i, s in enumerate(said) if start < (900, 300)[i]])
+            engine.step([SequenceBatch(s, tokens[start : start + 150], "last") for i, s in enumerate(said) if start < (900, 300)[i]])
             for sequence, bytes_ in said.items():
                 assert engine.sequence_bytes(sequence) <= bytes_
             caches, compute = engine.held_bytes()
@@ -385,7 +388,7 @@ def test_the_device_runs_short_in_the_middle_and_recovers(llama: Path, monkeypat
         same_bits(feed(engine, b, tokens[:5]), feed(cpu, a, tokens[:5]))
         monkeypatch.setenv("SIM_MEMORY", str(held_by_the_device(engine) + 1000))
         with pytest.raises(OutOfMemory):
-            engine.step([Part(b, tokens[5:], "last")])
+            engine.step([SequenceBatch(b, tokens[5:], "last")])
         assert engine.length(b) == 5
         monkeypatch.delenv("SIM_MEMORY")
         same_bits(feed(engine, b, tokens[5:30]), feed(cpu, a, tokens[5:30]))
@@ -453,12 +456,12 @@ def test_without_flash_attention_values_are_transposed(llama: Path, monkeypatch:
     monkeypatch.setenv("SIM_WITHOUT", "FLASH_ATTN_EXT")
     with opened(llama, **layout(True)) as cpu, opened(llama, accelerator_for(llama, 2, extra={}), extra={}) as engine:
         assert engine.transposed_values
-        assert engine._traits == Traits(False, False)
+        assert engine._traits == AttentionSupport(False, False)
         tokens = random_tokens(cpu, 130)
         a, b = cpu.new_sequence(), engine.new_sequence()
         for part in (tokens[:40], tokens[40:]):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attention, "TILES_FROM", 1000)  # 90 tokens would go through flash attention on the CPU
+                patch.setattr(builder, "TILES_FROM", 1000)  # 90 tokens would go through flash attention on the CPU
                 expected = feed(cpu, a, part)
             same_bits(feed(engine, b, part), expected)
 
@@ -467,7 +470,7 @@ def test_without_masks_for_each_head_tokens_go_together(llama: Path, monkeypatch
     """As CUDA's flash attention has it."""
     monkeypatch.setenv("SIM_WITHOUT", "FLASH_ATTN_EXT:each")
     with opened(llama) as cpu, opened(llama, accelerator_for(llama, 2)) as engine:
-        assert engine._traits == Traits(True, False)
+        assert engine._traits == AttentionSupport(True, False)
         tokens = random_tokens(cpu, 60)
         a, b = cpu.new_sequence(), engine.new_sequence()
         for part in (tokens[:50], tokens[50:55], tokens[55:56], tokens[56:]):

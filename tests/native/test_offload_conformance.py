@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.offload import Accelerator
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.gpu_offload import Accelerator
 from edge_rt.hooks import Engine, EngineOptions, open_ggml_engine
 from edge_rt.testing.conformance import EngineConformance
 

@@ -12,10 +12,10 @@ from edge_rt_cuda.engine import RESERVED, CudaFactory
 from edge_rt_cuda.nvml import Card
 
 import edge_rt
-from edge_rt.core import ggml_sequences
+from edge_rt.core import sequences
 from edge_rt.hooks import Offer, hookimpl
 from edge_rt.native import devices
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.types import Delta
 
 MEMORY = 1 << 28
@@ -68,7 +68,7 @@ def cuda(_built_simulator: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def test_the_best_device_is_found_and_answers_as_the_cpu_does(
     registry: Registry, cuda: None, random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggml_sequences, "transposed_decodes_faster", lambda *_: False)  # else by time, and with other bits
+    monkeypatch.setattr(sequences, "autotune_v_layout", lambda *_: False)  # else by time, and with other bits
     path, answers = random_model("llama", n_layer=4), []
     assert isinstance(registry.probe("cuda:0"), Offer)
     for device, engine in (("cpu", "ggml"), (None, "ggml_cuda")):

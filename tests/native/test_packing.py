@@ -17,17 +17,17 @@ import pytest
 from reference import Reference
 
 from edge_rt import config
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load import pack_cache, packing
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.packing import PackDamaged, PackedFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights import repack
+from edge_rt.core.weights.repack import PackDamaged, PackedFile
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
 
 LAYOUTS = [
-    pytest.param(name, marks=pytest.mark.skipif(name not in packing.layouts(), reason="this CPU has no such layout"))
-    for name in packing.LAYOUTS
+    pytest.param(name, marks=pytest.mark.skipif(name not in repack.layouts(), reason="this CPU has no such layout"))
+    for name in repack.LAYOUTS
 ]
 
 
@@ -51,7 +51,7 @@ def packs() -> list[Path]:
 def run(model: Path, progress: Any = None) -> tuple[Any, list[str]]:
     """Open, feed five tokens; logits and notices."""
     with ModelFile.open(model) as file, closing(GgmlEngine(file, EngineOptions(threads=1, context=64, progress=progress))) as engine:
-        (logits,) = engine.step([Part(engine.new_sequence(), [1, 2, 3, 4, 5], "all")])
+        (logits,) = engine.step([SequenceBatch(engine.new_sequence(), [1, 2, 3, 4, 5], "all")])
         return np.array(logits), engine.notices
 
 
@@ -98,7 +98,7 @@ def test_a_flipped_header_byte_makes_it_again(model: Path) -> None:
 def test_verify_finds_a_flipped_data_byte(model: Path) -> None:
     run(model)
     (pack,) = packs()
-    with ModelFile.open(model) as file, closing(PackedFile(pack, pack_cache.cache_key(file))) as sound:
+    with ModelFile.open(model) as file, closing(PackedFile(pack, repack.cache_key(file))) as sound:
         sound.verify()
         entry = sound.entries[len(sound.entries) // 2]
         position = sound.data_offset + entry.offset + entry.nbytes // 2
@@ -106,7 +106,7 @@ def test_verify_finds_a_flipped_data_byte(model: Path) -> None:
     data[position] ^= 1
     pack.write_bytes(bytes(data))
     with ModelFile.open(model) as file:
-        damaged = PackedFile(pack, pack_cache.cache_key(file))
+        damaged = PackedFile(pack, repack.cache_key(file))
     with closing(damaged), pytest.raises(PackDamaged, match=entry.name):
         damaged.verify()
 
@@ -123,7 +123,7 @@ def test_a_changed_model_is_packed_anew_and_the_old_pack_goes(model: Path, rando
 
 def test_a_pack_of_an_older_format_goes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "FORMAT", packing.FORMAT - 1)
+        patch.setattr(repack, "FORMAT", repack.FORMAT - 1)
         run(model)
     (old,) = packs()
     run(model)
@@ -135,7 +135,7 @@ def test_a_full_disk_runs_unpacked_and_says_so(model: Path, monkeypatch: pytest.
     def full(*_: object) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(packing, "write_header", full)
+    monkeypatch.setattr(repack, "write_header", full)
     logits, notices = run(model)
     assert np.isfinite(logits).all()
     assert "No space left" in notices[0]
@@ -166,13 +166,13 @@ def test_a_read_only_cache_runs_unpacked_and_says_so(model: Path) -> None:
 
 
 def test_a_killed_packing_leaves_nothing_that_is_believed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = packing.pack_tensors
+    original = repack.pack_tensors
 
     def killed(*arguments: Any) -> Any:
         yield next(iter(original(*arguments)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "pack_tensors", killed)
+    monkeypatch.setattr(repack, "pack_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         run(model)
     assert packs() == []
@@ -181,7 +181,7 @@ def test_a_killed_packing_leaves_nothing_that_is_believed(model: Path, monkeypat
 
 def test_two_processes_at_once_make_one_pack(model: Path) -> None:
     program = (
-        "import sys; from edge_rt.core.load.model_file import ModelFile; from edge_rt.core.load.pack_cache import open_packed\n"
+        "import sys; from edge_rt.core.gguf.model_file import ModelFile; from edge_rt.core.weights.repack import open_packed\n"
         "steps = []\n"
         "file = ModelFile.open(sys.argv[1]); packed, notice = open_packed(file, lambda *s: steps.append(s))\n"
         "packed.verify(); print(len(steps), notice)"
@@ -195,7 +195,7 @@ def test_two_processes_at_once_make_one_pack(model: Path) -> None:
 
 def test_units_lie_on_page_borders_in_forward_order(model: Path) -> None:
     run(model)
-    with ModelFile.open(model) as file, closing(PackedFile(packs()[0], pack_cache.cache_key(file))) as pack:
+    with ModelFile.open(model) as file, closing(PackedFile(packs()[0], repack.cache_key(file))) as pack:
         assert pack.data_offset % 4096 == 0
         first_of = {}
         for entry in pack.entries:
@@ -217,12 +217,12 @@ def test_a_model_with_nothing_to_pack_makes_no_file(random_model: Callable[..., 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """A CPU with these layouts."""
     available = ggml.extra_buffer_types()
-    monkeypatch.setattr(packing, "layouts", lambda: {name: available[name] for name in names})
+    monkeypatch.setattr(repack, "layouts", lambda: {name: available[name] for name in names})
 
 
 def layouts_in(pack: Path) -> dict[str, str]:
     with pack.open("rb") as file:
-        return {entry[0]: entry[5] for entry in packing._read_body(file.fileno())["entries"]}
+        return {entry[0]: entry[5] for entry in repack._read_body(file.fileno())["entries"]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -241,13 +241,13 @@ def test_each_layout_gives_the_bits_it_gives_in_libllama(
     ):
         sequence, tokens = engine.new_sequence(), [int(t) for t in np.random.default_rng(0).integers(0, engine.info.n_vocab, 60)]
         for part in (tokens[:50], *([t] for t in tokens[50:55]), tokens[55:]):
-            (ours,), theirs = engine.step([Part(sequence, part, "all")]), libllama.feed(part)
+            (ours,), theirs = engine.step([SequenceBatch(sequence, part, "all")]), libllama.feed(part)
             assert np.isfinite(theirs).all()
             np.testing.assert_array_equal(np.array(ours).view(np.uint32), theirs.view(np.uint32))
     assert {used for pack in packs() for used in layouts_in(pack).values()} <= {layout, ""}
 
 
-@pytest.mark.skipif(set(packing.layouts()) != set(packing.LAYOUTS), reason="this CPU has one layout")
+@pytest.mark.skipif(set(repack.layouts()) != set(repack.LAYOUTS), reason="this CPU has one layout")
 def test_experts_have_another_layout_than_what_all_tokens_use(random_model: Callable[..., Path]) -> None:
     run(random_model("qwen3moe", type="Q4_0", n_embd=128, n_ff_exp=64))
     found = layouts_in(packs()[0])
@@ -267,6 +267,6 @@ def test_weights_of_another_cpu_are_packed_anew(model: Path, monkeypatch: pytest
     only(monkeypatch)
     logits, notices = run(model)
     with ModelFile.open(model) as file, closing(GgmlEngine(file, EngineOptions(threads=1, context=64, pack=False))) as plain:
-        (expected,) = plain.step([Part(plain.new_sequence(), [1, 2, 3, 4, 5], "all")])
+        (expected,) = plain.step([SequenceBatch(plain.new_sequence(), [1, 2, 3, 4, 5], "all")])
         np.testing.assert_array_equal(logits, np.array(expected))
     assert notices == []

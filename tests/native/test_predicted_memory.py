@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_host import Host
 
-from edge_rt.core import ggml_sequences
-from edge_rt.core.context import kv
-from edge_rt.core.engine import Part, PredictsMemory
+from edge_rt.core import sequences
+from edge_rt.core.engine import PredictsMemory, SequenceBatch
 from edge_rt.core.ggml_engine import CHUNK, GgmlEngine
+from edge_rt.core.gguf.lora import open_lora
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.core.graph import step
-from edge_rt.core.load.adapter import open_lora
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.kv import cache
 from edge_rt.hooks import EngineOptions
-from edge_rt.native import memory, places
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
+from edge_rt.native import memory
+from edge_rt.testing.random_models import LINEAR, write_random_adapter
 
 CONTEXT = 1500
 PARTS = 6
@@ -32,7 +32,7 @@ PARTS = 6
 def engine(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> Iterator[GgmlEngine]:
     options = EngineOptions(threads=1, context=CONTEXT, extra={"ggml.transposed_values": request.param})
     with pytest.MonkeyPatch.context() as patch:
-        for module in (step, ggml_sequences):
+        for module in (step, sequences):
             patch.setattr(module, "GRAPH_BYTES", 1 << 20)  # so that graphs leave
         with ModelFile.open(random_model("llama")) as file, closing(GgmlEngine(file, options)) as opened:
             yield opened
@@ -83,7 +83,7 @@ def hold_no_more(engine: GgmlEngine, data: st.DataObject, adapters: Sequence[int
                     n = data.draw(st.sampled_from([1, 2, 9, 100, most]).filter(lambda n: n <= most))  # noqa: B023
                     wanted = "all" if n <= left and n < 9 else "last" if left else "none"
                     left -= min(left, n if wanted == "all" else 1)
-                    parts.append(Part(sequence, [1] * n, wanted))  # type: ignore[arg-type]
+                    parts.append(SequenceBatch(sequence, [1] * n, wanted))  # type: ignore[arg-type]
                     room -= n
             if parts:
                 engine.step(parts)
@@ -104,40 +104,38 @@ def test_on_the_way_there_too(engine: GgmlEngine, monkeypatch: pytest.MonkeyPatc
     def look() -> None:
         peaks.append(sum(memory.resident_bytes(base, size) or 0 for base, size in held.items()))
 
-    class WatchedPlaces:
+    class Watched:
+        PAGE, inner_page_span = memory.PAGE, staticmethod(memory.inner_page_span)
+
         @staticmethod
         def take(size: int) -> int:
-            base = places.take(size)
+            base = memory.take(size)
             held[base] = size
             return base
 
         @staticmethod
         def give(base: int, size: int) -> None:
             del held[base]
-            places.give(base, size)
-
-    class Watched:
-        PAGE, inner_page_span = memory.PAGE, staticmethod(memory.inner_page_span)
+            memory.give(base, size)
 
         @staticmethod
         def advise(*given: Any) -> bool:
             look()
             return memory.advise(*given)
 
-    monkeypatch.setattr(kv, "places", WatchedPlaces)
-    monkeypatch.setattr(kv, "memory", Watched)
+    monkeypatch.setattr(cache, "memory", Watched)
     sequence = engine.new_sequence()
     try:
         said = engine.needed_bytes(sequence, CONTEXT)
         for n in sizes:
-            engine.step([Part(sequence, [1] * n, "none")])
+            engine.step([SequenceBatch(sequence, [1] * n, "none")])
         look()
         assert len(peaks) > 2 or sizes == [CONTEXT]  # which has room from the start
         assert max(peaks) <= said
         engine.truncate(sequence, CONTEXT - 20)
         said = engine.needed_bytes(sequence, CONTEXT, pruned=True)
         engine.watch(sequence, 64)
-        engine.step([Part(sequence, [1] * 20, "none")])
+        engine.step([SequenceBatch(sequence, [1] * 20, "none")])
         peaks.clear()
         engine.prune(sequence, 200, first=4, last=8)
         look()
@@ -149,7 +147,7 @@ def test_on_the_way_there_too(engine: GgmlEngine, monkeypatch: pytest.MonkeyPatc
 
 def test_a_request_without_room_to_grow_needs_what_is_there(engine: GgmlEngine) -> None:
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, [1] * 600, "none")])
+    engine.step([SequenceBatch(sequence, [1] * 600, "none")])
     assert engine.needed_bytes(sequence, 100) == engine.needed_bytes(sequence, 700) == engine.sequence_bytes(sequence)
     assert engine.needed_bytes(sequence, 769) > engine.sequence_bytes(sequence)
     assert engine.needed_bytes(None, 10**9) == engine.needed_bytes(None, CONTEXT)
@@ -208,7 +206,7 @@ def test_a_prompt_in_pieces_moves_once_and_no_further_than_said(engine: GgmlEngi
     sequence, tokens = engine.new_sequence(), 900
     said, caches = engine.needed_bytes(None, tokens), set()
     for fed in range(0, tokens, 30):
-        engine.step([Part(sequence, [1] * 30, "none", tokens - fed - 30)])
+        engine.step([SequenceBatch(sequence, [1] * 30, "none", tokens - fed - 30)])
         caches.add(id(engine._sequences[sequence]))
         assert engine.sequence_bytes(sequence) <= said
     assert len(caches) == 2, "the first one, and one for all"

@@ -13,11 +13,11 @@ from bits import random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.context.pruning import METHODS
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph.scores import ENOUGH, cached_layers
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.kv.ops import ENOUGH, cached_layers
+from edge_rt.core.kv.pruning import METHODS
 from edge_rt.errors import ContextError, SessionFileError
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml, memory
@@ -39,7 +39,9 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
 def feed(engine: GgmlEngine, sequence: int, tokens: list[int], size: int | None = None) -> Any:
     """Logits of every token, as a copy."""
     size = size or len(tokens)
-    return np.concatenate([np.array(engine.step([Part(sequence, tokens[i : i + size], "all")])[0]) for i in range(0, len(tokens), size)])
+    return np.concatenate(
+        [np.array(engine.step([SequenceBatch(sequence, tokens[i : i + size], "all")])[0]) for i in range(0, len(tokens), size)]
+    )
 
 
 def watched(engine: GgmlEngine, tokens: list[int], window: int = 8) -> int:

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.heat import Heat
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.prefetch import Prefetcher
-from edge_rt.core.load.residency import divide
-from edge_rt.core.load.units import Span, Unit
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.streaming import divide
+from edge_rt.core.weights.units import DecayingCounter, Prefetcher, Span, Unit
 from edge_rt.errors import OptionError
 from edge_rt.hooks import EngineOptions
 
@@ -63,7 +61,7 @@ def opened(path: Path, **options: Any) -> Iterator[GgmlEngine]:
 
 
 def logits(engine: GgmlEngine, tokens: list[int]) -> Any:
-    (found,) = engine.step([Part(engine.new_sequence(), tokens, "all")])
+    (found,) = engine.step([SequenceBatch(engine.new_sequence(), tokens, "all")])
     return np.array(found)
 
 
@@ -149,12 +147,12 @@ def test_a_budget_gives_the_same_bits_and_is_kept(model: Path, fraction: float) 
 def test_decoding_under_a_budget_streams_what_is_not_kept(model: Path) -> None:
     with opened(model, memory=6 * MB) as engine:
         sequence = engine.new_sequence()
-        engine.step([Part(sequence, [1, 2, 3])])
+        engine.step([SequenceBatch(sequence, [1, 2, 3])])
         pager = engine.pager
         assert pager is not None
         before = pager.read
         for token in range(10):
-            engine.step([Part(sequence, [token])])
+            engine.step([SequenceBatch(sequence, [token])])
         assert pager.read - before >= 8 * pager.streamed_bytes
 
 
@@ -162,7 +160,7 @@ def test_a_step_that_streams_says_that_it_goes_on_unit_by_unit(model: Path) -> N
     with opened(model, memory=6 * MB) as engine:
         moved: list[int] = []
         engine.tell(lambda: moved.append(1))
-        engine.step([Part(engine.new_sequence(), [1])])
+        engine.step([SequenceBatch(engine.new_sequence(), [1])])
         assert len(moved) >= 8  # blocks
 
 
@@ -170,7 +168,7 @@ def test_a_prompt_without_logits_then_another_step(model: Path) -> None:
     """The head is not used by every step: skipped units must not stop the pager."""
     with opened(model, memory=6 * MB) as engine, opened(model) as free:
         for e in (engine, free):
-            e.step([Part(e.new_sequence(), list(range(40)), "none")])
+            e.step([SequenceBatch(e.new_sequence(), list(range(40)), "none")])
         np.testing.assert_array_equal(logits(engine, [5, 6]), logits(free, [5, 6]))
 
 
@@ -210,7 +208,7 @@ def test_experts_stay_within_their_budget(tmp_path: Path) -> None:
         np.testing.assert_array_equal(expected, logits(engine, list(range(20))))
         sequence = engine.new_sequence()
         for token in range(30):
-            engine.step([Part(sequence, [token * 7 % 200])])
+            engine.step([SequenceBatch(sequence, [token * 7 % 200])])
         experts = sum((u.resident() or 0) for u in engine.units() if u.name.endswith(".experts"))
         assert experts <= 8 * MB + 2 * 4 * 3 * 256 * 256 * 2
 
@@ -234,7 +232,7 @@ def test_shares_fit_the_budget_for_any_budget() -> None:
 
 
 def test_heat_halves_with_every_half_life() -> None:
-    heat = Heat(half_life=4)
+    heat = DecayingCounter(half_life=4)
     heat.touch("a", 8.0)
     for _ in range(4):
         heat.tick()
@@ -247,7 +245,7 @@ def test_prefetch_stops_when_memory_is_short(model: Path, monkeypatch: pytest.Mo
     with opened(model) as engine:
         engine.cool()
         evict(model)
-        monkeypatch.setattr("edge_rt.core.load.prefetch.available_memory", lambda: 10 * MB)
+        monkeypatch.setattr("edge_rt.core.weights.units.available_memory", lambda: 10 * MB)
         prefetcher = Prefetcher(engine.units())
         prefetcher.start()
         assert prefetcher.wait(5)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core import ggml_sequences
-from edge_rt.core.graph import attention
+from edge_rt.core import sequences
+from edge_rt.core.graph import builder
 from edge_rt.errors import AbiMismatch, ConstraintError, EdgeError, ModelChanged, ModelFileError, OptionError, PluginError
 from edge_rt.native import abi
 from edge_rt.types import Delta, Notice
@@ -188,8 +188,8 @@ def test_200_greedy_tokens_are_libllamas(random_model: Callable[..., Path], monk
     """With one kind of attention throughout, as libllama has it, every token is the same, prompt and answer."""
     from reference import Reference
 
-    monkeypatch.setattr(ggml_sequences, "transposed_decodes_faster", lambda *_: not flash)
-    monkeypatch.setattr(attention, "FLASH_FROM", 9 if flash else 10**9)
+    monkeypatch.setattr(sequences, "autotune_v_layout", lambda *_: not flash)
+    monkeypatch.setattr(builder, "FLASH_FROM", 9 if flash else 10**9)
     path = random_model("llama", type="Q4_0", n_embd=128, n_layer=4)
     with edge_rt.open(path, threads=1) as model, model.session() as session:
         prompt = model.tokenize("It was a bright cold day in April, and the clocks were striking thirteen.")

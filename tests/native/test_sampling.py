@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from edge_rt.core.decode.constraints import compile_constraint
-from edge_rt.core.decode.logprobs import token_logprobs
-from edge_rt.core.decode.sampling import Sampler, check_params
+from edge_rt.core.generate.sampler import Sampler, check_params
+from edge_rt.core.generate.scoring import token_logprobs
 from edge_rt.errors import ConstraintError, NativeError, OptionError
-from edge_rt.native import logs
+from edge_rt.native import libs
 from edge_rt.native.llama import Vocab
+from edge_rt.structured.grammar import compile_constraint
 from edge_rt.types import SamplingParams
 
 OFF = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
@@ -62,7 +62,7 @@ def llama_cpp_tokens(vocab, params, rows):
     """What llama.cpp's common_sampler would choose, with llama-cpp-python's bindings."""
     import llama_cpp as lc
 
-    logs.install()
+    libs.install()
     n, p = vocab.n_tokens, params
     chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
     biases = (lc.llama_logit_bias * len(p.logit_bias))(*(lc.llama_logit_bias(t, b) for t, b in p.logit_bias.items()))

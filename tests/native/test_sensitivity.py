@@ -15,8 +15,8 @@ from edge_rt.compiler import sensitivity
 from edge_rt.compiler import target as targets
 from edge_rt.compiler.passes import precision
 from edge_rt.compiler.plan import Goals, Situation
-from edge_rt.core.engine import Part
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.deployment import Plan
 from edge_rt.errors import OptionError
 from edge_rt.testing.random_models import write_random_model
@@ -35,7 +35,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_model_as_floats_is_the_model(model: Path) -> None:
     with edge_rt.open(model, threads=1, context=256) as opened:
-        (rows,) = opened.engine.step([Part(opened.engine.new_sequence(), TOKENS[: sensitivity.PIECE], "all")])
+        (rows,) = opened.engine.step([SequenceBatch(opened.engine.new_sequence(), TOKENS[: sensitivity.PIECE], "all")])
         expected = np.array(rows)
     with ModelFile.open(model) as source, contextlib.closing(sensitivity.FloatModel(source, 1)) as floats:
         found = floats.distributions(TOKENS)[0]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import edge_rt
-from edge_rt.core.context.pruning import WATCHED
 from edge_rt.core.engine import PrunesCells
+from edge_rt.core.kv.pruning import WATCHED
 from edge_rt.errors import OptionError
-from edge_rt.runtime import Model
+from edge_rt.model import Model
 from edge_rt.types import Delta, Done, Event, Notice, PromptProgress, Pruning
 
 GREEDY = {"temperature": 0.0}

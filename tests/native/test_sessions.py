@@ -13,7 +13,7 @@ import pytest
 
 import edge_rt
 from edge_rt.errors import ContextOverflow, OptionError, SessionFileError, UserError
-from edge_rt.runtime import Model
+from edge_rt.model import Model
 from edge_rt.types import Delta, Done, PromptProgress
 
 GREEDY = {"temperature": 0.0}
@@ -282,8 +282,14 @@ def test_progress_tells_how_much_was_reused(open_null: Callable[..., Model]) -> 
 @pytest.mark.parametrize(
     "bad",
     [
-        {"max_tokens": 0}, {"max_tokens": -1}, {"logprobs": -1}, {"speculate": -1}, {"temperature": float("nan")}, {"top_p": 2.0},
-        {"stop": [""]}, {"nonsense": 1},
+        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"logprobs": -1},
+        {"speculate": -1},
+        {"temperature": float("nan")},
+        {"top_p": 2.0},
+        {"stop": [""]},
+        {"nonsense": 1},
     ],
     ids=lambda bad: next(iter(bad)),
 )

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from bits import feed, random_tokens
 
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.graph import stack
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.graph import layers
 from edge_rt.errors import OptionError
 from edge_rt.hooks import EngineOptions
 
@@ -36,13 +36,13 @@ def opened(path: Path, *, transposed: bool, key_type: str = "f16", threads: int 
 
 def step(engine: GgmlEngine, parts: list[tuple[int, list[int]]]) -> list[Any]:
     """Logits of all tokens of the sequences, as copies."""
-    return [np.array(rows) for rows in engine.step([Part(sequence, tokens, "all") for sequence, tokens in parts])]
+    return [np.array(rows) for rows in engine.step([SequenceBatch(sequence, tokens, "all") for sequence, tokens in parts])]
 
 
 def apart(engine: GgmlEngine, parts: list[tuple[int, list[int]]]) -> list[Any]:
     """The same, each sequence for itself."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stack, "runs", lambda shapes, caches: [(i, i) for i in range(len(shapes))])
+        patched.setattr(layers, "runs", lambda shapes, caches: [(i, i) for i in range(len(shapes))])
         found = step(engine, parts)
     engine._last = None
     return found
@@ -138,5 +138,5 @@ def test_a_step_is_repeated_only_for_the_same_sequences_with_one_token_each(mode
             feed(engine, one[0], random_tokens(engine, length, seed=5))
         same_bits(step(engine, [(sequences[0], [1]), (sequences[1], [2])]), apart(engine, [(twins[0], [1]), (twins[1], [2])]))
         with pytest.raises(OptionError, match="vocabulary"):
-            engine.step([Part(sequences[0], [1]), Part(sequences[1], [engine.info.n_vocab])])
+            engine.step([SequenceBatch(sequences[0], [1]), SequenceBatch(sequences[1], [engine.info.n_vocab])])
         same_bits(step(engine, [(sequences[0], [3]), (sequences[1], [4])]), apart(engine, [(twins[0], [3]), (twins[1], [4])]))

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load import residency, ring
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.residency import Pager, divide
-from edge_rt.core.load.units import Span, Unit
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights import streaming
+from edge_rt.core.weights.streaming import WeightStreamer, divide
+from edge_rt.core.weights.units import Span, Unit
 from edge_rt.errors import Cancelled, ModelFileError, OptionError, OutOfMemory
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import memory
@@ -78,8 +78,8 @@ def settle(condition: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def paged(store: Store, budget: int) -> Iterator[Pager]:
-    with closing(Pager(store.units, budget)) as pager:
+def paged(store: Store, budget: int) -> Iterator[WeightStreamer]:
+    with closing(WeightStreamer(store.units, budget)) as pager:
         assert pager.streams
         yield pager
 
@@ -103,16 +103,16 @@ def least_budget(units: list[Unit]) -> int:
 def test_what_is_acquired_shows_its_bytes(seed: int, direct: bool, moves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any units, budget and number of slots; in forward order, with units skipped, repeated or out of order."""
     chance = random.Random(seed)
-    monkeypatch.setattr(residency, "SLOTS", chance.choice([2, 2, 3]))
+    monkeypatch.setattr(streaming, "SLOTS", chance.choice([2, 2, 3]))
     if not direct:
-        monkeypatch.setattr(ring, "_open_direct", lambda fd: None)
+        monkeypatch.setattr(streaming, "_open_direct", lambda fd: None)
     if not moves:
         monkeypatch.setattr(memory, "can_move", lambda: False)
     sizes = [[chance.randint(1, 60 * PAGE) for _ in range(chance.randint(1, 3))] for _ in range(chance.randint(5, 12))]
     with closing(Store(tmp_path / "w", sizes, chance.choice([0, 100, 3 * PAGE]))) as store:
         budget = chance.randint(least := least_budget(store.units), (least + store.size) // 2)
         edges = 2 * PAGE * sum(len(unit.spans) for unit in store.units)  # pages that spans share with their neighbours
-        with closing(Pager(store.units, budget)) as pager:
+        with closing(WeightStreamer(store.units, budget)) as pager:
             for _ in range(4):
                 for unit in store.units:
                     used = chance.choice(store.units) if chance.random() < 0.1 else unit
@@ -159,7 +159,7 @@ def test_a_file_system_without_direct_reads(store: Store, monkeypatch: pytest.Mo
         return opening(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuses)
-    with closing(ring.Source(store.fd)) as source:
+    with closing(streaming.Source(store.fd)) as source:
         assert not source.direct
         target = bytearray(3 * PAGE)
         source.read(memoryview(target), PAGE)
@@ -167,20 +167,20 @@ def test_a_file_system_without_direct_reads(store: Store, monkeypatch: pytest.Mo
 
 
 def test_a_file_that_ends_early(store: Store) -> None:
-    with closing(ring.Source(store.fd)) as source, pytest.raises(OSError, match="ends early"):
+    with closing(streaming.Source(store.fd)) as source, pytest.raises(OSError, match="ends early"):
         source.read(memoryview(bytearray(2 * PAGE)), len(store.data))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
     """Let reads at some file offsets fail."""
-    read = ring.Source.read
+    read = streaming.Source.read
 
-    def injected(self: ring.Source, target: memoryview, offset: int) -> None:
+    def injected(self: streaming.Source, target: memoryview, offset: int) -> None:
         if fails(offset):
             raise OSError(errno.EIO, "Input/output error")
         read(self, target, offset)
 
-    monkeypatch.setattr(ring.Source, "read", injected)
+    monkeypatch.setattr(streaming.Source, "read", injected)
 
 
 def test_a_read_error_reaches_who_waits_and_the_next_call_tries_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,10 +202,10 @@ def test_a_read_error_reaches_who_waits_and_the_next_call_tries_again(store: Sto
 
 
 def test_any_other_failure_reaches_who_waits_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(self: ring.Ring, spans: Any, slot: int) -> int:
+    def no_memory(self: streaming.StreamBuffers, spans: Any, slot: int) -> int:
         raise OutOfMemory("cannot get 1 MB of memory")
 
-    monkeypatch.setattr(ring.Ring, "fill", no_memory)
+    monkeypatch.setattr(streaming.StreamBuffers, "fill", no_memory)
     with paged(store, store.size // 2) as pager, pytest.raises(OutOfMemory):
         pager.acquire("u0")
 
@@ -221,7 +221,7 @@ def test_close_in_the_middle_ends_the_wait(store: Store, monkeypatch: pytest.Mon
         return False
 
     failing(monkeypatch, slow)
-    pager, raised = Pager(store.units, store.size // 2), []
+    pager, raised = WeightStreamer(store.units, store.size // 2), []
 
     def wait() -> None:
         try:
@@ -280,7 +280,7 @@ def _talk(engine: GgmlEngine) -> list[Any]:
     found = []
 
     def step(sequence: int, tokens: list[int], logits: Any = "last") -> None:
-        (rows,) = engine.step([Part(sequence, tokens, logits)])
+        (rows,) = engine.step([SequenceBatch(sequence, tokens, logits)])
         if rows is not None:
             found.append(np.array(rows))
 
@@ -317,21 +317,21 @@ def test_the_same_bits_with_and_without_a_budget(tmp_path: Path, type_: str, tie
 
 def test_weights_are_told_apart_from_what_else_uses_their_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at kernels, and at the file for its key, happens outside of steps."""
-    from edge_rt.core.graph import exactness
+    from edge_rt.core import autotune
 
     path = _model(tmp_path / "m.gguf", type="F16", tied=True)
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "cache"))  # nothing is remembered
     seen: list[bytes] = []
 
     def look(matrix: int, backend: Any, most: int) -> int:
-        fields = exactness.ggml.fields(matrix)
+        fields = autotune.ggml.fields(matrix)
         seen.append(ctypes.string_at(fields.data, 2 * fields.ne[0] * fields.ne[1]))
         return most
 
-    monkeypatch.setattr(exactness, "_exact_columns", look)
+    monkeypatch.setattr(autotune, "_exact_columns", look)
     with ModelFile.open(path) as file, closing(GgmlEngine(file, EngineOptions(threads=1, context=128, memory=5 * MB))) as engine:
         key = file.key()
-        engine.step([Part(engine.new_sequence(), [1, 2, 3])])
+        engine.step([SequenceBatch(engine.new_sequence(), [1, 2, 3])])
         engine.exact_rows()
         assert file.key() == key
     content = path.read_bytes()

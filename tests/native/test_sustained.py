@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import edge_rt
-from edge_rt.core.decode import pace
 from edge_rt.core.engine import HoldsLimits
 from edge_rt.errors import OptionError
 from edge_rt.hooks import API_VERSION, Device, Health, Offer, hookimpl
-from edge_rt.limits import sentence, sustained
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.power import throttle
+from edge_rt.power.limits import sentence, sustained
 from edge_rt.types import Delta, Done, Notice
 
 REST, WORK = 2.0, 20.0
@@ -138,7 +138,7 @@ def test_a_cap_that_does_not_bind_costs_nothing_in_the_end(model_file: Path) -> 
 
 
 def test_readings_that_vanish_are_told_with_the_answer(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_rt.core.decode.sustain.STALE", 0.5)
+    monkeypatch.setattr("edge_rt.power.controller.STALE", 0.5)
     meter = Meter()
     with opened(model_file, meter, power=500.0) as model:
         write(model, 8)
@@ -151,7 +151,7 @@ def test_readings_that_vanish_are_told_with_the_answer(model_file: Path, monkeyp
 
 
 def test_drafts_that_were_wrong_are_no_tokens() -> None:
-    one = pace.Pace(1, 1)
+    one = throttle.StepThrottle(1, 1)
     steps = [(10, 5), (12, 3), (15, 1), (16, 1)]  # one token and four drafts, of which one was right; then all were
     assert sum(one.written([(7, cells, tokens)]) for cells, tokens in steps) == 17 - 10
 
@@ -159,7 +159,7 @@ def test_drafts_that_were_wrong_are_no_tokens() -> None:
 def test_a_rest_says_that_it_goes_on_and_time_that_passed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     from edge_rt.device_profile import Limits
 
-    one = pace.Pace(1, 1, Limits(lambda: Health(power=1.0), power=500.0))
+    one = throttle.StepThrottle(1, 1, Limits(lambda: Health(power=1.0), power=500.0))
     try:
         moved: list[int] = []
         one.before("decode", lambda: moved.append(1))

@@ -59,8 +59,21 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_run_says_what_came_of_a_cap(folder: Path, random_model: Callable[..., Path]) -> None:
-    words = ["-m", str(random_model("llama")), "--raw",
-             "--device", "metered", "--power", "500", "-n", "300", "--ignore-eos", "-c", "512", "Hello"]
+    words = [
+        "-m",
+        str(random_model("llama")),
+        "--raw",
+        "--device",
+        "metered",
+        "--power",
+        "500",
+        "-n",
+        "300",
+        "--ignore-eos",
+        "-c",
+        "512",
+        "Hello",
+    ]
     done = run(folder, "-v", *words)
     assert done.returncode == 0, done.stderr
     assert "[limit 500 W; " in done.stderr

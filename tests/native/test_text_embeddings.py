@@ -16,10 +16,10 @@ from bits import random_tokens, same_bits
 from reference import _QUIET
 
 import edge_rt
-from edge_rt.core.decode.embedding import TextReader, finished, tokens_of
-from edge_rt.core.engine import EmbedsText, Engine, Part
+from edge_rt.core.engine import EmbedsText, Engine, SequenceBatch
+from edge_rt.core.generate.scoring import TextReader, finished, tokens_of
 from edge_rt.core.ggml_engine import GgmlEngine
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.errors import ContextOverflow, OptionError
 from edge_rt.hooks import EngineOptions
 
@@ -83,7 +83,7 @@ def model(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> 
 
 def hidden(engine: Any, tokens: Sequence[int], wanted: Any = "all", sequence: int | None = None) -> Any:
     own = engine.new_sequence() if sequence is None else sequence
-    (rows,) = engine.hidden([Part(own, tokens, wanted)])
+    (rows,) = engine.hidden([SequenceBatch(own, tokens, wanted)])
     found = None if rows is None else np.array(rows)
     if sequence is None:
         engine.free_sequence(own)
@@ -110,9 +110,9 @@ def test_steps_and_hidden_states_do_not_disturb_each_other(random_model: Callabl
         tokens = random_tokens(engine, 24)
         plain, mixed = engine.new_sequence(), engine.new_sequence()
         for i, token in enumerate(tokens):
-            (expected,) = engine.step([Part(plain, [token], "all")])
+            (expected,) = engine.step([SequenceBatch(plain, [token], "all")])
             kept = np.array(expected)
-            (found,) = engine.step([Part(mixed, [token], "all")])
+            (found,) = engine.step([SequenceBatch(mixed, [token], "all")])
             same_bits(np.array(found), kept)
             if i % 3 == 0:
                 hidden(engine, tokens[: i + 1])
@@ -138,7 +138,7 @@ def test_streamed_weights_give_the_same_bits(random_model: Callable[..., Path], 
 
 
 def feed_all(engine: GgmlEngine, tokens: list[int]) -> Any:
-    (logits,) = engine.step([Part(engine.new_sequence(), tokens, "all")])
+    (logits,) = engine.step([SequenceBatch(engine.new_sequence(), tokens, "all")])
     return np.array(logits)
 
 

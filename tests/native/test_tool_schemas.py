@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.context import chat_template
-from edge_rt.core.context.protection import protections
-from edge_rt.core.context.transcript import Piece, answer_start, pieces
+from edge_rt.chat import template as chat_template
+from edge_rt.chat.transcript import Span, answer_start, find_spans
+from edge_rt.core.context.eviction import protections
 from edge_rt.errors import ContextOverflow, OptionError
+from edge_rt.model import Model
 from edge_rt.native.llama import Vocab
-from edge_rt.runtime import Model
-from edge_rt.testing.null_vocab import NullVocab
+from edge_rt.testing.null_device import NullVocab
 from edge_rt.types import Delta, Done, Notice
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")}
@@ -66,17 +66,17 @@ def conversation(exchanges: list[dict[str, Any]], system: bool) -> list[dict[str
     return messages[:-1]
 
 
-def checked(vocab: Vocab, messages: list[dict[str, Any]]) -> tuple[list[str], list[Piece]]:
+def checked(vocab: Vocab, messages: list[dict[str, Any]]) -> tuple[list[str], list[Span]]:
     """The texts of the pieces, which cover the tokens in order."""
     tokens = chat_template.tokenize_messages(vocab, messages, tools=TOOLS)
-    found = pieces(vocab, messages, tokens, TOOLS)
+    found = find_spans(vocab, messages, tokens, TOOLS)
     assert [piece.start for piece in found] == [0, *[piece.end for piece in found[:-1]]]
     assert all(piece.start < piece.end for piece in found)
     assert found[-1].end == len(tokens)
     return [vocab.detokenize(tokens[piece.start : piece.end], special=True).decode(errors="replace") for piece in found], found
 
 
-def protected_text(texts: list[str], found: list[Piece]) -> list[str]:
+def protected_text(texts: list[str], found: list[Span]) -> list[str]:
     """Runs of protected text: of schemas and system prompts, not because they are new."""
     runs = [""]
     for text, reasons in zip(texts, protections([piece.segment for piece in found], share=0), strict=True):

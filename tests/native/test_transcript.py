@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.context import chat_template
-from edge_rt.core.context.segments import SHORT
-from edge_rt.core.context.transcript import Piece, answer_start, pieces, token_starts
+from edge_rt.chat import template as chat_template
+from edge_rt.chat.transcript import Span, answer_start, find_spans, token_starts
+from edge_rt.core.context.history import SHORT
 from edge_rt.native.llama import Vocab
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -46,10 +46,10 @@ MESSAGES = st.lists(
 )
 
 
-def checked(vocab: Vocab, prompt: str | Sequence[Any]) -> tuple[list[int], list[Piece]]:
+def checked(vocab: Vocab, prompt: str | Sequence[Any]) -> tuple[list[int], list[Span]]:
     """Tokens and pieces; the pieces cover the tokens, in order."""
     tokens = vocab.tokenize(prompt) if isinstance(prompt, str) else chat_template.tokenize_messages(vocab, prompt)
-    found = pieces(vocab, prompt, tokens)
+    found = find_spans(vocab, prompt, tokens)
     assert [piece.start for piece in found] == [0, *[piece.end for piece in found[:-1]]][: len(found)]
     assert all(piece.start < piece.end for piece in found)
     assert (found[-1].end if found else 0) == len(tokens)
@@ -91,10 +91,10 @@ def test_tokens_alone_are_the_pieces_of_the_text_that_they_spell(smollm2: Path) 
     vocab = Vocab.load(smollm2)
     text = "\n\n".join(["The pump is worn. " * 20, "<|im_end|> The seal leaks. " * 20, "Call Ada."])
     tokens = vocab.tokenize(text, special=True)
-    found = pieces(vocab, None, tokens)
+    found = find_spans(vocab, None, tokens)
     assert any(map(vocab.is_control, tokens))
     assert len(found) == 3
-    assert found == pieces(vocab, text, tokens)
+    assert found == find_spans(vocab, text, tokens)
 
 
 def test_what_a_turn_is_made_of_goes_with_it(any_vocab: Vocab) -> None:

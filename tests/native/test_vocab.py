@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_rt.errors import AbiMismatch, ModelFileError, NativeError, OptionError
-from edge_rt.native import llama, logs
+from edge_rt.native import libs, llama
 from edge_rt.native.llama import Vocab
 
 TEXTS = (
@@ -35,7 +35,7 @@ def reference(smollm2):
     import llama_cpp
 
     model = llama_cpp.Llama(str(smollm2), vocab_only=True, verbose=False)
-    logs.install()
+    libs.install()
     yield model
     model.close()
 
@@ -203,27 +203,27 @@ def test_a_shifted_field_is_noticed():
 
 def test_log_lines_reach_logging_joined_and_at_their_level(caplog):
     with caplog.at_level(logging.DEBUG, "edge_rt.native"):
-        logs._on_log(2, b"loading", None)
-        logs._on_log(5, b" ..", None)
-        logs._on_log(5, b". done\nand more\n", None)
-        logs._on_log(3, b"careful\n", None)
-        logs._on_log(4, b"bro\xffken\n", None)
-        logs._on_log(1, b"\n", None)
-        logs._on_log(2, None, None)
+        libs._on_log(2, b"loading", None)
+        libs._on_log(5, b" ..", None)
+        libs._on_log(5, b". done\nand more\n", None)
+        libs._on_log(3, b"careful\n", None)
+        libs._on_log(4, b"bro\xffken\n", None)
+        libs._on_log(1, b"\n", None)
+        libs._on_log(2, None, None)
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("INFO", "loading ... done"), ("INFO", "and more"), ("WARNING", "careful"), ("ERROR", "bro\ufffdken"),
     ]  # fmt: skip
-    assert logs.recent_errors()[-1] == "bro\ufffdken"
+    assert libs.recent_errors()[-1] == "bro\ufffdken"
 
 
 def test_errors_are_collected_per_thread():
-    with logs.collect_errors() as mine:
-        logs._on_log(4, b"half a line", None)
-        thread = threading.Thread(target=logs._on_log, args=(4, b"another thread\n", None))
+    with libs.collect_errors() as mine:
+        libs._on_log(4, b"half a line", None)
+        thread = threading.Thread(target=libs._on_log, args=(4, b"another thread\n", None))
         thread.start()
         thread.join()
     assert mine == ["half a line"]
-    assert "another thread" in logs.recent_errors()
+    assert "another thread" in libs.recent_errors()
 
 
 def test_nothing_native_is_printed(smollm2):
@@ -285,7 +285,7 @@ def test_a_long_word_does_not_overflow_the_native_stack(recursive_pre):
 
 
 def test_cuts_fall_between_words():
-    from edge_rt.native.splitting import chunks
+    from edge_rt.native.llama import chunks
 
     text = "some words, and more words. " * 200
     parts = list(chunks(text, 100, ()))

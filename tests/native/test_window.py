@@ -14,16 +14,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import edge_rt
-from edge_rt.core.context import allowance, session_file
-from edge_rt.core.context.history import History
-from edge_rt.core.context.kv import cell_bytes
-from edge_rt.core.context.pruning import budget_cells
-from edge_rt.core.decode.logprobs import token_logprobs
-from edge_rt.core.engine import MovesCells, Part, RemovesCells
+from edge_rt.core.context import manager, session_file
+from edge_rt.core.context.history import SequenceState
+from edge_rt.core.engine import MovesCells, RemovesCells, SequenceBatch
+from edge_rt.core.generate.scoring import token_logprobs
+from edge_rt.core.kv.cache import cell_bytes
+from edge_rt.core.kv.pruning import budget_cells
 from edge_rt.errors import ContextError, ContextOverflow, OptionError, PluginError
 from edge_rt.hooks import Embedder, hookimpl
+from edge_rt.model import Model
 from edge_rt.native import ggml
-from edge_rt.runtime import Model
 from edge_rt.types import Delta, Done, Event, Notice, Pruning
 
 GREEDY = {"temperature": 0.0}
@@ -130,7 +130,7 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
         assert len(engine._sequences) == len(model.prefixes._kept)  # type: ignore[attr-defined]
         for kept in model.prefixes._kept:  # as if nothing had ever left: the states say what a token has seen
             held, fresh = engine._sequences[kept.sequence], engine.new_sequence()  # type: ignore[attr-defined]
-            engine.step([Part(fresh, kept.tokens, "none")])
+            engine.step([SequenceBatch(fresh, kept.tokens, "none")])
             assert (held.tokens, held.states) == (kept.tokens, engine._sequences[fresh].states)  # type: ignore[attr-defined]
             assert list(held.positions) == list(engine._sequences[fresh].positions)  # type: ignore[attr-defined]
             assert held.positions.next == len(kept.tokens)
@@ -175,7 +175,7 @@ def request(model: Model, session: Any, messages: list[dict[str, str]], turn: di
         assert turn["prune"] or not events  # what is pruned may turn out not to fit while it is read: positions are used up
         check_cells(model, session)
         return
-    history: History = session.history
+    history: SequenceState = session.history
     check_cells(model, session)
     away = sum(gone.end - gone.start for gone in history.evicted)
     assert history.fed == len(history.tokens) == history.cells + history.condensed.missing + away
@@ -233,7 +233,7 @@ def check_cells(model: Model, session: Any) -> None:
     assert all(token in rest for token in held), "they come in order"
 
 
-def check_protected(model: Model, history: History, messages: list[dict[str, str]]) -> None:
+def check_protected(model: Model, history: SequenceState, messages: list[dict[str, str]]) -> None:
     """System messages, the current question and the sinks are in the cells, each whole."""
     away = {at for gone in history.evicted for at in range(gone.start, gone.end)}
     question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
@@ -315,7 +315,7 @@ def test_the_request_overrides_the_session_and_the_session_the_model(open_null: 
 
 def test_short_memory_allows_fewer_cells_and_says_so_once(open_null: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_null("ok", context=256)
-    monkeypatch.setattr("edge_rt.session.affordable", lambda engine, cells: 60)
+    monkeypatch.setattr("edge_rt.session.max_tokens_in_memory", lambda engine, cells: 60)
     with model.session() as session:
         events = list(session.generate("x" * 50, **GREEDY))
         assert done_of(events).context.allowed == 60
@@ -346,13 +346,13 @@ def open_model(
 def test_what_memory_affords_is_counted_in_cells(random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with edge_rt.open(random_model("llama", seed=3), engine="ggml", context=256) as model:
         hyper = model.engine.hyper  # type: ignore[attr-defined]
-        monkeypatch.setattr(allowance, "available_memory", lambda: 100 * cell_bytes(hyper, ggml.TYPE_F16))
-        assert allowance.affordable(model.engine, 20) == 20 + 75
+        monkeypatch.setattr(manager, "available_memory", lambda: 100 * cell_bytes(hyper, ggml.TYPE_F16))
+        assert manager.max_tokens_in_memory(model.engine, 20) == 20 + 75
         with model.session() as session:
             done = done_of(list(session.generate("Once upon a time", max_tokens=200, ignore_eos=True, **GREEDY)))
             assert (done.context.allowed, done.usage.completion_tokens) == (75, 200)
-        monkeypatch.setattr(allowance, "available_memory", lambda: None)
-        assert allowance.affordable(model.engine, 20) is None
+        monkeypatch.setattr(manager, "available_memory", lambda: None)
+        assert manager.max_tokens_in_memory(model.engine, 20) is None
 
 
 def test_kept_cells_give_the_logits_that_the_engine_would(open_model: Callable[..., Model]) -> None:
@@ -369,12 +369,12 @@ def test_kept_cells_give_the_logits_that_the_engine_would(open_model: Callable[.
     engine = model.engine
     assert isinstance(engine, RemovesCells)
     sequence = engine.new_sequence()
-    engine.step([Part(sequence, first, "none")])
+    engine.step([SequenceBatch(sequence, first, "none")])
     spans = [(gone.start, min(gone.end, len(first))) for gone in left if gone.start < len(first)]
     assert spans
     engine.remove_cells(sequence, spans)
     rest = [second[i] for i in range(len(first), len(second)) if not any(gone.start <= i < gone.end for gone in left)]
-    (logits,) = engine.step([Part(sequence, rest, "last")])
+    (logits,) = engine.step([SequenceBatch(sequence, rest, "last")])
     assert logits is not None
     logprob, top = token_logprobs(logits[0], score.token, 3)
     tolerance = 5e-3 if engine.info.engine == "llama_cpp" else 0.0  # libllama's cells lie elsewhere, and sums come out in another order
@@ -486,7 +486,7 @@ def test_a_restored_session_recalls_what_it_was_saved_without(open_model: Callab
     model.engine.truncate(sequence, saved.history.cell(back.start))
     model.engine.renumber(sequence)  # type: ignore[attr-defined]  # gaps close for what comes back
     for at in range(0, len(followed), model.info.chunk):
-        (logits,) = model.engine.step([Part(sequence, followed[at : at + model.info.chunk])])
+        (logits,) = model.engine.step([SequenceBatch(sequence, followed[at : at + model.info.chunk])])
     assert logits is not None
     logprob, top = token_logprobs(logits[0], score.token, 3)
     tolerance = 1e-5 if model.info.engine == "llama_cpp" else 0.0  # libllama's cells lie elsewhere

@@ -7,10 +7,10 @@ from daemons import Daemon, write_plugin
 from http_peer import Peer
 
 from edge_rt.cli import main as cli
-from edge_rt.core.load.header import read_header
+from edge_rt.core.gguf.reader import read_header
 from edge_rt.daemon import config as configuration
 from edge_rt.errors import DaemonError, RuleError
-from edge_rt.testing.random_adapters import write_random_adapter
+from edge_rt.testing.random_models import write_random_adapter
 from edge_rt.types import Delta
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")

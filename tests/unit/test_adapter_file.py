@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from edge_rt.core.load import checked
-from edge_rt.core.load.adapter import LoraFile, open_lora
-from edge_rt.core.load.header import Header, read_header
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf import model_file
+from edge_rt.core.gguf.lora import LoraFile, open_lora
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import Header, read_header
 from edge_rt.errors import ModelFileError
 from edge_rt.testing import gguf_bytes
-from edge_rt.testing.random_adapters import write_random_adapter
+from edge_rt.testing.random_models import write_random_adapter
 
 
 @pytest.fixture(scope="module")
@@ -152,4 +152,4 @@ def test_no_damage_gets_past_the_check(model: Header, tmp_path: Path) -> None:
 
 def test_an_adapter_is_no_model(model: Header, tmp_path: Path) -> None:
     with ModelFile.open(write_random_adapter(tmp_path / "a.gguf", model)) as file, pytest.raises(ModelFileError, match="a LoRA adapter"):
-        checked.check_metadata(file)
+        model_file.check_metadata(file)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import edge_rt
-from edge_rt.core.decode.batch import Batch
-from edge_rt.core.load.header import read_header
+from edge_rt.core.generate.scheduler import Scheduler
+from edge_rt.core.gguf.reader import read_header
 from edge_rt.errors import ModelFileError, OptionError, SessionFileError
-from edge_rt.registry import Registry
-from edge_rt.runtime import Model
+from edge_rt.model import Model
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullPlugin
-from edge_rt.testing.random_adapters import write_random_adapter
+from edge_rt.testing.random_models import write_random_adapter
 from edge_rt.types import Delta, Done
 
 PROMPT = "A prompt that is long enough to be worth sharing. "
@@ -143,7 +143,7 @@ def test_a_batch_of_several_gives_each_what_it_would_get_alone(model: Model, see
     asked = [
         ("".join(chance.choices("abc ", k=chance.randrange(1, 90))), {"adapter": chance.choice((None, "law", "tales"))}) for _ in range(9)
     ]
-    batch, text, sessions = Batch(model.engine, model.lock), [""] * len(asked), [model.session() for _ in asked]
+    batch, text, sessions = Scheduler(model.engine, model.lock), [""] * len(asked), [model.session() for _ in asked]
     for i, (prompt, options) in enumerate(asked):
         job, steps = sessions[i].begin(prompt, temperature=0, max_tokens=10, ignore_eos=True, **options)
 

@@ -14,7 +14,7 @@ from edge_rt.daemon import admission
 from edge_rt.daemon.account import Need
 from edge_rt.daemon.admission import Line, Waiting
 from edge_rt.daemon.sessions import Sessions
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 
 CELL = NullEngine.cell_bytes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.core.decode.governor import read_cpus
-from edge_rt.native.affinity import Affinity, fitting
+from edge_rt.native.memory import Affinity, fitting
+from edge_rt.power.governor import read_cpus
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says where a thread may run")
 

@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from edge_rt.core.assemble.aside import Aside, Stalled
-from edge_rt.core.assemble.pipeline import Pipeline, Stage
 from edge_rt.errors import PluginError
+from edge_rt.postprocess.pipeline import Pipeline, Stage, Stalled, TimeoutWrapper
 
 
 class Slow:
@@ -35,7 +34,7 @@ class Slow:
 
 def test_calls_and_what_it_says_of_itself_pass_through():
     slow = Slow()
-    aside = Aside(slow)
+    aside = TimeoutWrapper(slow)
     assert (aside.feed("abc"), aside.held, dict(aside.counts)) == ("abab", "c", {"calls": 1})
     assert (aside.cut(""), aside.held) == ("cc", "")
     assert slow.threads.isdisjoint({threading.current_thread()})
@@ -49,7 +48,7 @@ def test_what_it_raises_is_raised_here():
         flush = feed
 
     with pytest.raises(ValueError, match="broken"):
-        Aside(Broken()).feed("x")
+        TimeoutWrapper(Broken()).feed("x")
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
@@ -61,7 +60,7 @@ def test_one_that_would_end_the_program_ends_only_itself(kind, capfd):
         def flush(self):
             return ""
 
-    pipeline = Pipeline([Stage("ends", Aside(Ends()), fails_closed=True)])
+    pipeline = Pipeline([Stage("ends", TimeoutWrapper(Ends()), fails_closed=True)])
     with pytest.raises(PluginError, match=r"ends failed .*: Quit at line"):
         pipeline.feed("secret")
     assert capfd.readouterr() == ("", "")
@@ -69,7 +68,7 @@ def test_one_that_would_end_the_program_ends_only_itself(kind, capfd):
 
 def test_one_that_stalls_is_left_out_and_its_text_goes_on():
     slow = Slow(at=2)
-    pipeline = Pipeline([Stage("slow", Aside(slow, patience=0.05))])
+    pipeline = Pipeline([Stage("slow", TimeoutWrapper(slow, patience=0.05))])
     started = time.monotonic()
     assert [pipeline.feed("abc"), pipeline.feed("def"), pipeline.feed("ghi"), pipeline.flush()] == ["abab", "cdef", "ghi", ""]
     assert time.monotonic() - started < 10
@@ -80,7 +79,7 @@ def test_one_that_stalls_is_left_out_and_its_text_goes_on():
 
 def test_one_that_stalls_and_must_not_be_left_out_stops_the_stream():
     slow = Slow(at=1)
-    pipeline = Pipeline([Stage("slow", Aside(slow, patience=0.05), fails_closed=True)])
+    pipeline = Pipeline([Stage("slow", TimeoutWrapper(slow, patience=0.05), fails_closed=True)])
     with pytest.raises(PluginError, match="slow failed and the stream must not go on without it: Stalled"):
         pipeline.feed("secret")
     assert pipeline.flush() == ""
@@ -89,7 +88,7 @@ def test_one_that_stalls_and_must_not_be_left_out_stops_the_stream():
 
 def test_its_thread_ends_with_it():
     slow = Slow()
-    aside = Aside(slow)
+    aside = TimeoutWrapper(slow)
     aside.feed("x")
     (thread,) = slow.threads
     del aside

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from edge_rt.core.decode import batch
-from edge_rt.core.decode.batch import Batch
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.core.generate import scheduler
+from edge_rt.core.generate.scheduler import Scheduler
 from edge_rt.errors import OptionError, OutOfMemory
 from edge_rt.testing.null_device import NullEngine
 from edge_rt.types import PRIORITIES, Delta, Done
@@ -33,7 +33,7 @@ class Requests:
     """Requests of a batch, with what became of them."""
 
     def __init__(self, model):
-        self.model, self.batch = model, Batch(Locked(model.engine, model.lock), model.lock)
+        self.model, self.batch = model, Scheduler(Locked(model.engine, model.lock), model.lock)
         self.text, self.done, self.errors, self.running, self.sessions = Counter(), {}, {}, {}, {}
 
     def add(self, name, prompt, *, priority="normal", take=lambda event: True, **options):
@@ -113,7 +113,7 @@ def test_who_decodes_is_not_held_up_by_a_long_prompt(requests, monkeypatch):
     requests.batch.step()
     seen = sizes(monkeypatch)
     requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, 0.2  # ten prompt tokens may come, or eight at a time
-    monkeypatch.setattr(Batch, "_learn", lambda *_: None)
+    monkeypatch.setattr(Scheduler, "_learn", lambda *_: None)
     requests.add("long", "q" * 100, max_tokens=5)
     requests.finish()
     both = [step for step in seen if len(step) == 2]
@@ -130,7 +130,7 @@ def test_a_prompt_alone_is_read_as_fast_as_the_engine_can(requests, monkeypatch)
 
 
 def test_more_requests_than_a_step_carries_take_turns(requests, monkeypatch):
-    monkeypatch.setattr(batch, "MAX_PARTS", 3)
+    monkeypatch.setattr(scheduler, "MAX_PARTS", 3)
     seen = sizes(monkeypatch)
     for n in range(7):
         requests.add(n, "ab", max_tokens=20, ignore_eos=True)
@@ -143,7 +143,7 @@ def test_more_requests_than_a_step_carries_take_turns(requests, monkeypatch):
 
 
 def test_priority_is_a_share(requests, monkeypatch):
-    monkeypatch.setattr(batch, "MAX_PARTS", 1)
+    monkeypatch.setattr(scheduler, "MAX_PARTS", 1)
     for name in ("high", "low"):
         requests.add(name, "ab", max_tokens=200, priority=name, ignore_eos=True)
     for _ in range(100):
@@ -265,9 +265,9 @@ def test_how_long_a_step_should_take_is_known_while_it_is_under_way(requests, mo
 )  # fmt: skip
 def test_prompt_tokens_come_in_few_different_numbers(requests, may, come):
     """An engine keeps what it builds for a step. As many as may come, rounded down; at least four, or two where those take long."""
-    requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, (batch.STRETCH - 1) / (may + 0.5)
+    requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, (scheduler.STRETCH - 1) / (may + 0.5)
     requests.add("decodes", "a", max_tokens=60)
-    requests.batch._running[0].part = Part(0, [1], "all")
+    requests.batch._running[0].part = SequenceBatch(0, [1], "all")
     assert requests.batch._prompt_tokens() == come
 
 
@@ -276,7 +276,7 @@ def test_who_decodes_alone_is_slowed_as_if_those_who_wait_decoded_already(reques
     found = []
     for number in range(4):
         requests.add(number, "a", max_tokens=60)
-        requests.batch._running[number].part = Part(number, [1] if number == 0 else [1] * 50, "none" if number else "all")
+        requests.batch._running[number].part = SequenceBatch(number, [1] if number == 0 else [1] * 50, "none" if number else "all")
         requests.batch._decoding, requests.batch._a_prompt_token = {1: 1.0}, 0.05
         guessed = requests.batch._prompt_tokens()
         requests.batch._decoding[number + 1] = 1.0

@@ -15,8 +15,7 @@ from bench.serve import chats, fairness, throughput
 from bench.serve.chats import HttpChat, OwnChat, prompt, talk
 from bench.serve.servers import OVER_HTTP, PEER, LineUp, Serving
 from edge_rt.daemon.frames import pack
-from edge_rt.records import record
-from edge_rt.types import ContextUse, Delta, Done, Timings, Usage
+from edge_rt.types import ContextUse, Delta, Done, Timings, Usage, record
 
 
 def chunk(event: Any) -> bytes:

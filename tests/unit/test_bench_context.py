@@ -23,8 +23,8 @@ from bench.context.sessions import RECALLING, SLIDING
 from bench.context.tasks import KINDS, REPORTING, TUNING, tasks
 from bench.context.text import paragraphs, prose, sentences
 from bench.context.tuning import FIXED, WIDEST, Text, search, share_kept
-from edge_rt.core.context.features import Features
-from edge_rt.core.context.segments import segments
+from edge_rt.core.context.grading import Features
+from edge_rt.core.context.history import segments
 
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 

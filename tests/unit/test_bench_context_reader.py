@@ -14,8 +14,8 @@ from bench.context.methods import LOSSES, METHODS, RANKS, UNBOUNDED
 from bench.context.prompt import Prompt, kept
 from bench.context.reader import KEPT, Reader
 from bench.context.runner import Item, evaluate
-from edge_rt.core.context.segments import segments
-from edge_rt.core.engine import Part
+from edge_rt.core.context.history import segments
+from edge_rt.core.engine import SequenceBatch
 from edge_rt.testing.null_device import NullEngine
 
 _TEXTS = ["One.", "Two.", "Three.", "Four."]
@@ -60,8 +60,8 @@ def test_contexts_that_differ_in_one_token_are_not_confused(engine: _Engine, rea
     for tokens in ([1, 2, 3], [1, 2, 4], [1, 2], [1, 2, 3]):
         with reader.after(tokens) as sequence:
             fresh = engine.new_sequence()
-            (wanted,) = engine.step([Part(fresh, [*tokens, 9])])
-            (found,) = engine.step([Part(sequence, [9])])
+            (wanted,) = engine.step([SequenceBatch(fresh, [*tokens, 9])])
+            (found,) = engine.step([SequenceBatch(sequence, [9])])
             assert wanted is not None
             assert found is not None
             assert np.array_equal(wanted[0], found[0])
@@ -81,7 +81,7 @@ def test_losses_are_those_of_the_tokens_after_the_first(engine: _Engine, reader:
     with reader.after([1, 2]) as sequence:
         found = reader.losses(sequence, [3, 4, 5])
     fresh = engine.new_sequence()
-    (rows,) = engine.step([Part(fresh, [1, 2, 3, 4], "all")])
+    (rows,) = engine.step([SequenceBatch(fresh, [1, 2, 3, 4], "all")])
     logits = np.asarray(rows, dtype=np.float64)[2:]
     odds = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert found == pytest.approx([-math.log(odds[0, 4]), -math.log(odds[1, 5])])

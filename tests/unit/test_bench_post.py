@@ -18,7 +18,7 @@ from bench.post.scoring import REPLACED, hidden, leaks, replaced, strict
 from bench.post.secret import SEPARATORS, ZERO_WIDTH, Sample, Span, disguised, grouped, number, significant, textual
 from bench.post.streaming import Stream, at_random, said, stream
 from bench.post.texts import LABELS, MAKERS, sample
-from edge_rt.core.assemble.pipeline import Pipeline, Stage
+from edge_rt.postprocess.pipeline import Pipeline, Stage
 
 SAMPLES = [sample(i) for i in range(1500)]
 MOBILE = re.compile(r"1[3-9][0-9]{9}")

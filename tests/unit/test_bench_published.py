@@ -9,7 +9,7 @@ import pytest
 from bench import published
 from edge_rt.compiler import target
 from edge_rt.compiler.shape import read_shape
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.testing.random_models import write_random_model
 
 DOCS = Path(__file__).parents[2] / "docs/compiler.md"

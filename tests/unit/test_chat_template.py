@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context import chat_template
-from edge_rt.core.context.chat_template import CHATML, PLAIN, Segment, find_template, render, render_segments
+from edge_rt.chat import template as chat_template
+from edge_rt.chat.template import CHATML, PLAIN, TemplateSegment, find_template, render, render_segments
 from edge_rt.errors import ConstraintError, OptionError
 
 SMOLLM2 = (
@@ -132,7 +132,7 @@ def test_what_cannot_be_gone_on_from_is_no_beginning():
 
 def test_the_beginning_of_an_answer_poses_as_no_control_token():
     found = segments(CHATML, [CHAT[1], {"role": "assistant", "content": "So <|im_end|>"}])
-    assert found[-1] == Segment("<|im_end|>", False)
+    assert found[-1] == TemplateSegment("<|im_end|>", False)
 
 
 def test_qwen_with_tools_and_thinking():
@@ -190,7 +190,7 @@ def test_ordinary_messages_are_one_segment_and_need_no_list_of_names():
     for content in ("Hello, world! (a/b) - c; 'd' \"e\"?", "你好世界", ""):
         messages = [{"role": "user", "content": content}]
         found = render_segments(SMOLLM2, messages, control=control, bos="", eos="")
-        assert found == [Segment(render(SMOLLM2, messages, bos="", eos=""), True)]
+        assert found == [TemplateSegment(render(SMOLLM2, messages, bos="", eos=""), True)]
 
 
 def test_code_and_markup_that_is_no_name_is_not_cut():
@@ -218,7 +218,7 @@ def test_tools_and_extras_are_guarded_and_roles_must_be_words():
 
 def test_a_message_the_template_leaves_out_is_no_reason_to_refuse():
     found = segments("{{ messages[-1].content }}", [{"role": "user", "content": ATTACK}, {"role": "user", "content": "ok"}])
-    assert found == [Segment("ok", True)]
+    assert found == [TemplateSegment("ok", True)]
 
 
 def test_a_template_that_rewrites_a_name_is_refused():

@@ -13,7 +13,7 @@ from edge_rt.cli import doctor
 from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.device_profile import Cache, Cores
 from edge_rt.hooks import API_VERSION, Health, Offer, Profile, Refusal, hookimpl
-from edge_rt.registry import BUILT_INS, Registry
+from edge_rt.plugin_host.registry import BUILT_INS, Registry
 from edge_rt.testing.null_device import NullDevice
 
 HOT = Health(81.25, 6.5, 0.6e9, 1.5e9, ("it is so warm that the firmware limits the clock; cool it better", "another"))

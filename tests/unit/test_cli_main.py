@@ -102,9 +102,7 @@ def test_a_report_that_cannot_be_written_is_shown(command, capsys, monkeypatch, 
     assert "ZeroDivisionError: division by zero" in err
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), 130), (Cancelled("the caller asked"), 130), (OutputClosed(), 141)]
-)
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (Cancelled("the caller asked"), 130), (OutputClosed(), 141)])
 def test_being_stopped_is_quiet(command, capsys, error, status):
     def stop(options):
         raise error
@@ -140,8 +138,8 @@ def test_ctrl_c_during_the_imports_is_quiet(tmp_path):
 def test_plugins_add_commands(monkeypatch, capsys):
     import typer
 
-    from edge_rt import registry
     from edge_rt.hooks import API_VERSION, hookimpl
+    from edge_rt.plugin_host import registry
 
     class Good:
         EDGE_RT_API = API_VERSION
@@ -173,12 +171,12 @@ def test_a_plain_line_imports_nothing_slow():
     """The time from process start to opening the model counts: what is imported before it stays small."""
     script = (
         "import sys, types\n"
-        "runtime = types.ModuleType('edge_rt.runtime')\n"
+        "runtime = types.ModuleType('edge_rt.model')\n"
         "def open(*args, **options):\n"
         "    print(*sorted(sys.modules))\n"
         "    raise KeyboardInterrupt\n"
         "runtime.open = open\n"
-        "sys.modules['edge_rt.runtime'] = runtime\n"
+        "sys.modules['edge_rt.model'] = runtime\n"
         "from edge_rt.cli.main import main\n"
         f"sys.exit(main(['run', '-m', {__file__!r}, '-n', '5', '--temp=0', 'hi']))\n"
     )

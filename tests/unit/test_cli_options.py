@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from edge_rt import sizes
+from edge_rt import model_hub
 from edge_rt.cli import chat, pull, run
 from edge_rt.cli.generation import generate_options
 from edge_rt.cli.main import COMMANDS
@@ -188,13 +188,13 @@ def test_defaults_are_within_their_limits():
     [("1", 1), ("500M", 500 << 20), ("1.5G", 3 << 29), ("64 MiB", 64 << 20), ("2gb", 2 << 30), ("1k", 1024), ("1T", 1 << 40)],
 )
 def test_sizes(text, size):
-    assert sizes.parse(text, "--memory") == size
+    assert model_hub.parse_size(text, "--memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1G", "M", "lots", "1X", "nan", "inf", "1e99", "1 000M", "0.0001"])
 def test_sizes_that_are_none(text):
     with pytest.raises(OptionError, match="--memory takes a size as 500M"):
-        sizes.parse(text, "--memory")
+        model_hub.parse_size(text, "--memory")
 
 
 def test_a_missing_argument_or_an_unknown_option_is_a_bug_of_the_caller():

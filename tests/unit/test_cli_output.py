@@ -8,12 +8,11 @@ from types import MappingProxyType
 
 import pytest
 
-from edge_rt import sizes
+from edge_rt import model_hub
 from edge_rt.cli import output
 from edge_rt.cli.generation import cancelling, check_text, facts, read_text, show_json, show_text
 from edge_rt.errors import OptionError, UserError
-from edge_rt.records import record
-from edge_rt.types import ContextUse, Delta, Done, Notice, PostUse, PromptProgress, Timings, TokenLogprob, Usage
+from edge_rt.types import ContextUse, Delta, Done, Notice, PostUse, PromptProgress, Timings, TokenLogprob, Usage, record
 
 
 def done(**changes):
@@ -189,7 +188,7 @@ def test_progress_on_a_terminal_that_went_away_is_no_error(monkeypatch, clock):
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (999_960, "1.0 MB"), (2e9, "2.0 GB"), (5e15, "5000.0 TB")],
 )
 def test_sizes(count, text):
-    assert sizes.shown(count) == text
+    assert model_hub.format_size(count) == text
 
 
 def test_tables_align():

@@ -15,8 +15,8 @@ import pytest
 
 from edge_rt.cli import main as cli
 from edge_rt.cli.post import _Work
-from edge_rt.registry import Registry
-from edge_rt.rules import Ruleset
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.rules import Ruleset
 
 CODE = """
 from edge_rt.hooks import PostProcessorFactory, hookimpl

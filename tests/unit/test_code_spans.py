@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.assemble.code_spans import CodeSpans
+from edge_rt.postprocess.text_search import CodeSpans
 
 
 def marks(pieces):
@@ -18,10 +18,10 @@ EXAMPLES = {
     "a `b` c": "..ccc..",
     "a ``b` c`` d": "..cccccccc..",
     "`a\nb": "cc..",  # ends with the line
-    "```\nx\n```\ny": "ccccccccc" "..",
-    "  ```py\nx\n  ```\ny": ".." "ccccccccccccc" "..",
-    "    ```\nx": "....ccc" "..",  # indented by four is no fence, but the line's rest is code
-    "```\n``\n````\ny": "ccccccccccc" "..",
+    "```\nx\n```\ny": "ccccccccc..",
+    "  ```py\nx\n  ```\ny": "..ccccccccccccc..",
+    "    ```\nx": "....ccc..",  # indented by four is no fence, but the line's rest is code
+    "```\n``\n````\ny": "ccccccccccc..",
     "a ``` b\nc": "..ccccc..",
     "": "",
 }

@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 
-from edge_rt.core.load.compensation import Compensation, beside, compensation_fingerprint, find, open_compensation
-from edge_rt.core.load.header import read_header
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import read_header
+from edge_rt.core.weights.error_correction import (
+    Compensation,
+    compensation_fingerprint,
+    compensation_path,
+    find_compensation,
+    open_compensation,
+)
 from edge_rt.errors import ModelFileError, UnsupportedModel
 from edge_rt.testing import gguf_bytes
-from edge_rt.testing.random_compensations import write_random_compensation
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.testing.random_models import write_random_compensation, write_random_model
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
 OFF = ", or run without it by --compensation off"
@@ -55,13 +60,13 @@ def test_what_a_file_holds(model: ModelFile, tmp_path: Path) -> None:
 
 def test_which_file_is_found(tmp_path: Path) -> None:
     model, side = tmp_path / "model.v1.Q4_0.gguf", tmp_path / "model.v1.Q4_0.compensation.gguf"
-    assert beside(model) == side
-    assert beside(tmp_path / "plain") == tmp_path / "plain.compensation.gguf"
-    assert find(model) is find(model, "off") is None
-    assert find(model, "other.gguf") == Path("other.gguf")
+    assert compensation_path(model) == side
+    assert compensation_path(tmp_path / "plain") == tmp_path / "plain.compensation.gguf"
+    assert find_compensation(model) is find_compensation(model, "off") is None
+    assert find_compensation(model, "other.gguf") == Path("other.gguf")
     side.symlink_to("nowhere")  # is told, not overlooked
-    assert find(model) == side
-    assert find(model, "off") is None
+    assert find_compensation(model) == side
+    assert find_compensation(model, "off") is None
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
@@ -152,7 +157,8 @@ SHAPES: dict[str, tuple[list[tuple[str, tuple[int, ...], int]], str]] = {
     "another rank": ([(f"{Q}.low_a", (64, 4), F32), (f"{Q}.low_b", (5, 64), F32)], r"\(5, 64\) where \(4, 64\) fits"),
     "other rows": ([(f"{Q}.centroids", (64, 4), F32), (f"{Q}.rows", (64, 5), F32)], r"\(64, 5\) where \(64, 4\) fits"),
     "short offsets": (
-        [(f"{Q}.centroids", (64, 4), F32), (f"{Q}.rows", (64, 4), F32), (f"{Q}.offsets", (3,), F32)], r"\(3,\) where \(4,\) fits"
+        [(f"{Q}.centroids", (64, 4), F32), (f"{Q}.rows", (64, 4), F32), (f"{Q}.offsets", (3,), F32)],
+        r"\(3,\) where \(4,\) fits",
     ),
     "a cube": ([(f"{Q}.low_a", (64, 4, 2), F32), (f"{Q}.low_b", (2, 64), F32)], "where"),
     "a long bias": ([(f"{Q}.bias", (65,), F32)], r"\(65,\) where \(64,\) fits"),

@@ -11,7 +11,7 @@ import pytest
 from edge_rt.compiler import cost, plot, target
 from edge_rt.compiler.shape import ModelShape, read_shape
 from edge_rt.compiler.target import Kernel, Target
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.testing.random_models import write_random_model
 
 SIZES = {"n_layer": 3, "n_embd": 256, "n_head": 8, "n_head_kv": 2, "n_ff": 512, "n_vocab": 1024}

@@ -12,7 +12,7 @@ from edge_rt.compiler.folding import Norm
 from edge_rt.compiler.passes import fusion, layout, pipeline, power
 from edge_rt.compiler.plan import Goals, Situation, built_in, decide
 from edge_rt.compiler.target import Kernel
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.deployment import Gain, Plan, PowerSetting
 from edge_rt.errors import ModelFileError, OptionError
 from edge_rt.hooks import EngineOptions

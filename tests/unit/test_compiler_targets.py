@@ -10,7 +10,7 @@ import pytest
 from edge_rt.compiler import target as targets
 from edge_rt.errors import OptionError
 from edge_rt.hooks import hookimpl
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 
 OURS = ("a10g", "android-arm64", "ascend-910b", "mlu370", "rpi-5", "rpi-cm4", "x86-avx2", "x86-avx512")
 GOOD = (targets.FOLDER / "rpi-5.toml").read_text(encoding="utf-8")

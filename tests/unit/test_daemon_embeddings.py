@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from readers import Asks
 
-from edge_rt.core.decode import batch as batch_module
-from edge_rt.core.decode.batch import LEAST, Batch
+from edge_rt.core.generate import scheduler as batch_module
+from edge_rt.core.generate.scheduler import LEAST, Scheduler
 from edge_rt.daemon import embeddings as module
 from edge_rt.daemon.aclient import AsyncClient
 from edge_rt.daemon.client import Client
@@ -170,7 +170,7 @@ def test_those_who_decode_share_the_time_with_those_who_embed(model, monkeypatch
 
     for kind in ("step", "hidden"):
         monkeypatch.setattr(NullEngine, kind, costly(kind, getattr(NullEngine, kind)))
-    batch, asks, ended = Batch(model.engine, model.lock), Embeds(model, "embed"), []
+    batch, asks, ended = Scheduler(model.engine, model.lock), Embeds(model, "embed"), []
     with model.session() as session:
         job, steps = session.begin("ab", max_tokens=100, temperature=0, ignore_eos=True)
         batch.add(job, steps, lambda event: True, ended.append)
@@ -193,7 +193,7 @@ def test_those_who_decode_share_the_time_with_those_who_embed(model, monkeypatch
 
 @given(decoding=st.floats(1e-4, 1), token=st.floats(1e-6, 1), other=st.floats(1e-6, 10))
 def test_room_beside_a_batch(decoding, token, other):
-    batch = Batch(NullEngine(), None)
+    batch = Scheduler(NullEngine(), None)
     assert batch.room() == 64, "a whole chunk while nobody decodes"
     batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
     assert batch.room() == LEAST, "as long as nothing was measured"

@@ -5,7 +5,7 @@ import time
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_rt.core.assemble.detokenise import Detokeniser
+from edge_rt.core.generate.output import Detokeniser
 
 
 class Pieces:

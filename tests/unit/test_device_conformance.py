@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from edge_rt.errors import PluginError
-from edge_rt.guarded import PluginDevice
 from edge_rt.hooks import Cache, Cores, Health, Offer, Profile, Refusal
+from edge_rt.plugin_host.guard import PluginDevice
 from edge_rt.profile_check import health_faults, profile_faults
 from edge_rt.testing.conformance import DeviceConformance
 from edge_rt.testing.null_device import NullDevice

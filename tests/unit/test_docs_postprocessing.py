@@ -38,7 +38,7 @@ def test_the_mistake(call):
 
 
 def test_the_python_without_a_model():
-    (code,) = re.findall(r"^```python\n(from edge_rt\.registry.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (code,) = re.findall(r"^```python\n(from edge_rt\.plugin_host\.registry.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     names = {}
     exec(code, names)
     assert names["shown"] == "Call [PHONE] now."

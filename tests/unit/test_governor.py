@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from edge_rt.core.decode import governor
-from edge_rt.core.decode.governor import Governor, Reading
+from edge_rt.power import governor
+from edge_rt.power.governor import Governor, Reading
 
 
 class Machine:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.features import CHARACTER, Features, features
-from edge_rt.core.context.grading import DEFAULT_WEIGHTS, content_grader, grade, load_weights
-from edge_rt.core.context.segments import Segment
+from edge_rt.core.context.grading import CHARACTER, DEFAULT_WEIGHTS, Features, content_grader, features, grade, load_weights
+from edge_rt.core.context.history import Segment
 from edge_rt.errors import OptionError
 
 WEIGHTS = load_weights()
@@ -121,7 +120,7 @@ def test_contributions_add_up_to_a_score_from_0_to_1(text):
 
 
 def test_neither_locale_nor_hash_seed_matter():
-    code = "from edge_rt.core.context.features import features; import sys; print([features(t) for t in sys.argv[1:]])"
+    code = "from edge_rt.core.context.grading import features; import sys; print([features(t) for t in sys.argv[1:]])"
     texts = [text for text, _ in FOUND]
     outputs = {
         subprocess.run(

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.load.gguf_tables import ARRAY, GGML_TYPES, NOT_GGUF, REMOVED_TYPES, STRING
-from edge_rt.core.load.header import Header, TensorInfo, read_header
+from edge_rt.core.gguf.reader import ARRAY, GGML_TYPES, NOT_GGUF, REMOVED_TYPES, STRING, Header, TensorInfo, read_header
 from edge_rt.errors import ModelFileError, UnsupportedModel
 from edge_rt.testing import gguf_bytes
 from edge_rt.testing.gguf_bytes import metadata, tensor, text

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.history import Condensed, Evicted, History
+from edge_rt.core.context.history import Condensed, Evicted, SequenceState
 
 
 def gone(start: int, end: int) -> Evicted:
@@ -28,7 +28,7 @@ def spans(flags: list[bool]) -> list[tuple[int, int]]:
 def test_it_agrees_with_flags(away: list[bool], fed: int, most: int) -> None:
     fed = min(fed, len(away))
     tokens = list(range(100, 100 + len(away)))
-    history = History(tokens, [gone(*span) for span in spans(away)])
+    history = SequenceState(tokens, [gone(*span) for span in spans(away)])
     resident = [token for token, left in zip(tokens, away, strict=True) if not left]
     assert (history.resident(), history.cells) == (resident, len(resident))
     history.rewind(fed)
@@ -49,7 +49,7 @@ def test_it_agrees_with_flags(away: list[bool], fed: int, most: int) -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.data())
 def test_evicting_and_truncating(away: list[bool], data: st.DataObject) -> None:
     tokens = list(range(len(away)))
-    history = History(tokens, [gone(*span) for span in spans(away)])
+    history = SequenceState(tokens, [gone(*span) for span in spans(away)])
     more = [not left and data.draw(st.booleans()) for left in away]
     leaving = [gone(*span) for span in spans(more)]
     cells = history.resident()
@@ -63,12 +63,12 @@ def test_evicting_and_truncating(away: list[bool], data: st.DataObject) -> None:
     assert history.resident() == [token for token in cells if token < at]
     history.append([7, 8])
     assert history.resident()[-2:] == [7, 8]
-    again = History(history.tokens, history.evicted)
+    again = SequenceState(history.tokens, history.evicted)
     assert again.resident() == history.resident()
 
 
 def test_what_is_not_fed_yet_has_no_cells() -> None:
-    history = History([1, 2, 3, 4, 5, 6])
+    history = SequenceState([1, 2, 3, 4, 5, 6])
     history.rewind(3)
     assert history.cell_spans([gone(1, 2), gone(4, 5)]) == [(1, 2)]
     assert history.cell_spans([gone(2, 5)]) == [(2, 3)]
@@ -79,12 +79,12 @@ def test_what_is_not_fed_yet_has_no_cells() -> None:
 @pytest.mark.parametrize("bad", [[gone(0, 9)], [gone(2, 1)], [gone(1, 3), gone(2, 4)], [gone(-1, 2)], [gone(1, 1)]])
 def test_spans_that_cannot_be_are_refused(bad: list[Evicted]) -> None:
     with pytest.raises(ValueError, match="do not rise"):
-        History([1, 2, 3, 4], bad)
+        SequenceState([1, 2, 3, 4], bad)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.data())
 def test_condensed_tokens_go_or_stay_together(away: list[bool], data: st.DataObject) -> None:
-    history = History(range(len(away)), [gone(*span) for span in spans(away)])
+    history = SequenceState(range(len(away)), [gone(*span) for span in spans(away)])
     resident = history.resident()
     missing = 0
     for _ in range(data.draw(st.integers(1, 3))):
@@ -98,7 +98,7 @@ def test_condensed_tokens_go_or_stay_together(away: list[bool], data: st.DataObj
         apart = history.kept(len(away)) - history.kept(history.condensed.tokens)
         assert apart <= last or not pruned
         assert history.cell(history.condensed.tokens) == history.cells - apart or not history.condensed.tokens
-    restored = History(history.tokens, history.evicted, history.condensed)
+    restored = SequenceState(history.tokens, history.evicted, history.condensed)
     assert restored.cells == history.cells
     at = data.draw(st.integers(0, len(away)))
     bound = history.boundary(at)
@@ -113,4 +113,4 @@ def test_condensed_tokens_go_or_stay_together(away: list[bool], data: st.DataObj
 @pytest.mark.parametrize("condensed", [Condensed(5, 0), Condensed(3, 4), Condensed(3, -1)])
 def test_condensed_tokens_must_be_there(condensed: Condensed) -> None:
     with pytest.raises(ValueError, match="cannot be missing"):
-        History(range(4), condensed=condensed)
+        SequenceState(range(4), condensed=condensed)

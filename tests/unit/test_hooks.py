@@ -35,7 +35,7 @@ from edge_rt.hooks import (
     Segment,
     hookimpl,
 )
-from edge_rt.registry import BUILT_INS, Registry
+from edge_rt.plugin_host.registry import BUILT_INS, Registry
 from edge_rt.testing.null_device import NullDevice, NullEngineFactory
 
 ROOT = Path(__file__).parents[2]

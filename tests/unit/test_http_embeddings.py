@@ -16,7 +16,7 @@ pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 
 from edge_rt.daemon.http.embeddings import MOST_TEXTS, _packed, read
 from edge_rt.daemon.http.errors import ApiError
 from edge_rt.errors import ProtocolError
-from edge_rt.records import singles
+from edge_rt.types import singles
 
 PATH = "/v1/embeddings"
 

@@ -11,17 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_host import Host
 
+from edge_rt.chat.transcript import Span
 from edge_rt.core.context import recall
-from edge_rt.core.context.candidates import candidates, must_stay
-from edge_rt.core.context.history import Evicted, History
-from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
-from edge_rt.core.context.prefix import common_prefix
+from edge_rt.core.context.eviction import candidates, keep_graded, keep_slide, keep_strict, must_stay
+from edge_rt.core.context.history import Evicted, Segment, SequenceState
 from edge_rt.core.context.recall import embedded, rarities, relevances, same_tokens
-from edge_rt.core.context.segments import Segment
-from edge_rt.core.context.transcript import Piece
+from edge_rt.core.kv.prefix_cache import common_prefix
 from edge_rt.errors import ContextOverflow
 from edge_rt.hooks import Grade
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullPlugin
 
 HUGE = "".join(f"Line {i} says that {i * i} people came.\n\n" for i in range(700))  # some 30,000 tokens; the context has 4,096
@@ -90,7 +88,7 @@ def test_what_cannot_fit_is_refused_ungraded_as_it_was_graded(sizes, allowed, go
     pieces, start = [], 0
     for i, size in enumerate(sizes):
         role = "user" if i % 2 == 0 and (ask or i < len(sizes) - 1) else "assistant"
-        pieces.append(Piece(start, start + size, Segment(i, role, "x" * size, 0, size, "message")))
+        pieces.append(Span(start, start + size, Segment(i, role, "x" * size, 0, size, "message")))
         start += size
     evicted = [Evicted(one.start, one.end, "", 0.0) for one in pieces[1 : 1 + gone] if one.segment.message < len(sizes) - 2]
     graded = []
@@ -132,7 +130,7 @@ def test_a_history_with_thousands_of_gaps_is_looked_up():
             return self[1]
 
     n = 4000
-    history = History(list(range(10 * n)), [Counted(10 * i, 10 * i + 5, "", 0.0) for i in range(n)])
+    history = SequenceState(list(range(10 * n)), [Counted(10 * i, 10 * i + 5, "", 0.0) for i in range(n)])
     looked = 0
     assert history.kept(9 * n + 3) == 9 * n + 3 - 5 * (9 * n // 10) - 3
     assert history.cell(10 * n) == 5 * n
@@ -295,9 +293,9 @@ def test_a_grader_that_fails_ends_its_own_request_alone(host):
 
 
 def test_a_long_text_is_counted_as_a_short_one(monkeypatch):
-    from edge_rt.core.context import features
+    from edge_rt.core.context import grading
 
-    patterns = [one for one in vars(features).values() if isinstance(one, re.Pattern)]
+    patterns = [one for one in vars(grading).values() if isinstance(one, re.Pattern)]
     assert len(patterns) > 10
     assert not any(one.groups for one in patterns), "findall would give the groups"
     texts = [
@@ -306,6 +304,6 @@ def test_a_long_text_is_counted_as_a_short_one(monkeypatch):
         'see https://example.org/a, ＡＢ１２ and "x"\n- a\n' * 9,
         "On 12 March 2021 Mr. Smith of the Northern Bank paid $4,500 for 3 kg; however AB-1234 must be sent to a@b.org by 10:30. " * 9,
     ]  # fmt: skip
-    short = [features.features(text) for text in texts]
-    monkeypatch.setattr(features, "_LONG", 0)
-    assert [features.features(text) for text in texts] == short
+    short = [grading.features(text) for text in texts]
+    monkeypatch.setattr(grading, "_LONG", 0)
+    assert [grading.features(text) for text in texts] == short

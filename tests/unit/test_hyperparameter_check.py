@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from edge_rt.core.load.header import read_header
-from edge_rt.core.load.hyperparameter_check import check_hyperparameters
+from edge_rt.core.gguf.reader import read_header
+from edge_rt.core.gguf.validate import check_hyperparameters
 from edge_rt.errors import ModelFileError, UnsupportedModel
 from edge_rt.testing.gguf_bytes import edit_metadata
 from edge_rt.testing.random_models import ARCHITECTURES

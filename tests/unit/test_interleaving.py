@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rt.compiler import target as targets
-from edge_rt.core.load import interleaving
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.interleaving import CHOICES, Layout, interleave, layout, packed_types
+from edge_rt.core.gguf.reader import GGML_TYPES
+from edge_rt.core.weights import interleave as interleaving
+from edge_rt.core.weights.interleave import CHOICES, Layout, interleave, layout, packed_types
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("arm_sample", ROOT / "tools/arm/sample.py")

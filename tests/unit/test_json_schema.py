@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.decode.gbnf import ALT, MORE, TERMINAL, Parser
-from edge_rt.core.decode.grammar_check import check_grammar
-from edge_rt.core.decode.json_schema import schema_to_grammar
 from edge_rt.errors import ConstraintError
+from edge_rt.structured.grammar import ALT, MORE, TERMINAL, Parser, check_grammar
+from edge_rt.structured.json_schema import schema_to_grammar
 
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
 

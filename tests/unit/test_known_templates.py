@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context import chat_template
-from edge_rt.core.context.known_templates import KNOWN
+from edge_rt.chat import template as chat_template
+from edge_rt.chat.template import KNOWN
 from edge_rt.errors import ConstraintError
 
 ROLES = st.sampled_from(["system", "user", "assistant", "tool"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_rt.core.load.model_file import ModelFile
+from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.errors import ModelChanged, ModelFileError, UnsupportedModel
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

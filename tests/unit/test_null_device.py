@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.hooks import EdgeError, EngineOptions, ModelFile, OptionError, Part, Pruned, SessionFileError
+from edge_rt.hooks import EdgeError, EngineOptions, ModelFile, OptionError, Pruned, SequenceBatch, SessionFileError
 from edge_rt.native.llama import Vocab
 from edge_rt.testing.conformance import DeviceConformance, EngineConformance
-from edge_rt.testing.null_device import NullDevice, NullEngine, NullEngineFactory
-from edge_rt.testing.null_vocab import BOS, EOS, EOT, NullVocab
+from edge_rt.testing.null_device import BOS, EOS, EOT, NullDevice, NullEngine, NullEngineFactory, NullVocab
 
 
 def _model(folder: Path, name: str = "tiny.null", content: bytes = b"weights") -> Any:
@@ -48,7 +47,7 @@ class TestNullDevice(DeviceConformance):
 
 class _ForgetsFirstToken(NullEngine):
     def step(self, parts: Any) -> Any:
-        return super().step([Part(p.sequence, [0, *p.tokens[1:]], p.logits) if self.length(p.sequence) == 0 else p for p in parts])
+        return super().step([SequenceBatch(p.sequence, [0, *p.tokens[1:]], p.logits) if self.length(p.sequence) == 0 else p for p in parts])
 
 
 class _ChunkBorderSlips(NullEngine):
@@ -60,9 +59,9 @@ class _ChunkBorderSlips(NullEngine):
         for part in long:
             tokens = part.tokens[self.info.chunk :]
             self.truncate(part.sequence, 0)
-            results[parts.index(part)][self.info.chunk :] = super().step([Part(part.sequence, tokens, "all")])[0]
+            results[parts.index(part)][self.info.chunk :] = super().step([SequenceBatch(part.sequence, tokens, "all")])[0]
             self.truncate(part.sequence, 0)
-            super().step([Part(part.sequence, part.tokens, "none")])
+            super().step([SequenceBatch(part.sequence, part.tokens, "none")])
         return results
 
 
@@ -183,7 +182,7 @@ class _PruningReachesOthers(NullEngine):
 
 
 class _WatchingDisturbs(NullEngine):
-    def _feed(self, part: Part) -> Any:
+    def _feed(self, part: SequenceBatch) -> Any:
         logits = super()._feed(part)
         return logits if logits is None else logits + np.float32(self._sequences[part.sequence].window)
 
@@ -284,7 +283,7 @@ def test_the_suite_finds_no_fault_where_there_is_none(tmp_path: Path) -> None:
 def _greedy(engine: NullEngine, prompt: str, limit: int = 40) -> str:
     sequence, tokens, out = engine.new_sequence(), engine.vocab.tokenize(prompt), []
     while len(out) < limit:
-        (logits,) = engine.step([Part(sequence, tokens)])
+        (logits,) = engine.step([SequenceBatch(sequence, tokens)])
         assert logits is not None
         tokens = [int(logits[0].argmax())]
         if engine.vocab.is_eog(tokens[0]):
@@ -307,7 +306,7 @@ def test_supports_null_files_first_and_others_only_by_name(tmp_path: Path) -> No
 def test_another_file_is_another_model(tmp_path: Path) -> None:
     def logits(model: Any) -> Any:
         engine = NullEngineFactory().open(model, EngineOptions())
-        return engine.step([Part(engine.new_sequence(), [1, 2, 3])])[0]
+        return engine.step([SequenceBatch(engine.new_sequence(), [1, 2, 3])])[0]
 
     first, again, other = (logits(_model(tmp_path, "m.null", content)) for content in (b"one", b"one", b"two"))
     assert np.array_equal(first, again)

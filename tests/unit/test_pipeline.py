@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.assemble.pipeline import MAX_PENDING, Pipeline, Stage
 from edge_rt.errors import PluginError
+from edge_rt.postprocess.pipeline import MAX_PENDING, Pipeline, Stage
 
 
 class Replace:

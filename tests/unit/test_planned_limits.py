@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from edge_rt import limits
 from edge_rt.deployment import PowerSetting
-from edge_rt.guarded import PluginDevice
 from edge_rt.hooks import Health, Offer
+from edge_rt.plugin_host.guard import PluginDevice
+from edge_rt.power import limits
 
 SETTING = PowerSetting(4.0, 70.0)
 

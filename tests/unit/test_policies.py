@@ -6,12 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.candidates import ANSWER_PIECE, ANSWER_SCORE, SINKS, Candidate, answer_pieces, candidates, parts
+from edge_rt.chat.transcript import Span
+from edge_rt.core.context.eviction import (
+    ANSWER_PIECE,
+    ANSWER_SCORE,
+    SINKS,
+    Candidate,
+    answer_pieces,
+    candidates,
+    keep_graded,
+    keep_slide,
+    keep_strict,
+    parts,
+)
 from edge_rt.core.context.grading import Grade
-from edge_rt.core.context.history import Evicted
-from edge_rt.core.context.policies import keep_graded, keep_slide, keep_strict
-from edge_rt.core.context.segments import Segment
-from edge_rt.core.context.transcript import Piece
+from edge_rt.core.context.history import Evicted, Segment
 from edge_rt.errors import ContextOverflow
 
 QUESTION = ("current question",)
@@ -21,8 +30,8 @@ def candidate(tokens: int, score: float = 0.5, *protections: str) -> Candidate:
     return Candidate(Segment(0, "user", "x", 0, 1, "message"), ((0, tokens),), 0, score, protections)  # type: ignore[arg-type]
 
 
-def piece(start: int, end: int, *, role: str = "user", message: int = 0, kind: str = "message") -> Piece:
-    return Piece(start, end, Segment(message, role, "x", 0, 1, kind))  # type: ignore[arg-type]
+def piece(start: int, end: int, *, role: str = "user", message: int = 0, kind: str = "message") -> Span:
+    return Span(start, end, Segment(message, role, "x", 0, 1, kind))  # type: ignore[arg-type]
 
 
 TALK = [candidate(10, 0.9, "system prompt"), candidate(10, 0.6), candidate(10, 0.1), candidate(10, 0.3), candidate(10, 0.0, *QUESTION)]
@@ -80,7 +89,7 @@ def test_every_policy_keeps_the_rules(found: list[Candidate], budget: int) -> No
 # ---- candidates ------------------------------------------------------------------------------------------------------
 
 
-def made(pieces: list[Piece], evicted: list[Evicted] | None = None, *, allowed: int = 1000, fed: int = 0) -> list[Candidate]:
+def made(pieces: list[Span], evicted: list[Evicted] | None = None, *, allowed: int = 1000, fed: int = 0) -> list[Candidate]:
     return candidates(pieces, evicted or [], fed=fed, allowed=allowed, grade=lambda segment: Grade(0.5), answer=pieces[-1].end)
 
 

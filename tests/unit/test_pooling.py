@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.decode.embedding import POOLINGS, TextReader, finished, pooling_of, tokens_of
-from edge_rt.core.engine import Part
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.core.generate.scoring import POOLINGS, TextReader, finished, pooling_of, tokens_of
 from edge_rt.errors import ContextOverflow, NativeError, OptionError, OutOfMemory
-from edge_rt.testing.null_device import NullEngine
-from edge_rt.testing.null_vocab import BOS, EOS, NullVocab
+from edge_rt.testing.null_device import BOS, EOS, NullEngine, NullVocab
 
 tokens = st.lists(st.integers(0, 255), min_size=1, max_size=80)
 
@@ -32,7 +31,7 @@ def read(reader: TextReader, text: list[int], pooling: Any, sizes: list[int]) ->
 
 def states(text: list[int]) -> Any:
     engine = NullEngine()
-    return engine.hidden([Part(engine.new_sequence(), text, "all")])[0]
+    return engine.hidden([SequenceBatch(engine.new_sequence(), text, "all")])[0]
 
 
 @given(texts=st.lists(tokens, min_size=1, max_size=4), sizes=st.lists(st.integers(1, 90), min_size=1, max_size=5))

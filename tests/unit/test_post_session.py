@@ -7,8 +7,8 @@ import pytest
 import edge_rt
 from edge_rt.errors import OptionError, PluginError, RuleError
 from edge_rt.hooks import PostProcessorFactory, hookimpl
-from edge_rt.registry import Registry
-from edge_rt.rules import RuleFile
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.rules import RuleFile
 from edge_rt.testing.null_device import NullPlugin
 from edge_rt.testing.random_models import write_random_model
 from edge_rt.types import Delta, Done, Notice
@@ -164,7 +164,7 @@ def test_rules_of_a_request(model, tmp_path):
     ("options", "message"),
     [
         ({"post": "open"}, "post is the text 'open'; give a list of names"),
-        ({"rules": "rules.toml"}, "rules is the name 'rules.toml'; open it with edge_rt.rules.RuleFile"),
+        ({"rules": "rules.toml"}, "rules is the name 'rules.toml'; open it with edge_rt.postprocess.rules.RuleFile"),
     ],
 )
 def test_names_where_something_else_is_expected(model, options, message):

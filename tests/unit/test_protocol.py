@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from edge_rt import errors
 from edge_rt.daemon import operations, protocol
 from edge_rt.errors import ContextOverflow, ProtocolError, RuleError
-from edge_rt.records import event, record
 from edge_rt.types import (
     ContextUse,
     Delta,
@@ -24,6 +23,8 @@ from edge_rt.types import (
     Timings,
     TokenLogprob,
     Usage,
+    event,
+    record,
 )
 
 VALUES = st.recursive(

@@ -1,17 +1,17 @@
-"""The conformance script: our daemon passes, and what does not keep to the protocol is found."""
+"""clients/conformance: our daemon passes, and what does not keep to the protocol is found."""
 
 import sys
 from pathlib import Path
 
+import conformance
 import pytest
 from daemons import Daemon, write_plugin
+from protocol_peer import Server
 from relay import Relay
 
 from edge_rt.daemon.frames import Frames, pack
-from edge_rt.testing import protocol_conformance
-from edge_rt.testing.protocol_checks import Server
 
-CHECKS = list(protocol_conformance.server_checks(Server("", None, 0)))
+CHECKS = list(conformance.server_checks(Server("", None, 0)))
 SCENARIOS = Path(__file__).parent.parent / "client_scenarios.py"
 
 
@@ -20,21 +20,21 @@ def daemon(tmp_path_factory, random_model):
     folder = tmp_path_factory.mktemp("daemon")
     write_plugin(folder)
     with Daemon(folder, config="credits = 16\n", model=str(random_model()), delay=0.001) as found:
-        protocol_conformance.wait_until_ready(Server(str(found.socket), None, 30))
+        conformance.wait_until_ready(Server(str(found.socket), None, 30))
         yield found
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_our_daemon(daemon, name):
-    checks = protocol_conformance.server_checks(Server(str(daemon.socket), None, 30))
-    assert list(protocol_conformance.run({name: checks[name]})) == [(name, None)]
+    checks = conformance.server_checks(Server(str(daemon.socket), None, 30))
+    assert list(conformance.run({name: checks[name]})) == [(name, None)]
 
 
 def test_the_program(daemon, capsys):
-    assert protocol_conformance.main([str(daemon.socket), "--only", "hello says"]) == 0
+    assert conformance.main([str(daemon.socket), "--only", "hello says"]) == 0
     assert capsys.readouterr().out == "ok      hello says what there is\n1 of 1 hold\n"
-    assert protocol_conformance.main([str(daemon.socket), "--only", "no such check"]) == 1
-    assert protocol_conformance.main(["/nowhere/d.sock"]) == 2
+    assert conformance.main([str(daemon.socket), "--only", "no such check"]) == 1
+    assert conformance.main(["/nowhere/d.sock"]) == 2
 
 
 # ---- servers that do not keep to it ----------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ def test_a_server_that_does_not_keep_to_it(daemon, tmp_path, name, alter):
 def through(alter, daemon, path, name, seconds):
     """What the check says of our daemon with messages altered."""
     with Relay(path, daemon.socket, altered(alter)):
-        ((_, wrong),) = protocol_conformance.run({name: protocol_conformance.server_checks(Server(str(path), None, seconds))[name]})
+        ((_, wrong),) = conformance.run({name: conformance.server_checks(Server(str(path), None, seconds))[name]})
     return wrong
 
 
 def test_our_client_acknowledges_as_often_as_the_daemon_wants():
     name = "a daemon that waits for acknowledgements"
-    checks = protocol_conformance.client_checks([sys.executable, str(SCENARIOS)], 20)
-    assert list(protocol_conformance.run({name: checks[name]})) == [(name, None)]
+    checks = conformance.client_checks([sys.executable, str(SCENARIOS)], 20)
+    assert list(conformance.run({name: checks[name]})) == [(name, None)]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,6 @@ def test_our_client_acknowledges_as_often_as_the_daemon_wants():
     ],
 )
 def test_a_client_that_does_not_keep_to_it(mistake, name):
-    checks = protocol_conformance.client_checks([sys.executable, str(SCENARIOS), mistake], 1)
-    ((_, wrong),) = protocol_conformance.run({name: checks[name]})
+    checks = conformance.client_checks([sys.executable, str(SCENARIOS), mistake], 1)
+    ((_, wrong),) = conformance.run({name: checks[name]})
     assert wrong

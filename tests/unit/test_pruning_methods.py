@@ -9,9 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.pruner import choose_tokens
-from edge_rt.core.context.pruning import ASKED, LEAST, METHODS, NEIGHBOURS, SINKS, UNASKED, Plan, Way, budget_cells, check, choose, plan
 from edge_rt.core.context.recall import same_tokens
+from edge_rt.core.kv.pruning import (
+    ASKED,
+    LEAST,
+    METHODS,
+    NEIGHBOURS,
+    SINKS,
+    UNASKED,
+    PruningMethod,
+    PruningPlan,
+    budget_cells,
+    check_pruning,
+    choose_cells,
+    choose_tokens,
+    plan,
+)
 from edge_rt.errors import OptionError
 from edge_rt.types import Pruning
 
@@ -56,8 +69,8 @@ def test_every_head_keeps_as_many_and_its_ends(data: st.DataObject, method: str)
     keep = data.draw(st.integers(1, cells - 1))
     first = data.draw(st.integers(0, keep))
     last = data.draw(st.integers(0, keep - first))
-    check(keep, first, last, method)
-    kept = choose([layer(3, 4, cells, seed) for seed in range(2)], keep, first, last, method)
+    check_pruning(keep, first, last, method)
+    kept = choose_cells([layer(3, 4, cells, seed) for seed in range(2)], keep, first, last, method)
     assert kept.shape == (2, 3, keep)
     assert (np.diff(kept) > 0).all()
     assert kept.min() >= 0
@@ -77,35 +90,35 @@ def looked_at(cells: int, *spans: tuple[int, int, int, float]) -> FakeLayer:
 def test_defensive_keeps_what_a_single_query_needs_and_snapkv_averages_it_away() -> None:
     """Cells 20 to 22 matter to one query in eight, cells 40 to 59 a little to all."""
     one = looked_at(100, (3, 20, 23, 0.3), *((query, 40, 60, 0.05) for query in range(8)))
-    assert set(range(20, 23)) <= set(choose([one], 13, 1, 1, "defensive")[0, 0].tolist())
-    assert not set(range(20, 23)) & set(choose([one], 13, 1, 1, "snapkv")[0, 0].tolist())
+    assert set(range(20, 23)) <= set(choose_cells([one], 13, 1, 1, "defensive")[0, 0].tolist())
+    assert not set(range(20, 23)) & set(choose_cells([one], 13, 1, 1, "snapkv")[0, 0].tolist())
 
 
 def test_obcache_lies_between_the_mean_and_the_highest() -> None:
     """Seven cells matter: much to one query in eight, or half as much to all; the mean and the highest agree, the squares tell."""
     few, all_ = (0, 20, 27, 0.09), [(query, 60, 67, 0.045) for query in range(8)]
     one = looked_at(100, few, *all_)
-    assert set(range(22, 25)) <= set(choose([one], 9, 1, 1, "defensive")[0, 0].tolist())
-    assert set(range(62, 65)) <= set(choose([one], 9, 1, 1, "obcache")[0, 0].tolist())
+    assert set(range(22, 25)) <= set(choose_cells([one], 9, 1, 1, "defensive")[0, 0].tolist())
+    assert set(range(62, 65)) <= set(choose_cells([one], 9, 1, 1, "obcache")[0, 0].tolist())
     much = looked_at(100, (0, 20, 27, 0.14), *((query, 60, 67, 0.03) for query in range(8)))
-    assert set(range(22, 25)) <= set(choose([much], 9, 1, 1, "obcache")[0, 0].tolist())
-    assert set(range(62, 65)) <= set(choose([much], 9, 1, 1, "snapkv")[0, 0].tolist())
+    assert set(range(22, 25)) <= set(choose_cells([much], 9, 1, 1, "obcache")[0, 0].tolist())
+    assert set(range(62, 65)) <= set(choose_cells([much], 9, 1, 1, "snapkv")[0, 0].tolist())
 
 
 @pytest.mark.parametrize("method", ["defensive", "obcache"])
 def test_what_is_worthless_to_read_is_not_kept(method: str) -> None:
     one = looked_at(100, (0, 20, 30, 0.1), (1, 60, 70, 0.1))
     one.norms[0, 20:30] = 1e-3
-    assert set(range(62, 68)) <= set(choose([one], 10, 1, 1, method)[0, 0].tolist())
+    assert set(range(62, 68)) <= set(choose_cells([one], 10, 1, 1, method)[0, 0].tolist())
 
 
 def test_neighbours_come_along_except_for_h2o() -> None:
     one = looked_at(100, *((query, 50, 51, 0.5) for query in range(8)))
     side = NEIGHBOURS // 2
     for method in ("defensive", "obcache", "snapkv"):
-        assert choose([one], NEIGHBOURS + 2, 1, 1, method)[0, 0].tolist() == [0, *range(50 - side, 51 + side), 99]
+        assert choose_cells([one], NEIGHBOURS + 2, 1, 1, method)[0, 0].tolist() == [0, *range(50 - side, 51 + side), 99]
     two = looked_at(100, *((query, cell, cell + 1, 0.3) for query in range(8) for cell in (30, 50)))
-    assert choose([two], 4, 1, 1, "h2o")[0, 0].tolist() == [0, 30, 50, 99]
+    assert choose_cells([two], 4, 1, 1, "h2o")[0, 0].tolist() == [0, 30, 50, 99]
 
 
 def test_keydiff_keeps_keys_unlike_the_others() -> None:
@@ -113,14 +126,14 @@ def test_keydiff_keeps_keys_unlike_the_others() -> None:
     directions[0, :, 0] = 1 + np.arange(40)  # length does not matter
     directions[0, [11, 23], 0], directions[0, [11, 23], 1] = 0, 5
     one = FakeLayer(None, np.ones((1, 40), np.float32), directions)
-    assert choose([one], 4, 1, 1, "keydiff")[0, 0].tolist() == [0, 11, 23, 39]
+    assert choose_cells([one], 4, 1, 1, "keydiff")[0, 0].tolist() == [0, 11, 23, 39]
 
 
 def test_window_keeps_the_newest_and_random_the_same_each_time() -> None:
     one = [layer(2, 1, 30, seed) for seed in range(2)]
-    assert choose(one, 5, 2, 0, "window").tolist() == [[[0, 1, 27, 28, 29]] * 2] * 2
-    chosen = choose(one, 5, 1, 1, "random")
-    assert np.array_equal(chosen, choose(one, 5, 1, 1, "random"))
+    assert choose_cells(one, 5, 2, 0, "window").tolist() == [[[0, 1, 27, 28, 29]] * 2] * 2
+    chosen = choose_cells(one, 5, 1, 1, "random")
+    assert np.array_equal(chosen, choose_cells(one, 5, 1, 1, "random"))
     assert not np.array_equal(chosen[0], chosen[1])
     assert not np.array_equal(chosen[0, 0], chosen[0, 1])
 
@@ -128,17 +141,17 @@ def test_window_keeps_the_newest_and_random_the_same_each_time() -> None:
 def test_scores_that_are_no_numbers_do_not_win() -> None:
     one = looked_at(40, (0, 10, 20, 0.1))
     one.norms[0, 25:30] = np.nan
-    assert not set(range(25, 30)) & set(choose([one], 10, 1, 1, "defensive")[0, 0].tolist())
+    assert not set(range(25, 30)) & set(choose_cells([one], 10, 1, 1, "defensive")[0, 0].tolist())
 
 
 @pytest.mark.parametrize(("keep", "first", "last"), [(0, 0, 0), (4, 3, 2), (4, -1, 2), (4, 1, -2)])
 def test_ends_must_fit(keep: int, first: int, last: int) -> None:
     with pytest.raises(OptionError, match="keep more"):
-        check(keep, first, last, "defensive")
+        check_pruning(keep, first, last, "defensive")
     with pytest.raises(OptionError, match="defensive, obcache"):
-        check(4, 1, 1, "best")
+        check_pruning(4, 1, 1, "best")
     with pytest.raises(OptionError, match="one or more"):
-        check(4, 1, 1, "defensive", 0)
+        check_pruning(4, 1, 1, "defensive", 0)
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -164,15 +177,15 @@ def test_a_budget_in_bytes_needs_to_know_how_large_a_cell_is() -> None:
 
 
 @pytest.mark.parametrize(("asked", "since", "way"), [(False, 0, UNASKED), (True, 0, ASKED), (True, 30, ASKED)])
-def test_each_kind_of_pass_is_made_in_its_way(asked: bool, since: int, way: Way) -> None:
+def test_each_kind_of_pass_is_made_in_its_way(asked: bool, since: int, way: PruningMethod) -> None:
     found = plan(100, asked=asked, since=since)
-    assert found == Plan(100, SINKS, since + int(100 * way.newest), way.method, way.queries)
+    assert found == PruningPlan(100, SINKS, since + int(100 * way.newest), way.method, way.queries)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2000), st.integers(0, 2000))
 def test_a_plan_can_be_carried_out_and_protects_both_ends(keep: int, head: int, since: int) -> None:
     found = plan(keep, head=head, since=since)
-    check(*found)
+    check_pruning(*found)
     assert found.keep == keep
     assert found.first >= min(keep, SINKS)
     if head <= keep // 4:
@@ -186,7 +199,7 @@ def test_a_plan_can_be_carried_out_and_protects_both_ends(keep: int, head: int, 
 
 def test_tokens_near_those_of_the_question_stay_and_both_ends() -> None:
     tokens = [*range(100, 400), 7, 8, 9, *range(400, 700)]
-    kept = choose_tokens(tokens, [8, 150], Plan(100, 4, 10, *ASKED[:2]), same_tokens)
+    kept = choose_tokens(tokens, [8, 150], PruningPlan(100, 4, 10, *ASKED[:2]), same_tokens)
     assert len(kept) == 100
     assert kept == sorted(set(kept))
     assert set(range(4)) | set(range(593, 603)) <= set(kept)

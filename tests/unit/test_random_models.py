@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rt.core.load.hyperparameter_check import check_hyperparameters
-from edge_rt.core.load.model_file import ModelFile
-from edge_rt.core.load.vocabulary_check import check_vocabulary
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.validate import check_hyperparameters, check_vocabulary
 from edge_rt.errors import OptionError
-from edge_rt.testing.random_models import ARCHITECTURES, write_random_model
-from edge_rt.testing.random_weights import WEIGHT_TYPES, random_tensor
+from edge_rt.testing.random_models import ARCHITECTURES, WEIGHT_TYPES, random_tensor, write_random_model
 
 TEXT = "The answer is é 世界 that\n\nit  will\t<b>hold</b> 🙂"
 

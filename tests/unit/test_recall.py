@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rt import config
-from edge_rt.core.context.cell_store import CellStore
 from edge_rt.core.context.recall import RELEVANT, Passage, Recall, Summaries, embedded, relevances, same_tokens
+from edge_rt.core.kv.swap import KVSwap
 from edge_rt.testing.null_device import NullEngine
 
 # ---- relevance -------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_an_embedder_does_not_hold_up_other_sessions() -> None:
 
 
 def test_cells_are_private_and_go_with_the_session() -> None:
-    store = CellStore()
+    store = KVSwap()
     assert store.put(3, [1, 2], b"cells")
     (folder,) = (config.cache_dir() / "evicted").iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -131,7 +131,7 @@ def test_cells_are_private_and_go_with_the_session() -> None:
 
 
 def test_other_tokens_or_another_place_are_other_cells() -> None:
-    store = CellStore()
+    store = KVSwap()
     store.put(3, [1, 2], b"cells")
     assert store.take(4, [1, 2]) is None
     assert store.take(3, [1, 3]) is None
@@ -140,7 +140,7 @@ def test_other_tokens_or_another_place_are_other_cells() -> None:
 
 
 def test_the_oldest_go_first() -> None:
-    store = CellStore(limit=10)
+    store = KVSwap(limit=10)
     assert not store.put(0, [0], b"x" * 11)
     for i in range(4):
         assert store.put(i, [i], bytes([i]) * 4)
@@ -152,17 +152,17 @@ def test_a_disk_that_refuses_costs_nothing_but_time(tmp_path: Path, monkeypatch:
     blocked = tmp_path / "file"
     blocked.write_text("no directory")
     monkeypatch.setenv("EDGE_RT_CACHE", str(blocked))
-    store = CellStore()
+    store = KVSwap()
     assert not store.put(0, [1], b"cells")
     assert store.take(0, [1]) is None
 
 
 def test_what_a_killed_process_left_is_removed() -> None:
-    code = "import os; from edge_rt.core.context.cell_store import CellStore; s = CellStore(); s.put(0, [1], b'x'); os._exit(9)"
+    code = "import os; from edge_rt.core.kv.swap import KVSwap; s = KVSwap(); s.put(0, [1], b'x'); os._exit(9)"
     subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False)
     parent = config.cache_dir() / "evicted"
     (left,) = parent.iterdir()
-    store = CellStore()
+    store = KVSwap()
     store.put(0, [1], b"x")
     assert not left.exists()
     store.close()

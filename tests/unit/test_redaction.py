@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from edge_rt.core.assemble.pipeline import Pipeline, Stage
 from edge_rt.errors import PluginError, RuleError
 from edge_rt.hooks import PostProcessorFactory, Rules
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.plugins import redaction
-from edge_rt.plugins.redaction.numbers import issued, luhn, mainland_id
-from edge_rt.registry import Registry
-from edge_rt.rules import RuleFile, Ruleset
+from edge_rt.plugins.redaction.detectors import issued, luhn, mainland_id
+from edge_rt.postprocess.pipeline import Pipeline, Stage
+from edge_rt.postprocess.rules import RuleFile, Ruleset
 from edge_rt.testing.conformance import PostProcessorConformance
 
 NAMES = ["张三丰", "李娜", "John Smith", "José García"]

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rt.plugins.redaction.automaton import MAX_STATES, Automaton, Graph
-from edge_rt.plugins.redaction.syntax import Refused, add_pattern, add_words
+from edge_rt.plugins.redaction.automaton import MAX_STATES, Automaton, Graph, Refused, add_pattern, add_words
 
 _ATOMS = st.sampled_from(["a", "b", "1", " ", ".", "[ab]", "[^a]", r"\d", r"\w", r"\s", "(?<!a)", "(?<=b)", "(?<![0-9])", r"\b"])
 

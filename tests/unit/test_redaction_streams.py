@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from edge_rt.hooks import Rules
 from edge_rt.plugins import redaction
-from edge_rt.plugins.redaction.automaton import MAX_JUMPS
-from edge_rt.plugins.redaction.characters import significant
+from edge_rt.plugins.redaction.automaton import MAX_JUMPS, significant
 from edge_rt.plugins.redaction.scanner import LIMIT
 
 LEAK = 4

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from edge_rt import entry_points, registry
 from edge_rt.errors import AbiMismatch, ContextOverflow, OptionError, PluginError, UnsupportedModel
 from edge_rt.hooks import (
     API_VERSION,
@@ -30,7 +29,9 @@ from edge_rt.hooks import (
     Segment,
     hookimpl,
 )
-from edge_rt.registry import BUILT_INS, PluginStatus, Registry
+from edge_rt.plugin_host import entry_points, registry
+from edge_rt.plugin_host.registry import BUILT_INS, EXTRAS, OWN_PLUGINS, PluginStatus, Registry
+from edge_rt.postprocess.rules import Ruleset
 from edge_rt.testing.null_device import NullDevice, NullEngine, NullPlugin
 
 MODEL: Any = SimpleNamespace(path=Path("tiny.gguf"), header=SimpleNamespace(architecture="llama"))
@@ -122,6 +123,49 @@ def test_the_table_of_built_ins_is_the_distributions_entry_points() -> None:
     section = text.partition("[project.entry-points.edge_rt]\n")[2].partition("\n[")[0]
     declared = dict(line.replace('"', "").split(" = ") for line in section.splitlines() if line)
     assert declared == BUILT_INS
+
+
+def test_the_table_of_own_plugins_is_the_entry_points_of_their_distributions() -> None:
+    declared = {}
+    for path in (Path(__file__).parents[2] / "plugins").glob("*/pyproject.toml"):
+        text = path.read_text()
+        distribution = text.partition('name = "')[2].partition('"')[0]
+        if distribution in EXTRAS:
+            section = text.partition("[project.entry-points.edge_rt]\n")[2].partition("\n[")[0]
+            declared |= dict.fromkeys((line.partition(" = ")[0] for line in section.splitlines() if line), distribution)
+    assert declared == OWN_PLUGINS
+    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    for distribution, requirement in EXTRAS.items():
+        assert f'{requirement.removeprefix("edge-rt[").removesuffix("]")} = ["{distribution}"]' in extras
+
+
+def test_a_plugin_of_our_own_that_is_not_installed_is_named_with_the_command() -> None:
+    found = load()
+    with pytest.raises(PluginError, match=r"^the post-processor punctuation is not installed; pip install 'edge-rt\[text\]'$"):
+        found.post_processor("punctuation")
+    with pytest.raises(PluginError, match=r"^the plugin punctuation is not installed; pip install 'edge-rt\[text\]'$"):
+        Registry.load(entry_points=False, required=["punctuation"])
+    for values, place in (({"terminology": {}}, ("terminology",)), ({"pipeline": ["punctuation"]}, ("pipeline", 0))):
+        with pytest.raises(RuleError, match=r"is not installed; pip install 'edge-rt\[text\]'$") as caught:
+            Ruleset(values, found)
+        assert caught.value.place == place
+
+
+def test_a_plugin_of_our_own_that_is_disabled_is_not_said_to_be_missing() -> None:
+    found = Registry.load(entry_points=False, plugins={"punctuation": plugin(edge_rt_post_processors=nothing())}, disabled=["punctuation"])
+    with pytest.raises(PluginError, match=r"^no post-processor named punctuation, .*plugin punctuation disabled: it was disabled"):
+        found.post_processor("punctuation")
+
+
+def test_plugins_of_our_own_distributions_are_trusted_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for distribution in ("edge-rt-text", "other"):
+        info = tmp_path / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[edge_rt]\n{distribution} = trusted_or_not:PLUGIN\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = Registry.load(disabled=["edge-rt-text", "other"])
+    assert [found.trusted(name) for name in ("cpu", "redaction", "edge-rt-text", "other")] == [True, True, True, False]
 
 
 def test_a_working_plugin() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from edge_rt.errors import PluginError
 from edge_rt.hooks import hookimpl
-from edge_rt.registry import Registry
-from edge_rt.rules import RuleFile, Ruleset
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.rules import RuleFile, Ruleset
 
 CODE = """
 from edge_rt.hooks import PostProcessorFactory, hookimpl

@@ -13,8 +13,8 @@ import pytest
 
 from edge_rt.errors import PluginError, RuleError
 from edge_rt.hooks import PostProcessorFactory, hookimpl
-from edge_rt.registry import Registry
-from edge_rt.rules import RuleFile, Ruleset, change
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.rules import RuleFile, Ruleset, change
 
 
 class Mark:
@@ -174,7 +174,7 @@ def test_a_wrong_file_changes_nothing_and_says_why(registry, file, caplog):
     book = RuleFile(file, registry, watch=False, told=told.append)
     before = book.current
     file.write_text('[mark]\nmarc = "x"\n')
-    with caplog.at_level(logging.INFO, "edge_rt.rules"):
+    with caplog.at_level(logging.INFO, "edge_rt.postprocess.rules"):
         assert [book.check() for _ in range(3)] == [False, False, False]
     assert book.current is before
     assert str(book.error) == f"{file}, line 2: mark has no rule marc; did you mean mark?" == str(told[0])
@@ -268,7 +268,7 @@ def test_the_older_of_two_versions_does_not_come_last(tmp_path):
 
 
 def test_the_watching_thread_does_so(registry, file, monkeypatch):
-    monkeypatch.setattr("edge_rt.rules.INTERVAL", 0.01)
+    monkeypatch.setattr("edge_rt.postprocess.rules.INTERVAL", 0.01)
     told = threading.Event()
     with RuleFile(file, registry, told=lambda error: told.set()) as book:
         file.write_text('[mark]\nmark = "{{"\n')
@@ -278,11 +278,11 @@ def test_the_watching_thread_does_so(registry, file, monkeypatch):
 
 
 def test_a_bug_does_not_end_the_watching(registry, file, monkeypatch):
-    monkeypatch.setattr("edge_rt.rules.INTERVAL", 0.01)
+    monkeypatch.setattr("edge_rt.postprocess.rules.INTERVAL", 0.01)
     told = queue.SimpleQueue()
     with RuleFile(file, registry, told=told.put) as book:
         with monkeypatch.context() as broken:
-            broken.setattr("edge_rt.rules.change", lambda *_: 1 / 0)
+            broken.setattr("edge_rt.postprocess.rules.change", lambda *_: 1 / 0)
             file.write_text('[mark]\nmark = "{{"\n')
             assert "ZeroDivisionError while it was read; report this" in str(told.get(timeout=10))
         file.write_text('[mark]\nmark = "[["\n')
@@ -317,7 +317,7 @@ def stream(book, chance):
 
 def test_reload_storm(registry, file, monkeypatch, quick_threads):
     """1,000 changes, a third of them wrong, under four streams: each follows one version from its first to its last character."""
-    monkeypatch.setattr("edge_rt.rules.INTERVAL", 0)
+    monkeypatch.setattr("edge_rt.postprocess.rules.INTERVAL", 0)
     over, seen, failures, told = threading.Event(), set(), [], queue.SimpleQueue()
 
     def streams(seed):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.assemble import toml_place
-from edge_rt.core.assemble.rules import Rules
+from edge_rt import toml_file
 from edge_rt.errors import RuleError
+from edge_rt.postprocess.rules import Rules
 
 READS = [
     (lambda r: r.text("k"), "a", {"k": 3}, "k is a whole number; give a text"),
@@ -128,7 +128,7 @@ PLACES = {
 @pytest.mark.parametrize(("place", "line"), PLACES.items())
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_the_line_of_a_value(place, line, end):
-    assert toml_place.line_of(FILE.replace("\n", end), place) == line
+    assert toml_file.line_of(FILE.replace("\n", end), place) == line
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_line_of_a_value(place, line, end):
 )
 def test_the_line_of_a_mistake_in_the_writing(text, line, reason):
     with pytest.raises(RuleError, match=rf"line {line}: it is not TOML: {reason}"):
-        toml_place.parse(text)
+        toml_file.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_line_of_a_mistake_in_the_writing(text, line, reason):
 )
 def test_what_python_cannot_read(text, reason):
     with pytest.raises(RuleError, match=f"^{reason}"):
-        toml_place.parse(text)
+        toml_file.parse(text)
 
 
 NESTED = """\
@@ -186,10 +186,10 @@ k = 1016 # \"\"\"
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_values_in_inline_tables_and_lists_of_lists_are_found(end):
     text = NESTED.replace("\n", end)
-    places = {value: place for place, value in leaves(toml_place.parse(text)) if isinstance(value, int)}
+    places = {value: place for place, value in leaves(toml_file.parse(text)) if isinstance(value, int)}
     assert sorted(places) == list(range(1001, 1018))
     for value, place in places.items():
-        assert toml_place.line_of(text, place) == text[: text.index(str(value))].count("\n") + 1
+        assert toml_file.line_of(text, place) == text[: text.index(str(value))].count("\n") + 1
 
 
 def leaves(values, place=()):
@@ -203,7 +203,7 @@ def leaves(values, place=()):
 
 _KEYS = st.sampled_from(["a", "b", "c d", 'e"f'])
 _ITEMS = st.lists(st.sampled_from(["1", '"x,]"', "'[ #'", '"""m\nn"""', "{ z = [1, 2] }"]), max_size=5)
-_SPACE = st.sampled_from(["", " ", "\n", "\n  # [ , \"\n"])
+_SPACE = st.sampled_from(["", " ", "\n", '\n  # [ , "\n'])
 
 
 @given(st.lists(st.tuples(_KEYS, _ITEMS, _SPACE), min_size=1, max_size=4, unique_by=lambda entry: entry[0]))
@@ -217,4 +217,4 @@ def test_items_of_lists_are_found_wherever_they_are(entries):
             expected[key, i] = text.count("\n") + 1
             text += f"{item},"
         text += f"{space}]\n"
-    assert {place: toml_place.line_of(text, place) for place in expected} == expected
+    assert {place: toml_file.line_of(text, place) for place in expected} == expected

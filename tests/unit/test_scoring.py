@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import Asks
 
-from edge_rt.core.decode.logprobs import token_logprobs
-from edge_rt.core.decode.scoring import divided, scoring
+from edge_rt.core.generate.scoring import divided, scoring, token_logprobs
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
 from edge_rt.testing.null_device import NullEngine
 

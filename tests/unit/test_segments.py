@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.context.protection import NEWEST, protections
-from edge_rt.core.context.segments import LONGEST, SHORT, segments
+from edge_rt.core.context.eviction import NEWEST, protections
+from edge_rt.core.context.history import LONGEST, SHORT, segments
 from edge_rt.errors import OptionError
 
 LONG = "word " * (SHORT // 5 + 1)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import Header, TensorInfo
+from edge_rt.core.graph.config import ModelConfig, check_shapes, read_config
 from edge_rt.core.graph.decoder import FAMILIES
-from edge_rt.core.graph.hyper import Hyper, read_hyper
-from edge_rt.core.graph.shapes import check_shapes
-from edge_rt.core.load.header import Header, TensorInfo
-from edge_rt.core.load.model_file import ModelFile
 from edge_rt.errors import ModelFileError, UnsupportedModel
 
 VARIANTS: list[dict[str, Any]] = [
@@ -25,12 +24,12 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
-def model(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> tuple[dict[str, TensorInfo], Hyper]:
+def model(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> tuple[dict[str, TensorInfo], ModelConfig]:
     with ModelFile.open(random_model(**request.param)) as file:
-        return dict(file.header.tensors), read_hyper(file.header)
+        return dict(file.header.tensors), read_config(file.header)
 
 
-def check(tensors: dict[str, TensorInfo], hyper: Hyper) -> None:
+def check(tensors: dict[str, TensorInfo], hyper: ModelConfig) -> None:
     check_shapes(tensors, hyper, FAMILIES[hyper.architecture])
 
 
@@ -38,13 +37,13 @@ def reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo(info.name, shape, info.type, info.type_name, info.offset, info.nbytes)
 
 
-def test_sound_models_pass(model: tuple[dict[str, TensorInfo], Hyper]) -> None:
+def test_sound_models_pass(model: tuple[dict[str, TensorInfo], ModelConfig]) -> None:
     tensors, hyper = model
     check(tensors, hyper)
     check({name: reshaped(info, (*info.shape, 1)) for name, info in tensors.items() if len(info.shape) < 4}, hyper)
 
 
-def test_every_tensor_is_checked(model: tuple[dict[str, TensorInfo], Hyper]) -> None:
+def test_every_tensor_is_checked(model: tuple[dict[str, TensorInfo], ModelConfig]) -> None:
     """Another shape is refused for each; one that is missing is refused unless it is optional."""
     tensors, hyper = model
     for name, info in tensors.items():
@@ -62,30 +61,28 @@ def test_every_tensor_is_checked(model: tuple[dict[str, TensorInfo], Hyper]) -> 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.scale", "blk.2.attn_norm.weight", "blk.0.ffn_gate_shexp.weight", "something.weight"])
 def test_nothing_is_ignored(name: str, random_model: Callable[..., Path]) -> None:
     with ModelFile.open(random_model()) as file:
-        tensors, hyper = dict(file.header.tensors), read_hyper(file.header)
+        tensors, hyper = dict(file.header.tensors), read_config(file.header)
     extra = reshaped(tensors["output_norm.weight"], (64,))
     with pytest.raises(UnsupportedModel, match=name):
         check(tensors | {name: extra}, hyper)
 
 
-def header_with(path: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Hyper:
+def header_with(path: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> ModelConfig:
     """What is read of a deci whose metadata says something else."""
     said = {f"deci.{key}": value for key, value in values.items()}
     with ModelFile.open(path) as file:
         get = Header.get
         monkeypatch.setattr(Header, "get", lambda self, key, default=None: said[key] if key in said else get(self, key, default))
         try:
-            return read_hyper(file.header)
+            return read_config(file.header)
         finally:
             monkeypatch.undo()
 
 
-def test_blocks_may_differ_in_their_feed_forward_network_alone(
-    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_may_differ_in_their_feed_forward_network_alone(random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = random_model("deci", n_ff=(64, 160))
     with ModelFile.open(path) as file:
-        hyper = read_hyper(file.header)
+        hyper = read_config(file.header)
         check(dict(file.header.tensors), hyper)
         assert hyper.n_ff == 160
     assert header_with(path, monkeypatch, **{"attention.head_count_kv": [2, 2], "attention.head_count": [4, 4]}).n_head_kv == 2

@@ -7,8 +7,8 @@ import pytest
 from worker_host import Host
 
 from edge_rt.core.context import session_file
-from edge_rt.core.context.history import Condensed, History
-from edge_rt.registry import Registry
+from edge_rt.core.context.history import Condensed, SequenceState
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 
 CELL = NullEngine.cell_bytes
@@ -55,7 +55,7 @@ def test_what_is_to_last_goes_to_the_disk_bit_by_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(session_file, "SYNC_EVERY", 40)
     done = []
     monkeypatch.setattr(session_file.os, "fsync", lambda number: done.append(os.fstat(number).st_size))
-    saved = session_file.SavedSession("e", "m", History([1, 2, 3], [], Condensed(0, 0)), bytes(range(100)))
+    saved = session_file.SavedSession("e", "m", SequenceState([1, 2, 3], [], Condensed(0, 0)), bytes(range(100)))
     path = tmp_path / "a.session"
     session_file.save(path, saved, durable=False)
     assert done == []

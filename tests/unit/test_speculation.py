@@ -6,7 +6,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.decode.speculation import LONGEST, LOOK_BACK, MAX_PAUSE, RETRY, NgramDrafter, Worth
+from edge_rt.core.generate.speculative import LONGEST, LOOK_BACK, MAX_PAUSE, RETRY, NgramDrafter, Worth
 
 
 def drafter(tokens):

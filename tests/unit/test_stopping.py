@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rt.core.assemble.stopping import StopMatcher
+from edge_rt.core.generate.output import StopMatcher
 from edge_rt.errors import OptionError
 
 

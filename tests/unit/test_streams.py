@@ -8,8 +8,7 @@ from edge_rt.daemon.conversation import ACK_EVERY, Answers, Conversation, fields
 from edge_rt.daemon.frames import Frames, pack
 from edge_rt.daemon.streams import Stream
 from edge_rt.errors import DaemonError, OptionError, ProtocolError
-from edge_rt.records import record
-from edge_rt.types import Delta, Pruning
+from edge_rt.types import Delta, Pruning, record
 
 CREDITS = 16
 

@@ -11,10 +11,9 @@ from boards import Board, Firmware, Mass, Run, best, drive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rt.core.decode.sustain import LEAST, Setting, Sustainer
-from edge_rt.core.decode.thermal import Thermal
-from edge_rt.core.decode.windows import Window, reading
 from edge_rt.device_profile import Health
+from edge_rt.power.controller import LEAST, PowerController, ReadingWindow, Setting, reading
+from edge_rt.power.thermal import Thermal
 
 RECORDED = Path(__file__).parent.parent / "fixtures" / "pi3b_naked.csv"
 
@@ -47,8 +46,8 @@ def pc(**more: Any) -> Board:
 
 def held(
     board: Board, power: float | None = None, celsius: float | None = None, seconds: float = 420, skip: float = 120
-) -> tuple[Sustainer, Run]:  # fmt: skip
-    sustainer = Sustainer(board.health, power=power, celsius=celsius, most=board.threads, clock=lambda: board.now)
+) -> tuple[PowerController, Run]:  # fmt: skip
+    sustainer = PowerController(board.health, power=power, celsius=celsius, most=board.threads, clock=lambda: board.now)
     return sustainer, drive(board, sustainer, seconds, skip)
 
 
@@ -102,7 +101,7 @@ def test_readings_that_are_late_and_noisy_cost_little() -> None:
 
 def test_fixed_threads_stay() -> None:
     board = pc()
-    sustainer = Sustainer(board.health, power=30.0, celsius=None, most=8, fixed=True, clock=lambda: board.now)
+    sustainer = PowerController(board.health, power=30.0, celsius=None, most=8, fixed=True, clock=lambda: board.now)
     run = drive(board, sustainer, 300, 60)
     assert run.changes == 0
     assert run.power == pytest.approx(30.0, rel=0.05)
@@ -111,7 +110,7 @@ def test_fixed_threads_stay() -> None:
 def test_a_bound_is_kept_and_the_cap_with_it() -> None:
     """The thread governor's choice comes first: a neighbour has the other CPUs."""
     board = pc()
-    sustainer = Sustainer(board.health, power=16.0, celsius=None, most=8, clock=lambda: board.now)
+    sustainer = PowerController(board.health, power=16.0, celsius=None, most=8, clock=lambda: board.now)
 
     class Bounded:
         look, took, begins = sustainer.look, sustainer.took, sustainer.begins
@@ -188,7 +187,7 @@ def test_throttling_that_no_temperature_explains_makes_it_careful() -> None:
     def health() -> Health:
         return board.health()._replace(throttled=("under-voltage",) if board.power > 40 else ())
 
-    sustainer = Sustainer(health, power=80.0, celsius=None, most=8, clock=lambda: board.now)
+    sustainer = PowerController(health, power=80.0, celsius=None, most=8, clock=lambda: board.now)
     drive(board, sustainer, 200, 60)
     assert sustainer.choose("decode", 8) != Setting(8, 1.0)
 
@@ -205,7 +204,7 @@ def test_both_limits_are_held() -> None:
 
 def test_when_readings_vanish_the_last_safe_setting_stays_and_that_is_said() -> None:
     board = pc(gone=(200.0, 400.0))
-    sustainer = Sustainer(board.health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
+    sustainer = PowerController(board.health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
     drive(board, sustainer, 210, 60)
     said = sustainer.news()
     assert len(said) == 1
@@ -223,7 +222,7 @@ def test_when_readings_vanish_the_last_safe_setting_stays_and_that_is_said() -> 
 
 def test_without_any_reading_it_is_careful() -> None:
     board = pc(gone=(0.0, 1e9))
-    sustainer = Sustainer(board.health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
+    sustainer = PowerController(board.health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
     drive(board, sustainer, 60, 20)
     assert sustainer.choose("decode", 8).threads == 1
     assert "nothing was measured" in sustainer.news()[0]
@@ -244,14 +243,14 @@ def test_a_reading_that_jumps_moves_nothing() -> None:
         found = board.health()
         return found._replace(power=9000.0) if looks % 40 == 0 else found
 
-    sustainer = Sustainer(health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
+    sustainer = PowerController(health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
     run = drive(board, sustainer, 400, 120)
     assert run.power == pytest.approx(30.0, rel=0.06)
 
 
 def test_a_pause_between_requests_is_no_rest_to_learn_from() -> None:
     board = pc()
-    sustainer = Sustainer(board.health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
+    sustainer = PowerController(board.health, power=30.0, celsius=None, most=8, clock=lambda: board.now)
     drive(board, sustainer, 120, 30)
     board.run(600, 0)
     run = drive(board, sustainer, 120, 30)
@@ -313,7 +312,7 @@ def test_the_thermal_model_finds_the_heat_that_comes_to_a_temperature() -> None:
 
 
 def test_a_sensor_of_the_moment_is_put_right_by_how_often_steps_were_met() -> None:
-    window = Window(0.0)
+    window = ReadingWindow(0.0)
     window.step("decode", 2, 3.0, 10, 10.0)  # three of ten seconds
     for power, computing in [(12.0, True), (12.0, True), (12.0, True), (2.0, False)]:
         window.look(reading(Health(power=power), 1e5, 0.0, computing))

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from edge_rt.core.context import chat_template
-from edge_rt.core.context.chat_template import CHATML, PLAIN, Placed, placed, render, render_messages, render_segments
-from edge_rt.core.context.tools import checked
+from edge_rt.chat import template as chat_template
+from edge_rt.chat.template import CHATML, PLAIN, Placed, placed, render, render_messages, render_segments
+from edge_rt.chat.tools import checked
 from edge_rt.errors import ConstraintError, OptionError
-from edge_rt.testing.null_vocab import NullVocab
+from edge_rt.testing.null_device import NullVocab
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")}
 KNOWING = ("qwen25", "qwen3", "llama31", "mistral")
@@ -200,7 +200,7 @@ def test_messages_and_tools_are_not_changed() -> None:
 
 
 def test_without_tools_nothing_of_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "edge_rt.core.context.tools", None)
+    monkeypatch.setitem(sys.modules, "edge_rt.chat.tools", None)
     assert given(CHATML, [ASKED])[0] == Placed(CHATML, [ASKED])
 
 

@@ -103,7 +103,8 @@ def test_without_recording_the_daemon_imports_no_plugins():
         "import sys, edge_rt.daemon.lifetime, edge_rt.daemon.http.connection\n"
         "from edge_rt.daemon.server import Server\nfrom edge_rt.daemon.config import default\n"
         "assert Server(default()).status()['recording'] is None\n"
-        "print([name for name in sys.modules if name.startswith(('edge_rt.plugins', 'edge_rt.daemon.traffic', 'edge_rt.registry'))])"
+        "print([name for name in sys.modules if name.startswith(('edge_rt.plugins', 'edge_rt.daemon.traffic', "
+        "'edge_rt.plugin_host.registry'))])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout == "[]\n"

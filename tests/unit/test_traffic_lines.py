@@ -220,7 +220,7 @@ def test_rules_by_which_nothing_would_be_concealed(tmp_path, text, kind, message
 
 
 def test_without_the_plugin_nothing_is_recorded(monkeypatch):
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     whole = Registry.load(entry_points=False, disabled=["redaction"])
     monkeypatch.setattr(Registry, "load", lambda: whole)
@@ -230,8 +230,8 @@ def test_without_the_plugin_nothing_is_recorded(monkeypatch):
 
 def test_a_post_processor_that_fails_gives_no_text_and_does_not_say_it():
     from edge_rt.hooks import PostProcessorFactory
-    from edge_rt.registry import Registry
-    from edge_rt.rules import Ruleset
+    from edge_rt.plugin_host.registry import Registry
+    from edge_rt.postprocess.rules import Ruleset
 
     class Bad:
         def feed(self, text):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_rt.core.load.header import read_header
-from edge_rt.core.load.vocabulary_check import check_vocabulary
+from edge_rt.core.gguf.reader import read_header
+from edge_rt.core.gguf.validate import check_vocabulary
 from edge_rt.errors import ModelFileError, UnsupportedModel
 from edge_rt.testing.gguf_bytes import edit_metadata
 

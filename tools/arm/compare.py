@@ -99,7 +99,7 @@ def files(reference: str, other: str) -> bool:
 
 
 def _tensors(path: Path) -> dict[str, tuple[object, ...]]:
-    """Name -> (type, shape, layout, SHA-256) of a packed file's tensors (core/load/packing.py)."""
+    """Name -> (type, shape, layout, SHA-256) of a packed file's tensors (core/weights/repack.py)."""
     with path.open("rb") as file:
         _, length, _ = struct.unpack("<8sII", file.read(16))
         header = json.loads(file.read(length))

@@ -3,7 +3,7 @@
     python kernels.py OUT.npz [REFERENCE.npz]
 
 Prints a line for each type of weights: the layout that is foretold, whether the library has a kernel, whether the packed bytes are those
-that NumPy makes of that layout (core/load/interleaving.py), and how far the products are apart. OUT.npz holds the packed bytes by type and
+that NumPy makes of that layout (core/weights/interleave.py), and how far the products are apart. OUT.npz holds the packed bytes by type and
 layout, and the weights they were made from; with another processor's REFERENCE its weights are taken, as to quantise is float arithmetic
 too, so that bytes of one layout must be equal.
 The exit status is 1 if anything is not as foretold.
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from sample import features
 
-from edge_rt.core.load import interleaving
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.interleaving import CHOICES, Layout
-from edge_rt.native import ggml, logs
+from edge_rt.core.gguf.reader import GGML_TYPES
+from edge_rt.core.weights import interleave as interleaving
+from edge_rt.core.weights.interleave import CHOICES, Layout
+from edge_rt.native import ggml, libs
 from edge_rt.native.libs import function
 
 ROWS, COLUMNS = 32, 512
@@ -106,7 +106,7 @@ def _right(name: str, layout: Layout | None, data: bytes, packed: bytes | None) 
 
 def main(out: str, reference: str = "") -> int:
     """Look, print and save."""
-    logs.install()
+    libs.install()
     print(f"features {' '.join(has := features())}; vector of {ggml.vector_length()} bytes")
     good, kept = True, {}
     for found in look(has, np.load(reference) if reference else {}):

@@ -21,12 +21,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from edge_rt.core.load import packing
-from edge_rt.core.load.gguf_tables import GGML_TYPES
-from edge_rt.core.load.header import TensorInfo
-from edge_rt.core.load.packers import Packer, interleaver
-from edge_rt.core.load.packing import Entry
-from edge_rt.native import ggml, logs
+from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
+from edge_rt.core.weights import repack
+from edge_rt.core.weights.repack import Entry, Packer, interleaver
+from edge_rt.native import ggml, libs
 
 _LONG = ("Q4_0", "Q8_0", "IQ4_NL", "MXFP4", "Q4_1")
 _TYPES = (*_LONG, "Q1_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K")
@@ -60,7 +58,7 @@ def packed(packer: Packer) -> dict[str, bytes]:
 def fingerprints(packer: Packer) -> list[str]:
     """Of a model with each kind of weight: what a packed file beside a model is known by."""
     infos = [_info(name, shape) for name in _TYPES for shape in _KINDS]
-    return list(packing.fingerprints(SimpleNamespace(tensors={info.name: info for info in infos}), packer=packer))  # type: ignore[arg-type]
+    return list(repack.fingerprints(SimpleNamespace(tensors={info.name: info for info in infos}), packer=packer))  # type: ignore[arg-type]
 
 
 def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -71,8 +69,8 @@ def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
 
 def make() -> dict[str, Any]:
     """What this processor's library packs, and in which features it differs from others."""
-    logs.install()
-    library = packing.library()
+    libs.install()
+    library = repack.library()
     encoded = {name: base64.b64encode(data).decode() for name, data in packed(library).items()}
     return {"features": features(), "packed": encoded, "fingerprints": fingerprints(library)}
 

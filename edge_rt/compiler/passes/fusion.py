@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from edge_rt.compiler import cost
 from edge_rt.compiler.plan import PROMPT, Situation, gained
-from edge_rt.core.graph.hyper import TOGETHER
+from edge_rt.core.graph.config import TOGETHER
 from edge_rt.deployment import Pass, Plan
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from edge_rt.compiler.plan import Situation, gained
 from edge_rt.compiler.shape import LEAST
-from edge_rt.core.load.units import unit_name
+from edge_rt.core.weights.units import unit_name
 from edge_rt.deployment import Pass, Plan
 
 PAGE = 4096

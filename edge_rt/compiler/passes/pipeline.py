@@ -5,7 +5,7 @@ from __future__ import annotations
 from edge_rt.compiler import cost
 from edge_rt.compiler.plan import PROMPT, Situation, gained, threads_told
 from edge_rt.compiler.shape import ModelShape
-from edge_rt.core.load.residency import SLOTS
+from edge_rt.core.weights.streaming import SLOTS
 from edge_rt.deployment import Pass, Plan
 from edge_rt.errors import OptionError
 

@@ -17,12 +17,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.context.cell_store import CellStore
 from edge_rt.core.engine import EmbedsTokens, Engine, MovesCells
+from edge_rt.core.kv.swap import KVSwap
 from edge_rt.errors import ContextError, SessionFileError
 
 if TYPE_CHECKING:
-    from edge_rt.core.context.history import Evicted, History
+    from edge_rt.core.context.history import Evicted, SequenceState
 
 Compare = Callable[[Sequence[int], Sequence[int]], Any]
 """Of tokens [a] and [b]: float32 [a, b], 1 for the same token."""
@@ -160,14 +160,14 @@ class Recall:
         engine: Engine,
         lock: AbstractContextManager[object],
         summaries: Summaries | None = None,
-        store: CellStore | None = None,
+        store: KVSwap | None = None,
     ) -> None:
         """``lock`` is the engine's. ``summaries`` None: the model's token embeddings tell what is close to a question.
 
         ``store`` None: a private folder under the cache directory. Nothing is written before something leaves.
         """
         self._engine, self._lock, self._summaries = engine, lock, summaries
-        self._store = CellStore() if store is None else store
+        self._store = KVSwap() if store is None else store
         self._similarity = embedded(partial(self._embeddings, engine)) if isinstance(engine, EmbedsTokens) else same_tokens
 
     def relevances(self, question: Passage, segments: Sequence[Passage]) -> list[float]:
@@ -186,7 +186,7 @@ class Recall:
                 found.append(engine.token_embeddings(tokens[at : at + ROWS]))
         return np.concatenate(found)
 
-    def keep(self, sequence: int, history: History, leaving: Sequence[Evicted]) -> None:
+    def keep(self, sequence: int, history: SequenceState, leaving: Sequence[Evicted]) -> None:
         """Keep the cells of tokens that are about to leave them. The engine's lock is held."""
         if not isinstance(self._engine, MovesCells):
             return
@@ -198,7 +198,7 @@ class Recall:
                     continue
                 self._store.put(gone.start, history.tokens[gone.start : gone.end], cells)
 
-    def bring_back(self, sequence: int, history: History, gone: Evicted) -> bool:
+    def bring_back(self, sequence: int, history: SequenceState, gone: Evicted) -> bool:
         """Put a segment's cells back where they were; False if they must be computed again. The engine's lock is held."""
         if not isinstance(self._engine, MovesCells):
             return False

@@ -14,7 +14,7 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_rt.core.context.history import Condensed, Evicted, History
+from edge_rt.core.context.history import Condensed, Evicted, SequenceState
 from edge_rt.errors import SessionFileError, SessionMismatch, UserError
 
 FORMAT = 4
@@ -46,7 +46,7 @@ class SavedSession(NamedTuple):
 
     engine: str
     model: str
-    history: History
+    history: SequenceState
     cells: bytes | memoryview
     adapter: MadeWith | None = None
 
@@ -111,7 +111,7 @@ def load(path: Path, *, engine: str, model: str, moved: Moved = _nothing) -> Sav
             raise SessionMismatch(f"the session {path} has format {header['format']}, this version reads {FORMAT}; start a new session")
         evicted = [Evicted(int(start), int(end), str(text), float(score)) for start, end, text, score in header["evicted"]]
         tokens, missing = header["condensed"]
-        history = History([int(token) for token in header["tokens"]], evicted, Condensed(int(tokens), int(missing)))
+        history = SequenceState([int(token) for token in header["tokens"]], evicted, Condensed(int(tokens), int(missing)))
         adapter = None if header["adapter"] is None else _made_with(*header["adapter"])
         found = SavedSession(str(header["engine"]), str(header["model"]), history, data[_PREFIX.size + length :], adapter)
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:

@@ -1,4 +1,4 @@
-"""One built and allocated graph for one step shape, and the cache of them."""
+"""One built and allocated graph for one step shape, the cache of such graphs, the split into ubatches, the border to a device."""
 
 from __future__ import annotations
 
@@ -7,21 +7,150 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_rt.core.graph import compensation, decoder, lora, offsets, stack
-from edge_rt.core.graph.attention import wants_flash
-from edge_rt.core.graph.common import Builder, Inputs, KvView, Segment, SlotInputs, SlotShape, Weights
-from edge_rt.core.graph.crossing import Crossing
-from edge_rt.core.graph.hyper import Hyper
-from edge_rt.errors import OutOfMemory
-from edge_rt.native import ggml
-from edge_rt.native.rows import Rows, elements
+from edge_rt.core.engine import SequenceBatch
+from edge_rt.core.graph import adapters, decoder, layers
+from edge_rt.core.graph.builder import (
+    TILES_FROM,
+    AttentionSupport,
+    Beyond,
+    GraphBuilder,
+    GraphSegment,
+    Inputs,
+    KVView,
+    SlotInputs,
+    SlotShape,
+    Weights,
+    wants_flash,
+)
+from edge_rt.core.graph.config import ModelConfig
+from edge_rt.errors import OutOfMemory, UnsupportedModel
+from edge_rt.native import devices, ggml, memory
+from edge_rt.native.ggml import Rows, elements
 
 if TYPE_CHECKING:
+    from edge_rt.core.graph.builder import GraphSegment
     from edge_rt.core.graph.decoder import Output
-    from edge_rt.core.load.offloaded import Offloaded
-    from edge_rt.native.rows import Kind
+    from edge_rt.core.weights.gpu_offload import Offloaded
+    from edge_rt.native.devices import Device
+    from edge_rt.native.ggml import Kind
+
+# Where a step crosses over to a device: inputs that it needs too, hidden states on the way there, results on the way back.
 
 c = ggml.c
+
+
+class DeviceBoundary:
+    """Of one step graph. ``nbytes``: of the device's memory that the inputs take, and of the host's for what comes back."""
+
+    def __init__(self, offloaded: Offloaded, hyper: ModelConfig, inputs: Inputs, leaving: int, rows: int) -> None:
+        """``leaving`` [E, T] in the host's memory, of which ``rows`` columns cross over. Raises OutOfMemory."""
+        self._offloaded, self._hyper = offloaded, hyper
+        whole = bool(offloaded.layers)  # the head alone needs no more than what comes in
+        self._ctx = ggml.context(3 + 4 * len(inputs.slots))
+        self._twins: list[tuple[int, int, int]] = []  # tensor there, address here, bytes
+        arriving = self._twin(leaving, 4 * hyper.n_embd * rows)
+        twins = Inputs(
+            tokens=0,
+            positions=self._twin(inputs.positions) if whole else 0,
+            rows=self._twin(inputs.rows) if whole and inputs.rows else None,
+            slots=[SlotInputs(*(self._twin(tensor) if tensor else 0 for tensor in slot)) for slot in inputs.slots] if whole else [],
+        )
+        self._buffer = offloaded.allocate_context(self._ctx)
+        unit = f"blk.{offloaded.first}" if whole else "head"
+        self.beyond = Beyond(unit, offloaded.weights, twins, leaving, arriving)
+        self.nbytes = int(c.backend_buffer_get_size(self._buffer.address))
+        self._result: tuple[int, bytearray] | None = None
+
+    def _twin(self, tensor: int, size: int | None = None) -> int:
+        fields = ggml.fields(tensor)
+        twin = ggml.new_tensor(self._ctx.address, fields.type, tuple(fields.ne))
+        self._twins.append((twin, ggml.data_address(tensor), devices.nbytes(tensor) if size is None else size))
+        return twin
+
+    def result(self, tensor: int, rows: int, width: int) -> Rows:
+        """What a run gives, in the host's memory: float32 [rows, width] of a tensor there."""
+        held = bytearray(4 * rows * width)
+        self._result = tensor, held
+        self.nbytes += len(held)
+        return Rows(memoryview(held).cast("f"), width)
+
+    def run(self, segment: GraphSegment) -> None:
+        """Send what was set here, compute, fetch the result. The weights must be there. Raises NativeError, OutOfMemory."""
+        for twin, address, size in self._twins:
+            devices.write(twin, address, size)
+        self._offloaded.device.compute(segment.graph)
+        if self._result:
+            tensor, held = self._result
+            devices.read(tensor, memory.address_of(held), len(held))
+
+    def allocate(self, segment: GraphSegment, arena: ggml.Handle) -> None:
+        """Give the nodes of a graph addresses. Raises UnsupportedModel if there is no kernel for one of them, OutOfMemory."""
+        device, offloaded = self._offloaded.device, self._offloaded
+        if missing := device.unsupported(segment.graph):
+            raise UnsupportedModel(f"{device.name} has no kernel for {missing}; use the CPU, or a model in another precision")
+        held = int(c.gallocr_get_buffer_size(arena.address, 0))
+        if (size := device.graph_size(segment.graph)) > held:
+            offloaded.check_room(size - held)
+        if not c.gallocr_alloc_graph(arena.address, segment.graph):
+            raise OutOfMemory(f"{device.name} has no {size >> 20} MB left for the compute buffer; close other programs, or lower --ctx")
+        offloaded.compute = int(c.gallocr_get_buffer_size(arena.address, 0))
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._offloaded.give(self._buffer)
+        self._ctx.close()
+
+
+def attention_traits(device: Device, hyper: ModelConfig, key_type: int) -> AttentionSupport:
+    """What the device's attention can do with heads and keys of this kind: asked with operations that are never run."""
+    n, group = 256, hyper.n_head // hyper.n_head_kv
+
+    def flash(ctx: int, tokens: int, each: bool) -> bool:
+        apart = tokens if each else 1
+        q = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, tokens // apart, hyper.n_head * apart))
+        k = ggml.new_tensor(ctx, key_type, (hyper.head_dim, n, hyper.n_head_kv))
+        v = ggml.new_tensor(ctx, ggml.TYPE_F16, (hyper.head_dim, n, hyper.n_head_kv))
+        mask = ggml.new_tensor(ctx, ggml.TYPE_F16, (n, 1, tokens * group) if each else (n, tokens))
+        return device.supports(int(c.flash_attn_ext(ctx, q, k, v, mask, hyper.attention_scale, 0.0, 0.0)))
+
+    with ggml.context(32) as ctx:
+        all_ = flash(ctx.address, 1, False) and flash(ctx.address, TILES_FROM, False)
+        return AttentionSupport(all_, all_ and flash(ctx.address, 2, True))
+
+
+# How a step is divided among graph runs.
+
+
+class Ubatch(NamedTuple):
+    """Tokens of one part that go into one graph run; ``rows`` of them get logits."""
+
+    part: int
+    sequence: int
+    tokens: Sequence[int]
+    rows: Sequence[int]
+
+
+def split_ubatches(parts: Sequence[SequenceBatch], size: int, order: Sequence[int] | None = None) -> list[list[Ubatch]]:
+    """Divide parts into graph runs of at most ``size`` tokens; ``order``: indices of the parts as they go in, None: as they are."""
+    runs: list[list[Ubatch]] = [[]]
+    room = size
+    for index in range(len(parts)) if order is None else order:
+        part = parts[index]
+        n, start = len(part.tokens), 0
+        while start < n:
+            if room == 0:
+                runs.append([])
+                room = size
+            take = min(room, n - start)
+            wanted = {"none": range(0), "last": range(n - 1, n), "all": range(n)}[part.logits]
+            rows = [r - start for r in wanted if start <= r < start + take]
+            runs[-1].append(Ubatch(index, part.sequence, part.tokens[start : start + take], rows))
+            start, room = start + take, room - take
+    return [run for run in runs if run]
+
+
+# One built and allocated graph for one step shape, and the cache of them.
+
 _MINUS_INFINITY = {"H": b"\x00\xfc", "f": b"\x00\x00\x80\xff"}  # half and single precision, little-endian as GGUF is
 _NODES_PER_LAYER, _NODES_PER_QUERY, _NODES_PER_EXPERT = 64, 24, 3  # generous: libggml aborts when a context is full
 GRAPH_BYTES = 24 * 1024 * 1024
@@ -29,13 +158,13 @@ GRAPH_BYTES = 24 * 1024 * 1024
 descriptions of tensors are most of it."""
 
 
-class Slot(NamedTuple):
+class SequenceInput(NamedTuple):
     """One sequence's part of a step: its cache, first free cell, position there, tokens, and the rows of them that get logits.
 
     ``column``: where in the ring the first free cell's query goes, if it is watched. Of a stack: ``starts`` and ``positions`` of all.
     """
 
-    cache: KvView
+    cache: KVView
     starts: Sequence[int]
     positions: Sequence[int]
     tokens: Sequence[int]
@@ -43,11 +172,11 @@ class Slot(NamedTuple):
     column: int = 0
 
 
-def stacked(shapes: Sequence[SlotShape], slots: Sequence[Slot]) -> tuple[list[SlotShape], list[Slot]]:
+def stacked(shapes: Sequence[SlotShape], slots: Sequence[SequenceInput]) -> tuple[list[SlotShape], list[SequenceInput]]:
     """The same step with those side by side that can be one stack: one token each, equal caches at equal distances."""
     new_shapes: list[SlotShape] = []
-    new_slots: list[Slot] = []
-    for first, last in stack.runs(shapes, [slot.cache for slot in slots]):
+    new_slots: list[SequenceInput] = []
+    for first, last in layers.runs(shapes, [slot.cache for slot in slots]):
         if last == first:
             new_shapes.append(shapes[first])
             new_slots.append(slots[first])
@@ -56,7 +185,9 @@ def stacked(shapes: Sequence[SlotShape], slots: Sequence[Slot]) -> tuple[list[Sl
         cells = max(shape.cells for shape in shapes[first : last + 1])
         new_shapes.append(shapes[first]._replace(tokens=n, cells=cells, rows=n, sequences=n))
         starts, positions = [slot.starts[0] for slot in own], [slot.positions[0] for slot in own]
-        new_slots.append(Slot(stack.joined([slot.cache for slot in own]), starts, positions, [slot.tokens[0] for slot in own], range(n)))
+        new_slots.append(
+            SequenceInput(layers.joined_caches([slot.cache for slot in own]), starts, positions, [slot.tokens[0] for slot in own], range(n))
+        )
     return new_shapes, new_slots
 
 
@@ -76,21 +207,19 @@ class _SlotMemory(NamedTuple):
     window: int
 
 
-def _room(
-    hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False
-) -> tuple[int, tuple[int, ...]]:
+def _room(hyper: ModelConfig, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> tuple[int, tuple[int, ...]]:
     """How many tensors the graph of a step may have, and how many nodes each of its segments; ``far``: one more is on a device."""
     queries = sum(1 if shape.together or shape.sequences > 1 else shape.tokens for shape in shapes)
     per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
-    adapted = lora.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
-    per_layer += lora.PRODUCTS_PER_LAYER * (adapted + (offsets.NODES if weights.centred else 0))
-    per_layer += compensation.nodes(weights.corrections.nodes, shapes) if weights.corrections else 0
+    adapted = adapters.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
+    per_layer += adapters.PRODUCTS_PER_LAYER * (adapted + (layers.NODES if weights.centred else 0))
+    per_layer += adapters.nodes(weights.corrections.nodes, shapes) if weights.corrections else 0
     around = 64 + 2 * adapted  # embedding and head
     size, all_ = around + per_layer * (3 if split else hyper.n_layer), around + per_layer * hyper.n_layer
     return all_, (*(size,) * (hyper.n_layer + 2 if split else 1), *(all_,) * far)
 
 
-def description_bytes(hyper: Hyper, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> int:
+def description_bytes(hyper: ModelConfig, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> int:
     """Bytes of the tensors' descriptions of the graph of a step."""
     return ggml.context_bytes(*_room(hyper, weights, shapes, split, far))
 
@@ -107,10 +236,10 @@ class StepGraph:
 
     def __init__(
         self,
-        hyper: Hyper,
+        hyper: ModelConfig,
         weights: Weights,
         shapes: Sequence[SlotShape],
-        caches: Sequence[KvView],
+        caches: Sequence[KVView],
         arena: ggml.Handle,
         split: bool,
         output: Output = "logits",
@@ -127,16 +256,16 @@ class StepGraph:
         tensors, graphs = _room(hyper, weights, shapes, split, far is not None)
         self._ctx = ggml.context(tensors, graphs)
         self.input_bytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs)
-        self._over = {cache.members: ggml.buffer_from_address(*stack.span(cache)) for cache in caches if cache.members}
+        self._over = {cache.members: ggml.buffer_from_address(*layers.span(cache)) for cache in caches if cache.members}
         over = {members: buffer.address for members, buffer in self._over.items()}
         crosses = n_tokens if far and far.offloaded.layers else n_rows
-        self.crossing = Crossing(far.offloaded, hyper, inputs, borders[-1], crosses) if far and crosses else None
+        self.crossing = DeviceBoundary(far.offloaded, hyper, inputs, borders[-1], crosses) if far and crosses else None
         try:
             beyond = self.crossing.beyond if self.crossing else None
             ctx = self._ctx.address
-            builder = Builder(ctx, hyper, weights, inputs, shapes, caches, graphs[0], split, borders[:2], over, beyond, graphs[-1])
+            builder = GraphBuilder(ctx, hyper, weights, inputs, shapes, caches, graphs[0], split, borders[:2], over, beyond, graphs[-1])
             found = decoder.build(builder, decoder.FAMILIES[hyper.architecture], output if n_rows else None)
-            self.segments: list[Segment] = builder.segments
+            self.segments: list[GraphSegment] = builder.segments
             self._allocate(arena, far)
             width = hyper.n_vocab if output == "logits" else hyper.n_embd
             if self.crossing and self.segments[-1].far:
@@ -151,7 +280,7 @@ class StepGraph:
         self.nbytes += self.crossing.nbytes if self.crossing else 0
 
     def _declare_inputs(
-        self, hyper: Hyper, n_tokens: int, n_rows: int, caches: Sequence[KvView], n_borders: int
+        self, hyper: ModelConfig, n_tokens: int, n_rows: int, caches: Sequence[KVView], n_borders: int
     ) -> tuple[Inputs, list[int]]:
         ctx = self._input_ctx.address
         slots = []
@@ -177,7 +306,7 @@ class StepGraph:
         borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, hyper.n_embd, n_tokens) for _ in range(n_borders)]
         return inputs, borders
 
-    def _bind(self, inputs: Inputs, hyper: Hyper, n_tokens: int, caches: Sequence[KvView]) -> None:
+    def _bind(self, inputs: Inputs, hyper: ModelConfig, n_tokens: int, caches: Sequence[KVView]) -> None:
         """Views over the inputs, and what of them never changes."""
         self._tokens = elements(inputs.tokens, "i", n_tokens)
         self._positions = elements(inputs.positions, "i", n_tokens)
@@ -214,42 +343,42 @@ class StepGraph:
         step.
         """
         column = 0
-        for shape, memory in zip(self.shapes, self._slots, strict=True):
+        for shape, filled in zip(self.shapes, self._slots, strict=True):
             if shape.sequences > 1:
-                where = memory.cells
+                where = filled.cells
                 where += 1
             else:
-                memory.cells[0] += 1
-            if (where := memory.elements) is not None:
+                filled.cells[0] += 1
+            if (where := filled.elements) is not None:
                 where += 1
-            if memory.columns is not None:
-                memory.columns[0] = (memory.columns[0] + 1) % memory.window
+            if filled.columns is not None:
+                filled.columns[0] = (filled.columns[0] + 1) % filled.window
             for i in range(shape.sequences):
-                memory.mask[i * shape.cells + cells[column]] = 0
+                filled.mask[i * shape.cells + cells[column]] = 0
                 self._tokens[column] = tokens[column]
                 self._positions[column] += 1
                 column += 1
 
-    def set_inputs(self, slots: Sequence[Slot]) -> None:
+    def set_inputs(self, slots: Sequence[SequenceInput]) -> None:
         """Fill every input for the given slots, which must have this graph's shapes."""
         first = row = 0
-        for slot, shape, memory in zip(slots, self.shapes, self._slots, strict=True):
+        for slot, shape, filled in zip(slots, self.shapes, self._slots, strict=True):
             n, here, positions = shape.tokens, slot.starts, slot.positions
             if shape.sequences > 1:
-                _fill_indices(memory.cells, here, slot.cache.capacity)
+                _fill_indices(filled.cells, here, slot.cache.capacity)
             else:
                 here, positions = range(here[0], here[0] + n), range(positions[0], positions[0] + n)
-                memory.cells[:] = array("q", here)
+                filled.cells[:] = array("q", here)
             self._tokens[first : first + n] = array("i", slot.tokens)
             self._positions[first : first + n] = array("i", positions)
-            if memory.elements is not None:
-                _fill_indices(memory.elements, here, slot.cache.capacity)
-            if memory.columns is not None:
-                last = range(slot.column + n - len(memory.columns), slot.column + n)
-                memory.columns[:] = array("q", [column % memory.window for column in last])
+            if filled.elements is not None:
+                _fill_indices(filled.elements, here, slot.cache.capacity)
+            if filled.columns is not None:
+                last = range(slot.column + n - len(filled.columns), slot.column + n)
+                filled.columns[:] = array("q", [column % filled.window for column in last])
             for i, cell in enumerate(here):
                 unseen = shape.cells - cell - 1
-                memory.mask[i * shape.cells : (i + 1) * shape.cells] = memory.mask_rows[unseen : unseen + shape.cells]
+                filled.mask[i * shape.cells : (i + 1) * shape.cells] = filled.mask_rows[unseen : unseen + shape.cells]
             if self._rows is not None:
                 self._rows[row : row + shape.rows] = array("i", [first + r for r in slot.rows])
             first += n
@@ -276,14 +405,14 @@ def _fill_indices(indices: Any, cells: Sequence[int], capacity: int) -> None:
 class GraphCache:
     """Step graphs by shape and cache identity, least recently used first out; they share one compute buffer, and one on the device."""
 
-    def __init__(self, hyper: Hyper, weights: Weights, split: bool, offloaded: Offloaded | None = None) -> None:
+    def __init__(self, hyper: ModelConfig, weights: Weights, split: bool, offloaded: Offloaded | None = None) -> None:
         self._hyper, self._weights, self._split = hyper, weights, split
         self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
         self._arena = ggml.allocator()
         self._far = Far(offloaded, offloaded.device.allocator()) if offloaded else None
         self._sizes: tuple[int, ...] = ()
 
-    def get(self, shapes: Sequence[SlotShape], caches: Sequence[KvView], output: Output = "logits") -> StepGraph:
+    def get(self, shapes: Sequence[SlotShape], caches: Sequence[KVView], output: Output = "logits") -> StepGraph:
         """The graph for a step shape, built if need be. Raises OutOfMemory."""
         key = (tuple(shapes), tuple(one for cache in caches for one in cache.members or (id(cache),)), output)
         graph = self._graphs.get(key)
@@ -302,7 +431,7 @@ class GraphCache:
             self._graphs.popitem(last=False)[1].close()
         return graph
 
-    def _built(self, shapes: Sequence[SlotShape], caches: Sequence[KvView], output: Output) -> StepGraph:
+    def _built(self, shapes: Sequence[SlotShape], caches: Sequence[KVView], output: Output) -> StepGraph:
         graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split, output, self._far)
         arenas = (self._arena, self._far.arena) if self._far else (self._arena,)
         sizes = tuple(int(c.gallocr_get_buffer_size(arena.address, 0)) for arena in arenas)
@@ -316,7 +445,7 @@ class GraphCache:
         """Bytes of the compute buffer, here and on the device."""
         return sum(self._sizes)
 
-    def forget(self, cache: KvView) -> None:
+    def forget(self, cache: KVView) -> None:
         """Drop the graphs over a cache that is about to move or go."""
         for key in [k for k in self._graphs if id(cache) in k[1]]:
             self._graphs.pop(key).close()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edge_rt.daemon import protocol
 from edge_rt.daemon.http.errors import wrong
 from edge_rt.daemon.http.request import IGNORED, checked, headers, texts_of
-from edge_rt.records import singles
+from edge_rt.types import singles
 
 if TYPE_CHECKING:
     from edge_rt.daemon.frames import Message

@@ -133,7 +133,7 @@ class Recorder:
     def feedback(
         self, connection: Channel, fields: Mapping[str, Any], size: int, template: str, then: Callable[[str], object]
     ) -> None:  # fmt: skip
-        """A client says something of an answer; none is left out. ``then`` as of ``Writer.put``."""
+        """A client says something of an answer; none is left out. ``then`` as of ``OutputStream.put``."""
         found = Feedback(self._clock() - self._began, fields, self._client(connection), template)
         self._writer.put(found, size + _OVERHEAD, then)
 

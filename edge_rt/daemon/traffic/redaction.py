@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edge_rt.errors import EdgeError, OptionError
 
 if TYPE_CHECKING:
-    from edge_rt.rules import Ruleset
+    from edge_rt.postprocess.rules import Ruleset
 
 PIECE, REST = 2048, 0.0001
 """Characters that are redacted at once, some 2 ms, and seconds between: who waits lets the daemon's loop have Python's lock."""
@@ -57,8 +57,8 @@ def load(file: Path | None) -> Redaction:
 
     Raises RuleError, PluginError, and OptionError if nothing would be concealed.
     """
-    from edge_rt.registry import Registry
-    from edge_rt.rules import RuleFile, Ruleset
+    from edge_rt.plugin_host.registry import Registry
+    from edge_rt.postprocess.rules import RuleFile, Ruleset
 
     registry = Registry.load()
     if file is None:

@@ -46,7 +46,7 @@ class LlamaCpp:
         Raises OptionError, UnsupportedModel if libllama does not know the architecture or a tensor type, OutOfMemory, NativeError,
         and what ``options.progress`` raises to stop.
         """
-        from edge_rt.plugins.llama_cpp.opening import open_engine  # NumPy and the native library load now, not at start-up
+        from edge_rt.plugins.llama_cpp.engine import open_engine  # NumPy and the native library load now, not at start-up
 
         return open_engine(model, options)
 

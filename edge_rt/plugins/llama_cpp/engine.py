@@ -1,9 +1,14 @@
-"""libllama behind the engine protocol."""
+"""LoRA adapters in libllama. They belong to its context, through which all tokens of a call go: so a step makes a call for each adapter."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
+import logging
+import os
+import re
 import struct
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +20,296 @@ from edge_rt.hooks import (
     ContextError,
     EdgeError,
     EngineInfo,
+    EngineOptions,
     Logits,
     MemoryReport,
     NativeError,
+    OptionError,
     OutOfMemory,
-    Part,
     Positions,
     Run,
+    SequenceBatch,
     SessionFileError,
+    UnsupportedModel,
+    available_cpus,
     check_parts,
+    install_native_log,
+    recent_native_errors,
 )
-from edge_rt.plugins.llama_cpp.adapters import ContextAdapters
-from edge_rt.plugins.llama_cpp.calls import CHUNK, Calls
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.hooks import LoraFile, ModelFile
-    from edge_rt.plugins.llama_cpp.adapters import Binding
+
+Binding = tuple[int, float]
+"""An adapter's number and how often it is applied; number 0: none."""
+NONE: Binding = (0, 0.0)
+
+
+class ContextAdapters:
+    """The adapters of one context, and which sequence goes through which. libllama frees them with the model."""
+
+    def __init__(self, lib: Any, model: int, context: Any) -> None:
+        self._lib, self._model, self._context = lib, model, context
+        self._opened: list[Any] = []
+        self._bound: dict[int, Binding] = {}
+        self._current = NONE
+
+    def open(self, adapter: LoraFile) -> int:
+        """Read an adapter's file. Raises UnsupportedModel."""
+        pointer = self._lib.llama_adapter_lora_init(self._model, os.fsencode(adapter.file.native_path))
+        if not pointer:
+            why = (recent_native_errors() or ("no reason given",))[-1]
+            raise UnsupportedModel(f"{adapter.file.path}: llama.cpp cannot load this adapter ({why}); convert it again")
+        self._opened.append(pointer)
+        return len(self._opened)
+
+    def bind(self, sequence: int, adapter: int | None, scale: float) -> None:
+        """A sequence's tokens go through this adapter from now on."""
+        if adapter is None or not scale:
+            self._bound.pop(sequence, None)
+        elif 1 <= adapter <= len(self._opened):
+            self._bound[sequence] = (adapter, scale)
+        else:
+            raise ValueError(f"there is no adapter {adapter}")
+
+    def of(self, sequence: int) -> Binding:
+        """What a sequence goes through."""
+        return self._bound.get(sequence, NONE)
+
+    def copy(self, source: int, sequence: int) -> None:
+        """A fork goes through what its source does."""
+        if source in self._bound:
+            self._bound[sequence] = self._bound[source]
+
+    def forget(self, sequence: int) -> None:
+        """A sequence is no more."""
+        self._bound.pop(sequence, None)
+
+    def order(self, sequences: Sequence[int]) -> list[int]:
+        """Indices of the sequences, those that go through the same side by side."""
+        return sorted(range(len(sequences)), key=lambda i: self.of(sequences[i]))
+
+    def use(self, binding: Binding) -> None:
+        """The next call's tokens go through this. Raises NativeError."""
+        if binding == self._current:
+            return
+        number, scale = binding
+        adapters = scales = None
+        if number:
+            adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(self._opened[number - 1])
+            scales = np.ctypeslib.as_ctypes(np.array([scale], dtype=np.float32))
+        if self._lib.llama_set_adapters_lora(self._context, adapters, 1 if number else 0, scales):
+            raise NativeError("libllama refuses an adapter that it has loaded; leave it out")
+        self._current = binding
+
+
+# One call of llama_decode: its tokens in, logits or hidden states out.
+
+CHUNK = 512
+"""Tokens a call of llama_decode takes: its default physical batch."""
+TOLD_FROM = 32
+"""Tokens in a call from which on it says that it goes on."""
+
+
+class Calls:
+    """Calls of one context. ``batch`` is its ``llama_batch``, which is the caller's to free."""
+
+    def __init__(self, lib: Any, context: Any) -> None:
+        self._lib, self._context = lib, context
+        self.batch = lib.llama_batch_init(CHUNK, 0, 1)
+        shape = (CHUNK,)
+        self._tokens = np.ctypeslib.as_array(self.batch.token, shape)
+        self._positions = np.ctypeslib.as_array(self.batch.pos, shape)
+        self._wanted = np.ctypeslib.as_array(self.batch.logits, shape)
+        np.ctypeslib.as_array(self.batch.n_seq_id, shape)[:] = 1  # every token belongs to one sequence
+        self._slots = np.full(shape, -1, dtype=np.int32)  # what batch.seq_id holds: writing it costs a loop
+        self._moved: Any = None
+
+    def fill(self, tokens: Any, positions: Any, slots: Any, wanted: Any) -> None:
+        """Set the next call to arrays of n <= 512 elements."""
+        n = self.batch.n_tokens = len(tokens)
+        self._tokens[:n], self._positions[:n], self._wanted[:n] = tokens, positions, wanted
+        for i in np.flatnonzero(self._slots[:n] != slots).tolist():
+            self.batch.seq_id[i][0] = int(slots[i])
+        self._slots[:n] = slots
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call ``moved`` after each node of libllama's graph in calls of many tokens."""
+
+        def callback(_: int | None) -> bool:
+            moved()
+            return False  # and go on
+
+        self._moved = self._lib.ggml_abort_callback(callback)
+
+    def decode(self, full: str) -> None:
+        """Make the call. Raises OutOfMemory with the message ``full`` if its cells do not fit, NativeError."""
+        told = self._moved is not None and self.batch.n_tokens >= TOLD_FROM
+        if told:
+            self._lib.llama_set_abort_callback(self._context, self._moved, None)
+        code = self._lib.llama_decode(self._context, self.batch)
+        if told:
+            self._lib.llama_set_abort_callback(self._context, self._lib.ggml_abort_callback(), None)
+        if code == 1:
+            raise OutOfMemory(full)
+        if code:
+            why = (recent_native_errors() or ("no reason given",))[-1]
+            raise NativeError(f"llama_decode failed with code {code}: {why}")
+
+    def logits(self, rows: int, width: int) -> npt.NDArray[np.float32]:
+        """The call's logits [rows, width], in place: in its order, whatever order libllama computed them in."""
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=(rows, width))
+
+    def hidden(self, wanted: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.float32]:
+        """The hidden states [rows, width] of the tokens that are wanted."""
+        pointer = self._lib.llama_get_embeddings(self._context)
+        every: npt.NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(len(wanted), width))
+        return every[wanted]
+
+
+# Loading a model into libllama and making a context for it.
+
+_SEQUENCES = 16
+_KEY_TYPES = {"f16": (1, 2.0), "q8_0": (8, 34 / 32)}  # enum ggml_type, bytes per element
+
+
+def open_engine(model: ModelFile, options: EngineOptions) -> LlamaCppEngine:
+    """Load the model and make a cache. Raises what ``LlamaCpp.open`` says."""
+    if options.context is not None and options.context <= 0:
+        raise OptionError(f"the context must be at least 1 token, not {options.context}")
+    if options.limits is not None:
+        what = "the engine llama_cpp cannot hold a limit of power or temperature"
+        raise OptionError(f"{what}; run it with ggml, or leave --power and --celsius out")
+    lib = _library()
+    install_native_log()  # importing llama_cpp puts in a callback that prints to stderr
+    pointer = _load(lib, model, options)
+    try:
+        cells = options.context or lib.llama_model_n_ctx_train(pointer)
+        context, buffers = _new_context(lib, pointer, cells, options)
+    except BaseException:
+        lib.llama_model_free(pointer)
+        raise
+    return LlamaCppEngine(lib, model, pointer, context, buffers, cells, options.key_type)
+
+
+@functools.cache
+def _library() -> Any:
+    """llama-cpp-python's bindings. Raises NativeError."""
+    try:
+        import llama_cpp.llama_cpp as lib
+    except (ImportError, OSError, RuntimeError) as error:
+        raise NativeError(f"llama-cpp-python cannot be loaded: {error}; reinstall it") from error
+    lib.llama_backend_init()
+    return lib
+
+
+def _load(lib: Any, model: ModelFile, options: EngineOptions) -> int:
+    """A ``llama_model *``. Raises UnsupportedModel, and what ``options.progress`` raises."""
+    raised: list[BaseException] = []
+
+    @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+    def progress(fraction: float, _data: Any) -> bool:
+        try:
+            if options.progress:
+                options.progress("load", round(fraction * model.header.file_size), model.header.file_size)
+        except BaseException as error:  # it must not unwind through C: carried around it instead
+            raised.append(error)
+        return not raised
+
+    parameters = lib.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.use_extra_bufts = options.pack
+    parameters.progress_callback = progress
+    with _native_lines() as lines:
+        pointer = lib.llama_model_load_from_file(os.fsencode(model.native_path), parameters)
+    if raised:
+        if pointer:
+            lib.llama_model_free(pointer)
+        raise raised[0]
+    if not pointer:
+        raise UnsupportedModel(f"{model.path}: llama.cpp cannot load it ({_first_error(lines)}); use another model, or a newer edge-rt")
+    if lib.llama_model_has_encoder(pointer) or not lib.llama_model_has_decoder(pointer) or lib.llama_model_is_diffusion(pointer):
+        lib.llama_model_free(pointer)
+        raise UnsupportedModel(f"{model.path}: {model.header.architecture} models do not write text token by token; use a decoder model")
+    return int(pointer)
+
+
+def _new_context(lib: Any, pointer: int, cells: int, options: EngineOptions) -> tuple[Any, dict[str, int]]:
+    """A ``llama_context *``, and bytes by kind of buffer. Raises OutOfMemory, OptionError."""
+    sequences = int(options.extra.get("llama_cpp.sequences", _SEQUENCES))
+    if not 1 <= sequences <= lib.llama_max_parallel_sequences():
+        raise OptionError(f"llama_cpp.sequences must be 1 to {lib.llama_max_parallel_sequences()}, not {sequences}")
+    key_type, key_bytes = _KEY_TYPES[options.key_type]
+    _check_room(lib, pointer, cells, key_bytes)
+    parameters = lib.llama_context_default_params()
+    parameters.n_ctx = cells
+    parameters.n_batch = parameters.n_ubatch = CHUNK
+    parameters.n_seq_max = sequences
+    parameters.kv_unified = True
+    parameters.swa_full = True  # keep what lies outside a sliding window: a session may go back to it
+    parameters.type_k = key_type
+    parameters.pooling_type = lib.LLAMA_POOLING_TYPE_NONE  # hidden states token by token, whatever the file says; edge-rt pools
+    parameters.n_threads = parameters.n_threads_batch = options.threads or available_cpus()
+    with _native_lines() as lines:
+        context = lib.llama_init_from_model(pointer, parameters)
+    if not context:
+        why = _first_error(lines)
+        if "cache type" in why:
+            raise OptionError(f"keys of this model cannot be cached as {options.key_type} ({why}); use --key-type f16")
+        raise OutOfMemory(f"llama.cpp cannot make a cache of {cells} tokens ({why}); pass a smaller --ctx")
+    return context, _buffer_sizes(lines)
+
+
+def _check_room(lib: Any, pointer: int, cells: int, key_bytes: float) -> None:
+    """Raise OutOfMemory if the cache, which libllama writes to at once, is larger than the free memory: Linux would kill us."""
+    import psutil
+
+    width = lib.llama_model_n_embd(pointer) // max(1, lib.llama_model_n_head(pointer)) * lib.llama_model_n_head_kv(pointer)
+    needed = int(cells * lib.llama_model_n_layer(pointer) * width * (key_bytes + 2))
+    free = int(psutil.virtual_memory().available)
+    if needed > free:
+        raise OutOfMemory(
+            f"a context of {cells} tokens needs {needed >> 20} MiB of cache and {free >> 20} MiB are free; pass a smaller --ctx"
+        )
+
+
+@contextlib.contextmanager
+def _native_lines() -> Iterator[list[tuple[int, str]]]:
+    """What the library logs while the block runs, as (level, line); lines the user has not asked for are not shown."""
+    logger = logging.getLogger("edge_rt.native")
+    before, usual = logger.level, logger.getEffectiveLevel()
+    lines: list[tuple[int, str]] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.append((record.levelno, record.getMessage()))
+        return record.levelno >= usual
+
+    logger.addFilter(keep)
+    logger.setLevel(min(usual, logging.INFO))
+    try:
+        yield lines
+    finally:
+        logger.setLevel(before)
+        logger.removeFilter(keep)
+
+
+def _buffer_sizes(lines: Sequence[tuple[int, str]]) -> dict[str, int]:
+    """Bytes by kind of buffer (KV, RS for recurrent state, compute, output), which libllama tells only in its log."""
+    sizes = dict.fromkeys(("KV", "RS", "compute", "output"), 0)
+    for _, text in lines:
+        if found := re.search(r"(KV|RS|compute|output) buffer size = +([\d.]+) MiB", text):
+            sizes[found[1]] += round(float(found[2]) * (1 << 20))
+    return sizes
+
+
+def _first_error(lines: Sequence[tuple[int, str]]) -> str:
+    """The first error names the cause, those after it only who passed it on."""
+    return next((text.rpartition("error loading model: ")[2] for level, text in lines if level >= logging.ERROR), "no reason given")
+
+
+# libllama behind the engine protocol.
 
 # magic, layout version, cells, bytes of payload (runs of positions, then libllama's state), digests of it and of what it belongs to
 _HEADER = struct.Struct("<8sIIQ16s16s")
@@ -197,14 +474,14 @@ class LlamaCppEngine:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
         """Feed every part and return its logits, as ``Engine.step`` says. More than 512 tokens go to libllama in several calls.
 
         Raises ContextError or OutOfMemory (then no sequence has changed), ModelChanged, NativeError.
         """
         return list(self._step(parts))
 
-    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with hidden states in place of logits, as ``EmbedsText`` says; libllama makes both."""
         if not any(part.logits != "none" for part in parts):
             return self._step(parts)
@@ -215,7 +492,7 @@ class LlamaCppEngine:
         finally:
             self._lib.llama_set_embeddings(self._context, False)
 
-    def _step(self, parts: Sequence[Part], *, hidden: bool = False) -> list[npt.NDArray[np.float32] | None]:
+    def _step(self, parts: Sequence[SequenceBatch], *, hidden: bool = False) -> list[npt.NDArray[np.float32] | None]:
         """Any step."""
         self._check_open()
         self._model.check_unchanged()
@@ -261,7 +538,7 @@ class LlamaCppEngine:
         """Call ``moved`` after each node of libllama's graph in calls of many tokens."""
         self._call.tell(moved)
 
-    def _calls(self, pairs: Sequence[tuple[Part, npt.NDArray[np.int32]]]) -> Iterator[tuple[slice, Binding]]:
+    def _calls(self, pairs: Sequence[tuple[SequenceBatch, npt.NDArray[np.int32]]]) -> Iterator[tuple[slice, Binding]]:
         """The calls that the tokens of some parts take, one behind the other: at most 512 tokens in each, all through one adapter."""
         start = 0
         for binding, group in itertools.groupby(pairs, key=lambda pair: self._adapters.of(pair[0].sequence)):
@@ -348,7 +625,7 @@ class LlamaCppEngine:
         self._release()
 
 
-def _wanted(part: Part, n: int) -> npt.NDArray[np.bool_]:
+def _wanted(part: SequenceBatch, n: int) -> npt.NDArray[np.bool_]:
     """For which of a part's n tokens logits are wanted: bool [n]."""
     wanted = np.full(n, part.logits == "all")
     wanted[-1:] = part.logits != "none"

@@ -21,12 +21,10 @@ import re
 from collections.abc import Callable, Iterable
 
 from edge_rt.hooks import Rules
-from edge_rt.plugins.redaction import actions, sample
-from edge_rt.plugins.redaction.automaton import Automaton, Graph
-from edge_rt.plugins.redaction.characters import view
-from edge_rt.plugins.redaction.kinds import ANY_ADDRESS, KINDS, SOURCES
-from edge_rt.plugins.redaction.scanner import LIMIT, Pattern, Plan, Redactor
-from edge_rt.plugins.redaction.syntax import Refused, add_pattern, add_words
+from edge_rt.plugins.redaction import scanner
+from edge_rt.plugins.redaction.automaton import Automaton, Graph, Refused, add_pattern, add_words, view
+from edge_rt.plugins.redaction.detectors import ANY_ADDRESS, KINDS, SOURCES
+from edge_rt.plugins.redaction.scanner import LIMIT, Pattern, Redactor, ScanPlan
 
 ACTIONS = ("placeholder", "mask", "hash")
 LEAST_KEY = 16
@@ -51,7 +49,7 @@ def compile_redaction(rules: Rules) -> Callable[[], Redactor]:
         add_pattern(graph, source.regex, None, flags=source.flags)
         patterns.append(source.pattern)
     _add_names(rules, graph, patterns, "name" in kinds)
-    custom: dict[str, actions.Conceal] = {}
+    custom: dict[str, scanner.Conceal] = {}
     for table in rules.tables("pattern"):
         name = _add_custom(table, graph, patterns, {*KINDS, *custom})
         custom[name] = _Action.read(table, default, key).conceal(name)
@@ -60,9 +58,9 @@ def compile_redaction(rules: Rules) -> Callable[[], Redactor]:
     conceals_cut = rules.choice("cut", ("conceal", "keep"), "conceal") == "conceal"
     every = {**custom, **shown, "unclear": default.conceal("unclear")}
     ranks = {kind: rank for rank, kind in enumerate(every)}
-    plan = Plan(Automaton(graph), tuple(patterns), every, ranks, key, cut_text if conceals_cut else None)
+    plan = ScanPlan(Automaton(graph), tuple(patterns), every, ranks, key, cut_text if conceals_cut else None)
     learning = Redactor(plan)
-    for piece in sample.PIECES.findall(sample.ENGLISH + sample.CHINESE + sample.SECRETS):
+    for piece in scanner.PIECES.findall(scanner.ENGLISH + scanner.CHINESE + scanner.SECRETS):
         learning.feed(piece)
     return lambda: Redactor(plan)
 
@@ -93,17 +91,17 @@ class _Action:
             at = ("action",) if "action" in rules else ()
             raise rules.error(f"a hash needs a key; give one of {LEAST_KEY} characters or more as key in [redaction]", *at)
         text = rules.text("placeholder", default.text)
-        first = rules.integer("keep_first", default.first, most=actions.MAX_KEPT)
-        last = rules.integer("keep_last", default.last, most=actions.MAX_KEPT)
+        first = rules.integer("keep_first", default.first, most=scanner.MAX_KEPT)
+        last = rules.integer("keep_last", default.last, most=scanner.MAX_KEPT)
         return cls(name, text, first, last)
 
-    def conceal(self, kind: str) -> actions.Conceal:
+    def conceal(self, kind: str) -> scanner.Conceal:
         """The function that does it."""
         if self.name == "mask":
-            return actions.mask(self.first, self.last)
+            return scanner.mask(self.first, self.last)
         if self.name == "hash":
-            return actions.hash_of(kind.upper())
-        return actions.placeholder(self.text.replace("{KIND}", kind.upper()).replace("{kind}", kind))
+            return scanner.hash_of(kind.upper())
+        return scanner.placeholder(self.text.replace("{KIND}", kind.upper()).replace("{kind}", kind))
 
 
 def _add_names(rules: Rules, graph: Graph, patterns: list[Pattern], wanted: bool) -> None:

@@ -15,7 +15,7 @@ from edge_rt_arm.firmware import Firmware
 from typer.testing import CliRunner
 
 from edge_rt import hooks
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing import system_trees
 
 

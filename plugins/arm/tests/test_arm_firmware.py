@@ -39,7 +39,7 @@ def test_what_is_no_answer(text: str | None) -> None:
 def test_power_of_rails_that_have_volts_and_amperes() -> None:
     assert board_power("A_A current(0)=2.0A\nA_V volt(1)=3.0V\nEXT5V_V volt(24)=5.0V\n") == pytest.approx(1.1451 * 6 + 0.5879)
     assert 2.5 < (board_power(PMIC) or 0) < 4
-    assert [board_power(text) for text in (None, "", "error=1 error_msg=\"Command not registered\"", "A_A current(0)=1.2.3A")] == [None] * 4
+    assert [board_power(text) for text in (None, "", 'error=1 error_msg="Command not registered"', "A_A current(0)=1.2.3A")] == [None] * 4
 
 
 def test_it_is_asked_once_a_second() -> None:

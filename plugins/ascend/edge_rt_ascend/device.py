@@ -153,9 +153,7 @@ class AscendDevice:
             if not (self._root / "dev" / name).exists():
                 return Refusal(f"/dev/{name} is missing beside /dev/davinci{self._number}", f"give the container --device /dev/{name}")
         if not os.access(node, os.R_OK | os.W_OK):
-            return Refusal(
-                f"this user may not use /dev/davinci{self._number}", "run `sudo usermod -aG HwHiAiUser $USER` and log in again"
-            )
+            return Refusal(f"this user may not use /dev/davinci{self._number}", "run `sudo usermod -aG HwHiAiUser $USER` and log in again")
         if self._position() is None:
             return Refusal("ASCEND_RT_VISIBLE_DEVICES hides it from this process", "unset it, or choose a device that it names")
         if cann.driver(self._root) is None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rt.hooks import Device, HasProfile, Health, NativeError, Offer, Refusal, TellsHealth
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 
 FIXTURES = Path(__file__).parent / "fixtures"
 B3 = (FIXTURES / "910b3.txt").read_text()

@@ -11,7 +11,7 @@ from edge_rt_ascend import engine as module
 from edge_rt_ascend.engine import RESERVED, CannFactory
 
 from edge_rt.hooks import Accelerator, EngineOptions, ModelFile, OptionError, OutOfMemory, Refusal
-from edge_rt.testing.openings import Opening, note_openings
+from edge_rt.testing.engine_helpers import Opening, note_openings
 from edge_rt.testing.random_models import write_random_model
 
 

@@ -18,7 +18,7 @@ import edge_rt
 from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.errors import PluginError
 from edge_rt.hooks import EngineOptions, ModelFile, NativeError, Offer, OptionError, UnsupportedModel, hookimpl
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.random_models import write_random_model
 from edge_rt.types import Delta
 

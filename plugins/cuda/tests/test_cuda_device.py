@@ -14,7 +14,7 @@ from edge_rt_cuda.nvml import THROTTLED, Nvml
 from simulated_nvml import Error, NvmlError, SimulatedNvml, card
 
 from edge_rt.hooks import Device, HasProfile, Health, NativeError, Offer, Refusal, TellsHealth
-from edge_rt.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 
 
 @pytest.fixture

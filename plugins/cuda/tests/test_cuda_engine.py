@@ -13,7 +13,7 @@ from edge_rt_cuda.nvml import Nvml
 from simulated_nvml import NvmlError, SimulatedNvml, card
 
 from edge_rt.hooks import Accelerator, EngineOptions, ModelFile, NativeError, OptionError, OutOfMemory, Refusal
-from edge_rt.testing.openings import Opening, note_openings
+from edge_rt.testing.engine_helpers import Opening, note_openings
 from edge_rt.testing.random_models import write_random_model
 
 FREE = 22500 << 20

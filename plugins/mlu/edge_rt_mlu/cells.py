@@ -1,7 +1,7 @@
 """One sequence's key-value cache on the device: memory that follows what is kept.
 
 A layer is one tensor [2, G, capacity, D]: keys, then values, each head's cells side by side. Where the tokens in the cells stand, of pruned
-caches head by head, is the base class's affair, as for edge-rt's own cache (edge_rt/core/context/kv.py).
+caches head by head, is the base class's affair, as for edge-rt's own cache (edge_rt/core/kv/cache.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from edge_rt.hooks import EngineInfo, MemoryReport, NativeError, OutOfMemory, Part, Piece, check_parts, check_tokens, in_pieces
+from edge_rt.hooks import (
+    EngineInfo,
+    MemoryReport,
+    NativeError,
+    OutOfMemory,
+    SequenceBatch,
+    Ubatch,
+    check_parts,
+    check_tokens,
+    split_ubatches,
+)
 from edge_rt_mlu.adapters import Adapter
 from edge_rt_mlu.cells import Shape
 from edge_rt_mlu.families import read
@@ -81,15 +91,15 @@ class TorchEngine(TorchSequences):
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[Part]) -> list[Logits | None]:
+    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
         """Feed every part; see ``Engine.step``."""
         return list(self._step(parts, "logits"))
 
-    def hidden(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with hidden states in place of logits; see ``EmbedsText``."""
         return self._step(parts, "hidden")
 
-    def _step(self, parts: Sequence[Part], output: Output) -> list[npt.NDArray[np.float32] | None]:
+    def _step(self, parts: Sequence[SequenceBatch], output: Output) -> list[npt.NDArray[np.float32] | None]:
         """Any step, as several runs if it is long. A step that fails on the way leaves every sequence as long as it was."""
         check_parts(parts, self.length, self.info)
         results: list[list[npt.NDArray[np.float32]]] = [[] for _ in parts]
@@ -97,7 +107,7 @@ class TorchEngine(TorchSequences):
         with self._giving_back(), self._restored(parts), errors(self.info.device):
             for part in parts:
                 self._room(self._sequences[part.sequence], len(part.tokens), part.more)
-            for run in in_pieces(parts, CHUNK, self._order(parts)):
+            for run in split_ubatches(parts, CHUNK, self._order(parts)):
                 rows = self._run(run, output)
                 start = 0
                 for piece in run:
@@ -108,13 +118,13 @@ class TorchEngine(TorchSequences):
         self._held = sum(rows.nbytes for rows in given if rows is not None)
         return given
 
-    def _order(self, parts: Sequence[Part]) -> list[int]:
+    def _order(self, parts: Sequence[SequenceBatch]) -> list[int]:
         """Sequences with the same adapter side by side: then one product is enough for them."""
         applied = [self._sequences[part.sequence].applied for part in parts]
         return sorted(range(len(parts)), key=lambda i: (0, 0.0) if (one := applied[i]) is None else (id(one.weights), one.scale))
 
     @contextmanager
-    def _restored(self, parts: Sequence[Part]) -> Iterator[None]:
+    def _restored(self, parts: Sequence[SequenceBatch]) -> Iterator[None]:
         """If the block fails, the sequences are cut back to what they were; queries of layers that were reached are forgotten."""
         before = [(cells, cells.length) for cells in (self._sequences[part.sequence] for part in parts)]
         try:
@@ -126,7 +136,7 @@ class TorchEngine(TorchSequences):
                     cells.ring.only(0)
             raise
 
-    def _run(self, run: Sequence[Piece], output: Output) -> npt.NDArray[np.float32]:
+    def _run(self, run: Sequence[Ubatch], output: Output) -> npt.NDArray[np.float32]:
         """One pass over the weights; rows of all pieces that want some, in order: float32 [R, V or E]."""
         decoder = self._open_decoder()
         tokens, positions, rows, slots = list[int](), list[int](), list[int](), list[Slot]()
@@ -290,5 +300,3 @@ def _free_bytes(adapter: Adapter, device: torch.device) -> int | None:
         return int(psutil.virtual_memory().available)
     ask: Any = getattr(getattr(torch, adapter.kind), "mem_get_info", None)
     return int(ask(device.index)[0]) if ask else None
-
-

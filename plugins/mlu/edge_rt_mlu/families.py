@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt.hooks import Hyper, UnsupportedModel, read_hyper
+from edge_rt.hooks import ModelConfig, UnsupportedModel, read_config
 
 if TYPE_CHECKING:
     from edge_rt.hooks import ModelFile
@@ -48,7 +48,7 @@ def unsupported(file: ModelFile) -> str | None:
     if header.architecture not in FAMILIES:
         return f"the torch engine runs {', '.join(FAMILIES)} and not {header.architecture!r}"
     try:
-        hyper = read_hyper(header)
+        hyper = read_config(header)
     except UnsupportedModel as error:
         return str(error)
     if unused := next((name for name in header.tensors if not _used(name, hyper, FAMILIES[header.architecture])), None):
@@ -57,7 +57,7 @@ def unsupported(file: ModelFile) -> str | None:
     return f"the torch engine cannot read the {strange.type_name} weights of {strange.name}" if strange else None
 
 
-def _used(name: str, hyper: Hyper, family: Family) -> bool:
+def _used(name: str, hyper: ModelConfig, family: Family) -> bool:
     """Whether the engine computes with a tensor of that name: what it would leave out made the model another one."""
     in_block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if in_block is None:
@@ -66,8 +66,8 @@ def _used(name: str, hyper: Hyper, family: Family) -> bool:
     return int(in_block[1]) < hyper.n_layer and any(re.fullmatch(part, in_block[2]) for part in parts)
 
 
-def read(file: ModelFile) -> tuple[Hyper, Family]:
+def read(file: ModelFile) -> tuple[ModelConfig, Family]:
     """Measures and family of a model that is supported. Raises UnsupportedModel, ModelFileError."""
     if reason := unsupported(file):
         raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
-    return read_hyper(file.header), FAMILIES[file.header.architecture]
+    return read_config(file.header), FAMILIES[file.header.architecture]

@@ -19,7 +19,7 @@ from edge_rt_mlu.rope import Rope, Turn
 from edge_rt_mlu.weights import Block, Dense, Weights
 
 if TYPE_CHECKING:
-    from edge_rt.hooks import Hyper
+    from edge_rt.hooks import ModelConfig
     from edge_rt_mlu.cells import Cells
 
 SCORES = 1 << 24
@@ -52,7 +52,7 @@ class _Step(NamedTuple):
 class Decoder:
     """The weights and how to go through them."""
 
-    def __init__(self, hyper: Hyper, weights: Weights, rope: Rope, dtype: torch.dtype) -> None:
+    def __init__(self, hyper: ModelConfig, weights: Weights, rope: Rope, dtype: torch.dtype) -> None:
         self.hyper, self.weights, self.rope, self._dtype = hyper, weights, rope, dtype
 
     def run(

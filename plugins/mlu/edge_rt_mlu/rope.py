@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edge_rt.hooks import Hyper
+    from edge_rt.hooks import ModelConfig
 
 
 class Turn(NamedTuple):
@@ -29,7 +29,7 @@ class Rope:
     scale, which YaRN (Peng et al. 2023) applies to slow pairs only, with a ramp between.
     """
 
-    def __init__(self, hyper: Hyper, factors: npt.NDArray[np.float32] | None, *, neighbours: bool, device: torch.device) -> None:
+    def __init__(self, hyper: ModelConfig, factors: npt.NDArray[np.float32] | None, *, neighbours: bool, device: torch.device) -> None:
         """``factors``: [D/2]. ``neighbours``: pairs are elements 2i and 2i+1 (llama), else i and i + D/2."""
         r, pairs = hyper.rope, np.arange(hyper.rope.dims // 2, dtype=np.float64)
         plain = r.base ** (-2 * pairs / r.dims) / (1.0 if factors is None else factors.astype(np.float64))
@@ -63,7 +63,7 @@ class Rope:
         return torch.cat((a * turn.cos - b * turn.sin, a * turn.sin + b * turn.cos), dim=-1)
 
 
-def _ramp(pairs: npt.NDArray[np.float64], hyper: Hyper) -> npt.NDArray[np.float64]:
+def _ramp(pairs: npt.NDArray[np.float64], hyper: ModelConfig) -> npt.NDArray[np.float64]:
     """How much of each pair's own frequency YaRN keeps: 1 for those that turn often within the original context, 0 for slow ones."""
     r = hyper.rope
 

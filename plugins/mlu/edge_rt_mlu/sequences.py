@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 
 WATCHED = 64
-"""Queries that edge-rt has a sequence keep, at most (core/context/pruning.py)."""
+"""Queries that edge-rt has a sequence keep, at most (core/kv/pruning.py)."""
 
 
 @contextmanager

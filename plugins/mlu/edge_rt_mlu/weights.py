@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 
-from edge_rt.hooks import Hyper, UnsupportedModel
+from edge_rt.hooks import ModelConfig, UnsupportedModel
 from edge_rt_mlu.experts import Experts
 from edge_rt_mlu.families import Family
 from edge_rt_mlu.lora import EMBEDDING, Run, add_terms
@@ -134,7 +134,7 @@ def _tensors(part: object) -> Iterator[torch.Tensor]:
 class Loader:
     """Reads the tensors of one file, each once, and checks their shapes. ``done`` is told with every piece: bytes of the file."""
 
-    def __init__(self, file: ModelFile, hyper: Hyper, device: torch.device, dtype: torch.dtype, done: Callable[[int], None]) -> None:
+    def __init__(self, file: ModelFile, hyper: ModelConfig, device: torch.device, dtype: torch.dtype, done: Callable[[int], None]) -> None:
         self._hyper, self._device, self._dtype = hyper, device, dtype
         self._reader = Reader(file, done)
 

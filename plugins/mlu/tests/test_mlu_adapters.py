@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt.core.load.adapter import open_lora
-from edge_rt.hooks import AppliesAdapters, EngineOptions, ModelFile, Part, UnsupportedModel, open_ggml_engine
-from edge_rt.registry import Registry
-from edge_rt.testing.feeding import feed, tokens_of
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
-from edge_rt.testing.random_models import write_random_model
+from edge_rt.core.gguf.lora import open_lora
+from edge_rt.hooks import AppliesAdapters, EngineOptions, ModelFile, SequenceBatch, UnsupportedModel, open_ggml_engine
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.testing.engine_helpers import feed, tokens_of
+from edge_rt.testing.random_models import LINEAR, write_random_adapter, write_random_model
 from edge_rt.types import Delta
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")
@@ -92,11 +91,11 @@ def test_none_and_several_adapters_in_one_step_are_each_as_with_ggml_alone(tmp_p
         texts = [tokens_of(ours, n, seed=n) for n in (21, 30, 4, 3, 12, 1, 11)]
         alone = [feed(ggml, adapted(ggml, *binding), text) for binding, text in zip(bindings, texts, strict=True)]
         for want in ("all", "last"):
-            parts = [Part(adapted(ours, *binding), text, want) for binding, text in zip(bindings, texts, strict=True)]  # type: ignore[arg-type]
+            parts = [SequenceBatch(adapted(ours, *binding), text, want) for binding, text in zip(bindings, texts, strict=True)]  # type: ignore[arg-type]
             for expected, found in zip(alone, ours.step(parts), strict=True):
                 close(np.array(found), expected if want == "all" else expected[-1:])
         wants = ["none", "last", "all", "none", "all", "last", "none"]
-        some = [Part(adapted(ours, *binding), text, want) for binding, text, want in zip(bindings, texts, wants, strict=True)]  # type: ignore[arg-type]
+        some = [SequenceBatch(adapted(ours, *binding), text, want) for binding, text, want in zip(bindings, texts, wants, strict=True)]  # type: ignore[arg-type]
         for want, expected, found in zip(wants, alone, ours.step(some), strict=True):
             assert (found is None) == (want == "none")
             if found is not None:

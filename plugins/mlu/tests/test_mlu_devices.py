@@ -332,7 +332,7 @@ def test_names_of_devices() -> None:
 def test_the_plugin_registers_and_imports_no_pytorch() -> None:
     import subprocess
 
-    from edge_rt.registry import Registry
+    from edge_rt.plugin_host.registry import Registry
 
     assert edge_rt_mlu.EDGE_RT_API == API_VERSION
     registry = Registry.load(entry_points=False, plugins={"mlu": edge_rt_mlu})

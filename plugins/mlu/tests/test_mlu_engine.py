@@ -13,7 +13,7 @@ import pytest
 
 from edge_rt.hooks import Engine, EngineOptions, ModelFile, open_ggml_engine
 from edge_rt.testing.engine_conformance import EngineConformance
-from edge_rt.testing.feeding import feed, feed_new, tokens_of
+from edge_rt.testing.engine_helpers import feed, feed_new, tokens_of
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")
 

@@ -17,10 +17,10 @@ from edge_rt_mlu import simulated
 from edge_rt_mlu.placement import SIZES, place, weight_bytes
 
 import edge_rt
-from edge_rt.core.load.adapter import open_lora
-from edge_rt.hooks import EngineOptions, ModelFile, NativeError, OptionError, OutOfMemory, Part, Refusal
-from edge_rt.testing.feeding import feed, feed_new, tokens_of
-from edge_rt.testing.random_adapters import LINEAR, write_random_adapter
+from edge_rt.core.gguf.lora import open_lora
+from edge_rt.hooks import EngineOptions, ModelFile, NativeError, OptionError, OutOfMemory, Refusal, SequenceBatch
+from edge_rt.testing.engine_helpers import feed, feed_new, tokens_of
+from edge_rt.testing.random_models import LINEAR, write_random_adapter
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")
 
@@ -84,7 +84,7 @@ def test_no_step_holds_more_than_was_predicted(make: Make, tmp_path: Path, dtype
         before = engine.needed_bytes(sequence, 1500), engine.compute_bytes(1500, 1, 600)
         for tokens, want in ((900, "none"), (600, "all")):
             with Peak() as peak:
-                engine.step([Part(sequence, tokens_of(engine, tokens), want)])  # type: ignore[arg-type]
+                engine.step([SequenceBatch(sequence, tokens_of(engine, tokens), want)])  # type: ignore[arg-type]
             assert 0 < peak.most <= sum(before)
         assert engine.sequence_bytes(sequence) <= engine.needed_bytes(sequence, 1500)
         assert engine.held_bytes() == (engine.sequence_bytes(sequence), 600 * engine.info.n_vocab * 4)
@@ -92,7 +92,7 @@ def test_no_step_holds_more_than_was_predicted(make: Make, tmp_path: Path, dtype
 
 
 def test_as_many_queries_are_watched_as_was_predicted() -> None:
-    from edge_rt.core.context.pruning import WATCHED
+    from edge_rt.core.kv.pruning import WATCHED
 
     assert sequences.WATCHED == WATCHED
 
@@ -114,6 +114,7 @@ def test_removing_cells_gives_memory_back(engine: TorchEngine) -> None:
     given = engine.remove_cells(sequence, [(10, 600)])
     assert given == held - engine.memory().cache > 0
     assert engine.length(sequence) == 110
+
 
 # ---- a budget --------------------------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ def test_no_more_than_one_block_is_copied_over_at_a_time(deep: Path, mlu: None) 
                 feed_new(engine, tokens_of(engine, 4))
                 sequence = engine.new_sequence()
                 with Peak() as peak:
-                    engine.step([Part(sequence, tokens_of(engine, 4))])
+                    engine.step([SequenceBatch(sequence, tokens_of(engine, 4))])
                 most.append(peak.most)
         assert each[0] <= most[1] - most[0] < 1.5 * each[0]
 
@@ -211,7 +212,7 @@ def test_a_budget_that_is_too_small_is_one_sentence(deep: Path, mlu: None) -> No
 def test_on_the_cpu_the_weights_must_fit_the_budget(tiny: Path) -> None:
     with ModelFile.open(tiny) as file:
         needed = place(file, 4, None).nbytes
-    registry = edge_rt.registry.Registry.load(plugins={"mlu": edge_rt_mlu})
+    registry = edge_rt.plugin_host.registry.Registry.load(plugins={"mlu": edge_rt_mlu})
     edge_rt.open(tiny, engine="torch", memory=needed, registry=registry).close()
     with pytest.raises(edge_rt.errors.UnsupportedModel, match="more than --memory allows; raise it, or choose --engine ggml"):
         edge_rt.open(tiny, engine="torch", memory=needed - 1, registry=registry)
@@ -246,7 +247,7 @@ def test_a_step_that_fails_gives_everything_back(deep: Path, tmp_path: Path, mon
     with ModelFile.open(deep) as file, closing(TorchFactory().open(file, EngineOptions(device="mlu:0", context=512))) as engine:
         assert isinstance(engine, TorchEngine)
         sequence, tokens = engine.new_sequence(), tokens_of(engine, 200)
-        engine.step([Part(sequence, tokens, more=200)])
+        engine.step([SequenceBatch(sequence, tokens, more=200)])
         before = held()
 
         def fail() -> None:
@@ -254,7 +255,7 @@ def test_a_step_that_fails_gives_everything_back(deep: Path, tmp_path: Path, mon
 
         engine.tell(fail)
         with pytest.raises(OutOfMemory) as raised:
-            engine.step([Part(sequence, tokens)])
+            engine.step([SequenceBatch(sequence, tokens)])
         assert raised.value.__cause__ is not None
         assert held() <= before
         assert calls[-1] == "empty_cache"

@@ -25,14 +25,14 @@ from edge_rt.hooks import (
     NativeError,
     OptionError,
     OutOfMemory,
-    Part,
     Refusal,
+    SequenceBatch,
     SessionFileError,
     UnsupportedModel,
     hookimpl,
 )
-from edge_rt.registry import Registry
-from edge_rt.testing.feeding import feed, feed_new, tokens_of
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.testing.engine_helpers import feed, feed_new, tokens_of
 from edge_rt.types import Delta, Done, Message, Pruning
 
 torch = pytest.importorskip("torch", reason="the engine's logic is tested on CPU PyTorch, which is not installed here")
@@ -85,12 +85,12 @@ def test_sessions_are_saved_and_go_on(tiny: Path, tmp_path: Path) -> None:
 
 def test_requests_of_a_batch_are_answered_as_alone(tiny: Path) -> None:
     """Four at once, through the runtime's own batches; what rounding differs in was seen to decide no token here."""
-    from edge_rt.core.decode.batch import Batch
+    from edge_rt.core.generate.scheduler import Scheduler
 
     prompts = [f"{word} and some more words, number {i}" for i, word in enumerate(("one", "another", "a third", "the last"))]
     with opened(tiny, context=256) as model:
         alone = [answer(model.session(), prompt, max_tokens=20)[0] for prompt in prompts]
-        batch, texts, errors = Batch(model.engine, model.lock), [""] * len(prompts), list[Any]()
+        batch, texts, errors = Scheduler(model.engine, model.lock), [""] * len(prompts), list[Any]()
         for i, prompt in enumerate(prompts):
             session = model.session()
             job, steps = session.begin(prompt, temperature=0.0, max_tokens=20)
@@ -306,7 +306,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(engine: TorchEngine, monk
 
     engine.tell(fail_later)
     with pytest.raises(NativeError):
-        engine.step([Part(sequence, more), Part(other, tokens)])
+        engine.step([SequenceBatch(sequence, more), SequenceBatch(other, tokens)])
     engine.tell(lambda: None)
     assert (engine.length(sequence), engine.length(other)) == (30, 0)
     assert np.abs(feed(engine, sequence, more[:5]) - expected).max() < 1e-2

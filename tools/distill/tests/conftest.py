@@ -37,6 +37,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model, as the other tests have it (it is fetched the first time)."""
-    from edge_rt import catalog
+    from edge_rt import model_hub
 
-    return catalog.fetch(catalog.DEFAULT)
+    return model_hub.fetch_model(model_hub.DEFAULT)

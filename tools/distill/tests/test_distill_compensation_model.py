@@ -29,7 +29,7 @@ from edge_rt_distill.model.rows import beginning
 
 import edge_rt
 from edge_rt.errors import DataError, OptionError, TrainingError
-from edge_rt.hooks import ModelFile, Part, compensation_fingerprint
+from edge_rt.hooks import ModelFile, SequenceBatch, compensation_fingerprint
 
 ARCHITECTURE = Architecture(
     family="llama", vocabulary=160, width=64, head=16, layers=(LayerShape(4, 2, 96),) * 2, tied=True, norm_epsilon=1e-5, rope_base=1e4,
@@ -327,7 +327,9 @@ def test_the_low_rank_part_runs_as_an_adapter(tiny, tmp_path, engine):
     with edge_rt.open(tiny, engine=engine, adapters={"made": path}, pack=False) as running:
         sequence = running.engine.new_sequence()
         running.engine.adapt(sequence, running.adapters.chosen("made", 1.0).number, 1.0)
-        found = np.concatenate([np.asarray(rows) for rows in running.engine.step([Part(sequence, tokens, "all")])]).reshape(len(tokens), -1)
+        found = np.concatenate([np.asarray(rows) for rows in running.engine.step([SequenceBatch(sequence, tokens, "all")])]).reshape(
+            len(tokens), -1
+        )
     scale = np.abs(expected).max()
     assert np.abs(expected - plain).max() > 0.1 * scale
     assert np.abs(found - expected).max() < 5e-3 * scale

@@ -23,7 +23,16 @@ from edge_rt_distill.quantise.gptq import GptqOptions
 from edge_rt_distill.quantise.matrices import Encoded, QuantiseOptions, encode, quantise_model
 
 import edge_rt
-from edge_rt.hooks import EngineOptions, ModelFile, ModelFileError, OptionError, Part, UnsupportedModel, UserError, open_ggml_engine
+from edge_rt.hooks import (
+    EngineOptions,
+    ModelFile,
+    ModelFileError,
+    OptionError,
+    SequenceBatch,
+    UnsupportedModel,
+    UserError,
+    open_ggml_engine,
+)
 from edge_rt.testing.random_models import write_random_model
 
 FAMILIES = ("llama", "deci", "qwen2", "qwen3")
@@ -62,7 +71,7 @@ def _edge_rt(path: Path) -> npt.NDArray[np.float32]:
     """Logits [T, V] of edge-rt with the kernels for attention that stock llama.cpp has too."""
     options = EngineOptions(threads=1, context=64, extra={"ggml.transposed_values": False, "ggml.centred": False})
     with ModelFile.open(path) as file, closing(open_ggml_engine(file, options)) as engine:
-        (found,) = engine.step([Part(engine.new_sequence(), TOKENS, "all")])
+        (found,) = engine.step([SequenceBatch(engine.new_sequence(), TOKENS, "all")])
         return np.array(found, dtype=np.float32)
 
 

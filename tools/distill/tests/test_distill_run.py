@@ -173,7 +173,7 @@ def test_a_run_that_is_done_is_not_done_again(command, whole):
 
 def test_status_says_what_changed_settings_would_do_again(whole):
     other = whole / "other.toml"
-    other.write_text(RUN.replace('[run]', '[run]\nfolder = "run"').replace("calibration_tokens = 1024", "calibration_tokens = 2048"))
+    other.write_text(RUN.replace("[run]", '[run]\nfolder = "run"').replace("calibration_tokens = 1024", "calibration_tokens = 2048"))
     said = {line.split()[0]: "again" in line for line in invoke("status", other).output.splitlines()}
     assert [name for name, again in said.items() if again] == ["quantise", "compensate", "verify"]
 

@@ -1,6 +1,6 @@
 """Samples: read from JSONL and text files, each with where it came from; every broken line is told by number and reason.
 
-A line of JSONL is one of (records.py has the details)
+A line of JSONL is one of (types.py has the details)
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "response": "..."}
     {"custom_id": "...", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}      an OpenAI request

@@ -26,6 +26,7 @@ CASES = 6
 _RECORDS = 12
 """Records of one kind and model that are drawn; tables have all."""
 
+
 def write_report(library: Library, out: Path, query: Query = Query(), told: Told = quiet) -> Path:  # noqa: B008 (it is immutable)
     """Write the report of the records a query asks for. ``told``: (done, total) records.
 

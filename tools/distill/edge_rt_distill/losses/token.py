@@ -248,9 +248,7 @@ def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return torch.log_softmax(torch.cat((head, mass), -1), -1), inside.sub_(mass)
 
 
-def _decoupled(
-    logits: Tensor, index: Tensor, log_p: Tensor, p_inside: Tensor, labels: Tensor | None, work: _Work
-) -> tuple[Tensor, Tensor]:
+def _decoupled(logits: Tensor, index: Tensor, log_p: Tensor, p_inside: Tensor, labels: Tensor | None, work: _Work) -> tuple[Tensor, Tensor]:
     """As ``_chunk``. ``log_p`` [C, K + 1]: the teacher's buckets. ``p_inside`` [C, V]: its tail."""
     options = work.options
     true_logit = None if labels is None else logits.gather(-1, labels[:, None]).squeeze(-1)

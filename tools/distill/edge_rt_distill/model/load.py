@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_rt.hooks import Hyper, ModelFile, ModelFileError, UnsupportedModel, read_hyper
+from edge_rt.hooks import ModelConfig, ModelFile, ModelFileError, UnsupportedModel, read_config
 from edge_rt_distill.model.architecture import FAMILIES, Architecture, LayerShape
 from edge_rt_distill.model.decoder import LINEARS, Decoder
 from edge_rt_distill.model.tokens import Tokeniser
@@ -122,7 +122,7 @@ def read_architecture(file: ModelFile) -> Architecture:
     header = file.header
     if header.architecture not in FAMILIES:
         raise UnsupportedModel(f"{file.path}: models of architecture {header.architecture} cannot be taught here; {_known()}")
-    hyper = read_hyper(header)
+    hyper = read_config(header)
     _check(file, hyper)
     widths = (header.tensors.get(f"blk.{i}.ffn_gate.weight") for i in range(hyper.n_layer))
     layers = tuple(LayerShape(hyper.n_head, hyper.n_head_kv, one.shape[-1] if one else hyper.n_ff) for one in widths)
@@ -139,7 +139,7 @@ def _known() -> str:
     return f"choose one of {', '.join(FAMILIES)} (Mistral and SmolLM are llama)"
 
 
-def _check(file: ModelFile, hyper: Hyper) -> None:
+def _check(file: ModelFile, hyper: ModelConfig) -> None:
     """Raise UnsupportedModel for what the decoder here would compute differently."""
     rope = hyper.rope
     reasons = (

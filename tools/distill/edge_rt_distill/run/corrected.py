@@ -57,9 +57,7 @@ def write_corrected(
     export(target, model, tokeniser, how=raw_tensors(source), biases=biases, name=target.stem, provenance=provenance)
     if rest:
         family = model.architecture.family
-        side_files.write_side_file(
-            side_files.side_path(target), rest, architecture=family, model=fingerprint(target), storage=storage
-        )
+        side_files.write_side_file(side_files.side_path(target), rest, architecture=family, model=fingerprint(target), storage=storage)
         side_files.write_lora(target.with_name(f"{target.stem}.lora.gguf"), rest, architecture=family, storage=storage)
 
 
