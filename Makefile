@@ -27,8 +27,9 @@ soak: .venv/.ready-dev  ## run the long tests that `make test` leaves out
 test-arm: .venv/.ready-dev  ## run edge-rt on emulated ARM cores, see plugins/arm/README.md (long; needs the tools it names)
 	$(INDEX) PYTHON=$(BIN)/python tools/test_arm.sh
 
-check: .venv/.ready-dev  ## lint, types, generated docs, links
+check: .venv/.ready-dev  ## lint, types, imports, generated docs, links
 	$(BIN)/ruff check .
+	PYTHONPATH=plugins/arm:plugins/ascend:plugins/cuda:plugins/mlu:plugins/text $(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_cli_doc.py --check
 	$(BIN)/python tools/generate_hooks_doc.py --check
@@ -45,7 +46,7 @@ docs: .venv/.ready-dev  ## write the generated docs
 	$(BIN)/python tools/generate_distill_doc.py
 
 clean:  ## remove .venv and what tools leave (not the models in the cache)
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 export PROMPT
 
