@@ -1,4 +1,4 @@
-"""What `import edge_rt` and the modules on the way to the first token must not load. Who may import whom is in pyproject.toml (import-linter)."""
+"""What `import edge_rt`, and modules on the way to the first token, must not load. Who may import whom is in pyproject.toml."""
 
 from __future__ import annotations
 
