@@ -62,11 +62,12 @@ def test_all_four_by_a_rule_file(tmp_path):
     assert (last["rules"] != "", pieces_of(last["answer"])) == (True, [])
 
 
-def test_wherever_the_answer_is_cut(model):
-    """At every token: the limit, and at some a stop string made of what comes next."""
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.soak)])
+def test_wherever_the_answer_is_cut(model, every):
+    """At tokens all over the answer: the limit, and at some a stop string made of what comes next."""
     tokens = model.tokenize(TEXT, bos=False)
     with model.session() as session:
-        for n in range(5, len(tokens)):
+        for n in range(5, len(tokens), every):
             for options in ({"max_tokens": n}, {"stop": [model.detokenize(tokens[n : n + 2])]})[: 2 if n % 4 == 0 else 1]:
                 stream = session.generate("Say it: ", temperature=0, grammar=GRAMMAR, post=["redaction"], **options)
                 events = list(stream)
@@ -77,7 +78,7 @@ def test_wherever_the_answer_is_cut(model):
 
 def test_a_cancelled_answer(model):
     with model.session() as session:
-        for n in range(4, 60, 5):
+        for n in range(4, 60, 14):
             text = ""
             for i, event in enumerate(session.generate("Say it: ", temperature=0, grammar=GRAMMAR, post=["redaction"])):
                 text += event.text if isinstance(event, Delta) else ""

@@ -109,11 +109,11 @@ def test_the_engine_holds_a_cap_and_writes_the_same(model_file: Path) -> None:
     with opened(model_file, meter, power=8.0) as model:
         assert isinstance(model.engine, HoldsLimits)
         assert text(write(model, 64)) == text(plain), "rests change no token"
-        until = time.monotonic() + 8
+        until = time.monotonic() + 4
         while time.monotonic() < until:
             write(model, 200)
         meter.reset()
-        until = time.monotonic() + 8
+        until = time.monotonic() + 4
         while time.monotonic() < until:
             write(model, 200)
         # What Python does between steps draws power too, and is not the engine's: it is measured with the rest.
@@ -129,12 +129,11 @@ def test_the_engine_holds_a_cap_and_writes_the_same(model_file: Path) -> None:
 
 def test_a_cap_that_does_not_bind_costs_nothing_in_the_end(model_file: Path) -> None:
     with opened(model_file, Meter(), power=500.0) as model:
-        until = time.monotonic() + 5
-        while time.monotonic() < until:
+        until, found = time.monotonic() + 30, None
+        while found is None or found.duty < 1:
+            assert time.monotonic() < until, found
             write(model, 200)
-        found = sustained(model.engine)
-        assert found is not None
-        assert found.duty == 1.0
+            found = sustained(model.engine)
         assert found.problem == ""
 
 

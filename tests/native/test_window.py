@@ -113,7 +113,7 @@ def test_any_sequence_of_requests(open_null: Callable[..., Model], monkeypatch: 
             monkeypatch.setattr(engine, "truncate", only_whole)
             monkeypatch.setattr(engine, "exact_rows", lambda: 1)  # nobody drafts who cannot take back
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(TURN, min_size=1, max_size=7))
     @example(COMES_BACK_TO_A_FULL_CONTEXT)
     def check(turns: list[dict[str, Any]]) -> None:

@@ -11,12 +11,18 @@ import pytest
 # Processes that tests start know this distribution too, whether it is installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
 
+# Tiny models: a second thread costs more than it brings, and results must not depend on the machine. For processes that tests start too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     import torch
 
-    torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, and results must not depend on the machine
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(item: pytest.Item) -> None:
+        """Runs and engines of other tests set a number for the whole process; this comes before fixtures of the module."""
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

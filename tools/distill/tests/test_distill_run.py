@@ -213,6 +213,7 @@ def invoke(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["distill", *map(str, words)])
 
 
+@pytest.mark.soak  # steps that are killed are in test_distill_steps, checkpoints in test_distill_stages
 def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(command, whole, tiny, tmp_path):
     place = folder(tmp_path / "killed", tiny)
     for at in ("library", "distil", "compensate"):
