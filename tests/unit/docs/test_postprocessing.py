@@ -7,7 +7,7 @@ import pytest
 
 from edge_rt.cli import main as cli
 
-PAGE = (Path(__file__).parents[2] / "docs" / "postprocessing.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "postprocessing.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_every_code_of_the_protocol_has_a_status():
 
 
 def test_the_page_says_all_that_there_is():
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     page = (root / "docs" / "http.md").read_text(encoding="utf-8")
     fields = {*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"}
     deprecated = {"functions", "function_call"}

@@ -20,7 +20,7 @@ from edge_rt.core.weights import interleave as interleaving
 from edge_rt.core.weights.interleave import CHOICES, Layout, interleave, layout, packed_types
 from edge_rt.deploy import target as targets
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _spec = importlib.util.spec_from_file_location("arm_sample", ROOT / "tools/arm/sample.py")
 assert _spec is not None
 assert _spec.loader is not None

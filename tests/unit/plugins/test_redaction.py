@@ -347,7 +347,7 @@ class TestHashes(TestPlaceholders):
 
 
 def test_the_documented_example_is_what_comes_out(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "post" / "redaction.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "post" / "redaction.md").read_text(encoding="utf-8")
     rules, text, expected = re.findall(r"```(?:toml|text)\n(.*?)```", page, re.S)[:3]
     (tmp_path / "rules.toml").write_text(rules, encoding="utf-8")
     with RuleFile(tmp_path / "rules.toml", Registry.load(entry_points=False), watch=False) as file:

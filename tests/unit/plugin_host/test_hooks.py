@@ -38,7 +38,7 @@ from edge_rt.hooks import (
 from edge_rt.plugin_host.registry import BUILT_INS, Registry
 from edge_rt.testing.null_device import NullDevice, NullEngineFactory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HOOKS = [name for name in vars(HookSpecs) if name.startswith("edge_rt_")]
 MODEL: Any = SimpleNamespace(path=Path("tiny.null"))
 

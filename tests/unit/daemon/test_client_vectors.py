@@ -13,7 +13,7 @@ from edge_rt.daemon.protocol import FrameReader, pack, unpack
 from edge_rt.errors import DaemonError, ProtocolError
 from edge_rt.types import Delta
 
-VECTORS = json.loads((Path(__file__).parents[2] / "clients" / "vectors.json").read_text(encoding="utf-8"))
+VECTORS = json.loads((Path(__file__).parents[3] / "clients" / "vectors.json").read_text(encoding="utf-8"))
 IN_A_MAP = b"\x81\xa1x"  # {"x": ...}
 
 

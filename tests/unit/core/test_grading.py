@@ -82,7 +82,7 @@ def test_a_number_counts_once():
 def pairs():
     """(language and set) -> (more, less) of grading_pairs.txt."""
     found, more = {}, ""
-    for line in (Path(__file__).parent / "grading_pairs.txt").read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).parents[2] / "data" / "grading_pairs.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             current = found.setdefault(line[1:-1], [])
         elif line.startswith("+ "):

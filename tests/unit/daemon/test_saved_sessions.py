@@ -17,7 +17,7 @@ from edge_rt.daemon.client import AsyncClient, Client
 from edge_rt.errors import DaemonError, ProtocolError, UserError
 
 WHY = r"the session was lost: .* belongs to another model, or to what this one's file was before"
-NODE = Path(__file__).parents[2] / "clients" / "node" / "edge-rt.js"
+NODE = Path(__file__).parents[3] / "clients" / "node" / "edge-rt.js"
 PROGRAM = """
 const { Client } = require(process.argv[1]);
 Client.connect(process.argv[2]).then(async (client) => {

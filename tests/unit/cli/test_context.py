@@ -14,7 +14,7 @@ from edge_rt.errors import OptionError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ask Tom Lind on 3 May."}]
 HELLO = {"role": "user", "content": "Hello"}
-PAGE = Path(__file__).parents[2] / "docs" / "context.md"
+PAGE = Path(__file__).parents[3] / "docs" / "context.md"
 
 
 @pytest.fixture

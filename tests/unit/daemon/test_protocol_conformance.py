@@ -12,7 +12,7 @@ from relay import Relay
 from edge_rt.daemon.protocol import FrameReader, pack
 
 CHECKS = list(conformance.server_checks(Server("", None, 0)))
-SCENARIOS = Path(__file__).parent.parent / "client_scenarios.py"
+SCENARIOS = Path(__file__).parents[2] / "client_scenarios.py"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from edge_rt.chat.tools import checked
 from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.testing.null_device import NullVocab
 
-TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parents[1] / "templates").glob("*.jinja")}
+TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parents[2] / "templates").glob("*.jinja")}
 KNOWING = ("qwen25", "qwen3", "llama31", "mistral")
 WEATHER = {
     "type": "function",

@@ -12,7 +12,7 @@ from edge_rt.deploy import target
 from edge_rt.deploy.cost import read_shape
 from edge_rt.testing.random_models import write_random_model
 
-DOCS = Path(__file__).parents[2] / "docs/compiler.md"
+DOCS = Path(__file__).parents[3] / "docs/compiler.md"
 
 
 @pytest.mark.parametrize("row", published.ROWS, ids=lambda row: f"{row.target}-{row.model}-{row.type}-{row.prompt}-{row.published:g}")

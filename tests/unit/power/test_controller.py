@@ -15,7 +15,7 @@ from edge_rt.hardware.profile import Health
 from edge_rt.power.controller import LEAST, PowerController, ReadingWindow, Setting, reading
 from edge_rt.power.thermal import Thermal
 
-RECORDED = Path(__file__).parent.parent / "fixtures" / "pi3b_naked.csv"
+RECORDED = Path(__file__).parents[2] / "fixtures" / "pi3b_naked.csv"
 
 
 def pi(**more: Any) -> Board:

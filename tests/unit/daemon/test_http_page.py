@@ -17,7 +17,7 @@ from edge_rt.daemon.metrics import RATE_SECONDS, TokenRate
 
 pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "edge_rt" / "daemon" / "http" / "page"
 KEY, OTHER = "a" * 20, "b" * 20
 CHAT, STATUS = "/v1/chat/completions", "/edge-rt/status"

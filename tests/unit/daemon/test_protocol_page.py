@@ -7,7 +7,7 @@ from edge_rt.daemon import protocol
 from edge_rt.daemon.config import Limits
 from edge_rt.types import PRIORITIES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 

@@ -119,7 +119,7 @@ def test_built_ins_work_and_are_registered_like_a_strangers() -> None:
 
 
 def test_the_table_of_built_ins_is_the_distributions_entry_points() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     section = text.partition("[project.entry-points.edge_rt]\n")[2].partition("\n[")[0]
     declared = dict(line.replace('"', "").split(" = ") for line in section.splitlines() if line)
     assert declared == BUILT_INS
@@ -127,14 +127,14 @@ def test_the_table_of_built_ins_is_the_distributions_entry_points() -> None:
 
 def test_the_table_of_own_plugins_is_the_entry_points_of_their_distributions() -> None:
     declared = {}
-    for path in (Path(__file__).parents[2] / "plugins").glob("*/pyproject.toml"):
+    for path in (Path(__file__).parents[3] / "plugins").glob("*/pyproject.toml"):
         text = path.read_text()
         distribution = text.partition('name = "')[2].partition('"')[0]
         if distribution in EXTRAS:
             section = text.partition("[project.entry-points.edge_rt]\n")[2].partition("\n[")[0]
             declared |= dict.fromkeys((line.partition(" = ")[0] for line in section.splitlines() if line), distribution)
     assert declared == OWN_PLUGINS
-    extras = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    extras = (Path(__file__).parents[3] / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
     for distribution, requirement in EXTRAS.items():
         assert f'{requirement.removeprefix("edge-rt[").removesuffix("]")} = ["{distribution}"]' in extras
 
