@@ -18,6 +18,8 @@ from bench.results import RESULTS, Result, Settings, load_all, save, to_json
 from edge_rt.errors import EdgeError
 
 BENCHMARKS = {
+    "small": ("sizes", "small"),
+    "large": ("sizes", "large"),
     "equality": ("equality", "run"),
     "decode": ("decode", "short"),
     "decode-4096": ("decode", "long"),
@@ -78,8 +80,8 @@ SPEED = tuple(name for name in BENCHMARKS if name not in QUALITY + POST + SERVE 
 SCORES = (*QUALITY[:-1], POST[0], "serve-isolation", "quantised", "saturation", "sandbox", "harness")
 """Those whose figures are scores, which a busy machine does not change."""
 LIMITS = {
-    "predictions": 1800, "quantised": 3600, "saturation": 5400, "sandbox": 5400, "harness": 1800, "replay": 5400,
-    "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600,
+    "small": 1200, "large": 1800, "predictions": 1800, "quantised": 3600, "saturation": 5400, "sandbox": 5400, "harness": 1800,
+    "replay": 5400, "serve-isolation": 3600, "serve-faults": 1800, "serve-soak": 3600,
 }  # fmt: skip
 """Seconds of those that take longer than others by what they are to show."""
 _SECONDS, _QUICK_SECONDS = 400.0, 30.0
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--items", type=int, help="texts, conversations or secrets that a benchmark of scores uses")
     parser.add_argument("--minutes", type=float, help="how long the daemon is soaked (default: 20)")
     parser.add_argument("--peer-python", type=Path, help="a Python with the package xllamacpp, whose llama-server stands beside the daemon")
+    parser.add_argument("--ik-python", type=Path, help="a Python with the package ik-llama-cpp-python, a peer of `small` and `large`")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's own llama-server, to stand there too (default: the one on PATH)")
     parser.add_argument("--harness-python", type=Path, help="a Python with lm_eval[api] and llama-cpp-python, for `harness`")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for a quiet machine before each benchmark")
@@ -164,7 +167,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     seconds = _QUICK_SECONDS if options.quick else _SECONDS
     settings = Settings(options.quick, available_cpus(), started + seconds, options.model, options.memory_group, options.items)
-    servers = {"peer_python": options.peer_python, "llama_server": options.llama_server}
+    servers = {"peer_python": options.peer_python, "ik_python": options.ik_python, "llama_server": options.llama_server}
     results = run(replace(settings, minutes=options.minutes, student=options.student, harness_python=options.harness_python, **servers))
     if warning:
         results = [replace(result, notes=[*result.notes, warning]) for result in results]

@@ -53,6 +53,11 @@ def large(settings: Settings) -> Path:
     return random("Q4_0", settings.pick(LARGE, SMALL))
 
 
+def quantised(source: Path, kind: str, threads: int) -> Path:
+    """Another type of a file, as llama.cpp's quantiser makes it; made once, beside the file. Raises RuntimeError."""
+    return made_once(source.with_name(f"{source.stem}-{kind}.gguf"), lambda path: _quantise(source, path, kind, threads, False))
+
+
 def random(kind: str, measures: Mapping[str, int]) -> Path:
     """A random llama of a type and of measures that ``write_random_model`` takes. Random weights cost what real ones cost."""
     from edge_rt.testing.random_models import write_random_model

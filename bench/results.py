@@ -22,7 +22,8 @@ class Settings:
     ``quick`` proves that everything runs, with figures that mean nothing. ``threads``: CPUs to use. ``deadline``: when no further
     round begins (``time.monotonic``). ``model``: SmolLM2-135M-Instruct Q4_1, None fetches it. ``memory_group``: directory of a memory
     cgroup in which groups may be made. ``items``: how many texts, conversations, secrets, faults or turns a benchmark uses, None: its own
-    number. ``minutes``: how long the daemon is soaked. ``peer_python``: a Python that has llama-server. ``llama_server``: the
+    number. ``minutes``: how long the daemon is soaked. ``peer_python``: a Python that has llama-server, ``ik_python``: one that
+    has ik-llama-cpp-python. ``llama_server``: the
     program itself. ``student``: a file that was distilled of SmolLM2, None: that of the demo run. ``harness_python``: a Python that has
     lm_eval.
     """
@@ -35,6 +36,7 @@ class Settings:
     items: int | None = None
     minutes: float | None = None
     peer_python: Path | None = None
+    ik_python: Path | None = None
     llama_server: Path | None = None
     student: Path | None = None
     harness_python: Path | None = None
