@@ -16,7 +16,7 @@ HOMES = {
     "saved_mixed": ("edge_rt.core.kv.positions", "saved_mixed"),
     "unmoved_cells": ("edge_rt.core.kv.positions", "unmoved_cells"),
     "check_fits": ("edge_rt.core.engine", "check_fits"),
-    "check_parts": ("edge_rt.core.engine", "check_parts"),
+    "check_batches": ("edge_rt.core.engine", "check_batches"),
     "check_tokens": ("edge_rt.core.engine", "check_tokens"),
     "largest_capacity": ("edge_rt.core.kv.positions", "largest_capacity"),
     "next_capacity": ("edge_rt.core.kv.positions", "next_capacity"),

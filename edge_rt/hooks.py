@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from edge_rt.core.context.eviction import Candidate, keep_graded, keep_slide, keep_strict
     from edge_rt.core.context.grading import Contribution, Grade, content_grader
     from edge_rt.core.context.history import Segment
-    from edge_rt.core.engine import check_fits, check_parts, check_tokens
+    from edge_rt.core.engine import check_batches, check_fits, check_tokens
     from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
     from edge_rt.core.gguf.lora import LoraFile
     from edge_rt.core.gguf.model_file import ModelFile
@@ -428,8 +428,8 @@ __all__ = [
     "Wanted",
     "available_cpus",
     "board_name",
+    "check_batches",
     "check_fits",
-    "check_parts",
     "check_pruning",
     "check_tokens",
     "choose_cells",

@@ -126,8 +126,8 @@ class Engine(Protocol):
         """Cells in use."""
         ...
 
-    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
-        """Feed every part and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
+    def step(self, batches: Sequence[SequenceBatch]) -> list[Logits | None]:
+        """Feed every batch and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
 
         They are valid until the next call. Raises ContextError if a sequence would outgrow ``max_context``
         (then no sequence has changed), ModelChanged, OutOfMemory, NativeError.
@@ -258,10 +258,10 @@ class EmbedsTokens(Protocol):
 class EmbedsText(Protocol):
     """Models that show what they make of a text before they turn it into logits."""
 
-    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, batches: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """``step``, with the hidden states after the output norm in place of logits: float32 [rows, n_embd].
 
-        A part's ``logits`` says for which tokens they come back. Cells are filled as by ``step``. Raises what that does.
+        A batch's ``logits`` says for which tokens they come back. Cells are filled as by ``step``. Raises what that does.
         """
         ...
 
@@ -339,9 +339,9 @@ class PredictsMemory(Protocol):
         """
         ...
 
-    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
-        """The most that steps hold beside the sequences, while none has more than ``cells`` cells and no step has more than ``parts``
-        parts and ``rows`` rows of logits. Never less than is held now. Raises OutOfMemory.
+    def compute_bytes(self, cells: int, batches: int, rows: int) -> int:
+        """The most that steps hold beside the sequences, while none has more than ``cells`` cells and no step has more than ``batches``
+        batches and ``rows`` rows of logits. Never less than is held now. Raises OutOfMemory.
         """
         ...
 
@@ -349,19 +349,19 @@ class PredictsMemory(Protocol):
 # What every engine checks before a step changes anything.
 
 
-def check_parts(parts: Sequence[SequenceBatch], length: Callable[[int], int], info: EngineInfo) -> None:
+def check_batches(batches: Sequence[SequenceBatch], length: Callable[[int], int], info: EngineInfo) -> None:
     """Refuse a step that an engine cannot take. ``length``: gives the cells of a sequence, and raises what the engine raises for none.
 
     Raises OptionError for a sequence that is named twice and for tokens that no vocabulary of this size has, ContextError for a sequence
     that would outgrow the context.
     """
     seen: set[int] = set()
-    for part in parts:
-        if part.sequence in seen:
+    for batch in batches:
+        if batch.sequence in seen:
             raise OptionError("a step names the same sequence twice; join its tokens into one part")
-        seen.add(part.sequence)
-        check_fits(length(part.sequence) + len(part.tokens), info)
-        check_tokens(part.tokens, info)
+        seen.add(batch.sequence)
+        check_fits(length(batch.sequence) + len(batch.tokens), info)
+        check_tokens(batch.tokens, info)
 
 
 def check_tokens(tokens: Sequence[int], info: EngineInfo) -> None:

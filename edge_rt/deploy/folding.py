@@ -73,12 +73,12 @@ def norms(source: ModelFile) -> tuple[Norm, ...]:
     """
     if unsupported(source):
         return ()
-    hyper, tensors = read_config(source.header), source.header.tensors
+    config, tensors = read_config(source.header), source.header.tensors
     try:
-        check_shapes(tensors, hyper, FAMILIES[hyper.architecture])
+        check_shapes(tensors, config, FAMILIES[config.architecture])
     except UnsupportedModel:
         return ()
-    names = [f"blk.{layer}.{part}.weight" for layer in range(hyper.n_layer) for part in _NORMS]
+    names = [f"blk.{layer}.{part}.weight" for layer in range(config.n_layer) for part in _NORMS]
     return tuple(_looked_at(source, name) for name in (*names, "output_norm.weight") if name in tensors)
 
 

@@ -71,11 +71,11 @@ class Sensitive(NamedTuple):
 
 def groups(header: Header) -> list[Group]:
     """The weights that may change their type: products of bands of blocks, then the head, and an embedding that is not the head."""
-    hyper = read_config(header)
-    bands = min(BANDS, hyper.n_layer)
+    config = read_config(header)
+    bands = min(BANDS, config.n_layer)
     found: list[tuple[str, list[str]]] = []
     for band in range(bands):
-        layers = range(hyper.n_layer * band // bands, hyper.n_layer * (band + 1) // bands)
+        layers = range(config.n_layer * band // bands, config.n_layer * (band + 1) // bands)
         for kinds in _KINDS:
             names = [f"blk.{layer}.{kind}.weight" for layer in layers for kind in kinds]
             found.append((f"{'|'.join(kinds)} of {layers[0]}-{layers[-1]}", [name for name in names if name in header.tensors]))
@@ -148,7 +148,7 @@ class FloatModel:
         """Raises UnsupportedModel, OutOfMemory."""
         if reason := unsupported(source):
             raise UnsupportedModel(f"the sensitivity of its weights cannot be measured: {reason}; leave --quality and --weights out")
-        self.source, self.hyper = source, read_config(source.header)
+        self.source, self.config = source, read_config(source.header)
         self.centred, self.corrections = False, None
         infos = source.header.tensors.values()
         self._ctx = ggml.context(len(source.header.tensors))
@@ -162,9 +162,9 @@ class FloatModel:
         self._governor = Governor(threads)  # beside a busy neighbour one thread is many times as fast as two
         self._backend = ggml.cpu_backend(threads)
         self._arena = ggml.allocator()
-        self._cache = KVCache(self.hyper, ggml.TYPE_F16, padded(PIECE))
+        self._cache = KVCache(self.config, ggml.TYPE_F16, padded(PIECE))
         shape = SlotShape(PIECE, padded(PIECE), PIECE)
-        self._graph = StepGraph(self.hyper, self, [shape], [self._cache.view], self._arena, False)
+        self._graph = StepGraph(self.config, self, [shape], [self._cache.view], self._arena, False)
 
     def get(self, name: str) -> int | None:
         """Address of a weight tensor, None if the model has none of that name."""
