@@ -54,7 +54,7 @@ def distinct_kinds(tensors: Iterable[int]) -> list[int]:
 
 def probe_batch_invariance(matrices: Iterable[int], backend: ggml.Handle, most: int) -> int:
     """The largest n <= ``most`` such that every product with 2 to n columns equals those with one, bit for bit."""
-    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.cpu_features()))
+    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.ggml_features()))
     known = Remembered(cache_dir() / "exact-columns.json", build)
     limit = most
     for matrix in matrices:
@@ -173,7 +173,7 @@ _WORTH = 0.35
 
 def autotune_v_layout(config: ModelConfig, key_type: int) -> bool:
     """Time decode attention over CELLS cells in both layouts, or recall what an earlier run found. Not, where that is not clear."""
-    build = (c.version().decode(), c.commit().decode(), *ggml.cpu_features())
+    build = (c.version().decode(), c.commit().decode(), *ggml.ggml_features())
     kind = f"{config.n_head} {config.n_head_kv} {config.head_dim} {key_type}"
     known = Remembered(cache_dir() / "attention.json", "|".join(build))
     ratio = known.get(kind)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from edge_rt.errors import ContextError, OptionError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.core.gguf.lora import LoraFile
+    from edge_rt.core.weights.error_correction import Compensation
+    from edge_rt.hardware.profile import Limits
     from edge_rt.power.controller import Sustained
 
     Row = memoryview[float] | npt.NDArray[np.float32]
@@ -90,6 +93,32 @@ class MemoryReport(NamedTuple):
     cache: int
     compute: int
     device: int = 0
+
+
+class EngineOptions(NamedTuple):
+    """What an engine is opened with.
+
+    ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose. ``cpus``: keep to these; () any.
+    ``memory``: bytes of weights that may be resident (None: no limit). ``pack``: build and use packed weights.
+    ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
+    ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
+    ``limits``: of power and temperature, to be held while it computes (None: none); an engine that cannot raises OptionError.
+    ``compensation``: what corrects the model's products, open as long as the engine is being opened (None: nothing); an engine that cannot
+    apply it refuses the model.
+    ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
+    """
+
+    context: int | None = None
+    threads: int | None = None
+    memory: int | None = None
+    pack: bool = True
+    key_type: Literal["f16", "q8_0"] = "f16"
+    device: str = "cpu"
+    progress: Callable[[str, int, int], None] | None = None
+    limits: Limits | None = None
+    extra: Mapping[str, Any] = MappingProxyType({})
+    cpus: tuple[int, ...] = ()
+    compensation: Compensation | None = None
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from edge_rt.core.engine import EngineInfo, SequenceBatch, check_batches, check_
 from edge_rt.core.graph.adapters import check_adapted
 from edge_rt.core.graph.builder import FLASH_FROM, FULL_SUPPORT, TILES_FROM, SlotShape
 from edge_rt.core.graph.config import ModelConfig, check_shapes, fused, read_config
-from edge_rt.core.graph.decoder import FAMILIES, key_type, unsupported
+from edge_rt.core.graph.decoder import FAMILIES, ggml_unsupported, key_type
 from edge_rt.core.graph.layers import of_block
 from edge_rt.core.graph.step import GraphCache, SequenceInput, StepGraph, Ubatch, attention_traits, split_ubatches, stacked
 from edge_rt.core.kv.cache import KVCache, cell_bytes
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_rt.core.engine import Logits
+    from edge_rt.core.engine import EngineOptions, Logits
     from edge_rt.core.gguf.lora import LoraFile
     from edge_rt.core.gguf.model_file import ModelFile
     from edge_rt.core.graph.builder import AttentionSupport
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from edge_rt.core.weights.error_correction import Compensation
     from edge_rt.core.weights.streaming import WeightStreamer
     from edge_rt.core.weights.units import Unit
-    from edge_rt.hooks import EngineOptions
     from edge_rt.power.controller import Kind, Sustained
 
 CHUNK = 512
@@ -62,8 +61,8 @@ class GgmlEngine(GgmlSequences):
         """
         super().__init__(options.extra.get("ggml.transposed_values"))
         abi.check()
-        libs.install()
-        if reason := unsupported(file):
+        libs.install_native_log()
+        if reason := ggml_unsupported(file):
             raise UnsupportedModel(f"{reason}; run it with --engine llama_cpp")
         self._file, self.notices = file, list[str]()
         self.config: ModelConfig = fused(read_config(file.header), file.header, options.extra)
@@ -426,3 +425,7 @@ def offload(
         offloaded.close()
         raise
     return offloaded, traits
+
+
+open_ggml_engine = GgmlEngine
+"""The name under which ``edge_rt.hooks`` offers it to plugins."""

@@ -27,7 +27,7 @@ from edge_rt.errors import ContextError, PluginError
 from edge_rt.hardware.profile import Cores, HasProfile, Profile
 from edge_rt.hooks import Offer
 from edge_rt.native import ggml
-from edge_rt.native.ggml import quantise
+from edge_rt.native.ggml import quantise_rows
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Engine
@@ -59,7 +59,7 @@ _ALIKE = 0.15
 
 def calibrated(shape: ModelShape, profile: Profile, threads: Iterable[int]) -> dict[tuple[str, int], Kernel]:
     """Kernels by what they compute (``TYPE INPUTSxOUTPUTS``, ``attention``, ``elements``) and threads. Raises NativeError, OutOfMemory."""
-    build = (_FORMAT, c.version().decode(), c.commit().decode(), *ggml.cpu_features(), profile.name, str(available_cpus()))
+    build = (_FORMAT, c.version().decode(), c.commit().decode(), *ggml.ggml_features(), profile.name, str(available_cpus()))
     known = Remembered(cache_dir() / "calibration.json", "|".join(build))
     numbers = sorted(set(threads))
     wanted = dict(_measurements(shape, _cold_bytes(profile)))
@@ -253,7 +253,7 @@ def _content(number: int, width: int, nbytes: int) -> bytes:
     """So many bytes of rows of a type, the same few again and again."""
     random = np.random.default_rng(0)
     rows = random.standard_normal((_ROWS, width), dtype=np.float32) * np.exp2(random.uniform(-0.75, 0.75, (_ROWS, 1))).astype(np.float32)
-    some = quantise(rows, number, np.ones(width, np.float32))
+    some = quantise_rows(rows, number, np.ones(width, np.float32))
     return (some * -(-nbytes // len(some)))[:nbytes]
 
 
@@ -378,7 +378,7 @@ def here(registry: Registry, shape: ModelShape, threads: Iterable[int] = ()) -> 
     """
     from edge_rt.native import libs
 
-    libs.install()
+    libs.install_native_log()
     profile = cpu_profile(registry)
     kernels = calibrated(shape, profile, {1, available_cpus(), *threads})
     efficiency = {"other": _UNKNOWN, "attention": _UNKNOWN}

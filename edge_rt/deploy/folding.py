@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.gguf.reader import GGML_TYPES, SCALED, TensorInfo
 from edge_rt.core.graph.config import check_shapes, read_config
-from edge_rt.core.graph.decoder import FAMILIES, unsupported
+from edge_rt.core.graph.decoder import FAMILIES, ggml_unsupported
 from edge_rt.deploy.cost import tensor_bytes
 from edge_rt.deploy.plan import Plan
 from edge_rt.errors import ModelFileError, UnsupportedModel
@@ -71,7 +71,7 @@ def norms(source: ModelFile) -> tuple[Norm, ...]:
 
     Reads the norms, and the weights behind those whose scales are powers of two. Raises ModelFileError for a damaged file.
     """
-    if unsupported(source):
+    if ggml_unsupported(source):
         return ()
     config, tensors = read_config(source.header), source.header.tensors
     try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edge_rt.core.gguf.reader import GGML_TYPES
 from edge_rt.core.graph.builder import SlotShape
 from edge_rt.core.graph.config import read_config
-from edge_rt.core.graph.decoder import unsupported
+from edge_rt.core.graph.decoder import ggml_unsupported
 from edge_rt.core.graph.step import SequenceInput, StepGraph
 from edge_rt.core.kv.cache import KVCache
 from edge_rt.core.kv.positions import padded
@@ -146,7 +146,7 @@ class FloatModel:
 
     def __init__(self, source: ModelFile, threads: int) -> None:
         """Raises UnsupportedModel, OutOfMemory."""
-        if reason := unsupported(source):
+        if reason := ggml_unsupported(source):
             raise UnsupportedModel(f"the sensitivity of its weights cannot be measured: {reason}; leave --quality and --weights out")
         self.source, self.config = source, read_config(source.header)
         self.centred, self.corrections = False, None
@@ -234,10 +234,10 @@ class FloatModel:
 def rounded(rows: npt.NDArray[np.float32], type_name: str) -> npt.NDArray[np.float32]:
     """What a type leaves of rows [n, width]."""
     from edge_rt.core.kv.ops import token_embeddings
-    from edge_rt.native.ggml import quantise
+    from edge_rt.native.ggml import quantise_rows
 
     number, (n, width) = _NUMBERS[type_name], rows.shape
-    data = quantise(rows, number)
+    data = quantise_rows(rows, number)
     with ggml.context(1) as ctx, ggml.cpu_backend(1) as backend:
         tensor = ggml.new_tensor(ctx.address, number, (width, n))
         with ggml.allocate_context(ctx):

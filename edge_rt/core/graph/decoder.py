@@ -87,7 +87,7 @@ def rotated(b: GraphBuilder, x: int, prefix: str, family: Family, factors: int |
 _KEY_TYPES = {"f16": ggml.TYPE_F16, "q8_0": ggml.TYPE_Q8_0}
 
 
-def unsupported(file: ModelFile) -> str | None:
+def ggml_unsupported(file: ModelFile) -> str | None:
     """Why this engine has no graph for a model, None if it has one. Reads the header only."""
     if file.header.architecture not in FAMILIES:
         return f"no graph for architecture {file.header.architecture!r}"
