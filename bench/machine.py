@@ -22,7 +22,7 @@ def describe() -> dict[str, str]:
         "edge-rt": importlib.metadata.version("edge-rt"),
         "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
         "ggml": ggml.c.version().decode(),
-        "CPU features used": ", ".join(ggml.cpu_features()),
+        "CPU features used": ", ".join(ggml.ggml_features()),
     }
 
 

@@ -16,52 +16,59 @@ The rules of every hook:
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import pluggy
 
-from edge_rt.core.engine import (
-    AppliesAdapters,
-    AppliesCompensation,
-    EmbedsText,
-    EmbedsTokens,
-    Engine,
-    EngineInfo,
-    HoldsLimits,
-    Logits,
-    MemoryReport,
-    MovesCells,
-    PredictsMemory,
-    Pruned,
-    PrunesCells,
-    RemovesCells,
-    SequenceBatch,
-    TellsProgress,
-    Wanted,
-)
-from edge_rt.errors import (
-    AbiMismatch,
-    Cancelled,
-    ContextError,
-    ContextOverflow,
-    DataError,
-    EdgeError,
-    ModelChanged,
-    ModelFileError,
-    NativeError,
-    OptionError,
-    OutOfMemory,
-    RuleError,
-    SessionFileError,
-    TrainingError,
-    UnsupportedModel,
-    UserError,
-)
-from edge_rt.hardware.profile import Basis, Cache, Cores, HasProfile, Health, Limits, Profile, TellsHealth
-from edge_rt.postprocess.protocol import CountsWork, HandlesCut, HoldsText, PostProcessor, PostProcessorFactory
+from edge_rt.core.engine import AppliesAdapters as AppliesAdapters
+from edge_rt.core.engine import AppliesCompensation as AppliesCompensation
+from edge_rt.core.engine import EmbedsText as EmbedsText
+from edge_rt.core.engine import EmbedsTokens as EmbedsTokens
+from edge_rt.core.engine import Engine as Engine
+from edge_rt.core.engine import EngineInfo as EngineInfo
+from edge_rt.core.engine import EngineOptions as EngineOptions
+from edge_rt.core.engine import HoldsLimits as HoldsLimits
+from edge_rt.core.engine import Logits as Logits
+from edge_rt.core.engine import MemoryReport as MemoryReport
+from edge_rt.core.engine import MovesCells as MovesCells
+from edge_rt.core.engine import PredictsMemory as PredictsMemory
+from edge_rt.core.engine import Pruned as Pruned
+from edge_rt.core.engine import PrunesCells as PrunesCells
+from edge_rt.core.engine import RemovesCells as RemovesCells
+from edge_rt.core.engine import SequenceBatch as SequenceBatch
+from edge_rt.core.engine import TellsProgress as TellsProgress
+from edge_rt.core.engine import Wanted as Wanted
+from edge_rt.deferred_imports import Deferred
+from edge_rt.errors import AbiMismatch as AbiMismatch
+from edge_rt.errors import Cancelled as Cancelled
+from edge_rt.errors import ContextError as ContextError
+from edge_rt.errors import ContextOverflow as ContextOverflow
+from edge_rt.errors import DataError as DataError
+from edge_rt.errors import EdgeError as EdgeError
+from edge_rt.errors import ModelChanged as ModelChanged
+from edge_rt.errors import ModelFileError as ModelFileError
+from edge_rt.errors import NativeError as NativeError
+from edge_rt.errors import OptionError as OptionError
+from edge_rt.errors import OutOfMemory as OutOfMemory
+from edge_rt.errors import RuleError as RuleError
+from edge_rt.errors import SessionFileError as SessionFileError
+from edge_rt.errors import TrainingError as TrainingError
+from edge_rt.errors import UnsupportedModel as UnsupportedModel
+from edge_rt.errors import UserError as UserError
+from edge_rt.hardware.profile import Basis as Basis
+from edge_rt.hardware.profile import Cache as Cache
+from edge_rt.hardware.profile import Cores as Cores
+from edge_rt.hardware.profile import HasProfile as HasProfile
+from edge_rt.hardware.profile import Health as Health
+from edge_rt.hardware.profile import Limits as Limits
+from edge_rt.hardware.profile import Profile as Profile
+from edge_rt.hardware.profile import TellsHealth as TellsHealth
+from edge_rt.postprocess.protocol import CountsWork as CountsWork
+from edge_rt.postprocess.protocol import HandlesCut as HandlesCut
+from edge_rt.postprocess.protocol import HoldsText as HoldsText
+from edge_rt.postprocess.protocol import PostProcessor as PostProcessor
+from edge_rt.postprocess.protocol import PostProcessorFactory as PostProcessorFactory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,44 +77,74 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import typer
 
-    from edge_rt.chat.template import tokenize_messages
-    from edge_rt.config import available_cpus
-    from edge_rt.core.context.eviction import Candidate, keep_graded, keep_slide, keep_strict
-    from edge_rt.core.context.grading import Contribution, Grade, content_grader
-    from edge_rt.core.context.history import Segment
-    from edge_rt.core.engine import check_fits, check_parts, check_tokens
-    from edge_rt.core.ggml_engine import GgmlEngine as open_ggml_engine
-    from edge_rt.core.gguf.lora import LoraFile
-    from edge_rt.core.gguf.model_file import ModelFile
-    from edge_rt.core.gguf.reader import GGML_TYPES
-    from edge_rt.core.gguf.reader import metadata_spans as gguf_metadata_spans
-    from edge_rt.core.graph.config import ModelConfig, read_config
-    from edge_rt.core.graph.decoder import unsupported as ggml_unsupported
-    from edge_rt.core.graph.step import Ubatch, split_ubatches
-    from edge_rt.core.kv.positions import PlacedCells, Positions, Run, largest_capacity, next_capacity, saved_mixed, unmoved_cells
-    from edge_rt.core.kv.pruning import check_pruning, choose_cells
-    from edge_rt.core.weights.error_correction import Compensation, compensation_fingerprint
-    from edge_rt.core.weights.gpu_offload import Accelerator
-    from edge_rt.deploy.plan import Gain, Pass, Plan
-    from edge_rt.hardware.sensors import CpuSensors, cpu_profile
-    from edge_rt.hardware.system_files import Latest, Patient
-    from edge_rt.hardware.system_files import read_int as read_system_int
-    from edge_rt.hardware.system_files import read_text as read_system_text
-    from edge_rt.hardware.system_files import subfolders as system_folders
-    from edge_rt.hardware.topology import board as board_name
-    from edge_rt.hardware.topology import cpu_topology
-    from edge_rt.hardware.topology import processors as cpu_processors
-    from edge_rt.model_hub import resolve_model
-    from edge_rt.native.ggml import cpu_features as ggml_features
-    from edge_rt.native.ggml import quantise as quantise_rows
-    from edge_rt.native.ggml import vector_length as ggml_vector_length
-    from edge_rt.native.libs import built_backends as ggml_backends
-    from edge_rt.native.libs import install as install_native_log
-    from edge_rt.native.libs import recent_errors as recent_native_errors
-    from edge_rt.native.llama import Vocab
-    from edge_rt.postprocess.rules import Rules
-    from edge_rt.postprocess.text_search import HALF_WIDTH, AhoCorasick, CodeSpans
-    from edge_rt.toml_file import read_file as read_toml
+_deferred = Deferred(globals())
+with _deferred:  # what few plugins need, or all need later: it costs start-up time
+    from edge_rt.chat.template import tokenize_messages as tokenize_messages
+    from edge_rt.config import available_cpus as available_cpus
+    from edge_rt.core.context.eviction import Candidate as Candidate
+    from edge_rt.core.context.eviction import keep_graded as keep_graded
+    from edge_rt.core.context.eviction import keep_slide as keep_slide
+    from edge_rt.core.context.eviction import keep_strict as keep_strict
+    from edge_rt.core.context.grading import Contribution as Contribution
+    from edge_rt.core.context.grading import Grade as Grade
+    from edge_rt.core.context.grading import content_grader as content_grader
+    from edge_rt.core.context.history import Segment as Segment
+    from edge_rt.core.engine import check_batches as check_batches
+    from edge_rt.core.engine import check_fits as check_fits
+    from edge_rt.core.engine import check_tokens as check_tokens
+    from edge_rt.core.ggml_engine import open_ggml_engine as open_ggml_engine
+    from edge_rt.core.gguf.lora import LoraFile as LoraFile
+    from edge_rt.core.gguf.model_file import ModelFile as ModelFile
+    from edge_rt.core.gguf.reader import GGML_TYPES as GGML_TYPES
+    from edge_rt.core.gguf.reader import gguf_metadata_spans as gguf_metadata_spans
+    from edge_rt.core.graph.config import ModelConfig as ModelConfig
+    from edge_rt.core.graph.config import read_config as read_config
+    from edge_rt.core.graph.decoder import ggml_unsupported as ggml_unsupported
+    from edge_rt.core.graph.step import Ubatch as Ubatch
+    from edge_rt.core.graph.step import split_ubatches as split_ubatches
+    from edge_rt.core.kv.positions import PlacedCells as PlacedCells
+    from edge_rt.core.kv.positions import Positions as Positions
+    from edge_rt.core.kv.positions import Run as Run
+    from edge_rt.core.kv.positions import largest_capacity as largest_capacity
+    from edge_rt.core.kv.positions import next_capacity as next_capacity
+    from edge_rt.core.kv.positions import saved_mixed as saved_mixed
+    from edge_rt.core.kv.positions import unmoved_cells as unmoved_cells
+    from edge_rt.core.kv.pruning import check_pruning as check_pruning
+    from edge_rt.core.kv.pruning import choose_cells as choose_cells
+    from edge_rt.core.weights.error_correction import Compensation as Compensation
+    from edge_rt.core.weights.error_correction import compensation_fingerprint as compensation_fingerprint
+    from edge_rt.core.weights.gpu_offload import Accelerator as Accelerator
+    from edge_rt.deploy.plan import Gain as Gain
+    from edge_rt.deploy.plan import Pass as Pass
+    from edge_rt.deploy.plan import Plan as Plan
+    from edge_rt.hardware.sensors import CpuSensors as CpuSensors
+    from edge_rt.hardware.sensors import cpu_profile as cpu_profile
+    from edge_rt.hardware.system_files import Latest as Latest
+    from edge_rt.hardware.system_files import Patient as Patient
+    from edge_rt.hardware.system_files import read_system_int as read_system_int
+    from edge_rt.hardware.system_files import read_system_text as read_system_text
+    from edge_rt.hardware.system_files import system_folders as system_folders
+    from edge_rt.hardware.topology import board_name as board_name
+    from edge_rt.hardware.topology import cpu_processors as cpu_processors
+    from edge_rt.hardware.topology import cpu_topology as cpu_topology
+    from edge_rt.model_hub import resolve_model as resolve_model
+    from edge_rt.native.ggml import ggml_features as ggml_features
+    from edge_rt.native.ggml import ggml_vector_length as ggml_vector_length
+    from edge_rt.native.ggml import quantise_rows as quantise_rows
+    from edge_rt.native.libs import ggml_backends as ggml_backends
+    from edge_rt.native.libs import install_native_log as install_native_log
+    from edge_rt.native.libs import recent_native_errors as recent_native_errors
+    from edge_rt.native.llama import Vocab as Vocab
+    from edge_rt.postprocess.rules import Rules as Rules
+    from edge_rt.postprocess.text_search import HALF_WIDTH as HALF_WIDTH
+    from edge_rt.postprocess.text_search import AhoCorasick as AhoCorasick
+    from edge_rt.postprocess.text_search import CodeSpans as CodeSpans
+    from edge_rt.toml_file import read_toml as read_toml
+
+
+def __getattr__(name: str) -> Any:
+    return _deferred.load(name)
+
 
 API_VERSION = 1
 """Raised when a hook or type here changes so that an existing plugin would break. A plugin declares ``EDGE_RT_API = 1``."""
@@ -115,17 +152,6 @@ API_VERSION = 1
 ENTRY_POINT_GROUP = "edge_rt"
 hookspec = pluggy.HookspecMarker("edge_rt")
 hookimpl = pluggy.HookimplMarker("edge_rt")
-
-
-def __getattr__(name: str) -> Any:
-    """What few plugins need is imported when it is first asked for, because it costs start-up time."""
-    from edge_rt.hook_names import HOMES
-
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = HOMES[name]
-    value = globals()[name] = getattr(importlib.import_module(module), attribute)  # the next look-up is an ordinary one
-    return value
 
 
 # Named tuples and not dataclasses, here and in the registry: making a class of the latter costs a millisecond of every start.
@@ -175,32 +201,6 @@ class Device(Protocol):
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
-
-
-class EngineOptions(NamedTuple):
-    """What an engine is opened with.
-
-    ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose. ``cpus``: keep to these; () any.
-    ``memory``: bytes of weights that may be resident (None: no limit). ``pack``: build and use packed weights.
-    ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
-    ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
-    ``limits``: of power and temperature, to be held while it computes (None: none); an engine that cannot raises OptionError.
-    ``compensation``: what corrects the model's products, open as long as the engine is being opened (None: nothing); an engine that cannot
-    apply it refuses the model.
-    ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
-    """
-
-    context: int | None = None
-    threads: int | None = None
-    memory: int | None = None
-    pack: bool = True
-    key_type: Literal["f16", "q8_0"] = "f16"
-    device: str = "cpu"
-    progress: Callable[[str, int, int], None] | None = None
-    limits: Limits | None = None
-    extra: Mapping[str, Any] = MappingProxyType({})
-    cpus: tuple[int, ...] = ()
-    compensation: Compensation | None = None
 
 
 @runtime_checkable
@@ -341,127 +341,3 @@ class HookSpecs:
     @hookspec
     def edge_rt_compiler_passes(self) -> Iterable[Pass]:  # type: ignore[empty-body]
         """Compiler: passes that fit a model to a device. Called once per compilation; they come after the built-in ones."""
-
-
-__all__ = [
-    "API_VERSION",
-    "ENTRY_POINT_GROUP",
-    "GGML_TYPES",
-    "HALF_WIDTH",
-    "AbiMismatch",
-    "Accelerator",
-    "AhoCorasick",
-    "AppliesAdapters",
-    "AppliesCompensation",
-    "Basis",
-    "Cache",
-    "Cancelled",
-    "Candidate",
-    "CodeSpans",
-    "Compensation",
-    "ContextError",
-    "ContextOverflow",
-    "ContextPolicy",
-    "Contribution",
-    "Cores",
-    "CountsWork",
-    "CpuSensors",
-    "DataError",
-    "Device",
-    "EdgeError",
-    "Embedder",
-    "EmbedsText",
-    "EmbedsTokens",
-    "Engine",
-    "EngineFactory",
-    "EngineInfo",
-    "EngineOptions",
-    "Gain",
-    "Grade",
-    "GraderFactory",
-    "HandlesCut",
-    "HasProfile",
-    "Health",
-    "HoldsLimits",
-    "HoldsText",
-    "HookSpecs",
-    "Latest",
-    "Limits",
-    "Logits",
-    "LoraFile",
-    "MemoryReport",
-    "ModelChanged",
-    "ModelConfig",
-    "ModelFile",
-    "ModelFileError",
-    "MovesCells",
-    "NativeError",
-    "Offer",
-    "OptionError",
-    "OutOfMemory",
-    "Pass",
-    "Patient",
-    "PlacedCells",
-    "Plan",
-    "Positions",
-    "PostProcessor",
-    "PostProcessorFactory",
-    "PredictsMemory",
-    "Profile",
-    "Pruned",
-    "PrunesCells",
-    "Refusal",
-    "RemovesCells",
-    "RuleError",
-    "Rules",
-    "Run",
-    "Segment",
-    "SequenceBatch",
-    "SessionFileError",
-    "TellsHealth",
-    "TellsProgress",
-    "TrainingError",
-    "Ubatch",
-    "UnsupportedModel",
-    "UserError",
-    "Vocab",
-    "Wanted",
-    "available_cpus",
-    "board_name",
-    "check_fits",
-    "check_parts",
-    "check_pruning",
-    "check_tokens",
-    "choose_cells",
-    "compensation_fingerprint",
-    "content_grader",
-    "cpu_processors",
-    "cpu_profile",
-    "cpu_topology",
-    "ggml_backends",
-    "ggml_features",
-    "ggml_unsupported",
-    "ggml_vector_length",
-    "gguf_metadata_spans",
-    "hookimpl",
-    "hookspec",
-    "install_native_log",
-    "keep_graded",
-    "keep_slide",
-    "keep_strict",
-    "largest_capacity",
-    "next_capacity",
-    "open_ggml_engine",
-    "quantise_rows",
-    "read_config",
-    "read_system_int",
-    "read_system_text",
-    "read_toml",
-    "recent_native_errors",
-    "resolve_model",
-    "saved_mixed",
-    "split_ubatches",
-    "system_folders",
-    "tokenize_messages",
-    "unmoved_cells",
-]  # fmt: skip

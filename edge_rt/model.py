@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_rt.core.context.grading import Grade
+    from edge_rt.core.context.history import Segment
     from edge_rt.core.context.recall import Recall
     from edge_rt.core.context.session_file import SavedSession
-    from edge_rt.core.engine import Engine, EngineInfo, MemoryReport
+    from edge_rt.core.engine import Engine, EngineInfo, EngineOptions, MemoryReport
     from edge_rt.core.generate.scoring import Embedding, Vector
     from edge_rt.core.gguf.lora import LoraFile
     from edge_rt.error_correction import Applied
-    from edge_rt.hooks import EngineOptions, Grade, Segment
     from edge_rt.native.llama import Vocab
     from edge_rt.plugin_host.guard import PluginContextPolicy, PluginEmbedder
     from edge_rt.plugin_host.registry import EngineChoice, Registry
@@ -293,7 +294,7 @@ def open(
             model_file.check_metadata(file)
             vocabulary.start(source.native_path)
         from edge_rt import error_correction
-        from edge_rt.hooks import EngineOptions
+        from edge_rt.core.engine import EngineOptions
         from edge_rt.plugin_host.registry import Registry
         from edge_rt.power import limits
         from edge_rt.types import check_opening

@@ -25,7 +25,7 @@ else:
 T = TypeVar("T")
 
 
-def read_file(path: Path, what: str, read: Callable[[Rules], T]) -> T:
+def read_toml(path: Path, what: str, read: Callable[[Rules], T]) -> T:
     """What ``read`` makes of a TOML file; keys it does not ask for are mistakes. ``what``: the file in a word, for messages.
 
     Raises OptionError for a file that cannot be read, RuleError with the line of a value that is wrong.

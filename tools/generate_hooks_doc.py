@@ -35,7 +35,6 @@ VOCABULARY: dict[str, tuple[type, ...]] = {
     "edge_rt_devices": (hooks.Device, hooks.Offer, hooks.Refusal, *_types_of(profile)),
     "edge_rt_engines": (
         hooks.EngineFactory,
-        hooks.EngineOptions,
         engine.Engine,
         *(kind for kind in _types_of(engine) if kind is not engine.Engine),
         controller.Sustained,

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge_rt import config
-from edge_rt.config import Remembered
+from edge_rt.config import Remembered, cache_dir
 from edge_rt.core.graph import layers
 from edge_rt.core.graph.builder import (
     FLASH_FROM,
@@ -55,8 +54,8 @@ def distinct_kinds(tensors: Iterable[int]) -> list[int]:
 
 def probe_batch_invariance(matrices: Iterable[int], backend: ggml.Handle, most: int) -> int:
     """The largest n <= ``most`` such that every product with 2 to n columns equals those with one, bit for bit."""
-    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.cpu_features()))
-    known = Remembered(config.cache_dir() / "exact-columns.json", build)
+    build = "|".join((c.version().decode(), c.commit().decode(), *ggml.ggml_features()))
+    known = Remembered(cache_dir() / "exact-columns.json", build)
     limit = most
     for matrix in matrices:
         fields = ggml.fields(matrix)
@@ -118,41 +117,41 @@ class ComputeBuffers(NamedTuple):
 
 
 def estimate_compute_buffer(
-    hyper: ModelConfig,
+    config: ModelConfig,
     weights: Weights,
     split: bool,
     cache: KVView,
     tokens: int,
-    parts: int,
+    batches: int,
     rows: int,
     adapters: Iterable[AppliedLora] = (),
     *,
     traits: AttentionSupport = FULL_SUPPORT,
 ) -> ComputeBuffers:
-    """Of steps with so many ``tokens`` at most in so many ``parts``, each over a cache like this one, that want ``rows`` of logits.
+    """Of steps with so many ``tokens`` at most in so many ``batches``, each over a cache like this one, that want ``rows`` of logits.
 
     One long prompt alone, the longest piece of one that goes through attention as matmuls (which hold all scores; those of a stack are
     fewer), one prompt beside others that decode, and prompts that share a step. The largest descriptions are those of short
-    parts, whose tokens go through attention one by one. ``adapters``: what sequences may go through. All of it in the host's memory.
+    batches, whose tokens go through attention one by one. ``adapters``: what sequences may go through. All of it in the host's memory.
     Raises OutOfMemory.
     """
-    cells, first = cache.capacity, tokens - parts + 1
+    cells, first = cache.capacity, tokens - batches + 1
     shapes = [[SlotShape(n, cells, min(n, rows))] for n in {tokens, min(tokens, TILES_FROM - 1)}]
-    if parts > 1 and first > 0:
-        shared = max(1, tokens // parts)
-        shapes.append([*[SlotShape(1, cells, 1)] * (parts - 1), SlotShape(first, cells, max(1, min(first, rows - parts + 1)))])
-        shapes.append([SlotShape(shared, cells, max(1, min(shared, rows // parts)))] * parts)
+    if batches > 1 and first > 0:
+        shared = max(1, tokens // batches)
+        shapes.append([*[SlotShape(1, cells, 1)] * (batches - 1), SlotShape(first, cells, max(1, min(first, rows - batches + 1)))])
+        shapes.append([SlotShape(shared, cells, max(1, min(shared, rows // batches)))] * batches)
     through = [None, *adapters]
     arena = inputs = 0
     for shape in ([one._replace(adapter=adapter, traits=traits) for one in shape] for shape in shapes for adapter in through):
         with ggml.allocator() as allocator:
-            built = StepGraph(hyper, weights, shape, [cache] * len(shape), allocator, split)
+            built = StepGraph(config, weights, shape, [cache] * len(shape), allocator, split)
             arena = max(arena, int(ggml.c.gallocr_get_buffer_size(allocator.address, 0)))
             inputs = max(inputs, built.input_bytes)
             built.close()
-    shapes.append([SlotShape(min(tokens, FLASH_FROM - 1), cells, 1)] * parts)
+    shapes.append([SlotShape(min(tokens, FLASH_FROM - 1), cells, 1)] * batches)
     shapes += [[one._replace(adapter=through[-1]) for one in shape] for shape in shapes]
-    return ComputeBuffers(arena + arena // MARGIN, inputs + max(description_bytes(hyper, weights, shape, split) for shape in shapes))
+    return ComputeBuffers(arena + arena // MARGIN, inputs + max(description_bytes(config, weights, shape, split) for shape in shapes))
 
 
 # Which layout of cached values decodes faster here: by cell with flash attention, or transposed with matmuls?
@@ -172,14 +171,14 @@ _WORTH = 0.35
 """
 
 
-def autotune_v_layout(hyper: ModelConfig, key_type: int) -> bool:
+def autotune_v_layout(config: ModelConfig, key_type: int) -> bool:
     """Time decode attention over CELLS cells in both layouts, or recall what an earlier run found. Not, where that is not clear."""
-    build = (c.version().decode(), c.commit().decode(), *ggml.cpu_features())
-    kind = f"{hyper.n_head} {hyper.n_head_kv} {hyper.head_dim} {key_type}"
-    known = Remembered(config.cache_dir() / "attention.json", "|".join(build))
+    build = (c.version().decode(), c.commit().decode(), *ggml.ggml_features())
+    kind = f"{config.n_head} {config.n_head_kv} {config.head_dim} {key_type}"
+    known = Remembered(cache_dir() / "attention.json", "|".join(build))
     ratio = known.get(kind)
     if ratio is None:
-        single = hyper._replace(n_layer=1)
+        single = config._replace(n_layer=1)
         with (
             ggml.cpu_backend(1) as backend,
             _attention(single, key_type, backend, transposed=False) as by_cell,
@@ -222,21 +221,21 @@ class NoWeights:
 
 
 @contextlib.contextmanager
-def _attention(hyper: ModelConfig, key_type: int, backend: ggml.Handle, *, transposed: bool) -> Iterator[Callable[[], float]]:
+def _attention(config: ModelConfig, key_type: int, backend: ggml.Handle, *, transposed: bool) -> Iterator[Callable[[], float]]:
     """One layer's attention of one token, ready to be computed: gives the CPU time of this thread that it took, in seconds."""
     with (
-        contextlib.closing(KVCache(hyper, key_type, CELLS, transposed=transposed)) as cache,
+        contextlib.closing(KVCache(config, key_type, CELLS, transposed=transposed)) as cache,
         ggml.context(8) as inputs,
         ggml.context(64, (64,)) as work,
         ggml.allocator() as arena,
     ):
-        q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, hyper.n_head, 1))
+        q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (config.head_dim, config.n_head, 1))
         mask = c.new_tensor_2d(inputs.address, ggml.TYPE_F32 if transposed else ggml.TYPE_F16, CELLS, 1)
         with ggml.allocate_context(inputs):
-            ggml.view(q, "f4", (hyper.n_head * hyper.head_dim,))[:] = 0.5
+            ggml.view(q, "f4", (config.n_head * config.head_dim,))[:] = 0.5
             ggml.view(mask, "u1", (CELLS * (4 if transposed else 2),))[:] = 0
             shape, slot = SlotShape(1, CELLS, 0), SlotInputs(0, 0, mask)
-            builder = GraphBuilder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], 64)
+            builder = GraphBuilder(work.address, config, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], 64)
             builder.begin("attention")
             builder.expand(layers.attend(builder, 0, q))
             graph = builder.segments[0].graph

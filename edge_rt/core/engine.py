@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from edge_rt.errors import ContextError, OptionError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_rt.core.gguf.lora import LoraFile
+    from edge_rt.core.weights.error_correction import Compensation
+    from edge_rt.hardware.profile import Limits
     from edge_rt.power.controller import Sustained
 
     Row = memoryview[float] | npt.NDArray[np.float32]
@@ -92,6 +95,32 @@ class MemoryReport(NamedTuple):
     device: int = 0
 
 
+class EngineOptions(NamedTuple):
+    """What an engine is opened with.
+
+    ``context``: cells per sequence (None: the model's own). ``threads``: None lets the engine choose. ``cpus``: keep to these; () any.
+    ``memory``: bytes of weights that may be resident (None: no limit). ``pack``: build and use packed weights.
+    ``key_type``: element type of cached keys. ``device``: the chosen device's name; an engine refuses those it cannot drive.
+    ``progress`` is told (phase, done, total) during slow steps, on any thread; it stops the opening by raising.
+    ``limits``: of power and temperature, to be held while it computes (None: none); an engine that cannot raises OptionError.
+    ``compensation``: what corrects the model's products, open as long as the engine is being opened (None: nothing); an engine that cannot
+    apply it refuses the model.
+    ``extra``: settings of single engines, keyed ``"engine.setting"``; an engine reads its own and leaves the others alone.
+    """
+
+    context: int | None = None
+    threads: int | None = None
+    memory: int | None = None
+    pack: bool = True
+    key_type: Literal["f16", "q8_0"] = "f16"
+    device: str = "cpu"
+    progress: Callable[[str, int, int], None] | None = None
+    limits: Limits | None = None
+    extra: Mapping[str, Any] = MappingProxyType({})
+    cpus: tuple[int, ...] = ()
+    compensation: Compensation | None = None
+
+
 @runtime_checkable
 class Engine(Protocol):
     """The protocol. Calls come from one thread at a time (the runtime holds the lock).
@@ -126,8 +155,8 @@ class Engine(Protocol):
         """Cells in use."""
         ...
 
-    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
-        """Feed every part and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
+    def step(self, batches: Sequence[SequenceBatch]) -> list[Logits | None]:
+        """Feed every batch and return its logits: float32 [rows, n_vocab], rows 1 ("last") or len(tokens) ("all"), None for "none".
 
         They are valid until the next call. Raises ContextError if a sequence would outgrow ``max_context``
         (then no sequence has changed), ModelChanged, OutOfMemory, NativeError.
@@ -258,10 +287,10 @@ class EmbedsTokens(Protocol):
 class EmbedsText(Protocol):
     """Models that show what they make of a text before they turn it into logits."""
 
-    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, batches: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """``step``, with the hidden states after the output norm in place of logits: float32 [rows, n_embd].
 
-        A part's ``logits`` says for which tokens they come back. Cells are filled as by ``step``. Raises what that does.
+        A batch's ``logits`` says for which tokens they come back. Cells are filled as by ``step``. Raises what that does.
         """
         ...
 
@@ -339,9 +368,9 @@ class PredictsMemory(Protocol):
         """
         ...
 
-    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
-        """The most that steps hold beside the sequences, while none has more than ``cells`` cells and no step has more than ``parts``
-        parts and ``rows`` rows of logits. Never less than is held now. Raises OutOfMemory.
+    def compute_bytes(self, cells: int, batches: int, rows: int) -> int:
+        """The most that steps hold beside the sequences, while none has more than ``cells`` cells and no step has more than ``batches``
+        batches and ``rows`` rows of logits. Never less than is held now. Raises OutOfMemory.
         """
         ...
 
@@ -349,19 +378,19 @@ class PredictsMemory(Protocol):
 # What every engine checks before a step changes anything.
 
 
-def check_parts(parts: Sequence[SequenceBatch], length: Callable[[int], int], info: EngineInfo) -> None:
+def check_batches(batches: Sequence[SequenceBatch], length: Callable[[int], int], info: EngineInfo) -> None:
     """Refuse a step that an engine cannot take. ``length``: gives the cells of a sequence, and raises what the engine raises for none.
 
     Raises OptionError for a sequence that is named twice and for tokens that no vocabulary of this size has, ContextError for a sequence
     that would outgrow the context.
     """
     seen: set[int] = set()
-    for part in parts:
-        if part.sequence in seen:
+    for batch in batches:
+        if batch.sequence in seen:
             raise OptionError("a step names the same sequence twice; join its tokens into one part")
-        seen.add(part.sequence)
-        check_fits(length(part.sequence) + len(part.tokens), info)
-        check_tokens(part.tokens, info)
+        seen.add(batch.sequence)
+        check_fits(length(batch.sequence) + len(batch.tokens), info)
+        check_tokens(batch.tokens, info)
 
 
 def check_tokens(tokens: Sequence[int], info: EngineInfo) -> None:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class Decoding:
     """What is needed to repeat the last step one cell on, ``left`` times at most.
 
-    In the order of the step's parts: ``sequences``, their ``caches``, the ``cells`` that the next step would fill, the ``columns`` that
-    they have in the graph, their rows of its output. ``adapters``: what some of them go through beside the model.
+    Lists are in the order of the step's batches: ``sequences``, their ``caches``, ``cells`` (index of the cell that the next step fills),
+    ``columns`` in the graph, and ``rows`` of its output. ``adapters``: adapters that at least one of the sequences is bound to.
     """
 
     sequences: list[int]
@@ -58,7 +58,7 @@ class GgmlSequences:
     """
 
     info: EngineInfo
-    hyper: ModelConfig
+    config: ModelConfig
     weights: WeightStore
     _backend: ggml.Handle
     _graphs: GraphCache
@@ -122,12 +122,12 @@ class GgmlSequences:
     def transposed_values(self) -> bool:
         """Whether cached values are transposed and decoding uses matmuls, not flash attention: what is faster here, timed once."""
         if self._transposed is None:
-            self._transposed = autotune_v_layout(self.hyper, self._key_type)
+            self._transposed = autotune_v_layout(self.config, self._key_type)
         return self._transposed
 
     def _cache(self, capacity: int) -> KVCache:
         """An empty cache in the layout that decodes fastest here."""
-        return KVCache(self.hyper, self._key_type, capacity, transposed=self.transposed_values, offloaded=self._offloaded)
+        return KVCache(self.config, self._key_type, capacity, transposed=self.transposed_values, offloaded=self._offloaded)
 
     def _adopt(self, cache: KVCache) -> int:
         self._next += 1
@@ -169,17 +169,17 @@ class GgmlSequences:
         self._rotate(cache, cache.renumber())
 
     def _rotate(self, cache: KVCache, moves: Sequence[Move]) -> None:
-        family = FAMILIES[self.hyper.architecture]
+        family = FAMILIES[self.config.architecture]
         factors = self.weights.get("rope_freqs.weight") if family.rope_factors else None
-        rotate_keys(cache, self.hyper, family.rope_mode, factors, moves, self._backend)
+        rotate_keys(cache, self.config, family.rope_mode, factors, moves, self._backend)
 
     def export_cells(self, sequence: int, start: int, end: int) -> bytes:
         """Cells [start, end) as bytes."""
-        return write_cells(self._sequences[sequence], self.hyper, self._key_type, start, end)
+        return write_cells(self._sequences[sequence], self.config, self._key_type, start, end)
 
     def insert_cells(self, sequence: int, at: int, data: bytes | memoryview) -> int:
         """Put exported cells before cell ``at``; see ``MovesCells``."""
-        positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
+        positions, mixed, cells = read_cells(data, self.config, self._key_type)
         if mixed is not None:
             raise ContextError("cells that were pruned head by head cannot be put between others; restore the session they are of")
         check_fits(self._sequences[sequence].length + positions.length, self.info)
@@ -194,7 +194,7 @@ class GgmlSequences:
 
     def import_sequence(self, data: bytes | memoryview) -> int:
         """Open a sequence from exported bytes. Raises SessionFileError."""
-        positions, mixed, cells = read_cells(data, self.hyper, self._key_type)
+        positions, mixed, cells = read_cells(data, self.config, self._key_type)
         if positions.length > self.info.max_context:
             raise SessionFileError(f"the saved session holds {positions.length} tokens, the context {self.info.max_context}; raise --ctx")
         cache = self._cache(next_capacity(0, positions.length + 1, self.info.max_context))
@@ -230,7 +230,7 @@ class GgmlSequences:
         length, held = cache.length, cache.nbytes
         if keep >= length:
             return Pruned(0, 0)
-        kept = choose_cells(cached_layers(cache, self.hyper, self._backend, queries), keep, first, last, method)
+        kept = choose_cells(cached_layers(cache, self.config, self._backend, queries), keep, first, last, method)
         pruned = cache.prune(kept, next_capacity(0, keep + 1, self.info.max_context))
         self._replace(sequence, pruned)
         return Pruned(length - keep, held - pruned.nbytes)
@@ -238,7 +238,7 @@ class GgmlSequences:
     @property
     def cell_bytes(self) -> int:
         """Bytes one cell takes over all layers."""
-        return cell_bytes(self.hyper, self._key_type)
+        return cell_bytes(self.config, self._key_type)
 
     def mixed_cells(self, sequence: int) -> int:
         """How many leading cells hold another token in every head."""
@@ -258,20 +258,20 @@ class GgmlSequences:
         """What all caches hold, and the compute buffer with the graphs."""
         return sum(cache.nbytes for cache in self._sequences.values()), self._graphs.nbytes
 
-    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+    def compute_bytes(self, cells: int, batches: int, rows: int) -> int:
         """The most that steps hold beside the caches; see ``PredictsMemory``. Found once for up to twice as much."""
         cells = min(padded(self.info.max_context), padded(1) << max(0, (padded(cells) // padded(1) - 1).bit_length()))
-        parts, rows = (1 << max(0, n - 1).bit_length() for n in (parts, rows))
-        found = self._largest.get((cells, parts, rows))
+        batches, rows = (1 << max(0, n - 1).bit_length() for n in (batches, rows))
+        found = self._largest.get((cells, batches, rows))
         if found is None:
-            with closing(KVCache(self.hyper, self._key_type, cells, transposed=self.transposed_values)) as cache:
+            with closing(KVCache(self.config, self._key_type, cells, transposed=self.transposed_values)) as cache:
                 split, adapters = self._paging.streams, widest(self._adapters.values())
                 found = estimate_compute_buffer(
-                    self.hyper, self.weights, split, cache.view, self._chunk, parts, rows, adapters, traits=self._traits
+                    self.config, self.weights, split, cache.view, self._chunk, batches, rows, adapters, traits=self._traits
                 )
             if self._offloaded:  # a part of it here and a part there; inputs in both places, and results
-                found = ComputeBuffers(2 * found.arena, 2 * found.graph + 4 * rows * self.hyper.n_vocab)
-            self._largest[cells, parts, rows] = found
+                found = ComputeBuffers(2 * found.arena, 2 * found.graph + 4 * rows * self.config.n_vocab)
+            self._largest[cells, batches, rows] = found
         return max(self._graphs.arena_bytes, found.arena) + GRAPH_BYTES + found.graph
 
     def sequence_bytes(self, sequence: int) -> int:
@@ -280,7 +280,7 @@ class GgmlSequences:
 
     def needed_bytes(self, sequence: int | None, cells: int, *, pruned: bool = False) -> int:
         """The most that a sequence holds on its way to ``cells`` cells; see ``PredictsMemory``."""
-        h, cache = self.hyper, None if sequence is None else self._sequences[sequence]
+        h, cache = self.config, None if sequence is None else self._sequences[sequence]
         now = padded(1) if cache is None else cache.capacity
         most = largest_capacity(now, min(cells, self.info.max_context), self.info.max_context)
         found = most * self.cell_bytes + PAGE

@@ -111,9 +111,9 @@ def default_config() -> Config:
 
 def read_config(path: Path) -> Config:
     """Read a file. Raises OptionError, RuleError with the line."""
-    from edge_rt.toml_file import read_file
+    from edge_rt.toml_file import read_toml
 
-    return read_file(path, "configuration", lambda table: _config(table, path.parent))
+    return read_toml(path, "configuration", lambda table: _config(table, path.parent))
 
 
 def _config(table: Rules, folder: Path) -> Config:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edge_rt import config
-from edge_rt.config import Remembered
+from edge_rt.config import Remembered, available_cpus, cache_dir
 from edge_rt.core.autotune import NoWeights, autotune_v_layout
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.gguf.reader import GGML_TYPES, TensorInfo
@@ -28,7 +27,7 @@ from edge_rt.errors import ContextError, PluginError
 from edge_rt.hardware.profile import Cores, HasProfile, Profile
 from edge_rt.hooks import Offer
 from edge_rt.native import ggml
-from edge_rt.native.ggml import quantise
+from edge_rt.native.ggml import quantise_rows
 
 if TYPE_CHECKING:
     from edge_rt.core.engine import Engine
@@ -60,8 +59,8 @@ _ALIKE = 0.15
 
 def calibrated(shape: ModelShape, profile: Profile, threads: Iterable[int]) -> dict[tuple[str, int], Kernel]:
     """Kernels by what they compute (``TYPE INPUTSxOUTPUTS``, ``attention``, ``elements``) and threads. Raises NativeError, OutOfMemory."""
-    build = (_FORMAT, c.version().decode(), c.commit().decode(), *ggml.cpu_features(), profile.name, str(config.available_cpus()))
-    known = Remembered(config.cache_dir() / "calibration.json", "|".join(build))
+    build = (_FORMAT, c.version().decode(), c.commit().decode(), *ggml.ggml_features(), profile.name, str(available_cpus()))
+    known = Remembered(cache_dir() / "calibration.json", "|".join(build))
     numbers = sorted(set(threads))
     wanted = dict(_measurements(shape, _cold_bytes(profile)))
     found = {(name, n): one for name in wanted for n in numbers if (one := _recall(known, name, n)) is not None}
@@ -88,7 +87,7 @@ def _improved(found: dict[tuple[str, int], Kernel], name: str, measured: dict[in
 
 def _measurements(shape: ModelShape, cold: int) -> Iterator[tuple[str, Callable[[Sequence[int]], dict[int, Kernel]]]]:
     """What is to be known of a model: its name, and how it is measured."""
-    h = shape.hyper
+    h = shape.config
     for product in {(one.type, one.inputs, one.outputs): one for one in shape.products}.values():
         yield f"{product.type} {product.inputs}x{product.outputs}", partial(_product, product, cold)
     sizes = f"{h.n_head} {h.n_head_kv} {h.head_dim}"
@@ -254,27 +253,27 @@ def _content(number: int, width: int, nbytes: int) -> bytes:
     """So many bytes of rows of a type, the same few again and again."""
     random = np.random.default_rng(0)
     rows = random.standard_normal((_ROWS, width), dtype=np.float32) * np.exp2(random.uniform(-0.75, 0.75, (_ROWS, 1))).astype(np.float32)
-    some = quantise(rows, number, np.ones(width, np.float32))
+    some = quantise_rows(rows, number, np.ones(width, np.float32))
     return (some * -(-nbytes // len(some)))[:nbytes]
 
 
 # ---- attention and the rest ------------------------------------------------------------------------------------------
 
 
-def _attention(hyper: ModelConfig, cold: int, numbers: Sequence[int]) -> dict[int, Kernel]:
+def _attention(config: ModelConfig, cold: int, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Of one token over cached cells and over cells in memory, and of many tokens, as the engine computes it here."""
-    transposed = autotune_v_layout(hyper, ggml.TYPE_F16)
-    layer = 4 * hyper.kv_width * _CELLS  # bytes of keys and values
+    transposed = autotune_v_layout(config, ggml.TYPE_F16)
+    layer = 4 * config.kv_width * _CELLS  # bytes of keys and values
     deep = min(_MOST_NODES, max(2, -(-cold // layer)))
-    operations = 4.0 * hyper.n_head * hyper.head_dim * _CELLS
-    cached = _attended(hyper._replace(n_layer=2), 1, numbers, transposed)
-    streamed = _attended(hyper._replace(n_layer=deep), 1, numbers, transposed)
-    together = _attended(hyper._replace(n_layer=2), _MANY, numbers, transposed)
+    operations = 4.0 * config.n_head * config.head_dim * _CELLS
+    cached = _attended(config._replace(n_layer=2), 1, numbers, transposed)
+    streamed = _attended(config._replace(n_layer=deep), 1, numbers, transposed)
+    together = _attended(config._replace(n_layer=2), _MANY, numbers, transposed)
     found = {n: Kernel(operations / cached[n], operations * _MANY / together[n], layer / streamed[n], 0.0, 0.0) for n in numbers}
     if transposed:
         return found
     # Flash attention goes query by query; with few cells each, what a query costs beside them is seen.
-    short = _attended(hyper._replace(n_layer=2), FEW, numbers, transposed, causal=True)
+    short = _attended(config._replace(n_layer=2), FEW, numbers, transposed, causal=True)
     seen = (FEW + 1) / 2
     for n in numbers:
         query = short[n] / FEW
@@ -283,74 +282,74 @@ def _attention(hyper: ModelConfig, cold: int, numbers: Sequence[int]) -> dict[in
     return found
 
 
-def _few_attention(hyper: ModelConfig, numbers: Sequence[int]) -> dict[int, Kernel]:
+def _few_attention(config: ModelConfig, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Of several tokens, but fewer than flash attention takes at once, as products with transposed values."""
-    seconds = _attended(hyper._replace(n_layer=2), FEW, numbers, transposed=True)
-    rates = {n: 4.0 * hyper.n_head * hyper.head_dim * _CELLS * FEW / seconds[n] for n in numbers}
+    seconds = _attended(config._replace(n_layer=2), FEW, numbers, transposed=True)
+    rates = {n: 4.0 * config.n_head * config.head_dim * _CELLS * FEW / seconds[n] for n in numbers}
     return {n: Kernel(rate, rate, 1e18, 0.0, 0.0) for n, rate in rates.items()}
 
 
-def _attended(hyper: ModelConfig, tokens: int, numbers: Sequence[int], transposed: bool, causal: bool = False) -> dict[int, float]:
+def _attended(config: ModelConfig, tokens: int, numbers: Sequence[int], transposed: bool, causal: bool = False) -> dict[int, float]:
     """Seconds of one layer's attention of some tokens, by threads: each sees all cells, or in a prompt itself and those before it."""
     n_cells = STEP if causal else _CELLS
     with (
-        contextlib.closing(KVCache(hyper, ggml.TYPE_F16, n_cells, transposed=transposed)) as cache,
+        contextlib.closing(KVCache(config, ggml.TYPE_F16, n_cells, transposed=transposed)) as cache,
         ggml.context(8) as inputs,
-        ggml.context(64 * hyper.n_layer, (64 * hyper.n_layer,)) as work,
+        ggml.context(64 * config.n_layer, (64 * config.n_layer,)) as work,
         ggml.allocator() as arena,
     ):
-        for layer in range(hyper.n_layer):  # untouched memory is one page of zeros, which every cache holds
+        for layer in range(config.n_layer):  # untouched memory is one page of zeros, which every cache holds
             with cache.cells(layer, write=True) as both:
                 for cells in both:
                     cells[:] = 0
-        q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, hyper.n_head, tokens))
+        q = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (config.head_dim, config.n_head, tokens))
         shape = SlotShape(tokens, n_cells, 0)
         half = wants_flash(shape, cache.view)
         mask = ggml.new_tensor(inputs.address, ggml.TYPE_F16 if half else ggml.TYPE_F32, (n_cells, tokens))
         with ggml.allocate_context(inputs):
-            ggml.view(q, "f4", (tokens * hyper.n_head * hyper.head_dim,))[:] = 0.5
+            ggml.view(q, "f4", (tokens * config.n_head * config.head_dim,))[:] = 0.5
             hidden = causal & (np.arange(n_cells) > np.arange(tokens)[:, None])
             ggml.view(mask, "f2" if half else "f4", (tokens, n_cells))[:] = np.where(hidden, -np.inf, 0.0)
-            slot, size = SlotInputs(0, 0, mask), 64 * hyper.n_layer
-            builder = GraphBuilder(work.address, hyper, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
+            slot, size = SlotInputs(0, 0, mask), 64 * config.n_layer
+            builder = GraphBuilder(work.address, config, NoWeights(), Inputs(0, 0, None, [slot]), [shape], [cache.view], size)
             builder.begin("attention")
-            for layer in range(hyper.n_layer):
+            for layer in range(config.n_layer):
                 builder.expand(layers.attend(builder, layer, q))
             c.gallocr_alloc_graph(arena.address, builder.segments[0].graph)
             found = _by_threads(numbers, builder.segments[0].graph)
-            return {n: seconds / hyper.n_layer for n, seconds in found.items()}
+            return {n: seconds / config.n_layer for n, seconds in found.items()}
 
 
-def _elements(hyper: ModelConfig, numbers: Sequence[int]) -> dict[int, Kernel]:
+def _elements(config: ModelConfig, numbers: Sequence[int]) -> dict[int, Kernel]:
     """Elements a second of norms, rotation, the gate and sums over many tokens; and what a small node costs."""
-    heads = hyper.n_head + hyper.n_head_kv
+    heads = config.n_head + config.n_head_kv
     with ggml.context(8) as inputs:
-        x = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.n_embd, _MANY))
-        w = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.n_embd,))
-        qk = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (hyper.head_dim, heads, _MANY))
-        both = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (2 * max(32, hyper.n_ff), _MANY))
+        x = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (config.n_embd, _MANY))
+        w = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (config.n_embd,))
+        qk = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (config.head_dim, heads, _MANY))
+        both = ggml.new_tensor(inputs.address, ggml.TYPE_F32, (2 * max(32, config.n_ff), _MANY))
         positions = ggml.new_tensor(inputs.address, ggml.TYPE_I32, (_MANY,))
         with ggml.allocate_context(inputs):
-            for tensor, count in ((x, hyper.n_embd * _MANY), (w, hyper.n_embd), (qk, hyper.head_dim * heads * _MANY)):
+            for tensor, count in ((x, config.n_embd * _MANY), (w, config.n_embd), (qk, config.head_dim * heads * _MANY)):
                 ggml.view(tensor, "f4", (count,))[:] = 0.5
-            ggml.view(both, "f4", (2 * max(32, hyper.n_ff) * _MANY,))[:] = 0.5
+            ggml.view(both, "f4", (2 * max(32, config.n_ff) * _MANY,))[:] = 0.5
             ggml.view(positions, "i4", (_MANY,))[:] = 1
-            with _graph(lambda ctx: _layer(ctx, hyper, x, w, qk, both, positions), 16) as graph:
+            with _graph(lambda ctx: _layer(ctx, config, x, w, qk, both, positions), 16) as graph:
                 layer = _by_threads(numbers, graph)
             with _graph(lambda ctx: [_chain(ctx, w)], _MOST_NODES) as graph:
                 node = {n: seconds / _MOST_NODES for n, seconds in _by_threads(numbers, graph).items()}
-    elements = _MANY * (6 * hyper.n_embd + 2 * heads * hyper.head_dim + 3 * max(32, hyper.n_ff))
+    elements = _MANY * (6 * config.n_embd + 2 * heads * config.head_dim + 3 * max(32, config.n_ff))
     return {n: Kernel(elements / layer[n], elements / layer[n], 1e18, node[n], 0.0) for n in numbers}
 
 
-def _layer(ctx: int, hyper: ModelConfig, x: int, w: int, qk: int, both: int, positions: int) -> list[int]:
+def _layer(ctx: int, config: ModelConfig, x: int, w: int, qk: int, both: int, positions: int) -> list[int]:
     """What a block computes beside products, over inputs that already are in memory."""
-    r = hyper.rope
+    r = config.rope
     rotated = c.rope_ext(
         ctx, qk, positions, None, r.dims, ggml.ROPE_NEOX, r.original_context, r.base, r.scale, r.ext_factor, r.attn_factor,
         r.beta_fast, r.beta_slow,
     )  # fmt: skip
-    normed = [c.mul(ctx, c.rms_norm(ctx, x, hyper.eps), w) for _ in range(2)]
+    normed = [c.mul(ctx, c.rms_norm(ctx, x, config.eps), w) for _ in range(2)]
     return [*normed, rotated, c.swiglu(ctx, both), c.add(ctx, x, normed[0]), c.add(ctx, x, normed[1])]
 
 
@@ -379,9 +378,9 @@ def here(registry: Registry, shape: ModelShape, threads: Iterable[int] = ()) -> 
     """
     from edge_rt.native import libs
 
-    libs.install()
+    libs.install_native_log()
     profile = cpu_profile(registry)
-    kernels = calibrated(shape, profile, {1, config.available_cpus(), *threads})
+    kernels = calibrated(shape, profile, {1, available_cpus(), *threads})
     efficiency = {"other": _UNKNOWN, "attention": _UNKNOWN}
     return Target(
         AUTO, profile.name, profile, efficiency, reading=1.0, node=1e-6, step=_STEP, elements=1e9, opening=_OPENING, process=_PROCESS,
@@ -397,7 +396,7 @@ def cpu_profile(registry: Registry) -> Profile:
     offer = registry.probe("cpu")
     if not isinstance(offer, Offer):
         raise PluginError(f"the device cpu makes no offer ({offer.reason}), so there is nothing to plan for; name a target")
-    cpus = config.available_cpus()
+    cpus = available_cpus()
     cores = Cores(offer.description, cpus, tuple(range(cpus)), offer.features)
     return Profile(offer.description, "cpu", (cores,), offer.memory_bytes, operations=_GUESSED, basis={"memory": "measured"})
 

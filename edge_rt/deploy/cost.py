@@ -56,7 +56,7 @@ class ModelShape(NamedTuple):
     order too. ``types``: bytes by ggml type name. ``folded``: norms of hidden states that are not multiplied with.
     """
 
-    hyper: ModelConfig
+    config: ModelConfig
     units: Mapping[str, int]
     products: tuple[Product, ...]
     types: Mapping[str, int]
@@ -82,20 +82,20 @@ class ModelShape(NamedTuple):
         """Nodes of a decoding step's graph that compute something and are no products with weights: norms (2), their factors (2, but for
         those folded), rotation, writing keys and values (2), attention (3), the gate, and adding to the hidden states (2) in each block.
         """
-        return self.hyper.n_layer * 13 + 3 - self.folded
+        return self.config.n_layer * 13 + 3 - self.folded
 
     def cell_bytes(self, key_type: str = "f16") -> int:
         """Bytes of one token's keys and values in all layers; values are always f16."""
         block, nbytes = _BLOCKS[key_type.upper()]
-        return self.hyper.n_layer * (self.hyper.kv_width * 2 + self.hyper.kv_width // block * nbytes)
+        return self.config.n_layer * (self.config.kv_width * 2 + self.config.kv_width // block * nbytes)
 
     def attention_operations(self, tokens: int, cells: int) -> float:
         """In all layers, of so many tokens that each see so many cells: products with keys, and with values."""
-        return 4.0 * tokens * cells * self.hyper.n_head * self.hyper.head_dim * self.hyper.n_layer
+        return 4.0 * tokens * cells * self.config.n_head * self.config.head_dim * self.config.n_layer
 
     def elements(self, tokens: int) -> float:
         """Elements that norms, rotation, the gate and additions read in all layers."""
-        h = self.hyper
+        h = self.config
         active = h.n_ff * max(1, h.n_expert_used)
         each = h.n_layer * (6 * h.n_embd + 2 * (h.n_head + h.n_head_kv) * h.head_dim + 3 * active)
         return float(tokens * (each - self.folded * h.n_embd))
@@ -114,12 +114,12 @@ def read_shape(
     What shares its input is one product if its types are ``packed`` (None: any), or if it lies side by side in the file. With ``joined``,
     names of TOGETHER joined by "|", it is if it is one of these and can be laid side by side. Raises ModelFileError, UnsupportedModel.
     """
-    hyper = read_config(header)
+    config = read_config(header)
     tensors = {name: _typed(info, (types or {}).get(name, info.type_name)) for name, info in header.tensors.items()}
     tied = "output.weight" not in tensors
     units: dict[str, int] = {}
     by_type: dict[str, int] = {}
-    order = ["embedding", *(f"blk.{i}" for i in range(hyper.n_layer)), "norm", "head"]
+    order = ["embedding", *(f"blk.{i}" for i in range(config.n_layer)), "norm", "head"]
     placed = [("head" if tied and unit_name(name) == "embedding" else unit_name(name), info) for name, info in tensors.items()]
     for unit, info in sorted(placed, key=lambda one: order.index(one[0]) if one[0] in order else len(order)):
         units[unit] = units.get(unit, 0) + info.nbytes
@@ -136,7 +136,7 @@ def read_shape(
         return all(a.offset + a.nbytes == b.offset for a, b in pairwise(infos))
 
     scales = sum(not name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")) for name in folded)
-    return ModelShape(hyper, units, tuple(_products(hyper, tensors, one)), by_type, scales)
+    return ModelShape(config, units, tuple(_products(config, tensors, one)), by_type, scales)
 
 
 def tensor_bytes(shape: Sequence[int], type_name: str) -> int:
@@ -153,19 +153,19 @@ _One = Callable[[Sequence[str], "Sequence[TensorInfo]"], bool]
 """Whether products of these names and weights are one."""
 
 
-def _products(hyper: ModelConfig, tensors: Mapping[str, TensorInfo], one: _One) -> Iterable[Product]:
-    for layer in range(hyper.n_layer):
+def _products(config: ModelConfig, tensors: Mapping[str, TensorInfo], one: _One) -> Iterable[Product]:
+    for layer in range(config.n_layer):
         prefix = f"blk.{layer}."
         own = {
             name.removeprefix(prefix).removesuffix(".weight"): info
             for name, info in tensors.items()
             if name.startswith(prefix) and name.endswith(".weight") and len(info.shape) > 1
         }
-        last = layer == hyper.n_layer - 1
+        last = layer == config.n_layer - 1
         for name, infos in _together(own, one):
-            yield _product(hyper, f"blk.{layer}", name, infos, tokens=not (last and name.startswith(("attn_output", "ffn"))))
+            yield _product(config, f"blk.{layer}", name, infos, tokens=not (last and name.startswith(("attn_output", "ffn"))))
     head = tensors.get("output.weight") or tensors["token_embd.weight"]
-    yield _product(hyper, "head", "output", [head], tokens=False)
+    yield _product(config, "head", "output", [head], tokens=False)
 
 
 def _together(own: Mapping[str, TensorInfo], one: _One) -> Iterable[tuple[str, list[TensorInfo]]]:
@@ -182,10 +182,10 @@ def _together(own: Mapping[str, TensorInfo], one: _One) -> Iterable[tuple[str, l
         yield name, left[name]
 
 
-def _product(hyper: ModelConfig, unit: str, name: str, infos: Sequence[TensorInfo], *, tokens: bool) -> Product:
+def _product(config: ModelConfig, unit: str, name: str, infos: Sequence[TensorInfo], *, tokens: bool) -> Product:
     experts = len(infos[0].shape) == 3
     outputs = sum(prod(info.shape[1:]) for info in infos)
-    share = hyper.n_expert_used / hyper.n_expert if experts and hyper.n_expert else 1.0
+    share = config.n_expert_used / config.n_expert if experts and config.n_expert else 1.0
     return Product(unit, name, infos[0].type_name, infos[0].shape[0], outputs, sum(info.nbytes for info in infos), share, tokens)
 
 
@@ -346,7 +346,7 @@ def _attention(shape: ModelShape, target: Target, tokens: int, before: int, thre
     if tokens >= TILES_FROM:
         rate, seen, beside = found.many, min(seen + TILE / 2, before + tokens), 0.0
     else:
-        beside = tokens * shape.hyper.n_layer * (found.node or 0.0)
+        beside = tokens * shape.config.n_layer * (found.node or 0.0)
         rate = few.many if few and tokens > 1 else found.one
         # Flash attention leaves out cells that a token does not see; products with transposed values, which are timed, do not.
         seen = padded(before + tokens) if few else seen
@@ -431,7 +431,7 @@ def streaming(shape: ModelShape, target: Target, budget: int | None) -> float:
 
 def memory(shape: ModelShape, target: Target, context: int, chunk: int = CHUNK, key_type: str = "f16") -> Memory:
     """What a process with one sequence of so many cells holds, when the context is full."""
-    h, cells = shape.hyper, padded(context)
+    h, cells = shape.config, padded(context)
     n = min(chunk, cells)
     active = h.n_ff * max(1, h.n_expert_used)
     # The largest of what is alive at once in a block: hidden states and their norm, gate and up joined and their product; and the mask.

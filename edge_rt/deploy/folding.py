@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.core.gguf.reader import GGML_TYPES, SCALED, TensorInfo
 from edge_rt.core.graph.config import check_shapes, read_config
-from edge_rt.core.graph.decoder import FAMILIES, unsupported
+from edge_rt.core.graph.decoder import FAMILIES, ggml_unsupported
 from edge_rt.deploy.cost import tensor_bytes
 from edge_rt.deploy.plan import Plan
 from edge_rt.errors import ModelFileError, UnsupportedModel
@@ -71,14 +71,14 @@ def norms(source: ModelFile) -> tuple[Norm, ...]:
 
     Reads the norms, and the weights behind those whose scales are powers of two. Raises ModelFileError for a damaged file.
     """
-    if unsupported(source):
+    if ggml_unsupported(source):
         return ()
-    hyper, tensors = read_config(source.header), source.header.tensors
+    config, tensors = read_config(source.header), source.header.tensors
     try:
-        check_shapes(tensors, hyper, FAMILIES[hyper.architecture])
+        check_shapes(tensors, config, FAMILIES[config.architecture])
     except UnsupportedModel:
         return ()
-    names = [f"blk.{layer}.{part}.weight" for layer in range(hyper.n_layer) for part in _NORMS]
+    names = [f"blk.{layer}.{part}.weight" for layer in range(config.n_layer) for part in _NORMS]
     return tuple(_looked_at(source, name) for name in (*names, "output_norm.weight") if name in tensors)
 
 

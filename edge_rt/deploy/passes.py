@@ -66,7 +66,7 @@ class Situation(NamedTuple):
     @property
     def context(self) -> int:
         """Cells that are planned for."""
-        return self.goals.context or min(CONTEXT, self.shape(Plan("")).hyper.train_context)
+        return self.goals.context or min(CONTEXT, self.shape(Plan("")).config.train_context)
 
     def threads(self, plan: Plan) -> int:
         """Threads that are planned with."""
@@ -321,7 +321,7 @@ def _layers(plan: Plan, situation: Situation) -> int:
     shape, held = situation.shape(plan), situation.memory(plan)
     room = float(min(situation.goals.memory or situation.target.profile.memory, situation.target.profile.memory))
     room -= held.compute + held.process
-    cells = held.cells / shape.hyper.n_layer
+    cells = held.cells / shape.config.n_layer
     layers = 0
     for name, nbytes in reversed(list(shape.units.items())):  # the last blocks first, as llama.cpp does: then only one border is crossed
         if name in ("embedding", "norm"):

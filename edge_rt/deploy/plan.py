@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edge_rt.errors import ModelFileError
 
 if TYPE_CHECKING:
-    from edge_rt.hooks import EngineOptions
+    from edge_rt.core.engine import EngineOptions
 
 PLAN, MODEL, PACKED, COMPENSATION = "plan.json", "model.gguf", "model.pack", "model.compensation.gguf"
 FORMAT = 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edge_rt.core.gguf.reader import GGML_TYPES
 from edge_rt.core.graph.builder import SlotShape
 from edge_rt.core.graph.config import read_config
-from edge_rt.core.graph.decoder import unsupported
+from edge_rt.core.graph.decoder import ggml_unsupported
 from edge_rt.core.graph.step import SequenceInput, StepGraph
 from edge_rt.core.kv.cache import KVCache
 from edge_rt.core.kv.positions import padded
@@ -71,11 +71,11 @@ class Sensitive(NamedTuple):
 
 def groups(header: Header) -> list[Group]:
     """The weights that may change their type: products of bands of blocks, then the head, and an embedding that is not the head."""
-    hyper = read_config(header)
-    bands = min(BANDS, hyper.n_layer)
+    config = read_config(header)
+    bands = min(BANDS, config.n_layer)
     found: list[tuple[str, list[str]]] = []
     for band in range(bands):
-        layers = range(hyper.n_layer * band // bands, hyper.n_layer * (band + 1) // bands)
+        layers = range(config.n_layer * band // bands, config.n_layer * (band + 1) // bands)
         for kinds in _KINDS:
             names = [f"blk.{layer}.{kind}.weight" for layer in layers for kind in kinds]
             found.append((f"{'|'.join(kinds)} of {layers[0]}-{layers[-1]}", [name for name in names if name in header.tensors]))
@@ -146,9 +146,9 @@ class FloatModel:
 
     def __init__(self, source: ModelFile, threads: int) -> None:
         """Raises UnsupportedModel, OutOfMemory."""
-        if reason := unsupported(source):
+        if reason := ggml_unsupported(source):
             raise UnsupportedModel(f"the sensitivity of its weights cannot be measured: {reason}; leave --quality and --weights out")
-        self.source, self.hyper = source, read_config(source.header)
+        self.source, self.config = source, read_config(source.header)
         self.centred, self.corrections = False, None
         infos = source.header.tensors.values()
         self._ctx = ggml.context(len(source.header.tensors))
@@ -162,9 +162,9 @@ class FloatModel:
         self._governor = Governor(threads)  # beside a busy neighbour one thread is many times as fast as two
         self._backend = ggml.cpu_backend(threads)
         self._arena = ggml.allocator()
-        self._cache = KVCache(self.hyper, ggml.TYPE_F16, padded(PIECE))
+        self._cache = KVCache(self.config, ggml.TYPE_F16, padded(PIECE))
         shape = SlotShape(PIECE, padded(PIECE), PIECE)
-        self._graph = StepGraph(self.hyper, self, [shape], [self._cache.view], self._arena, False)
+        self._graph = StepGraph(self.config, self, [shape], [self._cache.view], self._arena, False)
 
     def get(self, name: str) -> int | None:
         """Address of a weight tensor, None if the model has none of that name."""
@@ -234,10 +234,10 @@ class FloatModel:
 def rounded(rows: npt.NDArray[np.float32], type_name: str) -> npt.NDArray[np.float32]:
     """What a type leaves of rows [n, width]."""
     from edge_rt.core.kv.ops import token_embeddings
-    from edge_rt.native.ggml import quantise
+    from edge_rt.native.ggml import quantise_rows
 
     number, (n, width) = _NUMBERS[type_name], rows.shape
-    data = quantise(rows, number)
+    data = quantise_rows(rows, number)
     with ggml.context(1) as ctx, ggml.cpu_backend(1) as backend:
         tensor = ggml.new_tensor(ctx.address, number, (width, n))
         with ggml.allocate_context(ctx):

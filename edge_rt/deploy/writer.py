@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from edge_rt import __version__
 from edge_rt.core.gguf.model_file import ModelFile
-from edge_rt.core.gguf.reader import FOLDED, GGML_TYPES, MAGIC, SCALED, TensorInfo, metadata_spans
+from edge_rt.core.gguf.reader import FOLDED, GGML_TYPES, MAGIC, SCALED, TensorInfo, gguf_metadata_spans
 from edge_rt.core.weights.error_correction import open_compensation
 from edge_rt.core.weights.interleave import has_tiles
 from edge_rt.deploy import folding
@@ -103,7 +103,7 @@ def _strings(key: str, texts: Sequence[str]) -> bytes:
 def _header(source: ModelFile, plan: Plan, placed: list[_Placed], scaled: Sequence[str]) -> bytes:
     """Magic to tensor infos. The metadata's bytes are the source's, but for the alignment, and for what the plan adds."""
     raw = bytes(source.map[: source.header.data_offset])
-    _, spans = metadata_spans(raw)
+    _, spans = gguf_metadata_spans(raw)
     kept = [raw[start:end] for key, start, end in spans if key not in ("general.alignment", "edge_rt.target", FOLDED, SCALED)]
     kept.append(_string("general.alignment") + struct.pack("<II", _UINT32, plan.alignment))
     kept.append(_string("edge_rt.target") + struct.pack("<I", _STRING) + _string(plan.target))
@@ -123,10 +123,10 @@ def _data(source: ModelFile, one: _Placed, importance: Importance) -> Iterator[b
         for start in range(0, info.nbytes, _PIECE):
             yield source.map[info.offset + start : info.offset + min(info.nbytes, start + _PIECE)]
         return
-    from edge_rt.native.ggml import quantise
+    from edge_rt.native.ggml import quantise_rows
 
     for rows in float_rows(source, info):
-        yield quantise(rows, _NUMBERS[one.type_name], importance.get(info.name))
+        yield quantise_rows(rows, _NUMBERS[one.type_name], importance.get(info.name))
 
 
 def float_rows(source: ModelFile, info: TensorInfo, most: int | None = None) -> Iterator[npt.NDArray[np.float32]]:

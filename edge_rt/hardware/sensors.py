@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_rt.config import available_cpus, models_dir, packed_dir
 from edge_rt.hardware.profile import Cache, Cores, Health, Profile
-from edge_rt.hardware.system_files import Latest, matching, read_int, read_text, subfolders
-from edge_rt.hardware.topology import board, cpu_topology
+from edge_rt.hardware.system_files import Latest, matching, read_system_int, read_system_text, system_folders
+from edge_rt.hardware.topology import board_name, cpu_topology
 
 if TYPE_CHECKING:
     from edge_rt.hardware.profile import Basis
@@ -112,29 +112,29 @@ class _Files(NamedTuple):
 
 def _find(root: Path) -> _Files:
     sys = root / "sys"
-    zones = {zone: (read_text(zone / "type") or "").lower() for zone in subfolders(sys / "class/thermal", "thermal_zone")}
+    zones = {zone: (read_system_text(zone / "type") or "").lower() for zone in system_folders(sys / "class/thermal", "thermal_zone")}
     near = [zone for zone, kind in zones.items() if kind.startswith(CPU_ZONES)] or list(zones)
-    chips = {chip: (read_text(chip / "name") or "").lower() for chip in subfolders(sys / "class/hwmon", "hwmon")}
+    chips = {chip: (read_system_text(chip / "name") or "").lower() for chip in system_folders(sys / "class/hwmon", "hwmon")}
     sensors = [path for chip, name in chips.items() if name in _CPU_CHIPS for path in matching(chip, "temp*_input")]
     clusters = cpu_topology(root)
     cpus = [sys / f"devices/system/cpu/cpu{n}" for n in (clusters[0].cpus if clusters else ())]
-    coolers = subfolders(sys / "class/thermal", "cooling_device")
+    coolers = system_folders(sys / "class/thermal", "cooling_device")
     supplies = matching(sys / "class/power_supply", "*")
     return _Files(
         temperatures=(*(zone / "temp" for zone in near), *sensors),
         meters=tuple(path for chip, name in chips.items() if name.startswith(_BOARD_METERS) for path in _meters(chip)),
-        batteries=tuple(path for path in supplies if read_text(path / "type") == "Battery"),
-        packages=tuple(path for path in subfolders(sys / "class/powercap", "intel-rapl:") if _is_package(path)),
+        batteries=tuple(path for path in supplies if read_system_text(path / "type") == "Battery"),
+        packages=tuple(path for path in system_folders(sys / "class/powercap", "intel-rapl:") if _is_package(path)),
         clocks=tuple(cpu / "cpufreq" for cpu in cpus[:_MOST_CPUS]),
-        cooling=tuple(path for path in coolers if (read_text(path / "type") or "").lower().startswith(_COOLING)),
+        cooling=tuple(path for path in coolers if (read_system_text(path / "type") or "").lower().startswith(_COOLING)),
         firmware=tuple(matching(sys / "devices/platform", "soc*/soc*firmware/get_throttled")),
-        counters=tuple(cpu / name for cpu in cpus[:_MOST_CPUS] for name in _COUNTERS if read_int(cpu / name) is not None),
+        counters=tuple(cpu / name for cpu in cpus[:_MOST_CPUS] for name in _COUNTERS if read_system_int(cpu / name) is not None),
     )
 
 
 def _is_package(domain: Path) -> bool:
     """Whether a powercap domain is a whole processor (not a part of one, nor its memory, nor "psys", which many boards get wrong)."""
-    return (read_text(domain / "name") or "").startswith("package")
+    return (read_system_text(domain / "name") or "").startswith("package")
 
 
 def _meters(chip: Path) -> list[Path]:
@@ -144,19 +144,19 @@ def _meters(chip: Path) -> list[Path]:
 
 def _temperatures(files: _Files) -> Iterator[float]:
     for path in files.temperatures:
-        value = read_int(path)
+        value = read_system_int(path)
         if value is not None and _PLAUSIBLE[0] < value / 1000 < _PLAUSIBLE[1]:  # sensors that are not connected say anything
             yield value / 1000
 
 
 def _board_power(files: _Files) -> float | None:
     """Watts of the whole board: of its meters, the largest as one is before the others; else of a battery that nobody charges."""
-    watts = [value / 1e6 for path in files.meters if (value := read_int(path)) is not None and value > 0]
+    watts = [value / 1e6 for path in files.meters if (value := read_system_int(path)) is not None and value > 0]
     if watts:
         return max(watts)
     for battery in files.batteries:
-        current, voltage = read_int(battery / "current_now"), read_int(battery / "voltage_now")  # microamperes, microvolts
-        if read_text(battery / "status") == "Discharging" and current and voltage:
+        current, voltage = read_system_int(battery / "current_now"), read_system_int(battery / "voltage_now")  # microamperes, microvolts
+        if read_system_text(battery / "status") == "Discharging" and current and voltage:
             return abs(current) * voltage / 1e12
     return None
 
@@ -170,14 +170,14 @@ def _package_power(before: _Counts, after: _Counts) -> float | None:
 def _energy(domain: Path, before: int, after: int) -> float:
     """Joules between two readings of a counter, which may have started anew once."""
     if after < before:
-        after += read_int(domain / "max_energy_range_uj") or before - after
+        after += read_system_int(domain / "max_energy_range_uj") or before - after
     return (after - before) / 1e6
 
 
 def _count(files: _Files) -> _Counts:
-    energy = {path: value for path in files.packages if (value := read_int(path / "energy_uj")) is not None}
+    energy = {path: value for path in files.packages if (value := read_system_int(path / "energy_uj")) is not None}
     at = time.monotonic()
-    return _Counts(at, energy, {path: value for path in files.counters if (value := read_int(path)) is not None})
+    return _Counts(at, energy, {path: value for path in files.counters if (value := read_system_int(path)) is not None})
 
 
 def _events(before: _Counts | None, after: _Counts) -> Iterator[str]:
@@ -189,14 +189,14 @@ def _events(before: _Counts | None, after: _Counts) -> Iterator[str]:
 
 def _fastest(clocks: tuple[Path, ...], name: str) -> float | None:
     """Hz of the fastest of some CPUs, by a file that has kHz."""
-    return max((value * 1e3 for path in clocks if (value := read_int(path / name))), default=None)
+    return max((value * 1e3 for path in clocks if (value := read_system_int(path / name))), default=None)
 
 
 def _firmware_reasons(files: _Files) -> Iterator[str]:
     """What a Raspberry Pi's firmware says: a number in hexadecimal digits, with or without 0x."""
     for path in files.firmware:
         try:
-            bits = int(read_text(path) or "0", 16)
+            bits = int(read_system_text(path) or "0", 16)
         except ValueError:
             continue
         yield from (reason for bit, reason in _PI_BITS.items() if bits >> bit & 1)
@@ -204,9 +204,9 @@ def _firmware_reasons(files: _Files) -> Iterator[str]:
 
 def _cooling_reasons(files: _Files) -> Iterator[str]:
     for path in files.cooling:
-        state, most = read_int(path / "cur_state"), read_int(path / "max_state")
+        state, most = read_system_int(path / "cur_state"), read_system_int(path / "max_state")
         if state is not None and state > 0 and most:
-            yield f"it is slowed down to cool it ({read_text(path / 'type')} at {state} of {most})"
+            yield f"it is slowed down to cool it ({read_system_text(path / 'type')} at {state} of {most})"
 
 
 # The profile of a CPU: what its system says of it, and what short measurements show.
@@ -238,7 +238,7 @@ def cpu_profile(name: str, memory: int, *, folders: Sequence[Path] | None = None
         bandwidth=probe.memory_bandwidth(thread_counts(threads), last_level(cores)),
         operations=probe.operations(threads),
         storage=storage,
-        hottest=limit if limit is not None else _PI_LIMIT if board(root).startswith("Raspberry Pi") else None,
+        hottest=limit if limit is not None else _PI_LIMIT if board_name(root).startswith("Raspberry Pi") else None,
     )
     basis: dict[str, Basis] = {}
     for field in ("cores", "memory", "bandwidth", "operations", "storage", "hottest"):
@@ -265,15 +265,15 @@ def slows_down_at(root: Path = Path("/")) -> float | None:
     """Degrees Celsius from which the CPU is slowed down: the lowest passive trip point of its thermal zones, else the critical temperature
     of Intel's sensors, where they throttle (Documentation/hwmon/coretemp.rst); None where the system does not say."""
     found = []
-    for zone in subfolders(root / "sys/class/thermal", "thermal_zone"):
-        if not (read_text(zone / "type") or "").lower().startswith(CPU_ZONES):
+    for zone in system_folders(root / "sys/class/thermal", "thermal_zone"):
+        if not (read_system_text(zone / "type") or "").lower().startswith(CPU_ZONES):
             continue
         for trip in matching(zone, "trip_point_*_type"):
-            at = read_int(trip.with_name(trip.name.replace("_type", "_temp")))
-            if read_text(trip) == "passive" and at is not None:
+            at = read_system_int(trip.with_name(trip.name.replace("_type", "_temp")))
+            if read_system_text(trip) == "passive" and at is not None:
                 found.append(at / 1000)
     if not found:
-        for chip in subfolders(root / "sys/class/hwmon", "hwmon"):
-            if read_text(chip / "name") == "coretemp":
-                found += [at / 1000 for path in matching(chip, "temp*_crit") if (at := read_int(path)) is not None]
+        for chip in system_folders(root / "sys/class/hwmon", "hwmon"):
+            if read_system_text(chip / "name") == "coretemp":
+                found += [at / 1000 for path in matching(chip, "temp*_crit") if (at := read_system_int(path)) is not None]
     return min((at for at in found if 30 <= at <= 130), default=None)  # others are placeholders

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 # Reads the small files of /sys and /proc, under any root: what is missing, unreadable or malformed is None, never an exception.
 
 
-def read_text(path: Path) -> str | None:
+def read_system_text(path: Path) -> str | None:
     """What a file says, without surrounding white space and the zero byte that device trees end strings with."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
@@ -19,10 +19,10 @@ def read_text(path: Path) -> str | None:
         return None
 
 
-def read_int(path: Path) -> int | None:
+def read_system_int(path: Path) -> int | None:
     """A whole number, decimal or ``0x...``."""
     try:
-        return int(read_text(path) or "", 0)
+        return int(read_system_text(path) or "", 0)
     except ValueError:
         return None
 
@@ -47,7 +47,7 @@ def number_list(text: str | None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def subfolders(folder: Path, prefix: str) -> list[Path]:
+def system_folders(folder: Path, prefix: str) -> list[Path]:
     """What is in a folder and called ``prefix`` and a number, by that number."""
     try:
         found = [path for path in folder.iterdir() if path.name.startswith(prefix) and path.name[len(prefix) :].isdecimal()]
@@ -68,9 +68,9 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
     """Whole CPUs (1 at least) that the cgroup of this process and those it is in allow it by their quotas; None without one."""
     quotas = []
     for folder in _cgroups(root):
-        text = read_text(folder / "cpu.max")  # version 2: quota and period
+        text = read_system_text(folder / "cpu.max")  # version 2: quota and period
         if text is None:
-            text = f"{read_text(folder / 'cpu.cfs_quota_us')} {read_text(folder / 'cpu.cfs_period_us')}"
+            text = f"{read_system_text(folder / 'cpu.cfs_quota_us')} {read_system_text(folder / 'cpu.cfs_period_us')}"
         quota, _, period = text.partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):  # neither "max" nor "-1"
             quotas.append(max(1, int(quota) // int(period)))
@@ -81,7 +81,7 @@ def _cgroups(root: Path) -> Iterator[Path]:
     """The folders of this process's cgroup and all it is in, of version 2 and of the CPU controller of version 1."""
     base = root / "sys/fs/cgroup"
     paths = {base: "", base / "cpu": ""}  # what a container sees as the root has its limits
-    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (read_system_text(root / "proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_rt.hardware.profile import Cache, Cores
-from edge_rt.hardware.system_files import cpu_quota, number_list, read_int, read_text, subfolders
+from edge_rt.hardware.system_files import cpu_quota, number_list, read_system_int, read_system_text, system_folders
 
 # What /proc/cpuinfo says of each processor: its model, and the instruction sets that kernels profit from.
 
@@ -98,7 +98,7 @@ class Processor(NamedTuple):
     features: tuple[str, ...]
 
 
-def processors(root: Path = Path("/")) -> Iterator[Processor]:
+def cpu_processors(root: Path = Path("/")) -> Iterator[Processor]:
     """Each processor as Linux states it in /proc/cpuinfo, none elsewhere. Lazy: reading all of many takes long."""
     fields: dict[str, str] = {}
     try:
@@ -127,9 +127,9 @@ def _processor(fields: dict[str, str]) -> Processor:
     return Processor(int(number) if number.isdecimal() else 0, fields.get("model name", ""), part, features)
 
 
-def board(root: Path = Path("/")) -> str:
+def board_name(root: Path = Path("/")) -> str:
     """The board's name in the device tree (``Raspberry Pi 5 Model B Rev 1.0``), "" where there is none."""
-    return read_text(root / "proc/device-tree/model") or read_text(root / "sys/firmware/devicetree/base/model") or ""
+    return read_system_text(root / "proc/device-tree/model") or read_system_text(root / "sys/firmware/devicetree/base/model") or ""
 
 
 # The clusters of the CPU: which cores are of one kind, how fast they are, and what caches they have, from /sys and /proc.
@@ -182,10 +182,11 @@ def cpu_topology(root: Path = Path("/")) -> tuple[Cores, ...]:
 
 def allowed_cpus(root: Path = Path("/")) -> tuple[int, ...]:
     """The numbers of the CPUs that are online and in the affinity of the calling thread, which cpusets narrow too; () if unknown."""
-    online = number_list(read_text(root / _CPUS / "online"))
+    online = number_list(read_system_text(root / _CPUS / "online"))
     if not online:
-        online = tuple(int(path.name[3:]) for path in subfolders(root / _CPUS, "cpu")) or tuple(one.number for one in processors(root))
-    status = read_text(root / "proc/thread-self/status") or read_text(root / "proc/self/status") or ""
+        online = tuple(int(path.name[3:]) for path in system_folders(root / _CPUS, "cpu"))
+        online = online or tuple(one.number for one in cpu_processors(root))
+    status = read_system_text(root / "proc/thread-self/status") or read_system_text(root / "proc/self/status") or ""
     for line in status.splitlines():
         if line.startswith("Cpus_allowed_list:"):
             affinity = number_list(line.partition(":")[2])
@@ -194,23 +195,23 @@ def allowed_cpus(root: Path = Path("/")) -> tuple[int, ...]:
 
 
 def _cpus(root: Path, numbers: Sequence[int]) -> Iterator[_Cpu]:
-    told = {one.number: one for one in processors(root)}
+    told = {one.number: one for one in cpu_processors(root)}
     first = next(iter(told.values()), Processor(0, "", None, ()))  # some kernels describe one for all
-    kinds = {cpu: kind for kind in _PMU_KINDS for cpu in number_list(read_text(root / "sys/devices" / kind / "cpus"))}
+    kinds = {cpu: kind for kind in _PMU_KINDS for cpu in number_list(read_system_text(root / "sys/devices" / kind / "cpus"))}
     for number in numbers:
         folder = root / _CPUS / f"cpu{number}"
         info, kind = told.get(number, first), kinds.get(number, "")
         rank = _MODELS.index(info.part) if info.part in ARM_PARTS else -list(_PMU_KINDS).index(kind) if kind else 0
-        clock = read_int(folder / "cpufreq/cpuinfo_max_freq")  # kHz
+        clock = read_system_int(folder / "cpufreq/cpuinfo_max_freq")  # kHz
         caches = sorted(_caches(folder))
         yield _Cpu(
             number,
-            number_list(read_text(folder / "topology/thread_siblings_list")) or (number,),
+            number_list(read_system_text(folder / "topology/thread_siblings_list")) or (number,),
             kind,
             _model(info),
             rank,
             info.features,
-            read_int(folder / "cpu_capacity") or 0,
+            read_system_int(folder / "cpu_capacity") or 0,
             clock * 1e3 if clock else None,
             tuple((level, size) for level, size, _ in caches),
             tuple(cpus or (number,) for _, _, cpus in caches),
@@ -225,10 +226,10 @@ def _model(info: Processor) -> str:
 
 def _caches(folder: Path) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """(level, bytes, CPUs that share it) of each cache of a CPU that holds data and whose size is known."""
-    for index in subfolders(folder / "cache", "index"):
-        level, size = read_int(index / "level"), _size(read_text(index / "size") or "")
-        if level is not None and size and read_text(index / "type") in ("Data", "Unified"):
-            yield level, size, number_list(read_text(index / "shared_cpu_list"))
+    for index in system_folders(folder / "cache", "index"):
+        level, size = read_system_int(index / "level"), _size(read_system_text(index / "size") or "")
+        if level is not None and size and read_system_text(index / "type") in ("Data", "Unified"):
+            yield level, size, number_list(read_system_text(index / "shared_cpu_list"))
 
 
 def _size(text: str) -> int:
@@ -263,9 +264,9 @@ def _as_fast(cpu: _Cpu, fastest: _Cpu) -> bool:
 def _core_of(root: Path) -> Mapping[int, tuple[int, ...]]:
     """The CPUs of the core that each CPU of the system is of, those that this process may not use too: they share caches."""
     found: dict[int, tuple[int, ...]] = {}
-    for folder in subfolders(root / _CPUS, "cpu"):
+    for folder in system_folders(root / _CPUS, "cpu"):
         number = int(folder.name[3:])
-        found[number] = number_list(read_text(folder / "topology/thread_siblings_list")) or (number,)
+        found[number] = number_list(read_system_text(folder / "topology/thread_siblings_list")) or (number,)
     return found
 
 

@@ -68,7 +68,7 @@ def report() -> AbiReport:
     try:
         library = str(libs.library_dir())
         version, commit = ggml.c.version().decode(), ggml.c.commit().decode()
-        features = ggml.cpu_features()
+        features = ggml.ggml_features()
     except NativeError as error:
         return AbiReport("", "", "", (), str(error))
     try:

@@ -383,12 +383,12 @@ def extra_buffer_types() -> dict[str, int]:
     return found
 
 
-def cpu_features() -> tuple[str, ...]:
+def ggml_features() -> tuple[str, ...]:
     """Instruction sets the library was built for and the CPU has, in ggml's names."""
     return tuple(name for name in _CPU_FEATURES if function(f"ggml_cpu_has_{name}", I32)())
 
 
-def vector_length() -> int:
+def ggml_vector_length() -> int:
     """Bytes of a vector where the CPU decides, not its instruction set (SVE, RISC-V): packed layouts depend on it. Else 0."""
     c.backend_cpu_reg()  # the library asks the CPU when it is first used: before, it says 0
     return max(int(function(f"ggml_cpu_get_{name}", I32)()) for name in ("sve_cnt", "rvv_vlen"))
@@ -403,7 +403,7 @@ c.declare("quantize_chunk", C.c_size_t, C.c_int, C.c_void_p, C.c_void_p, C.c_int
 c.declare("quantize_requires_imatrix", C.c_bool, C.c_int)
 
 
-def quantise(rows: npt.NDArray[np.float32], type_: int, importance: npt.NDArray[np.float32] | None = None) -> bytes:
+def quantise_rows(rows: npt.NDArray[np.float32], type_: int, importance: npt.NDArray[np.float32] | None = None) -> bytes:
     """Rows [n, width] in a ggml type. ``importance`` [width]: weights of squared errors by column, None: all alike.
 
     Raises NativeError for rows that are no multiple of the type's block, or if the type cannot be made without ``importance``.

@@ -54,7 +54,7 @@ def identity() -> str:
     return " ".join(f"{one.st_size}-{one.st_mtime_ns}" for one in found)
 
 
-def built_backends() -> frozenset[str]:
+def ggml_backends() -> frozenset[str]:
     """ggml's backends that are installed, e.g. ``cpu`` and ``cuda``, told by their files' names: nothing is loaded."""
     try:
         names = os.listdir(library_dir())
@@ -191,7 +191,7 @@ def _on_log(native_level: int, text: bytes | None, _user_data: int | None) -> No
 _callback = _Callback(_on_log)  # kept for the life of the process: the libraries hold its address
 
 
-def install() -> None:
+def install_native_log() -> None:
     """Send native log lines to ``logging``. Call it again after importing llama_cpp, which puts its own callback in."""
     c.log_set(ctypes.cast(_callback, _P), None)
 
@@ -211,10 +211,10 @@ def muted() -> Iterator[None]:
     try:
         yield
     finally:
-        install()
+        install_native_log()
 
 
-def recent_errors() -> tuple[str, ...]:
+def recent_native_errors() -> tuple[str, ...]:
     """The latest error lines of any thread, oldest first, at most 32."""
     return tuple(_recent)
 

@@ -202,7 +202,7 @@ def _candidates_problem() -> str | None:
 def initialise() -> None:
     """Check the library, send its log to ``logging`` and start it; once per process."""
     check_llama_abi()
-    libs.install()
+    libs.install_native_log()
     c.backend_init()
 
 
@@ -246,7 +246,7 @@ class Vocab:
         """
         if not model_pointer:
             raise NativeError("cannot adopt the vocabulary of a model that is not open")
-        libs.install()
+        libs.install_native_log()
         return cls(None, model_pointer, owner)
 
     @property

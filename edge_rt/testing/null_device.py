@@ -41,7 +41,7 @@ from edge_rt.hooks import (
     Run,
     SequenceBatch,
     SessionFileError,
-    check_parts,
+    check_batches,
     hookimpl,
 )
 
@@ -200,33 +200,33 @@ class NullEngine:
         """Cells in use."""
         return len(self._get(sequence).tokens)
 
-    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
-        """Feed every part and return its logits. Raises ContextError, then no sequence has changed."""
-        check_parts(parts, self.length, self.info)
+    def step(self, batches: Sequence[SequenceBatch]) -> list[Logits | None]:
+        """Feed every batch and return its logits. Raises ContextError, then no sequence has changed."""
+        check_batches(batches, self.length, self.info)
         self.steps += 1
-        return [self._feed(part) for part in parts]
+        return [self._feed(batch) for batch in batches]
 
-    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, batches: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with noise of eight numbers, no less a function of the whole history."""
-        check_parts(parts, self.length, self.info)
+        check_batches(batches, self.length, self.info)
         self.steps += 1
-        return [self._rows(part, self._hidden) for part in parts]
+        return [self._rows(batch, self._hidden) for batch in batches]
 
-    def _feed(self, part: SequenceBatch) -> npt.NDArray[np.float32] | None:
-        return self._rows(part, self._logits)
+    def _feed(self, batch: SequenceBatch) -> npt.NDArray[np.float32] | None:
+        return self._rows(batch, self._logits)
 
-    def _rows(self, part: SequenceBatch, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
+    def _rows(self, batch: SequenceBatch, row: Callable[[_Sequence, int], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
         import numpy as np
 
-        sequence = self._sequences[part.sequence]
+        sequence = self._sequences[batch.sequence]
         first = len(sequence.tokens)
-        for token in part.tokens:
+        for token in batch.tokens:
             before = sequence.states[-1] if sequence.states else self._origin
             sequence.tokens.append(int(token))
             sequence.states.append(mix(before ^ (int(token) + 1) ^ sequence.salt))
         end = len(sequence.tokens)
         sequence.positions.append(end - first)
-        wanted = {"none": range(0), "last": range(max(first, end - 1), end), "all": range(first, end)}[part.logits]
+        wanted = {"none": range(0), "last": range(max(first, end - 1), end), "all": range(first, end)}[batch.logits]
         return np.stack([row(sequence, at) for at in wanted]) if wanted else None
 
     def _logits(self, sequence: _Sequence, at: int) -> npt.NDArray[np.float32]:
@@ -375,7 +375,7 @@ class NullEngine:
         """The cells, or those that it has if they are more."""
         return self.cell_bytes * max(min(cells, self.info.max_context), 0 if sequence is None else self.length(sequence))
 
-    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+    def compute_bytes(self, cells: int, batches: int, rows: int) -> int:
         """Nothing: logits are made anew each time."""
         return 0
 

@@ -83,7 +83,7 @@ def test_logits_are_what_the_formulas_say(kind: str, joined: bool, random_model:
     with opened(path, side, extra=extra) as engine:
         assert isinstance(engine, AppliesCompensation)
         assert engine.compensated() is not None
-        assert (len(next(of_block(engine.weights, engine.hyper, "blk.0"))) == 3) is joined
+        assert (len(next(of_block(engine.weights, engine.config, "blk.0"))) == 3) is joined
         tokens = random_tokens(engine, 36)
         expected, without = NumpyDecoder(path, side).logits(tokens), NumpyDecoder(path).logits(tokens)
         assert np.abs(expected - without).max() > 0.5, "the compensation changes next to nothing"

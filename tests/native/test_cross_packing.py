@@ -32,7 +32,7 @@ from edge_rt.native import ggml, memory
 
 INTERLEAVED = {name: type_ for name, type_ in ggml.extra_buffer_types().items() if name == "CPU_REPACK"}
 NAMES = {"fp16_va": "fp16", "matmul_int8": "i8mm", "avx512": "avx512f"}
-HERE = frozenset(NAMES.get(name, name) for name in ggml.cpu_features()) | {f"sve{8 * ggml.vector_length()}"}
+HERE = frozenset(NAMES.get(name, name) for name in ggml.ggml_features()) | {f"sve{8 * ggml.ggml_vector_length()}"}
 NUMBERS = {name: (number, elements, nbytes) for number, (name, elements, nbytes) in GGML_TYPES.items()}
 TYPES = sorted({choice.type for choice in CHOICES} | {"Q4_1", "Q5_0", "Q3_K", "IQ4_XS"})
 SIZES = {"n_layer": 2, "n_embd": 256, "n_head": 8, "n_head_kv": 2, "n_ff": 512, "context": 512}

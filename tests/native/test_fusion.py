@@ -31,7 +31,7 @@ from edge_rt.deploy.target import Kernel, Target
 from edge_rt.errors import ModelFileError, OptionError, UnsupportedModel
 from edge_rt.hooks import EngineOptions
 from edge_rt.native import ggml
-from edge_rt.native.ggml import quantise
+from edge_rt.native.ggml import quantise_rows
 from edge_rt.testing.random_models import TYPE_NUMBERS, WEIGHT_TYPES, write_random_adapter, write_random_model
 
 SIZES = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "context": 512}
@@ -175,7 +175,7 @@ def test_what_counts_as_exact_is_what_kernels_are_with_inputs_of_any_size(type_n
     exact = type_name in (*folding.FLOATS, *folding.HALVES)
     rng, width = np.random.default_rng(1), 256
     powers = (rng.integers(-6, 7, width) if type_name in folding.FLOATS else np.full(width, 3)).astype(np.int32)
-    weights = np.frombuffer(quantise(rng.standard_normal((8, width)).astype(np.float32), TYPE_NUMBERS[type_name]), np.uint8)
+    weights = np.frombuffer(quantise_rows(rng.standard_normal((8, width)).astype(np.float32), TYPE_NUMBERS[type_name]), np.uint8)
     if type_name == "F16":
         folded = np.ldexp(weights.view(np.float16).reshape(8, width), powers).tobytes()
     else:

@@ -261,7 +261,7 @@ def test_weights_of_another_cpu_are_packed_anew(model: Path, monkeypatch: pytest
     run(model)
     seen: list[tuple[str, int, int]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(ggml, "vector_length", lambda: 32)
+        patch.setattr(ggml, "ggml_vector_length", lambda: 32)
         run(model, lambda *step: seen.append(step))
     assert packing_steps(seen) > 0
     only(monkeypatch)

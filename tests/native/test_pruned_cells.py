@@ -72,18 +72,18 @@ def contents(engine: GgmlEngine, sequence: int) -> list[tuple[Any, Any]]:
 
 def attention_by_hand(engine: GgmlEngine, sequence: int, window: int) -> list[Any]:
     """What ``CachedLayer.attention`` must be, in double precision from the ring's queries and the cached keys."""
-    cache, hyper = engine._sequences[sequence], engine.hyper
+    cache, config = engine._sequences[sequence], engine.config
     asked = sorted({round(i) for i in np.linspace(0, window - 1, min(window, ENOUGH))})
-    n, group, found = cache.length, hyper.n_head // hyper.n_head_kv, []
-    for layer in range(hyper.n_layer):
+    n, group, found = cache.length, config.n_head // config.n_head_kv, []
+    for layer in range(config.n_layer):
         queries = cache.ring.queries(layer, n).astype(np.float64)
         assert len(queries) == window
         with cache.cells(layer) as (cached, _):
             keys = cached[:n].copy().view(np.float16).astype(np.float64)
-        rows = np.empty((hyper.n_head_kv, group * len(asked), n))
-        for head in range(hyper.n_head):
+        rows = np.empty((config.n_head_kv, group * len(asked), n))
+        for head in range(config.n_head):
             for row, i in enumerate(asked):
-                scores = np.exp(keys[:, head // group] @ queries[i, head] * hyper.attention_scale)
+                scores = np.exp(keys[:, head // group] @ queries[i, head] * config.attention_scale)
                 scores[n - window + i + 1 :] = 0
                 rows[head // group, head % group * len(asked) + row] = scores / scores.sum()
         found.append(rows)
@@ -100,7 +100,7 @@ def test_the_ring_holds_the_last_queries(random_model: Callable[..., Path], wind
         whole = engine.new_sequence()
         engine.watch(whole, 60)
         feed(engine, whole, tokens)
-        layers = cached_layers(engine._sequences[sequence], engine.hyper, engine._backend)
+        layers = cached_layers(engine._sequences[sequence], engine.config, engine._backend)
         for layer, expected in zip(layers, attention_by_hand(engine, sequence, window), strict=True):
             np.testing.assert_allclose(layer.attention(), expected, atol=2e-3)
             mine, all_ = (engine._sequences[one].ring.queries(layer.number, 60) for one in (sequence, whole))

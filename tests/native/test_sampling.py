@@ -62,7 +62,7 @@ def llama_cpp_tokens(vocab, params, rows):
     """What llama.cpp's common_sampler would choose, with llama-cpp-python's bindings."""
     import llama_cpp as lc
 
-    libs.install()
+    libs.install_native_log()
     n, p = vocab.n_tokens, params
     chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
     biases = (lc.llama_logit_bias * len(p.logit_bias))(*(lc.llama_logit_bias(t, b) for t, b in p.logit_bias.items()))

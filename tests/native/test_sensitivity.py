@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import edge_rt
-from edge_rt import config
 from edge_rt.cli.main import main
 from edge_rt.core.engine import SequenceBatch
 from edge_rt.core.gguf.model_file import ModelFile
@@ -26,7 +25,7 @@ TOKENS = [(11 + 7 * i) % 300 for i in range(2 * sensitivity.PIECE)]
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGE_RT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(config, "available_cpus", lambda: 1)  # other tests may run beside this one
+    monkeypatch.setattr("edge_rt.core.ggml_engine.available_cpus", lambda: 1)  # other tests may run beside this one
     return write_random_model(
         tmp_path / "model.gguf", n_layer=3, n_embd=256, n_head=8, n_head_kv=2, n_ff=512, type="F16", tied=False, context=1024
     )

@@ -67,8 +67,8 @@ def test_memory_goes_back_and_is_reported(random_model: Callable[..., Path]) -> 
         engine = model.engine
         assert isinstance(engine, PrunesCells)
         assert released == pytest.approx(done.context.pruned_cells * engine.cell_bytes, rel=0.1)
-        hyper = engine.hyper  # type: ignore[attr-defined]
-        queries = WATCHED * hyper.n_layer * hyper.n_head * hyper.head_dim * 4
+        config = engine.config  # type: ignore[attr-defined]
+        queries = WATCHED * config.n_layer * config.n_head * config.head_dim * 4
         assert before - after == pytest.approx(released - queries, rel=0.1)
         prune = Pruning(engine.cell_bytes * 60, "bytes")
         cells = done_of(list(session.generate(text(20), max_tokens=1, prune=prune, **GREEDY))).context.used

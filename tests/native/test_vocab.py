@@ -35,7 +35,7 @@ def reference(smollm2):
     import llama_cpp
 
     model = llama_cpp.Llama(str(smollm2), vocab_only=True, verbose=False)
-    libs.install()
+    libs.install_native_log()
     yield model
     model.close()
 
@@ -213,7 +213,7 @@ def test_log_lines_reach_logging_joined_and_at_their_level(caplog):
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("INFO", "loading ... done"), ("INFO", "and more"), ("WARNING", "careful"), ("ERROR", "bro\ufffdken"),
     ]  # fmt: skip
-    assert libs.recent_errors()[-1] == "bro\ufffdken"
+    assert libs.recent_native_errors()[-1] == "bro\ufffdken"
 
 
 def test_errors_are_collected_per_thread():
@@ -223,7 +223,7 @@ def test_errors_are_collected_per_thread():
         thread.start()
         thread.join()
     assert mine == ["half a line"]
-    assert "another thread" in libs.recent_errors()
+    assert "another thread" in libs.recent_native_errors()
 
 
 def test_nothing_native_is_printed(smollm2):

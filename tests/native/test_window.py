@@ -345,8 +345,8 @@ def open_model(
 
 def test_what_memory_affords_is_counted_in_cells(random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with edge_rt.open(random_model("llama", seed=3), engine="ggml", context=256) as model:
-        hyper = model.engine.hyper  # type: ignore[attr-defined]
-        monkeypatch.setattr(manager, "available_memory", lambda: 100 * cell_bytes(hyper, ggml.TYPE_F16))
+        config = model.engine.config  # type: ignore[attr-defined]
+        monkeypatch.setattr(manager, "available_memory", lambda: 100 * cell_bytes(config, ggml.TYPE_F16))
         assert manager.max_tokens_in_memory(model.engine, 20) == 20 + 75
         with model.session() as session:
             done = done_of(list(session.generate("Once upon a time", max_tokens=200, ignore_eos=True, **GREEDY)))

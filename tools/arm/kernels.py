@@ -106,8 +106,8 @@ def _right(name: str, layout: Layout | None, data: bytes, packed: bytes | None) 
 
 def main(out: str, reference: str = "") -> int:
     """Look, print and save."""
-    libs.install()
-    print(f"features {' '.join(has := features())}; vector of {ggml.vector_length()} bytes")
+    libs.install_native_log()
+    print(f"features {' '.join(has := features())}; vector of {ggml.ggml_vector_length()} bytes")
     good, kept = True, {}
     for found in look(has, np.load(reference) if reference else {}):
         right = "" if found.bytes_right is None else "bytes as foretold, " if found.bytes_right else "WRONG BYTES, "

@@ -37,8 +37,8 @@ _NAMES = {"fp16_va": "fp16", "matmul_int8": "i8mm", "avx512": "avx512f"}
 
 def features() -> tuple[str, ...]:
     """What the library was built for and this processor has, in the names of hardware/topology.py, and how long its vectors are."""
-    found = [_NAMES.get(name, name) for name in ggml.cpu_features()]
-    length = ggml.vector_length()
+    found = [_NAMES.get(name, name) for name in ggml.ggml_features()]
+    length = ggml.ggml_vector_length()
     return (*found, f"sve{8 * length}") if "sve" in found else tuple(found)
 
 
@@ -69,7 +69,7 @@ def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
 
 def make() -> dict[str, Any]:
     """What this processor's library packs, and in which features it differs from others."""
-    libs.install()
+    libs.install_native_log()
     library = repack.library()
     encoded = {name: base64.b64encode(data).decode() for name, data in packed(library).items()}
     return {"features": features(), "packed": encoded, "fingerprints": fingerprints(library)}

@@ -29,11 +29,11 @@ SHARE = 0.75
 
 def max_tokens_in_memory(engine: Engine, cells: int) -> int | None:
     """Cells that a sequence of ``cells`` cells may have in free memory; None where nobody can say, or the engine has it already."""
-    hyper = getattr(engine, "hyper", None)
+    config = getattr(engine, "config", None)
     free = available_memory()
-    if hyper is None or free is None:
+    if config is None or free is None:
         return None
-    cell_bytes: int = hyper.n_layer * 4 * hyper.kv_width  # a key and a value, of at most two bytes a number
+    cell_bytes: int = config.n_layer * 4 * config.kv_width  # a key and a value, of at most two bytes a number
     return cells + int(SHARE * free) // cell_bytes
 
 

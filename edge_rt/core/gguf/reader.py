@@ -326,7 +326,7 @@ def read_header(buffer: Buffer, file_size: int) -> Header:
     )
 
 
-def metadata_spans(buffer: Buffer) -> tuple[int, list[tuple[str, int, int]]]:
+def gguf_metadata_spans(buffer: Buffer) -> tuple[int, list[tuple[str, int, int]]]:
     """(where metadata begins, (key, start, end) of every entry) in a sound header, for who writes another with the same metadata."""
     cursor = _Cursor(buffer, len(buffer))
     cursor.position = len(MAGIC)

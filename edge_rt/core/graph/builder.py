@@ -165,7 +165,7 @@ class GraphBuilder:
     """
 
     ctx: int
-    hyper: ModelConfig
+    config: ModelConfig
     weights: Weights
     inputs: Inputs
     shapes: Sequence[SlotShape]
@@ -197,7 +197,7 @@ class GraphBuilder:
             return self._cross(x, self.beyond)
         if not self.split:
             return x
-        width, rows = self.hyper.n_embd, int(ggml.fields(x).ne[1])
+        width, rows = self.config.n_embd, int(ggml.fields(x).ne[1])
         kept = int(c.view_2d(self.ctx, self.borders[len(self.segments) % 2], width, rows, 4 * width, 0))
         self.expand(c.cpy(self.ctx, x, kept))
         self.begin(unit)
@@ -205,7 +205,7 @@ class GraphBuilder:
 
     def _cross(self, x: int, beyond: Beyond) -> int:
         """Leave the host: x goes to where it is copied from, and the rest of the graph is one that starts with the copy."""
-        width, rows = self.hyper.n_embd, int(ggml.fields(x).ne[1])
+        width, rows = self.config.n_embd, int(ggml.fields(x).ne[1])
         self.expand(c.cpy(self.ctx, x, c.view_2d(self.ctx, beyond.leaving, width, rows, 4 * width, 0)))
         self.masks.clear()
         self.segments.append(GraphSegment(c.new_graph_custom(self.ctx, self.far_size, False), beyond.unit, far=True))
@@ -218,27 +218,27 @@ class GraphBuilder:
 
     def heads(self, x: int, first: int, count: int) -> int:
         """Heads [D, count, T] out of contiguous x [W, T] or [D, heads, T], from head ``first`` on."""
-        size, shape = 4 * self.hyper.head_dim, ggml.fields(x).ne
+        size, shape = 4 * self.config.head_dim, ggml.fields(x).ne
         row = 4 * shape[0] * shape[1] * shape[2] // self.n_tokens
-        return int(c.view_3d(self.ctx, x, self.hyper.head_dim, count, self.n_tokens, size, row, first * size))
+        return int(c.view_3d(self.ctx, x, self.config.head_dim, count, self.n_tokens, size, row, first * size))
 
     def beside(self, q: int, k: int) -> int | None:
         """Queries and keys as one tensor [D, H+G, T], None if they are not parts of one in this order."""
         a, b = ggml.fields(q), ggml.fields(k)
         if not a.view_src or a.src[0] != b.src[0] or b.view_offs != a.view_offs + a.ne[1] * a.nb[1]:
             return None
-        heads, offset = self.hyper.n_head + self.hyper.n_head_kv, a.view_offs - ggml.fields(a.src[0]).view_offs
-        return int(c.view_3d(self.ctx, a.src[0], self.hyper.head_dim, heads, self.n_tokens, a.nb[1], a.nb[2], offset))
+        heads, offset = self.config.n_head + self.config.n_head_kv, a.view_offs - ggml.fields(a.src[0]).view_offs
+        return int(c.view_3d(self.ctx, a.src[0], self.config.head_dim, heads, self.n_tokens, a.nb[1], a.nb[2], offset))
 
     def by_head(self, x: int, first: int, tokens: int) -> int:
         """Some tokens of keys or values [D, G, T], head by head: [D, tokens, G]."""
         nb = ggml.fields(x).nb
-        return int(c.view_3d(self.ctx, x, self.hyper.head_dim, tokens, self.hyper.n_head_kv, nb[2], nb[1], nb[2] * first))
+        return int(c.view_3d(self.ctx, x, self.config.head_dim, tokens, self.config.n_head_kv, nb[2], nb[1], nb[2] * first))
 
     def queries(self, q: int, first: int, tokens: int) -> int:
         """Some tokens of queries [D, H, T]: [D, H, tokens]."""
         nb = ggml.fields(q).nb
-        return int(c.view_3d(self.ctx, q, self.hyper.head_dim, self.hyper.n_head, tokens, nb[1], nb[2], nb[2] * first))
+        return int(c.view_3d(self.ctx, q, self.config.head_dim, self.config.n_head, tokens, nb[1], nb[2], nb[2] * first))
 
     def side_by_side(self, columns: Sequence[int]) -> int:
         """Join [E, a], [E, b], ... to [E, a + b + ...]."""

@@ -96,7 +96,7 @@ def read_config(header: Header) -> ModelConfig:
     )  # fmt: skip
 
 
-def fused(hyper: ModelConfig, header: Header, extra: Mapping[str, Any]) -> ModelConfig:
+def fused(config: ModelConfig, header: Header, extra: Mapping[str, Any]) -> ModelConfig:
     """The same, with what is fused as an engine's settings have it (``ggml.joined``, ``ggml.folded``).
 
     A plan is not believed alone: that the scales of a norm are all one is said in the file too, by who wrote and looked at them
@@ -108,7 +108,7 @@ def fused(hyper: ModelConfig, header: Header, extra: Mapping[str, Any]) -> Model
         raise OptionError(f"ggml.joined names {unknown[0]}, and only {' and '.join(known)} can be one product")
     if folded and (unproved := sorted(folded.difference(header.optional(FOLDED, list, [])))):
         raise ModelFileError(f"the plan takes the scales of {unproved[0]} for ones, which the model does not say; compile it again")
-    return hyper._replace(fused=FusedTensors(None if joined is None else frozenset(joined), folded))
+    return config._replace(fused=FusedTensors(None if joined is None else frozenset(joined), folded))
 
 
 def _rope(whole: _Reader, head_dim: int) -> Rope:
@@ -205,11 +205,11 @@ class _Reader(NamedTuple):
 Shape = tuple[int, ...]
 
 
-def check_shapes(tensors: Mapping[str, TensorInfo], hyper: ModelConfig, family: Family) -> None:
+def check_shapes(tensors: Mapping[str, TensorInfo], config: ModelConfig, family: Family) -> None:
     """Raise ModelFileError for a tensor that is missing or misshapen, UnsupportedModel for one the graph would ignore."""
-    required, optional = _whole(hyper, family)
-    for layer in range(hyper.n_layer):
-        in_layer = _block(tensors, f"blk.{layer}", hyper, family)
+    required, optional = _whole(config, family)
+    for layer in range(config.n_layer):
+        in_layer = _block(tensors, f"blk.{layer}", config, family)
         required |= in_layer[0]
         optional |= in_layer[1]
     if missing := next((name for name in required if name not in tensors), None):

@@ -42,7 +42,7 @@ def build(b: GraphBuilder, family: Family, output: Output | None) -> int | None:
 
     Without ``output`` the last block only stores its keys and values: that is all a later step needs of this one.
     """
-    h = b.hyper
+    h = b.config
     b.begin("embedding")
     x = layers.embed(b)  # [E, T]
     for layer in range(h.n_layer):
@@ -76,7 +76,7 @@ def rotated(b: GraphBuilder, x: int, prefix: str, family: Family, factors: int |
     elif both := b.beside(q, k):  # heads are rotated alike, whether of queries or of keys
         both = layers.rope(b, both, family.rope_mode, factors)
         b.expand(both)
-        return b.heads(both, 0, b.hyper.n_head), b.heads(both, b.hyper.n_head, b.hyper.n_head_kv), v
+        return b.heads(both, 0, b.config.n_head), b.heads(both, b.config.n_head, b.config.n_head_kv), v
     q, k = layers.rope(b, q, family.rope_mode, factors), layers.rope(b, k, family.rope_mode, factors)
     b.expand(q)
     return q, k, v
@@ -87,24 +87,24 @@ def rotated(b: GraphBuilder, x: int, prefix: str, family: Family, factors: int |
 _KEY_TYPES = {"f16": ggml.TYPE_F16, "q8_0": ggml.TYPE_Q8_0}
 
 
-def unsupported(file: ModelFile) -> str | None:
+def ggml_unsupported(file: ModelFile) -> str | None:
     """Why this engine has no graph for a model, None if it has one. Reads the header only."""
     if file.header.architecture not in FAMILIES:
         return f"no graph for architecture {file.header.architecture!r}"
     try:
-        hyper = read_config(file.header)
+        config = read_config(file.header)
     except UnsupportedModel as error:
         return str(error)
-    if hyper.n_expert and "blk.0.ffn_gate_exps.weight" not in file.header.tensors:
+    if config.n_expert and "blk.0.ffn_gate_exps.weight" not in file.header.tensors:
         return "experts in separate tensors (an old Mixtral conversion)"
     strange = next((name for name in file.header.tensors if name.endswith(".scale") or "_shexp" in name or "lora" in name), None)
     return f"no graph for the tensor {strange}" if strange else None
 
 
-def key_type(name: Literal["f16", "q8_0"], hyper: ModelConfig) -> int:
+def key_type(name: Literal["f16", "q8_0"], config: ModelConfig) -> int:
     """Element type of cached keys. Raises OptionError where heads do not divide into its blocks."""
     if name not in _KEY_TYPES:
         raise OptionError(f"--key-type {name} is unknown; choose f16 or q8_0")
-    if hyper.head_dim % ggml.c.blck_size(_KEY_TYPES[name]):
-        raise OptionError(f"heads of {hyper.head_dim} do not divide into {name} blocks; use --key-type f16")
+    if config.head_dim % ggml.c.blck_size(_KEY_TYPES[name]):
+        raise OptionError(f"heads of {config.head_dim} do not divide into {name} blocks; use --key-type f16")
     return _KEY_TYPES[name]

@@ -37,8 +37,8 @@ def multiply(b: GraphBuilder, weight: int, x: int, *names: str) -> int:
 
 def rms_norm(b: GraphBuilder, x: int, name: str) -> int:
     """x / rms(x) * w over the fastest dimension; without w where it is all ones."""
-    normed = int(c.rms_norm(b.ctx, x, b.hyper.eps))
-    return normed if name in b.hyper.fused.folded else int(c.mul(b.ctx, normed, b.weights.require(name)))
+    normed = int(c.rms_norm(b.ctx, x, b.config.eps))
+    return normed if name in b.config.fused.folded else int(c.mul(b.ctx, normed, b.weights.require(name)))
 
 
 def linear(b: GraphBuilder, x: int, name: str) -> int:
@@ -50,7 +50,7 @@ def linear(b: GraphBuilder, x: int, name: str) -> int:
 
 def rope(b: GraphBuilder, x: int, mode: int, factors: int | None) -> int:
     """Rotate x [D, heads, T] by its positions; ``factors`` [D/2] divides the frequencies (Llama 3)."""
-    r: Rope = b.hyper.rope
+    r: Rope = b.config.rope
     return int(
         c.rope_ext(
             b.ctx, x, b.inputs.positions, factors, r.dims, mode, r.original_context,
@@ -61,7 +61,7 @@ def rope(b: GraphBuilder, x: int, mode: int, factors: int | None) -> int:
 
 def linear_joined(b: GraphBuilder, x: int, prefix: str, names: tuple[str, ...]) -> int | None:
     """Several products of one x as one: [sum of widths, T]; None where they are to stay apart, or do not lie side by side."""
-    one, weights = joined(b.weights, b.hyper.fused, prefix, names), weight_names(prefix, names)
+    one, weights = joined(b.weights, b.config.fused, prefix, names), weight_names(prefix, names)
     if one is None:
         return None
     y = multiply(b, one.weight, x, *weights)
@@ -70,7 +70,7 @@ def linear_joined(b: GraphBuilder, x: int, prefix: str, names: tuple[str, ...]) 
 
 def project_qkv(b: GraphBuilder, x: int, prefix: str) -> tuple[int, int, int]:
     """Queries [D, H, T], keys and values [D, G, T] before rotation, in as few products as the weights' places in memory allow."""
-    n_head, n_kv = b.hyper.n_head, b.hyper.n_head_kv
+    n_head, n_kv = b.config.n_head, b.config.n_head_kv
     y = _fused_qkv(b, x, prefix) or linear_joined(b, x, prefix, TOGETHER[0])
     if y is not None:
         return b.heads(y, 0, n_head), b.heads(y, n_head, n_kv), b.heads(y, n_head + n_kv, n_kv)
@@ -94,7 +94,7 @@ def _fused_qkv(b: GraphBuilder, x: int, prefix: str) -> int | None:
 
 def store_kv(b: GraphBuilder, layer: int, k: int, v: int) -> None:
     """Write keys [D, G, T] and values [D, G, T] of every sequence into its own cache."""
-    kv, first = b.hyper.kv_width, 0
+    kv, first = b.config.kv_width, 0
     for shape, slot, cache in zip(b.shapes, b.inputs.slots, b.caches, strict=True):
         if cache.members:
             _store_stacked(b, layer, k, v, first, shape, slot, cache)
@@ -114,7 +114,7 @@ def store_kv(b: GraphBuilder, layer: int, k: int, v: int) -> None:
 
 def keep_queries(b: GraphBuilder, layer: int, q: int) -> None:
     """Write the last of the rotated queries [D, H, T] of every watched sequence into its ring."""
-    width, row, first = b.hyper.n_head * b.hyper.head_dim, int(ggml.fields(q).nb[2]), 0
+    width, row, first = b.config.n_head * b.config.head_dim, int(ggml.fields(q).nb[2]), 0
     for shape, slot, cache in zip(b.shapes, b.inputs.slots, b.caches, strict=True):
         first += shape.tokens
         if cache.window:
@@ -226,20 +226,20 @@ def joined(weights: Weights, fused: FusedTensors, prefix: str, parts: tuple[str,
     return Joined(weight, bias)
 
 
-def of_block(weights: Weights, hyper: ModelConfig, prefix: str) -> Iterator[tuple[str, ...]]:
+def of_block(weights: Weights, config: ModelConfig, prefix: str) -> Iterator[tuple[str, ...]]:
     """Names of the weights of each product of a block but those of experts, as ``GraphBuilder`` makes them."""
     qkv, gate_up = TOGETHER
     if weights.get(f"{prefix}.attn_qkv.weight"):
         attention: tuple[tuple[str, ...], ...] = (("attn_qkv",),)
-    elif joined(weights, hyper.fused, prefix, qkv):
+    elif joined(weights, config.fused, prefix, qkv):
         attention = (qkv,)
-    elif joined(weights, hyper.fused, prefix, NEIGHBOURS):
+    elif joined(weights, config.fused, prefix, NEIGHBOURS):
         attention = (("attn_k",), NEIGHBOURS)
     else:
         attention = tuple((part,) for part in qkv)
     fed: tuple[tuple[str, ...], ...] = ()
-    if not hyper.n_expert:
-        fed = (gate_up,) if joined(weights, hyper.fused, prefix, gate_up) else tuple((part,) for part in gate_up)
+    if not config.n_expert:
+        fed = (gate_up,) if joined(weights, config.fused, prefix, gate_up) else tuple((part,) for part in gate_up)
         fed = (*fed, ("ffn_down",))
     for parts in (*attention, ("attn_output",), *fed):
         yield weight_names(prefix, parts)
@@ -250,7 +250,7 @@ def of_block(weights: Weights, hyper: ModelConfig, prefix: str) -> Iterator[tupl
 
 def _attend_one(b: GraphBuilder, layer: int, q: int, shape: SlotShape, slot: SlotInputs, cache: KVView) -> int:
     """Attention of one sequence's queries [D, H, t] over its cells; returns [H*D, t]."""
-    h, ctx = b.hyper, b.ctx
+    h, ctx = b.config, b.ctx
     key = c.row_size(cache.key_type, h.head_dim)
     k = c.view_3d(ctx, cache.keys[layer], h.head_dim, shape.cells, h.n_head_kv, key, key * cache.capacity, 0)  # [D, N, G]
     v = _values(b, layer, shape, cache)
@@ -271,7 +271,7 @@ def _attend_one(b: GraphBuilder, layer: int, q: int, shape: SlotShape, slot: Slo
 
 def _values(b: GraphBuilder, layer: int, shape: SlotShape, cache: KVView) -> int:
     """Cached values by head: [D, N, G], or [N, D, G] where they are transposed."""
-    h = b.hyper
+    h = b.config
     if cache.transposed:
         row = 2 * cache.capacity
         return int(c.view_3d(b.ctx, cache.values[layer], shape.cells, h.head_dim, h.n_head_kv, row, row * h.head_dim, 0))
@@ -281,7 +281,7 @@ def _values(b: GraphBuilder, layer: int, shape: SlotShape, cache: KVView) -> int
 
 def flash(b: GraphBuilder, q: int, k: int, v: int, mask: int, columns: int) -> int:
     """Flash attention of queries [D, H, t, S] over keys and values [D, N, G, S], t or S 1; returns [H*D, columns]."""
-    h, ctx = b.hyper, b.ctx
+    h, ctx = b.config, b.ctx
     out = c.flash_attn_ext(ctx, c.permute(ctx, q, 0, 2, 1, 3), k, v, mask, h.attention_scale, 0.0, 0.0)  # [D, H, t, S]
     c.prec_set_acc(out, ggml.PRECISION_F32)
     return int(c.reshape_2d(ctx, out, h.n_head * h.head_dim, columns))
@@ -289,7 +289,7 @@ def flash(b: GraphBuilder, q: int, k: int, v: int, mask: int, columns: int) -> i
 
 def _flash_each(b: GraphBuilder, q: int, k: int, v: int, mask: int, shape: SlotShape) -> int:
     """The same for several tokens, each exactly as if alone: the tokens of a group's heads count as so many heads of one token."""
-    h, ctx, n = b.hyper, b.ctx, shape.tokens
+    h, ctx, n = b.config, b.ctx, shape.tokens
     group, nb = h.n_head // h.n_head_kv, ggml.fields(q).nb
     size = 4 * h.head_dim
     by_token = c.view_4d(ctx, q, h.head_dim, group, h.n_head_kv, n, size, size * group, nb[2], 0)
@@ -317,7 +317,7 @@ def matmuls(b: GraphBuilder, q: int, k: int, v: int, mask: int) -> int:
 
     Several queries of the heads that share a key go through one product with it: 5 % faster for eight behind 1,900 cells, 15 % for four.
     """
-    h, ctx = b.hyper, b.ctx
+    h, ctx = b.config, b.ctx
     tokens, sequences = ggml.fields(q).ne[2:4]
     q = c.permute(ctx, q, 0, 2, 1, 3)  # [D, t, H, S]
     if tokens == 1:
@@ -383,21 +383,21 @@ def span(stack: KVView) -> tuple[int, int]:
 
 def _store_stacked(b: GraphBuilder, layer: int, k: int, v: int, first: int, shape: SlotShape, slot: SlotInputs, stack: KVView) -> None:
     """Write keys and values [D, G, T], of columns from ``first`` on, each into its own cache."""
-    head, kv, n = b.hyper.head_dim, b.hyper.kv_width, shape.sequences
+    head, kv, n = b.config.head_dim, b.config.kv_width, shape.sequences
     for x, tensors, indices in (
         (k, stack.keys, slot.cells),
         (v, stack.values, slot.elements if stack.transposed else slot.cells),
     ):
         nb = ggml.fields(x).nb
         elements = stack.transposed and x == v
-        width, rows, row = (1, kv, 4) if elements else (head, b.hyper.n_head_kv, nb[1])
+        width, rows, row = (1, kv, 4) if elements else (head, b.config.n_head_kv, nb[1])
         own = c.view_3d(b.ctx, x, width, rows, n, row, nb[2], nb[2] * first)
         b.expand(c.set_rows(b.ctx, _over(b, tensors[layer], (width, rows * stack.capacity, n), stack), own, indices))
 
 
 def attend_stacked(b: GraphBuilder, layer: int, q: int, first: int, shape: SlotShape, slot: SlotInputs, stack: KVView) -> int:
     """Attention of queries [D, H, T], of columns from ``first`` on, each over its own cells; returns [H*D, S]."""
-    h, n = b.hyper, shape.sequences
+    h, n = b.config, shape.sequences
     nb = ggml.fields(q).nb
     own = c.view_4d(b.ctx, q, h.head_dim, h.n_head, 1, n, nb[1], nb[2], nb[2], nb[2] * first)  # [D, H, 1, S]
     by_cell = (h.head_dim, shape.cells, h.n_head_kv, n)
@@ -430,7 +430,7 @@ def experts(b: GraphBuilder, x: int, prefix: str) -> int:
 
     The chosen experts [n_expert_used, T] become an output, so that the residency manager learns what was touched.
     """
-    h, ctx, rows = b.hyper, b.ctx, int(ggml.fields(x).ne[1])
+    h, ctx, rows = b.config, b.ctx, int(ggml.fields(x).ne[1])
     logits = c.mul_mat(ctx, b.weights.require(f"{prefix}.ffn_gate_inp.weight"), x)  # [n_expert, T]
     probabilities = c.soft_max(ctx, logits)
     chosen = c.argsort_top_k(ctx, probabilities, h.n_expert_used)  # [used, T]

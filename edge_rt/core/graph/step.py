@@ -42,13 +42,13 @@ c = ggml.c
 class DeviceBoundary:
     """Of one step graph. ``nbytes``: of the device's memory that the inputs take, and of the host's for what comes back."""
 
-    def __init__(self, offloaded: Offloaded, hyper: ModelConfig, inputs: Inputs, leaving: int, rows: int) -> None:
+    def __init__(self, offloaded: Offloaded, config: ModelConfig, inputs: Inputs, leaving: int, rows: int) -> None:
         """``leaving`` [E, T] in the host's memory, of which ``rows`` columns cross over. Raises OutOfMemory."""
-        self._offloaded, self._hyper = offloaded, hyper
+        self._offloaded, self._config = offloaded, config
         whole = bool(offloaded.layers)  # the head alone needs no more than what comes in
         self._ctx = ggml.context(3 + 4 * len(inputs.slots))
         self._twins: list[tuple[int, int, int]] = []  # tensor there, address here, bytes
-        arriving = self._twin(leaving, 4 * hyper.n_embd * rows)
+        arriving = self._twin(leaving, 4 * config.n_embd * rows)
         twins = Inputs(
             tokens=0,
             positions=self._twin(inputs.positions) if whole else 0,
@@ -101,17 +101,17 @@ class DeviceBoundary:
         self._ctx.close()
 
 
-def attention_traits(device: Device, hyper: ModelConfig, key_type: int) -> AttentionSupport:
+def attention_traits(device: Device, config: ModelConfig, key_type: int) -> AttentionSupport:
     """What the device's attention can do with heads and keys of this kind: asked with operations that are never run."""
-    n, group = 256, hyper.n_head // hyper.n_head_kv
+    n, group = 256, config.n_head // config.n_head_kv
 
     def flash(ctx: int, tokens: int, each: bool) -> bool:
         apart = tokens if each else 1
-        q = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, tokens // apart, hyper.n_head * apart))
-        k = ggml.new_tensor(ctx, key_type, (hyper.head_dim, n, hyper.n_head_kv))
-        v = ggml.new_tensor(ctx, ggml.TYPE_F16, (hyper.head_dim, n, hyper.n_head_kv))
+        q = ggml.new_tensor(ctx, ggml.TYPE_F32, (config.head_dim, tokens // apart, config.n_head * apart))
+        k = ggml.new_tensor(ctx, key_type, (config.head_dim, n, config.n_head_kv))
+        v = ggml.new_tensor(ctx, ggml.TYPE_F16, (config.head_dim, n, config.n_head_kv))
         mask = ggml.new_tensor(ctx, ggml.TYPE_F16, (n, 1, tokens * group) if each else (n, tokens))
-        return device.supports(int(c.flash_attn_ext(ctx, q, k, v, mask, hyper.attention_scale, 0.0, 0.0)))
+        return device.supports(int(c.flash_attn_ext(ctx, q, k, v, mask, config.attention_scale, 0.0, 0.0)))
 
     with ggml.context(32) as ctx:
         all_ = flash(ctx.address, 1, False) and flash(ctx.address, TILES_FROM, False)
@@ -122,29 +122,29 @@ def attention_traits(device: Device, hyper: ModelConfig, key_type: int) -> Atten
 
 
 class Ubatch(NamedTuple):
-    """Tokens of one part that go into one graph run; ``rows`` of them get logits."""
+    """Tokens of one batch that go into one graph run; ``rows`` of them get logits."""
 
-    part: int
+    batch: int
     sequence: int
     tokens: Sequence[int]
     rows: Sequence[int]
 
 
-def split_ubatches(parts: Sequence[SequenceBatch], size: int, order: Sequence[int] | None = None) -> list[list[Ubatch]]:
-    """Divide parts into graph runs of at most ``size`` tokens; ``order``: indices of the parts as they go in, None: as they are."""
+def split_ubatches(batches: Sequence[SequenceBatch], size: int, order: Sequence[int] | None = None) -> list[list[Ubatch]]:
+    """Divide batches into graph runs of at most ``size`` tokens; ``order``: indices of the batches as they go in, None: as they are."""
     runs: list[list[Ubatch]] = [[]]
     room = size
-    for index in range(len(parts)) if order is None else order:
-        part = parts[index]
-        n, start = len(part.tokens), 0
+    for index in range(len(batches)) if order is None else order:
+        batch = batches[index]
+        n, start = len(batch.tokens), 0
         while start < n:
             if room == 0:
                 runs.append([])
                 room = size
             take = min(room, n - start)
-            wanted = {"none": range(0), "last": range(n - 1, n), "all": range(n)}[part.logits]
+            wanted = {"none": range(0), "last": range(n - 1, n), "all": range(n)}[batch.logits]
             rows = [r - start for r in wanted if start <= r < start + take]
-            runs[-1].append(Ubatch(index, part.sequence, part.tokens[start : start + take], rows))
+            runs[-1].append(Ubatch(index, batch.sequence, batch.tokens[start : start + take], rows))
             start, room = start + take, room - take
     return [run for run in runs if run]
 
@@ -207,21 +207,23 @@ class _SlotMemory(NamedTuple):
     window: int
 
 
-def _room(hyper: ModelConfig, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> tuple[int, tuple[int, ...]]:
+def _room(
+    config: ModelConfig, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False
+) -> tuple[int, tuple[int, ...]]:
     """How many tensors the graph of a step may have, and how many nodes each of its segments; ``far``: one more is on a device."""
     queries = sum(1 if shape.together or shape.sequences > 1 else shape.tokens for shape in shapes)
-    per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * hyper.n_expert_used
+    per_layer = _NODES_PER_LAYER + _NODES_PER_QUERY * queries + _NODES_PER_EXPERT * config.n_expert_used
     adapted = adapters.NODES_PER_PRODUCT * sum(shape.adapter is not None for shape in shapes)
     per_layer += adapters.PRODUCTS_PER_LAYER * (adapted + (layers.NODES if weights.centred else 0))
     per_layer += adapters.nodes(weights.corrections.nodes, shapes) if weights.corrections else 0
     around = 64 + 2 * adapted  # embedding and head
-    size, all_ = around + per_layer * (3 if split else hyper.n_layer), around + per_layer * hyper.n_layer
-    return all_, (*(size,) * (hyper.n_layer + 2 if split else 1), *(all_,) * far)
+    size, all_ = around + per_layer * (3 if split else config.n_layer), around + per_layer * config.n_layer
+    return all_, (*(size,) * (config.n_layer + 2 if split else 1), *(all_,) * far)
 
 
-def description_bytes(hyper: ModelConfig, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> int:
+def description_bytes(config: ModelConfig, weights: Weights, shapes: Sequence[SlotShape], split: bool, far: bool = False) -> int:
     """Bytes of the tensors' descriptions of the graph of a step."""
-    return ggml.context_bytes(*_room(hyper, weights, shapes, split, far))
+    return ggml.context_bytes(*_room(config, weights, shapes, split, far))
 
 
 class Far(NamedTuple):
@@ -236,7 +238,7 @@ class StepGraph:
 
     def __init__(
         self,
-        hyper: ModelConfig,
+        config: ModelConfig,
         weights: Weights,
         shapes: Sequence[SlotShape],
         caches: Sequence[KVView],
@@ -250,44 +252,44 @@ class StepGraph:
         n_inputs = 6 + 4 * len(shapes)
         self._input_ctx = ggml.context(n_inputs)
         self._flash = [wants_flash(shape, cache) for shape, cache in zip(shapes, caches, strict=True)]
-        inputs, borders = self._declare_inputs(hyper, n_tokens, n_rows, caches, 2 * split + (far is not None))
+        inputs, borders = self._declare_inputs(config, n_tokens, n_rows, caches, 2 * split + (far is not None))
         self._input_buffer = ggml.allocate_context(self._input_ctx)
-        self._bind(inputs, hyper, n_tokens, caches)
-        tensors, graphs = _room(hyper, weights, shapes, split, far is not None)
+        self._bind(inputs, config, n_tokens, caches)
+        tensors, graphs = _room(config, weights, shapes, split, far is not None)
         self._ctx = ggml.context(tensors, graphs)
         self.input_bytes = int(c.backend_buffer_get_size(self._input_buffer.address)) + ggml.context_bytes(n_inputs)
         self._over = {cache.members: ggml.buffer_from_address(*layers.span(cache)) for cache in caches if cache.members}
         over = {members: buffer.address for members, buffer in self._over.items()}
         crosses = n_tokens if far and far.offloaded.layers else n_rows
-        self.crossing = DeviceBoundary(far.offloaded, hyper, inputs, borders[-1], crosses) if far and crosses else None
+        self.boundary = DeviceBoundary(far.offloaded, config, inputs, borders[-1], crosses) if far and crosses else None
         try:
-            beyond = self.crossing.beyond if self.crossing else None
+            beyond = self.boundary.beyond if self.boundary else None
             ctx = self._ctx.address
-            builder = GraphBuilder(ctx, hyper, weights, inputs, shapes, caches, graphs[0], split, borders[:2], over, beyond, graphs[-1])
-            found = decoder.build(builder, decoder.FAMILIES[hyper.architecture], output if n_rows else None)
+            builder = GraphBuilder(ctx, config, weights, inputs, shapes, caches, graphs[0], split, borders[:2], over, beyond, graphs[-1])
+            found = decoder.build(builder, decoder.FAMILIES[config.architecture], output if n_rows else None)
             self.segments: list[GraphSegment] = builder.segments
             self._allocate(arena, far)
-            width = hyper.n_vocab if output == "logits" else hyper.n_embd
-            if self.crossing and self.segments[-1].far:
-                self.output = None if found is None else self.crossing.result(found, n_rows, width)
+            width = config.n_vocab if output == "logits" else config.n_embd
+            if self.boundary and self.segments[-1].far:
+                self.output = None if found is None else self.boundary.result(found, n_rows, width)
             else:
                 self.output = None if found is None else Rows.of(found, n_rows, width)
         except BaseException:
             self.close()
             raise
-        self.experts = [elements(e, "i", int(ggml.fields(e).ne[1]) * hyper.n_expert_used) for e in builder.experts]
-        self.nbytes = self.input_bytes + description_bytes(hyper, weights, shapes, split, far is not None)
-        self.nbytes += self.crossing.nbytes if self.crossing else 0
+        self.experts = [elements(e, "i", int(ggml.fields(e).ne[1]) * config.n_expert_used) for e in builder.experts]
+        self.nbytes = self.input_bytes + description_bytes(config, weights, shapes, split, far is not None)
+        self.nbytes += self.boundary.nbytes if self.boundary else 0
 
     def _declare_inputs(
-        self, hyper: ModelConfig, n_tokens: int, n_rows: int, caches: Sequence[KVView], n_borders: int
+        self, config: ModelConfig, n_tokens: int, n_rows: int, caches: Sequence[KVView], n_borders: int
     ) -> tuple[Inputs, list[int]]:
         ctx = self._input_ctx.address
         slots = []
         for shape, cache, flash in zip(self.shapes, caches, self._flash, strict=True):
             n, stacked = shape.tokens, bool(cache.members)
-            cells = (hyper.n_head_kv, n) if stacked else (n,)
-            where = (hyper.kv_width, n) if stacked else (n * hyper.kv_width,)
+            cells = (config.n_head_kv, n) if stacked else (n,)
+            where = (config.kv_width, n) if stacked else (n * config.kv_width,)
             seen = (shape.cells, 1, 1, n) if stacked else (shape.cells, n)
             slots.append(
                 SlotInputs(
@@ -303,10 +305,10 @@ class StepGraph:
             rows=c.new_tensor_1d(ctx, ggml.TYPE_I32, n_rows) if 0 < n_rows < n_tokens else None,
             slots=slots,
         )
-        borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, hyper.n_embd, n_tokens) for _ in range(n_borders)]
+        borders = [c.new_tensor_2d(ctx, ggml.TYPE_F32, config.n_embd, n_tokens) for _ in range(n_borders)]
         return inputs, borders
 
-    def _bind(self, inputs: Inputs, hyper: ModelConfig, n_tokens: int, caches: Sequence[KVView]) -> None:
+    def _bind(self, inputs: Inputs, config: ModelConfig, n_tokens: int, caches: Sequence[KVView]) -> None:
         """Views over the inputs, and what of them never changes."""
         self._tokens = elements(inputs.tokens, "i", n_tokens)
         self._positions = elements(inputs.positions, "i", n_tokens)
@@ -318,8 +320,8 @@ class StepGraph:
             unseen = _MINUS_INFINITY[kind] * shape.cells
             self._slots.append(
                 _SlotMemory(
-                    cells=ggml.view(slot.cells, "i8", (n, hyper.n_head_kv)) if cache.members else elements(slot.cells, "q", n),
-                    elements=ggml.view(slot.elements, "i8", (n, hyper.kv_width)) if slot.elements else None,
+                    cells=ggml.view(slot.cells, "i8", (n, config.n_head_kv)) if cache.members else elements(slot.cells, "q", n),
+                    elements=ggml.view(slot.elements, "i8", (n, config.kv_width)) if slot.elements else None,
                     mask=elements(slot.mask, kind, n * shape.cells),
                     mask_rows=memoryview(bytes(len(unseen)) + unseen).cast(kind),
                     columns=elements(slot.columns, "q", min(n, cache.window)) if slot.columns else None,
@@ -330,8 +332,8 @@ class StepGraph:
     def _allocate(self, arena: ggml.Handle, far: Far | None) -> None:
         """Give every node an address in the shared compute buffer; the largest segment decides its size first."""
         near = [segment for segment in self.segments if not segment.far]
-        if far and self.crossing and len(near) < len(self.segments):
-            self.crossing.allocate(self.segments[-1], far.arena)
+        if far and self.boundary and len(near) < len(self.segments):
+            self.boundary.allocate(self.segments[-1], far.arena)
         for segment in near[1:]:
             c.gallocr_reserve(arena.address, segment.graph)
         for segment in near:
@@ -386,8 +388,8 @@ class StepGraph:
 
     def close(self) -> None:
         """Free the graph and its inputs."""
-        if self.crossing:
-            self.crossing.close()
+        if self.boundary:
+            self.boundary.close()
         self._ctx.close()
         self._input_buffer.close()
         self._input_ctx.close()
@@ -405,8 +407,8 @@ def _fill_indices(indices: Any, cells: Sequence[int], capacity: int) -> None:
 class GraphCache:
     """Step graphs by shape and cache identity, least recently used first out; they share one compute buffer, and one on the device."""
 
-    def __init__(self, hyper: ModelConfig, weights: Weights, split: bool, offloaded: Offloaded | None = None) -> None:
-        self._hyper, self._weights, self._split = hyper, weights, split
+    def __init__(self, config: ModelConfig, weights: Weights, split: bool, offloaded: Offloaded | None = None) -> None:
+        self._config, self._weights, self._split = config, weights, split
         self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
         self._arena = ggml.allocator()
         self._far = Far(offloaded, offloaded.device.allocator()) if offloaded else None
@@ -432,7 +434,7 @@ class GraphCache:
         return graph
 
     def _built(self, shapes: Sequence[SlotShape], caches: Sequence[KVView], output: Output) -> StepGraph:
-        graph = StepGraph(self._hyper, self._weights, shapes, caches, self._arena, self._split, output, self._far)
+        graph = StepGraph(self._config, self._weights, shapes, caches, self._arena, self._split, output, self._far)
         arenas = (self._arena, self._far.arena) if self._far else (self._arena,)
         sizes = tuple(int(c.gallocr_get_buffer_size(arena.address, 0)) for arena in arenas)
         if sizes != self._sizes:  # a compute buffer moved: what was allocated in the old one is gone

@@ -34,12 +34,12 @@ class RecentQueries:
     the heads might no longer agree which cells they may see.
     """
 
-    def __init__(self, hyper: ModelConfig, window: int, length: int, offloaded: Offloaded | None = None) -> None:
+    def __init__(self, config: ModelConfig, window: int, length: int, offloaded: Offloaded | None = None) -> None:
         """An empty ring for a sequence of ``length`` cells, where its cells are. Raises OutOfMemory."""
-        self._shape = (window, hyper.n_head, hyper.head_dim)
-        self._offloaded, self._near = offloaded, offloaded.first if offloaded else hyper.n_layer
-        width = hyper.n_head * hyper.head_dim
-        counts = [n for n in (self._near, hyper.n_layer - self._near) if n]
+        self._shape = (window, config.n_head, config.head_dim)
+        self._offloaded, self._near = offloaded, offloaded.first if offloaded else config.n_layer
+        width = config.n_head * config.head_dim
+        counts = [n for n in (self._near, config.n_layer - self._near) if n]
         self._contexts = [ggml.context(n) for n in counts]
         self.tensors = tuple(
             int(ggml.c.new_tensor_2d(ctx.address, ggml.TYPE_F32, width, window))
@@ -47,7 +47,7 @@ class RecentQueries:
             for _ in range(n)
         )
         self._here = ggml.allocate_context(self._contexts[0]) if self._near else None
-        far = self._near < hyper.n_layer
+        far = self._near < config.n_layer
         self._there = offloaded.allocate_context(self._contexts[-1]) if offloaded and far else None
         held = (buffer for buffer in (self._here, self._there) if buffer)
         self.nbytes = sum(int(ggml.c.backend_buffer_get_size(buffer.address)) for buffer in held)
@@ -108,43 +108,43 @@ class RecentQueries:
 # in the host's memory, layer by layer, and goes back.
 
 
-def cell_bytes(hyper: ModelConfig, key_type: int) -> int:
+def cell_bytes(config: ModelConfig, key_type: int) -> int:
     """Bytes one cell takes over all layers."""
-    return int(hyper.n_layer * (ggml.c.row_size(key_type, hyper.kv_width) + 2 * hyper.kv_width))
+    return int(config.n_layer * (ggml.c.row_size(key_type, config.kv_width) + 2 * config.kv_width))
 
 
 class KVCache(PlacedCells):
     """Cells of one sequence, and the memory that holds them. A cache shares memory with no other."""
 
     def __init__(
-        self, hyper: ModelConfig, key_type: int, capacity: int, *, transposed: bool = False, offloaded: Offloaded | None = None
+        self, config: ModelConfig, key_type: int, capacity: int, *, transposed: bool = False, offloaded: Offloaded | None = None
     ) -> None:
         """Reserve room for ``capacity`` cells. Raises OutOfMemory. Untouched cells read as zero, and cost memory only on a device."""
-        super().__init__(hyper.n_layer, hyper.n_head_kv)
-        self._hyper, self._key_type, self._offloaded = hyper, key_type, offloaded
-        self._near = offloaded.first if offloaded else hyper.n_layer  # layers in the host's memory: the first ones
+        super().__init__(config.n_layer, config.n_head_kv)
+        self._config, self._key_type, self._offloaded = config, key_type, offloaded
+        self._near = offloaded.first if offloaded else config.n_layer  # layers in the host's memory: the first ones
         self._far: dict[int, ggml.Handle] = {}
         self.capacity = capacity
         self.ring: RecentQueries | None = None
         self._touched = 0  # cells that hold memory
-        key_row = ggml.c.row_size(key_type, hyper.kv_width)
-        key_size, value_size = capacity * key_row, capacity * 2 * hyper.kv_width
+        key_row = ggml.c.row_size(key_type, config.kv_width)
+        key_size, value_size = capacity * key_row, capacity * 2 * config.kv_width
         size = -(-max(1, self._near) * (key_size + value_size) // memory.PAGE) * memory.PAGE
         base, nbytes = memory.take(size), size
         self._release = weakref.finalize(self, memory.give, base, size)
         self._buffer = ggml.buffer_from_address(base, size)
-        self._ctx = ggml.context(2 * hyper.n_layer)
+        self._ctx = ggml.context(2 * config.n_layer)
         keys: list[int] = []
         values: list[int] = []
         address = base
-        by_cell = (hyper.head_dim, capacity, hyper.n_head_kv)
-        self.view = KVView((), (), capacity, key_type, transposed, address=base, size=nbytes, offloaded=self._near < hyper.n_layer)
+        by_cell = (config.head_dim, capacity, config.n_head_kv)
+        self.view = KVView((), (), capacity, key_type, transposed, address=base, size=nbytes, offloaded=self._near < config.n_layer)
         try:
-            for layer in range(hyper.n_layer):
+            for layer in range(config.n_layer):
                 far = self._beyond(layer, key_size, value_size) if layer >= self._near else None
                 for tensors, type_, shape, size in (
                     (keys, key_type, by_cell, key_size),
-                    (values, ggml.TYPE_F16, (capacity, hyper.head_dim, hyper.n_head_kv) if transposed else by_cell, value_size),
+                    (values, ggml.TYPE_F16, (capacity, config.head_dim, config.n_head_kv) if transposed else by_cell, value_size),
                 ):
                     tensor = ggml.new_tensor(self._ctx.address, type_, shape)
                     ggml.place(tensor, *((self._buffer.address, address) if far is None else far[tensors is values]))
@@ -180,12 +180,12 @@ class KVCache(PlacedCells):
             yield self._key_cells(keys), self._value_cells(values)
 
     def _key_cells(self, tensor: int) -> npt.NDArray[np.uint8]:
-        heads, row = self._hyper.n_head_kv, ggml.c.row_size(self._key_type, self._hyper.head_dim)
+        heads, row = self._config.n_head_kv, ggml.c.row_size(self._key_type, self._config.head_dim)
         by_cell: npt.NDArray[np.uint8] = ggml.view(tensor, "u1", (heads, self.capacity, row)).transpose(1, 0, 2)
         return by_cell
 
     def _value_cells(self, tensor: int) -> npt.NDArray[np.uint16]:
-        heads, size = self._hyper.n_head_kv, self._hyper.head_dim
+        heads, size = self._config.n_head_kv, self._config.head_dim
         shape, axes = ((heads, size, self.capacity), (2, 0, 1)) if self.view.transposed else ((heads, self.capacity, size), (1, 0, 2))
         by_cell: npt.NDArray[np.uint16] = ggml.view(tensor, "u2", shape).transpose(axes)
         return by_cell
@@ -194,9 +194,9 @@ class KVCache(PlacedCells):
     def nbytes(self) -> int:
         """Bytes of the cells that hold memory, to within a page for each head, and of what is noted beside them."""
         self._touched = max(self._touched, self.length)
-        layers = self._hyper.n_layer
+        layers = self._config.n_layer
         cells = self._touched * self._near + self.capacity * (layers - self._near)  # of one layer
-        return cells * cell_bytes(self._hyper, self._key_type) // layers + self.beside
+        return cells * cell_bytes(self._config, self._key_type) // layers + self.beside
 
     @property
     def beside(self) -> int:
@@ -206,12 +206,12 @@ class KVCache(PlacedCells):
     @property
     def reserved(self) -> int:
         """Bytes that all its cells may come to hold, and what is noted beside them."""
-        return self.capacity * cell_bytes(self._hyper, self._key_type) + memory.PAGE + self.beside
+        return self.capacity * cell_bytes(self._config, self._key_type) + memory.PAGE + self.beside
 
     def watch(self, window: int) -> None:
         """Keep the last ``window`` queries from now on; 0 stops. Graphs over this cache must be dropped. Raises OutOfMemory."""
 
-        ring = RecentQueries(self._hyper, window, self.length, self._offloaded) if window else None
+        ring = RecentQueries(self._config, window, self.length, self._offloaded) if window else None
         if self.ring:
             self.ring.close()
         self._follow(ring)
@@ -234,11 +234,11 @@ class KVCache(PlacedCells):
 
     def _fresh(self, capacity: int) -> KVCache:
         """An empty cache that is like this one. Raises OutOfMemory."""
-        return KVCache(self._hyper, self._key_type, capacity, transposed=self.view.transposed, offloaded=self._offloaded)
+        return KVCache(self._config, self._key_type, capacity, transposed=self.view.transposed, offloaded=self._offloaded)
 
     def _copy_to(self, fresh: KVCache, length: int) -> Iterator[int]:
         """Copy the first cells, layer by layer; gives each when it was."""
-        for layer in range(self._hyper.n_layer if length else 0):
+        for layer in range(self._config.n_layer if length else 0):
             with self.cells(layer) as here, fresh.cells(layer, write=True) as there:
                 for source, target in zip(here, there, strict=True):
                     target[:length] = source[:length]
@@ -300,7 +300,7 @@ class KVCache(PlacedCells):
         for tensor in (*self.view.keys[: self._near], *self.view.values[: self._near]):
             address, (_, _, n_head, _) = ggml.data_address(tensor), ggml.fields(tensor).ne
             if self.view.transposed and tensor in self.view.values:
-                n_head, row = self._hyper.kv_width, 2
+                n_head, row = self._config.kv_width, 2
             else:
                 row = ggml.fields(tensor).nb[1]
             for head in range(n_head):
@@ -318,7 +318,7 @@ class KVCache(PlacedCells):
         import numpy as np
 
         fresh, n, before = self._fresh(capacity), kept.shape[2], self.length
-        for layer in range(self._hyper.n_layer):
+        for layer in range(self._config.n_layer):
             with self.cells(layer) as here, fresh.cells(layer, write=True) as there:
                 for cells, target in zip(here, there, strict=True):
                     for head, chosen in enumerate(kept[layer]):
@@ -345,7 +345,7 @@ class KVCache(PlacedCells):
         import numpy as np
 
         n, end = positions.length, self.length
-        if len(data) != n * cell_bytes(self._hyper, self._key_type):
+        if len(data) != n * cell_bytes(self._config, self._key_type):
             raise SessionFileError("the saved cells have the wrong size for this model; start a new session")
         moves = self.put_in(at, positions)
         if self.ring:
@@ -365,7 +365,7 @@ class KVCache(PlacedCells):
 
     def _all_cells(self, *, write: bool = False) -> Iterator[npt.NDArray[Any]]:
         """Keys and values of every layer, cell by cell."""
-        for layer in range(self._hyper.n_layer):
+        for layer in range(self._config.n_layer):
             with self.cells(layer, write=write) as both:
                 yield from both
 
@@ -397,13 +397,13 @@ class Cells(NamedTuple):
     data: memoryview
 
 
-def write_cells(cache: KVCache, hyper: ModelConfig, key_type: int, start: int, end: int) -> bytes:
+def write_cells(cache: KVCache, config: ModelConfig, key_type: int, start: int, end: int) -> bytes:
     """Cells [start, end) of a cache. Raises ContextError for some of the mixed cells: only with all others they make sense."""
     whole = cache.is_whole(start, end)
     runs = cache.positions.part(start, end)
     mixed = b"" if cache.mixed is None or not whole else cache.mixed.tobytes()
     counts = (end - start, len(runs), cache.positions.of(end), cache.n_mixed if whole else 0)
-    head = _HEADER.pack(_MAGIC, hyper.n_layer, hyper.kv_width, key_type, *counts)
+    head = _HEADER.pack(_MAGIC, config.n_layer, config.kv_width, key_type, *counts)
     out = io.BytesIO()  # written to piece by piece: joined, there would be two of all cells for a while
     for piece in (head, *(_RUN.pack(*run) for run in runs), mixed):
         out.write(piece)
@@ -412,17 +412,17 @@ def write_cells(cache: KVCache, hyper: ModelConfig, key_type: int, start: int, e
     return out.getvalue()
 
 
-def read_cells(data: bytes | memoryview, hyper: ModelConfig, key_type: int) -> Cells:
+def read_cells(data: bytes | memoryview, config: ModelConfig, key_type: int) -> Cells:
     """Check exported cells against a model. Raises SessionFileError."""
     view = memoryview(data).cast("B")
     if len(view) < _HEADER.size:
         raise SessionFileError("the saved cells are cut short; start a new session")
     magic, layers, width, kind, n, n_runs, following, n_mixed = _HEADER.unpack(view[: _HEADER.size])
-    if magic != _MAGIC or (layers, width, kind) != (hyper.n_layer, hyper.kv_width, key_type):
+    if magic != _MAGIC or (layers, width, kind) != (config.n_layer, config.kv_width, key_type):
         raise SessionFileError("the saved cells have another format, shape or key type than this model; start a new session")
     noted = _HEADER.size + _RUN.size * n_runs
-    body = noted + 4 * hyper.n_layer * hyper.n_head_kv * n_mixed
-    if len(view) != body + n * cell_bytes(hyper, key_type) or n_mixed > n:
+    body = noted + 4 * config.n_layer * config.n_head_kv * n_mixed
+    if len(view) != body + n * cell_bytes(config, key_type) or n_mixed > n:
         raise SessionFileError("the saved cells are cut short or too long; start a new session")
     positions = Positions.saved([Run(*_RUN.unpack_from(view, _HEADER.size + _RUN.size * i)) for i in range(n_runs)], n, following)
-    return Cells(positions, saved_mixed(view[noted:body], hyper.n_layer, hyper.n_head_kv, n_mixed, positions), view[body:])
+    return Cells(positions, saved_mixed(view[noted:body], config.n_layer, config.n_head_kv, n_mixed, positions), view[body:])

@@ -64,39 +64,39 @@ def token_embeddings(embedding: int, tokens: Sequence[int], backend: ggml.Handle
 # As llama.cpp's K-shift. Keys go through float32 and are rounded to the cache's type again: each move costs a rounding.
 
 
-def rotate_keys(cache: KVCache, hyper: ModelConfig, mode: int, factors: int | None, moves: Sequence[Move], backend: ggml.Handle) -> None:
+def rotate_keys(cache: KVCache, config: ModelConfig, mode: int, factors: int | None, moves: Sequence[Move], backend: ggml.Handle) -> None:
     """Rotate the keys of cells [start, end) by ``shifts`` positions, for each (start, end, shifts), in every layer and head."""
     import numpy as np
 
     moves = [move for move in moves if move[0] < move[1] and move[2].any()]
     if not moves:
         return
-    heads = hyper.n_head_kv
+    heads = config.n_head_kv
     nodes = 8 * len(moves) * heads
-    each = [np.broadcast_to(shifts, (hyper.n_layer, heads, end - start)) for start, end, shifts in moves]
+    each = [np.broadcast_to(shifts, (config.n_layer, heads, end - start)) for start, end, shifts in moves]
     with ggml.context(len(moves) * heads) as inputs, ggml.allocator() as arena:
         tensors = [[c.new_tensor_1d(inputs.address, ggml.TYPE_I32, end - start) for _ in range(heads)] for start, end, _ in moves]
         with ggml.allocate_context(inputs):
-            for layer in range(hyper.n_layer):
+            for layer in range(config.n_layer):
                 with ggml.context(nodes, (nodes,)) as work, cache.layer(layer, write=True) as (keys, _):
                     graph = c.new_graph_custom(work.address, nodes, False)
                     for by_head, shifts, (start, end, _) in zip(tensors, each, moves, strict=True):
                         for head, tensor in enumerate(by_head):
                             ggml.view(tensor, "i4", (end - start,))[:] = shifts[layer, head]
-                            c.build_forward_expand(graph, _rotated(work, keys, hyper, mode, factors, head, start, end, tensor))
+                            c.build_forward_expand(graph, _rotated(work, keys, config, mode, factors, head, start, end, tensor))
                     c.gallocr_alloc_graph(arena.address, graph)
                     ggml.compute(backend, graph)
 
 
 def _rotated(
-    work: ggml.Handle, keys: int, hyper: ModelConfig, mode: int, factors: int | None, head: int, start: int, end: int, shifts: int
+    work: ggml.Handle, keys: int, config: ModelConfig, mode: int, factors: int | None, head: int, start: int, end: int, shifts: int
 ) -> int:
     """Keys [D, end - start] of one head, rotated in place."""
-    ctx, size, n = work.address, hyper.head_dim, end - start
+    ctx, size, n = work.address, config.head_dim, end - start
     nb = ggml.fields(keys).nb
     place = c.view_2d(ctx, keys, size, n, nb[1], head * nb[2] + start * nb[1])
     plain = c.cpy(ctx, place, c.new_tensor_2d(ctx, ggml.TYPE_F32, size, n))
-    r = hyper.rope
+    r = config.rope
     # YaRN scales what it rotates, which the key was when it was made.
     unscaled = 1 / (1 + 0.1 * math.log(1 / r.scale)) if r.ext_factor else 1.0
     rotated = c.rope_ext(
@@ -120,17 +120,17 @@ Spread over the last 64 tokens they tell as much as all 64 (``UNASKED`` of core/
 class CachedLayer:
     """One layer of a cache, N cells of G heads. Every array is valid until the next is asked for, of this layer or another."""
 
-    def __init__(self, cache: KVCache, hyper: ModelConfig, number: int, tensors: tuple[int, int], shared: _Shared) -> None:
+    def __init__(self, cache: KVCache, config: ModelConfig, number: int, tensors: tuple[int, int], shared: _Shared) -> None:
         """``tensors``: its keys and values in the host's memory."""
-        self.number, self.n_heads, self.n_cells = number, hyper.n_head_kv, cache.length
-        self._cache, self._hyper, self._tensors, self._shared = cache, hyper, tensors, shared
+        self.number, self.n_heads, self.n_cells = number, config.n_head_kv, cache.length
+        self._cache, self._config, self._tensors, self._shared = cache, config, tensors, shared
 
     def attention(self) -> npt.NDArray[np.float32]:
         """softmax(q k * scale) of the last queries, at most ENOUGH of them, each over the cells it may see: [G, queries of the group, N].
 
         Raises ContextError if the sequence was not watched when its last tokens were fed.
         """
-        h, ring, n, shared = self._hyper, self._cache.ring, self.n_cells, self._shared
+        h, ring, n, shared = self._config, self._cache.ring, self.n_cells, self._shared
         if not len(shared.asked) or ring is None:
             raise ContextError("no query was kept to prune by; watch the sequence before its last tokens are fed")
         group = h.n_head // h.n_head_kv
@@ -158,18 +158,18 @@ class CachedLayer:
 
     def _floats(self, cells: Callable[[int], int]) -> npt.NDArray[np.float32]:
         """Keys or values in single precision: as rows, because that is the conversion ggml does fastest (NumPy takes ten times as long)."""
-        shape = (self.n_heads, self.n_cells, self._hyper.head_dim)
+        shape = (self.n_heads, self.n_cells, self._config.head_dim)
         return self._shared.computed(lambda ctx: int(c.get_rows(ctx, cells(ctx), self._shared.rows)), shape)
 
     def _keys(self, ctx: int) -> int:
         """[D, N, G]."""
         keys = self._tensors[0]
         nb = ggml.fields(keys).nb
-        return int(c.view_3d(ctx, keys, self._hyper.head_dim, self.n_cells, self.n_heads, nb[1], nb[2], 0))
+        return int(c.view_3d(ctx, keys, self._config.head_dim, self.n_cells, self.n_heads, nb[1], nb[2], 0))
 
     def _values(self, ctx: int) -> int:
         """[D, N, G]."""
-        values, size, n = self._tensors[1], self._hyper.head_dim, self.n_cells
+        values, size, n = self._tensors[1], self._config.head_dim, self.n_cells
         nb = ggml.fields(values).nb
         if self._cache.view.transposed:
             return int(c.cont(ctx, c.transpose(ctx, c.view_3d(ctx, values, n, size, self.n_heads, nb[1], nb[2], 0))))
@@ -183,16 +183,16 @@ class _Shared:
     which cells each may see; ``rows`` [N, G]: all.
     """
 
-    def __init__(self, cache: KVCache, hyper: ModelConfig, backend: ggml.Handle, queries: int | None) -> None:
+    def __init__(self, cache: KVCache, config: ModelConfig, backend: ggml.Handle, queries: int | None) -> None:
         import numpy as np
 
-        n, heads, group = cache.length, hyper.n_head_kv, hyper.n_head // hyper.n_head_kv
+        n, heads, group = cache.length, config.n_head_kv, config.n_head // config.n_head_kv
         held = max(0, cache.ring.held(n)) if cache.ring else 0
         last = held if queries is None else min(held, queries)
         self.asked = np.linspace(n - last, n - 1, min(last, ENOUGH)).round().astype(np.intp)
         self._backend, self._arena, self._ctx = backend, ggml.allocator(), ggml.context(3)
         ctx, columns = self._ctx.address, max(1, group * len(self.asked))
-        self.queries = ggml.new_tensor(ctx, ggml.TYPE_F32, (hyper.head_dim, columns, heads))
+        self.queries = ggml.new_tensor(ctx, ggml.TYPE_F32, (config.head_dim, columns, heads))
         self.mask = c.new_tensor_2d(ctx, ggml.TYPE_F32, n, columns)
         self.rows = c.new_tensor_2d(ctx, ggml.TYPE_I32, n, heads)
         self._buffer = ggml.allocate_context(self._ctx)
@@ -211,9 +211,9 @@ class _Shared:
         self._ctx.close()
 
 
-def cached_layers(cache: KVCache, hyper: ModelConfig, backend: ggml.Handle, queries: int | None = None) -> Iterator[CachedLayer]:
+def cached_layers(cache: KVCache, config: ModelConfig, backend: ggml.Handle, queries: int | None = None) -> Iterator[CachedLayer]:
     """The layers of a cache, one after the other. They ask with the last ``queries`` that were kept, None: with all; see ENOUGH."""
-    with closing(_Shared(cache, hyper, backend, queries)) as shared:
-        for number in range(hyper.n_layer):
+    with closing(_Shared(cache, config, backend, queries)) as shared:
+        for number in range(config.n_layer):
             with cache.layer(number) as tensors:
-                yield CachedLayer(cache, hyper, number, tensors, shared)
+                yield CachedLayer(cache, config, number, tensors, shared)

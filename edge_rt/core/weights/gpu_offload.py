@@ -92,14 +92,14 @@ class _Unit:
 class DeviceWeights:
     """A ``Weights`` for graphs on a device. Nothing takes its memory before ``allocate``, nothing is read before ``fill``."""
 
-    def __init__(self, file: ModelFile, hyper: ModelConfig, device: Device) -> None:
+    def __init__(self, file: ModelFile, config: ModelConfig, device: Device) -> None:
         """Describe all units that may go there: everything but the embedding, which a tied head is too."""
         self._file, self._device = file, device
         infos = dict(file.header.tensors)
         if "output.weight" not in infos:
             infos["output.weight"] = infos["token_embd.weight"]
         self._infos = {name: info for name, info in infos.items() if name != "token_embd.weight"}
-        self._order = [*(f"blk.{i}" for i in range(hyper.n_layer)), "norm", "head"]
+        self._order = [*(f"blk.{i}" for i in range(config.n_layer)), "norm", "head"]
         self._units: list[_Unit] = []
         self._tensors: dict[str, int] = {}
         self._joined: dict[tuple[str, ...], int] = {}
@@ -241,20 +241,20 @@ class Offloaded:
     ``compute``: bytes that the graphs take, which who allocates them says. ``sizes``: what the placement went by.
     """
 
-    def __init__(self, device: Device, file: ModelFile, hyper: ModelConfig, memory: int) -> None:
-        self.device, self.weights = device, DeviceWeights(file, hyper, device)
-        self.first = self._layers = hyper.n_layer
+    def __init__(self, device: Device, file: ModelFile, config: ModelConfig, memory: int) -> None:
+        self.device, self.weights = device, DeviceWeights(file, config, device)
+        self.first = self._layers = config.n_layer
         self.memory = memory
         self.sizes = Sizes((), 0, 0, 0)
         self.compute = 0
         self._taken: dict[int, int] = {}  # bytes, by address of the buffer
 
     @classmethod
-    def open(cls, accelerator: Accelerator, file: ModelFile, hyper: ModelConfig) -> Offloaded:
+    def open(cls, accelerator: Accelerator, file: ModelFile, config: ModelConfig) -> Offloaded:
         """Open the device; nothing is placed there yet. Raises OptionError if there is none, OutOfMemory."""
         device = devices.open_device(accelerator.backend, accelerator.index, accelerator.id)
         try:
-            return cls(device, file, hyper, accelerator.memory)
+            return cls(device, file, config, accelerator.memory)
         except BaseException:
             device.close()
             raise

@@ -478,7 +478,7 @@ def cache_key(file: ModelFile, centre: bool = True) -> str:
 
     Of the CPU: features, vector length, and the layouts it may use now, for a system can withhold AMX from a process.
     """
-    build = (ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.cpu_features(), str(ggml.vector_length()))
+    build = (ggml.c.version().decode(), ggml.c.commit().decode(), *ggml.ggml_features(), str(ggml.ggml_vector_length()))
     form = () if centre else ("as in the file",)
     return "|".join((file.key(), *build, *layouts(), str(FORMAT), *form))
 

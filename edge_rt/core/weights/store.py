@@ -25,7 +25,7 @@ class WeightStore:
     Units that are ``elsewhere``, on a device, are in no unit here: nothing reads them ahead.
     """
 
-    def __init__(self, file: ModelFile, hyper: ModelConfig, packed: PackedFile | None = None, elsewhere: Collection[str] = ()) -> None:
+    def __init__(self, file: ModelFile, config: ModelConfig, packed: PackedFile | None = None, elsewhere: Collection[str] = ()) -> None:
         self._file, self._packed = file, packed
         names = list(file.header.tensors)
         self._ctx = ggml.context(2 * (len(names) + len(packed.entries if packed else ())) + 1)  # half of it for ``joined``
@@ -50,7 +50,7 @@ class WeightStore:
         """Whether some weights lie as Q4_0 and offsets (repack.py)."""
         self.corrections: Corrections | None = None
         """What compensates for their quantisation; it belongs to who set it."""
-        self.units = tuple(self._units(hyper, elsewhere))
+        self.units = tuple(self._units(config, elsewhere))
         self._advise()
 
     def get(self, name: str) -> int | None:
@@ -119,7 +119,7 @@ class WeightStore:
         if self._packed:
             self._packed.close()
 
-    def _units(self, hyper: ModelConfig, elsewhere: Collection[str]) -> Iterator[Unit]:
+    def _units(self, config: ModelConfig, elsewhere: Collection[str]) -> Iterator[Unit]:
         """Units in the order a forward pass touches them."""
         tied = "output.weight" not in self._tensors and "head" not in elsewhere
         members: dict[str, list[str]] = {}
@@ -128,7 +128,7 @@ class WeightStore:
         if tied:
             # The head is the embedding: its bytes are read whole by every step, so they count there.
             members.setdefault("head", []).extend(n for n in members.pop("embedding", []))
-        order = ["embedding", *(f"blk.{i}" for i in range(hyper.n_layer)), "norm", "head"]
+        order = ["embedding", *(f"blk.{i}" for i in range(config.n_layer)), "norm", "head"]
         for unit in (one for one in order if one not in elsewhere):
             names = members.get(unit, [])
             experts = [n for n in names if "_exps." in n]

@@ -443,7 +443,7 @@ class Paging:
     def __init__(
         self,
         weights: WeightStore,
-        hyper: ModelConfig,
+        config: ModelConfig,
         budget: int | None,
         progress: Callable[[str, int, int], None] | None = None,
         ahead: int = AHEAD,
@@ -456,7 +456,7 @@ class Paging:
         hold the streaming window.
         """
         self._weights, self._progress, self._ahead, self._locked = weights, progress, ahead, frozenset(locked)
-        self._hyper = hyper
+        self._config = config
         self._pager: WeightStreamer | None = None
         self._prefetcher: Prefetcher | None = None
         self._experts: ExpertResidency | None = None
@@ -465,11 +465,11 @@ class Paging:
         self._needs = {"embedding": ("head", True), "head": ("head", False)} if tied else {}
         dense = sum(unit.size for unit in weights.units if not unit.sparse)
         if budget is not None and budget - beside < weights.size:
-            sparse_budget = max(0, budget - beside - dense) if hyper.n_expert else 0
+            sparse_budget = max(0, budget - beside - dense) if config.n_expert else 0
             pager = WeightStreamer(weights.units, budget - sparse_budget, beside)
             self._pager = pager
-            if hyper.n_expert:
-                self._experts = ExpertResidency(self._expert_spans(), hyper.n_expert, sparse_budget)
+            if config.n_expert:
+                self._experts = ExpertResidency(self._expert_spans(), config.n_expert, sparse_budget)
         else:
             self.warm()
 
@@ -562,7 +562,7 @@ class Paging:
     def _expert_spans(self) -> dict[str, Any]:
         return {
             name: self._weights.span(name)
-            for layer in range(self._hyper.n_layer)
+            for layer in range(self._config.n_layer)
             for kind in ("gate", "up", "down")
             if self._weights.get(name := f"blk.{layer}.ffn_{kind}_exps.weight")
         }

@@ -32,7 +32,7 @@ from edge_rt.hooks import (
     SessionFileError,
     UnsupportedModel,
     available_cpus,
-    check_parts,
+    check_batches,
     install_native_log,
     recent_native_errors,
 )
@@ -474,38 +474,38 @@ class LlamaCppEngine:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
-        """Feed every part and return its logits, as ``Engine.step`` says. More than 512 tokens go to libllama in several calls.
+    def step(self, batches: Sequence[SequenceBatch]) -> list[Logits | None]:
+        """Feed every batch and return its logits, as ``Engine.step`` says. More than 512 tokens go to libllama in several calls.
 
         Raises ContextError or OutOfMemory (then no sequence has changed), ModelChanged, NativeError.
         """
-        return list(self._step(parts))
+        return list(self._step(batches))
 
-    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, batches: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with hidden states in place of logits, as ``EmbedsText`` says; libllama makes both."""
-        if not any(part.logits != "none" for part in parts):
-            return self._step(parts)
+        if not any(batch.logits != "none" for batch in batches):
+            return self._step(batches)
         self._check_open()
         self._lib.llama_set_embeddings(self._context, True)
         try:
-            return self._step(parts, hidden=True)
+            return self._step(batches, hidden=True)
         finally:
             self._lib.llama_set_embeddings(self._context, False)
 
-    def _step(self, parts: Sequence[SequenceBatch], *, hidden: bool = False) -> list[npt.NDArray[np.float32] | None]:
+    def _step(self, batches: Sequence[SequenceBatch], *, hidden: bool = False) -> list[npt.NDArray[np.float32] | None]:
         """Any step."""
         self._check_open()
         self._model.check_unchanged()
-        check_parts(parts, self.length, self.info)
-        arrays = [np.asarray(part.tokens, dtype=np.int32) for part in parts]
+        check_batches(batches, self.length, self.info)
+        arrays = [np.asarray(batch.tokens, dtype=np.int32) for batch in batches]
         if not any(map(len, arrays)):
-            return [None] * len(parts)
-        order = self._adapters.order([part.sequence for part in parts])
-        pairs = [(parts[i], arrays[i]) for i in order]
+            return [None] * len(batches)
+        order = self._adapters.order([batch.sequence for batch in batches])
+        pairs = [(batches[i], arrays[i]) for i in order]
         tokens = np.concatenate([array for _, array in pairs])
-        positions = np.concatenate([self._positions[part.sequence].next + np.arange(len(array), dtype=np.int32) for part, array in pairs])
-        slots = np.repeat([self._slots[part.sequence] for part, _ in pairs], [len(array) for _, array in pairs]).astype(np.int32)
-        wanted = np.concatenate([_wanted(part, len(array)) for part, array in pairs])
+        positions = np.concatenate([self._positions[batch.sequence].next + np.arange(len(array), dtype=np.int32) for batch, array in pairs])
+        slots = np.repeat([self._slots[batch.sequence] for batch, _ in pairs], [len(array) for _, array in pairs]).astype(np.int32)
+        wanted = np.concatenate([_wanted(batch, len(array)) for batch, array in pairs])
         found = np.empty((int(wanted.sum()), self.info.n_embd if hidden else self.info.n_vocab), dtype=np.float32)
         try:
             done = 0
@@ -521,15 +521,15 @@ class LlamaCppEngine:
                     found[done : done + rows] = self._call.hidden(wanted[chunk], width) if hidden else self._call.logits(rows, width)
                 done += rows
         except BaseException as error:
-            lost = self._undo([part.sequence for part in parts])
+            lost = self._undo([batch.sequence for batch in batches])
             if lost and isinstance(error, EdgeError):
                 raise NativeError(f"{error}; this step's sessions are lost: {self.info.architecture} models cannot go back") from error
             raise
-        results: list[npt.NDArray[np.float32] | None] = [None] * len(parts)
+        results: list[npt.NDArray[np.float32] | None] = [None] * len(batches)
         row = 0
-        for i, (part, array) in zip(order, pairs, strict=True):
-            self._positions[part.sequence].append(len(array))
-            rows = {"none": 0, "last": min(1, len(array)), "all": len(array)}[part.logits]
+        for i, (batch, array) in zip(order, pairs, strict=True):
+            self._positions[batch.sequence].append(len(array))
+            rows = {"none": 0, "last": min(1, len(array)), "all": len(array)}[batch.logits]
             results[i] = found[row : row + rows] if rows else None
             row += rows
         return results
@@ -539,7 +539,7 @@ class LlamaCppEngine:
         self._call.tell(moved)
 
     def _calls(self, pairs: Sequence[tuple[SequenceBatch, npt.NDArray[np.int32]]]) -> Iterator[tuple[slice, Binding]]:
-        """The calls that the tokens of some parts take, one behind the other: at most 512 tokens in each, all through one adapter."""
+        """The calls that the tokens of some batches take, one behind the other: at most 512 tokens in each, all through one adapter."""
         start = 0
         for binding, group in itertools.groupby(pairs, key=lambda pair: self._adapters.of(pair[0].sequence)):
             end = start + sum(len(array) for _, array in group)
@@ -625,10 +625,10 @@ class LlamaCppEngine:
         self._release()
 
 
-def _wanted(part: SequenceBatch, n: int) -> npt.NDArray[np.bool_]:
-    """For which of a part's n tokens logits are wanted: bool [n]."""
-    wanted = np.full(n, part.logits == "all")
-    wanted[-1:] = part.logits != "none"
+def _wanted(batch: SequenceBatch, n: int) -> npt.NDArray[np.bool_]:
+    """For which of a batch's n tokens logits are wanted: bool [n]."""
+    wanted = np.full(n, batch.logits == "all")
+    wanted[-1:] = batch.logits != "none"
     return wanted
 
 

@@ -18,7 +18,7 @@ from edge_rt.hooks import (
     OutOfMemory,
     SequenceBatch,
     Ubatch,
-    check_parts,
+    check_batches,
     check_tokens,
     split_ubatches,
 )
@@ -52,7 +52,7 @@ class TorchEngine(TorchSequences):
         Raises UnsupportedModel, ModelFileError, ModelChanged, OptionError, OutOfMemory, NativeError.
         """
         super().__init__()
-        self.hyper, family = read(file)
+        self.config, family = read(file)
         self._dtype, self._adapter = dtype_named(options.extra.get("torch.dtype", adapter.dtype)), adapter
         self._there = adapter.package is not None  # the device has memory of its own
         if adapter.package is not None:
@@ -60,7 +60,7 @@ class TorchEngine(TorchSequences):
         elif options.threads is not None:
             torch.set_num_threads(options.threads)
         self._device = device_of(adapter, number)
-        h = self.hyper
+        h = self.config
         placement = place(file, self._dtype.itemsize, options.memory, whole=not self._there)
         self.info = EngineInfo(
             engine="torch", architecture=h.architecture, n_vocab=h.n_vocab, n_layer=h.n_layer, n_embd=h.n_embd,
@@ -91,42 +91,42 @@ class TorchEngine(TorchSequences):
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[SequenceBatch]) -> list[Logits | None]:
-        """Feed every part; see ``Engine.step``."""
-        return list(self._step(parts, "logits"))
+    def step(self, batches: Sequence[SequenceBatch]) -> list[Logits | None]:
+        """Feed every batch; see ``Engine.step``."""
+        return list(self._step(batches, "logits"))
 
-    def hidden(self, parts: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
+    def hidden(self, batches: Sequence[SequenceBatch]) -> list[npt.NDArray[np.float32] | None]:
         """The same with hidden states in place of logits; see ``EmbedsText``."""
-        return self._step(parts, "hidden")
+        return self._step(batches, "hidden")
 
-    def _step(self, parts: Sequence[SequenceBatch], output: Output) -> list[npt.NDArray[np.float32] | None]:
+    def _step(self, batches: Sequence[SequenceBatch], output: Output) -> list[npt.NDArray[np.float32] | None]:
         """Any step, as several runs if it is long. A step that fails on the way leaves every sequence as long as it was."""
-        check_parts(parts, self.length, self.info)
-        results: list[list[npt.NDArray[np.float32]]] = [[] for _ in parts]
+        check_batches(batches, self.length, self.info)
+        results: list[list[npt.NDArray[np.float32]]] = [[] for _ in batches]
         self._held = 0
-        with self._giving_back(), self._restored(parts), errors(self.info.device):
-            for part in parts:
-                self._room(self._sequences[part.sequence], len(part.tokens), part.more)
-            for run in split_ubatches(parts, CHUNK, self._order(parts)):
+        with self._giving_back(), self._restored(batches), errors(self.info.device):
+            for batch in batches:
+                self._room(self._sequences[batch.sequence], len(batch.tokens), batch.more)
+            for run in split_ubatches(batches, CHUNK, self._order(batches)):
                 rows = self._run(run, output)
                 start = 0
-                for piece in run:
-                    if piece.rows:
-                        results[piece.part].append(rows[start : start + len(piece.rows)])
-                        start += len(piece.rows)
+                for ubatch in run:
+                    if ubatch.rows:
+                        results[ubatch.batch].append(rows[start : start + len(ubatch.rows)])
+                        start += len(ubatch.rows)
         given = [None if not found else found[0] if len(found) == 1 else np.concatenate(found) for found in results]
         self._held = sum(rows.nbytes for rows in given if rows is not None)
         return given
 
-    def _order(self, parts: Sequence[SequenceBatch]) -> list[int]:
+    def _order(self, batches: Sequence[SequenceBatch]) -> list[int]:
         """Sequences with the same adapter side by side: then one product is enough for them."""
-        applied = [self._sequences[part.sequence].applied for part in parts]
-        return sorted(range(len(parts)), key=lambda i: (0, 0.0) if (one := applied[i]) is None else (id(one.weights), one.scale))
+        applied = [self._sequences[batch.sequence].applied for batch in batches]
+        return sorted(range(len(batches)), key=lambda i: (0, 0.0) if (one := applied[i]) is None else (id(one.weights), one.scale))
 
     @contextmanager
-    def _restored(self, parts: Sequence[SequenceBatch]) -> Iterator[None]:
+    def _restored(self, batches: Sequence[SequenceBatch]) -> Iterator[None]:
         """If the block fails, the sequences are cut back to what they were; queries of layers that were reached are forgotten."""
-        before = [(cells, cells.length) for cells in (self._sequences[part.sequence] for part in parts)]
+        before = [(cells, cells.length) for cells in (self._sequences[batch.sequence] for batch in batches)]
         try:
             yield
         except BaseException:
@@ -137,16 +137,16 @@ class TorchEngine(TorchSequences):
             raise
 
     def _run(self, run: Sequence[Ubatch], output: Output) -> npt.NDArray[np.float32]:
-        """One pass over the weights; rows of all pieces that want some, in order: float32 [R, V or E]."""
+        """One pass over the weights; rows of all ubatches that want some, in order: float32 [R, V or E]."""
         decoder = self._open_decoder()
         tokens, positions, rows, slots = list[int](), list[int](), list[int](), list[Slot]()
-        for piece in run:
-            cells = self._sequences[piece.sequence]
-            rows += [len(tokens) + row for row in piece.rows]
+        for ubatch in run:
+            cells = self._sequences[ubatch.sequence]
+            rows += [len(tokens) + row for row in ubatch.rows]
             following = cells.positions.next
-            positions += range(following, following + len(piece.tokens))
-            tokens += piece.tokens
-            slots.append(Slot(cells, cells.length, len(piece.tokens), len(piece.rows)))
+            positions += range(following, following + len(ubatch.tokens))
+            tokens += ubatch.tokens
+            slots.append(Slot(cells, cells.length, len(ubatch.tokens), len(ubatch.rows)))
         wanted = torch.tensor(rows, device=self._device) if rows else None
         ids, turn = torch.tensor(tokens, dtype=torch.int64, device=self._device), self._rope.at(positions)
         with torch.inference_mode():
@@ -209,9 +209,9 @@ class TorchEngine(TorchSequences):
             return MemoryReport(self._kept_bytes, self._kept_bytes, cache, results, weights + cache)
         return MemoryReport(weights, weights, cache, results)
 
-    def compute_bytes(self, cells: int, parts: int, rows: int) -> int:
+    def compute_bytes(self, cells: int, batches: int, rows: int) -> int:
         """The most that steps hold beside the caches; see ``PredictsMemory``."""
-        h, size = self.hyper, int(self._dtype.itemsize)
+        h, size = self.config, int(self._dtype.itemsize)
         tokens, kv = CHUNK, h.n_head_kv * h.head_dim
         n_ff = self._open_decoder().weights.inner
         wide = h.n_head * h.head_dim + 2 * kv

@@ -48,22 +48,22 @@ def unsupported(file: ModelFile) -> str | None:
     if header.architecture not in FAMILIES:
         return f"the torch engine runs {', '.join(FAMILIES)} and not {header.architecture!r}"
     try:
-        hyper = read_config(header)
+        config = read_config(header)
     except UnsupportedModel as error:
         return str(error)
-    if unused := next((name for name in header.tensors if not _used(name, hyper, FAMILIES[header.architecture])), None):
+    if unused := next((name for name in header.tensors if not _used(name, config, FAMILIES[header.architecture])), None):
         return f"the torch engine has no use for the tensor {unused}"
     strange = next((info for info in header.tensors.values() if info.type_name not in TYPES), None)
     return f"the torch engine cannot read the {strange.type_name} weights of {strange.name}" if strange else None
 
 
-def _used(name: str, hyper: ModelConfig, family: Family) -> bool:
+def _used(name: str, config: ModelConfig, family: Family) -> bool:
     """Whether the engine computes with a tensor of that name: what it would leave out made the model another one."""
     in_block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if in_block is None:
         return bool(re.fullmatch(_BESIDE, name)) and (family.factors or not name.startswith("rope_freqs"))
-    parts = (_ATTENTION, _EXPERTS if hyper.n_expert else _DENSE, *((_HEAD_NORMS,) if family.head_norms else ()))
-    return int(in_block[1]) < hyper.n_layer and any(re.fullmatch(part, in_block[2]) for part in parts)
+    parts = (_ATTENTION, _EXPERTS if config.n_expert else _DENSE, *((_HEAD_NORMS,) if family.head_norms else ()))
+    return int(in_block[1]) < config.n_layer and any(re.fullmatch(part, in_block[2]) for part in parts)
 
 
 def read(file: ModelFile) -> tuple[ModelConfig, Family]:

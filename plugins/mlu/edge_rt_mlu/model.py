@@ -52,8 +52,8 @@ class _Step(NamedTuple):
 class Decoder:
     """The weights and how to go through them."""
 
-    def __init__(self, hyper: ModelConfig, weights: Weights, rope: Rope, dtype: torch.dtype) -> None:
-        self.hyper, self.weights, self.rope, self._dtype = hyper, weights, rope, dtype
+    def __init__(self, config: ModelConfig, weights: Weights, rope: Rope, dtype: torch.dtype) -> None:
+        self.config, self.weights, self.rope, self._dtype = config, weights, rope, dtype
 
     def run(
         self, tokens: torch.Tensor, turn: Turn, slots: Sequence[Slot], rows: torch.Tensor | None, output: Output, moved: Callable[[], None]
@@ -73,7 +73,7 @@ class Decoder:
         )
         x = weights.embedding[tokens].float()
         add_embeddings(x, tokens, step.adapted)
-        for number in range(self.hyper.n_layer):
+        for number in range(self.config.n_layer):
             behind = self._through(number, x, step)
             if behind is None:
                 return None
@@ -84,7 +84,7 @@ class Decoder:
 
     def _through(self, number: int, x: torch.Tensor, step: _Step) -> torch.Tensor | None:
         """Hidden states [T, E] behind a block; behind the last one those of the wanted rows [R, E], None if there are none."""
-        block, last, adapted = self.weights.block(number), number == self.hyper.n_layer - 1, step.adapted
+        block, last, adapted = self.weights.block(number), number == self.config.n_layer - 1, step.adapted
         attended = self._attention(number, block, x, step, stored_only=last and step.rows is None)
         if attended is None:
             return None
@@ -102,11 +102,11 @@ class Decoder:
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / rms(x) * w over the last dimension, in float32."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.hyper.eps) * weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.eps) * weight
 
     def _attention(self, number: int, block: Block, x: torch.Tensor, step: _Step, *, stored_only: bool) -> torch.Tensor | None:
         """Attention of all tokens [T, H * D], each sequence's over its own cells; their keys and values are stored first."""
-        h, turn = self.hyper, step.turn
+        h, turn = self.config, step.turn
         qkv = block.qkv(self._rms(x, block.attention_norm).to(self._dtype), step.adapted).view(len(x), -1, h.head_dim)
         q, k, v = qkv[:, : h.n_head], qkv[:, h.n_head : h.n_head + h.n_head_kv], qkv[:, h.n_head + h.n_head_kv :]
         if block.query_norm is not None and block.key_norm is not None:
@@ -129,7 +129,7 @@ class Decoder:
         t, (_, heads, _, size) = len(q), layer.shape
         keys, values = layer[:, :, : start + t].to(self._dtype)  # [G, N, D]
         q = q.view(t, heads, -1, size).transpose(0, 1)  # [G, t, H/G, D]
-        step = max(1, SCORES // (self.hyper.n_head * (start + t)))
+        step = max(1, SCORES // (self.config.n_head * (start + t)))
         parts = [self._some(q[:, a : a + step], keys, values, start + a) for a in range(0, t, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

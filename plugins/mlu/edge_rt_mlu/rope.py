@@ -29,11 +29,11 @@ class Rope:
     scale, which YaRN (Peng et al. 2023) applies to slow pairs only, with a ramp between.
     """
 
-    def __init__(self, hyper: ModelConfig, factors: npt.NDArray[np.float32] | None, *, neighbours: bool, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, factors: npt.NDArray[np.float32] | None, *, neighbours: bool, device: torch.device) -> None:
         """``factors``: [D/2]. ``neighbours``: pairs are elements 2i and 2i+1 (llama), else i and i + D/2."""
-        r, pairs = hyper.rope, np.arange(hyper.rope.dims // 2, dtype=np.float64)
+        r, pairs = config.rope, np.arange(config.rope.dims // 2, dtype=np.float64)
         plain = r.base ** (-2 * pairs / r.dims) / (1.0 if factors is None else factors.astype(np.float64))
-        kept = r.ext_factor * _ramp(pairs, hyper) if r.ext_factor else 0.0
+        kept = r.ext_factor * _ramp(pairs, config) if r.ext_factor else 0.0
         self._frequencies = plain * (r.scale * (1 - kept) + kept)
         self._magnitude = r.attn_factor * (1 + 0.1 * math.log(1 / r.scale) if r.ext_factor else 1.0)
         self._neighbours, self._device = neighbours, device
@@ -63,9 +63,9 @@ class Rope:
         return torch.cat((a * turn.cos - b * turn.sin, a * turn.sin + b * turn.cos), dim=-1)
 
 
-def _ramp(pairs: npt.NDArray[np.float64], hyper: ModelConfig) -> npt.NDArray[np.float64]:
+def _ramp(pairs: npt.NDArray[np.float64], config: ModelConfig) -> npt.NDArray[np.float64]:
     """How much of each pair's own frequency YaRN keeps: 1 for those that turn often within the original context, 0 for slow ones."""
-    r = hyper.rope
+    r = config.rope
 
     def pair(turns: float) -> float:
         return r.dims * math.log(r.original_context / (turns * 2 * math.pi)) / (2 * math.log(r.base))

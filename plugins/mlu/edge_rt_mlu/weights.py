@@ -134,8 +134,8 @@ def _tensors(part: object) -> Iterator[torch.Tensor]:
 class Loader:
     """Reads the tensors of one file, each once, and checks their shapes. ``done`` is told with every piece: bytes of the file."""
 
-    def __init__(self, file: ModelFile, hyper: ModelConfig, device: torch.device, dtype: torch.dtype, done: Callable[[int], None]) -> None:
-        self._hyper, self._device, self._dtype = hyper, device, dtype
+    def __init__(self, file: ModelFile, config: ModelConfig, device: torch.device, dtype: torch.dtype, done: Callable[[int], None]) -> None:
+        self._config, self._device, self._dtype = config, device, dtype
         self._reader = Reader(file, done)
 
     def load(self, family: Family, there: int) -> Weights:
@@ -143,7 +143,7 @@ class Loader:
 
         Raises ModelFileError for what is missing or misshapen, UnsupportedModel for what this model would ignore.
         """
-        h, has = self._hyper, self._reader.has
+        h, has = self._config, self._reader.has
         factors = None
         if family.factors and has("rope_freqs.weight"):
             factors = self._reader.numbers("rope_freqs.weight", (h.rope.dims // 2,))
@@ -162,7 +162,7 @@ class Loader:
         return Weights(embedding, blocks, norm, Linear(head, bias, (("output.weight", 0),) if own else ()), factors, there)
 
     def _block(self, prefix: str, family: Family) -> Block:
-        h = self._hyper
+        h = self._config
         query, kv = h.n_head * h.head_dim, h.n_head_kv * h.head_dim
         if self._reader.has(f"{prefix}.attn_qkv.weight"):
             qkv = self._linear(prefix, {"attn_qkv": query + 2 * kv}, h.n_embd)
@@ -181,13 +181,13 @@ class Loader:
         )
 
     def _dense(self, prefix: str) -> Dense:
-        h = self._hyper
+        h = self._config
         inner = self._reader.rows(f"{prefix}.ffn_gate.weight", h.n_ff)
         gate_up = self._linear(prefix, {"ffn_gate": inner, "ffn_up": inner}, h.n_embd)
         return Dense(gate_up, self._linear(prefix, {"ffn_down": h.n_embd}, inner))
 
     def _experts(self, prefix: str) -> Experts:
-        h, n = self._hyper, self._hyper.n_expert
+        h, n = self._config, self._config.n_expert
         inner = self._reader.rows(f"{prefix}.ffn_gate_exps.weight", h.n_ff)
         router = torch.empty((n, h.n_embd))
         self._reader.fill(router, f"{prefix}.ffn_gate_inp.weight", (h.n_embd, n))

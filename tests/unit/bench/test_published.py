@@ -56,7 +56,7 @@ def test_a_shape_from_measures_is_that_of_the_file(tmp_path: Path, monkeypatch: 
         theirs = read_shape(file.header, packed=())
     ours = published.shape("small", "Q8_0")
     assert (ours.parameters, ours.streamed, ours.nodes) == (theirs.parameters, theirs.streamed, theirs.nodes)
-    assert (ours.hyper.head_dim, ours.hyper.n_head_kv) == (theirs.hyper.head_dim, theirs.hyper.n_head_kv)
+    assert (ours.config.head_dim, ours.config.n_head_kv) == (theirs.config.head_dim, theirs.config.n_head_kv)
     assert len(ours.products) == 3 * 7 + 1, "llama.cpp reads each by itself"
 
 

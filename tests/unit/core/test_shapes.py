@@ -29,8 +29,8 @@ def model(request: pytest.FixtureRequest, random_model: Callable[..., Path]) -> 
         return dict(file.header.tensors), read_config(file.header)
 
 
-def check(tensors: dict[str, TensorInfo], hyper: ModelConfig) -> None:
-    check_shapes(tensors, hyper, FAMILIES[hyper.architecture])
+def check(tensors: dict[str, TensorInfo], config: ModelConfig) -> None:
+    check_shapes(tensors, config, FAMILIES[config.architecture])
 
 
 def reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
@@ -38,33 +38,33 @@ def reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
 
 
 def test_sound_models_pass(model: tuple[dict[str, TensorInfo], ModelConfig]) -> None:
-    tensors, hyper = model
-    check(tensors, hyper)
-    check({name: reshaped(info, (*info.shape, 1)) for name, info in tensors.items() if len(info.shape) < 4}, hyper)
+    tensors, config = model
+    check(tensors, config)
+    check({name: reshaped(info, (*info.shape, 1)) for name, info in tensors.items() if len(info.shape) < 4}, config)
 
 
 def test_every_tensor_is_checked(model: tuple[dict[str, TensorInfo], ModelConfig]) -> None:
     """Another shape is refused for each; one that is missing is refused unless it is optional."""
-    tensors, hyper = model
+    tensors, config = model
     for name, info in tensors.items():
         for shape in ((info.shape[0] + 32, *info.shape[1:]), (*info.shape, 2)):
             with pytest.raises(ModelFileError, match="has the shape"):
-                check(tensors | {name: reshaped(info, shape)}, hyper)
+                check(tensors | {name: reshaped(info, shape)}, config)
         rest = {other: tensors[other] for other in tensors if other != name}
         if name.endswith(".bias") or name in ("output.weight", "rope_freqs.weight"):
-            check(rest, hyper)
+            check(rest, config)
         else:
             with pytest.raises(ModelFileError, match="lacks the tensor"):
-                check(rest, hyper)
+                check(rest, config)
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.scale", "blk.2.attn_norm.weight", "blk.0.ffn_gate_shexp.weight", "something.weight"])
 def test_nothing_is_ignored(name: str, random_model: Callable[..., Path]) -> None:
     with ModelFile.open(random_model()) as file:
-        tensors, hyper = dict(file.header.tensors), read_config(file.header)
+        tensors, config = dict(file.header.tensors), read_config(file.header)
     extra = reshaped(tensors["output_norm.weight"], (64,))
     with pytest.raises(UnsupportedModel, match=name):
-        check(tensors | {name: extra}, hyper)
+        check(tensors | {name: extra}, config)
 
 
 def header_with(path: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> ModelConfig:
@@ -82,9 +82,9 @@ def header_with(path: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> M
 def test_blocks_may_differ_in_their_feed_forward_network_alone(random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = random_model("deci", n_ff=(64, 160))
     with ModelFile.open(path) as file:
-        hyper = read_config(file.header)
-        check(dict(file.header.tensors), hyper)
-        assert hyper.n_ff == 160
+        config = read_config(file.header)
+        check(dict(file.header.tensors), config)
+        assert config.n_ff == 160
     assert header_with(path, monkeypatch, **{"attention.head_count_kv": [2, 2], "attention.head_count": [4, 4]}).n_head_kv == 2
     for value, refused, said in (
         ([64], ModelFileError, "is of 1 blocks"), ([64, -1], ModelFileError, "is -1"), ([64, "160"], ModelFileError, "is 160"),

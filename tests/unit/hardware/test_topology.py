@@ -10,7 +10,7 @@ import pytest
 
 from edge_rt import hooks
 from edge_rt.hardware.system_files import cpu_quota
-from edge_rt.hardware.topology import allowed_cpus, board, cpu_topology
+from edge_rt.hardware.topology import allowed_cpus, board_name, cpu_topology
 from edge_rt.hooks import Cache, Cores
 from edge_rt.testing import system_trees as trees
 
@@ -25,7 +25,7 @@ def test_raspberry_pi_4(tmp_path: Path) -> None:
     root = trees.raspberry_pi_4(tmp_path)
     caches = (Cache(1, 32 << 10, 1), Cache(2, 1 << 20, 4))
     assert cpu_topology(root) == (Cores("Cortex-A72", 4, (0, 1, 2, 3), ("neon",), 1.5e9, caches),)
-    assert board(root) == "Raspberry Pi Compute Module 4 Rev 1.0"
+    assert board_name(root) == "Raspberry Pi Compute Module 4 Rev 1.0"
 
 
 def test_raspberry_pi_5(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_virtual_machine(tmp_path: Path) -> None:
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     assert cpu_topology(tmp_path) == cpu_topology(tmp_path / "none") == ()
-    assert (allowed_cpus(tmp_path), cpu_quota(tmp_path), board(tmp_path)) == ((), None, "")
+    assert (allowed_cpus(tmp_path), cpu_quota(tmp_path), board_name(tmp_path)) == ((), None, "")
 
 
 def test_this_machine() -> None:

@@ -122,16 +122,16 @@ def read_architecture(file: ModelFile) -> Architecture:
     header = file.header
     if header.architecture not in FAMILIES:
         raise UnsupportedModel(f"{file.path}: models of architecture {header.architecture} cannot be taught here; {_known()}")
-    hyper = read_config(header)
-    _check(file, hyper)
-    widths = (header.tensors.get(f"blk.{i}.ffn_gate.weight") for i in range(hyper.n_layer))
-    layers = tuple(LayerShape(hyper.n_head, hyper.n_head_kv, one.shape[-1] if one else hyper.n_ff) for one in widths)
+    config = read_config(header)
+    _check(file, config)
+    widths = (header.tensors.get(f"blk.{i}.ffn_gate.weight") for i in range(config.n_layer))
+    layers = tuple(LayerShape(config.n_head, config.n_head_kv, one.shape[-1] if one else config.n_ff) for one in widths)
     factors = read_tensor(file, "rope_freqs.weight") if "rope_freqs.weight" in header.tensors else np.empty(0)
     return Architecture(
-        family=header.architecture, vocabulary=hyper.n_vocab, width=hyper.n_embd, head=hyper.head_dim, layers=layers,
-        tied="output.weight" not in header.tensors, norm_epsilon=hyper.eps, rope_base=hyper.rope.base,
-        rope=FAMILIES[header.architecture], context=hyper.train_context, qkv_bias="blk.0.attn_q.bias" in header.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in header.tensors, rope_factors=tuple(map(float, factors)), rope_scale=1 / hyper.rope.scale,
+        family=header.architecture, vocabulary=config.n_vocab, width=config.n_embd, head=config.head_dim, layers=layers,
+        tied="output.weight" not in header.tensors, norm_epsilon=config.eps, rope_base=config.rope.base,
+        rope=FAMILIES[header.architecture], context=config.train_context, qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in header.tensors, rope_factors=tuple(map(float, factors)), rope_scale=1 / config.rope.scale,
     )  # fmt: skip
 
 
@@ -139,14 +139,14 @@ def _known() -> str:
     return f"choose one of {', '.join(FAMILIES)} (Mistral and SmolLM are llama)"
 
 
-def _check(file: ModelFile, hyper: ModelConfig) -> None:
+def _check(file: ModelFile, config: ModelConfig) -> None:
     """Raise UnsupportedModel for what the decoder here would compute differently."""
-    rope = hyper.rope
+    rope = config.rope
     reasons = (
-        (hyper.n_expert > 0, "mixtures of experts"),
-        (rope.dims != hyper.head_dim, "heads of which only a part rotates"),
+        (config.n_expert > 0, "mixtures of experts"),
+        (rope.dims != config.head_dim, "heads of which only a part rotates"),
         (rope.ext_factor != 0 or rope.attn_factor != 1, "YaRN's scaling of positions"),
-        (abs(hyper.attention_scale * hyper.head_dim**0.5 - 1) > 1e-6, "a scale of attention of their own"),
+        (abs(config.attention_scale * config.head_dim**0.5 - 1) > 1e-6, "a scale of attention of their own"),
         ("blk.0.attn_qkv.weight" in file.header.tensors, "queries, keys and values in one matrix"),
     )
     for applies, what in reasons:
