@@ -94,11 +94,11 @@ class SessionStore:
         """A session with its cells in memory, from now on the most recently used. Raises ProtocolError, OutOfMemory."""
         found = self.known(name)
         if isinstance(found, ParkedSession):
-            found = self._back(name, found)
+            found = self._unpark(name, found)
         self.live[name] = self.live.pop(name, found)
         return found
 
-    def _back(self, name: str, parked: ParkedSession) -> Session:
+    def _unpark(self, name: str, parked: ParkedSession) -> Session:
         """From its file. A file that is damaged costs time, and no more: requests bring the whole conversation."""
         from edge_rt import session as saved
 
@@ -123,12 +123,12 @@ class SessionStore:
             logging.getLogger("edge_rt.daemon").warning("a session cannot be parked: %s", error)
             self._full_until = time.monotonic() + FULL_SECONDS
             return False
-        self._is_parked(name, ParkedSession(session.owner, session.context, session.history.cells))
+        self._mark_parked(name, ParkedSession(session.owner, session.context, session.history.cells))
         del self.live[name]
         session.close(share=False)
         return True
 
-    def _is_parked(self, name: str, parked: ParkedSession) -> None:
+    def _mark_parked(self, name: str, parked: ParkedSession) -> None:
         self.parked[name] = parked
         self._tell({"parked": name, "path": str(self._path(name))})
 
@@ -147,12 +147,12 @@ class SessionStore:
         source = self.known(name)
         if isinstance(source, ParkedSession):
             self._copy(self._path(name), self._path(new))
-            self._is_parked(new, source)
+            self._mark_parked(new, source)
         elif room or self._folder is None:
             self.live[new] = source.clone()
         else:
             source.save(self._path(new), durable=False, moved=self._moved)
-            self._is_parked(new, ParkedSession(source.owner, source.context, source.history.cells))
+            self._mark_parked(new, ParkedSession(source.owner, source.context, source.history.cells))
 
     def save(self, name: str, path: Path) -> None:
         """Write a session to a file, wherever it is. Raises ProtocolError, UserError."""
@@ -180,10 +180,10 @@ class SessionStore:
         else:
             if path != self._path(name):
                 self._copy(path, self._path(name))
-            self._is_parked(name, ParkedSession(owner, context, cells))
+            self._mark_parked(name, ParkedSession(owner, context, cells))
         return cells
 
-    def noted(self, name: str, context: Message) -> None:
+    def add_counts(self, name: str, context: Message) -> None:
         """A request of a session has ended: what left its context, what came back, what was pruned."""
         sums = self.counts.setdefault(name, dict.fromkeys(COUNTED, 0))
         for field in COUNTED:
@@ -270,7 +270,7 @@ class MemoryBudget:
 
     def __init__(self, model: Model, store: SessionStore, allowance: int | None) -> None:
         self.allowance, self.lock = allowance, model.lock
-        self.promises: list[Reservation] = []
+        self.reservations: list[Reservation] = []
         self._model, self._store = model, store
         self._engine = model.engine if isinstance(model.engine, PredictsMemory) else None
 
@@ -321,7 +321,7 @@ class MemoryBudget:
             return 0
         staying = 0 if self._store.parks else self._idle() - self._of(self._session(name))
         if alone:
-            busy = 0 if self._store.parks else sum(self._of(one.session) for one in self.promises)
+            busy = 0 if self._store.parks else sum(self._of(one.session) for one in self.reservations)
             return staying + busy + self._compute([asked], running=False) + self.bytes(asked, name) - self.allowance
         return staying + self._promised() + self._compute([asked]) + self.bytes(asked, name) - self.allowance
 
@@ -348,7 +348,7 @@ class MemoryBudget:
         return low
 
     @_locked
-    def bytes_of(self, cells: int) -> int:
+    def session_bytes(self, cells: int) -> int:
         """What a session of so many cells takes that nothing runs in."""
         return 0 if self._engine is None else self._engine.needed_bytes(None, cells + 1)
 
@@ -392,11 +392,11 @@ class MemoryBudget:
         return sum(map(self._engine.sequence_bytes, self._model.prefixes.sequences))
 
     def _promised(self) -> int:
-        return sum(max(one.bytes, self._of(one.session)) for one in self.promises)
+        return sum(max(one.bytes, self._of(one.session)) for one in self.reservations)
 
     def _compute(self, more: Iterable[MemoryRequest], *, running: bool = True) -> int:
         assert self._engine is not None, "only engines that predict are asked"
-        all_of_them = [*(one.need for one in self.promises if running), *more]
+        all_of_them = [*(one.need for one in self.reservations if running), *more]
         now = self._engine.held_bytes()[1]
         if not all_of_them:
             return now
@@ -404,7 +404,7 @@ class MemoryBudget:
         return max(now, self._engine.compute_bytes(cells, min(MAX_PARTS, len(all_of_them)), rows))
 
 
-def memory_report(model: Model, store: SessionStore, account: MemoryBudget) -> Message:
+def memory_report(model: Model, store: SessionStore, budget: MemoryBudget) -> Message:
     """Bytes by owner. All may be shown to anybody but ``by_session``, whose keys are the names of all users' sessions.
 
     ``weights_mapped``, ``weights_resident``, ``cache``, ``compute``, ``device``: as ``MemoryReport``. ``units``: of the weights, with
@@ -415,7 +415,7 @@ def memory_report(model: Model, store: SessionStore, account: MemoryBudget) -> M
     return {
         **model.memory()._asdict(),
         "units": [{"name": unit.name, "nbytes": unit.nbytes, "resident": unit.resident} for unit in model.units()],
-        "promised": account.parts(), "held": account.held(), "reserved": account.reserved(), "allowance": account.allowance,
+        "promised": budget.parts(), "held": budget.held(), "reserved": budget.reserved(), "allowance": budget.allowance,
         "anonymous": anonymous_bytes(), "sessions": len(store), "parked": len(store.parked), "by_session": _by_session(model, store),
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from edge_rt.core.engine import PredictsMemory
 from edge_rt.daemon.sessions import SessionRegistry
 from edge_rt.daemon.worker import requests as admission
 from edge_rt.daemon.worker.memory import MemoryRequest
-from edge_rt.daemon.worker.requests import AdmissionQueue, QueuedRequest
+from edge_rt.daemon.worker.requests import AdmissionQueue, QueueCallbacks, QueuedRequest
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.testing.null_device import NullEngine, NullPlugin
 
@@ -50,11 +50,11 @@ def test_what_is_over_is_free_at_once_and_waits_for_no_collector(host):
     gc.collect()
     gc.disable()
     try:
-        generations = one.serving.generations
+        requests = one.worker.requests
         first, second = one.ask("a" * 30, max_tokens=5), one.ask("b" * 30, max_tokens=100)
         one.step()
-        asked = [weakref.ref(generations._asked[number]) for number in (first, second)]
-        running = [weakref.ref(generations._asked[number].running) for number in (first, second)]
+        asked = [weakref.ref(requests._active[number]) for number in (first, second)]
+        running = [weakref.ref(requests._active[number].running) for number in (first, second)]
         assert all(ref() for ref in (*asked, *running))
         one.step()
         one.tell("drop", second)
@@ -113,14 +113,14 @@ def test_more_may_be_allowed_for_a_text_to_embed_in_time_or_not(host):
     asked = one.do("embed", texts=["x" * 100], credits=10)
     one.step()  # its tokens
     one.step()
-    assert one.serving.patience() <= admission.PATIENCE
+    assert one.worker.wait_seconds() <= admission.PATIENCE
     one.do("allow", bytes=30 * CELL)  # there is no more
     one.step()
     error = one.answer(asked)["error"]
     assert (error["code"], error["needed"] - error["available"]) == ("out_of_memory", short - 10 * CELL)
     assert error["message"].endswith("embed a shorter text, or let the daemon use more memory")
-    assert not one.account.promises
-    assert len(one.serving.generations) == 0
+    assert not one.budget.reservations
+    assert len(one.worker.requests) == 0
 
 
 def test_texts_wait_in_one_line_with_those_who_generate(host):
@@ -136,7 +136,7 @@ def test_texts_wait_in_one_line_with_those_who_generate(host):
     one.until(first, texts, later)
     assert len(one.events(texts, "queued")) == 1, "it is told once"
     assert [message["index"] for message in one.events(texts, "embedding")] == [0, 1]
-    assert (one.account.promises, len(one.serving.generations.line)) == ([], 0)
+    assert (one.budget.reservations, len(one.worker.requests.queue)) == ([], 0)
 
 
 def test_a_text_that_waits_leaves_when_it_is_cancelled_and_holds_up_nobody_who_reads(host):
@@ -152,11 +152,11 @@ def test_a_text_that_waits_leaves_when_it_is_cancelled_and_holds_up_nobody_who_r
     one.step()
     assert one.answer(gone)["error"]["code"] == "cancelled"
     one.until(first)
-    one.serving.generations.credit(deaf, 5)
+    one.worker.requests.add_credits(deaf, 5)
     one.do("resume", request=deaf, events=5)
     one.until(deaf)
     assert "ok" in one.answer(deaf)
-    assert (one.account.promises, len(one.serving.generations), len(one.serving.generations.line)) == ([], 0, 0)
+    assert (one.budget.reservations, len(one.worker.requests), len(one.worker.requests.queue)) == ([], 0, 0)
 
 
 def test_an_answer_of_unknown_length_takes_what_there_is(host):
@@ -233,7 +233,7 @@ def test_what_does_not_fit_when_it_is_cloned_or_restored_is_parked_at_once(host,
     one.ok("clone_session", session="x", new="y")
     assert one.ok("memory")["by_session"]["y"]["parked"]
     assert one.ok("restore_session", session="z", path=str(tmp_path / "saved")) == {"tokens": 150}
-    assert one.account.reserved() <= 250 * CELL
+    assert one.budget.reserved() <= 250 * CELL
     assert one.ok("memory")["sessions"] == 3
 
 
@@ -367,9 +367,9 @@ def test_who_was_cancelled_before_does_not_wait(host):
     one = host(allowance=300 * CELL)
     one.ask("a" * 99, max_tokens=150)
     command = {"op": "generate", "id": 77, "prompt": "b" * 99, "credits": 9, "options": {"max_tokens": 150}}
-    one.serving.generations.note(command)
-    one.serving.generations.cancel(77)
-    one.serving.do(command)
+    one.worker.requests.register(command)
+    one.worker.requests.cancel(77)
+    one.worker.handle(command)
     assert one.answer(77)["error"]["code"] == "cancelled"
 
 
@@ -380,10 +380,11 @@ def test_nobody_is_passed_for_ever():
         begun.append(one.name)
         units.used += one.need.cells
 
-    line = AdmissionQueue(units, begin, lambda one, error: begun.append(error), lambda one, event: None, lambda short: None)
+    line = AdmissionQueue(units, lambda short: None)
+    callbacks = QueueCallbacks(begin, lambda one, error: begun.append(error), lambda one, event: None)
 
     def come(name, cells, priority="normal"):
-        line.add(QueuedRequest({"priority": priority}, [], {}, MemoryRequest(cells, cells), name, lambda: True))
+        line.add(QueuedRequest({"priority": priority}, MemoryRequest(cells, cells), name, callbacks, lambda: True))
         line.admit()
 
     def end(cells):
@@ -407,12 +408,11 @@ def test_nobody_is_passed_for_ever():
 
 def test_the_urgent_go_first_and_then_the_first():
     units, begun = Units(), []
-    line = AdmissionQueue(
-        units, lambda one, room: begun.append(one.name), lambda one, error: None, lambda one, event: None, lambda short: None
-    )
+    line = AdmissionQueue(units, lambda short: None)
+    callbacks = QueueCallbacks(lambda one, room: begun.append(one.name), lambda one, error: None, lambda one, event: None)
     units.used = 10
     for name, priority in (("a", "low"), ("b", "normal"), ("c", "high"), ("d", "normal")):
-        line.add(QueuedRequest({"priority": priority}, [], {}, MemoryRequest(1, 1), name, lambda: True))
+        line.add(QueuedRequest({"priority": priority}, MemoryRequest(1, 1), name, callbacks, lambda: True))
     assert not line.admit()
     units.used = 0
     assert line.admit()
@@ -423,17 +423,18 @@ def test_who_waits_is_looked_at_again_after_a_while_though_nothing_ended(monkeyp
     now = [1000.0]
     monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now[0]))
     units = Units()
-    line = AdmissionQueue(units, lambda one, room: None, lambda one, error: None, lambda one, event: None, lambda short: None)
-    assert line.due() is None
+    line = AdmissionQueue(units, lambda short: None)
+    callbacks = QueueCallbacks(lambda one, room: None, lambda one, error: None, lambda one, event: None)
+    assert line.next_check() is None
     units.used = 10
-    line.add(QueuedRequest({}, [], {}, MemoryRequest(1, 1), "a", lambda: True))
+    line.add(QueuedRequest({}, MemoryRequest(1, 1), "a", callbacks, lambda: True))
     line.admit()
     now[0] += admission.RETRY_SECONDS / 2
-    assert line.due() > now[0]
+    assert line.next_check() > now[0]
     now[0] += admission.RETRY_SECONDS / 2
-    assert line.due() <= now[0]
+    assert line.next_check() <= now[0]
     line.admit()
-    assert line.due() > now[0]
+    assert line.next_check() > now[0]
 
 
 def test_events_that_nobody_takes_are_not_sent(host):
@@ -443,8 +444,8 @@ def test_events_that_nobody_takes_are_not_sent(host):
     for _ in range(5):
         one.step()
     assert [message["event"] for message in one.said[second]] == ["queued"]
-    one.serving.generations.credit(second, 1000)
-    one.serving.do({"op": "resume", "request": second, "events": 1000})
+    one.worker.requests.add_credits(second, 1000)
+    one.worker.handle({"op": "resume", "request": second, "events": 1000})
     one.until(second)
     assert one.used(second)["completion_tokens"] == 150
 
@@ -466,7 +467,7 @@ def test_a_shared_beginning_that_is_copied_is_counted_beside_what_the_session_ha
     one.do("open_session", session="x", owner="o")
     one.until(one.ask("z" * 89, "x", max_tokens=10))
     one.ask("P" * 59 + "R" * 80, "x", max_tokens=20)  # 60 of the 150 would be copied
-    assert one.account.held() <= one.account.reserved() <= 320 * CELL
+    assert one.budget.held() <= one.budget.reserved() <= 320 * CELL
 
 
 def test_pruned_requests_need_less(host):
@@ -509,7 +510,7 @@ other = st.one_of(
 def test_whatever_comes_nothing_is_promised_twice_or_lost(host, tmp_path_factory, first, moves):
     one = host(allowance=first * CELL, parked=tmp_path_factory.mktemp("parked"))
     plain = host()
-    account, limit = one.account, [first * CELL]
+    account, limit = one.budget, [first * CELL]
 
     def check():
         held, reserved = account.held(), account.reserved()

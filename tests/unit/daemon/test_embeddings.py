@@ -66,7 +66,7 @@ def test_requests_take_turns_text_by_text(asks):
     asks.add("many", texts=["a"] * 50)
     asks.add("few", texts=["b"] * 3)
     order = []
-    asks.work._say = lambda asked, message: (order.append(asked.id), asks.say(asked, message))
+    asks.work._send_event = lambda asked, message: (order.append(asked.id), asks.say(asked, message))
     asks.finish()
     assert order[:6] == ["many", "few"] * 3
 

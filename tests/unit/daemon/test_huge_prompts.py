@@ -157,7 +157,7 @@ class Gate:
     """A grader that waits at its first segment until it is let go."""
 
     def __init__(self, host):
-        model = host.serving._opened
+        model = host.worker._opened
         self._grade, self.reached, self.open = model.grader(), threading.Event(), threading.Event()
         self.threads = set()
         model._grade = self
@@ -206,7 +206,7 @@ def test_others_go_on_while_a_huge_prompt_begins(host):
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_outcome_is_that_of_a_session_that_begins_at_once(host, options, chat):
     one = host()
-    model = one.serving._opened
+    model = one.worker._opened
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": HUGE}, {"role": "assistant", "content": "So?"}]
     prompt = [*messages, {"role": "user", "content": "How many came in line 77?"}] if chat else HUGE
     fields = {"messages" if chat else "prompt": prompt}
@@ -232,7 +232,7 @@ def test_a_question_longer_than_the_context_is_refused_as_before(host):
     one = host()
     number = one.do("generate", messages=[{"role": "user", "content": HUGE}], credits=10, options={"max_tokens": 5}, owner="o")
     (answer,) = one.until(number)
-    with one.serving._opened.session() as session, pytest.raises(ContextOverflow) as refused:
+    with one.worker._opened.session() as session, pytest.raises(ContextOverflow) as refused:
         session.generate([{"role": "user", "content": HUGE}], max_tokens=5)
     assert (answer["error"]["code"], answer["error"]["message"]) == ("context_overflow", str(refused.value))
     memory = one.ok("memory")
@@ -264,15 +264,15 @@ def test_a_request_that_begins_can_be_ended(host, what):
     else:
         assert answer["error"]["code"] == "cancelled"
     assert not one.events(huge, "delta")
-    assert not one.account.promises
+    assert not one.budget.reservations
     if what != "close":
         again = one.ask("a" * 50, "x", max_tokens=5)
         one.until(again)
         assert one.text(again)
         one.do("close_session", session="x")
     one.until(one.ask("b" * 50, max_tokens=5))
-    assert len(one.engine._sequences) == len(one.serving._opened.prefixes.sequences)
-    assert len(one.serving.generations) == 0
+    assert len(one.engine._sequences) == len(one.worker._opened.prefixes.sequences)
+    assert len(one.worker.requests) == 0
 
 
 def test_a_grader_that_fails_ends_its_own_request_alone(host):
@@ -282,11 +282,11 @@ def test_a_grader_that_fails_ends_its_own_request_alone(host):
     def broken(segment):
         raise ZeroDivisionError("a bad grader")
 
-    one.serving._opened._grade = broken
+    one.worker._opened._grade = broken
     huge = one.ask(HUGE, max_tokens=20)
     (error,) = one.until(huge)
     assert "error" in error
-    assert not [promise for promise in one.account.promises if promise.session is None or promise.need.cells > 1000]
+    assert not [reservation for reservation in one.budget.reservations if reservation.session is None or reservation.need.cells > 1000]
     one.until(other)
     assert one.answer(other)["ok"] == {}
     assert one.ok("memory")["requests"] == 0

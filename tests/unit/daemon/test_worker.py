@@ -218,7 +218,7 @@ def test_writes_of_a_step_go_out_when_it_is_over():
     ours.settimeout(5)
     work, frames, heard = Work(theirs), FrameReader(), []
 
-    class Serving:
+    class Engine:
         busy = False
 
         def step(self):
@@ -230,7 +230,7 @@ def test_writes_of_a_step_go_out_when_it_is_over():
             heard.extend(frames.feed(ours.recv(1 << 16)))
             return True
 
-    work._serving = Serving()
+    work._engine = Engine()
     assert work._step()
     assert heard == [{"beats": 1}], "what another thread says does not wait"
     assert list(frames.feed(ours.recv(1 << 16))) == [{"id": 0}, {"id": 1}, {"id": 2}]
