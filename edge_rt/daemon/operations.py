@@ -358,7 +358,7 @@ class Operations:
             raise ProtocolError("busy", "the session answers another request; wait for it, cancel it, or open another session")
         if call.fields.get("model", one.hosted.name) not in one.hosted.names:
             raise ProtocolError("option", f"the session is of the model {one.hosted.name}; leave the model out, or open another session")
-        if not self.models.known(one.hosted):
+        if not self.models.is_known(one.hosted):
             raise ProtocolError("session_lost", "the session ended with its model, which was unloaded or replaced; open another")
         if one.epoch != one.hosted.supervisor.epoch:
             self._restore_in_worker(one)

@@ -348,7 +348,7 @@ def test_a_model_waits_for_room_as_long_as_somebody_waits_for_it(tmp_path: Path,
         assert [one["error"]["code"] for one in restored] == ([] if bidden else ["unloaded"])
         assert b.supervisor.state == ("waiting" if bidden else "none")
         a.under_way -= 1
-        here.models._nudge()  # as when its request has ended
+        here.models._schedule_sharing()  # as when its request has ended
         await asyncio.sleep(0.05)
         assert (a.placed, b.placed, here.models.evictions) == (not bidden, bidden, int(bidden))
         assert await here.answer(here.ask("b")) == {"ok": {}}
