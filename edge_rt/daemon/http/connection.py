@@ -22,7 +22,7 @@ from edge_rt.daemon import protocol
 from edge_rt.daemon.address import peer_credentials
 from edge_rt.daemon.config import HttpConfig
 from edge_rt.daemon.connection import MESSAGES_AT_ONCE, OVER_HTTP, UNREAD, ClientConnection
-from edge_rt.daemon.http.openai import ApiError, from_protocol, to_api_error
+from edge_rt.daemon.http.openai import ApiError, from_protocol, parse_body, to_api_error
 from edge_rt.daemon.protocol import Message, Request
 from edge_rt.errors import EdgeError, ProtocolError
 
@@ -99,13 +99,22 @@ class Exchange:
         self.heard: Callable[[Message], None] = lambda message: None
         self.left: Callable[[], None] = lambda: None  # called if the client is gone before the answer
 
+    def json(self) -> dict[str, Any]:
+        """The body. Raises ApiError."""
+        return parse_body(self.body)
+
+    def run(self, op: str, fields: Message, heard: Callable[[Message], None]) -> None:
+        """Ask the daemon. Raises ProtocolError, EdgeError."""
+        self.heard = heard
+        self.connection.run(op, fields, len(self.body))
+
 
 class Route(NamedTuple):
     """``path``: as metrics show it. ``work`` answers, now or later; raises ApiError, ProtocolError."""
 
     path: str
     method: str
-    work: Callable[[Exchange], None]
+    work: Callable[[Exchange], object]
     needs_key: bool = True
 
 

@@ -255,7 +255,7 @@ def _build_request(
         include_usage=stream_options.get("include_usage", False),
         usage_so_far=stream_options.get("continuous_usage_stats", False),
         session=session,
-        ignored=tuple(name for name in IGNORED if body.get(name) is not None),
+        ignored=ignored_fields(body),
         **more,
     )
 
@@ -415,6 +415,11 @@ def with_adapter(asked: GenerateRequest, model: str, adapter: str) -> GenerateRe
     if options.get("adapter", adapter) != adapter:
         raise invalid_field("edge_rt.adapter", "the model and edge_rt.adapter name different adapters; give one of them")
     return asked._replace(fields={**asked.fields, "model": model, "options": {**options, "adapter": adapter}})
+
+
+def ignored_fields(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the fields that changed nothing."""
+    return tuple(name for name in IGNORED if body.get(name) is not None)
 
 
 def ignored_headers(ignored: Sequence[str]) -> tuple[tuple[str, str], ...]:

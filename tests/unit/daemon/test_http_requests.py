@@ -312,10 +312,10 @@ def test_who_waits_for_memory_gets_a_comment_in_the_stream(stream):
             said.append(found["choices"][0]["message"]["content"])
 
     exchange = SimpleNamespace(connection=Connection())
-    generation = GenerationAnswer(exchange, request.parse_chat({"messages": HELLO, "stream": stream}), "m", "m", ())
+    generation = GenerationAnswer(exchange, request.parse_chat({"messages": HELLO, "stream": stream}), "m", "m")
     queued = {"event": "queued", "reason": "so", "needed": 2, "available": 1}
     for message in (queued, {"event": "delta", "text": "a", "tokens": (1,)}, DONE, {"ok": {}}):
-        generation._heard(message)
+        generation._on_message(message)
     if stream:
         assert said[0] == ": queued: so"
         assert [json.loads(one)["choices"][0]["delta"].get("content") for one in said[1:-2]] == ["", "a", None]
