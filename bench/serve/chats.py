@@ -120,8 +120,8 @@ class OwnChat:
     def took(self, data: bytes, now: float) -> None:
         """Events are decoded as any client of ours does."""
         if not data:
-            raise RuntimeError(f"the daemon has left: {self._conversation.gone()}")
-        self._conversation.received(data)
+            raise RuntimeError(f"the daemon has left: {self._conversation.disconnect_error()}")
+        self._conversation.feed(data)
         if self._answers is None:
             return
         while (event := self._answers.take()) is not None:

@@ -333,7 +333,7 @@ class ModelManager:
         """Whether it is the model of its name still."""
         return self._known.get(one.name) is one
 
-    def named(self, name: str) -> ManagedModel | None:
+    def find_named(self, name: str) -> ManagedModel | None:
         """The model of a name, else one whose file is called so."""
         return next(iter(self._called(name)), None)
 

@@ -104,7 +104,7 @@ class ModelLoader:
     def load(self, connection: ClientConnection, request: Request, model: str, options: dict[str, Any]) -> None:
         """Load a model, which is the default from now on; answered when it is started. Raises ProtocolError, ModelFileError."""
         spec = self._spec(model, options)
-        before = self._models.named(model_name(model, spec))
+        before = self._models.find_named(model_name(model, spec))
 
         async def work() -> Message:
             if before is not None:
@@ -210,7 +210,7 @@ class Operations:
     def _on_parked(self, hosted: ManagedModel, message: Message) -> None:
         """A worker has parked a session, from where it can be restored if the worker is no more."""
         if "parked" in message:
-            self.sessions.parked(message["parked"], Path(message["path"]))
+            self.sessions.note_parked(message["parked"], Path(message["path"]))
 
     # ---- connections -------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class Operations:
         connection.streams.clear()
         for withdraw in list(connection.withdraw.values()):
             withdraw()
-        self.sessions.left(connection)
+        self.sessions.leave(connection)
 
     def hold(self, connection: ClientConnection, more: int) -> None:
         """Count a client's bytes as held, or, less than 0, as free again. Raises ProtocolError: limit."""
@@ -378,7 +378,7 @@ class Operations:
             if "ok" not in message:
                 one.epoch = -1
                 if source is not None and message["error"]["code"] in ("session_file", "session_mismatch"):
-                    one.lose(source, message["error"]["message"])
+                    one.mark_lost(source, message["error"]["message"])
 
         how = {"op": "open_session"} if source is None else {"op": "restore_session", "path": str(source)}
         command = {**how, "session": one.id, "owner": str(one.user), "context": one.context}
@@ -425,11 +425,11 @@ class Operations:
             raise ProtocolError("limit", f"a user may have {most} saved sessions; delete one, or save under a name that has one")
         one = self._find_session(call)
 
-        def saved(found: Message) -> Message:
-            self.sessions.saved(one, path)
+        def note_saved(found: Message) -> Message:
+            self.sessions.note_saved(one, path)
             return found
 
-        self._forward(call, one.hosted, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
+        self._forward(call, one.hosted, {"op": "save_session", "session": one.id, "path": str(path)}, note_saved)
 
     def _do_list_saved(self, call: Call) -> None:
         call.answer({"saved": [one._asdict() for one in list_saved_sessions(self.config.state, call.user)]})
@@ -437,7 +437,7 @@ class Operations:
     def _do_delete_saved(self, call: Call) -> None:
         path = self._saved_path(call)
         delete_saved_session(path, call.fields["name"])
-        self.sessions.unsaved(path)
+        self.sessions.note_deleted(path)
         call.answer({})
 
     def _saved_path(self, call: Call) -> Path:
@@ -603,7 +603,7 @@ class Operations:
         template = self._find_model(call).template if "model" in fields or self.models.default else ""
         loop = asyncio.get_running_loop()
 
-        def written(result: str) -> None:
+        def finish(result: str) -> None:
             connection.done(number)
             if result == "recorded":
                 connection.answer(number, {})
@@ -611,7 +611,7 @@ class Operations:
                 connection.refuse(number, ProtocolError(*_FEEDBACK_ERRORS[result]))
 
         connection.begin(number, call.size)
-        self.recorder.feedback(connection, fields, call.size, template, lambda result: loop.call_soon_threadsafe(written, result))
+        self.recorder.feedback(connection, fields, call.size, template, lambda result: loop.call_soon_threadsafe(finish, result))
 
     # ---- the daemon --------------------------------------------------------------------------------------------------
 

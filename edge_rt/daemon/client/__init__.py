@@ -44,7 +44,7 @@ class Client:
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key, self._timeout = key, timeout
         self._socket: socket.socket | None = None
-        self._conversation = ClientProtocol()
+        self._protocol = ClientProtocol()
         self._lock = threading.RLock()  # of the conversation, and of what is written
         self.hello: Message = {}  # what the daemon said of itself: version, server, capabilities, limits
         self.connect()
@@ -53,7 +53,7 @@ class Client:
         """Connect, or connect again: streams that can be resumed go on, other requests fail."""
         with self._lock:
             self.close()
-            self._conversation.disconnected()
+            self._protocol.disconnected()
         try:
             self._socket = connect_socket(self.address, self._timeout)
         except OSError as error:
@@ -64,8 +64,8 @@ class Client:
             self.close()
             raise
         with self._lock:
-            self._conversation.greeted(self.hello)
-            self._conversation.resume()
+            self._protocol.on_hello(self.hello)
+            self._protocol.resume()
 
     def _connect_again(self) -> None:
         for pause in PAUSES:
@@ -144,11 +144,11 @@ class Client:
     def _cancel(self, answers: Reply) -> None:
         """Tell the daemon that a request is to end, on any thread; in the next connection if this one is gone."""
         with self._lock:
-            self._conversation.cancel(answers)
+            self._protocol.cancel(answers)
             if self._socket is None:
                 return
             try:
-                self._socket.sendall(self._conversation.to_send())
+                self._socket.sendall(self._protocol.to_send())
             except OSError:
                 self._end_of(self._socket)
 
@@ -218,7 +218,7 @@ class Client:
 
     def _ask(self, op: str, fields: Mapping[str, Any], answers: Reply | None = None) -> Reply:
         with self._lock:
-            answers = self._conversation.ask(op, fields, answers)
+            answers = self._protocol.ask(op, fields, answers)
             self._flush()
             return answers
 
@@ -226,7 +226,7 @@ class Client:
         with self._lock:
             if self._socket is None:
                 raise DaemonError("disconnected", "the connection was closed; connect again")
-            if data := self._conversation.to_send():
+            if data := self._protocol.to_send():
                 try:
                     self._socket.sendall(data)
                 except OSError as error:
@@ -254,7 +254,7 @@ class Client:
             self._lost(None)
         try:
             with self._lock:
-                self._conversation.received(data)
+                self._protocol.feed(data)
         except ProtocolError as error:
             self.close()
             raise DaemonError("disconnected", f"what answers at {self.address} is no daemon of edge-rt: {error}") from error
@@ -264,13 +264,13 @@ class Client:
         assert self._socket is not None, "what could not be written to it can still be read"
         try:
             while data := self._socket.recv(1 << 18):
-                self._conversation.received(data)
+                self._protocol.feed(data)
         except (OSError, ProtocolError):
             return  # it has said no more
 
     def _lost(self, error: OSError | None) -> None:
         self.close()
-        raise self._conversation.gone() from error
+        raise self._protocol.disconnect_error() from error
 
     def close(self) -> None:
         """Leave; what runs for this connection ends, unless it can be resumed."""

@@ -42,9 +42,9 @@ class AsyncClient:
         """``address``: as ``edge-rt serve --listen`` takes it, else the user's own. ``key``: for TCP."""
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key = key
-        self._conversation = ClientProtocol()
+        self._protocol = ClientProtocol()
         self._writer: asyncio.StreamWriter | None = None
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
         self.hello: Message = {}  # what the daemon said of itself: version, server, capabilities, limits
 
@@ -58,7 +58,7 @@ class AsyncClient:
         except DaemonError:
             await self.close()
             raise
-        self._conversation.greeted(self.hello)
+        self._protocol.on_hello(self.hello)
 
     async def _open(self) -> tuple[asyncio.StreamReader, Reply]:
         try:
@@ -100,7 +100,7 @@ class AsyncClient:
             answers.result()
         finally:
             if not answers.over:
-                self._conversation.cancel(answers)
+                self._protocol.cancel(answers)
                 self._flush()
 
     async def embed(
@@ -151,20 +151,20 @@ class AsyncClient:
     def _ask(self, op: str, fields: Mapping[str, Any]) -> Reply:
         if self._writer is None:
             raise DaemonError("disconnected", "the connection was closed; connect again")
-        answers = self._conversation.ask(op, fields)
+        answers = self._protocol.ask(op, fields)
         self._flush()
         return answers
 
     def _flush(self) -> None:
-        if self._writer is not None and (data := self._conversation.to_send()):
+        if self._writer is not None and (data := self._protocol.to_send()):
             self._writer.write(data)
 
     async def _wait(self) -> None:
-        await self._news.wait()
+        await self._changed.wait()
 
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def _read(self, reader: asyncio.StreamReader, hello: Reply) -> None:
         """Take what comes; when the connection breaks, connect again, as long as there are streams to go on with."""
@@ -172,20 +172,20 @@ class AsyncClient:
         while True:
             try:
                 while data := await reader.read(1 << 18):
-                    self._conversation.received(data)
-                    if self._conversation.broken and hello.over and _refusal(hello) is None:
-                        self._conversation.resume()
+                    self._protocol.feed(data)
+                    if self._protocol.broken and hello.over and _refusal(hello) is None:
+                        self._protocol.resume()
                         pauses = iter(PAUSES)
                     self._flush()
-                    self._tell()
+                    self._wake()
             except (OSError, ProtocolError):
                 pass  # it broke, which is the same as its end
             await self._close()
-            self._conversation.disconnected()
-            self._tell()
+            self._protocol.disconnected()
+            self._wake()
             refusal = _refusal(hello)
             while self._writer is None:
-                if not self._conversation.broken:
+                if not self._protocol.broken:
                     return
                 try:
                     if refusal is not None:
@@ -194,8 +194,8 @@ class AsyncClient:
                 except DaemonError as error:
                     refusal, pause = None, next(pauses, None)
                     if pause is None or error.code != "disconnected":
-                        self._conversation.give_up(error)
-                        self._tell()
+                        self._protocol.fail_broken(error)
+                        self._wake()
                         return
                     await asyncio.sleep(pause)
 
@@ -212,9 +212,9 @@ class AsyncClient:
         if self._reading is not None:
             self._reading.cancel()
         await self._close()
-        self._conversation.disconnected()
-        self._conversation.give_up(DaemonError("disconnected", GONE))
-        self._tell()
+        self._protocol.disconnected()
+        self._protocol.fail_broken(DaemonError("disconnected", GONE))
+        self._wake()
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect()

@@ -56,7 +56,7 @@ class Reply:
     def end(self, message: Message) -> None:
         self._end = message
 
-    def due(self, every: int) -> bool:
+    def acknowledgement_due(self, every: int) -> bool:
         """Whether an acknowledgement is. ``every``: events between two."""
         if self.stream is None or not (self.over or self.seq - self._acknowledged >= every):
             return False
@@ -97,7 +97,7 @@ class ClientProtocol:
     def _cancel(self, answers: Reply) -> None:
         self.ask("cancel", {"request": answers.request})
 
-    def greeted(self, hello: Message) -> None:
+    def on_hello(self, hello: Message) -> None:
         """What hello was answered: a daemon with few credits wants more acknowledgements."""
         self._ack_every = max(1, min(ACK_EVERY, hello["limits"]["credits"] // 2))
 
@@ -112,11 +112,11 @@ class ClientProtocol:
         """Whether there are streams to go on with in another connection."""
         return bool(self._broken)
 
-    def gone(self) -> DaemonError:
+    def disconnect_error(self) -> DaemonError:
         """Why the connection ended: the daemon's last words, if it had any."""
         return daemon_error(self._farewell)
 
-    def give_up(self, error: DaemonError) -> None:
+    def fail_broken(self, error: DaemonError) -> None:
         for answers in self._broken:
             answers.end({"error": {"code": error.code, "message": str(error)}})
         self._broken.clear()
@@ -126,12 +126,12 @@ class ClientProtocol:
         self._out.clear()
         return data
 
-    def received(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Bytes came. Raises ProtocolError if they are none of the daemon's."""
         for message in self._frames.feed(data):
-            self._took(message)
+            self._receive(message)
 
-    def _took(self, message: Message) -> None:
+    def _receive(self, message: Message) -> None:
         answers = self._asked.get(message.get("id", -1))
         if answers is None:
             if message.get("id") is None and "error" in message:
@@ -147,7 +147,7 @@ class ClientProtocol:
             answers.readings.append(message)
         elif (event := event_of(message)) is not None:
             answers.events.append(event)
-        if answers.due(self._ack_every):
+        if answers.acknowledgement_due(self._ack_every):
             self._out.append(pack({"op": "ack", "stream": answers.stream, "seq": answers.seq}))
 
     def disconnected(self) -> None:

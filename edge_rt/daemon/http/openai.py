@@ -505,7 +505,7 @@ MIN_LOGPROB = -9999.0  # what OpenAI says for minus infinity, which JSON has not
 
 
 class CompletionBuilder:
-    """One answer. ``event`` for each event of the generation in order; ``whole`` after the last."""
+    """One answer. ``add_event`` for each event of the generation in order; ``completion`` after the last."""
 
     def __init__(self, asked: GenerateRequest, model: str) -> None:
         self._asked = asked
@@ -523,10 +523,10 @@ class CompletionBuilder:
         self._tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # so far
         self._done: Json = {}
 
-    def begin(self) -> list[Json]:
+    def first_chunks(self) -> list[Json]:
         return [self._chunk({"role": "assistant", "content": ""})] if self._asked.chat else []
 
-    def event(self, message: Mapping[str, Any]) -> list[Json]:
+    def add_event(self, message: Mapping[str, Any]) -> list[Json]:
         """Take an event; the chunks it makes. Raises ApiError if the generation was broken off."""
         kind = message["event"]
         if kind == "prompt":
@@ -537,12 +537,12 @@ class CompletionBuilder:
             self._tokens["completion_tokens"] += len(message["tokens"]) + message.get("concealed", 0)
             return list(self._delta(message))
         elif kind == "done":
-            return self._end(dict(message))
+            return self._finish(dict(message))
         return []
 
-    def whole(self) -> Json:
+    def completion(self) -> Json:
         text, reason = "".join(self._text), self._reason
-        logprobs = self._shown(self._logprobs) if self._asked.rivals is not None else None
+        logprobs = self._format_logprobs(self._logprobs) if self._asked.rivals is not None else None
         choice: Json = {"index": 0, "logprobs": logprobs, "finish_reason": reason}
         if self._asked.chat:
             message: Json = {"role": "assistant", "content": text if text or not self._called else None, "refusal": None}
@@ -577,7 +577,7 @@ class CompletionBuilder:
         self._called.append(call)
         return self._chunk({"tool_calls": [{"index": index, **call}]}, entries)
 
-    def _end(self, done: Json) -> list[Json]:
+    def _finish(self, done: Json) -> list[Json]:
         if done["reason"] == "cancelled":  # not by the client, who would not be there to be told
             raise from_protocol({"code": "draining", "message": "the daemon is about to end; ask again when it is back"})
         self._done = done
@@ -588,7 +588,7 @@ class CompletionBuilder:
         return chunks
 
     def _chunk(self, delta: Json, entries: list[Json] | None = None, reason: str | None = None) -> Json:
-        choice: Json = {"index": 0, "logprobs": self._shown(entries) if entries else None, "finish_reason": reason}
+        choice: Json = {"index": 0, "logprobs": self._format_logprobs(entries) if entries else None, "finish_reason": reason}
         if self._asked.chat:
             choice["delta"] = delta
         else:
@@ -622,7 +622,7 @@ class CompletionBuilder:
         top = [_logprob_entry(piece, logprob) for piece, (_, logprob) in zip(given["top_pieces"], given["top"], strict=True)]
         return {**_logprob_entry(given["piece"], given["logprob"]), "top_logprobs": top[:rivals]}
 
-    def _shown(self, entries: list[Json]) -> Json:
+    def _format_logprobs(self, entries: list[Json]) -> Json:
         if self._asked.chat:
             return {"content": entries, "refusal": None}
         offsets = []

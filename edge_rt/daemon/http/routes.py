@@ -160,7 +160,7 @@ def _send_status(exchange: Exchange) -> None:
         counts["context"] = {kind: counts["context"].get(kind, 0) for kind in CONTEXT}
         names = {session: name for (user, _, name), session in connection.names.items() if user == connection.user}
         own = []
-        for one in server.sessions.of(connection.known_user):
+        for one in server.sessions.by_user(connection.known_user):
             said = memory.get(one.hosted.name, {}).get("by_session", {}).get(one.id, {})
             held = {name: said.get(name) for name in ("cells", "bytes", "parked")}
             own.append({"name": names.get(one.id), "model": one.hosted.name, "busy": one.busy, **held})
@@ -332,7 +332,7 @@ class _EmbeddingAnswer:
             reason = f"an embedding of this model has {len(row)} numbers and not {wanted}; {said}"
             raise invalid_field("dimensions", reason, "unsupported_value")
         written = json.dumps(pack_base64(row) if self._asked.base64 else singles(row), separators=(",", ":"))
-        self._connection.keep(len(written))
+        self._connection.hold_answer(len(written))
         self._data.append(f'{{"object":"embedding","index":{message["index"]},"embedding":{written}}}')
         self._tokens += message["tokens"]
 
@@ -535,17 +535,17 @@ class GenerationAnswer:
     def _on_message(self, message: Message) -> None:
         """An event, or the end."""
         ended = "event" not in message
-        chunks = [] if ended else self._builder.event(message)
+        chunks = [] if ended else self._builder.add_event(message)
         if not self._asked.stream:
             if ended:
-                self._connection.respond_json(self._builder.whole(), headers=self._headers)
+                self._connection.respond_json(self._builder.completion(), headers=self._headers)
             return
         if message.get("event") == "queued":
             self._connection.comment(f"queued: {message['reason']}", self._headers)
             return
         if not self._begun:
             self._begun = True
-            chunks = self._builder.begin() + chunks
+            chunks = self._builder.first_chunks() + chunks
         for chunk in chunks:
             self._connection.stream(json.dumps(chunk, ensure_ascii=False, separators=(",", ":")), self._headers)
         if ended:

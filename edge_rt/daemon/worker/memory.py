@@ -52,17 +52,17 @@ class SessionStore:
     that runs.
 
     The file of a parked session stays when its cells are back in memory: should the worker die, the daemon restores from it, for which
-    ``tell`` says where it is.
+    ``send`` says where it is.
     """
 
     def __init__(
-        self, model: Model, tell: Callable[[Message], None], folder: str | None = None, moved: Callable[[], None] = lambda: None
+        self, model: Model, send: Callable[[Message], None], folder: str | None = None, moved: Callable[[], None] = lambda: None
     ) -> None:  # fmt: skip
         """``folder``: None if sessions cannot be parked. ``moved`` is called while files are written and read. Raises OptionError."""
         self.live: dict[str, Session] = {}
         self.parked: dict[str, ParkedSession] = {}
         self.busy: set[str] = set()
-        self._model, self._tell, self._moved = model, tell, moved
+        self._model, self._send, self._moved = model, send, moved
         self.counts: dict[str, dict[str, int]] = {}
         self._folder = None if folder is None else _private_folder(Path(folder))
         self._full_until = float("-inf")
@@ -130,7 +130,7 @@ class SessionStore:
 
     def _mark_parked(self, name: str, parked: ParkedSession) -> None:
         self.parked[name] = parked
-        self._tell({"parked": name, "path": str(self._path(name))})
+        self._send({"parked": name, "path": str(self._path(name))})
 
     def close(self, name: str, *, end: bool = True) -> None:
         """End a session, if there is one of that name; nothing of it runs. Not to ``end`` it forgets it, for what begins in it."""
@@ -311,7 +311,7 @@ class MemoryBudget:
         session = self._session(name)
         total = self._idle() + self._shared() + self._promised() + self._compute([asked]) + self.bytes(asked, name)
         if session is not None and not self._shared():  # else a shared beginning may take the place of its cells, which then are shared
-            total -= self._of(session)
+            total -= self._bytes_of(session)
         return total - self.allowance
 
     @_locked
@@ -319,9 +319,9 @@ class MemoryBudget:
         """The same once all that can be freed or parked is; ``alone``: and once the requests that run have ended."""
         if self._engine is None or self.allowance is None:
             return 0
-        staying = 0 if self._store.parks else self._idle() - self._of(self._session(name))
+        staying = 0 if self._store.parks else self._idle() - self._bytes_of(self._session(name))
         if alone:
-            busy = 0 if self._store.parks else sum(self._of(one.session) for one in self.reservations)
+            busy = 0 if self._store.parks else sum(self._bytes_of(one.session) for one in self.reservations)
             return staying + busy + self._compute([asked], running=False) + self.bytes(asked, name) - self.allowance
         return staying + self._promised() + self._compute([asked]) + self.bytes(asked, name) - self.allowance
 
@@ -354,9 +354,9 @@ class MemoryBudget:
 
     def free(self, wanted: int, but: str | None = None) -> bool:
         """Free shared beginnings, then park idle sessions (``but`` this one) until ``wanted`` more bytes fit; whether they do now."""
-        return self._free(lambda: self.over(wanted), but)
+        return self._free(lambda: self.excess(wanted), but)
 
-    def over(self, more: int) -> int:
+    def excess(self, more: int) -> int:
         """By how many bytes the allowance would be exceeded with ``more``."""
         return 0 if self.allowance is None else self.reserved() + more - self.allowance
 
@@ -379,20 +379,20 @@ class MemoryBudget:
     def _session(self, name: str | None) -> Session | None:
         return None if name is None else self._store.live.get(name)
 
-    def _of(self, session: Session | None) -> int:
+    def _bytes_of(self, session: Session | None) -> int:
         if session is None or session.sequence is None or self._engine is None:
             return 0
         return self._engine.sequence_bytes(session.sequence)
 
     def _idle(self) -> int:
-        return sum(self._of(self._store.live[name]) for name in self._store.idle())
+        return sum(self._bytes_of(self._store.live[name]) for name in self._store.idle())
 
     def _shared(self) -> int:
         assert self._engine is not None, "only engines that predict are asked"
         return sum(map(self._engine.sequence_bytes, self._model.prefixes.sequences))
 
     def _promised(self) -> int:
-        return sum(max(one.bytes, self._of(one.session)) for one in self.reservations)
+        return sum(max(one.bytes, self._bytes_of(one.session)) for one in self.reservations)
 
     def _compute(self, more: Iterable[MemoryRequest], *, running: bool = True) -> int:
         assert self._engine is not None, "only engines that predict are asked"

@@ -302,14 +302,14 @@ def test_what_is_saved_later_is_gone_on_from_and_not_what_was_parked_before(tmp_
     hosted = SimpleNamespace(supervisor=SimpleNamespace(epoch=0))
     one = sessions.add(1, hosted, False, None)
     assert one.last_save is None
-    sessions.parked(one.id, parked)
+    sessions.note_parked(one.id, parked)
     assert one.last_save == parked
-    sessions.saved(one, saved)
+    sessions.note_saved(one, saved)
     assert one.last_save == saved
-    sessions.saved(sessions.add(1, hosted, False, None), saved)  # another, in the same place
+    sessions.note_saved(sessions.add(1, hosted, False, None), saved)  # another, in the same place
     assert one.last_save == parked
-    sessions.saved(one, saved)
-    sessions.parked(one.id, parked)
+    sessions.note_saved(one, saved)
+    sessions.note_parked(one.id, parked)
     assert one.last_save == parked
     parked.unlink()
     assert one.last_save == saved

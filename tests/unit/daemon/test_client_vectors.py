@@ -91,7 +91,7 @@ def test_resuming(vector, at_once):
             assert sent == ([] if expected is None else [{"id": answers.request, **expected}])
         else:
             data = pack({"id": answers.request, **step.get("receive", step.get("receive_part"))})
-            conversation.received(data if "receive" in step else data[: len(data) // 2])
+            conversation.feed(data if "receive" in step else data[: len(data) // 2])
         if at_once:
             text += "".join(take())
         for message in FrameReader().feed(conversation.to_send()):

@@ -159,11 +159,11 @@ def test_cancelling_while_the_prompt_is_read(daemon, client):
     answers = conversation.ask("generate", {"prompt": "c" * 4000, "options": {"max_tokens": 5}})
     connection.sendall(conversation.to_send())
     while not answers.events:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     conversation.ask("cancel", {"request": answers.request})
     connection.sendall(conversation.to_send())
     while not answers.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     assert (answers.events[-1].reason, len(answers.events) < 30) == ("cancelled", True)
     connection.close()
 
@@ -173,7 +173,7 @@ def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, cli
     answers = conversation.ask("generate", {"prompt": "h", "options": LONG, "resumable": True})
     connection.sendall(conversation.to_send())
     while answers.seq < client.hello["limits"]["credits"]:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     expected = [event.text for event in answers.events if isinstance(event, Delta)]
     connection.sendall(pack({"id": 99, "op": "cancel", "request": answers.request}))
     quiet(client)  # it has ended, and what was not acknowledged is still there
@@ -182,7 +182,7 @@ def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, cli
     again = conversation.ask("resume", {"stream": answers.stream, "after": 0})
     connection.sendall(conversation.to_send())
     while not again.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     assert [event.text for event in again.events if isinstance(event, Delta)][: len(expected)] == expected
     assert (again.events[-1].reason, again.result()) == ("cancelled", {})
     connection.sendall(pack({"op": "ack", "stream": answers.stream, "seq": again.seq}))
@@ -198,7 +198,7 @@ def test_a_generation_that_is_not_read_ends_when_it_is_cancelled(daemon, client)
     connection.sendall(pack({"id": 99, "op": "cancel", "request": answers.request}))
     quiet(client)
     while not answers.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     assert (answers.events[-1].reason, answers.result()) == ("cancelled", {})
     connection.close()
 
@@ -211,7 +211,7 @@ def raw(daemon):
     hello = conversation.ask("hello", {"versions": [1]})
     connection.sendall(conversation.to_send())
     while not hello.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     return conversation, connection
 
 
@@ -221,7 +221,7 @@ def test_a_client_that_vanishes_frees_its_slot(daemon, client):
         answers = conversation.ask("generate", {"prompt": "d", "options": LONG})
         connection.sendall(conversation.to_send())
         while not answers.events:
-            conversation.received(connection.recv(1 << 16))
+            conversation.feed(connection.recv(1 << 16))
         connection.close()
     quiet(client, 2.0)  # and not when the answers end by themselves
 
@@ -242,7 +242,7 @@ def test_a_slow_reader_stalls_nobody_and_costs_little(daemon, client):
     conversation, connection, answers = slow[0]  # what it has not read, it can read later
     got = []
     while not answers.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
         while (event := answers.take()) is not None:
             got.append(event)
     assert got[-1].usage.completion_tokens == SLOW["max_tokens"]
@@ -291,7 +291,7 @@ def test_a_stream_is_its_users_and_ends_if_nobody_comes(daemon, client):
     answers = conversation.ask("generate", {"prompt": "f", "options": LONG, "resumable": True})
     connection.sendall(conversation.to_send())
     while answers.stream is None:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     connection.close()
     for stream, after, code in (("x" * 22, 0, "no_such_stream"), (answers.stream, 10**6, "bad_request")):
         with pytest.raises(DaemonError) as caught:
@@ -309,18 +309,18 @@ def test_a_stream_in_a_session_goes_on_if_the_session_does(daemon, client, keep,
     opened = conversation.ask("open_session", {"keep": keep})
     connection.sendall(conversation.to_send())
     while not opened.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     fields = {"prompt": "j", "session": opened.result()["session"], "options": {"max_tokens": 40, "ignore_eos": True}, "resumable": True}
     answers = conversation.ask("generate", fields)
     connection.sendall(conversation.to_send())
     while answers.stream is None:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     connection.close()
     conversation, connection = raw(daemon)
     again = conversation.ask("resume", {"stream": answers.stream, "after": answers.seq})
     connection.sendall(conversation.to_send())
     while not again.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     assert (again.events[-1].reason if "ok" in again._end else again._end["error"]["code"]) == reason
     connection.close()
     quiet(client)
@@ -331,18 +331,18 @@ def test_a_stream_that_goes_on_elsewhere_says_so_where_it_was(daemon, client):
     answers = conversation.ask("generate", {"prompt": "g", "options": {"max_tokens": 200, "ignore_eos": True}, "resumable": True})
     connection.sendall(conversation.to_send())
     while answers.stream is None:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     other, second = raw(daemon)
     again = other.ask("resume", {"stream": answers.stream, "after": answers.seq})
     second.sendall(other.to_send())
     while not answers.over:
-        conversation.received(connection.recv(1 << 16))
+        conversation.feed(connection.recv(1 << 16))
     with pytest.raises(DaemonError) as caught:
         answers.result()
     assert caught.value.code == "moved"
     again.stream = answers.stream  # it acknowledges from now on
     while not again.over:
-        other.received(second.recv(1 << 16))
+        other.feed(second.recv(1 << 16))
         if data := other.to_send():
             second.sendall(data)
     assert isinstance(again.events[-1], Done)

@@ -286,11 +286,11 @@ DONE = {
 def answered(texts, stream, **fields):
     asked = request.parse_chat({"messages": HELLO, "stream": stream, **fields})
     answer = CompletionBuilder(asked, "m")
-    chunks = answer.begin()
+    chunks = answer.first_chunks()
     for text in texts:
-        chunks += answer.event({"event": "delta", "text": text, "tokens": (1,)})
-    chunks += answer.event({"event": "notice", "message": "so"})
-    chunks += answer.event(DONE)
+        chunks += answer.add_event({"event": "delta", "text": text, "tokens": (1,)})
+    chunks += answer.add_event({"event": "notice", "message": "so"})
+    chunks += answer.add_event(DONE)
     return answer, chunks
 
 
@@ -326,7 +326,7 @@ def test_who_waits_for_memory_gets_a_comment_in_the_stream(stream):
 @given(st.lists(st.sampled_from(["I ", "add", "\n", call(), "<tool_call>"]), max_size=6))
 def test_chunks_add_up_to_the_whole_answer(texts):
     _, chunks = answered(texts, True, tools=[TOOL])
-    whole = answered(texts, False, tools=[TOOL])[0].whole()
+    whole = answered(texts, False, tools=[TOOL])[0].completion()
     message, reason = whole["choices"][0]["message"], whole["choices"][0]["finish_reason"]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == (message["content"] or "")
@@ -343,10 +343,10 @@ def test_chunks_add_up_to_the_whole_answer(texts):
 def test_reasons():
     for reason, said in (("stop_string", "stop"), ("max_tokens", "length"), ("context_full", "length")):
         answer, _ = answered([], False)
-        answer.event({**DONE, "reason": reason})
-        assert answer.whole()["choices"][0]["finish_reason"] == said
+        answer.add_event({**DONE, "reason": reason})
+        assert answer.completion()["choices"][0]["finish_reason"] == said
     with pytest.raises(ApiError, match="about to end") as caught:
-        answered([], True)[0].event({**DONE, "reason": "cancelled"})
+        answered([], True)[0].add_event({**DONE, "reason": "cancelled"})
     assert caught.value.status == 503
 
 
@@ -354,8 +354,8 @@ def test_a_log_probability_of_the_impossible():
     asked = request.parse_chat({"messages": HELLO, "logprobs": True, "top_logprobs": 1})
     answer = CompletionBuilder(asked, "m")
     entry = {"token": 1, "text": "x", "logprob": None, "top": ((2, -0.5),), "piece": b"\xc3", "top_pieces": [b"y"]}
-    answer.event({"event": "delta", "text": "", "tokens": (1,), "logprobs": [entry]})
-    answer.event(DONE)
-    assert answer.whole()["choices"][0]["logprobs"]["content"] == [
+    answer.add_event({"event": "delta", "text": "", "tokens": (1,), "logprobs": [entry]})
+    answer.add_event(DONE)
+    assert answer.completion()["choices"][0]["logprobs"]["content"] == [
         {"token": "�", "logprob": -9999.0, "bytes": [195], "top_logprobs": [{"token": "y", "logprob": -0.5, "bytes": [121]}]}
     ]

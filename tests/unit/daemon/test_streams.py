@@ -50,7 +50,7 @@ class Wire:
     def deliver(self, size):
         """Some bytes reach the client, which takes what it has, and what it says reaches the daemon."""
         data, self.down = self.down[:size], self.down[size:]
-        self.client.received(data)
+        self.client.feed(data)
         while (event := self.answers.take()) is not None:
             self.got.append(event.text)
 
@@ -138,13 +138,13 @@ def test_what_was_cancelled_is_cancelled_in_the_next_connection_too():
     client.cancel(answers)
     client.ask("generate", {"prompt": "x"}, answers)
     assert said(client) == [("generate", None), ("cancel", answers.request)]
-    client.received(pack({"id": answers.request, "event": "stream", "stream": "s"}))
+    client.feed(pack({"id": answers.request, "event": "stream", "stream": "s"}))
     client.disconnected()
     client.cancel(answers)
     assert said(client) == []
     client.resume()
     assert said(client) == [("resume", None), ("cancel", answers.request)]
-    client.received(pack({"id": answers.request, "ok": {}}))
+    client.feed(pack({"id": answers.request, "ok": {}}))
     client.cancel(answers)
     assert (said(client), answers.over) == ([("ack", None)], True)
 

@@ -32,7 +32,7 @@ def write(file, *numbers):
     """The numbers of the lines before which a header was written."""
     begun = []
     for number in numbers:
-        begun += [number] * file.ready()
+        begun += [number] * file.prepare()
         file.append(line(number))
     return begun
 
@@ -161,7 +161,7 @@ def test_a_header_that_the_disk_did_not_take_is_written_later(path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", lambda descriptor, data: _fail())
         with pytest.raises(OSError, match="No space"):
-            file.ready()
+            file.prepare()
     assert write(file, 1) == [1]
     assert path.read_bytes() == HEADER + line(1)
     file.close()
@@ -183,7 +183,7 @@ def test_files_that_are_not_written_to(path, spoil, message):
     spoil(path)
     before = path.stat().st_size
     with pytest.raises(OptionError, match=message):
-        opened(path).ready()
+        opened(path).prepare()
     with pytest.raises(OptionError, match=message):
         files.check_trace_file(path)
     assert path.stat().st_size == before
@@ -202,7 +202,7 @@ def test_two_do_not_write_to_the_same_file(path):
     file = opened(path)
     write(file, 1)
     with pytest.raises(OptionError, match="another daemon records traffic in"):
-        opened(path).ready()
+        opened(path).prepare()
     file.close()
     files.check_trace_file(path)
     assert path.read_bytes() == HEADER + line(1)

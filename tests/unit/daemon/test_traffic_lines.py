@@ -273,8 +273,8 @@ class Trace:
 
     def write(self, session, *contents):
         messages = said(*contents)
-        found = self.conversations.placed(session, messages)
-        self.conversations.written(session, messages)
+        found = self.conversations.locate(session, messages)
+        self.conversations.note_written(session, messages)
         return found
 
 
@@ -297,7 +297,7 @@ def test_what_does_not_go_on_begins_anew(next_one):
 def test_what_was_not_written_is_in_the_next_line_and_a_new_file_begins_anew():
     trace = Trace()
     trace.write("x", "a")
-    trace.conversations.placed("x", said("a", "b", "c"))  # and dropped
+    trace.conversations.locate("x", said("a", "b", "c"))  # and dropped
     assert trace.write("x", "a", "b", "c", "d", "e") == ("s1", said("a", "b", "c", "d", "e")[2:])
     trace.conversations.forget()
     assert trace.write("x", "a", "b", "c", "d", "e", "f", "g") == ("s2", said("a", "b", "c", "d", "e", "f", "g"))
@@ -315,7 +315,7 @@ def test_sessions_are_written_by_their_aliases_and_prompts_without(redaction):
     lines = LineBuilder(redaction, False)
     first, second = (recorded({"messages": said(*one)}, session="real-id") for one in [("a",), ("a", "b", "c")])
     assert json.loads(lines.line(first))["session"] == "s1"
-    lines.written(first)
+    lines.note_written(first)
     written = lines.line(second)
     assert b"real-id" not in written
     assert (json.loads(written)["session"], json.loads(written)["request"]["messages"]) == ("s1", [{"role": "user", "content": "c"}])
