@@ -13,7 +13,7 @@ from edge_rt.types import Delta
 
 
 def forget_to_acknowledge():
-    Reply.due = lambda self, every: False
+    Reply.acknowledgement_due = lambda self, every: False
 
 
 def resume_too_early():
