@@ -30,7 +30,7 @@ def resume_too_early():
 def ask_anew():
     def again(self):
         for answers in self._broken:
-            self._asked[self.ask("generate", {"prompt": "Once upon a time"}).request] = answers
+            self._pending[self.request("generate", {"prompt": "Once upon a time"}).request] = answers
         self._broken = []
 
     ClientProtocol.resume = again

@@ -84,7 +84,7 @@ _INTEGER_RANGE = range(-(1 << 63), 1 << 63)  # what a frame can hold
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
-    """The map in a body. Raises ApiError: no JSON, no map, too deep, or with values that cannot be passed on."""
+    """Decode a JSON object that a frame of the protocol can hold. Raises ApiError: malformed_json."""
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
@@ -95,40 +95,27 @@ def parse_body(body: bytes) -> dict[str, Any]:
         raise _too_deep() from None
     if not isinstance(found, dict):
         raise _malformed("the body is JSON and no map; give a map with the request's fields")
-    _check_depth(found)
+    if protocol.depth(found) > _MAX_BODY_DEPTH:
+        raise _too_deep()
+    _check_value(found)
     return found
 
 
-def _check_depth(found: dict[str, Any]) -> None:
-    """Level by level: a recursion could be too deep."""
-    level: list[Any] = [found]
-    for _ in range(_MAX_BODY_DEPTH):
-        inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                inner += one.keys()
-                inner += one.values()
-            else:
-                inner += one
-        for value in inner:
-            _check_value(value)
-        level = [value for value in inner if isinstance(value, (dict, list))]
-        if not level:
-            return
-    raise _too_deep()
-
-
 def _check_value(value: Any) -> None:
-    if isinstance(value, str):
+    """Raises ApiError for a text or number at any depth that MessagePack cannot encode."""
+    if isinstance(value, dict):
+        _check_value(list(value))
+        _check_value(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            _check_value(one)
+    elif isinstance(value, str):
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError:
                 raise _malformed("a text has half of a surrogate pair in it; write the character itself") from None
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise _malformed("a number is too large")
-    elif isinstance(value, int) and value not in _INTEGER_RANGE:
+    elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and value not in _INTEGER_RANGE):
         raise _malformed("a number is too large")
 
 

@@ -75,11 +75,11 @@ def test_what_is_no_frame(vector):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_resuming(vector, at_once):
     conversation, text = ClientProtocol(), ""
-    answers = conversation.ask("generate", {"prompt": "x", "resumable": True})
+    answers = conversation.request("generate", {"prompt": "x", "resumable": True})
     conversation.to_send()
 
     def take():
-        while (event := answers.take()) is not None:
+        while (event := answers.next_event()) is not None:
             yield event.text if isinstance(event, Delta) else ""
 
     for step in vector["steps"]:

@@ -156,11 +156,11 @@ def test_leaving_one_of_two_generations_leaves_the_other(client):
 
 def test_cancelling_while_the_prompt_is_read(daemon, client):
     conversation, connection = raw(daemon)
-    answers = conversation.ask("generate", {"prompt": "c" * 4000, "options": {"max_tokens": 5}})
+    answers = conversation.request("generate", {"prompt": "c" * 4000, "options": {"max_tokens": 5}})
     connection.sendall(conversation.to_send())
     while not answers.events:
         conversation.feed(connection.recv(1 << 16))
-    conversation.ask("cancel", {"request": answers.request})
+    conversation.request("cancel", {"request": answers.request})
     connection.sendall(conversation.to_send())
     while not answers.over:
         conversation.feed(connection.recv(1 << 16))
@@ -170,7 +170,7 @@ def test_cancelling_while_the_prompt_is_read(daemon, client):
 
 def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, client):
     conversation, connection = raw(daemon)
-    answers = conversation.ask("generate", {"prompt": "h", "options": LONG, "resumable": True})
+    answers = conversation.request("generate", {"prompt": "h", "options": LONG, "resumable": True})
     connection.sendall(conversation.to_send())
     while answers.seq < client.hello["limits"]["credits"]:
         conversation.feed(connection.recv(1 << 16))
@@ -179,7 +179,7 @@ def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, cli
     quiet(client)  # it has ended, and what was not acknowledged is still there
     connection.close()
     conversation, connection = raw(daemon)
-    again = conversation.ask("resume", {"stream": answers.stream, "after": 0})
+    again = conversation.request("resume", {"stream": answers.stream, "after": 0})
     connection.sendall(conversation.to_send())
     while not again.over:
         conversation.feed(connection.recv(1 << 16))
@@ -192,7 +192,7 @@ def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, cli
 def test_a_generation_that_is_not_read_ends_when_it_is_cancelled(daemon, client):
     conversation, connection = raw(daemon)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    answers = conversation.ask("generate", {"prompt": "i", "options": LONG})
+    answers = conversation.request("generate", {"prompt": "i", "options": LONG})
     connection.sendall(conversation.to_send())
     time.sleep(1.0)  # the socket is full by now, and the generation waits
     connection.sendall(pack({"id": 99, "op": "cancel", "request": answers.request}))
@@ -208,7 +208,7 @@ def raw(daemon):
     connection, conversation = socket.socket(socket.AF_UNIX), ClientProtocol()
     connection.settimeout(30)
     connection.connect(str(daemon.socket))
-    hello = conversation.ask("hello", {"versions": [1]})
+    hello = conversation.request("hello", {"versions": [1]})
     connection.sendall(conversation.to_send())
     while not hello.over:
         conversation.feed(connection.recv(1 << 16))
@@ -218,7 +218,7 @@ def raw(daemon):
 def test_a_client_that_vanishes_frees_its_slot(daemon, client):
     for _ in range(5):
         conversation, connection = raw(daemon)
-        answers = conversation.ask("generate", {"prompt": "d", "options": LONG})
+        answers = conversation.request("generate", {"prompt": "d", "options": LONG})
         connection.sendall(conversation.to_send())
         while not answers.events:
             conversation.feed(connection.recv(1 << 16))
@@ -232,7 +232,7 @@ def test_a_slow_reader_stalls_nobody_and_costs_little(daemon, client):
     for n in range(8):
         conversation, connection = raw(daemon)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.append((conversation, connection, conversation.ask("generate", {"prompt": f"e{n}", "options": SLOW})))
+        slow.append((conversation, connection, conversation.request("generate", {"prompt": f"e{n}", "options": SLOW})))
         connection.sendall(conversation.to_send())
     for n in range(10):
         assert len(ask(client, f"quick {n}")) > 5
@@ -243,7 +243,7 @@ def test_a_slow_reader_stalls_nobody_and_costs_little(daemon, client):
     got = []
     while not answers.over:
         conversation.feed(connection.recv(1 << 16))
-        while (event := answers.take()) is not None:
+        while (event := answers.next_event()) is not None:
             got.append(event)
     assert got[-1].usage.completion_tokens == SLOW["max_tokens"]
     for _, connection, _ in slow:
@@ -288,7 +288,7 @@ def test_an_answer_that_is_whole_is_not_lost_with_the_connection(daemon):
 
 def test_a_stream_is_its_users_and_ends_if_nobody_comes(daemon, client):
     conversation, connection = raw(daemon)
-    answers = conversation.ask("generate", {"prompt": "f", "options": LONG, "resumable": True})
+    answers = conversation.request("generate", {"prompt": "f", "options": LONG, "resumable": True})
     connection.sendall(conversation.to_send())
     while answers.stream is None:
         conversation.feed(connection.recv(1 << 16))
@@ -306,34 +306,34 @@ def test_a_stream_is_its_users_and_ends_if_nobody_comes(daemon, client):
 @pytest.mark.parametrize(("keep", "reason"), [(True, "max_tokens"), (False, "cancelled")])
 def test_a_stream_in_a_session_goes_on_if_the_session_does(daemon, client, keep, reason):
     conversation, connection = raw(daemon)
-    opened = conversation.ask("open_session", {"keep": keep})
+    opened = conversation.request("open_session", {"keep": keep})
     connection.sendall(conversation.to_send())
     while not opened.over:
         conversation.feed(connection.recv(1 << 16))
     fields = {"prompt": "j", "session": opened.result()["session"], "options": {"max_tokens": 40, "ignore_eos": True}, "resumable": True}
-    answers = conversation.ask("generate", fields)
+    answers = conversation.request("generate", fields)
     connection.sendall(conversation.to_send())
     while answers.stream is None:
         conversation.feed(connection.recv(1 << 16))
     connection.close()
     conversation, connection = raw(daemon)
-    again = conversation.ask("resume", {"stream": answers.stream, "after": answers.seq})
+    again = conversation.request("resume", {"stream": answers.stream, "after": answers.seq})
     connection.sendall(conversation.to_send())
     while not again.over:
         conversation.feed(connection.recv(1 << 16))
-    assert (again.events[-1].reason if "ok" in again._end else again._end["error"]["code"]) == reason
+    assert (again.events[-1].reason if "ok" in again.answer else again.answer["error"]["code"]) == reason
     connection.close()
     quiet(client)
 
 
 def test_a_stream_that_goes_on_elsewhere_says_so_where_it_was(daemon, client):
     conversation, connection = raw(daemon)
-    answers = conversation.ask("generate", {"prompt": "g", "options": {"max_tokens": 200, "ignore_eos": True}, "resumable": True})
+    answers = conversation.request("generate", {"prompt": "g", "options": {"max_tokens": 200, "ignore_eos": True}, "resumable": True})
     connection.sendall(conversation.to_send())
     while answers.stream is None:
         conversation.feed(connection.recv(1 << 16))
     other, second = raw(daemon)
-    again = other.ask("resume", {"stream": answers.stream, "after": answers.seq})
+    again = other.request("resume", {"stream": answers.stream, "after": answers.seq})
     second.sendall(other.to_send())
     while not answers.over:
         conversation.feed(connection.recv(1 << 16))

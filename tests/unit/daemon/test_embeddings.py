@@ -292,7 +292,7 @@ def test_a_task_that_is_cancelled_ends_its_request(daemon, client):
 def test_who_does_not_read_holds_up_nobody(daemon, client):
     expected = client.embed(["a"] * 3)
     with Client(str(daemon.socket), timeout=30) as slow:
-        answers = slow._ask("embed", {"texts": ["a"] * 20000})
+        answers = slow._send("embed", {"texts": ["a"] * 20000})
         while client.call("metrics")["tokens"]["embedded_tokens"] < 100:
             time.sleep(0.01)
         for _ in range(3):

@@ -160,7 +160,7 @@ def test_a_worker_that_is_stopped_is_ended_too_and_a_paused_request_is_not(start
     events = client.generate("slow", max_tokens=2000, ignore_eos=True)
     next(events)
     with daemon.client() as other:
-        other._ask("generate", {"prompt": "unread", "options": {"max_tokens": 3000, "ignore_eos": True}, "resumable": True})
+        other._send("generate", {"prompt": "unread", "options": {"max_tokens": 3000, "ignore_eos": True}, "resumable": True})
         time.sleep(1.5)
         assert other._socket is not None
         assert client.status()["worker"]["deaths"] == 0
@@ -203,7 +203,7 @@ def test_a_worker_that_dies_while_it_restores_a_session_costs_no_more_than_the_a
         time.sleep(0.01)
     pid = client.status()["worker"]["pid"]
     os.kill(pid, signal.SIGSTOP)
-    answers = client._ask("generate", {"prompt": "hello", "session": session.id})
+    answers = client._send("generate", {"prompt": "hello", "session": session.id})
     client.status()  # the daemon has passed it on by now
     os.kill(pid, signal.SIGKILL)
     wait_for_death(client, 2)
@@ -234,7 +234,7 @@ def test_what_waits_for_a_worker_can_be_cancelled(start):
     client = start().ready()
     os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
     wait_for_death(client, 1)
-    answers = client._ask("generate", {"prompt": "a", "options": {"max_tokens": 3000, "ignore_eos": True}})
+    answers = client._send("generate", {"prompt": "a", "options": {"max_tokens": 3000, "ignore_eos": True}})
     assert client.call("cancel", request=answers.request) == {"found": True}
     with pytest.raises(DaemonError, match="cancelled before it began"):
         answers.result()
@@ -297,7 +297,7 @@ def test_the_worker_ends_with_the_daemon_however_that_ends(start):
     daemon = start()
     client = daemon.ready()
     pid = client.status()["worker"]["pid"]
-    client._ask("generate", {"prompt": "\x05\x05"})  # hangs
+    client._send("generate", {"prompt": "\x05\x05"})  # hangs
     time.sleep(0.1)
     daemon.process.kill()
     daemon.process.wait(5)

@@ -27,7 +27,7 @@ class Wire:
         self.left, self.credits = list(texts), CREDITS
         self.stream = EventStream(1, worker(self._credit), CREDITS, resumable=True)
         self.client, self.got, self.down = ClientProtocol(), [], b""
-        self.answers = self.client.ask("generate", generate_fields("x", None, None, "normal", True, {}))
+        self.answers = self.client.request("generate", generate_fields("x", None, None, "normal", True, {}))
         self.client.to_send()
         self.down = pack({"id": 1, "event": "stream", "stream": self.stream.token})
         self.deliver(len(self.down))
@@ -51,7 +51,7 @@ class Wire:
         """Some bytes reach the client, which takes what it has, and what it says reaches the daemon."""
         data, self.down = self.down[:size], self.down[size:]
         self.client.feed(data)
-        while (event := self.answers.take()) is not None:
+        while (event := self.answers.next_event()) is not None:
             self.got.append(event.text)
 
     def listen(self):
@@ -122,7 +122,7 @@ def test_credits_of_a_plain_stream_come_back_when_it_was_written():
 
 def test_what_cannot_be_resumed_fails_when_the_connection_breaks():
     client = ClientProtocol()
-    answers = client.ask("status", {})
+    answers = client.request("status", {})
     client.disconnected()
     with pytest.raises(DaemonError, match="has closed the connection") as caught:
         answers.result()
@@ -136,7 +136,7 @@ def said(client):
 def test_what_was_cancelled_is_cancelled_in_the_next_connection_too():
     client, answers = ClientProtocol(), Reply()
     client.cancel(answers)
-    client.ask("generate", {"prompt": "x"}, answers)
+    client.request("generate", {"prompt": "x"}, answers)
     assert said(client) == [("generate", None), ("cancel", answers.request)]
     client.feed(pack({"id": answers.request, "event": "stream", "stream": "s"}))
     client.disconnected()
