@@ -39,8 +39,8 @@ class Client:
     """
 
     def __init__(self, address: str | Address | None = None, *, key: str | None = None, timeout: float | None = None) -> None:
-        """``address``: as for ``edge-rt serve --listen``, by default the user's own daemon. ``key``: required over TCP. ``timeout``: seconds
-        without data after which a call fails, by default none.
+        """``address``: as for ``edge-rt serve --listen``, by default the user's own daemon. ``key``: required over TCP. ``timeout``:
+        seconds without data after which a call fails, by default none.
         """
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key, self._timeout = key, timeout

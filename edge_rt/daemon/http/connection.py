@@ -184,7 +184,7 @@ class HttpConnection(ClientConnection):
             self._exchange.left()
         self._exchange = None
 
-    def _read_on(self) -> None:
+    def _continue_reading(self) -> None:
         if self._exchange is None:
             self._go_on()
 
@@ -265,7 +265,7 @@ class HttpConnection(ClientConnection):
         if self._route.needs_key:
             key = check_key(self._http, self._headers)
             if key is not None:
-                self.server.become(self, OVER_HTTP - 1 - key)
+                self.server.change_user(self, OVER_HTTP - 1 - key)
         if length > self.server.config.limits.frame_bytes:
             raise self._too_long()
 

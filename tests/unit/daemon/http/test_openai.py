@@ -1,4 +1,4 @@
-"""What OpenAI's requests mean and what is refused, calls in the text of an answer, and chunks that add up to the whole answer."""
+"""OpenAI's API: requests and what is refused, tool calls in text, chunks that add up to the completion."""
 
 import ast
 import json
@@ -18,15 +18,16 @@ from edge_rt.daemon.http.routes import GenerationAnswer
 from edge_rt.errors import ContextOverflow, ProtocolError
 
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 
 
 def options(**fields):
     return request.parse_chat({"messages": HELLO, **fields}).fields["options"]
-
-
-# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 def test_fields_become_options():
@@ -131,14 +132,20 @@ def test_prompts_that_are_none(prompt):
 
 
 texts = st.text("ab1é😀\ud800", max_size=5)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
+
+
 fields = st.sampled_from(
     sorted({*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"})
 )
+
+
 """Of requests, by name."""
 
 
@@ -170,7 +177,7 @@ def test_every_code_of_the_protocol_has_a_status():
 
 
 def test_the_page_says_all_that_there_is():
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     page = (root / "docs" / "http.md").read_text(encoding="utf-8")
     fields = {*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"}
     deprecated = {"functions", "function_call"}
@@ -182,9 +189,6 @@ def test_the_page_says_all_that_there_is():
         codes |= {args[2].value for args in named if isinstance(args[2], ast.Constant)}
     assert len(codes) > 20
     assert [code for code in codes if f"`{code}`" not in page] == []
-
-
-# ---- bodies ----------------------------------------------------------------------------------------------------------
 
 
 def test_bodies():
@@ -210,9 +214,6 @@ def test_any_bytes_are_a_body_that_a_frame_can_hold_or_an_error(data):
         code = "malformed_json"
         assert unpack(pack(found)[4:]) == found
     assert code == "malformed_json"
-
-
-# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 def call(name="add", arguments='{"a": 1}'):
@@ -274,8 +275,6 @@ def test_calls_are_the_same_however_the_text_is_split(pieces, seed):
     if not calls:
         assert "".join(found) == text
 
-
-# ---- answers ---------------------------------------------------------------------------------------------------------
 
 DONE = {
     "event": "done", "reason": "end_of_generation", "stop": None, "seed": 1, "timings": {}, "context": {}, "post": (), "rules": "",

@@ -1,4 +1,4 @@
-"""The daemon as a process, with the null engine: many clients, each of which gets what it would get alone."""
+"""The clients against the daemon: many at once, cancelled, resumed, and with mistakes."""
 
 import asyncio
 import random
@@ -13,11 +13,13 @@ from relay import Relay
 
 from edge_rt.daemon.client import AsyncClient, Client
 from edge_rt.daemon.client.protocol import ClientProtocol
-from edge_rt.daemon.protocol import FrameReader, pack
+from edge_rt.daemon.protocol import pack
 from edge_rt.errors import DaemonError
 from edge_rt.types import Delta, Done
 
 LONG = {"max_tokens": 3500, "ignore_eos": True}
+
+
 SLOW = {"max_tokens": 800, "ignore_eos": True}  # more than what socket buffers take
 
 
@@ -92,25 +94,6 @@ def test_concurrent_sessions_get_what_they_get_alone_and_nothing_of_each_other(d
     assert got == alone
 
 
-def test_text_and_tokens(client):
-    assert client.call("tokenize", text="ab")["tokens"] == [256, 97, 98]
-    assert client.call("detokenize", tokens=[97, 98])["text"] == "ab"
-
-
-def test_messages_go_through_the_template(client):
-    done = list(client.generate([{"role": "user", "content": "hi"}], max_tokens=3))[-1]
-    assert isinstance(done, Done)
-    assert done.usage.prompt_tokens == len("hi") + 2
-
-
-def test_leaving_the_loop_cancels(client):
-    for event in client.generate("a", **LONG):
-        if isinstance(event, Delta):
-            break
-    quiet(client)
-    assert ask(client, "b")
-
-
 def test_a_generation_is_cancelled_and_the_connection_stays(client):
     socket_before = client._socket
     events = client.generate("a", **LONG)
@@ -154,20 +137,6 @@ def test_leaving_one_of_two_generations_leaves_the_other(client):
     assert text([*got, *kept]) == expected
 
 
-def test_cancelling_while_the_prompt_is_read(daemon, client):
-    conversation, connection = raw(daemon)
-    answers = conversation.request("generate", {"prompt": "c" * 4000, "options": {"max_tokens": 5}})
-    connection.sendall(conversation.to_send())
-    while not answers.events:
-        conversation.feed(connection.recv(1 << 16))
-    conversation.request("cancel", {"request": answers.request})
-    connection.sendall(conversation.to_send())
-    while not answers.over:
-        conversation.feed(connection.recv(1 << 16))
-    assert (answers.events[-1].reason, len(answers.events) < 30) == ("cancelled", True)
-    connection.close()
-
-
 def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, client):
     conversation, connection = raw(daemon)
     answers = conversation.request("generate", {"prompt": "h", "options": LONG, "resumable": True})
@@ -189,20 +158,6 @@ def test_a_stream_that_is_not_acknowledged_ends_when_it_is_cancelled(daemon, cli
     connection.close()
 
 
-def test_a_generation_that_is_not_read_ends_when_it_is_cancelled(daemon, client):
-    conversation, connection = raw(daemon)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    answers = conversation.request("generate", {"prompt": "i", "options": LONG})
-    connection.sendall(conversation.to_send())
-    time.sleep(1.0)  # the socket is full by now, and the generation waits
-    connection.sendall(pack({"id": 99, "op": "cancel", "request": answers.request}))
-    quiet(client)
-    while not answers.over:
-        conversation.feed(connection.recv(1 << 16))
-    assert (answers.events[-1].reason, answers.result()) == ("cancelled", {})
-    connection.close()
-
-
 def raw(daemon):
     """A connection without our client's care, after hello."""
     connection, conversation = socket.socket(socket.AF_UNIX), ClientProtocol()
@@ -213,17 +168,6 @@ def raw(daemon):
     while not hello.over:
         conversation.feed(connection.recv(1 << 16))
     return conversation, connection
-
-
-def test_a_client_that_vanishes_frees_its_slot(daemon, client):
-    for _ in range(5):
-        conversation, connection = raw(daemon)
-        answers = conversation.request("generate", {"prompt": "d", "options": LONG})
-        connection.sendall(conversation.to_send())
-        while not answers.events:
-            conversation.feed(connection.recv(1 << 16))
-        connection.close()
-    quiet(client, 2.0)  # and not when the answers end by themselves
 
 
 def test_a_slow_reader_stalls_nobody_and_costs_little(daemon, client):
@@ -406,19 +350,6 @@ def test_mistakes_have_codes_and_do_no_harm(client, op, fields, code):
     assert client.status()["server"]["requests"] == 0
 
 
-def test_many_requests_on_one_connection(daemon, client):
-    expected = {f"p{n}": ask(client, f"p{n}") for n in range(24)}
-
-    async def one(mine, prompt):
-        return text([event async for event in mine.generate(prompt, temperature=0, max_tokens=20, ignore_eos=True)])
-
-    async def work():
-        async with AsyncClient(str(daemon.socket)) as mine:
-            return await asyncio.gather(*(one(mine, prompt) for prompt in expected))
-
-    assert asyncio.run(work()) == list(expected.values())
-
-
 def test_the_async_client_cancels_resumes_and_fails_as_the_other(daemon, client):
     expected = ask(client, "later", max_tokens=200)
 
@@ -509,18 +440,3 @@ def test_no_daemon(tmp_path):
     with pytest.raises(DaemonError, match="no daemon answers at unix:") as caught:
         Client(str(tmp_path / "none.sock"))
     assert caught.value.code == "disconnected"
-
-
-def test_messages_in_pieces_and_in_one_piece(daemon):
-    asked = [{"op": "hello", "versions": [1]}, {"op": "status"}, {"op": "tokenize", "text": "a"}]
-    data = b"".join(pack({"id": number, **message}) for number, message in enumerate(asked))
-    for size in (1, 7, len(data)):
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(30)
-            connection.connect(str(daemon.socket))
-            for start in range(0, len(data), size):
-                connection.sendall(data[start : start + size])
-            frames, found = FrameReader(), []
-            while len(found) < 3:
-                found += frames.feed(connection.recv(1 << 16))
-        assert [sorted(one) for one in found] == [["id", "ok"]] * 3
