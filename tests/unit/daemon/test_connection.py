@@ -193,13 +193,6 @@ def test_before_hello_nothing_is_taken(daemon):
     assert ended(connection) == "frame_too_long"
 
 
-def test_who_says_nothing_is_sent_away(daemon):
-    connection = connect(daemon)
-    started = time.monotonic()
-    assert ended(connection) == "limit"
-    assert 0.4 < time.monotonic() - started < 3
-
-
 @pytest.mark.parametrize("greet", [False, True])
 def test_who_sends_byte_by_byte_is_sent_away(daemon, greet):
     connection = connect(daemon, greet)
@@ -234,14 +227,6 @@ def test_who_vanishes_mid_stream_is_not_complained_of(tmp_path, random_model):
         with found.client() as client:
             assert client.status()["worker"]["deaths"] == 0
         assert not select.select([found.process.stderr], [], [], 0)[0], found.line()
-
-
-def test_another_version(daemon):
-    connection = connect(daemon)
-    send(connection, pack({"id": 7, "op": "hello", "versions": [2, 3]}))
-    (answer,) = read(connection, 9)
-    assert (answer["id"], answer["error"]["code"], answer["error"]["supported"]) == (7, "unsupported_version", [1])
-    connection.close()
 
 
 def test_too_many_connections(daemon):
@@ -292,18 +277,6 @@ def test_an_answer_too_long_for_a_frame_is_an_error(daemon):
         send(connection, pack({"id": 2, "op": "detokenize", "tokens": [1] * 90_000}))
         assert "ok" in read(connection)[0]
     assert unpack(pack_answer({"id": 2, "ok": {"text": "x" * MAX_BYTES}})[4:])["error"]["code"] == "limit"
-
-
-def test_the_same_id_twice(daemon):
-    with connect(daemon, greet=True) as connection:
-        options = {"max_tokens": 50, "ignore_eos": True}
-        for _ in range(2):
-            send(connection, pack({"id": 2, "op": "generate", "prompt": "x", "options": options}))
-        frames, found = FrameReader(), []
-        while not any("ok" in one for one in found):
-            found += frames.feed(connection.recv(1 << 16))
-        assert [one["error"]["code"] for one in found if "error" in one] == ["bad_request"]
-        assert [one for one in found if "ok" in one] == [{"id": 2, "ok": {}}]
 
 
 def test_another_user_is_not_let_in(tmp_path):

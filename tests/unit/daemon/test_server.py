@@ -157,14 +157,6 @@ def edge_rt_post_processors():
 """
 
 
-def test_two_daemons_do_not_share_an_address(tmp_path):
-    with Daemon(tmp_path) as first:
-        second = subprocess.run(first.words, env=first.environment, capture_output=True, text=True, timeout=30, check=False)
-        assert second.returncode == 1
-        assert "another daemon listens at" in second.stderr
-        assert first.client().status()["worker"]["state"] == "none"
-
-
 def test_rules_are_read_again_and_a_mistake_is_in_the_status(folder, random_model):
     (folder / "nulls-1.0.dist-info" / "entry_points.txt").write_text("[edge_rt]\nnulls = plugin_nulls\nstars = plugin_stars\n")
     (folder / "plugin_stars.py").write_text(STARS)
@@ -198,15 +190,6 @@ def test_rules_are_read_again_and_a_mistake_is_in_the_status(folder, random_mode
         while signs() != {"w"}:
             assert time.monotonic() < until
             time.sleep(0.02)
-
-
-def test_rules_that_are_wrong_are_told_who_asks(folder, random_model):
-    (folder / "r.toml").write_text("[moons]\n")
-    with Daemon(folder, "--rules", str(folder / "r.toml"), model=str(random_model())) as daemon, daemon.client() as client:
-        with pytest.raises(DaemonError, match="line 1: there is no post-processor moons") as caught:
-            list(client.generate("a"))
-        assert caught.value.code == "rule"
-        assert "moons" in client.status()["worker"]["reason"]
 
 
 def running(daemon, **options):

@@ -142,20 +142,6 @@ def test_a_step_that_takes_much_longer_than_its_like_is_ended_soon(folder, rando
     assert error["message"].startswith("nothing moved in the worker for ")
 
 
-def test_leaving_an_answer_that_takes_too_long_leaves_the_connection(start):
-    daemon = start("hung_after = 30\n")
-    daemon.ready().close()
-    with daemon.client() as client:
-        client._socket.settimeout(0.3)
-        with pytest.raises(DaemonError) as caught:
-            list(client.generate("\x05\x05"))
-        client._socket.settimeout(30)
-        assert caught.value.code == "timeout"
-        os.kill(client.status()["worker"]["pid"], signal.SIGKILL)
-        wait_for_death(client, 1)
-        assert ask(client, "next")
-
-
 def test_a_worker_that_is_stopped_is_ended_too_and_a_paused_request_is_not(start):
     daemon = start("hung_after = 0.6\ncredits = 4\n")
     client = daemon.ready()

@@ -192,23 +192,6 @@ def test_nothing_is_lost_or_repeated_wherever_it_breaks(texts, happens):
     assert wire.stream.held <= ACK_EVERY, "the last acknowledgement may be lost, no other"
 
 
-def test_who_does_not_acknowledge_is_sent_no_more_than_the_credits():
-    wire = Wire(["a"] * 100)
-    for _ in range(100):
-        wire.work()
-    assert (wire.stream.held, wire.credits) == (CREDITS, 0)
-    assert ACK_EVERY <= CREDITS // 2
-
-
-def test_what_cannot_be_resumed_fails_when_the_connection_breaks():
-    client = ClientProtocol()
-    answers = client.request("status", {})
-    client.disconnected()
-    with pytest.raises(DaemonError, match="has closed the connection") as caught:
-        answers.result()
-    assert (caught.value.code, client.broken) == ("disconnected", False)
-
-
 def said(client):
     return [(message["op"], message.get("request")) for message in FrameReader().feed(client.to_send())]
 

@@ -119,11 +119,6 @@ def test_what_cannot_be_done_is_refused(fields, param, code):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
-def test_a_prompt_may_be_its_tokens(prompt):
-    assert request.parse_completion({"prompt": prompt}).fields["tokens"] == [1, 2]
-
-
 @pytest.mark.parametrize("prompt", [None, 3, [], ["a", "b"], [[]], [[1], [2]], [1, "a"], [-1], [True], {}])
 def test_prompts_that_are_none(prompt):
     with pytest.raises(ApiError) as caught:
@@ -347,14 +342,3 @@ def test_reasons():
     with pytest.raises(ApiError, match="about to end") as caught:
         answered([], True)[0].add_event({**DONE, "reason": "cancelled"})
     assert caught.value.status == 503
-
-
-def test_a_log_probability_of_the_impossible():
-    asked = request.parse_chat({"messages": HELLO, "logprobs": True, "top_logprobs": 1})
-    answer = CompletionBuilder(asked, "m")
-    entry = {"token": 1, "text": "x", "logprob": None, "top": ((2, -0.5),), "piece": b"\xc3", "top_pieces": [b"y"]}
-    answer.add_event({"event": "delta", "text": "", "tokens": (1,), "logprobs": [entry]})
-    answer.add_event(DONE)
-    assert answer.completion()["choices"][0]["logprobs"]["content"] == [
-        {"token": "�", "logprob": -9999.0, "bytes": [195], "top_logprobs": [{"token": "y", "logprob": -0.5, "bytes": [121]}]}
-    ]

@@ -1,10 +1,7 @@
 """The built-in page and the status behind it: files, headers, and who may see what."""
 
 import fnmatch
-import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -146,37 +143,6 @@ def test_every_word_is_there_in_both_languages_and_used():
         assert f'"{name}"' in page + code.replace(table, "") or name in _OF_THE_DAEMON, f"{name} is not used"
 
 
-STREAM = """
-globalThis.sessionStorage = { getItem: () => null, setItem() {} };
-Object.defineProperty(globalThis, "navigator", { value: { language: "en" }, configurable: true });
-const { events } = await import("./api.js");
-const found = [];
-for (const step of [1, 7, 1000]) { // whatever pieces it comes in
-  const text = JSON.parse(process.argv[2]);
-  const pieces = Array.from({ length: Math.ceil(text.length / step) }, (_, i) => text.slice(i * step, (i + 1) * step));
-  const body = ReadableStream.from(pieces).pipeThrough(new TextEncoderStream());
-  const here = [];
-  for await (const event of events(new Response(body))) here.push(event);
-  found.push(here);
-}
-console.log(JSON.stringify(found));
-"""
-
-
-def test_the_page_understands_that_a_request_waits_for_memory(tmp_path):
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    for name in ("api.js", "words.js"):
-        shutil.copy(PAGE / name, tmp_path / name)
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    (tmp_path / "run.js").write_text(STREAM)
-    said = ': queued: the memory is promised\n\n: something else\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n'
-    done = subprocess.run([node, "run.js", json.dumps(said)], cwd=tmp_path, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout) == [[{"queued": "the memory is promised"}, {"choices": []}]] * 3
-
-
 def test_all_that_is_no_python_is_in_the_wheel():
     patterns = re.search(r"^edge_rt = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     allowed = re.findall(r'"([^"]+)"', patterns)
@@ -240,12 +206,6 @@ def test_what_leaves_the_context_is_counted(daemon, peer):
     assert line in peer.get("/metrics").body.decode().splitlines()
     with daemon.client() as client:
         assert client.call("metrics")["context"]["evicted_tokens"] == after["evicted_tokens"]
-
-
-def test_our_own_page_may_ask_also_behind_a_proxy_with_tls(peer):
-    for origin in ("http://box.local", "https://box.local"):
-        assert peer.post(CHAT, named("proxy"), Host="box.local", Origin=origin).status == 200
-    assert peer.post(CHAT, named("proxy"), Host="box.local", Origin="https://elsewhere.local").code == "origin_not_allowed"
 
 
 def test_usage_so_far_is_in_every_chunk_if_asked_for(peer):

@@ -84,14 +84,6 @@ def test_an_answer_is_the_same_by_both_protocols_and_in_one_piece_or_many(daemon
     assert quiet(daemon) < 1
 
 
-def test_a_text_is_continued(daemon, peer):
-    whole = peer.post(COMPLETION, {"prompt": "Once", **SHORT}).json
-    *chunks, done = peer.stream(COMPLETION, {"prompt": ["Once"], **SHORT})
-    assert (whole["object"], chunks[0]["object"], done) == ("text_completion", "text_completion", "[DONE]")
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"] != ""
-    assert whole["id"].startswith("cmpl-")
-
-
 def test_a_prompt_may_be_its_tokens_as_they_are(daemon, peer):
     text = peer.post(COMPLETION, {"prompt": "Once upon", **SHORT}).json["choices"][0]["text"]
     tokens = peer.post("/tokenize", {"prompt": "Once upon"}).json["tokens"]
@@ -99,12 +91,6 @@ def test_a_prompt_may_be_its_tokens_as_they_are(daemon, peer):
         found = peer.post(COMPLETION, {"prompt": prompt, **SHORT}).json
         assert (found["choices"][0]["text"], found["usage"]["prompt_tokens"]) == (text, len(tokens))
     assert peer.post(COMPLETION, {"prompt": tokens[1:], **SHORT}).json["usage"]["prompt_tokens"] == len(tokens) - 1, "nothing is added"
-
-
-def test_usage_comes_in_a_chunk_of_its_own(peer):
-    *chunks, usage, done = peer.stream(CHAT, {"messages": HELLO, **SHORT, "stream_options": {"include_usage": True}})
-    assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 12, "[DONE]")
-    assert all(chunk["usage"] is None for chunk in chunks)
 
 
 def test_log_probabilities(peer):
@@ -133,12 +119,6 @@ def test_the_seed_and_the_stop_are_told(peer):
     text = peer.post(CHAT, {"messages": HELLO, **SHORT}).json["choices"][0]["message"]["content"]
     choice = peer.post(CHAT, {"messages": HELLO, **SHORT, "stop": text[4]}).json["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (text[: text.index(text[4])], "stop")
-
-
-def test_fields_that_change_nothing_are_told_in_a_header(peer):
-    reply = peer.post(CHAT, {"messages": HELLO, **SHORT, "user": "me", "metadata": {"a": "b"}, "n": 1, "store": False})
-    assert (reply.status, reply.headers["edge-rt-ignored"]) == (200, "user, metadata")
-    assert "edge-rt-ignored" not in peer.post(CHAT, {"messages": HELLO, **SHORT}).headers
 
 
 def test_a_session_is_made_when_it_is_named_and_goes_on(daemon, peer):
@@ -218,12 +198,6 @@ def test_errors(daemon, peer, method, path, body, status, code):
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["x-request-id"].startswith("req_")
     assert quiet(daemon) < 1
-
-
-def test_a_context_that_is_too_short_is_told_in_numbers(peer):
-    error = peer.post(COMPLETION, {"prompt": "x " * 5000}).json["error"]
-    assert (str(error["needed"]) in error["message"], str(error["available"]) in error["message"]) == (True, True)
-    assert (error["type"], error["needed"] > error["available"] > 0) == ("invalid_request_error", True)
 
 
 def test_a_worker_that_dies_is_an_error_in_the_stream_and_the_next_request_is_answered(daemon, peer):
@@ -352,15 +326,6 @@ EMBEDDINGS = "/v1/embeddings"
 def test_embedding_inputs(given, fields):
     asked = parse_embedding_request({"input": given, "model": "m", "user": "u", "dimensions": None})
     assert (asked.fields, asked.model, asked.base64, asked.dimensions, asked.ignored) == (fields, "m", False, None, ("user",))
-
-
-def test_embedding_options():
-    asked = parse_embedding_request(
-        {"input": "a", "encoding_format": "base64", "dimensions": 3, "edge_rt": {"pooling": "last", "normalize": False}}
-    )
-    assert (asked.fields, asked.base64, asked.dimensions) == ({"texts": ["a"], "pooling": "last", "normalize": False}, True, 3)
-    asked = parse_embedding_request({"input": "a", "dimensions": 3, "edge_rt": {"truncate": True}})
-    assert (asked.fields, asked.dimensions) == ({"texts": ["a"], "dimensions": 3}, None)
 
 
 @pytest.mark.parametrize(

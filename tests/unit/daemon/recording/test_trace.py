@@ -54,14 +54,6 @@ def test_a_file_is_private_and_begins_with_its_header(path):
     file.close()
 
 
-def test_a_run_goes_on_in_the_file_with_a_header_of_its_own(path):
-    for header in (HEADER, LATER):
-        file = opened(path, header)
-        write(file, 1, 2)
-        file.close()
-    assert [one.at for one in read_trace(path).requests] == [1, 2, 61, 62]
-
-
 @pytest.mark.parametrize("cut", range(1, len(HEADER + trace_line(1)) + 1))
 def test_a_torn_last_line_is_cut_off(path, cut, caplog):
     whole = HEADER + trace_line(1)
@@ -101,15 +93,6 @@ def test_full_files_are_renamed_and_the_oldest_goes(path):
     whole = b"".join((path.parent / name).read_bytes() for name in ("traffic.jsonl.2", "traffic.jsonl.1", "traffic.jsonl"))
     (path.parent / "all.jsonl").write_bytes(whole)
     assert [one.at for one in read_trace(path.parent / "all.jsonl").requests] == [4, 5, 6, 7, 8]
-
-
-def test_a_file_that_was_full_at_the_start_is_renamed_first(path):
-    for header in (HEADER, LATER):
-        file = opened(path, header, max_bytes=len(HEADER) + 1)
-        write(file, 1)
-        file.close()
-    assert (path.parent / "traffic.jsonl.1").read_bytes() == HEADER + trace_line(1)
-    assert path.read_bytes() == LATER + trace_line(1)
 
 
 @pytest.mark.parametrize("taken", ["removed", "renamed", "emptied", "replaced"])
@@ -196,15 +179,6 @@ def test_files_that_are_not_written_to(path, spoil, message):
     with pytest.raises(OptionError, match=message):
         files.check_trace_file(path)
     assert path.stat().st_size == before
-
-
-def test_what_can_be_written_is_told_without_a_trace(path):
-    files.check_trace_file(path)
-    assert not path.exists()
-    with pytest.raises(OptionError, match=r"traffic cannot be recorded in .*: no such file or directory; name another file"):
-        files.check_trace_file(path / "x")
-    with pytest.raises(OptionError, match="is a directory"):
-        files.check_trace_file(path.parent)
 
 
 def test_two_do_not_write_to_the_same_file(path):
@@ -416,11 +390,6 @@ def test_numbers_that_read_as_secrets_are_told_from_options(redaction):
     assert found["seed"] == 4111111111111111
 
 
-def test_two_names_that_become_one_are_no_line(redaction):
-    with pytest.raises(ValueError, match="two names became one"):
-        line(redaction, {"messages": HELLO, "options": {"json_schema": {"a@example.com": {}, "b@example.com": {}}}})
-
-
 def test_rules_of_a_file_that_conceal_are_used_and_no_others(tmp_path):
     rules = tmp_path / "r.toml"
     rules.write_text('[terminology.terms]\n"Hello" = "Goodbye"\n[redaction]\nnames = ["Ada Lovelace"]\n')
@@ -510,13 +479,6 @@ def test_of_a_session_only_what_is_new_is_written():
     assert trace.write("x", "a", "b", "c") == ("s1", said("c"))
     assert trace.write("x", "a", "b", "c", "d", "e") == ("s1", said("e"))
     assert trace.write("y", "a", "b", "c") == ("s2", said("c"))
-
-
-@pytest.mark.parametrize("next_one", [("a",), ("a", "b"), ("A", "b", "c"), ("c",), ()])
-def test_what_does_not_go_on_begins_anew(next_one):
-    trace = Trace()
-    trace.write("x", "a")
-    assert trace.write("x", *next_one) == ("s2", said(*next_one))
 
 
 def test_what_was_not_written_is_in_the_next_line_and_a_new_file_begins_anew():

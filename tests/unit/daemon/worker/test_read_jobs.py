@@ -57,15 +57,6 @@ def test_everyone_gets_what_they_would_get_alone(model, asks, seed):
         assert asks.ended[name] == {"pooling": pooling, "dimensions": 8, "tokens": sum(counts)}
 
 
-def test_requests_take_turns_text_by_text(asks):
-    asks.add("many", texts=["a"] * 50)
-    asks.add("few", texts=["b"] * 3)
-    order = []
-    asks.work._send_event = lambda asked, message: (order.append(asked.id), asks.say(asked, message))
-    asks.finish()
-    assert order[:6] == ["many", "few"] * 3
-
-
 def test_who_has_no_credits_waits_and_holds_up_nobody(asks):
     asks.add("slow", credits=2, texts=TEXTS)
     asks.add("quick", texts=TEXTS)
@@ -87,16 +78,6 @@ def test_cancelling_in_the_middle_of_a_text(asks):
     assert isinstance(asks.ended["long"], Cancelled)
     asks.finish()
     assert (asks.said["long"], asks.ended["other"]["tokens"]) == ([], 3)
-
-
-def test_cancelling_another_leaves_the_text_that_is_read(asks, model):
-    asks.add("one", texts=["x" * 300])
-    asks.add("two", texts=["y"])
-    asks.work.step(64)
-    asks.work.step(64)
-    asks.asked["two"].cancelled = True
-    asks.finish()
-    np.testing.assert_array_equal(asks.rows("one"), model.embed(["x" * 300]))
 
 
 def test_many_texts_are_tokenised_a_few_at_a_time_and_checked_before_any_is_read(asks, monkeypatch):

@@ -155,16 +155,6 @@ class Units:
         return asked.cells
 
 
-def test_who_was_cancelled_before_does_not_wait(host):
-    one = host(allowance=300 * CELL)
-    one.ask("a" * 99, max_tokens=150)
-    command = {"op": "generate", "id": 77, "prompt": "b" * 99, "credits": 9, "options": {"max_tokens": 150}}
-    one.worker.requests.register(command)
-    one.worker.requests.cancel(77)
-    one.worker.handle(command)
-    assert one.answer(77)["error"]["code"] == "cancelled"
-
-
 def test_nobody_is_passed_for_ever():
     units, begun = Units(), []
 
@@ -196,19 +186,6 @@ def test_nobody_is_passed_for_ever():
     come("late", 1, "high")
     end(10)
     assert begun[10:] == [8, 9, 10, 11, "late"]
-
-
-def test_the_urgent_go_first_and_then_the_first():
-    units, begun = Units(), []
-    line = AdmissionQueue(units, lambda short: None)
-    callbacks = QueueCallbacks(lambda one, room: begun.append(one.name), lambda one, error: None, lambda one, event: None)
-    units.used = 10
-    for name, priority in (("a", "low"), ("b", "normal"), ("c", "high"), ("d", "normal")):
-        line.add(QueuedRequest({"priority": priority}, MemoryRequest(1, 1), name, callbacks, lambda: True))
-    assert not line.admit()
-    units.used = 0
-    assert line.admit()
-    assert begun == ["c", "b", "d", "a"]
 
 
 def test_long_texts_are_tokenised_aside(host):
