@@ -13,7 +13,7 @@ from edge_rt.types import Delta
 
 
 def forget_to_acknowledge():
-    Reply.due = lambda self, every: False
+    Reply.acknowledgement_due = lambda self, every: False
 
 
 def resume_too_early():
@@ -30,7 +30,7 @@ def resume_too_early():
 def ask_anew():
     def again(self):
         for answers in self._broken:
-            self._asked[self.ask("generate", {"prompt": "Once upon a time"}).request] = answers
+            self._pending[self.request("generate", {"prompt": "Once upon a time"}).request] = answers
         self._broken = []
 
     ClientProtocol.resume = again

@@ -11,7 +11,7 @@ from edge_rt.daemon.worker.requests import AdmissionQueue
 
 
 def unlimited(model: Any) -> MemoryBudget:
-    """An account of memory of which there is enough."""
+    """A budget of memory of which there is enough."""
     return MemoryBudget(model, SessionStore(model, lambda message: None), None)
 
 
@@ -23,9 +23,8 @@ class Asks:
         self.said: dict[str, list[Any]] = {}
         self.ended: dict[str, Any] = {}
         self.asked: dict[str, Any] = {}
-        account = unlimited(model)
-        none: Any = None
-        self.work = ReadJobs(model, account, AdmissionQueue(account, none, none, none, lambda short: None), self.say, self.end)
+        budget = unlimited(model)
+        self.work = ReadJobs(model, budget, AdmissionQueue(budget, lambda short: None), self.say, self.end)
 
     def end(self, command: dict[str, Any], error: Exception | None, answer: dict[str, Any]) -> None:
         self.ended[command["id"]] = error or answer

@@ -6,15 +6,15 @@ from edge_rt.daemon.worker.engine import WorkerEngine
 
 
 class Host:
-    """A worker's Serving without the process. It hears what the daemon would."""
+    """A WorkerEngine without its process. It hears what the daemon would."""
 
     def __init__(self, model, allowance=None, parked=None, keep=(), **options):
         self.said, self.news, self.queue, self.number = {}, [], [], 0
-        self.serving = WorkerEngine(self._send, self.queue.append)
+        self.worker = WorkerEngine(self._send, self.queue.append)
         parked = None if parked is None else str(parked)
         self.do("open", model=str(model), options=options, rules=None, allowance=allowance, parked=parked, keep=keep)
         assert "ok" in self.said[0][-1], self.said
-        self.engine, self.account = self.serving._opened.engine, self.serving._account
+        self.engine, self.budget = self.worker._opened.engine, self.worker._budget
 
     def _send(self, message):
         if "id" in message:
@@ -28,8 +28,8 @@ class Host:
         self.number += 1
         command = {"op": op, "id": number, **fields}
         if op in ("generate", "embed"):
-            self.serving.generations.note(command)
-        self.serving.do(command)
+            self.worker.requests.register(command)
+        self.worker.handle(command)
         return number
 
     def ask(self, prompt, session=None, credits=100_000, priority="normal", **options):
@@ -38,13 +38,13 @@ class Host:
         return self.do("generate", prompt=prompt, credits=credits, options=options, priority=priority, owner="o", **given)
 
     def tell(self, op, request):
-        getattr(self.serving.generations, {"cancel": "cancel", "drop": "unwanted"}[op])(request)
+        getattr(self.worker.requests, {"cancel": "cancel", "drop": "mark_unwanted"}[op])(request)
         self.do(op, request=request)
 
     def step(self):
         while self.queue:
-            self.serving.do(self.queue.pop(0))
-        return self.serving.step()
+            self.worker.handle(self.queue.pop(0))
+        return self.worker.step()
 
     def answer(self, number):
         """The answer, None as long as there is none."""

@@ -103,7 +103,7 @@ class OwnChat:
         self._path = path
         self.sent, self.times, self.tokens, self.prompt_tokens, self.ended = 0.0, list[float](), 0, 0, False
         self._conversation = ClientProtocol()
-        self._conversation.ask("hello", hello_fields(None))
+        self._conversation.request("hello", hello_fields(None))
         self._fields = {
             "messages": [{"role": "user", "content": text}], "options": {"max_tokens": tokens, "temperature": 0, "ignore_eos": True},
         }  # fmt: skip
@@ -114,17 +114,17 @@ class OwnChat:
         self.sent = time.perf_counter()
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(self._path)
-        self._answers = self._conversation.ask("generate", self._fields)
+        self._answers = self._conversation.request("generate", self._fields)
         self.socket.sendall(self._conversation.to_send())
 
     def took(self, data: bytes, now: float) -> None:
         """Events are decoded as any client of ours does."""
         if not data:
-            raise RuntimeError(f"the daemon has left: {self._conversation.gone()}")
-        self._conversation.received(data)
+            raise RuntimeError(f"the daemon has left: {self._conversation.disconnect_error()}")
+        self._conversation.feed(data)
         if self._answers is None:
             return
-        while (event := self._answers.take()) is not None:
+        while (event := self._answers.next_event()) is not None:
             if isinstance(event, Delta) and event.text:
                 self.times.append(now)
             elif isinstance(event, Done):

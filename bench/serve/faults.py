@@ -263,14 +263,14 @@ def _cancelled(daemon: Served, settings: Settings) -> Result:
     with daemon.ready() as client:
         for number in range(settings.pick(20, 3)):
             prompt = f"{number} " + "far away " * 900
-            answers = client._ask("generate", {"prompt": prompt, "options": {"max_tokens": 5, "temperature": 0}})
-            while answers.take() is None:
+            answers = client._send("generate", {"prompt": prompt, "options": {"max_tokens": 5, "temperature": 0}})
+            while answers.next_event() is None:
                 client._receive()
             at = time.perf_counter()
-            client._ask("cancel", {"request": answers.request})
+            client._send("cancel", {"request": answers.request})
             more, reason = 0, ""
             while not answers.over or answers.events:
-                event = answers.take()
+                event = answers.next_event()
                 more += isinstance(event, PromptProgress)
                 reason = event.reason if isinstance(event, Done) else reason
                 if event is None:

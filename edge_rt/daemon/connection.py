@@ -1,4 +1,4 @@
-"""Connections of clients: limits on what one may ask, the streams of its requests, and the framing of the daemon's own protocol."""
+"""Connections of clients: their limits, the event streams of their requests, and the daemon's own protocol."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from edge_rt.daemon.models import ManagedModel
     from edge_rt.daemon.protocol import Request
 
-MESSAGES_AT_ONCE = 32  # messages handled before others have a turn
-UNREAD = 1 << 20  # bytes that a client has not read, before no more is read from it
+MESSAGES_AT_ONCE = 32  # messages of one connection that are handled before others have their turn
+UNREAD = 1 << 20  # bytes of unsent output above which a connection is not read
 OVER_TCP, OVER_HTTP = -1, -2
-"""Users of whom the system does not tell, as they came over TCP: all with the key of the daemon's protocol; all over HTTP without a key.
-Each key of HTTP is a user of its own, from -3 down."""
-BEFORE_HELLO = 4096  # bytes of a frame, as long as nobody has said hello
+"""User ids where the system knows none: clients over TCP with the protocol's key, and over HTTP without a key. Each HTTP key is a user of
+its own, from -3 down."""
+BEFORE_HELLO = 4096  # longest frame before hello
 _FATAL = ("bad_frame", "frame_too_long", "unsupported_version", "not_allowed")
 
 
 class Daemon(Protocol):
-    """What a connection needs of the daemon; see ``operations.Operations``."""
+    """The part of ``operations.Operations`` that connections use."""
 
     config: Config
     draining: bool
 
     def enter(self, connection: ClientConnection, user: int | None) -> None: ...
-    def become(self, connection: ClientConnection, user: int) -> None: ...
+    def change_user(self, connection: ClientConnection, user: int) -> None: ...
     def leave(self, connection: ClientConnection) -> None: ...
     def penalty(self, user: int | None) -> float: ...
     def hold(self, connection: ClientConnection, more: int) -> None: ...
@@ -47,20 +47,15 @@ class Daemon(Protocol):
 
 
 class StreamObserver(Protocol):
-    """Hears what becomes of a request that is recorded."""
+    """Records one request. ``finish`` is called with the code of an error if the request could not be started."""
 
-    def observe(self, message: Message) -> None:
-        """An event, or the answer."""
-
-    def note_left(self) -> None:
-        """The client wants no more of it."""
-
-    def finish(self, code: str | None) -> None:
-        """It is over, with the code of an error if it failed."""
+    def on_message(self, message: Message) -> None: ...
+    def on_left(self) -> None: ...
+    def finish(self, code: str | None) -> None: ...
 
 
 class TokenBucket:
-    """``rate``: tokens a second, 0: no limit. ``most``: that may be taken at once; full at ``now``. Times are seconds of one clock."""
+    """A rate limit of ``rate`` tokens per second (0: none) with bursts of ``most``. Full at ``now``; times are seconds of one clock."""
 
     __slots__ = ("_filled", "_most", "_rate", "_tokens")
 
@@ -69,7 +64,7 @@ class TokenBucket:
         self._tokens, self._filled = most, now
 
     def take(self, now: float) -> float:
-        """Take one, and return 0; or the seconds until there is one to take."""
+        """Take a token and return 0, or return the seconds until one is available."""
         if not self._rate:
             return 0.0
         self._fill(now)
@@ -79,7 +74,7 @@ class TokenBucket:
         return 0.0
 
     def overdraw(self, now: float, longest: float) -> float:
-        """Take one also if there is none. Returns the seconds until all that were taken so are paid for: at most ``longest``."""
+        """Take a token even if none is left. Returns the seconds until the debt is refilled, which is limited to ``longest``."""
         if not self._rate:
             return 0.0
         self._fill(now)
@@ -92,23 +87,22 @@ class TokenBucket:
 
 
 class EventStream:
-    """Events of one request between the worker and its client, so that none is lost, repeated, or kept without end.
+    """Flow control and resumption of one request's events, between its worker and its client.
 
-    An event has a credit until it is written to the client, or, of a stream that can be resumed, acknowledged by it. Those that are not
-    are held, so as many at most as there are credits, and the answer at the end. Who cancels gets the few events with which a generation
-    ends beside them.
+    An event uses a credit until it is written to the client or, in a resumable stream, acknowledged. A resumable stream holds its
+    unacknowledged events, so at most as many as there are credits, the answer, and the few events that end a cancelled generation.
     """
 
     def __init__(self, user: int, hosted: ManagedModel, credits: int, *, resumable: bool) -> None:
         self.user, self.hosted = user, hosted
         self.token = secrets.token_urlsafe(16) if resumable else None
-        self.seq = 0  # of the last event or answer; they count from 1
-        self.ended = False  # the answer has come
-        self.cancelled = False  # the worker was told
-        self.number = 0  # of the command to the worker
-        self.request = 0  # the client's number for it
-        self.begun = False  # a token has come
-        self.last_token = 0.0  # when it came; before the first, when the request was started
+        self.seq = 0  # of the last event or answer, from 1
+        self.ended = False  # the answer was received
+        self.cancelled = False  # the worker was told to cancel it
+        self.number = 0  # of the worker's command
+        self.request = 0  # id of the client's request
+        self.begun = False  # a token was received
+        self.last_token = 0.0  # time of the last token, before the first of the request's start
         self.connection: ClientConnection | None = None
         self.expiry: asyncio.TimerHandle | None = None
         self.observer: StreamObserver | None = None
@@ -117,16 +111,15 @@ class EventStream:
 
     @property
     def held(self) -> int:
-        """Events and answers that the client has not acknowledged."""
+        """Number of unacknowledged events and answers."""
         return len(self._held)
 
     @property
     def finished(self) -> bool:
-        """Nothing will be asked of it any more."""
         return self.ended and not self._held
 
     def add(self, message: Message) -> Message:
-        """Take an event or the answer from the worker; returns what is to be sent of it."""
+        """Process an event or the answer from the worker; returns the message for the client."""
         self.ended = "event" not in message
         if self.token is None:
             return message
@@ -135,25 +128,25 @@ class EventStream:
         self._held.append(message)
         return message
 
-    def written(self) -> None:
-        """The client's socket took an event."""
+    def on_written(self) -> None:
+        """An event was written to the client's socket."""
         if self.token is None:
             self._return_credits(1)
 
-    def note_left(self) -> None:
-        """The client wants no more of it."""
+    def on_left(self) -> None:
+        """The client has cancelled the request or disconnected."""
         if self.observer is not None:
-            self.observer.note_left()
+            self.observer.on_left()
 
     def acknowledge(self, seq: int) -> None:
-        """The client has all up to this one."""
+        """The client has received all events up to ``seq``."""
         events = 0
         while self._held and self._held[0]["seq"] <= seq:
             events += "event" in self._held.popleft()
         self._return_credits(events)
 
     def events_after(self, seq: int) -> list[Message]:
-        """What follows this one, which the client has with all before it. Raises ProtocolError."""
+        """Acknowledge up to ``seq`` and return the events that follow. Raises ProtocolError if they are not held."""
         first = self.seq - len(self._held)
         if not first <= seq <= self.seq:
             raise ProtocolError("bad_request", f"the stream can be resumed after {first} to {self.seq}, and not after {seq}")
@@ -161,7 +154,7 @@ class EventStream:
         return list(self._held)
 
     def _return_credits(self, events: int) -> None:
-        """Let the worker send as many more, a quarter of all at a time."""
+        """Return credits to the worker, in batches of a quarter of all."""
         self._owed += events
         if self._owed >= self._batch and not self.ended:
             owed, self._owed = self._owed, 0
@@ -169,20 +162,17 @@ class EventStream:
 
 
 class ClientConnection(asyncio.Protocol):
-    """One client's connection: who it is, what is under way for it, and whether it reads what it is sent.
-
-    Messages are the protocol's, in and out. A subclass says how ``send`` writes them, and what else ends with the connection.
-    """
+    """One client's connection: its user, pending requests, limits and flow control. Subclasses implement the wire format."""
 
     _transport: asyncio.Transport
 
     def __init__(self, server: Daemon) -> None:
         self.server = server
-        self.user: int | None = None  # as the system or a key says; None until that is known to be somebody who may be
-        self.streams: dict[int, EventStream] = {}  # by the client's number
-        self.waiting: set[int] = set()  # other requests that were not answered yet
-        self.withdraw: dict[int, Callable[[], object]] = {}  # how to take back each of these, as long as its model waits for memory
-        self.held = 0  # bytes of the request that has begun and of requests not answered yet; see ``Operations.hold``
+        self.user: int | None = None  # from the system or the key; None before the connection is admitted
+        self.streams: dict[int, EventStream] = {}  # by id of the request
+        self.waiting: set[int] = set()  # ids of other pending requests
+        self.withdraw: dict[int, Callable[[], object]] = {}  # withdraws such a request while it waits for its model
+        self.held = 0  # bytes of incomplete and unanswered requests
         self._sizes: dict[int, int] = {}
         rate = server.config.limits.requests_per_second
         self._requests = TokenBucket(rate, 2 * rate, now())
@@ -193,11 +183,11 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def known_user(self) -> int:
-        assert self.user is not None, "nobody else comes as far as this"
+        assert self.user is not None, "the connection was admitted"
         return self.user
 
     def eof_received(self) -> None:
-        """The client will say no more: it has left."""
+        """A client that closes its side of the connection has left: returning None closes ours."""
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closed = True
@@ -213,39 +203,39 @@ class ClientConnection(asyncio.Protocol):
         self._writing = True
         unwritten, self._unwritten = self._unwritten, []
         for stream in unwritten:
-            stream.written()
-        self._read_on()
+            stream.on_written()
+        self._continue_reading()
 
-    def _read_on(self) -> None:
-        """Go on with what has come, or read more."""
+    def _continue_reading(self) -> None:
+        """Process input that was received already, or read more."""
         raise NotImplementedError
 
     def _take_token(self) -> None:
-        """Count a request against ``requests_per_second``; a burst of two seconds' is allowed. Raises ProtocolError: limit."""
+        """Enforce ``requests_per_second``, with bursts of two seconds' worth. Raises ProtocolError: limit."""
         if wait := self._requests.take(now()):
             rate = self.server.config.limits.requests_per_second
             raise ProtocolError("limit", f"there may be {rate:g} requests a second; ask again a little later", retry_after=wait)
 
     def _penalize(self) -> None:
-        """After a request that was refused: a user of whom that is often so is not read for a moment after each."""
+        """After a refused request: stop reading for a while if the user has many of them."""
         if (seconds := self.server.penalty(self.user)) and not self._closed and not self._deaf:
             self._transport.pause_reading()
             self._timers["deaf"] = asyncio.get_running_loop().call_later(seconds, self._end_penalty)
 
     def _end_penalty(self) -> None:
         del self._timers["deaf"]
-        self._read_on()
+        self._continue_reading()
 
     @property
     def _deaf(self) -> bool:
         return "deaf" in self._timers
 
     def greet(self, key: str | None) -> None:
-        """Hello was said. Raises ProtocolError: not_allowed."""
+        """Complete the handshake. Raises ProtocolError: not_allowed."""
         raise NotImplementedError
 
     def begin(self, number: int, size: int) -> None:
-        """Count a request that is passed on; ``size``: its bytes. Raises ProtocolError: limit."""
+        """Count a request of ``size`` bytes that is forwarded to a worker, until ``done``. Raises ProtocolError: limit."""
         most = self.server.config.limits.requests_per_connection
         if len(self.waiting) + len(self.streams) >= most:
             raise ProtocolError("limit", f"a connection may have {most} requests under way; wait for one")
@@ -254,13 +244,13 @@ class ClientConnection(asyncio.Protocol):
         self.waiting.add(number)
 
     def done(self, number: int) -> None:
-        """Count a request no more: it was answered, or could not be begun."""
+        """A request was answered, or could not be begun."""
         self.waiting.discard(number)
         self.withdraw.pop(number, None)
         self.server.hold(self, -self._sizes.pop(number, 0))
 
     def send(self, message: Message) -> None:
-        """Write a message; the client may be gone."""
+        """Write a message, unless the connection is closing."""
         raise NotImplementedError
 
     def answer(self, number: int | None, result: Message) -> None:
@@ -273,11 +263,11 @@ class ClientConnection(asyncio.Protocol):
         self.send({"id": number, "error": found})
 
     def deliver(self, stream: EventStream, message: Message) -> None:
-        """Send a stream's event or answer; an event's credit returns when the client reads fast enough."""
+        """Send a stream's event or answer. The event's credit is returned once the socket's buffer has room."""
         self.send({**message, "id": stream.request})
         if "event" in message:
             if self._writing:
-                stream.written()
+                stream.on_written()
             else:
                 self._unwritten.append(stream)
 
@@ -285,7 +275,7 @@ class ClientConnection(asyncio.Protocol):
         if not self._closed:
             self._closed = True
             self._transport.close()
-            # Who reads nothing does not keep us.
+            # A client that does not read what is buffered for it does not keep the connection open.
             self._timers["close"] = asyncio.get_running_loop().call_later(5.0, self._transport.abort)
 
     def end(self, error: ProtocolError) -> None:
@@ -293,7 +283,7 @@ class ClientConnection(asyncio.Protocol):
         self.close()
 
     def _end_after(self, name: str, seconds: float, what: str) -> None:
-        """End the connection after some seconds, unless ``_stop_timer`` comes first."""
+        """End the connection after some seconds (0: never), unless ``_stop_timer`` is called before."""
         self._stop_timer(name)
         if seconds and not self._closed:
             error = ProtocolError("limit", f"{what} within {seconds:g} seconds")
@@ -305,7 +295,7 @@ class ClientConnection(asyncio.Protocol):
 
 
 class FramedConnection(ClientConnection):
-    """A client that speaks the daemon's own protocol. What goes wrong here concerns nobody else."""
+    """A client that speaks the daemon's own protocol."""
 
     def __init__(self, server: Daemon) -> None:
         super().__init__(server)
@@ -318,7 +308,7 @@ class FramedConnection(ClientConnection):
         self._transport = cast(asyncio.Transport, transport)
         connection: socket.socket = transport.get_extra_info("socket")
         self._over_tcp = connection.family != socket.AF_UNIX
-        user = peer_credentials(connection).user  # asyncio's wrapper has what is asked of it
+        user = peer_credentials(connection).user
         try:
             self.server.enter(self, OVER_TCP if self._over_tcp else user)
         except ProtocolError as error:
@@ -332,14 +322,14 @@ class FramedConnection(ClientConnection):
         self._messages = self._frames.feed(data)
         self._handle_messages()
 
-    def _read_on(self) -> None:
+    def _continue_reading(self) -> None:
         if self._messages is None:
             self._transport.resume_reading()
         else:
             self._handle_messages()
 
     def _handle_messages(self) -> None:
-        """Handle messages that have come, some at a time, and as long as the client reads what it is answered."""
+        """Handle received messages, ``MESSAGES_AT_ONCE`` at a time and as long as the client reads the answers."""
         if self._closed or self._deaf or self._messages is None:
             return
         try:
@@ -363,7 +353,7 @@ class FramedConnection(ClientConnection):
         asyncio.get_running_loop().call_soon(self._handle_messages)
 
     def _count_partial_frame(self) -> None:
-        """A part of a frame counts among the bytes held, and has ``frame_seconds`` to become whole."""
+        """Count an incomplete frame as held bytes; it must be complete within ``frame_seconds``."""
         before, self._partial = self._partial, self._frames.pending
         self.server.hold(self, self._partial - before)
         if not self._partial:
@@ -393,7 +383,7 @@ class FramedConnection(ClientConnection):
             self._penalize()
 
     def _check(self, request: Request) -> None:
-        """Raises ProtocolError for what may not be asked now."""
+        """Raises ProtocolError for a request that is not valid in the connection's state."""
         if not self.greeted and request.op != "hello":
             raise ProtocolError("bad_request", "the first request must be hello")
         if self.greeted and request.op == "hello":
@@ -412,13 +402,13 @@ class FramedConnection(ClientConnection):
         self._stop_timer("hello")
 
     def send(self, message: Message) -> None:
-        if self._closed or self._transport.is_closing():  # the loop knows before it tells, and complains of each write until then
+        if self._closed or self._transport.is_closing():  # asyncio logs a warning for writes after the connection was lost
             return
         self._transport.write(pack_answer(message))
         self._restart_idle_timer()
 
     def refuse(self, number: int | None, error: Exception) -> None:
-        """Answer with an error; one after which the client cannot be understood, or is not to be, ends the connection."""
+        """Answer with an error; a fatal one ends the connection."""
         super().refuse(number, error)
         if protocol.describe_error(error)["code"] in _FATAL or not self.greeted:
             self.close()
@@ -429,7 +419,6 @@ class FramedConnection(ClientConnection):
             self._timers["idle"] = asyncio.get_running_loop().call_later(seconds, self._end_if_idle, seconds)
 
     def _end_if_idle(self, seconds: float) -> None:
-        """Nothing was said for long: who waits for an answer may stay."""
         if self.streams or self.waiting:
             self._restart_idle_timer()
         else:

@@ -138,22 +138,22 @@ class ManagedModel:
 
     def __init__(
         self, name: str, spec: WorkerSpec, hung_after: float, parking: ParkingFolder,
-        changed: Callable[[ManagedModel], None], told: Callable[[ManagedModel, Message], None],
+        on_state: Callable[[ManagedModel], None], on_report: Callable[[ManagedModel, Message], None],
     ) -> None:  # fmt: skip
         """Raises ModelFileError if the file is gone."""
         self.name, self.spec, self.needs = name, spec, estimate_memory(spec)
         self.allowance = self.used = self.under_way = 0
         self.placed = False  # it has its place in memory
         self.awaited = 0  # requests for whose sake it comes into memory
-        self.bidden = False  # it is to come also if nobody asks anything
+        self.requested = False  # it is to come also if nobody asks anything
         self.cooled = False  # its weights were given back, as nobody has asked anything for long
         self.leaving = False  # its worker is about to end
         self.idle_since = 0.0
         self.template = ""  # of its prompts, in 12 hexadecimal digits, as its worker told when it last opened it
         self.sustained: Message | None = None  # what its limits of power and temperature came to, as it last told
-        self._parking, self._changed, self._tell = parking, changed, told
+        self._parking, self._on_state, self._on_report = parking, on_state, on_report
         self._timer: asyncio.TimerHandle | None = None
-        self.supervisor = Supervisor(hung_after, self._state, self._told, self._grant)
+        self.supervisor = Supervisor(hung_after, self._on_worker_state, self._on_worker_report, self._grant)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,25 +180,25 @@ class ManagedModel:
         folder = self._parking.folder()
         return {"allowance": self.allowance, "parked": None if folder is None else str(folder / self.name)}
 
-    def _state(self) -> None:
+    def _on_worker_state(self) -> None:
         if self.supervisor.state == "ready" and self.supervisor.model is not None:
             self.template = self.supervisor.model["template"]
             opened = self.supervisor.model.pop("needs", None)
             if opened is not None:
                 self.needs = self.needs._replace(**{**opened, "weights": opened["weights"] + _adapter_bytes(self.spec)})
-            self._tell(self, {"opened": True})
+            self._on_report(self, {"opened": True})
         elif self.supervisor.state in ("waiting", "failed"):
             self.used, self.cooled, self.sustained = 0, False, None  # the next worker is warm
-            self._tell(self, {"ended": True})
-        self._changed(self)
+            self._on_report(self, {"ended": True})
+        self._on_state(self)
 
-    def _told(self, message: Message) -> None:
+    def _on_worker_report(self, message: Message) -> None:
         if "held" in message:
             self.used = max(message["held"], message["reserved"])
         elif "sustained" in message:
             self.sustained = message["sustained"]
         else:
-            self._tell(self, message)
+            self._on_report(self, message)
 
     async def ask(self, command: Message) -> Message:
         """The worker's answer to a command of the daemon's own: ``{"ok": ...}`` or ``{"error": ...}``."""
@@ -262,11 +262,11 @@ LEFT = WorkerExit("unloaded", "the model left memory for another; ask again")
 
 
 class ModelManager:
-    """``changed(hosted)`` is called when a worker's state is another, ``told(hosted, message)`` with what a worker says of sessions."""
+    """``on_state(hosted)`` is called when a worker's state changes, ``on_session(hosted, message)`` with what a worker says of sessions."""
 
     def __init__(
         self, budget: int, hung_after: float, cool_after: float, patience: float, state: Path,
-        changed: Callable[[ManagedModel], None], told: Callable[[ManagedModel, Message], None],
+        on_state: Callable[[ManagedModel], None], on_session: Callable[[ManagedModel, Message], None],
     ) -> None:  # fmt: skip
         """``budget``: bytes. ``cool_after``: seconds without a request, 0 for never. ``patience``: how long a model waits for room.
 
@@ -275,10 +275,10 @@ class ModelManager:
         self.budget, self.default = budget, ""
         self._known: dict[str, ManagedModel] = {}
         self._hung_after, self._cool_after, self._patience, self._parking = hung_after, cool_after, patience, ParkingFolder(state)
-        self._changed, self._told = changed, told
+        self._on_state, self._on_session = on_state, on_session
         self._heat = DecayingCounter(HALF_LIFE)
         self._wants: dict[ManagedModel, int] = {}  # bytes, in the order in which they were asked for
-        self._nudged = False
+        self._sharing_due = False
         self._task: asyncio.Task[None] | None = None
         self._tasks = TaskSet()
         self.evictions = 0  # how many models have left for others
@@ -294,7 +294,7 @@ class ModelManager:
 
         Raises ModelFileError if the file is gone: then nothing is forgotten.
         """
-        one = ManagedModel(name, spec, self._hung_after, self._parking, self._changed, self._hear)
+        one = ManagedModel(name, spec, self._hung_after, self._parking, self._on_state, self._on_report)
         if (before := self._known.get(name)) is not None:
             self.forget(before)
         self._known[name] = one
@@ -329,11 +329,11 @@ class ModelManager:
             raise ProtocolError("no_model", f"there is no model {name:.80}; name one of {self.names}")
         return alike[0]
 
-    def known(self, one: ManagedModel) -> bool:
+    def is_known(self, one: ManagedModel) -> bool:
         """Whether it is the model of its name still."""
         return self._known.get(one.name) is one
 
-    def named(self, name: str) -> ManagedModel | None:
+    def find_named(self, name: str) -> ManagedModel | None:
         """The model of a name, else one whose file is called so."""
         return next(iter(self._called(name)), None)
 
@@ -355,19 +355,19 @@ class ModelManager:
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def call(self, one: ManagedModel, command: Message, took: ReplyHandler, *, awaits: bool = True) -> int:
+    def call(self, one: ManagedModel, command: Message, handle: ReplyHandler, *, awaits: bool = True) -> int:
         """Let a model's worker answer, after it was loaded if need be; the command's number. Raises ProtocolError.
 
         ``awaits``: somebody waits for the answer, so that the model waits for room as long as they do.
         """
         if one.supervisor.spec is None:
-            self._bring(one)
+            self._load_or_queue(one)
 
         def answered(message: Message) -> None:
             if "event" not in message:
                 one.awaited -= awaits
-                self._done(one)
-            took(message)
+                self._on_done(one)
+            handle(message)
 
         number = one.supervisor.call(command, answered)
         one.under_way += 1
@@ -379,13 +379,13 @@ class ModelManager:
         self._heat.touch(one.name)
         return number
 
-    def _done(self, one: ManagedModel) -> None:
+    def _on_done(self, one: ManagedModel) -> None:
         one.under_way -= 1
-        if one in self._wants and not one.placed and not one.awaited and not one.bidden:
+        if one in self._wants and not one.placed and not one.awaited and not one.requested:
             self._nobody_waits(one)
-        self._rest(one)
+        self._start_idle_timer(one)
         if self._wants:
-            self._nudge()
+            self._schedule_sharing()
 
     def _nobody_waits(self, one: ManagedModel) -> None:
         """Who asked for a model that waits for room is gone: nobody is to leave for it any more."""
@@ -393,18 +393,18 @@ class ModelManager:
         one.stop_timer()
         one.supervisor.abandon(UNWANTED)
 
-    def _rest(self, one: ManagedModel) -> None:
+    def _start_idle_timer(self, one: ManagedModel) -> None:
         """A model may have nothing to do: after a while it cools down."""
         if not one.under_way and one.placed:  # else its timer is of its waiting for room
             one.idle_since = now()
             if self._cool_after:
-                one.start_timer(self._cool_after, partial(self._cool, one))
+                one.start_timer(self._cool_after, partial(self._cool_if_idle, one))
 
-    def _cool(self, one: ManagedModel) -> None:
+    def _cool_if_idle(self, one: ManagedModel) -> None:
         if one.idle and one.supervisor.state == "ready":
-            self._tasks.spawn(self._cooled(one))
+            self._tasks.spawn(self._cool_worker(one))
 
-    async def _cooled(self, one: ManagedModel) -> None:
+    async def _cool_worker(self, one: ManagedModel) -> None:
         answer = await one.ask({"op": "cool"})
         one.cooled = one.idle and "ok" in answer and not answer["ok"].get("busy")
 
@@ -413,8 +413,8 @@ class ModelManager:
     def load(self, one: ManagedModel) -> None:
         """Bring a model into memory before anybody asks. Raises ProtocolError: out_of_memory."""
         if one.supervisor.spec is None:
-            self._bring(one)
-        one.bidden = not one.placed
+            self._load_or_queue(one)
+        one.requested = not one.placed
 
     async def unload(self, one: ManagedModel, why: WorkerExit = UNLOADED) -> None:
         """End a model's worker; what it is at gets an error."""
@@ -424,8 +424,8 @@ class ModelManager:
         try:
             await one.supervisor.unload(why)
         finally:
-            one.placed, one.cooled, one.used, one.leaving, one.bidden = False, False, 0, False, False
-            self._nudge()
+            one.placed, one.cooled, one.used, one.leaving, one.requested = False, False, 0, False, False
+            self._schedule_sharing()
 
     async def close(self, why: WorkerExit) -> None:
         self._wants.clear()
@@ -434,7 +434,7 @@ class ModelManager:
             await self._task
         self._parking.close()
 
-    def _bring(self, one: ManagedModel) -> None:
+    def _load_or_queue(self, one: ManagedModel) -> None:
         needed = one.needs.total
         if needed > self.budget:
             refusal = self._too_large(one)
@@ -443,9 +443,9 @@ class ModelManager:
             self._place(one)
             return
         one.supervisor.expect(one.spec, f"it waits for {format_size(needed)} of memory, of which {format_size(max(0, self.free))} are free")
-        one.start_timer(self._patience, partial(self._give_up, one))
+        one.start_timer(self._patience, partial(self._refuse_waiting, one))
         self._wants[one] = needed
-        self._nudge()
+        self._schedule_sharing()
 
     def _too_large(self, one: ManagedModel) -> WorkerExit:
         """Why a model is not loaded however much the others give."""
@@ -456,7 +456,7 @@ class ModelManager:
         )
         return WorkerExit("out_of_memory", message, {"needed": needed, "available": most})
 
-    def _put_out(self, one: ManagedModel) -> None:
+    def _unload_too_large(self, one: ManagedModel) -> None:
         """A model that is open needs more than was foreseen, and more than all may have: it does not stay."""
         refusal = self._too_large(one)
         logging.getLogger("edge_rt.daemon").warning("%s", refusal.message)
@@ -465,11 +465,11 @@ class ModelManager:
 
     def _place(self, one: ManagedModel) -> None:
         one.stop_timer()
-        one.placed, one.cooled, one.used, one.bidden = True, False, 0, False
+        one.placed, one.cooled, one.used, one.requested = True, False, 0, False
         one.allowance = max(one.needs.working, self.free - one.needs.fixed)
         one.supervisor.load(one.spec)
 
-    def _give_up(self, one: ManagedModel) -> None:
+    def _refuse_waiting(self, one: ManagedModel) -> None:
         """A model has waited for room as long as it may."""
         if self._wants.pop(one, None) is None:  # it has just found some
             return
@@ -487,40 +487,40 @@ class ModelManager:
         """Bytes of the budget that no model has; less than 0 if one turned out to need more than was foreseen."""
         return self.budget - sum(one.taken for one in self)
 
-    def _hear(self, one: ManagedModel, message: Message) -> None:
+    def _on_report(self, one: ManagedModel, message: Message) -> None:
         """A worker says something of itself; or it is open, or has ended."""
         if "short" in message:
             if not one.leaving:
                 self._wants[one] = message["short"]
-                self._nudge()
+                self._schedule_sharing()
         elif "opened" in message and one.needs.total > self.budget:
-            self._put_out(one)
+            self._unload_too_large(one)
         elif "opened" in message:
-            self._rest(one)
+            self._start_idle_timer(one)
             more = max(0, one.needs.working - one.allowance)
             if more or self.free < 0:
                 self._wants.setdefault(one, more)
-            self._nudge()
+            self._schedule_sharing()
         elif "ended" in message:
-            self._nudge()
+            self._schedule_sharing()
         else:
-            self._told(one, message)
+            self._on_session(one, message)
 
-    def _nudge(self) -> None:
-        self._nudged = bool(self._wants)
-        if self._nudged and self._task is None:
-            self._task = self._tasks.spawn(self._share())
-            self._task.add_done_callback(self._shared)
+    def _schedule_sharing(self) -> None:
+        self._sharing_due = bool(self._wants)
+        if self._sharing_due and self._task is None:
+            self._task = self._tasks.spawn(self._share_memory())
+            self._task.add_done_callback(self._after_sharing)
 
-    def _shared(self, task: asyncio.Task[None]) -> None:
+    def _after_sharing(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        if self._nudged:  # after its last look
-            self._nudge()
+        if self._sharing_due:  # after its last look
+            self._schedule_sharing()
 
-    async def _share(self) -> None:
+    async def _share_memory(self) -> None:
         """Fulfil wants as far as that is possible now."""
-        while self._nudged:
-            self._nudged = False
+        while self._sharing_due:
+            self._sharing_due = False
             for one, wanted in list(self._wants.items()):
                 if one not in self._wants:  # it has left meanwhile
                     continue
@@ -538,7 +538,7 @@ class ModelManager:
 
     async def _make_room(self, one: ManagedModel, wanted: int) -> bool:
         """Free so many bytes for a model, at the expense of others; whether that could be."""
-        for way in (self._unused, self._leave_cooled, self._parked_sessions, self._leave):
+        for way in (self._take_unused, self._evict_cooled, self._take_parked, self._evict):
             for other in self._heat_order(one):
                 if self.free >= wanted or one not in self._wants:  # there is enough, or nobody waits for it any more
                     break
@@ -550,24 +550,24 @@ class ModelManager:
         names = [one.name for one in self if one.placed and one is not but]
         return [self._known[name] for name in self._heat.coldest(names)]
 
-    async def _unused(self, one: ManagedModel, wanted: int) -> None:
+    async def _take_unused(self, one: ManagedModel, wanted: int) -> None:
         """Lower an allowance to what is in use, at most by what is wanted."""
-        await self._lower(one, max(one.needs.working, one.used), wanted)
+        await self._lower_allowance(one, max(one.needs.working, one.used), wanted)
 
-    async def _parked_sessions(self, one: ManagedModel, wanted: int) -> None:
+    async def _take_parked(self, one: ManagedModel, wanted: int) -> None:
         """Lower it further: sessions that nobody uses just now leave the worker's memory."""
-        await self._lower(one, one.needs.working, wanted)
+        await self._lower_allowance(one, one.needs.working, wanted)
 
-    async def _lower(self, one: ManagedModel, least: int, wanted: int) -> None:
+    async def _lower_allowance(self, one: ManagedModel, least: int, wanted: int) -> None:
         """One that is being opened answers when it is open, and is asked then: others need not wait for that."""
         if one.allowance > least and one.supervisor.state != "starting":
             await one.allow(max(least, one.allowance - (wanted - self.free)))
 
-    async def _leave_cooled(self, one: ManagedModel, wanted: int) -> None:
+    async def _evict_cooled(self, one: ManagedModel, wanted: int) -> None:
         if one.cooled:
-            await self._leave(one, wanted)
+            await self._evict(one, wanted)
 
-    async def _leave(self, one: ManagedModel, wanted: int) -> None:
+    async def _evict(self, one: ManagedModel, wanted: int) -> None:
         """Let an idle model go; its sessions stay, parked."""
         if not one.idle or one.leaving or one.supervisor.state == "starting":
             return

@@ -1,4 +1,4 @@
-"""What each operation of the protocol does in the daemon; those that need a model are passed on to its worker."""
+"""The operations of the protocol. Those that need a model are forwarded to its worker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 TOO_MANY = "there are too many connections; close one, or come back later"
 FAULTS, DEAF_SECONDS = 200, 1.0
-"""Refused requests of a user a second from which on its connections are not read for a while after each, and for how long at most."""
+"""Refused requests per second of one user above which a connection is not read for a while after each, and the longest such pause."""
 RATINGS = (-1, 0, 1)
 _WHILE_DRAINING = ("hello", "status", "metrics", "cancel", "ack", "resume", "close_session")
 _FEEDBACK_ERRORS = {
@@ -46,11 +46,11 @@ _FEEDBACK_ERRORS = {
     "dropped_form": ("failed", "the feedback has numbers that JSON has not; leave them out"),
     "dropped_disk": ("failed", "the file of recorded traffic cannot be written; the daemon's status says why"),
 }
-"""Code and message by ``RESULTS`` of recording/trace.py; at the daemon's end nobody is told any more."""
+"""Code and message of the errors by ``RESULTS`` of recording/trace.py. ``dropped_end`` has none: nobody is connected any more."""
 
 
 class UserQuotas:
-    """``requests`` under way, and ``held`` bytes of requests that have begun or were not answered yet: in all and by user."""
+    """Limits per user and in total on pending ``requests`` and on ``held`` bytes of incomplete or unanswered requests."""
 
     def __init__(self, limits: Limits) -> None:
         self.requests = self.held = 0
@@ -59,7 +59,7 @@ class UserQuotas:
         self._held: Counter[int] = Counter()
 
     def begin(self, user: int) -> None:
-        """Count a user's request; ``end`` follows. Raises ProtocolError: limit for this user, busy for everybody."""
+        """Count a request until ``end``. Raises ProtocolError: limit for this user, busy for all."""
         if self._requests[user] >= (most := self._limits.requests_per_user):
             raise ProtocolError("limit", f"a user may have {most} requests under way; wait for one")
         if self.requests >= self._limits.requests:
@@ -74,7 +74,7 @@ class UserQuotas:
             del self._requests[user]
 
     def hold(self, user: int, more: int) -> None:
-        """Count bytes as held by a user, or, less than 0, as free again. Raises ProtocolError: limit."""
+        """Add bytes to those held for a user; a negative number releases them. Raises ProtocolError: limit."""
         if more > 0 and self._held[user] + more > (most := self._limits.held_bytes_per_user):
             raise ProtocolError("limit", f"a user may have {most:,} bytes of requests that were not answered yet; wait for some")
         if more > 0 and self.held + more > self._limits.held_bytes:
@@ -85,7 +85,7 @@ class UserQuotas:
             del self._held[user]
 
     def move(self, held: int, before: int, after: int) -> None:
-        """Count held bytes as another user's. Raises ProtocolError: limit if that user may not have so many."""
+        """Move held bytes from one user to another. Raises ProtocolError: limit, and then nothing is moved."""
         self.hold(before, -held)
         try:
             self.hold(after, held)
@@ -95,16 +95,16 @@ class UserQuotas:
 
 
 class ModelLoader:
-    """Loads and unloads models as clients ask, one at a time. ``spec`` says what a worker is to open for a model that a client names."""
+    """Loads and unloads models for clients, one at a time. ``spec`` makes the worker's specification of a model that a client names."""
 
     def __init__(self, models: ModelManager, spec: Callable[[str, dict[str, Any]], WorkerSpec], tasks: TaskSet) -> None:
         self._models, self._spec, self._tasks = models, spec, tasks
         self._task: asyncio.Task[None] | None = None
 
     def load(self, connection: ClientConnection, request: Request, model: str, options: dict[str, Any]) -> None:
-        """Load a model, which is the default from now on; answered when it is started. Raises ProtocolError, ModelFileError."""
+        """Load a model and make it the default. The request is answered when the worker starts. Raises ProtocolError, ModelFileError."""
         spec = self._spec(model, options)
-        before = self._models.named(model_name(model, spec))
+        before = self._models.find_named(model_name(model, spec))
 
         async def work() -> Message:
             if before is not None:
@@ -115,7 +115,7 @@ class ModelLoader:
         self._begin(connection, request, before, work)
 
     def unload(self, connection: ClientConnection, request: Request, hosted: ManagedModel) -> None:
-        """End a model's worker, and forget the model. Raises ProtocolError."""
+        """End a model's worker and remove the model. Raises ProtocolError: busy."""
 
         async def work() -> Message:
             await self._models.unload(hosted)
@@ -127,7 +127,7 @@ class ModelLoader:
     def _begin(
         self, connection: ClientConnection, request: Request, hosted: ManagedModel | None, work: Callable[[], Awaitable[Message]]
     ) -> None:
-        """Raises ProtocolError while requests of the model are under way, or another model is just loaded or unloaded."""
+        """Raises ProtocolError while the model has pending requests or another model is being loaded or unloaded."""
         if (hosted is not None and not hosted.idle) or (self._task is not None and not self._task.done()):
             raise ProtocolError("busy", "requests are under way; wait for them, or cancel them")
 
@@ -145,7 +145,7 @@ class ModelLoader:
 
 
 class Call(NamedTuple):
-    """A request with the connection it came on, and its ``size`` in bytes."""
+    """A request with its connection, and its ``size`` in bytes."""
 
     connection: ClientConnection
     request: Request
@@ -172,7 +172,7 @@ class Call(NamedTuple):
 
 
 class Operations:
-    """All that clients share. ``run`` carries out a request; a method ``_do_OP`` is an operation of the protocol."""
+    """The state that clients share, and one method ``_do_OP`` per operation of the protocol."""
 
     def __init__(self, config: Config, recorder: Recorder | None = None) -> None:
         self.config, self.recorder, self.draining = config, recorder, False
@@ -184,19 +184,19 @@ class Operations:
         self.quotas = UserQuotas(config.limits)
         self.metrics = Metrics()
         self.counts = {what: Counter[str]() for what in ("requests", "http", "errors", "connections", "tokens", "context")}
-        """How often what happened, since the start."""
+        """Counters since the start, by topic and kind."""
         if recorder is not None:
             self.counts["recording"] = recorder.counts
         self.tasks = TaskSet()
         self._loader = ModelLoader(self.models, self.worker_spec, self.tasks)
         self._connections: set[ClientConnection] = set()
-        self._streams: dict[str, EventStream] = {}  # that can be resumed, by token
+        self._streams: dict[str, EventStream] = {}  # resumable ones by token
         self._running: set[EventStream] = set()
         self._faults: dict[int, TokenBucket] = {}  # by user
         self._started = time.time()
 
     def worker_spec(self, model: str, options: dict[str, Any]) -> WorkerSpec:
-        """What a worker is to open. Raises ModelFileError if there is no such model."""
+        """Raises ModelFileError if there is no such model."""
         from edge_rt.model_hub import resolve_model
 
         return WorkerSpec(str(resolve_model(model).absolute()), options, self.config.rules)
@@ -208,14 +208,14 @@ class Operations:
         notify_systemd(f"STATUS={said}")
 
     def _on_parked(self, hosted: ManagedModel, message: Message) -> None:
-        """A worker has parked a session, from where it can be restored if the worker is no more."""
+        """A worker has parked a session in a file, from which another worker can restore it."""
         if "parked" in message:
-            self.sessions.parked(message["parked"], Path(message["path"]))
+            self.sessions.note_parked(message["parked"], Path(message["path"]))
 
     # ---- connections -------------------------------------------------------------------------------------------------
 
     def enter(self, connection: ClientConnection, user: int | None) -> None:
-        """Admit a client that has connected. Raises ProtocolError if it may not stay."""
+        """Admit a new connection. Raises ProtocolError: not_allowed, limit."""
         self.count("connections", "all")
         if user is None or (user >= 0 and user not in self.config.users):
             self.count("errors", "not_allowed")
@@ -226,8 +226,8 @@ class Operations:
         connection.user = user
         self._connections.add(connection)
 
-    def become(self, connection: ClientConnection, user: int) -> None:
-        """Take a client for this user from its next request on: it has shown a key. Raises ProtocolError: limit."""
+    def change_user(self, connection: ClientConnection, user: int) -> None:
+        """Attribute a connection to the user of the key that it has sent. Raises ProtocolError: limit."""
         if user != connection.user:
             if self._is_crowded(user):
                 raise ProtocolError("limit", TOO_MANY)
@@ -239,7 +239,7 @@ class Operations:
         return sum(one.user == user for one in self._connections) >= self.config.limits.connections_per_user
 
     def penalty(self, user: int | None) -> float:
-        """Count a refused request. Returns seconds for which its connection is not read: more than 0 if the user's are many."""
+        """Count a refused request. Returns the seconds for which the connection is not to be read, 0 unless the user has many of them."""
         if user is None:
             return 0.0
         if user not in self._faults:
@@ -247,7 +247,7 @@ class Operations:
         return self._faults[user].overdraw(now(), DEAF_SECONDS)
 
     def leave(self, connection: ClientConnection) -> None:
-        """Drop what a client that has gone had under way, but for streams for which it may come back."""
+        """A connection was lost: end its requests, except for resumable streams."""
         if connection not in self._connections:
             return
         self._connections.discard(connection)
@@ -261,11 +261,11 @@ class Operations:
         connection.streams.clear()
         for withdraw in list(connection.withdraw.values()):
             withdraw()
-        self.sessions.left(connection)
+        self.sessions.leave(connection)
 
     def hold(self, connection: ClientConnection, more: int) -> None:
-        """Count a client's bytes as held, or, less than 0, as free again. Raises ProtocolError: limit."""
-        if connection.user is not None:  # else it was not let in, and nothing of it is kept
+        """Add bytes to those held for a connection; a negative number releases them. Raises ProtocolError: limit."""
+        if connection.user is not None:  # else it was refused, and nothing is held for it
             self.quotas.hold(connection.user, more)
             connection.held += more
 
@@ -275,7 +275,7 @@ class Operations:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def run(self, connection: ClientConnection, request: Request, size: int) -> None:
-        """Carry out a request. Raises ProtocolError."""
+        """Execute a request. Raises EdgeError."""
         self.count("requests", request.op)
         if self.draining and request.op not in _WHILE_DRAINING:
             raise ProtocolError("draining", "the daemon is about to end; ask again when it is back")
@@ -294,7 +294,7 @@ class Operations:
         )  # fmt: skip
 
     def _call_worker(self, user: int, hosted: ManagedModel, command: Message, handle: ReplyHandler, *, awaits: bool = True) -> int:
-        """Let a model's worker answer a user; see ``ModelManager.call``. Raises ProtocolError."""
+        """``ModelManager.call``, counted in the user's quota. Raises ProtocolError."""
         self.quotas.begin(user)
 
         def answered(message: Message) -> None:
@@ -312,7 +312,7 @@ class Operations:
         self, call: Call, hosted: ManagedModel, command: Message, then: Callable[[Message], Message] = lambda found: found,
         failed: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """Let a model's worker answer; ``then`` makes the answer of what it says. ``failed`` is called if that is an error."""
+        """Forward a request to a model's worker. ``then`` converts the worker's result to the answer; ``failed`` is called on an error."""
         connection, number = call.connection, call.number
 
         def answered(message: Message) -> None:
@@ -325,11 +325,11 @@ class Operations:
 
         connection.begin(number, call.size)
         command_number = self._call_worker(call.user, hosted, command, answered)
-        if number in connection.waiting:  # else it was answered at once. Who leaves takes it back, if it has not begun
+        if number in connection.waiting:  # else it was answered already. A lost connection withdraws it, if it has not been sent
             connection.withdraw[number] = partial(hosted.supervisor.withdraw, command_number)
 
     def _find_model(self, call: Call) -> ManagedModel:
-        """The model that a request names, or the default. Raises ProtocolError: no_model."""
+        """The model that a request names, by default the daemon's default. Raises ProtocolError: no_model."""
         return self.models.find(call.fields.get("model"))
 
     def _do_tokenize(self, call: Call) -> None:
@@ -344,30 +344,30 @@ class Operations:
         self.reload_rules(but=first)
 
     def reload_rules(self, but: ManagedModel | None = None) -> None:
-        """Let all workers ``but`` one read the rules again; whether that could be is in the status."""
-        for one in self.models.loaded():  # others read them when they start
+        """Make all workers ``but`` one reload the rules. Errors appear in the status."""
+        for one in self.models.loaded():  # other workers read the rules when they start
             if one is not but:
                 one.supervisor.call({"op": "reload_rules"}, lambda message: None)
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
     def _find_session(self, call: Call) -> ClientSession:
-        """The session that a request names, idle and in its worker. Raises ProtocolError."""
+        """The idle session that a request names, restored in its worker if need be. Raises ProtocolError."""
         one = self.sessions.get(call.fields["session"], call.user, call.connection)
         if one.busy:
             raise ProtocolError("busy", "the session answers another request; wait for it, cancel it, or open another session")
         if call.fields.get("model", one.hosted.name) not in one.hosted.names:
             raise ProtocolError("option", f"the session is of the model {one.hosted.name}; leave the model out, or open another session")
-        if not self.models.known(one.hosted):
+        if not self.models.is_known(one.hosted):
             raise ProtocolError("session_lost", "the session ended with its model, which was unloaded or replaced; open another")
         if one.epoch != one.hosted.supervisor.epoch:
             self._restore_in_worker(one)
         return one
 
     def _restore_in_worker(self, one: ClientSession) -> None:
-        """Make a session anew in a worker that was started after the one that had it. Raises ProtocolError.
+        """Open or restore a session in a worker that was started after the one that had it. Raises ProtocolError.
 
-        A file that cannot be read is not tried again. If it was the worker that failed, the next request tries again.
+        A file that cannot be read is not tried again. If the worker fails meanwhile, the session's next request tries again.
         """
         source = one.last_save
         if source is None and one.used:
@@ -378,7 +378,7 @@ class Operations:
             if "ok" not in message:
                 one.epoch = -1
                 if source is not None and message["error"]["code"] in ("session_file", "session_mismatch"):
-                    one.lose(source, message["error"]["message"])
+                    one.mark_lost(source, message["error"]["message"])
 
         how = {"op": "open_session"} if source is None else {"op": "restore_session", "path": str(source)}
         command = {**how, "session": one.id, "owner": str(one.user), "context": one.context}
@@ -425,11 +425,11 @@ class Operations:
             raise ProtocolError("limit", f"a user may have {most} saved sessions; delete one, or save under a name that has one")
         one = self._find_session(call)
 
-        def saved(found: Message) -> Message:
-            self.sessions.saved(one, path)
+        def note_saved(found: Message) -> Message:
+            self.sessions.note_saved(one, path)
             return found
 
-        self._forward(call, one.hosted, {"op": "save_session", "session": one.id, "path": str(path)}, saved)
+        self._forward(call, one.hosted, {"op": "save_session", "session": one.id, "path": str(path)}, note_saved)
 
     def _do_list_saved(self, call: Call) -> None:
         call.answer({"saved": [one._asdict() for one in list_saved_sessions(self.config.state, call.user)]})
@@ -437,7 +437,7 @@ class Operations:
     def _do_delete_saved(self, call: Call) -> None:
         path = self._saved_path(call)
         delete_saved_session(path, call.fields["name"])
-        self.sessions.unsaved(path)
+        self.sessions.note_deleted(path)
         call.answer({})
 
     def _saved_path(self, call: Call) -> Path:
@@ -482,7 +482,7 @@ class Operations:
         self._start_stream(call, self._find_model(call), {"op": "score", **call.without("model")}, None)
 
     def _start_stream(self, call: Call, hosted: ManagedModel, command: Message, session: ClientSession | None) -> None:
-        """Let a model's worker answer with events. Raises ProtocolError."""
+        """Forward a request that is answered by a stream of events. Raises ProtocolError."""
         connection, number, credits = call.connection, call.number, self.config.credits
         stream = EventStream(call.user, hosted, credits, resumable=call.fields.get("resumable", False))
         if self.recorder is not None and call.request.op == "generate":
@@ -506,11 +506,11 @@ class Operations:
             connection.send({"id": number, "event": "stream", "stream": stream.token})
 
     def _on_stream_message(self, stream: EventStream, session: ClientSession | None, message: Message) -> None:
-        """Count, record and deliver an event or the answer of a worker."""
+        """Count, record and deliver an event or the answer from a worker."""
         if session is not None and "error" in message:
             message = {**message, "error": session.explain(message["error"])}
         if stream.observer is not None:
-            stream.observer.observe(message)
+            stream.observer.on_message(message)
         match message.get("event"):
             case "delta":
                 self.metrics.count_tokens(stream, len(message["tokens"]) + message.get("concealed", 0), now())
@@ -532,7 +532,7 @@ class Operations:
             self._forget_finished(stream)
 
     def _forget_finished(self, stream: EventStream) -> None:
-        """Forget a stream if nothing more will be asked of it."""
+        """Remove a stream once it has ended and all its events are acknowledged."""
         if not stream.finished:
             return
         if stream.connection is not None:
@@ -544,8 +544,8 @@ class Operations:
             stream.expiry.cancel()
 
     def _abandon(self, stream: EventStream) -> None:
-        """End a stream for which nobody will come any more."""
-        stream.note_left()
+        """End a stream that no client will read any further."""
+        stream.on_left()
         if stream.token is not None:
             self._streams.pop(stream.token, None)
         if not stream.ended:
@@ -554,13 +554,13 @@ class Operations:
     def _do_cancel(self, call: Call) -> None:
         stream = call.connection.streams.get(call.fields["request"])
         if stream is not None and not stream.ended and not stream.cancelled:
-            stream.cancelled = True  # once: the worker need not hear it again and again
-            stream.note_left()
+            stream.cancelled = True
+            stream.on_left()
             stream.hosted.supervisor.cancel(stream.number)
         call.answer({"found": stream is not None})
 
     def _do_resume(self, call: Call) -> None:
-        """Go on with a stream, perhaps on another connection."""
+        """Continue a stream, usually on another connection."""
         connection, number, stream = call.connection, call.number, self._find_stream(call)
         if stream is None:
             raise ProtocolError("no_such_stream", "there is no such stream, or not any more; ask anew")
@@ -569,7 +569,7 @@ class Operations:
             connection.waiting.discard(number)
         held = stream.events_after(call.fields["after"])
         before = stream.connection
-        if before is not None:  # it does not know yet that it is gone
+        if before is not None:  # its end was not noticed yet, or the stream is moved while it is read
             before.streams.pop(stream.request, None)
             before.done(stream.request)
             before.refuse(stream.request, ProtocolError("moved", "the stream goes on elsewhere"))
@@ -579,7 +579,7 @@ class Operations:
         connection.streams[number] = stream
         for message in held:
             connection.send({**message, "id": number})
-        if stream.finished:  # the client has it all, and wants to hear so
+        if stream.finished:  # the client had acknowledged the answer already
             call.answer({})
             self._forget_finished(stream)
 
@@ -589,21 +589,21 @@ class Operations:
             self._forget_finished(stream)
 
     def _find_stream(self, call: Call) -> EventStream | None:
-        """The stream of a token, if it is the user's."""
+        """The stream that a request names by its token, None if it is unknown or another user's."""
         stream = self._streams.get(call.fields["stream"])
         return stream if stream is not None and stream.user == call.connection.user else None
 
     # ---- feedback ----------------------------------------------------------------------------------------------------
 
     def _do_feedback(self, call: Call) -> None:
-        """Have feedback written; the request is answered when it is."""
+        """Record feedback. The request is answered when it is written."""
         if self.recorder is None:
             raise ProtocolError("not_recording", "the daemon records nothing, so feedback has no place; start it with --record FILE")
         fields, connection, number = _check_feedback(call.fields), call.connection, call.number
         template = self._find_model(call).template if "model" in fields or self.models.default else ""
         loop = asyncio.get_running_loop()
 
-        def written(result: str) -> None:
+        def finish(result: str) -> None:
             connection.done(number)
             if result == "recorded":
                 connection.answer(number, {})
@@ -611,7 +611,7 @@ class Operations:
                 connection.refuse(number, ProtocolError(*_FEEDBACK_ERRORS[result]))
 
         connection.begin(number, call.size)
-        self.recorder.feedback(connection, fields, call.size, template, lambda result: loop.call_soon_threadsafe(written, result))
+        self.recorder.feedback(connection, fields, call.size, template, lambda result: loop.call_soon_threadsafe(finish, result))
 
     # ---- the daemon --------------------------------------------------------------------------------------------------
 
@@ -646,7 +646,7 @@ class Operations:
         }  # fmt: skip
 
     def health(self) -> str:
-        """The state of the default model: ``asleep`` is one that comes into memory with its next request."""
+        """``draining``, or the state of the default model: ``none`` without one, ``asleep`` if its next request loads it."""
         if self.draining:
             return "draining"
         state = self.models.find().supervisor.state if self.models.default else None
@@ -665,13 +665,13 @@ def _protocol_error(found: Message) -> ProtocolError:
 
 
 def _require_operator(call: Call) -> None:
-    """Raises ProtocolError for who may use the daemon and not change it."""
+    """Raises ProtocolError: not_permitted, unless the user is root or the daemon's own."""
     if call.connection.user not in (os.getuid(), 0):
         raise ProtocolError("not_permitted", "only the daemon's own user and root may do that")
 
 
 def _check_feedback(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same, its messages as chat templates have them. Raises ProtocolError."""
+    """Validate feedback; its messages are normalised. Raises ProtocolError."""
     from edge_rt.daemon.http.openai import normalize_messages
 
     if ("prompt" in fields) == ("messages" in fields):

@@ -1,7 +1,7 @@
 """The daemon's protocol (docs/protocol.md): frames, operations with their fields, options of a request, codes of errors.
 
-A frame is a length of four bytes, big-endian, and a MessagePack map of that many bytes. What comes from a peer is hostile until it was
-checked: the length before anything is kept, the map field by field before anything uses it.
+A frame is a 4-byte big-endian length followed by a MessagePack map of that many bytes. Peers are not trusted: the length is checked before
+the frame is buffered, and every field of the map before it is used.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 from edge_rt import errors
 from edge_rt.errors import ProtocolError
 
-MAX_BYTES = 16 << 20  # longest frame, in bytes without the length
-MAX_DEPTH = 32  # maps and lists within each other, the outermost map included
+MAX_BYTES = 16 << 20  # longest body of a frame
+MAX_DEPTH = 32  # nesting of maps and lists in a message, the outermost map included
 _LENGTH = struct.Struct(">I")
 
 Message = dict[str, Any]
 
 
 def pack(message: Message) -> bytes:
-    """A message as a frame. Raises ProtocolError if it is too long."""
+    """Encode a message as a frame. Raises ProtocolError if it is longer than ``MAX_BYTES``."""
     import msgpack
 
     body: bytes = msgpack.packb(message, use_bin_type=True)
@@ -31,7 +31,7 @@ def pack(message: Message) -> bytes:
 
 
 def pack_answer(message: Message) -> bytes:
-    """The answer to a request as a frame; one that is too long becomes an error."""
+    """Encode the answer to a request as a frame. An answer that is too long is replaced by the error ``limit``."""
     try:
         return pack(message)
     except ProtocolError as error:
@@ -39,11 +39,11 @@ def pack_answer(message: Message) -> bytes:
 
 
 class FrameReader:
-    """Bytes in as they come, whole messages out. ``max_bytes`` may change between two messages."""
+    """Incremental decoder of frames. ``max_bytes`` limits the body of a frame and may change between two messages."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
-        self.length = 0  # bytes of the message that was given last
+        self.length = 0  # bytes of the message that was yielded last
         self._held = bytearray()
 
     @property
@@ -51,7 +51,7 @@ class FrameReader:
         return len(self._held)
 
     def feed(self, data: bytes | memoryview) -> Iterator[Message]:
-        """The messages that are complete now. Raises ProtocolError; after that the stream cannot be read any more."""
+        """Yield the messages that ``data`` completes. Raises ProtocolError, after which the stream cannot be decoded any further."""
         self._held += data
         start = 0
         try:
@@ -70,7 +70,7 @@ class FrameReader:
 
 
 def unpack(body: bytes) -> Message:
-    """The message of a frame's body. Raises ProtocolError."""
+    """Decode the body of a frame. Raises ProtocolError: bad_frame."""
     import msgpack
 
     try:
@@ -79,25 +79,24 @@ def unpack(body: bytes) -> Message:
         raise ProtocolError("bad_frame", f"a frame is no MessagePack: {type(error).__name__}; see docs/protocol.md") from None
     if not isinstance(message, dict):
         raise ProtocolError("bad_frame", f"a frame holds {type(message).__name__} and no map; see docs/protocol.md")
-    if _depth(message) > MAX_DEPTH:
+    if depth(message) > MAX_DEPTH:
         raise ProtocolError("bad_frame", f"a message has more than {MAX_DEPTH} maps and lists in each other")
     return message
 
 
-def _depth(value: Any) -> int:
-    """How many maps and lists are within each other, MAX_DEPTH + 1 if there are more. Level by level: a recursion could be too deep."""
-    level, depth = [value], 1
-    while depth <= MAX_DEPTH:
+def depth(value: dict[Any, Any]) -> int:
+    """Nesting of maps and lists, at most ``MAX_DEPTH`` + 1. Not recursive: a hostile message could exhaust Python's stack."""
+    level: list[Any] = [value]
+    for found in range(1, MAX_DEPTH + 1):
         inner = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)]
         level = [one for one in inner if isinstance(one, (dict, list))]
         if not level:
-            break
-        depth += 1
-    return depth
+            return found
+    return MAX_DEPTH + 1
 
 
 VERSIONS = (1,)
-MAX_ID = (1 << 53) - 1  # of requests: what a double can hold exactly, for peers that know no other numbers
+MAX_ID = (1 << 53) - 1  # largest id of a request: a double holds it exactly, for peers that have no other numbers
 
 CODES: tuple[tuple[type[BaseException], str], ...] = (
     (errors.ContextOverflow, "context_overflow"),
@@ -115,10 +114,11 @@ CODES: tuple[tuple[type[BaseException], str], ...] = (
     (MemoryError, "out_of_memory"),
     (errors.Cancelled, "cancelled"),
 )
-"""Codes of edge-rt's errors; the first class that fits counts. A ProtocolError has its own, any other error is ``internal``."""
+"""Error codes by exception class; the first match counts. A ProtocolError carries its own code; any other exception is ``internal``."""
 
 
 def describe_error(error: BaseException) -> Message:
+    """The field ``error`` of an answer."""
     if isinstance(error, (ProtocolError, errors.DaemonError)):
         return {"code": error.code, "message": str(error), **error.fields}
     code = next((code for kind, code in CODES if isinstance(error, kind)), "internal")
@@ -133,60 +133,31 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID
-
-
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_id, value))
-
-
-def _is_id_lists(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_ids, value))
-
-
-def _is_json(value: Any) -> bool:
-    """What JSON could say: no bytes anywhere, and texts as keys."""
-    rest = [value]
-    while rest:
-        one = rest.pop()
-        if isinstance(one, dict):
-            if not all(map(_is_text, one)):
-                return False
-            rest += one.values()
-        elif isinstance(one, list):
-            rest += one
-        elif isinstance(one, bytes):
-            return False
-    return True
+def _is_id(value: Any) -> bool:
+    return _is_integer(value) and 0 <= value <= MAX_ID
 
 
 def _is_map(value: Any) -> bool:
     return isinstance(value, dict) and _is_json(value)
 
 
-def _is_maps(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) for one in value) and _is_json(value)
+def _is_json(value: Any) -> bool:
+    """Whether JSON can represent it: no bytes at any depth, and texts as keys."""
+    if isinstance(value, dict):
+        return all(_is_text(key) and _is_json(one) for key, one in value.items())
+    return all(map(_is_json, value)) if isinstance(value, list) else not isinstance(value, bytes)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
 class Kind(NamedTuple):
-    """What a field may be. ``shown``: as messages call it."""
+    """The type of a field: a check of a value, and what error messages call the type."""
 
     fits: Callable[[Any], bool]
     shown: str
@@ -196,13 +167,13 @@ KINDS: Mapping[str, Kind] = {
     "text": Kind(_is_text, "a text"),
     "id": Kind(_is_id, "a whole number from 0 to 2^53 - 1"),
     "integer": Kind(_is_integer, "a whole number"),
-    "number": Kind(_is_number, "a number"),
-    "flag": Kind(_is_flag, "true or false"),
-    "texts": Kind(_is_texts, "a list of texts"),
-    "ids": Kind(_is_ids, "a list of whole numbers"),
-    "id lists": Kind(_is_id_lists, "a list of lists of whole numbers"),
+    "number": Kind(lambda value: isinstance(value, (int, float)) and not isinstance(value, bool), "a number"),
+    "flag": Kind(lambda value: isinstance(value, bool), "true or false"),
+    "texts": Kind(_list_of(_is_text), "a list of texts"),
+    "ids": Kind(_list_of(_is_id), "a list of whole numbers"),
+    "id lists": Kind(_list_of(_list_of(_is_id)), "a list of lists of whole numbers"),
     "map": Kind(_is_map, "a map as JSON has it"),
-    "maps": Kind(_is_maps, "a list of maps as JSON has them"),
+    "maps": Kind(_list_of(_is_map), "a list of maps as JSON has them"),
 }
 
 OPS: Mapping[str, Mapping[str, str]] = {
@@ -239,7 +210,7 @@ OPS: Mapping[str, Mapping[str, str]] = {
     "load_model": {"model": "text!", "options": "map"},
     "unload_model": {"model": "text"},
 }  # fmt: skip
-"""Operations and the kinds of their fields; ``!``: it must be there."""
+"""Fields of each operation with their ``KINDS``; ``!`` marks a required field."""
 
 OPTIONS: Mapping[str, str] = {
     "max_tokens": "integer", "stop": "texts", "grammar": "text", "json_schema": "map", "logprobs": "integer", "speculate": "integer",
@@ -250,7 +221,7 @@ OPTIONS: Mapping[str, str] = {
     "dry_multiplier": "number", "dry_base": "number", "dry_allowed_length": "integer", "dry_penalty_last_n": "integer",
     "seed": "integer", "logit_bias": "map",
 }  # fmt: skip
-"""Options of ``generate``: the fields of ``GenerateOptions`` and ``SamplingParams``, but ``rules``, which are the daemon's."""
+"""Options of ``generate``: the fields of ``GenerateOptions`` and ``SamplingParams`` but ``rules``, which only the daemon sets."""
 
 PRUNE = {"budget": "number!", "unit": "text", "question": "flag", "every": "integer"}
 MODEL_OPTIONS = {
@@ -261,7 +232,7 @@ MODEL_OPTIONS = {
 
 
 class Request(NamedTuple):
-    """A request that was checked. ``fields`` holds what was given and is not null."""
+    """A valid request. ``fields`` holds the given fields that are not null."""
 
     id: int | None
     op: str
@@ -269,7 +240,7 @@ class Request(NamedTuple):
 
 
 def parse_request(message: Message) -> Request:
-    """Check a message. Raises ProtocolError: bad_request, unknown_op."""
+    """Validate a message. Raises ProtocolError: bad_request, unknown_op."""
     op, number = message.get("op"), message.get("id")
     if number is None and op != "ack":
         raise ProtocolError("bad_request", "a request has no id; give a whole number")
@@ -282,7 +253,7 @@ def parse_request(message: Message) -> Request:
 
 
 def check_fields(given: Mapping[str, Any], known: Mapping[str, str], what: str, code: str = "bad_request") -> dict[str, Any]:
-    """The fields of a map that are not null, checked. Raises ProtocolError."""
+    """The fields of ``given`` that are not null. Raises ProtocolError with ``code`` for unknown, missing or mistyped fields of ``what``."""
     found: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
@@ -300,10 +271,10 @@ def check_fields(given: Mapping[str, Any], known: Mapping[str, str], what: str, 
 
 
 def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``generate``, checked, as keywords of ``Session.generate``. Raises ProtocolError: option."""
+    """Convert the options of ``generate`` to keywords of ``Session.generate``. Raises ProtocolError: option."""
     found = check_fields(given, OPTIONS, "the options", "option")
     if "logit_bias" in found:
-        found["logit_bias"] = dict(_bias(token, value) for token, value in found["logit_bias"].items())
+        found["logit_bias"] = dict(_parse_bias(token, value) for token, value in found["logit_bias"].items())
     if "prune" in found:
         from edge_rt.types import Pruning
 
@@ -313,8 +284,8 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _bias(token: str, value: Any) -> tuple[int, float]:
-    if not (token.isascii() and token.isdigit() and len(token) < 10 and _is_number(value)):
+def _parse_bias(token: str, value: Any) -> tuple[int, float]:
+    if not (token.isascii() and token.isdigit() and len(token) < 10 and KINDS["number"].fits(value)):
         raise ProtocolError("option", 'logit_bias is not as {"42": 1.5}: token ids, as texts, with a number each')
     return int(token), float(value)
 

@@ -1,7 +1,4 @@
-"""The daemon process: listening sockets, and its life from the start to the signal that ends it.
-
-It runs in an asyncio loop and needs neither NumPy nor a native library.
-"""
+"""The daemon process: listening sockets, start, and graceful end. An asyncio loop, without NumPy or native libraries."""
 
 from __future__ import annotations
 
@@ -24,23 +21,23 @@ from edge_rt.daemon.supervisor import TaskSet, WorkerExit, now
 if TYPE_CHECKING:
     from edge_rt.daemon.recording import Recorder
 
-ACCEPTED_AT_ONCE = 16  # clients accepted before others have a turn
-MIN_PAUSE = 0.02  # seconds: several are accepted after it, as waking for each costs, too
-EXHAUSTED_PAUSE = 1.0  # seconds until the next try when the system has no descriptors or memory left
+ACCEPTED_AT_ONCE = 16  # clients accepted before other work has its turn
+MIN_PAUSE = 0.02  # seconds between two batches of clients above the rate: waking up for each would cost more
+EXHAUSTED_PAUSE = 1.0  # seconds until the next attempt when the system has no descriptors or memory left
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-CANCEL_SECONDS = 2.0  # seconds that requests have to end after they were cancelled because the daemon ends
-MIN_WRITE_SECONDS = 1.0  # left for recorded traffic to be written, however the daemon ends
+CANCEL_SECONDS = 2.0  # for requests to end after they were cancelled because the daemon ends
+MIN_WRITE_SECONDS = 1.0  # at least, for recorded traffic to be written at the end
 
 
 class RateLimitedAcceptor:
-    """Accepts clients at a listening socket, a limited number a second. It starts when made, within a loop.
+    """Accepts clients of a listening socket at a limited rate, from its creation to ``close``.
 
-    Who connects in a loop is kept waiting in the socket's queue. Accepted as fast as they come, and be it to be sent away, they cost a
-    CPU, which those who compute lack: on two CPUs others' tokens took twice as long.
+    Clients that reconnect in a loop wait in the socket's backlog. Without a limit they occupy a CPU even if each is refused: on two CPUs,
+    tokens of other requests took twice as long.
     """
 
     def __init__(self, listening: socket.socket, protocol: Callable[[], asyncio.Protocol], rate: float, burst: int) -> None:
-        """``rate``: clients a second on average, 0: any number; ``burst``: at once. ``protocol`` makes the protocol of each."""
+        """``rate``: clients per second, 0 for no limit. ``protocol`` makes the asyncio protocol of a client."""
         self._loop = asyncio.get_running_loop()
         self._socket, self._protocol = listening, protocol
         self._bucket = TokenBucket(rate, burst, self._loop.time())
@@ -70,36 +67,35 @@ class RateLimitedAcceptor:
                 return
             client.setblocking(False)
             if client.family in (socket.AF_INET, socket.AF_INET6):
-                # asyncio does so only for sockets that say that they are TCP's, which accepted ones do not: a small answer would wait
-                # until the client has acknowledged what it had before, which it puts off for 40 ms.
+                # asyncio does so only if ``socket.proto`` is TCP, which it is not for accepted sockets. Without it a small answer waits
+                # up to 40 ms for the delayed acknowledgement of the one before.
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._tasks.spawn(self._connect(client))
 
     async def _connect(self, client: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._protocol, client)
-        except OSError:  # gone already
+        except OSError:  # disconnected already
             client.close()
 
     def _pause(self, seconds: float) -> None:
-        """For a while: the queue is the system's meanwhile."""
         self._loop.remove_reader(self._socket)
-        self._paused = self._loop.call_later(seconds, self._go_on)
+        self._paused = self._loop.call_later(seconds, self._resume)
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         self._loop.add_reader(self._socket, self._accept)
         self._accept()
 
 
 class Server(Operations):
-    """``listen``, then ``drain`` or ``close``."""
+    """Operations with listening sockets: ``listen``, optionally ``drain``, then ``close``."""
 
     def __init__(self, config: Config, recorder: Recorder | None = None) -> None:
         super().__init__(config, recorder)
         self._listeners: list[tuple[Listener, RateLimitedAcceptor]] = []
 
     async def listen(self, listeners: Sequence[Listener]) -> None:
-        """Accept clients, and load the model of the configuration."""
+        """Accept clients, and load the configured model. Raises UserError."""
         protocols: dict[bool, Callable[[], asyncio.Protocol]] = {False: partial(FramedConnection, self)}
         if any(one.http for one in listeners):
             from edge_rt.daemon.http.routes import connection_factory
@@ -118,7 +114,7 @@ class Server(Operations):
             self.models.load(self.models.add_default(self.config.model, spec))
 
     async def drain(self) -> None:
-        """Accept nobody, and let what is under way come to its end, for ``drain_seconds``."""
+        """Stop accepting clients and wait up to ``drain_seconds`` for pending requests; then cancel them."""
         self.draining = True
         notify_systemd("STOPPING=1")
         self.stop_listening()
@@ -154,9 +150,9 @@ class Server(Operations):
 async def serve(
     config: Config, listeners: Sequence[Listener], ready: Callable[[], object], recorder: Recorder | None = None
 ) -> None:  # fmt: skip
-    """Serve until a signal says to stop; ``ready`` is called when clients may come. ``recorder`` is closed at the end.
+    """Serve until SIGTERM or SIGINT; a second one skips draining. ``ready`` is called when clients can connect. Closes ``recorder``.
 
-    Raises UserError if the model is not to be found.
+    Raises UserError if the model is not found.
     """
     import signal
 
@@ -187,7 +183,7 @@ async def serve(
 
 
 async def _watchdog() -> None:
-    """Tell systemd that the loop turns, if it asks to be told (sd_watchdog_enabled(3))."""
+    """Notify systemd's watchdog, if it is enabled (sd_watchdog_enabled(3))."""
     micro = os.environ.get("WATCHDOG_USEC", "")
     if not micro.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return

@@ -50,7 +50,7 @@ class ClientSession:
         parked = self.parked if self.parked is not None and self.parked.exists() else None
         return self.saved if parked is None or (self.saved_later and self.saved is not None) else parked
 
-    def lose(self, source: Path, why: str) -> None:
+    def mark_lost(self, source: Path, why: str) -> None:
         """It cannot go on from this file, which is not tried again."""
         self.lost = why
         self.saved = None if self.saved == source else self.saved
@@ -83,7 +83,7 @@ class SessionRegistry:
         saved: Path | None = None, context: int | None = None, used: bool = False,
     ) -> ClientSession:  # fmt: skip
         """A new session. Raises ProtocolError: limit."""
-        if len(self.of(user)) >= self._per_user:
+        if len(self.by_user(user)) >= self._per_user:
             raise ProtocolError("limit", f"a user may have {self._per_user} sessions; close one")
         one = ClientSession(user, hosted, keep, hosted.supervisor.epoch, connection, saved, context, used)
         self._known[one.id] = one
@@ -101,7 +101,7 @@ class SessionRegistry:
             one.expiry = None
         return one
 
-    def of(self, user: int) -> list[ClientSession]:
+    def by_user(self, user: int) -> list[ClientSession]:
         """The sessions of one user, the oldest first."""
         return [one for one in self._known.values() if one.user == user]
 
@@ -113,22 +113,22 @@ class SessionRegistry:
                 one.parked.unlink(missing_ok=True)
             self._forget(one)
 
-    def saved(self, one: ClientSession, path: Path) -> None:
+    def note_saved(self, one: ClientSession, path: Path) -> None:
         """A session was saved; what another saved there is no more."""
-        self.unsaved(path)
+        self.note_deleted(path)
         one.saved, one.saved_later = path, True
 
-    def unsaved(self, path: Path) -> None:
+    def note_deleted(self, path: Path) -> None:
         """What was saved there is no more: nobody goes on from it."""
         for one in self._known.values():
             if one.saved == path:
                 one.saved = None
 
-    def parked(self, name: str, path: Path) -> None:
+    def note_parked(self, name: str, path: Path) -> None:
         if (one := self._known.get(name)) is not None:
             one.parked, one.saved_later = path, False
 
-    def left(self, connection: ClientConnection) -> None:
+    def leave(self, connection: ClientConnection) -> None:
         """A connection has ended: its sessions close, those to be kept after a while."""
         for one in [one for one in self._known.values() if one.connection is connection]:
             if not one.keep:

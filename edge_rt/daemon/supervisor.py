@@ -16,8 +16,23 @@ from typing import Any, NamedTuple, cast
 from edge_rt.daemon.protocol import FrameReader, Message, pack
 from edge_rt.errors import ProtocolError
 
+ReplyHandler = Callable[[Message], None]  # takes the answer to a command: any number of events, then ``{"ok": ...}`` or ``{"error": ...}``
+
+FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
+"""Seconds until a worker that died is started again: doubling while it dies before it has served anybody."""
+GIVES_UP_AFTER = 5  # deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds
+STEP_FACTOR, MIN_HANG_SECONDS = 100.0, 10.0
+"""A step may take so many times as long as such steps did before, and so many seconds in any case: neighbours may be busy."""
+
+
+def now() -> float:
+    """Seconds on the running loop's clock."""
+    return asyncio.get_running_loop().time()
+
 
 class TaskSet:
+    """Tasks of the loop, which itself keeps none alive."""
+
     def __init__(self) -> None:
         self._running: set[asyncio.Task[None]] = set()
 
@@ -25,18 +40,14 @@ class TaskSet:
         return len(self._running)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Let something go on."""
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
 
 
-ReplyHandler = Callable[[Message], None]  # takes the answer to a command: any number of events, then ``{"ok": ...}`` or ``{"error": ...}``
-
-
 class WorkerExit(NamedTuple):
-    """How the process ended, as the protocol tells it."""
+    """How a worker ended, as the protocol tells it."""
 
     code: str
     message: str
@@ -44,25 +55,36 @@ class WorkerExit(NamedTuple):
 
     @property
     def error(self) -> Message:
-        """What those hear who were to be answered."""
+        """The answer to what was pending."""
         return {"code": self.code, "message": self.message, **self.fields}
 
 
-class WorkerProcess(asyncio.Protocol):
-    """Commands are written as soon as the process is started; it reads them when it can.
+UNLOADED = WorkerExit("unloaded", "the model was unloaded; load one with load_model")
 
-    ``told`` takes what the process says of itself, ``ended`` is called once. Nothing of a process that has ended is passed on.
+
+class WorkerSpec(NamedTuple):
+    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file."""
+
+    model: str
+    options: dict[str, Any]
+    rules: str | None = None
+
+
+class WorkerProcess(asyncio.Protocol):
+    """One life of a worker. Commands are written as soon as it is started; it reads them when it can.
+
+    Nothing of a process that has ended is passed on.
     """
 
-    def __init__(self, told: Callable[[Message], None], ended: Callable[[WorkerProcess, WorkerExit], None]) -> None:
-        """Raises OSError."""
-        self._told, self._ended = told, ended
+    def __init__(self, on_report: Callable[[Message], None], on_exit: Callable[[WorkerProcess, WorkerExit], None]) -> None:
+        """``on_report`` takes what the process says of itself, ``on_exit`` is called once. Raises OSError."""
+        self._on_report, self._on_exit = on_report, on_exit
         self.pending: dict[int, ReplyHandler] = {}
         self._frames = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._early: list[bytes] = []
         self._verdict: WorkerExit | None = None  # why we ended it
-        self.over = False  # it has ended; ``ended`` is called in a moment
+        self.over = False  # it has ended; ``on_exit`` is called in a moment
         self._gone = asyncio.Event()
         self._tasks = TaskSet()
         ours, theirs = socket.socketpair()
@@ -83,13 +105,14 @@ class WorkerProcess(asyncio.Protocol):
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, number: int, command: Message, took: ReplyHandler) -> None:
+    def call(self, number: int, command: Message, handle: ReplyHandler) -> None:
         """Send a command; ``number`` is its id. Raises ProtocolError if it is too long."""
         data = pack({"id": number, **command})
-        self.pending[number] = took
+        self.pending[number] = handle
         self._write(data)
 
     def tell(self, command: Message) -> None:
+        """Send a command that has no answer."""
         self._write(pack(command))
 
     def kill(self, why: WorkerExit) -> None:
@@ -121,47 +144,48 @@ class WorkerProcess(asyncio.Protocol):
         try:
             for message in self._frames.feed(data):
                 if self._verdict is None:  # else it said this before it knew of its end, and the verdict says more
-                    self._answer(message)
+                    self._dispatch(message)
         except ProtocolError as error:
             self.kill(WorkerExit("worker_died", f"the worker wrote what it must not: {error}"))
 
-    def _answer(self, message: Message) -> None:
+    def _dispatch(self, message: Message) -> None:
         number = message.pop("id", None)
-        took = self._told if number is None else self.pending.get(number)
-        if number is not None and "event" not in message:
-            self.pending.pop(number, None)
-        if took is not None:
-            self._pass_on(took, message)
+        if number is None:
+            handle: ReplyHandler | None = self._on_report
+        else:
+            handle = self.pending.get(number) if "event" in message else self.pending.pop(number, None)
+        if handle is not None:
+            self._pass_on(handle, message)
 
     @staticmethod
-    def _pass_on(took: ReplyHandler, message: Message) -> None:
+    def _pass_on(handle: ReplyHandler, message: Message) -> None:
         """What goes wrong with one answer is no affair of the others."""
         try:
-            took(message)
+            handle(message)
         except Exception as error:
             logging.getLogger("edge_rt.daemon").error("an answer of the worker was lost", exc_info=error)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.over:
             self.over = True
-            self._tasks.spawn(self._bury())
+            self._tasks.spawn(self._reap())
 
-    async def _bury(self) -> None:
+    async def _reap(self) -> None:
         """Wait for the status, which comes a moment after the connection ends, then tell everybody."""
-        if not await self._dead(0.2):
+        if not await self._wait_for_end(0.2):
             self._process.kill()
-            await self._dead(1.0)
+            await self._wait_for_end(1.0)
         verdict = self._verdict or WorkerExit("worker_died", f"the worker process {_describe_status(self._process.returncode)}")
         pending, self.pending = self.pending, {}
-        self._ended(self, verdict)
-        for took in pending.values():
-            self._pass_on(took, {"error": verdict.error})
+        self._on_exit(self, verdict)
+        for handle in pending.values():
+            self._pass_on(handle, {"error": verdict.error})
         self._gone.set()
 
-    async def _dead(self, seconds: float) -> bool:
-        """Wait for the process's end, so long at most; whether it came."""
-        until = asyncio.get_running_loop().time() + seconds
-        while self._process.poll() is None and asyncio.get_running_loop().time() < until:
+    async def _wait_for_end(self, seconds: float) -> bool:
+        """Wait so long at most; whether the process ended."""
+        until = now() + seconds
+        while self._process.poll() is None and now() < until:
             await asyncio.sleep(0.002)
         return self._process.poll() is not None
 
@@ -170,13 +194,12 @@ class WorkerProcess(asyncio.Protocol):
         self._verdict = self._verdict or why
         if self._transport is not None:
             self._transport.close()
-        await self._dead(1.0)
+        await self._wait_for_end(1.0)
         self.kill(why)
         await self._gone.wait()
 
 
 def _describe_status(status: int | None) -> str:
-    """A process's status in words."""
     if status is None:  # it waits for a disk that does not answer
         return "does not answer, and cannot be ended"
     if status >= 0:
@@ -187,22 +210,12 @@ def _describe_status(status: int | None) -> str:
         return f"was ended by signal {-status}"
 
 
-FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
-"""Seconds until a worker that died is started again: doubling while it dies before it has served anybody."""
-GIVES_UP_AFTER = 5  # deaths in a row without anybody served; then it is started for a request, and at most every ``LONGEST_DELAY`` seconds
+class _HeldCommand(NamedTuple):
+    """A command that waits for a worker; ``handle``: None if it has no answer."""
 
-STEP_FACTOR, MIN_HANG_SECONDS = 100.0, 10.0
-"""A step may take so many times as long as such steps did before, and so many seconds in any case: neighbours may be busy."""
-
-UNLOADED = WorkerExit("unloaded", "the model was unloaded; load one with load_model")
-
-
-class WorkerSpec(NamedTuple):
-    """What a worker is to open. ``options``: keywords of ``edge_rt.open``. ``rules``: a file."""
-
-    model: str
-    options: dict[str, Any]
-    rules: str | None = None
+    number: int
+    command: Message
+    handle: ReplyHandler | None
 
 
 class Supervisor:
@@ -213,49 +226,50 @@ class Supervisor:
     """
 
     def __init__(
-        self, hung_after: float, changed: Callable[[], None], told: Callable[[Message], None], grant: Callable[[], Message],
+        self, hung_after: float, on_state: Callable[[], None], on_report: Callable[[Message], None], grant: Callable[[], Message],
     ) -> None:  # fmt: skip
-        """``told``: takes what the worker says of its memory and sessions. ``grant``: what each is opened with, beside the model."""
+        """``on_report`` takes what the worker says of its memory and sessions. ``grant``: what it is opened with, beside the model."""
         self.state, self.reason, self.epoch, self.deaths = "none", "", 0, 0
         self.phase: Message = {}
         self.model: Message | None = None
         self.rules: Message | None = None
-        self._hung_after, self._changed, self._tell_others, self._grant = hung_after, changed, told, grant
+        self._hung_after, self._on_state, self._pass_report, self._grant = hung_after, on_state, on_report, grant
         self.spec: WorkerSpec | None = None
         self._process: WorkerProcess | None = None
         self._numbers = itertools.count(1)
-        self._held: list[tuple[int, Message, ReplyHandler | None]] = []
+        self._held: list[_HeldCommand] = []
         self._failures, self._served = 0, False
         self._failure = WorkerExit("worker_died", "")
         self._retry: asyncio.TimerHandle | None = None
         self._started = float("-inf")
         self._watch: asyncio.TimerHandle | None = None
         self._beats, self._moved = -1, 0.0
-        self._expected: float | None = None
+        self._expected: float | None = None  # seconds of the engine's step under way
 
     @property
     def pid(self) -> int | None:
-        """Of the worker, None while there is none."""
+        """None while there is no worker."""
         return self._process.pid if self._process else None
 
     def status(self) -> Message:
         return {"state": self.state, "reason": self.reason, "pid": self.pid, "deaths": self.deaths, **self.phase}
 
-    def call(self, command: Message, took: ReplyHandler) -> int:
+    # ---- commands ----------------------------------------------------------------------------------------------------
+
+    def call(self, command: Message, handle: ReplyHandler) -> int:
         """Send a command, perhaps after a start of the worker; returns its number. Raises ProtocolError if there is none to be had."""
         if self.spec is None:
             raise ProtocolError("no_model", "no model is loaded; load one with load_model")
         if self.state == "failed":
-            if now() - self._started < LONGEST_DELAY:
-                raise ProtocolError(self._failure.code, self._failure.message)
-            self._start()
+            if now() - self._started >= LONGEST_DELAY:
+                self._start()
             if self._process is None:
                 raise ProtocolError(self._failure.code, self._failure.message)
         number = next(self._numbers)
         if (process := self._living) is None:
-            self._held.append((number, command, took))
+            self._held.append(_HeldCommand(number, command, handle))
         else:
-            self._send(process, number, command, took)
+            self._send(process, number, command, handle)
         return number
 
     def tell(self, command: Message) -> None:
@@ -263,7 +277,7 @@ class Supervisor:
         if (process := self._living) is not None:
             process.tell(command)
         elif self._held:
-            self._held.append((0, command, None))
+            self._held.append(_HeldCommand(0, command, None))
 
     def cancel(self, number: int, *, drop: bool = False) -> None:
         """End a generation. ``drop``: nobody wants the rest of its events."""
@@ -273,9 +287,9 @@ class Supervisor:
     def withdraw(self, number: int) -> bool:
         """Answer a command that waits for a worker with ``cancelled``; False if it does not wait."""
         for one in self._held:
-            if one[0] == number and one[2] is not None:
+            if one.number == number and one.handle is not None:
                 self._held.remove(one)
-                one[2]({"error": {"code": "cancelled", "message": "the request was cancelled before it began"}})
+                one.handle({"error": {"code": "cancelled", "message": "the request was cancelled before it began"}})
                 return True
         return False
 
@@ -284,21 +298,19 @@ class Supervisor:
         """The worker, None if there is none, or one whose end is only not yet understood."""
         return None if self._process is None or self._process.over else self._process
 
-    def _send(self, process: WorkerProcess, number: int, command: Message, took: ReplyHandler | None) -> None:
-        if took is None:
-            process.tell(command)
-            return
+    def _send(self, process: WorkerProcess, number: int, command: Message, handle: ReplyHandler) -> None:
         if not process.pending:
             self._moved = now()
-        process.call(number, command, partial(self._answered, took))
-        if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(self._interval, self._look)
+        process.call(number, command, partial(self._on_reply, handle))
+        self._start_watch()
 
-    def _answered(self, took: ReplyHandler, message: Message) -> None:
+    def _on_reply(self, handle: ReplyHandler, message: Message) -> None:
         self._moved = now()
         if "ok" in message:
             self._served, self._failures = True, 0
-        took(message)
+        handle(message)
+
+    # ---- lives -------------------------------------------------------------------------------------------------------
 
     def load(self, spec: WorkerSpec) -> None:
         """Start a worker with this model; there must be none."""
@@ -324,7 +336,10 @@ class Supervisor:
         self.spec, self.model = None, None
         self.epoch += 1  # what sessions have in the worker goes with it
         self._set("none")
-        self._forget_timers()
+        for timer in (self._retry, self._watch):
+            if timer is not None:
+                timer.cancel()
+        self._retry = self._watch = None
         self._fail_held(why)
 
     def _start(self) -> None:
@@ -332,21 +347,22 @@ class Supervisor:
         self._retry, self._served, self._started = None, False, now()
         self.phase = {"phase": "starting", "done": 0, "total": 0}
         try:
-            self._process = process = WorkerProcess(self._told, self._ended)
+            self._process = process = WorkerProcess(self._on_report, self._on_exit)
         except OSError as error:
-            self._died(WorkerExit("worker_died", f"the worker cannot be started: {(error.strerror or str(error)).lower()}"))
+            self._restart_later(WorkerExit("worker_died", f"the worker cannot be started: {(error.strerror or str(error)).lower()}"))
             return
         self._set("starting")
-        opening = {"op": "open", **self.spec._asdict(), **self._grant()}
         self._moved = now()
-        process.call(0, opening, self._opened)
+        process.call(0, {"op": "open", **self.spec._asdict(), **self._grant()}, self._on_opened)
         held, self._held = self._held, []
-        for number, command, took in held:
-            self._send(process, number, command, took)
-        if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(self._interval, self._look)
+        for one in held:
+            if one.handle is None:
+                process.tell(one.command)
+            else:
+                self._send(process, one.number, one.command, one.handle)
+        self._start_watch()
 
-    def _opened(self, message: Message) -> None:
+    def _on_opened(self, message: Message) -> None:
         if "ok" in message:
             self.model, self.phase = message["ok"], {"phase": "ready", "done": 0, "total": 0}
             self._set("ready")
@@ -356,7 +372,8 @@ class Supervisor:
             self._failures = GIVES_UP_AFTER  # a file that is wrong does not mend itself
             self._process.kill(self._failure)
 
-    def _told(self, message: Message) -> None:
+    def _on_report(self, message: Message) -> None:
+        """What the worker says of itself."""
         if "phase" in message:
             self._moved = now()
             if self.state == "starting":
@@ -370,15 +387,16 @@ class Supervisor:
             if message["idle"] or message["beats"] != self._beats:
                 self._beats, self._moved = message["beats"], now()
         else:
-            self._tell_others(message)
+            self._pass_report(message)
 
-    def _ended(self, process: WorkerProcess, how: WorkerExit) -> None:
+    def _on_exit(self, process: WorkerProcess, how: WorkerExit) -> None:
         if process is self._process:
             self._process = None
             if self.spec is not None:
-                self._died(how)
+                self._restart_later(how)
 
-    def _died(self, how: WorkerExit) -> None:
+    def _restart_later(self, how: WorkerExit) -> None:
+        """After a death; or give up."""
         self.epoch += 1
         self.deaths += 1
         self.model = None
@@ -393,20 +411,24 @@ class Supervisor:
 
     def _fail_held(self, how: WorkerExit) -> None:
         held, self._held = self._held, []
-        for took in [took for _, _, took in held if took is not None]:
-            took({"error": how.error})
+        for one in held:
+            if one.handle is not None:
+                one.handle({"error": how.error})
 
     def _set(self, state: str, reason: str = "") -> None:
         self.state, self.reason = state, reason
         if state not in ("starting", "ready"):
             self.phase = {}
-        self._changed()
+        self._on_state()
 
-    @property
-    def _interval(self) -> float:
-        return min(1.0, self._hung_after / 4)
+    # ---- the watchdog ------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _start_watch(self) -> None:
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(min(1.0, self._hung_after / 4), self._check_progress)
+
+    def _check_progress(self) -> None:
+        """End a worker in which nothing has moved for too long; else ask it, while anything is pending."""
         self._watch = None
         process = self._process
         if process is None or not process.pending:
@@ -417,13 +439,7 @@ class Supervisor:
             return
         self._expected = None  # until it answers
         process.tell({"op": "ping"})
-        self._watch = asyncio.get_running_loop().call_later(self._interval, self._look)
-
-    def _forget_timers(self) -> None:
-        for timer in (self._retry, self._watch):
-            if timer is not None:
-                timer.cancel()
-        self._retry = self._watch = None
+        self._start_watch()
 
 
 def hang_timeout(expected: float | None, hung_after: float) -> float:
@@ -431,8 +447,3 @@ def hang_timeout(expected: float | None, hung_after: float) -> float:
     something else, or does not answer.
     """
     return hung_after if expected is None else min(hung_after, max(MIN_HANG_SECONDS, STEP_FACTOR * expected))
-
-
-def now() -> float:
-    """Seconds on the running loop's clock."""
-    return asyncio.get_running_loop().time()

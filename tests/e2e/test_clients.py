@@ -88,12 +88,6 @@ def test_clients_keep_to_the_protocol(program):
     assert {name: wrong for name, wrong in conformance.run(checks) if wrong} == {}
 
 
-@pytest.mark.soak  # what a server must do is checked with the null engine, in seconds
-def test_our_daemon_with_a_real_model(daemon):
-    done = run(sys.executable, CLIENTS / "conformance" / "conformance.py", daemon.socket)
-    assert done.returncode == 0, done.stdout.decode()
-
-
 def test_an_answer(daemon, program, expected):
     done = run(*program, daemon.socket, "answer", PROMPT, TOKENS)
     assert (done.returncode, done.stdout.decode()) == (0, expected), done.stderr.decode()
@@ -182,33 +176,6 @@ def test_a_chat_in_a_session_beside_another_request(daemon):
         messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And one in Asia."}]
         assert (said["first"], said["other"], said["second"]) == (first, ask("One two three", client), ask(messages))
     assert (said["again"], said["failed"], said["reused"] > 10) == (said["second"], "no_such_session", True)
-
-
-EMBED = """
-const { Client } = require(process.argv[1]);
-(async () => {
-  const client = await Client.connect(process.argv[2]);
-  const texts = Array.from({ length: 90 }, (_, i) => `Text ${i % 3}`);
-  const [found, text] = await Promise.all([client.embed(texts), client.generate('One two', { max_tokens: 9 }).text()]);
-  const short = await client.embed(texts.slice(0, 1), { pooling: 'last', dimensions: 4 });
-  const failed = await client.embed(['']).catch((error) => error.code);
-  console.log(JSON.stringify({ found, text, short, failed }));
-  client.close();
-})();
-"""
-
-
-def test_node_embeds(daemon):
-    """More texts than events that the client lets wait."""
-    done = run(node(), "-e", EMBED, CLIENTS / "node" / "edge-rt.js", daemon.socket)
-    assert done.returncode == 0, done.stderr.decode()
-    said = json.loads(done.stdout)
-    with daemon.client() as client:
-        expected = client.embed([f"Text {i}" for i in range(3)])
-        assert said["short"] == client.embed(["Text 0"], pooling="last", dimensions=4)
-    assert (len(said["found"]), bool(said["text"]), said["failed"]) == (90, True, "option")
-    for i, row in enumerate(said["found"]):  # a text's pieces are smaller beside a generation, which may round otherwise
-        assert sum(a * b for a, b in zip(row, expected[i % 3], strict=True)) > 1 - 1e-4
 
 
 SLOW = """

@@ -64,26 +64,6 @@ def test_a_program_that_knows_only_the_document(daemon):
     assert json.loads(done.stdout) == [expected, expected]
 
 
-def test_a_schema_binds_the_answer(daemon):
-    with daemon.client() as client:
-        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
-        answer = text(client.generate("A number: ", json_schema=schema, temperature=0, max_tokens=40))
-        assert answer.startswith("{")
-        with pytest.raises(DaemonError) as caught:
-            list(client.generate("x", grammar="root ::= ["))
-        assert caught.value.code == "constraint"
-
-
-def test_cancelling_while_a_long_prompt_is_read(daemon):
-    with daemon.client() as client:
-        events = client.generate("far " * 900, max_tokens=5)
-        next(events)
-        started = time.monotonic()
-        events.close()
-        assert time.monotonic() - started < 5
-        assert client.status()["server"]["requests"] == 0
-
-
 def test_a_session_is_saved_and_goes_on_after_the_worker_was_killed(daemon, alone):
     with daemon.client() as client, client.session() as session:
         assert text(session.generate(QUESTIONS[0], **GREEDY)) == alone[0]

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import json
 import os
 import re
 import signal
@@ -14,7 +13,6 @@ import pytest
 from daemons import Daemon
 from http_peer import Peer
 
-pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "there is a browser")
 
 KEY = "0123456789abcdef0123"
@@ -218,76 +216,6 @@ def test_a_worker_that_dies_is_told(page, daemon):
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def test_units_are_as_large_as_the_model(page, daemon):
-    (memory,) = Peer(daemon.port).get("/edge-rt/status").json["memory"].values()
-    page.until("return document.querySelectorAll('.units tr').length > 30")
-    script = "return [...document.querySelectorAll('.units tr')].map((row) => [row.dataset.unit, +row.dataset.bytes])"
-    units = page.run(script)
-    assert units == [[unit["name"], unit["nbytes"]] for unit in memory["units"]]
-    assert sum(size for _, size in units) == memory["weights_mapped"]
-    widths = page.run("return [...document.querySelectorAll('.strip .unit')].map((one) => one.offsetWidth)")
-    assert len(widths) == len(units)
-    assert widths.index(max(widths)) == [size for _, size in units].index(max(size for _, size in units))
-    filled = page.run("return [...document.querySelectorAll('.units .full')].map((one) => parseFloat(one.style.width))")
-    assert all(0 <= one <= 100 for one in filled)
-    assert sum(filled) > 0
-
-
-def test_rules_that_change_on_the_disk_are_shown_and_broken_ones_told(page, daemon):
-    before = page.until("return document.querySelector('#rules-version').textContent")
-    (daemon.folder / "rules.toml").write_text(f"{RULES}[punctuation]\n")
-    page.until(lambda: page.text("#rules-version") != before)
-    page.until(lambda: page.text("#rules-order") == "redactionpunctuation")
-    after = page.text("#rules-version")
-    (daemon.folder / "rules.toml").write_text("[redaction]\naction = 'nothing'\n")
-    page.until("return !document.querySelector('#rules-error').hidden")
-    assert re.search(r"rules\.toml.*line 2", page.text("#rules-error")), page.text("#rules-error")
-    red = page.run("return getComputedStyle(document.querySelector('#rules-error')).color")
-    assert red == page.run("return getComputedStyle(document.querySelector('#rules-error')).borderColor") == "rgb(179, 38, 30)"
-    assert page.text("#rules-version") == after, "the last good ones stay"
-    (daemon.folder / "rules.toml").write_text(RULES)
-    page.until(lambda: (page.text("#rules-version"), page.run("return document.querySelector('#rules-error').hidden")) == (before, True))
-
-
-STANDS = "window.said = { models: facts.models.map((one) => ({ ...one, model: null, worker: arguments[0] })) }"
-
-
-def test_how_far_the_model_is_opened_and_why_it_cannot_be(page):
-    """What the daemon says is exchanged on its way: a small model is open before anybody sees how."""
-    page.run("window.said = {}; window.asking = window.fetch")
-    page.run("""window.fetch = async (path, options) => {
-        const found = await window.asking(path, options);
-        if (path !== "edge-rt/status") return found;
-        window.facts = await found.json();
-        return Response.json({ ...facts, ...window.said });
-    }""")
-    page.until("return Boolean(window.facts)")
-    page.run(STANDS, {"state": "starting", "phase": "prefetch", "done": 25, "total": 100, "pid": 1})
-    page.until("return document.querySelector('#state').textContent === 'reading ahead'")
-    assert page.text("#opening-text") == "The model is being opened: reading ahead 25 %"
-    assert page.run("return document.querySelector('#opening').checkVisibility()")
-    assert page.run("return document.querySelector('#opening-bar').value") == 0.25
-    page.run(STANDS, {"state": "failed", "reason": "the file is damaged", "pid": None})
-    page.until("return document.querySelector('#opening-text').textContent === 'failed: the file is damaged'")
-    assert not page.run("return document.querySelector('#opening-bar').checkVisibility()")
-    page.run("window.said = {}")
-    page.until(READY)
-    assert not page.run("return document.querySelector('#opening').checkVisibility()")
-
-
-def test_a_hidden_page_asks_nothing(page, daemon):
-    def asked():
-        return Peer(daemon.port).get("/edge-rt/status").json["counts"]["http"]["/edge-rt/status 200"]
-
-    page.run("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
-    time.sleep(1.5)  # what is under way ends
-    before = asked()
-    time.sleep(2.5)
-    assert asked() == before + 1
-    page.run("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
-    page.until(lambda: asked() > before + 4)
-
-
 # ---- for everybody ---------------------------------------------------------------------------------------------------
 
 
@@ -301,13 +229,6 @@ def test_chinese(page, daemon):
     page.click("#language")
     assert page.text("#send") == "Send"
     assert "24 tokens" in last(page, ".meta")
-
-
-def test_who_reads_chinese_sees_chinese(daemon):
-    with browser.Browser("zh-CN") as window:
-        window.open(f"http://127.0.0.1:{daemon.port}/")
-        window.until(READY)
-        assert window.run("return [document.documentElement.lang, document.querySelector('#send').textContent]") == ["zh-CN", "发送"]
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -438,13 +359,3 @@ def test_a_page_of_another_origin_that_is_allowed(window, daemon, elsewhere, exp
     status, message = window.run(refused, f"http://127.0.0.1:{daemon.port}", "any", {**QUESTION, "n": 2})
     assert (status, "n can only be 1" in message) == (400, True)
     assert all("status of 400" in line for line in window.console())
-
-
-def test_a_page_of_another_origin_that_is_not(window, daemon, elsewhere):
-    window.open(elsewhere.replace("localhost", "127.0.0.1"))  # another origin than the one that is allowed
-    found = window.run(
-        "return chat(...arguments).catch((error) => error.message)",
-        f"http://127.0.0.1:{daemon.port}", "any", {"messages": [{"role": "user", "content": "Hello"}]},
-    )  # fmt: skip
-    assert found == "Failed to fetch"
-    assert "blocked by CORS policy" in json.dumps(window.console())

@@ -30,7 +30,7 @@ def conversations(host, largest=None):
             while host.answer(number) is None:
                 host.step()
                 if largest is not None:
-                    largest.append(host.account.held())
+                    largest.append(host.budget.held())
             assert "ok" in host.answer(number), host.answer(number)
             answers[animal].append(host.text(number))
             reused.append(host.used(number)["reused_tokens"])
@@ -41,7 +41,7 @@ def conversations(host, largest=None):
 def plenty(smollm2):
     host = Host(smollm2, context=CONTEXT)
     yield conversations(host)
-    host.serving._opened.close()
+    host.worker._opened.close()
 
 
 def test_parked_sessions_say_the_same(smollm2, plenty, tmp_path):
@@ -60,7 +60,7 @@ def test_parked_sessions_say_the_same(smollm2, plenty, tmp_path):
     host.step()
     assert sum(bool(host.events(number, "queued")) for number in numbers) >= 3
     assert all("ok" in answer for answer in host.until(*numbers, seconds=300))
-    assert host.account.held() <= allowance
+    assert host.budget.held() <= allowance
     host.ok("cool")
     assert host.ok("memory")["parked"] == 6
-    host.serving._opened.close()
+    host.worker._opened.close()

@@ -2,12 +2,9 @@
 
 import time
 
-import pytest
 from daemons import Daemon
 from edge_rt_distill.replay.trace import read_trace
 from http_peer import Peer
-
-pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
 
 CHAT = "/v1/chat/completions"
 MAIL, CARD = "john.smith@example.com", "4111 1111 1111 1111"

@@ -75,5 +75,5 @@ def test_the_worker_says_what_it_opened_with(model: Path) -> None:
         number = host.ask("once upon a time", max_tokens=12)
         host.until(number)
         texts.append(host.text(number))
-        host.serving._opened.close()
+        host.worker._opened.close()
     assert texts[0] != texts[1]

@@ -171,15 +171,15 @@ def test_adapters_are_foreseen_as_soon_as_they_are_open(random_model: Callable[.
 
 def test_requests_of_all_kinds_hold_no_more_than_they_were_promised(random_model: Callable[..., Path], tmp_path: Path) -> None:
     host, chance = Host(random_model("llama"), 1 << 30, tmp_path, context=CONTEXT, threads=1), random.Random(4)
-    account, engine, step = host.account, host.engine, host.engine.step
+    account, engine, step = host.budget, host.engine, host.engine.step
     checked = []
 
     def checked_step(parts: Any) -> Any:
         found = step(parts)
-        for promise in account.promises:
-            assert promise.session.sequence is not None
-            assert engine.sequence_bytes(promise.session.sequence) <= promise.bytes
-            checked.append(promise.need.pruned)
+        for reservation in account.reservations:
+            assert reservation.session.sequence is not None
+            assert engine.sequence_bytes(reservation.session.sequence) <= reservation.bytes
+            checked.append(reservation.need.pruned)
         assert engine.held_bytes()[1] <= account.parts()["compute"]
         return found
 
@@ -188,7 +188,7 @@ def test_requests_of_all_kinds_hold_no_more_than_they_were_promised(random_model
         host.do("open_session", session=name, owner="o")
     running: list[int] = []
     for turn in range(40):
-        busy = {one.name for one in host.serving.generations._asked.values()}
+        busy = {one.name for one in host.worker.requests._active.values()}
         name = chance.choice([None, *(set("xyz") - busy)])
         options = chance.choice(
             [{}, {}, {"speculate": 4}, {"context": 300}, {"prune": {"budget": 100}}, {"prune": {"budget": 0.3, "unit": "share"}}]
@@ -199,7 +199,7 @@ def test_requests_of_all_kinds_hold_no_more_than_they_were_promised(random_model
             answers = host.until(*running, seconds=120)
             assert all("ok" in answer for answer in answers), answers
     assert {True, False} == set(checked)
-    host.serving._opened.close()
+    host.worker._opened.close()
 
 
 def test_a_prompt_in_pieces_moves_once_and_no_further_than_said(engine: GgmlEngine) -> None:

@@ -1,4 +1,4 @@
-"""Clients of the daemon: `Client` blocks, `AsyncClient` is the same for asyncio.
+"""Clients of the daemon: blocking (`Client`) and for asyncio (`AsyncClient`).
 
 with Client() as client, client.session() as session:
     for event in session.generate([{"role": "user", "content": "Hello"}], max_tokens=64):
@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address
@@ -28,32 +28,33 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "Generation", "Session", "connect_socket"]
 
-PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to connect again, for a stream that is to go on
-
-CROWDED = 5.0  # seconds to try for, while more connect than the system keeps waiting
+PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to reconnect for a resumable stream
+CONNECT_SECONDS = 5.0  # how long connecting is retried while the backlog of the daemon's socket is full, without a timeout of the caller's
 
 
 class Client:
-    """A connection to the daemon; a context manager. For one thread at a time, but for ``Generation.cancel``.
+    """A blocking connection to the daemon; a context manager. Not thread-safe, except for ``Generation.cancel``.
 
-    Everything raises DaemonError with the protocol's ``code``; ``disconnected`` if the daemon is gone.
+    All methods raise DaemonError with the protocol's ``code``, or ``disconnected`` if the connection was lost.
     """
 
     def __init__(self, address: str | Address | None = None, *, key: str | None = None, timeout: float | None = None) -> None:
-        """``address``: as ``edge-rt serve --listen`` takes it, else the user's own. ``key``: for TCP. ``timeout``: seconds of one wait."""
+        """``address``: as for ``edge-rt serve --listen``, by default the user's own daemon. ``key``: required over TCP. ``timeout``:
+        seconds without data after which a call fails, by default none.
+        """
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key, self._timeout = key, timeout
         self._socket: socket.socket | None = None
-        self._conversation = ClientProtocol()
-        self._lock = threading.RLock()  # of the conversation, and of what is written
-        self.hello: Message = {}  # what the daemon said of itself: version, server, capabilities, limits
+        self._protocol = ClientProtocol()
+        self._lock = threading.RLock()  # guards the protocol's state and writing to the socket
+        self.hello: Message = {}  # the daemon's answer to hello: version, server, capabilities, limits
         self.connect()
 
     def connect(self) -> None:
-        """Connect, or connect again: streams that can be resumed go on, other requests fail."""
+        """Connect or reconnect. Resumable streams are resumed; other pending requests fail."""
         with self._lock:
             self.close()
-            self._conversation.disconnected()
+            self._protocol.disconnected()
         try:
             self._socket = connect_socket(self.address, self._timeout)
         except OSError as error:
@@ -64,10 +65,10 @@ class Client:
             self.close()
             raise
         with self._lock:
-            self._conversation.greeted(self.hello)
-            self._conversation.resume()
+            self._protocol.on_hello(self.hello)
+            self._protocol.resume()
 
-    def _connect_again(self) -> None:
+    def _reconnect(self) -> None:
         for pause in PAUSES:
             try:
                 self.connect()
@@ -80,133 +81,119 @@ class Client:
         self.connect()
 
     def call(self, op: str, **fields: Any) -> Message:
-        """Ask, and wait for the answer."""
-        answers = self._ask(op, fields)
-        while not answers.over:
+        """Send a request and wait for its answer."""
+        reply = self._send(op, fields)
+        while not reply.over:
             self._receive()
-        return answers.result()
+        return reply.result()
 
     def generate(
-        self,
-        prompt: str | Sequence[ChatMessage],
-        *,
-        session: Session | None = None,
-        model: str | None = None,
-        priority: str = "normal",
-        resumable: bool = False,
-        **options: Any,
-    ) -> Generation:
-        """Answer a prompt: events as they happen, the last one Done; ``options`` are those of ``edge_rt.Session.generate``.
+        self, prompt: str | Sequence[ChatMessage], *, session: Session | None = None, model: str | None = None, priority: str = "normal",
+        resumable: bool = False, **options: Any,
+    ) -> Generation:  # fmt: skip
+        """Iterate over the events of an answer, the last one Done; ``options`` are those of ``edge_rt.Session.generate``.
 
-        ``model``: the name of one, else the session's or the daemon's default. It is asked when the first event is taken.
+        ``model``: a name, by default the session's model or the daemon's default. The request is sent when the first event is requested.
 
-        Leaving the loop cancels the request, and lets the rest of its events go by: the connection is as before. With ``resumable``, a
-        connection that breaks is made again, and the events go on where they were.
+        Leaving the loop cancels the request and discards its remaining events. With ``resumable``, a lost connection is re-established
+        and the events continue where they stopped.
         """
         return Generation(self, generate_fields(prompt, None if session is None else session.id, model, priority, resumable, options))
 
-    def _answer(self, fields: Message, answers: Reply) -> Generator[Event, None, None]:
-        self._ask("generate", fields, answers)
+    def _stream(self, fields: Message, reply: Reply) -> Generator[Event, None, None]:
+        self._send("generate", fields, reply)
         try:
-            yield from self._events(answers)
+            while True:
+                while (event := reply.next_event()) is not None:
+                    yield event
+                if reply.over:
+                    break
+                try:
+                    self._flush()
+                    self._receive()
+                except DaemonError as error:
+                    if error.code != "disconnected" or not reply.resumable:
+                        raise
+                    self._reconnect()
+            with suppress(DaemonError):  # the answer is complete, even if the connection is lost before the last acknowledgement
+                self._flush()
+            reply.result()
         finally:
-            if not answers.over:
-                self._leave(answers)
+            if not reply.over:
+                self._abandon(reply)
 
-    def _events(self, answers: Reply) -> Iterator[Event]:
-        while True:
-            while (event := answers.take()) is not None:
-                yield event
-            if answers.over:
-                break
-            try:
+    def _abandon(self, reply: Reply) -> None:
+        """Cancel a request and discard its remaining events."""
+        self._cancel(reply)
+        with suppress(DaemonError):  # disconnected, or a timeout: then the events are discarded during the next request
+            while not reply.over:
+                reply.events.clear()
                 self._flush()
                 self._receive()
-            except DaemonError as error:
-                if error.code != "disconnected" or not answers.resumable:
-                    raise
-                self._connect_again()
-        with suppress(DaemonError):  # the answer is whole; the connection may go before we could say so
-            self._flush()
-        answers.result()
 
-    def _leave(self, answers: Reply) -> None:
-        """Cancel a request, and let its events go by."""
-        self._cancel(answers)
-        try:
-            while not answers.over:
-                answers.events.clear()
-                self._flush()
-                self._receive()
-        except DaemonError:
-            return  # the connection has ended; or the daemon takes long, and the rest goes by with what is asked next
-
-    def _cancel(self, answers: Reply) -> None:
-        """Tell the daemon that a request is to end, on any thread; in the next connection if this one is gone."""
+    def _cancel(self, reply: Reply) -> None:
+        """Send a cancellation, on any thread; with the next connection if this one is lost."""
         with self._lock:
-            self._conversation.cancel(answers)
+            self._protocol.cancel(reply)
             if self._socket is None:
                 return
             try:
-                self._socket.sendall(self._conversation.to_send())
+                self._socket.sendall(self._protocol.to_send())
             except OSError:
-                self._end_of(self._socket)
+                with suppress(OSError):  # part of a frame may have been sent: the thread that reads reports the end of the connection
+                    self._socket.shutdown(socket.SHUT_RDWR)
 
     def embed(
-        self,
-        texts: Sequence[str | Sequence[int]],
-        *,
-        model: str | None = None,
-        pooling: str | None = None,
-        normalize: bool = True,
+        self, texts: Sequence[str | Sequence[int]], *, model: str | None = None, pooling: str | None = None, normalize: bool = True,
         dimensions: int | None = None,
-    ) -> list[list[float]]:
-        """Embeddings of texts, or of their tokens; see ``edge_rt.model``. ``dimensions``: so many of the first numbers of each."""
-        return [one["embedding"] for one in self._readings("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
+    ) -> list[list[float]]:  # fmt: skip
+        """Embeddings of texts, or of their tokens; see ``edge_rt.Model.embed``. ``dimensions``: keep only the first so many numbers."""
+        return [one["embedding"] for one in self._read_texts("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
 
     def score(
         self, texts: Sequence[str | Sequence[int]], *, before: str | Sequence[ChatMessage] | None = None, model: str | None = None,
         top: int = 0, beyond: bool = False,
     ) -> list[Message]:  # fmt: skip
-        """How likely the model finds texts: of each its ``tokens`` and their natural ``logprobs``. ``before``: a prompt, or messages, that
-        they continue; without it a text's first token is not scored. ``top``: and so many of the likeliest tokens at each place, as
-        (token, log-probability). ``beyond``: and of the place behind the last.
+        """Log-probabilities of texts: for each a dict of ``tokens`` and natural ``logprobs``. ``before``: the prompt or messages that the
+        texts continue; without it the first token of a text has no score. ``top``: adds the so many likeliest tokens at each position, as
+        (token, log-probability). ``beyond``: adds them for the position after the last token.
         """
-        events = self._readings("score", score_fields(texts, before, model, top, beyond))
+        events = self._read_texts("score", score_fields(texts, before, model, top, beyond))
         return [score for event in events for score in event["scores"]]
 
-    def _readings(self, op: str, fields: Message) -> list[Message]:
-        """Let texts be read; an event of each."""
-        answers = self._ask(op, fields)
+    def _read_texts(self, op: str, fields: Message) -> list[Message]:
+        reply = self._send(op, fields)
         try:
-            while not answers.over:
+            while not reply.over:
                 self._flush()
                 self._receive()
         finally:
-            if not answers.over:
-                self._leave(answers)
-        answers.result()
-        return answers.readings
+            if not reply.over:
+                self._abandon(reply)
+        reply.result()
+        return reply.readings
 
     def feedback(
         self, prompt: str | Sequence[ChatMessage], answer: str, *, rating: int | None = None, correction: str | None = None,
         comment: str | None = None, model: str | None = None,
     ) -> None:  # fmt: skip
-        """Say what an answer was worth, for the daemon that records traffic: ``rating`` -1, 0 or 1, the ``correction`` that it should have
-        been, a ``comment``; at least one of them. It is written, redacted, when this returns.
+        """Record feedback on an answer, in a daemon that records traffic. Give at least one of ``rating`` (-1, 0, 1), ``correction`` (the
+        answer it should have been) and ``comment``. Returns when the feedback is written, redacted.
         """
         self.call("feedback", **feedback_fields(prompt, answer, rating, correction, comment, model))
 
     def session(self, *, keep: bool = False, context: int | None = None, model: str | None = None) -> Session:
-        """Open a session. ``keep``: it outlives this connection for a while. ``model``: the name of one, else the daemon's default."""
+        """Open a session. ``keep``: it outlives this connection for the daemon's ``keep_sessions`` seconds. ``model``: by default the
+        daemon's default.
+        """
         return Session(self, self.call("open_session", keep=keep, context=context, model=model)["session"])
 
     def restore(self, name: str, *, keep: bool = False, model: str | None = None) -> Session:
-        """Open a session that was saved under a name."""
+        """Open a saved session."""
         return Session(self, self.call("restore_session", name=name, keep=keep, model=model)["session"])
 
     def saved(self) -> list[Message]:
-        """The user's saved sessions by name: ``name``, ``bytes``, and when it was ``saved``, in seconds since 1970."""
+        """The user's saved sessions, ordered by ``name``, each with its size in ``bytes`` and the time ``saved``, in seconds since 1970."""
         found: list[Message] = self.call("list_saved")["saved"]
         return found
 
@@ -216,30 +203,24 @@ class Client:
     def status(self) -> Message:
         return self.call("status")
 
-    def _ask(self, op: str, fields: Mapping[str, Any], answers: Reply | None = None) -> Reply:
+    def _send(self, op: str, fields: Mapping[str, Any], reply: Reply | None = None) -> Reply:
         with self._lock:
-            answers = self._conversation.ask(op, fields, answers)
+            reply = self._protocol.request(op, fields, reply)
             self._flush()
-            return answers
+            return reply
 
     def _flush(self) -> None:
         with self._lock:
             if self._socket is None:
                 raise DaemonError("disconnected", "the connection was closed; connect again")
-            if data := self._conversation.to_send():
+            if data := self._protocol.to_send():
                 try:
                     self._socket.sendall(data)
                 except OSError as error:
-                    self._last_words()
-                    self._lost(error)
-
-    @staticmethod
-    def _end_of(connection: socket.socket) -> None:
-        """What was written is not whole: who reads finds the end, and says so."""
-        try:
-            connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended already
+                    with suppress(OSError, ProtocolError):  # the daemon may have sent an error before it closed
+                        while said := self._socket.recv(1 << 18):
+                            self._protocol.feed(said)
+                    self._lose_connection(error)
 
     def _receive(self) -> None:
         if self._socket is None:
@@ -249,31 +230,22 @@ class Client:
         except TimeoutError as error:
             raise DaemonError("timeout", f"the daemon said nothing for {self._timeout:g} seconds; give it more time") from error
         except OSError as error:
-            self._lost(error)
+            self._lose_connection(error)
         if not data:
-            self._lost(None)
+            self._lose_connection(None)
         try:
             with self._lock:
-                self._conversation.received(data)
+                self._protocol.feed(data)
         except ProtocolError as error:
             self.close()
             raise DaemonError("disconnected", f"what answers at {self.address} is no daemon of edge-rt: {error}") from error
 
-    def _last_words(self) -> None:
-        """The daemon may have said why before it closed."""
-        assert self._socket is not None, "what could not be written to it can still be read"
-        try:
-            while data := self._socket.recv(1 << 18):
-                self._conversation.received(data)
-        except (OSError, ProtocolError):
-            return  # it has said no more
-
-    def _lost(self, error: OSError | None) -> None:
+    def _lose_connection(self, error: OSError | None) -> NoReturn:
         self.close()
-        raise self._conversation.gone() from error
+        raise self._protocol.disconnect_error() from error
 
     def close(self) -> None:
-        """Leave; what runs for this connection ends, unless it can be resumed."""
+        """Close the connection. The daemon ends its requests, unless they are resumable."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -287,45 +259,43 @@ class Client:
 
 
 class Generation(Iterator[Event]):
-    """The events of one answer, the last one Done; see ``Client.generate``."""
+    """The events of one answer, the last one Done. Made by ``Client.generate``."""
 
     def __init__(self, client: Client, fields: Message) -> None:
-        """Use ``Client.generate`` or ``Session.generate``."""
-        self._client, self._answers = client, Reply()
-        self._events = client._answer(fields, self._answers)  # knows nothing of us, so that it ends when nobody holds us any more
+        self._client, self._reply = client, Reply()
+        self._events = client._stream(fields, self._reply)  # has no reference to us: it is closed when we are garbage collected
 
     def __next__(self) -> Event:
-        """The next event, when it comes. Raises DaemonError."""
+        """Wait for the next event. Raises DaemonError."""
         return next(self._events)
 
     def cancel(self) -> None:
-        """End it soon, from any thread: its events go on to Done, whose reason is ``cancelled``; or, if it has not begun, to the
-        error ``cancelled``.
+        """End the generation, from any thread: the events continue until Done with the reason ``cancelled``. A request that has not begun
+        raises the error ``cancelled`` instead.
         """
-        self._client._cancel(self._answers)
+        self._client._cancel(self._reply)
 
     def close(self) -> None:
-        """Cancel it, and take no more of its events; on the thread that takes them, as leaving the loop does."""
+        """Cancel the generation and discard its remaining events, as leaving the loop does. Only on the thread that iterates."""
         self._events.close()
 
 
 class Session:
-    """A session in the daemon; a context manager."""
+    """A session in the daemon; a context manager. Made by ``Client.session`` and ``Client.restore``."""
 
     def __init__(self, client: Client, name: str) -> None:
-        """Use ``Client.session`` or ``Client.restore``."""
         self._client, self.id = client, name
 
     def generate(self, prompt: str | Sequence[ChatMessage], **options: Any) -> Generation:
-        """See ``Client.generate``."""
+        """``Client.generate`` in this session."""
         return self._client.generate(prompt, session=self, **options)
 
     def clone(self, *, keep: bool = False) -> Session:
-        """Another session that goes on from what was said in this one."""
+        """Open another session that starts with the content of this one."""
         return Session(self._client, self._client.call("clone_session", session=self.id, keep=keep)["session"])
 
     def save(self, name: str) -> None:
-        """Keep it under a name, in the daemon's folder."""
+        """Save the session under a name, in the daemon's state folder."""
         self._client.call("save_session", session=self.id, name=name)
 
     def close(self) -> None:
@@ -340,20 +310,20 @@ class Session:
 
 
 def connect_socket(address: Address, timeout: float | None) -> socket.socket:
-    """A socket that is connected. Raises OSError."""
+    """Connect to a daemon. Raises OSError."""
     family = socket.AF_INET6 if ":" in address.path else socket.AF_INET
     found = socket.socket(family if address.kind == "tcp" else socket.AF_UNIX)
     try:
         found.settimeout(timeout)
         if address.kind == "tcp":
-            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a cancel waits for an answer to what was sent before
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a small frame waits until earlier ones are acknowledged
         where = (address.path, address.port) if address.kind == "tcp" else address.path if address.kind == "unix" else "\0" + address.path
-        until = time.monotonic() + (timeout or CROWDED)
+        until = time.monotonic() + (timeout or CONNECT_SECONDS)
         while True:
             try:
                 found.connect(where)
                 break
-            except BlockingIOError:  # many others are connecting; with a timeout the system does not wait for a place
+            except BlockingIOError:  # the backlog is full; on a socket with a timeout the system does not wait
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.01)
@@ -364,7 +334,7 @@ def connect_socket(address: Address, timeout: float | None) -> socket.socket:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "AsyncClient":  # not before it is asked for: a program that blocks needs no asyncio
+    if name == "AsyncClient":  # imported on demand: blocking programs need no asyncio
         from edge_rt.daemon.client.async_ import AsyncClient
 
         return AsyncClient

@@ -1,4 +1,4 @@
-"""The client for asyncio: many requests at once on one connection.
+"""The client for asyncio: any number of concurrent requests on one connection.
 
 async with AsyncClient() as client:
     async for event in client.generate("Once upon a time", max_tokens=64):
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -34,31 +35,31 @@ from edge_rt.types import Message as ChatMessage
 class AsyncClient:
     """A connection to the daemon; an asynchronous context manager. Any number of tasks may use it.
 
-    Everything raises DaemonError with the protocol's ``code``; ``disconnected`` if the daemon is gone. A task that takes its events slowly
-    holds up nobody: they are kept meanwhile, as many as the answer has.
+    All methods raise DaemonError with the protocol's ``code``, or ``disconnected`` if the connection was lost. Events are buffered without
+    limit, so a task that consumes them slowly does not block others.
     """
 
     def __init__(self, address: str | Address | None = None, *, key: str | None = None) -> None:
-        """``address``: as ``edge-rt serve --listen`` takes it, else the user's own. ``key``: for TCP."""
+        """``address``: as for ``edge-rt serve --listen``, by default the user's own daemon. ``key``: required over TCP."""
         self.address = addresses.parse(address) if isinstance(address, str) else address or addresses.default_address()
         self._key = key
-        self._conversation = ClientProtocol()
+        self._protocol = ClientProtocol()
         self._writer: asyncio.StreamWriter | None = None
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
-        self.hello: Message = {}  # what the daemon said of itself: version, server, capabilities, limits
+        self.hello: Message = {}  # the daemon's answer to hello: version, server, capabilities, limits
 
     async def connect(self) -> None:
         reader, hello = await self._open()
         self._reading = asyncio.get_running_loop().create_task(self._read(reader, hello))
         while not hello.over:
-            await self._wait()
+            await self._changed.wait()
         try:
             self.hello = hello.result()
         except DaemonError:
             await self.close()
             raise
-        self._conversation.greeted(self.hello)
+        self._protocol.on_hello(self.hello)
 
     async def _open(self) -> tuple[asyncio.StreamReader, Reply]:
         try:
@@ -66,79 +67,65 @@ class AsyncClient:
             reader, self._writer = await asyncio.open_connection(sock=made)
         except OSError as error:
             raise DaemonError("disconnected", f"no daemon answers at {self.address}; start one with `edge-rt serve`") from error
-        return reader, self._ask("hello", hello_fields(self._key))
+        return reader, self._send("hello", hello_fields(self._key))
 
     async def call(self, op: str, **fields: Any) -> Message:
-        """Ask, and wait for the answer."""
-        answers = self._ask(op, fields)
-        while not answers.over:
-            await self._wait()
-        return answers.result()
+        """Send a request and wait for its answer."""
+        reply = self._send(op, fields)
+        while not reply.over:
+            await self._changed.wait()
+        return reply.result()
 
     async def generate(
-        self,
-        prompt: str | Sequence[ChatMessage],
-        *,
-        session: str | None = None,
-        model: str | None = None,
-        priority: str = "normal",
-        resumable: bool = False,
-        **options: Any,
-    ) -> AsyncIterator[Event]:
-        """Answer a prompt: events as they happen, the last one Done; see ``Client.generate``.
-
-        ``session``: the id of one, as ``open_session`` gives it.
-        """
-        answers = self._ask("generate", generate_fields(prompt, session, model, priority, resumable, options))
+        self, prompt: str | Sequence[ChatMessage], *, session: str | None = None, model: str | None = None, priority: str = "normal",
+        resumable: bool = False, **options: Any,
+    ) -> AsyncIterator[Event]:  # fmt: skip
+        """The events of an answer, as ``Client.generate``. ``session``: an id from ``open_session``."""
+        reply = self._send("generate", generate_fields(prompt, session, model, priority, resumable, options))
         try:
             while True:
-                while (event := answers.take()) is not None:
+                while (event := reply.next_event()) is not None:
                     yield event
-                if answers.over:
+                if reply.over:
                     break
-                await self._wait()
-            answers.result()
+                await self._changed.wait()
+            reply.result()
         finally:
-            if not answers.over:
-                self._conversation.cancel(answers)
+            if not reply.over:
+                self._protocol.cancel(reply)
                 self._flush()
 
     async def embed(
-        self,
-        texts: Sequence[str | Sequence[int]],
-        *,
-        model: str | None = None,
-        pooling: str | None = None,
-        normalize: bool = True,
+        self, texts: Sequence[str | Sequence[int]], *, model: str | None = None, pooling: str | None = None, normalize: bool = True,
         dimensions: int | None = None,
-    ) -> list[list[float]]:
-        """Embeddings of texts, or of their tokens; see ``Client.embed``."""
-        return [one["embedding"] for one in await self._readings("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
+    ) -> list[list[float]]:  # fmt: skip
+        """Embeddings of texts, or of their tokens, as ``Client.embed``."""
+        return [one["embedding"] for one in await self._read_texts("embed", embed_fields(texts, model, pooling, normalize, dimensions))]
 
     async def score(
         self, texts: Sequence[str | Sequence[int]], *, before: str | Sequence[ChatMessage] | None = None, model: str | None = None,
         top: int = 0, beyond: bool = False,
     ) -> list[Message]:  # fmt: skip
-        """How likely the model finds texts; see ``Client.score``."""
-        events = await self._readings("score", score_fields(texts, before, model, top, beyond))
+        """Log-probabilities of texts, as ``Client.score``."""
+        events = await self._read_texts("score", score_fields(texts, before, model, top, beyond))
         return [score for event in events for score in event["scores"]]
 
-    async def _readings(self, op: str, fields: Message) -> list[Message]:
-        answers = self._ask(op, fields)
+    async def _read_texts(self, op: str, fields: Message) -> list[Message]:
+        reply = self._send(op, fields)
         try:
-            while not answers.over:
-                await self._wait()
+            while not reply.over:
+                await self._changed.wait()
         finally:
-            if not answers.over and self._writer is not None:
-                self._ask("cancel", {"request": answers.request})
-        answers.result()
-        return answers.readings
+            if not reply.over and self._writer is not None:
+                self._send("cancel", {"request": reply.request})
+        reply.result()
+        return reply.readings
 
     async def feedback(
         self, prompt: str | Sequence[ChatMessage], answer: str, *, rating: int | None = None, correction: str | None = None,
         comment: str | None = None, model: str | None = None,
     ) -> None:  # fmt: skip
-        """Say what an answer was worth; see ``Client.feedback``."""
+        """Record feedback on an answer, as ``Client.feedback``."""
         await self.call("feedback", **feedback_fields(prompt, answer, rating, correction, comment, model))
 
     async def saved(self) -> list[Message]:
@@ -148,44 +135,42 @@ class AsyncClient:
     async def delete_saved(self, name: str) -> None:
         await self.call("delete_saved", name=name)
 
-    def _ask(self, op: str, fields: Mapping[str, Any]) -> Reply:
+    def _send(self, op: str, fields: Mapping[str, Any]) -> Reply:
         if self._writer is None:
             raise DaemonError("disconnected", "the connection was closed; connect again")
-        answers = self._conversation.ask(op, fields)
+        reply = self._protocol.request(op, fields)
         self._flush()
-        return answers
+        return reply
 
     def _flush(self) -> None:
-        if self._writer is not None and (data := self._conversation.to_send()):
+        if self._writer is not None and (data := self._protocol.to_send()):
             self._writer.write(data)
 
-    async def _wait(self) -> None:
-        await self._news.wait()
-
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def _wake(self) -> None:
+        """Wake all tasks that wait for something to be received."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def _read(self, reader: asyncio.StreamReader, hello: Reply) -> None:
-        """Take what comes; when the connection breaks, connect again, as long as there are streams to go on with."""
+        """Receive until the connection is lost; reconnect as long as there are streams to resume."""
         pauses = iter(PAUSES)
         while True:
             try:
                 while data := await reader.read(1 << 18):
-                    self._conversation.received(data)
-                    if self._conversation.broken and hello.over and _refusal(hello) is None:
-                        self._conversation.resume()
+                    self._protocol.feed(data)
+                    if self._protocol.broken and hello.over and _refusal(hello) is None:
+                        self._protocol.resume()
                         pauses = iter(PAUSES)
                     self._flush()
-                    self._tell()
+                    self._wake()
             except (OSError, ProtocolError):
-                pass  # it broke, which is the same as its end
+                pass  # handled as the end of the connection
             await self._close()
-            self._conversation.disconnected()
-            self._tell()
+            self._protocol.disconnected()
+            self._wake()
             refusal = _refusal(hello)
             while self._writer is None:
-                if not self._conversation.broken:
+                if not self._protocol.broken:
                     return
                 try:
                     if refusal is not None:
@@ -194,8 +179,8 @@ class AsyncClient:
                 except DaemonError as error:
                     refusal, pause = None, next(pauses, None)
                     if pause is None or error.code != "disconnected":
-                        self._conversation.give_up(error)
-                        self._tell()
+                        self._protocol.fail_broken(error)
+                        self._wake()
                         return
                     await asyncio.sleep(pause)
 
@@ -203,18 +188,16 @@ class AsyncClient:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-            try:
+            with suppress(OSError):  # it is closed all the same
                 await writer.wait_closed()
-            except OSError:
-                return  # it is closed all the same
 
     async def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
         await self._close()
-        self._conversation.disconnected()
-        self._conversation.give_up(DaemonError("disconnected", GONE))
-        self._tell()
+        self._protocol.disconnected()
+        self._protocol.fail_broken(DaemonError("disconnected", GONE))
+        self._wake()
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect()
@@ -225,7 +208,7 @@ class AsyncClient:
 
 
 def _refusal(hello: Reply) -> DaemonError | None:
-    """Why there was no greeting, None if there was. It is over."""
+    """The error with which the daemon refused ``hello``, None if it accepted."""
     try:
         hello.result()
     except DaemonError as error:

@@ -1,4 +1,4 @@
-"""The client's side of the protocol without input or output: requests in, bytes out; bytes in, answers out."""
+"""The client side of the protocol without I/O: requests in, bytes out; bytes in, answers out."""
 
 from __future__ import annotations
 
@@ -13,51 +13,46 @@ from edge_rt.types import Event
 from edge_rt.types import Message as ChatMessage
 from edge_rt.types import event as event_of
 
-ACK_EVERY = 8  # events of a stream that can be resumed between two acknowledgements
-
+ACK_EVERY = 8  # events of a resumable stream between two acknowledgements
 GONE = "the daemon has closed the connection; connect again"
 
 
 class Reply:
-    """What comes for one request. ``request``: its id, 0 until it was asked, and another one after the stream was resumed."""
+    """The events and the answer of one request. ``request``: its id, 0 before it is sent; it changes when the stream is resumed."""
 
     def __init__(self) -> None:
         self.request = 0
-        self.cancelled = False  # the daemon is to be told, in this connection or the next
-        self.stream: str | None = None
+        self.cancelled = False  # the cancellation is to be sent, with this connection or the next
+        self.stream: str | None = None  # token of a resumable stream
         self.seq = 0  # of the last event received
         self.events: deque[Event] = deque()
-        self.readings: list[Message] = []  # events of texts that are read, in their order
-        self._end: Message | None = None
+        self.readings: list[Message] = []  # events ``embedding`` and ``scored``
+        self.answer: Message | None = None  # ``{"ok": ...}`` or ``{"error": ...}``, after the last event
         self._acknowledged = 0
 
     @property
     def over(self) -> bool:
-        """The answer has come, after the last event."""
-        return self._end is not None
+        return self.answer is not None
 
     @property
     def resumable(self) -> bool:
-        """Whether the stream may go on in another connection."""
+        """Whether the stream can continue on another connection."""
         return self.stream is not None and not self.over
 
-    def take(self) -> Event | None:
-        """The next event that has come, None if there is none."""
+    def next_event(self) -> Event | None:
+        """Remove and return the oldest received event, None if there is none."""
         return self.events.popleft() if self.events else None
 
     def result(self) -> Message:
-        """The answer. Raises DaemonError if it is one."""
-        assert self._end is not None, "it has not come yet"
-        if "error" in self._end:
-            raise daemon_error(self._end["error"])
-        found: Message = self._end["ok"]
+        """The content of the answer. Raises DaemonError if the answer is an error."""
+        assert self.answer is not None, "it is not over"
+        if "error" in self.answer:
+            raise daemon_error(self.answer["error"])
+        found: Message = self.answer["ok"]
         return found
 
-    def end(self, message: Message) -> None:
-        self._end = message
-
-    def due(self, every: int) -> bool:
-        """Whether an acknowledgement is. ``every``: events between two."""
+    def acknowledgement_due(self, every: int) -> bool:
+        """Whether to send an acknowledgement now: once per ``every`` events, and at the end. The caller must send it."""
         if self.stream is None or not (self.over or self.seq - self._acknowledged >= every):
             return False
         self._acknowledged = self.seq
@@ -65,105 +60,102 @@ class Reply:
 
 
 class ClientProtocol:
-    """One client's requests. After ``disconnected`` it goes on with the next connection."""
+    """All requests of one client. After ``disconnected`` it continues with the next connection."""
 
     def __init__(self) -> None:
         self._farewell: Message = {"code": "disconnected", "message": GONE}
         self._frames = FrameReader()
-        self._asked: dict[int, Reply] = {}
-        self._broken: list[Reply] = []
+        self._pending: dict[int, Reply] = {}
+        self._broken: list[Reply] = []  # resumable streams of the lost connection
         self._number = 0
         self._out: list[bytes] = []
         self._ack_every = ACK_EVERY
 
-    def ask(self, op: str, fields: Mapping[str, Any], answers: Reply | None = None) -> Reply:
-        """A request. ``answers``: those that are to take what comes. Raises ProtocolError if it is too long."""
+    def request(self, op: str, fields: Mapping[str, Any], reply: Reply | None = None) -> Reply:
+        """Queue a request; ``reply`` receives its events and answer. Raises ProtocolError if the request is too long."""
         data = pack({"id": self._number + 1, "op": op, **fields})
         self._number += 1
         self._out.append(data)
-        answers = Reply() if answers is None else answers
-        answers.request = self._number
-        self._asked[self._number] = answers
-        if answers.cancelled:
-            self._cancel(answers)
-        return answers
+        reply = Reply() if reply is None else reply
+        reply.request = self._number
+        self._pending[self._number] = reply
+        if reply.cancelled:
+            self.request("cancel", {"request": reply.request})
+        return reply
 
-    def cancel(self, answers: Reply) -> None:
-        """End a generation soon: now, or as soon as it is asked or goes on."""
-        answers.cancelled = True
-        if self._asked.get(answers.request) is answers:
-            self._cancel(answers)
+    def cancel(self, reply: Reply) -> None:
+        """Queue a cancellation: now, or as soon as the request is sent or resumed."""
+        reply.cancelled = True
+        if self._pending.get(reply.request) is reply:
+            self.request("cancel", {"request": reply.request})
 
-    def _cancel(self, answers: Reply) -> None:
-        self.ask("cancel", {"request": answers.request})
-
-    def greeted(self, hello: Message) -> None:
-        """What hello was answered: a daemon with few credits wants more acknowledgements."""
+    def on_hello(self, hello: Message) -> None:
+        """Process the answer to ``hello``: acknowledge at least twice per the daemon's credits."""
         self._ack_every = max(1, min(ACK_EVERY, hello["limits"]["credits"] // 2))
 
     def resume(self) -> None:
-        """After hello in another connection: go on with the streams that broke."""
+        """Queue the resumption of the streams of the lost connection. Call it after ``hello`` on the next one."""
         broken, self._broken = self._broken, []
-        for answers in broken:
-            self.ask("resume", {"stream": answers.stream, "after": answers.seq}, answers)
+        for reply in broken:
+            self.request("resume", {"stream": reply.stream, "after": reply.seq}, reply)
 
     @property
     def broken(self) -> bool:
-        """Whether there are streams to go on with in another connection."""
+        """Whether there are streams to resume on another connection."""
         return bool(self._broken)
 
-    def gone(self) -> DaemonError:
-        """Why the connection ended: the daemon's last words, if it had any."""
+    def disconnect_error(self) -> DaemonError:
+        """The error that the daemon sent before it closed the connection, by default ``disconnected``."""
         return daemon_error(self._farewell)
 
-    def give_up(self, error: DaemonError) -> None:
-        for answers in self._broken:
-            answers.end({"error": {"code": error.code, "message": str(error)}})
+    def fail_broken(self, error: DaemonError) -> None:
+        for reply in self._broken:
+            reply.answer = {"error": {"code": error.code, "message": str(error)}}
         self._broken.clear()
 
     def to_send(self) -> bytes:
+        """Remove and return the queued bytes."""
         data = b"".join(self._out)
         self._out.clear()
         return data
 
-    def received(self, data: bytes) -> None:
-        """Bytes came. Raises ProtocolError if they are none of the daemon's."""
+    def feed(self, data: bytes) -> None:
+        """Process received bytes. Raises ProtocolError if they are not the protocol's."""
         for message in self._frames.feed(data):
-            self._took(message)
+            self._receive(message)
 
-    def _took(self, message: Message) -> None:
-        answers = self._asked.get(message.get("id", -1))
-        if answers is None:
+    def _receive(self, message: Message) -> None:
+        reply = self._pending.get(message.get("id", -1))
+        if reply is None:
             if message.get("id") is None and "error" in message:
                 self._farewell = message["error"]
             return
-        answers.seq = message.get("seq", answers.seq)
+        reply.seq = message.get("seq", reply.seq)
         if "event" not in message:
-            answers.end(message)
-            del self._asked[answers.request]
+            reply.answer = message
+            del self._pending[reply.request]
         elif message["event"] == "stream":
-            answers.stream = message["stream"]
+            reply.stream = message["stream"]
         elif message["event"] in ("embedding", "scored"):
-            answers.readings.append(message)
+            reply.readings.append(message)
         elif (event := event_of(message)) is not None:
-            answers.events.append(event)
-        if answers.due(self._ack_every):
-            self._out.append(pack({"op": "ack", "stream": answers.stream, "seq": answers.seq}))
+            reply.events.append(event)
+        if reply.acknowledgement_due(self._ack_every):
+            self._out.append(pack({"op": "ack", "stream": reply.stream, "seq": reply.seq}))
 
     def disconnected(self) -> None:
-        """What was asked is not answered any more, but for streams that can be resumed."""
-        for answers in self._asked.values():
-            if answers.resumable:
-                self._broken.append(answers)
+        """End all pending requests with ``disconnect_error``, except for resumable streams."""
+        for reply in self._pending.values():
+            if reply.resumable:
+                self._broken.append(reply)
             else:
-                answers.end({"error": self._farewell})
+                reply.answer = {"error": self._farewell}
         self._frames, self._farewell = FrameReader(), {"code": "disconnected", "message": GONE}
         self._out.clear()
-        self._asked.clear()
+        self._pending.clear()
 
 
 def hello_fields(key: str | None) -> Message:
-    """The fields of ``hello``."""
     fields: Message = {"versions": [1], "client": f"edge-rt/{__version__}"}
     return fields if key is None else {**fields, "key": key}
 
@@ -178,21 +170,21 @@ def generate_fields(
     if resumable:
         fields["resumable"] = True
     if options:
-        fields["options"] = {name: _sendable(name, value) for name, value in options.items()}
+        fields["options"] = {name: _encode_option(name, value) for name, value in options.items()}
     return fields
 
 
 def embed_fields(
     texts: Sequence[str | Sequence[int]], model: str | None, pooling: str | None, normalize: bool, dimensions: int | None
 ) -> Message:  # fmt: skip
-    """The fields of ``embed``. Raises OptionError for texts and tokens together."""
+    """Raises OptionError if texts and tokens are mixed."""
     return {**_texts(texts), "model": model, "pooling": pooling, "normalize": normalize, "dimensions": dimensions}
 
 
 def score_fields(
     texts: Sequence[str | Sequence[int]], before: str | Sequence[ChatMessage] | None, model: str | None, top: int, beyond: bool
 ) -> Message:  # fmt: skip
-    """The fields of ``score``. Raises OptionError for texts and tokens together, and for tokens that continue something."""
+    """Raises OptionError if texts and tokens are mixed, and for tokens with ``before``."""
     rest: Message = {"model": model, "top": top, "beyond": beyond}
     if before is None:
         return {**_texts(texts), **rest}
@@ -219,7 +211,7 @@ def _texts(texts: Sequence[str | Sequence[int]]) -> Message:
     raise OptionError("some texts are given as text and some as tokens; ask for them one after the other")
 
 
-def _sendable(name: str, value: Any) -> Any:
+def _encode_option(name: str, value: Any) -> Any:
     if name in ("sampling", "rules"):
         raise OptionError(f"the daemon takes no {name}; give sampling parameters by name, and rules to the daemon itself")
     if hasattr(value, "_asdict"):

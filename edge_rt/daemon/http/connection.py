@@ -22,7 +22,7 @@ from edge_rt.daemon import protocol
 from edge_rt.daemon.address import peer_credentials
 from edge_rt.daemon.config import HttpConfig
 from edge_rt.daemon.connection import MESSAGES_AT_ONCE, OVER_HTTP, UNREAD, ClientConnection
-from edge_rt.daemon.http.openai import ApiError, from_protocol, to_api_error
+from edge_rt.daemon.http.openai import ApiError, from_protocol, parse_body, to_api_error
 from edge_rt.daemon.protocol import Message, Request
 from edge_rt.errors import EdgeError, ProtocolError
 
@@ -99,13 +99,22 @@ class Exchange:
         self.heard: Callable[[Message], None] = lambda message: None
         self.left: Callable[[], None] = lambda: None  # called if the client is gone before the answer
 
+    def json(self) -> dict[str, Any]:
+        """The body. Raises ApiError."""
+        return parse_body(self.body)
+
+    def run(self, op: str, fields: Message, heard: Callable[[Message], None]) -> None:
+        """Ask the daemon. Raises ProtocolError, EdgeError."""
+        self.heard = heard
+        self.connection.run(op, fields, len(self.body))
+
 
 class Route(NamedTuple):
     """``path``: as metrics show it. ``work`` answers, now or later; raises ApiError, ProtocolError."""
 
     path: str
     method: str
-    work: Callable[[Exchange], None]
+    work: Callable[[Exchange], object]
     needs_key: bool = True
 
 
@@ -130,9 +139,9 @@ class HttpConnection(ClientConnection):
         self._body = bytearray()
         self._kept = 0
         self._number = 0
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """What was of one request, before the next."""
         self._head: h11.Request | None = None
         self._route: Route | None = None
@@ -175,7 +184,7 @@ class HttpConnection(ClientConnection):
             self._exchange.left()
         self._exchange = None
 
-    def _read_on(self) -> None:
+    def _continue_reading(self) -> None:
         if self._exchange is None:
             self._go_on()
 
@@ -193,11 +202,11 @@ class HttpConnection(ClientConnection):
                     self._wait()
                     return
                 if isinstance(event, h11.Request):
-                    self._begun(event)
+                    self._on_head(event)
                 elif isinstance(event, h11.Data):
-                    self._more(event.data)
+                    self._on_body(event.data)
                 elif isinstance(event, h11.EndOfMessage):
-                    self._whole()
+                    self._on_request()
             except h11.RemoteProtocolError as error:
                 said = f"the request is no HTTP/1.1: {error}"
                 self._fail(ApiError(error.error_status_hint, said, "malformed_request"))
@@ -218,7 +227,7 @@ class HttpConnection(ClientConnection):
         elif "head" not in self._timers and "idle" not in self._timers:
             self._end_after("idle", limits.idle_seconds or KEEP_ALIVE, "no request came")
 
-    def _begun(self, head: h11.Request) -> None:
+    def _on_head(self, head: h11.Request) -> None:
         """A request's head came. Raises ApiError for one after which it is not known, or would take long, where the next begins."""
         self._stop_timer("head")
         self._stop_timer("idle")
@@ -256,7 +265,7 @@ class HttpConnection(ClientConnection):
         if self._route.needs_key:
             key = check_key(self._http, self._headers)
             if key is not None:
-                self.server.become(self, OVER_HTTP - 1 - key)
+                self.server.change_user(self, OVER_HTTP - 1 - key)
         if length > self.server.config.limits.frame_bytes:
             raise self._too_long()
 
@@ -269,7 +278,7 @@ class HttpConnection(ClientConnection):
         most = self.server.config.limits.frame_bytes
         return ApiError(413, f"the body is longer than the {most:,} bytes that are allowed", "request_too_large")
 
-    def _more(self, data: bytes) -> None:
+    def _on_body(self, data: bytes) -> None:
         """A part of the body came. Raises ApiError, ProtocolError."""
         if self._refusal is not None:
             self._thrown_away += len(data)
@@ -281,7 +290,7 @@ class HttpConnection(ClientConnection):
         self.server.hold(self, len(data))
         self._body += data
 
-    def _whole(self) -> None:
+    def _on_request(self) -> None:
         """A request is there. Raises ApiError, ProtocolError."""
         self._stop_timer("body")
         if self._refusal is not None:
@@ -298,7 +307,7 @@ class HttpConnection(ClientConnection):
         self._body.clear()
         self._kept = 0
 
-    def keep(self, more: int) -> None:
+    def hold_answer(self, more: int) -> None:
         """Bytes of an answer that are kept until it is whole. Raises ProtocolError: limit."""
         self.server.hold(self, more)
         self._kept += more
@@ -381,7 +390,7 @@ class HttpConnection(ClientConnection):
         self._drop_body()
         if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
             self._h11.start_next_cycle()
-            self._forget()
+            self._reset()
             asyncio.get_running_loop().call_soon(self._go_on)
         else:
             self._exchange = None

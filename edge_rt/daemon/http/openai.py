@@ -84,7 +84,7 @@ _INTEGER_RANGE = range(-(1 << 63), 1 << 63)  # what a frame can hold
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
-    """The map in a body. Raises ApiError: no JSON, no map, too deep, or with values that cannot be passed on."""
+    """Decode a JSON object that a frame of the protocol can hold. Raises ApiError: malformed_json."""
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
@@ -95,40 +95,27 @@ def parse_body(body: bytes) -> dict[str, Any]:
         raise _too_deep() from None
     if not isinstance(found, dict):
         raise _malformed("the body is JSON and no map; give a map with the request's fields")
-    _check_depth(found)
+    if protocol.depth(found) > _MAX_BODY_DEPTH:
+        raise _too_deep()
+    _check_value(found)
     return found
 
 
-def _check_depth(found: dict[str, Any]) -> None:
-    """Level by level: a recursion could be too deep."""
-    level: list[Any] = [found]
-    for _ in range(_MAX_BODY_DEPTH):
-        inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                inner += one.keys()
-                inner += one.values()
-            else:
-                inner += one
-        for value in inner:
-            _check_value(value)
-        level = [value for value in inner if isinstance(value, (dict, list))]
-        if not level:
-            return
-    raise _too_deep()
-
-
 def _check_value(value: Any) -> None:
-    if isinstance(value, str):
+    """Raises ApiError for a text or number at any depth that MessagePack cannot encode."""
+    if isinstance(value, dict):
+        _check_value(list(value))
+        _check_value(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            _check_value(one)
+    elif isinstance(value, str):
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError:
                 raise _malformed("a text has half of a surrogate pair in it; write the character itself") from None
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise _malformed("a number is too large")
-    elif isinstance(value, int) and value not in _INTEGER_RANGE:
+    elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and value not in _INTEGER_RANGE):
         raise _malformed("a number is too large")
 
 
@@ -255,7 +242,7 @@ def _build_request(
         include_usage=stream_options.get("include_usage", False),
         usage_so_far=stream_options.get("continuous_usage_stats", False),
         session=session,
-        ignored=tuple(name for name in IGNORED if body.get(name) is not None),
+        ignored=ignored_fields(body),
         **more,
     )
 
@@ -417,6 +404,11 @@ def with_adapter(asked: GenerateRequest, model: str, adapter: str) -> GenerateRe
     return asked._replace(fields={**asked.fields, "model": model, "options": {**options, "adapter": adapter}})
 
 
+def ignored_fields(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the fields that changed nothing."""
+    return tuple(name for name in IGNORED if body.get(name) is not None)
+
+
 def ignored_headers(ignored: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Of the answer: which fields of the request changed nothing."""
     return (("Edge-RT-Ignored", ", ".join(ignored)),) if ignored else ()
@@ -500,7 +492,7 @@ MIN_LOGPROB = -9999.0  # what OpenAI says for minus infinity, which JSON has not
 
 
 class CompletionBuilder:
-    """One answer. ``event`` for each event of the generation in order; ``whole`` after the last."""
+    """One answer. ``add_event`` for each event of the generation in order; ``completion`` after the last."""
 
     def __init__(self, asked: GenerateRequest, model: str) -> None:
         self._asked = asked
@@ -518,10 +510,10 @@ class CompletionBuilder:
         self._tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # so far
         self._done: Json = {}
 
-    def begin(self) -> list[Json]:
+    def first_chunks(self) -> list[Json]:
         return [self._chunk({"role": "assistant", "content": ""})] if self._asked.chat else []
 
-    def event(self, message: Mapping[str, Any]) -> list[Json]:
+    def add_event(self, message: Mapping[str, Any]) -> list[Json]:
         """Take an event; the chunks it makes. Raises ApiError if the generation was broken off."""
         kind = message["event"]
         if kind == "prompt":
@@ -532,12 +524,12 @@ class CompletionBuilder:
             self._tokens["completion_tokens"] += len(message["tokens"]) + message.get("concealed", 0)
             return list(self._delta(message))
         elif kind == "done":
-            return self._end(dict(message))
+            return self._finish(dict(message))
         return []
 
-    def whole(self) -> Json:
+    def completion(self) -> Json:
         text, reason = "".join(self._text), self._reason
-        logprobs = self._shown(self._logprobs) if self._asked.rivals is not None else None
+        logprobs = self._format_logprobs(self._logprobs) if self._asked.rivals is not None else None
         choice: Json = {"index": 0, "logprobs": logprobs, "finish_reason": reason}
         if self._asked.chat:
             message: Json = {"role": "assistant", "content": text if text or not self._called else None, "refusal": None}
@@ -572,7 +564,7 @@ class CompletionBuilder:
         self._called.append(call)
         return self._chunk({"tool_calls": [{"index": index, **call}]}, entries)
 
-    def _end(self, done: Json) -> list[Json]:
+    def _finish(self, done: Json) -> list[Json]:
         if done["reason"] == "cancelled":  # not by the client, who would not be there to be told
             raise from_protocol({"code": "draining", "message": "the daemon is about to end; ask again when it is back"})
         self._done = done
@@ -583,7 +575,7 @@ class CompletionBuilder:
         return chunks
 
     def _chunk(self, delta: Json, entries: list[Json] | None = None, reason: str | None = None) -> Json:
-        choice: Json = {"index": 0, "logprobs": self._shown(entries) if entries else None, "finish_reason": reason}
+        choice: Json = {"index": 0, "logprobs": self._format_logprobs(entries) if entries else None, "finish_reason": reason}
         if self._asked.chat:
             choice["delta"] = delta
         else:
@@ -617,7 +609,7 @@ class CompletionBuilder:
         top = [_logprob_entry(piece, logprob) for piece, (_, logprob) in zip(given["top_pieces"], given["top"], strict=True)]
         return {**_logprob_entry(given["piece"], given["logprob"]), "top_logprobs": top[:rivals]}
 
-    def _shown(self, entries: list[Json]) -> Json:
+    def _format_logprobs(self, entries: list[Json]) -> Json:
         if self._asked.chat:
             return {"content": entries, "refusal": None}
         offsets = []

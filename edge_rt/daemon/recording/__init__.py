@@ -42,7 +42,7 @@ _OVERHEAD = 1024  # bytes of a request that waits to be written, beside its text
 
 
 class RequestRecorder:
-    """One request, from when it came to its end; ``observe`` takes what the daemon says of it."""
+    """One request, from when it came to its end; ``on_message`` takes its events and its answer."""
 
     def __init__(
         self, fields: Mapping[str, Any], size: int, client: str, hosted: ManagedModel, session: str | None, keeps: bool,
@@ -61,7 +61,7 @@ class RequestRecorder:
         self._stop: str | None = None
         self._rules: dict[str, int] = {}
 
-    def observe(self, message: Message) -> None:
+    def on_message(self, message: Message) -> None:
         """An event, or the answer to the request."""
         kind = message.get("event")
         if kind == "delta":
@@ -85,7 +85,7 @@ class RequestRecorder:
         if self._text is not None:
             self._text.append(message["text"])
 
-    def note_left(self) -> None:
+    def on_left(self) -> None:
         """The client wants no more of it."""
         if self._left is None:
             self._left = self._clock() - self._came

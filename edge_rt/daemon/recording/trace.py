@@ -161,7 +161,7 @@ class LineBuilder:
     def _request(self, one: FinishedRequest) -> dict[str, Any]:
         fields, session = one.fields, None
         if one.session is not None and "messages" in fields:
-            session, messages = self._conversations.placed(one.session, fields["messages"])
+            session, messages = self._conversations.locate(one.session, fields["messages"])
             fields = {**fields, "messages": messages}
         told = redacted(fields, self._redaction)
         path, body = as_body(told)
@@ -172,10 +172,10 @@ class LineBuilder:
             "answer": self._redaction.text(one.text, _text_after_cut(one)) if self._answers and one.text else None,
         }  # fmt: skip
 
-    def written(self, one: FinishedRequest | Feedback) -> None:
+    def note_written(self, one: FinishedRequest | Feedback) -> None:
         """The line is in the file: what the session asks next may go on from it."""
         if isinstance(one, FinishedRequest) and one.session is not None and "messages" in one.fields:
-            self._conversations.written(one.session, one.fields["messages"])
+            self._conversations.note_written(one.session, one.fields["messages"])
 
 
 def as_line(record: Mapping[str, Any]) -> bytes:
@@ -277,16 +277,16 @@ class SessionTracker:
         self._written: OrderedDict[str, tuple[str, int, bytes]] = OrderedDict()  # by session: alias, messages, their hash
         self._names = 0
 
-    def placed(self, session: str, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    def locate(self, session: str, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
         """The conversation's alias, and the messages that are to be written."""
         alias, count, before = self._written.get(session, ("", 0, b""))
         if count and len(messages) > count + 1 and messages[count].get("role") == "assistant" and _hash(messages[:count]) == before:
             return alias, list(messages[count + 1 :])
         return f"s{self._names + 1}", list(messages)
 
-    def written(self, session: str, messages: Sequence[Mapping[str, Any]]) -> None:
-        """What ``placed`` said of these messages was written."""
-        alias, _ = self.placed(session, messages)
+    def note_written(self, session: str, messages: Sequence[Mapping[str, Any]]) -> None:
+        """What ``locate`` said of these messages was written."""
+        alias, _ = self.locate(session, messages)
         if alias == f"s{self._names + 1}":
             self._names += 1
         self._written[session] = (alias, len(messages), _hash(messages))
@@ -308,7 +308,7 @@ _BLOCK = 1 << 16
 
 
 class TraceFile:
-    """``ready``, then ``append``, for each line. One thread at a time."""
+    """``prepare``, then ``append``, for each line. One thread at a time."""
 
     def __init__(self, path: Path, header: bytes, max_bytes: int, keep: int) -> None:
         """``header``: the line that begins each file, and goes before what is appended to one that was there. ``keep``: of older files."""
@@ -316,7 +316,7 @@ class TraceFile:
         self._file: int | None = None
         self._size = 0
 
-    def ready(self) -> bool:
+    def prepare(self) -> bool:
         """Open the file, or the next one if it is full; whether a header was written. Raises OSError, OptionError."""
         if self._file is not None and not self._still_there(self._file):
             self.close()
@@ -453,12 +453,12 @@ class TraceWriter:
         self.paused = ""
         self.queued = 0  # bytes of what waits
         self._retry = 0.0
-        self._said = ""
+        self._logged = ""
         self._lock = threading.Lock()
         self._ending = False
         self._queue: SimpleQueue[tuple[FinishedRequest | Feedback, int, Callable[[str], object]] | None] = SimpleQueue()
         try:
-            file.ready()
+            file.prepare()
         except OSError as error:
             raise cannot_write(file.path, error) from error
         self._thread = threading.Thread(target=self._run, name="edge-rt traffic", daemon=True)
@@ -505,7 +505,7 @@ class TraceWriter:
         if self.paused and self._clock() < self._retry:
             return "dropped_disk"
         try:
-            if self._file.ready():
+            if self._file.prepare():
                 self._lines.forget()
         except (OSError, OptionError) as error:
             return self._pause(error)
@@ -514,28 +514,28 @@ class TraceWriter:
         except NotExpressible:
             return "dropped_form"
         except Exception as error:  # whatever it was: nothing is written that was not redacted
-            self._say(f"a request was not recorded: {_safe_message(error)}")
+            self._log_once(f"a request was not recorded: {_safe_message(error)}")
             return "dropped_redaction"
         try:
             self._file.append(line)
         except OSError as error:
             return self._pause(error)
-        self._lines.written(one)
+        self._lines.note_written(one)
         if self.paused:
             self.paused = ""
-            self._say(f"traffic is recorded again; {self.counts['dropped_disk']} requests were dropped so far")
+            self._log_once(f"traffic is recorded again; {self.counts['dropped_disk']} requests were dropped so far")
         return "recorded"
 
     def _pause(self, error: OSError | OptionError) -> str:
         self.paused = str(cannot_write(self._file.path, error) if isinstance(error, OSError) else error)
         self._retry = self._clock() + RETRY_SECONDS
-        self._say(f"{self.paused}; requests are not recorded until that is mended")
+        self._log_once(f"{self.paused}; requests are not recorded until that is mended")
         return "dropped_disk"
 
-    def _say(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         """In the log, once for what is the same again and again."""
-        if text != self._said:
-            self._said = text
+        if text != self._logged:
+            self._logged = text
             _log().warning("%s", text)
 
 

@@ -27,46 +27,48 @@ a thread that chooses what stays of a long prompt: by default 0.005 seconds each
 
 
 class WorkerLoop:
+    """Carries out commands between the engine's steps, and writes the answers."""
+
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._together: list[bytes] | None = None  # what a step has to say, until it is over
+        self._held_back: list[bytes] | None = None  # what a step has to say, until it is over
         self._thread = threading.get_ident()
         self._queue: SimpleQueue[Message] = SimpleQueue()
         self._idle = False
-        self._serving = WorkerEngine(self._send, self._queue.put)
+        self._engine = WorkerEngine(self._send, self._queue.put)
 
     def run(self) -> None:
         """Work until the daemon is gone; does not return."""
         threading.Thread(target=self._read, name="edge-rt commands", daemon=True).start()
         while True:
-            self._take(wait=not self._step())
+            self._handle_commands(wait=not self._step())
 
     def _step(self) -> bool:
         """A step; whether there was one to take. What it has to say goes out in one write."""
-        self._together = []
+        self._held_back = []
         try:
-            return self._serving.step()
+            return self._engine.step()
         finally:
-            said, self._together = self._together, None
+            said, self._held_back = self._held_back, None
             if said:
                 self._write(b"".join(said))
 
-    def _take(self, *, wait: bool) -> None:
+    def _handle_commands(self, *, wait: bool) -> None:
         """Carry out commands that have come; with ``wait``, at least one, unless it is time for something else."""
         until = time.monotonic() + BETWEEN_STEPS
         if wait:
             self._idle = True
             try:
-                command = self._queue.get(timeout=self._serving.patience())
+                command = self._queue.get(timeout=self._engine.wait_seconds())
             except Empty:
                 return
             finally:
                 self._idle = False
-            self._serving.do(command)
+            self._engine.handle(command)
         try:
             while time.monotonic() < until:
-                self._serving.do(self._queue.get_nowait())
+                self._engine.handle(self._queue.get_nowait())
         except Empty:
             return
 
@@ -75,8 +77,8 @@ class WorkerLoop:
         that compute.
         """
         data = pack_answer(message)
-        if self._together is not None and threading.get_ident() == self._thread:
-            self._together.append(data)
+        if self._held_back is not None and threading.get_ident() == self._thread:
+            self._held_back.append(data)
         else:
             self._write(data)
 
@@ -97,26 +99,26 @@ class WorkerLoop:
             if not data:
                 os._exit(0)
             for command in frames.feed(data):
-                self._took(command)
+                self._receive(command)
 
-    def _took(self, command: Message) -> None:
-        """A command has come. Some are for this thread, some for both."""
-        serving, generations = self._serving, self._serving.generations
+    def _receive(self, command: Message) -> None:
+        """A command has come, on the reading thread. ``ping`` is for it, some are for both, the rest for the main thread."""
+        engine, requests = self._engine, self._engine.requests
         match command["op"]:
             case "ping":
                 idle = self._idle and self._queue.empty()
-                beats = serving.beats + resource.getrusage(resource.RUSAGE_SELF).ru_majflt  # who waits for a disk gets on, too
-                self._send({"beats": beats, "idle": idle, "expected": serving.expected})
-            case op:
-                if op in ("generate", "embed", "score"):
-                    generations.note(command)
-                elif op == "cancel":
-                    generations.cancel(command["request"])
-                elif op == "resume":
-                    generations.credit(command["request"], command["events"])
-                elif op == "drop":
-                    generations.unwanted(command["request"])
-                self._queue.put(command)
+                beats = engine.beats + resource.getrusage(resource.RUSAGE_SELF).ru_majflt  # who waits for a disk gets on, too
+                self._send({"beats": beats, "idle": idle, "expected": engine.expected})
+                return
+            case "generate" | "embed" | "score":
+                requests.register(command)
+            case "cancel":
+                requests.cancel(command["request"])
+            case "resume":
+                requests.add_credits(command["request"], command["events"])
+            case "drop":
+                requests.mark_unwanted(command["request"])
+        self._queue.put(command)
 
 
 def main() -> None:

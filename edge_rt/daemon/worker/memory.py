@@ -52,17 +52,17 @@ class SessionStore:
     that runs.
 
     The file of a parked session stays when its cells are back in memory: should the worker die, the daemon restores from it, for which
-    ``tell`` says where it is.
+    ``send`` says where it is.
     """
 
     def __init__(
-        self, model: Model, tell: Callable[[Message], None], folder: str | None = None, moved: Callable[[], None] = lambda: None
+        self, model: Model, send: Callable[[Message], None], folder: str | None = None, moved: Callable[[], None] = lambda: None
     ) -> None:  # fmt: skip
         """``folder``: None if sessions cannot be parked. ``moved`` is called while files are written and read. Raises OptionError."""
         self.live: dict[str, Session] = {}
         self.parked: dict[str, ParkedSession] = {}
         self.busy: set[str] = set()
-        self._model, self._tell, self._moved = model, tell, moved
+        self._model, self._send, self._moved = model, send, moved
         self.counts: dict[str, dict[str, int]] = {}
         self._folder = None if folder is None else _private_folder(Path(folder))
         self._full_until = float("-inf")
@@ -94,11 +94,11 @@ class SessionStore:
         """A session with its cells in memory, from now on the most recently used. Raises ProtocolError, OutOfMemory."""
         found = self.known(name)
         if isinstance(found, ParkedSession):
-            found = self._back(name, found)
+            found = self._unpark(name, found)
         self.live[name] = self.live.pop(name, found)
         return found
 
-    def _back(self, name: str, parked: ParkedSession) -> Session:
+    def _unpark(self, name: str, parked: ParkedSession) -> Session:
         """From its file. A file that is damaged costs time, and no more: requests bring the whole conversation."""
         from edge_rt import session as saved
 
@@ -123,14 +123,14 @@ class SessionStore:
             logging.getLogger("edge_rt.daemon").warning("a session cannot be parked: %s", error)
             self._full_until = time.monotonic() + FULL_SECONDS
             return False
-        self._is_parked(name, ParkedSession(session.owner, session.context, session.history.cells))
+        self._mark_parked(name, ParkedSession(session.owner, session.context, session.history.cells))
         del self.live[name]
         session.close(share=False)
         return True
 
-    def _is_parked(self, name: str, parked: ParkedSession) -> None:
+    def _mark_parked(self, name: str, parked: ParkedSession) -> None:
         self.parked[name] = parked
-        self._tell({"parked": name, "path": str(self._path(name))})
+        self._send({"parked": name, "path": str(self._path(name))})
 
     def close(self, name: str, *, end: bool = True) -> None:
         """End a session, if there is one of that name; nothing of it runs. Not to ``end`` it forgets it, for what begins in it."""
@@ -147,12 +147,12 @@ class SessionStore:
         source = self.known(name)
         if isinstance(source, ParkedSession):
             self._copy(self._path(name), self._path(new))
-            self._is_parked(new, source)
+            self._mark_parked(new, source)
         elif room or self._folder is None:
             self.live[new] = source.clone()
         else:
             source.save(self._path(new), durable=False, moved=self._moved)
-            self._is_parked(new, ParkedSession(source.owner, source.context, source.history.cells))
+            self._mark_parked(new, ParkedSession(source.owner, source.context, source.history.cells))
 
     def save(self, name: str, path: Path) -> None:
         """Write a session to a file, wherever it is. Raises ProtocolError, UserError."""
@@ -180,10 +180,10 @@ class SessionStore:
         else:
             if path != self._path(name):
                 self._copy(path, self._path(name))
-            self._is_parked(name, ParkedSession(owner, context, cells))
+            self._mark_parked(name, ParkedSession(owner, context, cells))
         return cells
 
-    def noted(self, name: str, context: Message) -> None:
+    def add_counts(self, name: str, context: Message) -> None:
         """A request of a session has ended: what left its context, what came back, what was pruned."""
         sums = self.counts.setdefault(name, dict.fromkeys(COUNTED, 0))
         for field in COUNTED:
@@ -270,7 +270,7 @@ class MemoryBudget:
 
     def __init__(self, model: Model, store: SessionStore, allowance: int | None) -> None:
         self.allowance, self.lock = allowance, model.lock
-        self.promises: list[Reservation] = []
+        self.reservations: list[Reservation] = []
         self._model, self._store = model, store
         self._engine = model.engine if isinstance(model.engine, PredictsMemory) else None
 
@@ -311,7 +311,7 @@ class MemoryBudget:
         session = self._session(name)
         total = self._idle() + self._shared() + self._promised() + self._compute([asked]) + self.bytes(asked, name)
         if session is not None and not self._shared():  # else a shared beginning may take the place of its cells, which then are shared
-            total -= self._of(session)
+            total -= self._bytes_of(session)
         return total - self.allowance
 
     @_locked
@@ -319,9 +319,9 @@ class MemoryBudget:
         """The same once all that can be freed or parked is; ``alone``: and once the requests that run have ended."""
         if self._engine is None or self.allowance is None:
             return 0
-        staying = 0 if self._store.parks else self._idle() - self._of(self._session(name))
+        staying = 0 if self._store.parks else self._idle() - self._bytes_of(self._session(name))
         if alone:
-            busy = 0 if self._store.parks else sum(self._of(one.session) for one in self.promises)
+            busy = 0 if self._store.parks else sum(self._bytes_of(one.session) for one in self.reservations)
             return staying + busy + self._compute([asked], running=False) + self.bytes(asked, name) - self.allowance
         return staying + self._promised() + self._compute([asked]) + self.bytes(asked, name) - self.allowance
 
@@ -348,15 +348,15 @@ class MemoryBudget:
         return low
 
     @_locked
-    def bytes_of(self, cells: int) -> int:
+    def session_bytes(self, cells: int) -> int:
         """What a session of so many cells takes that nothing runs in."""
         return 0 if self._engine is None else self._engine.needed_bytes(None, cells + 1)
 
     def free(self, wanted: int, but: str | None = None) -> bool:
         """Free shared beginnings, then park idle sessions (``but`` this one) until ``wanted`` more bytes fit; whether they do now."""
-        return self._free(lambda: self.over(wanted), but)
+        return self._free(lambda: self.excess(wanted), but)
 
-    def over(self, more: int) -> int:
+    def excess(self, more: int) -> int:
         """By how many bytes the allowance would be exceeded with ``more``."""
         return 0 if self.allowance is None else self.reserved() + more - self.allowance
 
@@ -379,24 +379,24 @@ class MemoryBudget:
     def _session(self, name: str | None) -> Session | None:
         return None if name is None else self._store.live.get(name)
 
-    def _of(self, session: Session | None) -> int:
+    def _bytes_of(self, session: Session | None) -> int:
         if session is None or session.sequence is None or self._engine is None:
             return 0
         return self._engine.sequence_bytes(session.sequence)
 
     def _idle(self) -> int:
-        return sum(self._of(self._store.live[name]) for name in self._store.idle())
+        return sum(self._bytes_of(self._store.live[name]) for name in self._store.idle())
 
     def _shared(self) -> int:
         assert self._engine is not None, "only engines that predict are asked"
         return sum(map(self._engine.sequence_bytes, self._model.prefixes.sequences))
 
     def _promised(self) -> int:
-        return sum(max(one.bytes, self._of(one.session)) for one in self.promises)
+        return sum(max(one.bytes, self._bytes_of(one.session)) for one in self.reservations)
 
     def _compute(self, more: Iterable[MemoryRequest], *, running: bool = True) -> int:
         assert self._engine is not None, "only engines that predict are asked"
-        all_of_them = [*(one.need for one in self.promises if running), *more]
+        all_of_them = [*(one.need for one in self.reservations if running), *more]
         now = self._engine.held_bytes()[1]
         if not all_of_them:
             return now
@@ -404,7 +404,7 @@ class MemoryBudget:
         return max(now, self._engine.compute_bytes(cells, min(MAX_PARTS, len(all_of_them)), rows))
 
 
-def memory_report(model: Model, store: SessionStore, account: MemoryBudget) -> Message:
+def memory_report(model: Model, store: SessionStore, budget: MemoryBudget) -> Message:
     """Bytes by owner. All may be shown to anybody but ``by_session``, whose keys are the names of all users' sessions.
 
     ``weights_mapped``, ``weights_resident``, ``cache``, ``compute``, ``device``: as ``MemoryReport``. ``units``: of the weights, with
@@ -415,7 +415,7 @@ def memory_report(model: Model, store: SessionStore, account: MemoryBudget) -> M
     return {
         **model.memory()._asdict(),
         "units": [{"name": unit.name, "nbytes": unit.nbytes, "resident": unit.resident} for unit in model.units()],
-        "promised": account.parts(), "held": account.held(), "reserved": account.reserved(), "allowance": account.allowance,
+        "promised": budget.parts(), "held": budget.held(), "reserved": budget.reserved(), "allowance": budget.allowance,
         "anonymous": anonymous_bytes(), "sessions": len(store), "parked": len(store.parked), "by_session": _by_session(model, store),
     }  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_errors_over_http_are_told(data: bytes, message: str) -> None:
 
 def test_the_own_protocol_is_read_by_the_own_client() -> None:
     chat = OwnChat("/nowhere", "text", 2)
-    chat._answers = chat._conversation.ask("generate", {})
+    chat._answers = chat._conversation.request("generate", {})
     events = [Delta("a", (1,)), Delta("", (2,)), Delta("b"), Done("max_tokens", Usage(5, 2), Timings(0.1, 0.1, 0.1), ContextUse(7, 9), 1)]
     frames = [pack({"id": chat._answers.request, **record(event)}) for event in events]
     for at, frame in enumerate(frames[:3]):

@@ -26,13 +26,13 @@ def test_a_slow_disk_is_seen_to_get_on(host, tmp_path, monkeypatch):
     one = host(allowance=300 * CELL, parked=tmp_path / "p")
     one.do("open_session", session="x")
     one.until(one.ask("x" * 100, "x", max_tokens=50))
-    size = len(one.engine.export_sequence(one.serving._sessions.live["x"].sequence))
+    size = len(one.engine.export_sequence(one.worker._sessions.live["x"].sequence))
     assert size > 3 * 64
 
     def beats(op, **fields):
-        before = one.serving.beats
+        before = one.worker.beats
         one.ok(op, **fields)
-        return one.serving.beats - before
+        return one.worker.beats - before
 
     whole = size // 64
     assert beats("park_session", session="x") >= 2 * whole, "summed, and written"
@@ -41,9 +41,9 @@ def test_a_slow_disk_is_seen_to_get_on(host, tmp_path, monkeypatch):
     assert beats("restore_session", session="z", path=str(tmp_path / "saved")) >= 2 * whole, "read, and summed"
     assert (tmp_path / "saved").read_bytes() == next((tmp_path / "p").iterdir()).read_bytes()
     one.do("park_session", session="z")
-    before = one.serving.beats
+    before = one.worker.beats
     again = one.ask("x" * 100 + "?", "x", max_tokens=1)
-    assert one.serving.beats - before >= 2 * whole, "it comes back"
+    assert one.worker.beats - before >= 2 * whole, "it comes back"
     one.until(again)
     assert one.used(again)["reused_tokens"] >= 101
     assert beats("save_session", session="x", path=str(tmp_path / "saved")) >= whole, "from memory, fewer cells than before"

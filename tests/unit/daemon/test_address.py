@@ -1,4 +1,4 @@
-"""Where a daemon listens: only one at a time, never over one that lives, and only in folders of ours."""
+"""Listening addresses: parsing, private sockets, locks, systemd."""
 
 import os
 import socket
@@ -13,7 +13,6 @@ from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import (
     Address,
     check_address,
-    default_address,
     listen,
     notify_systemd,
     parse,
@@ -46,14 +45,6 @@ NONE = ["tcp:0.0.0.0:80", "tcp:127.0.0.1", "tcp:127.0.0.1:99999", "http:x", "uni
 def test_what_is_no_address(text):
     with pytest.raises(OptionError):
         parse(text)
-
-
-def test_the_default_address(monkeypatch, tmp_path):
-    monkeypatch.delenv("EDGE_RT_SOCKET", raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert default_address() == Address("unix", str(tmp_path / "edge-rt" / "daemon.sock"))
-    monkeypatch.setenv("EDGE_RT_SOCKET", "abstract:mine")
-    assert default_address() == Address("abstract", "mine")
 
 
 def test_a_socket_is_private(tmp_path):
@@ -153,22 +144,6 @@ def test_folders_where_nothing_can_be_written(tmp_path, monkeypatch):
         check_address(Address("unix", str(tmp_path / "d.sock")))
     with pytest.raises(OptionError, match="run for the socket cannot be made: permission denied"):
         check_address(Address("unix", str(tmp_path / "run" / "d.sock")))
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_only_for_reading(tmp_path):
-    tmp_path.chmod(0o500)
-    for try_it in (listen, check_address):
-        with pytest.raises(OptionError, match=r"cannot listen at unix:.*d\.sock: permission denied"):
-            try_it(Address("unix", str(tmp_path / "d.sock")))
-        with pytest.raises(OptionError, match="run for the socket cannot be made: permission denied"):
-            try_it(Address("unix", str(tmp_path / "run" / "d.sock")))
-
-
-def test_a_check_leaves_no_trace(tmp_path):
-    check_address(Address("unix", str(tmp_path / "run" / "edge-rt" / "d.sock")))
-    check_address(Address("unix", str(tmp_path / "d.sock")))
-    assert everything(tmp_path) == []
 
 
 def test_sockets_of_systemd(tmp_path, monkeypatch):

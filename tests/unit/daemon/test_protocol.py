@@ -1,6 +1,9 @@
-"""The protocol's messages: what is right passes, whatever else a peer may say is an error with a code."""
+"""The protocol: frames, requests, options, error codes, and docs/protocol.md, which lists them."""
 
 import math
+import re
+import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,8 +11,11 @@ from hypothesis import strategies as st
 
 from edge_rt import errors
 from edge_rt.daemon import operations, protocol
+from edge_rt.daemon.config import Limits
+from edge_rt.daemon.protocol import MAX_BYTES, MAX_DEPTH, FrameReader, pack, unpack
 from edge_rt.errors import ContextOverflow, ProtocolError, RuleError
 from edge_rt.types import (
+    PRIORITIES,
     ContextUse,
     Delta,
     Done,
@@ -26,6 +32,68 @@ from edge_rt.types import (
     event,
     record,
 )
+
+ANY_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+MESSAGES = st.dictionaries(st.text(), ANY_VALUES, max_size=4)
+
+
+@given(st.lists(MESSAGES, max_size=5), st.randoms())
+def test_messages_come_out_whole_however_they_were_cut(messages, chance):
+    data, frames, found = b"".join(map(pack, messages)), FrameReader(), []
+    while data:
+        n = chance.randrange(1, 40)
+        found += frames.feed(data[:n])
+        data = data[n:]
+    assert (found, frames.pending) == (messages, 0)
+
+
+@pytest.mark.parametrize("length", [MAX_BYTES + 1, 2**32 - 1])
+def test_a_giant_length_is_refused_before_anything_is_kept(length):
+    with pytest.raises(ProtocolError, match="is too long") as caught:
+        list(FrameReader().feed(struct.pack(">I", length)))
+    assert caught.value.code == "frame_too_long"
+    with pytest.raises(ProtocolError, match=r"a message of .* is too long"):
+        pack({"text": "x" * MAX_BYTES})
+
+
+def nested(depth):
+    return b"\x81\xa1a" * (depth - 1) + b"\x80"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"\x93",
+        b"\x01",
+        b"\x90",
+        b"\x81\x01\x02",  # a key that is no text
+        b"\x81\xa1a\xa2\xff\xfe",  # text that is not UTF-8
+        b"\x80\x80",
+        b"\xdf\xff\xff\xff\xff",
+        b"\x81\xa1a\xdd\xff\xff\xff\xff",
+        b"\x81\xa1a\xc7\x01\x05x",  # an extension type
+        nested(MAX_DEPTH + 1),
+        nested(2000),
+        b"\x91" * 100_000,
+    ],
+)
+def test_what_is_no_message_is_refused(body):
+    with pytest.raises(ProtocolError) as caught:
+        unpack(body)
+    assert caught.value.code == "bad_frame"
+
+
+def test_depth_up_to_the_limit_is_allowed():
+    assert unpack(nested(MAX_DEPTH))
+
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=3) | st.binary(max_size=3),
@@ -137,5 +205,44 @@ def test_events_survive_the_wire(one):
     assert event({**message, "id": 3, "new": [1]}) == one
 
 
-def test_an_event_of_a_later_version_is_none():
-    assert event({"event": "smell"}) is None
+ROOT = Path(__file__).parents[3]
+
+
+PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+def rows(heading):
+    """First cells of the table under a heading."""
+    part = PAGE.split(f"\n{heading}\n", 1)[1]
+    table = re.search(r"(?:^\|.*\n)+", part, re.MULTILINE)
+    return [line.split("|")[1] for line in table[0].splitlines()[2:]]
+
+
+def test_operations_and_their_fields():
+    assert {re.search(r"`(\w+)`", cell)[1] for cell in rows("## Operations")} == set(protocol.OPS)
+    for op, fields in protocol.OPS.items():
+        (line,) = (line for line in PAGE.splitlines() if re.match(rf"\| \[?`{op}`", line))
+        assert [name for name in fields if f"`{name}`" not in line] == [], op
+
+
+def test_options():
+    assert {name for cell in rows("### generate") for name in re.findall(r"`(\w+)`", cell)} == set(protocol.OPTIONS)
+
+
+def test_priorities_and_their_shares():
+    names, shares = re.search(r"`priority` is (.*): shares of ([\d, and]+) ", PAGE).groups()
+    assert {name: float(share) for name, share in zip(re.findall(r"`(\w+)`", names), re.findall(r"\d+", shares), strict=True)} == PRIORITIES
+
+
+def test_codes():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "edge_rt" / "daemon").rglob("*.py"))
+    said = set(re.findall(r"(?:ProtocolError|WorkerExit|Cancelled)\(\s*\"([a-z_]+)\"", sources))
+    codes = said | {code for _, code in protocol.CODES} | {"internal"}
+    assert len(codes) > 25
+    assert {re.search(r"`(\w+)`", cell)[1] for cell in rows("## Errors")} == codes
+
+
+def test_limits_are_in_the_daemons_page():
+    page = (ROOT / "docs" / "daemon.md").read_text(encoding="utf-8")
+    for name, value in Limits()._asdict().items():
+        assert re.search(rf"^{name} = {value:.0f}\b", page, re.MULTILINE), name

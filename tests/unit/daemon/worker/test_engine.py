@@ -1,6 +1,5 @@
-"""The worker alone, over a pair of sockets, as the daemon talks to it."""
+"""The worker process alone, over a pair of sockets."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -72,24 +71,6 @@ def generate(worker, number, prompt="abc", credits=1000, session=None, **options
 
 def text(messages):
     return "".join(one["text"] for one in messages if one.get("event") == "delta")
-
-
-def test_a_model_is_opened_and_answers(start):
-    worker = start()
-    (opened,) = worker.until(0)
-    assert (opened["ok"]["engine"], opened["ok"]["context"]) == ("null", 4096)
-    assert [one["phase"] for one in worker.news] == ["mapping", "warm-up"]
-    generate(worker, 1, max_tokens=5)
-    *events, answer = worker.until(1)
-    assert ([one["event"] for one in events], answer) == (["prompt", *["delta"] * 5, "done"], {"id": 1, "ok": {}})
-    worker.tell(op="tokenize", id=2, text="ab")
-    assert worker.until(2)[-1]["ok"] == {"tokens": [256, 97, 98]}
-
-
-def test_a_model_that_cannot_be_opened_says_why(start, tmp_path):
-    (tmp_path / "bad.gguf").write_text("no model")
-    (answer,) = start(model=tmp_path / "bad.gguf").until(0)
-    assert answer["error"]["code"] == "model_file"
 
 
 def test_credits_are_not_exceeded_and_others_go_on(start):
@@ -200,17 +181,6 @@ def test_whether_anything_moves(start):
     assert beats[0]["idle"] is False
 
 
-def test_events_of_several_generations_come_in_order(start):
-    """Each answer after its events."""
-    worker = start()
-    for number in (1, 2, 3):
-        worker.tell(op="generate", id=number, prompt="abc", options={"max_tokens": 20, "temperature": 0, "ignore_eos": True}, credits=100)
-    for number in (1, 2, 3):
-        said = worker.until(number)
-        assert [one.get("event") for one in said[-2:]] == ["done", None]
-        assert sum(len(one["tokens"]) for one in said if one.get("event") == "delta") == 20
-
-
 def test_writes_of_a_step_go_out_when_it_is_over():
     from edge_rt.daemon.worker.__main__ import WorkerLoop as Work
 
@@ -218,7 +188,7 @@ def test_writes_of_a_step_go_out_when_it_is_over():
     ours.settimeout(5)
     work, frames, heard = Work(theirs), FrameReader(), []
 
-    class Serving:
+    class Engine:
         busy = False
 
         def step(self):
@@ -230,7 +200,7 @@ def test_writes_of_a_step_go_out_when_it_is_over():
             heard.extend(frames.feed(ours.recv(1 << 16)))
             return True
 
-    work._serving = Serving()
+    work._engine = Engine()
     assert work._step()
     assert heard == [{"beats": 1}], "what another thread says does not wait"
     assert list(frames.feed(ours.recv(1 << 16))) == [{"id": 0}, {"id": 1}, {"id": 2}]
@@ -238,39 +208,6 @@ def test_writes_of_a_step_go_out_when_it_is_over():
     assert list(frames.feed(ours.recv(1 << 16))) == [{"id": 4}]
     ours.close()
     theirs.close()
-
-
-def parked(worker, session):
-    worker.until(0)
-    worker.tell(op="open_session", id=1, session=session, owner="me")
-    generate(worker, 2, prompt="once upon", session=session, max_tokens=20)
-    worker.until(2)
-    worker.tell(op="park_session", id=3, session=session)
-    assert worker.until(3)[-1]["ok"] == {"held": 0}
-    (told,) = (one for one in worker.news if "parked" in one)
-    assert told["parked"] == session
-    return told["path"]
-
-
-def test_sessions_go_on_from_there_when_the_worker_was_killed(start, tmp_path):
-    worker = start(parked=str(tmp_path / "p"))
-    path = parked(worker, "s")
-    worker.process.kill()
-    worker.process.wait()
-    worker.socket.close()
-    worker.close = lambda: None
-    after = start(parked=str(tmp_path / "p"))
-    after.tell(op="restore_session", id=1, session="s", path=path, owner="me")
-    assert after.until(1)[-1]["ok"] == {"tokens": 29}
-    generate(after, 2, prompt="once upon a", session="s", max_tokens=20)
-    generate(after, 3, prompt="once upon a", max_tokens=20)
-    after.until(3)
-    assert after.until(2)[-2]["usage"]["reused_tokens"] == 10
-    assert text(after.said[2]) == text(after.said[3])
-    after.tell(op="close_session", session="s")
-    after.tell(op="memory", id=4)
-    after.until(4)
-    assert not os.path.exists(path)
 
 
 def test_a_worker_that_cannot_use_the_folder_says_so(start, tmp_path):

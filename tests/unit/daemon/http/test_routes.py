@@ -1,19 +1,32 @@
-"""OpenAI's API of the daemon, with the null engine: answers, streams, errors, sessions, and clients that leave or do not read."""
+"""The HTTP routes with the null engine: completions, embeddings, errors, sessions, health and metrics."""
 
+import base64
 import concurrent.futures
 import json
 import socket
+import struct
 import time
 
 import pytest
 from daemons import Daemon, write_plugin
 from http_peer import Peer, connect, events
+from hypothesis import given
+from hypothesis import strategies as st
 
-pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
+from edge_rt.daemon.http.openai import ApiError
+from edge_rt.daemon.http.routes import MAX_EMBEDDING_TEXTS, pack_base64, parse_embedding_request
+from edge_rt.errors import ProtocolError
+from edge_rt.types import singles
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
 SHORT = {"max_tokens": 12, "temperature": 0, "edge_rt": {"ignore_eos": True}}
+
+
 LONG = {"max_tokens": 3500, "edge_rt": {"ignore_eos": True}}
 
 
@@ -21,7 +34,7 @@ LONG = {"max_tokens": 3500, "edge_rt": {"ignore_eos": True}}
 def daemon(tmp_path_factory, random_model):
     folder = tmp_path_factory.mktemp("http")
     write_plugin(folder)
-    config = "keep_sessions = 0.5\nlimits.requests_per_second = 0\n"
+    config = "keep_sessions = 0.5\nlimits.requests_per_second = 0\nlimits.held_bytes = 40_000\n"
     words = ("--http", str(folder / "h.sock"), "--policy", "strict")
     with Daemon(folder, *words, config=config, model=str(random_model()), delay=0.001) as found:
         assert f"http at unix:{folder}/h.sock".encode() in found.said
@@ -48,9 +61,6 @@ def content(chunks):
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
 def test_an_answer_is_the_same_by_both_protocols_and_in_one_piece_or_many(daemon, peer):
     with daemon.client() as client:
         options = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -74,14 +84,6 @@ def test_an_answer_is_the_same_by_both_protocols_and_in_one_piece_or_many(daemon
     assert quiet(daemon) < 1
 
 
-def test_a_text_is_continued(daemon, peer):
-    whole = peer.post(COMPLETION, {"prompt": "Once", **SHORT}).json
-    *chunks, done = peer.stream(COMPLETION, {"prompt": ["Once"], **SHORT})
-    assert (whole["object"], chunks[0]["object"], done) == ("text_completion", "text_completion", "[DONE]")
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"] != ""
-    assert whole["id"].startswith("cmpl-")
-
-
 def test_a_prompt_may_be_its_tokens_as_they_are(daemon, peer):
     text = peer.post(COMPLETION, {"prompt": "Once upon", **SHORT}).json["choices"][0]["text"]
     tokens = peer.post("/tokenize", {"prompt": "Once upon"}).json["tokens"]
@@ -89,12 +91,6 @@ def test_a_prompt_may_be_its_tokens_as_they_are(daemon, peer):
         found = peer.post(COMPLETION, {"prompt": prompt, **SHORT}).json
         assert (found["choices"][0]["text"], found["usage"]["prompt_tokens"]) == (text, len(tokens))
     assert peer.post(COMPLETION, {"prompt": tokens[1:], **SHORT}).json["usage"]["prompt_tokens"] == len(tokens) - 1, "nothing is added"
-
-
-def test_usage_comes_in_a_chunk_of_its_own(peer):
-    *chunks, usage, done = peer.stream(CHAT, {"messages": HELLO, **SHORT, "stream_options": {"include_usage": True}})
-    assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 12, "[DONE]")
-    assert all(chunk["usage"] is None for chunk in chunks)
 
 
 def test_log_probabilities(peer):
@@ -123,12 +119,6 @@ def test_the_seed_and_the_stop_are_told(peer):
     text = peer.post(CHAT, {"messages": HELLO, **SHORT}).json["choices"][0]["message"]["content"]
     choice = peer.post(CHAT, {"messages": HELLO, **SHORT, "stop": text[4]}).json["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (text[: text.index(text[4])], "stop")
-
-
-def test_fields_that_change_nothing_are_told_in_a_header(peer):
-    reply = peer.post(CHAT, {"messages": HELLO, **SHORT, "user": "me", "metadata": {"a": "b"}, "n": 1, "store": False})
-    assert (reply.status, reply.headers["edge-rt-ignored"]) == (200, "user, metadata")
-    assert "edge-rt-ignored" not in peer.post(CHAT, {"messages": HELLO, **SHORT}).headers
 
 
 def test_a_session_is_made_when_it_is_named_and_goes_on(daemon, peer):
@@ -174,9 +164,6 @@ def test_models(daemon, peer, random_model):
     assert (reply.status, reply.code) == (404, "model_not_found")
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "code"),
     [
@@ -213,12 +200,6 @@ def test_errors(daemon, peer, method, path, body, status, code):
     assert quiet(daemon) < 1
 
 
-def test_a_context_that_is_too_short_is_told_in_numbers(peer):
-    error = peer.post(COMPLETION, {"prompt": "x " * 5000}).json["error"]
-    assert (str(error["needed"]) in error["message"], str(error["available"]) in error["message"]) == (True, True)
-    assert (error["type"], error["needed"] > error["available"] > 0) == ("invalid_request_error", True)
-
-
 def test_a_worker_that_dies_is_an_error_in_the_stream_and_the_next_request_is_answered(daemon, peer):
     reply = peer.post(COMPLETION, {"prompt": "\x01 at once", **SHORT})
     assert (reply.status, reply.code) == (503, "worker_died")
@@ -232,9 +213,6 @@ def test_a_worker_that_dies_is_an_error_in_the_stream_and_the_next_request_is_an
     assert (last["error"]["code"], last["error"]["type"]) == ("worker_died", "server_error")
     daemon.ready().close()
     assert peer.post(CHAT, {"messages": HELLO, **SHORT}).status == 200
-
-
-# ---- who leaves, and who reads slowly --------------------------------------------------------------------------------
 
 
 def begun(peer, body):
@@ -251,16 +229,6 @@ def test_a_client_that_leaves_frees_its_slot(daemon, peer):
         with begun(peer, LONG) as connection:
             leave(connection)
             assert quiet(daemon) < 1
-
-
-def test_a_client_that_leaves_while_it_waits_for_a_whole_answer(daemon, peer):
-    with connect(peer.address) as connection:
-        data = json.dumps({"prompt": "a b c", **LONG}).encode()
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
-        time.sleep(0.1)
-        with daemon.client() as client:
-            assert client.status()["server"]["requests"] == 1
-    assert quiet(daemon) < 1
 
 
 def test_a_client_that_does_not_read_holds_up_itself_alone(daemon, peer):
@@ -287,9 +255,6 @@ def told(peer):
     return int(line.split()[1])
 
 
-# ---- splits ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("step", [1, 7, 1000])
 def test_a_stream_reads_the_same_however_it_is_split(peer, step):
     asked = {"messages": HELLO, **SHORT}
@@ -310,16 +275,6 @@ def test_a_request_is_read_the_same_however_it_is_split(peer):
                     connection.send(request[i : i + step])
                 with connection.makefile("rb") as file:
                     assert json.loads(file.read().partition(b"\r\n\r\n")[2])["choices"] == expected
-
-
-# ---- health and metrics ----------------------------------------------------------------------------------------------
-
-
-def test_health_and_the_pointer(peer):
-    assert (peer.get("/health").status, peer.get("/health").json) == (200, {"status": "ready", "phase": "ready"})
-    assert b"/v1/chat/completions" in peer.get("/").body
-    head = peer.ask("HEAD", "/health")
-    assert (head.status, head.body, int(head.headers["content-length"]) > 0) == (200, b"", True)
 
 
 def test_metrics(daemon, peer, random_model):
@@ -354,3 +309,108 @@ def test_several_requests_on_one_connection(peer):
     assert [reply.status for reply in found] == [200, 400, 404, 200] + [200] * 41
     assert found[3].json["usage"]["completion_tokens"] == 12
     assert found[-1].headers["connection"] == "close"
+
+
+EMBEDDINGS = "/v1/embeddings"
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ("a", {"texts": ["a"]}),
+        (["a", "b"], {"texts": ["a", "b"]}),
+        ([1, 2], {"tokens": [[1, 2]]}),
+        ([[1, 2], [3]], {"tokens": [[1, 2], [3]]}),
+    ],
+)
+def test_embedding_inputs(given, fields):
+    asked = parse_embedding_request({"input": given, "model": "m", "user": "u", "dimensions": None})
+    assert (asked.fields, asked.model, asked.base64, asked.dimensions, asked.ignored) == (fields, "m", False, None, ("user",))
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "input", "missing_required_parameter"),
+        ({"input": None}, "input", "missing_required_parameter"),
+        ({"input": 3}, "input", "invalid_type"),
+        ({"input": {"text": "a"}}, "input", "invalid_type"),
+        ({"input": ["a", 1]}, "input", "invalid_type"),
+        ({"input": [1, "a"]}, "input", "invalid_type"),
+        ({"input": [[1], 2]}, "input", "invalid_type"),
+        ({"input": [[1], "a"]}, "input", "invalid_type"),
+        ({"input": [-1]}, "input", "invalid_type"),
+        ({"input": [1.5]}, "input", "invalid_type"),
+        ({"input": [True]}, "input", "invalid_type"),
+        ({"input": [None]}, "input", "invalid_type"),
+        ({"input": []}, "input", "invalid_value"),
+        ({"input": ""}, "input", "invalid_value"),
+        ({"input": ["a", ""]}, "input", "invalid_value"),
+        ({"input": [[]]}, "input", "invalid_value"),
+        ({"input": ["a"] * (MAX_EMBEDDING_TEXTS + 1)}, "input", "invalid_value"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "invalid_value"),
+        ({"input": "a", "encoding_format": 3}, "encoding_format", "invalid_type"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "invalid_value"),
+        ({"input": "a", "dimensions": 1.5}, "dimensions", "invalid_type"),
+        ({"input": "a", "messages": []}, "messages", "unknown_parameter"),
+        ({"input": "a", "stream": True}, "stream", "unknown_parameter"),
+    ],
+)
+def test_embedding_mistakes(body, param, code):
+    with pytest.raises(ApiError) as caught:
+        parse_embedding_request(body)
+    assert (caught.value.param, caught.value.code, caught.value.status) == (param, code, 400)
+
+
+def test_unknown_embedding_options():
+    with pytest.raises(ProtocolError):
+        parse_embedding_request({"input": "a", "edge_rt": {"top_k": 3}})
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20))
+def test_numbers_come_back_to_the_bit(row):
+    bits = struct.pack(f"<{len(row)}f", *row)
+    assert struct.pack(f"<{len(row)}f", *json.loads(json.dumps(singles(row)))) == bits
+    assert base64.b64decode(pack_base64(row)) == bits
+
+
+def test_embeddings(daemon, peer, random_model):
+    texts = ["ab", "a river", "東京"]
+    reply = peer.post(EMBEDDINGS, {"input": texts, "model": random_model().stem, "user": "u"})
+    assert (reply.status, reply.headers["content-type"], reply.headers["edge-rt-ignored"]) == (200, "application/json", "user")
+    found = reply.json
+    assert list(found) == ["object", "data", "model", "usage"]
+    assert (found["object"], found["model"]) == ("list", random_model().stem)
+    assert [(one["object"], one["index"]) for one in found["data"]] == [("embedding", i) for i in range(3)]
+    count = sum(len(text.encode()) + 1 for text in texts)
+    assert found["usage"] == {"prompt_tokens": count, "total_tokens": count}
+    with daemon.client() as client:
+        assert [one["embedding"] for one in found["data"]] == [singles(row) for row in client.embed(texts)]
+        raw = client.embed([[256, 97, 98]], pooling="last", normalize=False)[0]
+    packed = peer.post(EMBEDDINGS, {"input": texts, "encoding_format": "base64"}).json["data"]
+    for one, plain in zip(packed, found["data"], strict=True):
+        assert struct.unpack("<8f", base64.b64decode(one["embedding"])) == pytest.approx(plain["embedding"], rel=1e-7)
+    tokens = peer.post(EMBEDDINGS, {"input": [256, 97, 98], "edge_rt": {"pooling": "last", "normalize": False}}).json
+    assert (tokens["data"][0]["embedding"], tokens["usage"]["prompt_tokens"]) == (pytest.approx(raw, rel=1e-7), 3)
+
+
+def test_dimensions(daemon, peer):
+    whole = peer.post(EMBEDDINGS, {"input": "ab", "dimensions": 8}).json["data"][0]["embedding"]
+    for wrong in (4, 9):
+        reply = peer.post(EMBEDDINGS, {"input": ["ab"] * 300, "dimensions": wrong})
+        assert (reply.status, reply.code, reply.json["error"]["param"]) == (400, "unsupported_value", "dimensions")
+    quiet(daemon)
+    cut = peer.post(EMBEDDINGS, {"input": "ab", "dimensions": 4, "edge_rt": {"truncate": True}}).json["data"][0]["embedding"]
+    length = sum(x * x for x in whole[:4]) ** 0.5
+    assert cut == pytest.approx([x / length for x in whole[:4]], rel=1e-6)
+    reply = peer.post(EMBEDDINGS, {"input": "ab", "dimensions": 9, "edge_rt": {"truncate": True}})
+    assert (reply.status, reply.code) == (400, "invalid_value")
+
+
+def test_an_answer_that_is_too_long_to_be_held_is_refused_and_the_connection_goes_on(daemon, peer):
+    first, second = (json.dumps({"input": given}).encode() for given in (["ab"] * 1000, "ab"))
+    head = f"POST {EMBEDDINGS} HTTP/1.1\r\nHost: x\r\nContent-Length: "
+    data = f"{head}{len(first)}\r\n\r\n".encode() + first + f"{head}{len(second)}\r\nConnection: close\r\n\r\n".encode() + second
+    refused, answered = peer.raw(data)
+    assert (refused.status, refused.code, answered.status) == (429, "rate_limit_exceeded", 200)
+    quiet(daemon)

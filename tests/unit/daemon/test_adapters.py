@@ -1,22 +1,20 @@
-"""Adapters of the daemon: named in its configuration, chosen by requests of both protocols, and never a file of the client's choice."""
-
-from pathlib import Path
+"""Adapters in the daemon: named in its configuration, chosen per request in both protocols."""
 
 import pytest
 from daemons import Daemon, write_plugin
 from http_peer import Peer
 
-from edge_rt.cli import main as cli
 from edge_rt.core.gguf.reader import read_header
-from edge_rt.daemon import config as configuration
-from edge_rt.errors import DaemonError, RuleError
+from edge_rt.errors import DaemonError
 from edge_rt.testing.random_models import write_random_adapter
 from edge_rt.types import Delta
 
-pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
-
 CHAT = "/v1/chat/completions"
+
+
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
@@ -55,9 +53,6 @@ def peer(daemon):
 
 def ask(one, prompt="A prompt that is long enough.", **options):
     return "".join(event.text for event in one.generate(prompt, **{**GREEDY, **options}) if isinstance(event, Delta))
-
-
-# ---- the daemon's own protocol ---------------------------------------------------------------------------------------
 
 
 def test_each_request_chooses_one_or_none(client):
@@ -101,9 +96,6 @@ def test_a_saved_session_goes_on_with_its_adapter(daemon, client):
         assert events[-1].usage.reused_tokens > 20
 
 
-# ---- OpenAI's API ----------------------------------------------------------------------------------------------------
-
-
 def test_models_with_adapters_are_models(peer, client, random_model):
     name = random_model().stem
     found = peer.get("/v1/models").json["data"]
@@ -132,42 +124,3 @@ def test_both_ways_to_ask_for_one(peer, client, random_model):
     assert (reply.status, reply.code, reply.json["error"]["param"]) == (400, "invalid_value", "edge_rt.adapter")
     reply = peer.post(CHAT, {**body, "edge_rt": {"adapter": "other"}})
     assert (reply.status, reply.code) == (400, "invalid_value")
-
-
-# ---- configuration ---------------------------------------------------------------------------------------------------
-
-
-def test_names_and_files_in_the_configuration(tmp_path):
-    path = tmp_path / "daemon.toml"
-    path.write_text(
-        '[model]\nadapters = { law = "law.gguf" }\n[models.small]\nfile = "s.gguf"\n[models.small.adapters]\n"a.b" = "/a.gguf"\n'
-    )
-    found = configuration.read_config(path)
-    assert found.model_options == {"adapters": {"law": str(tmp_path / "law.gguf")}}
-    assert found.models["small"][1] == {"adapters": {"a.b": "/a.gguf"}}
-    for text, line, said in (
-        ('"a/b" = "x"', 2, "is no name"),
-        ('law = ""', 2, "has no file"),
-        ("law = 3", 2, "law is a whole number"),
-    ):
-        path.write_text(f"[model.adapters]\n{text}\n")
-        with pytest.raises(RuleError, match=said) as caught:
-            configuration.read_config(path)
-        assert caught.value.line == line
-
-
-def test_check_says_what_would_be_and_what_is_wrong(tmp_path, random_model, files, capsys):
-    def check(adapter: Path) -> int:
-        (tmp_path / "daemon.toml").write_text(f"[model]\nfile = {str(random_model())!r}\nadapters = {{ law = {str(adapter)!r} }}\n")
-        return cli.main(["serve", "--config", str(tmp_path / "daemon.toml"), "--listen", str(tmp_path / "s"), "--check"])
-
-    assert check(files["law"]) == 0
-    assert f"would offer its adapter law, {files['law']}" in capsys.readouterr().err
-    raw = random_model("qwen2").read_bytes()
-    for wrong, said in (
-        (tmp_path / "none.gguf", "does not exist"),
-        (random_model(), "is no adapter"),
-        (write_random_adapter(tmp_path / "q.gguf", read_header(raw, len(raw))), "is for qwen2 models"),
-    ):
-        assert check(wrong) == 1
-        assert said in capsys.readouterr().err

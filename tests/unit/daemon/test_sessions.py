@@ -1,6 +1,5 @@
-"""Saved sessions are listed and deleted, by their own user alone, with every client that runs here."""
+"""Sessions as the daemon knows them: saved, listed, deleted, and restored after the worker has died."""
 
-import asyncio
 import json
 import os
 import shutil
@@ -8,16 +7,22 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from daemons import Daemon, write_plugin
 
 from edge_rt.daemon import sessions as saves
-from edge_rt.daemon.client import AsyncClient, Client
+from edge_rt.daemon.client import Client
+from edge_rt.daemon.sessions import SessionRegistry
 from edge_rt.errors import DaemonError, ProtocolError, UserError
 
 WHY = r"the session was lost: .* belongs to another model, or to what this one's file was before"
+
+
 NODE = Path(__file__).parents[3] / "clients" / "node" / "edge-rt.js"
+
+
 PROGRAM = """
 const { Client } = require(process.argv[1]);
 Client.connect(process.argv[2]).then(async (client) => {
@@ -78,19 +83,6 @@ def test_they_are_listed_and_deleted_and_others_do_not_see_them(daemon):
         assert caught.value.code == "option"
         for name in ("b", "c"):
             client.delete_saved(name)
-
-
-def test_with_asyncio(daemon):
-    async def run():
-        async with AsyncClient(str(daemon.socket)) as client:
-            session = (await client.call("open_session"))["session"]
-            await client.call("save_session", session=session, name="one")
-            found = await client.saved()
-            await client.delete_saved("one")
-            return found, await client.saved()
-
-    before, after = asyncio.run(run())
-    assert ([one["name"] for one in before], after) == (["one"], [])
 
 
 def test_with_node(daemon):
@@ -172,3 +164,24 @@ def test_what_was_saved_of_a_model_whose_file_was_replaced_says_so_and_can_be_de
         with pytest.raises(DaemonError, match="the session ended with its model, which was unloaded or replaced; open another"):
             say(idle)
         assert say(client.session())
+
+
+def test_what_is_saved_later_is_gone_on_from_and_not_what_was_parked_before(tmp_path):
+    parked, saved = tmp_path / "parked", tmp_path / "saved"
+    for path in (parked, saved):
+        path.touch()
+    sessions = SessionRegistry(9, 1.0, lambda one: None)
+    hosted = SimpleNamespace(supervisor=SimpleNamespace(epoch=0))
+    one = sessions.add(1, hosted, False, None)
+    assert one.last_save is None
+    sessions.note_parked(one.id, parked)
+    assert one.last_save == parked
+    sessions.note_saved(one, saved)
+    assert one.last_save == saved
+    sessions.note_saved(sessions.add(1, hosted, False, None), saved)  # another, in the same place
+    assert one.last_save == parked
+    sessions.note_saved(one, saved)
+    sessions.note_parked(one.id, parked)
+    assert one.last_save == parked
+    parked.unlink()
+    assert one.last_save == saved

@@ -1,22 +1,205 @@
-"""Lines of recorded traffic: they ask the same again, say what became of it, and have no secret in them, wherever it was."""
+"""The trace file and its lines: private, whole, redacted, and asking the same again."""
 
 import copy
+import errno
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
+from edge_rt_distill.replay.trace import read_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rt.daemon import protocol
 from edge_rt.daemon.http import openai as request
+from edge_rt.daemon.recording import trace as files
 from edge_rt.daemon.recording import trace as redactions
-from edge_rt.daemon.recording.trace import MAX_SESSIONS, FinishedRequest, LineBuilder, NotExpressible, SessionTracker, as_line
+from edge_rt.daemon.recording.trace import MAX_SESSIONS, FinishedRequest, LineBuilder, NotExpressible, SessionTracker, TraceFile, as_line
 from edge_rt.errors import OptionError, PluginError, RuleError
 
+HEADER = b'{"edge_rt_trace":1,"begun":"2026-01-01T00:00:00.000Z"}\n'
+
+
+LATER = b'{"edge_rt_trace":1,"begun":"2026-01-01T00:01:00.000Z"}\n'
+
+
+def trace_line(number):
+    return json.dumps({"at": number, "request": {"messages": [{"role": "user", "content": "x" * 20}]}}).encode() + b"\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "traffic.jsonl"
+
+
+def opened(path, header=HEADER, max_bytes=1 << 20, keep=2):
+    return TraceFile(path, header, max_bytes, keep)
+
+
+def write(file, *numbers):
+    """The numbers of the lines before which a header was written."""
+    begun = []
+    for number in numbers:
+        begun += [number] * file.prepare()
+        file.append(trace_line(number))
+    return begun
+
+
+def test_a_file_is_private_and_begins_with_its_header(path):
+    file = opened(path)
+    assert write(file, 1, 2) == [1]
+    assert path.read_bytes() == HEADER + trace_line(1) + trace_line(2)
+    assert path.stat().st_mode & 0o777 == 0o600
+    file.close()
+
+
+@pytest.mark.parametrize("cut", range(1, len(HEADER + trace_line(1)) + 1))
+def test_a_torn_last_line_is_cut_off(path, cut, caplog):
+    whole = HEADER + trace_line(1)
+    file = opened(path)
+    write(file, 1)
+    file.close()
+    os.truncate(path, len(whole) - cut)
+    file = opened(path, LATER)
+    write(file, 2)
+    file.close()
+    kept = HEADER if len(whole) - cut >= len(HEADER) else b""
+    assert path.read_bytes() == kept + LATER + trace_line(2)
+    torn = len(whole) - cut - len(kept)
+    assert [record.message for record in caplog.records] == (
+        [f"the last line of {path} was not whole: {torn} bytes were cut off"] if torn else []
+    )
+
+
+def test_a_torn_line_longer_than_what_is_read_at_once_is_cut_off(path, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK", 7)
+    path.write_bytes(HEADER + trace_line(1) + trace_line(2)[:-1])
+    path.chmod(0o600)
+    file = opened(path)
+    write(file, 3)
+    file.close()
+    assert path.read_bytes() == HEADER + trace_line(1) + HEADER + trace_line(3)
+
+
+def test_full_files_are_renamed_and_the_oldest_goes(path):
+    file = opened(path, max_bytes=len(HEADER) + 2 * len(trace_line(1)), keep=2)
+    assert write(file, *range(9)) == [0, 2, 4, 6, 8]
+    file.close()
+    assert sorted(one.name for one in path.parent.iterdir()) == ["traffic.jsonl", "traffic.jsonl.1", "traffic.jsonl.2"]
+    assert (path.parent / "traffic.jsonl.1").read_bytes() == HEADER + trace_line(6) + trace_line(7)
+    assert (path.parent / "traffic.jsonl.2").read_bytes() == HEADER + trace_line(4) + trace_line(5)
+    assert {one.stat().st_mode & 0o777 for one in path.parent.iterdir()} == {0o600}
+    whole = b"".join((path.parent / name).read_bytes() for name in ("traffic.jsonl.2", "traffic.jsonl.1", "traffic.jsonl"))
+    (path.parent / "all.jsonl").write_bytes(whole)
+    assert [one.at for one in read_trace(path.parent / "all.jsonl").requests] == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("taken", ["removed", "renamed", "emptied", "replaced"])
+def test_a_file_that_was_taken_away_is_begun_anew(path, taken):
+    file = opened(path)
+    write(file, 1)
+    if taken == "removed":
+        path.unlink()
+    elif taken == "renamed":
+        path.rename(path.parent / "old")
+    elif taken == "emptied":
+        os.truncate(path, 0)
+    else:
+        path.unlink()
+        path.touch(0o600)
+    assert write(file, 2, 3) == [2]
+    assert path.read_bytes() == HEADER + trace_line(2) + trace_line(3)
+    file.close()
+
+
+def test_nothing_is_left_of_a_line_that_the_disk_did_not_take(path, monkeypatch):
+    file = opened(path)
+    write(file, 1)
+    whole = os.write
+
+    def full(descriptor, data):
+        return whole(descriptor, data[:10]) if len(data) > 10 else _fail()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            file.append(b"x" * 15)
+    assert path.read_bytes() == HEADER + trace_line(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, data: whole(descriptor, data[:3]))
+        file.append(trace_line(2))
+    assert path.read_bytes() == HEADER + trace_line(1) + trace_line(2)
+    file.close()
+
+
+def test_a_line_that_cannot_be_taken_back_is_cut_off_before_the_next(path, monkeypatch):
+    file = opened(path)
+    write(file, 1)
+    with monkeypatch.context() as patched:
+        whole = os.write
+        patched.setattr(os, "write", lambda descriptor, data: whole(descriptor, data[:10]) if len(data) > 10 else _fail())
+        patched.setattr(os, "ftruncate", lambda descriptor, size: _fail())
+        with pytest.raises(OSError, match="No space"):
+            file.append(b"x" * 15)
+    assert path.read_bytes() == HEADER + trace_line(1) + b"x" * 10
+    assert write(file, 2) == [2]
+    assert path.read_bytes() == HEADER + trace_line(1) + HEADER + trace_line(2)
+    file.close()
+
+
+def test_a_header_that_the_disk_did_not_take_is_written_later(path, monkeypatch):
+    file = opened(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, data: _fail())
+        with pytest.raises(OSError, match="No space"):
+            file.prepare()
+    assert write(file, 1) == [1]
+    assert path.read_bytes() == HEADER + trace_line(1)
+    file.close()
+
+
+def _fail():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_text(HEADER.decode()) and path.chmod(0o640), "others may read .*; chmod 600 it"),
+        (lambda path: path.write_text("notes\n") and path.chmod(0o600), "is something else than recorded traffic"),
+        (lambda path: os.mkfifo(path, 0o600), "is no file"),
+    ],
+)
+def test_files_that_are_not_written_to(path, spoil, message):
+    spoil(path)
+    before = path.stat().st_size
+    with pytest.raises(OptionError, match=message):
+        opened(path).prepare()
+    with pytest.raises(OptionError, match=message):
+        files.check_trace_file(path)
+    assert path.stat().st_size == before
+
+
+def test_two_do_not_write_to_the_same_file(path):
+    file = opened(path)
+    write(file, 1)
+    with pytest.raises(OptionError, match="another daemon records traffic in"):
+        opened(path).prepare()
+    file.close()
+    files.check_trace_file(path)
+    assert path.read_bytes() == HEADER + trace_line(1)
+
+
 SECRETS = ("john.smith@example.com", "4111 1111 1111 1111")
+
+
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 4.5}}, "required": ["n"]}
 
 
@@ -34,10 +217,12 @@ def line(redaction, fields, answers=True, **more):
     return json.loads(LineBuilder(redaction, answers).line(recorded(fields, **more)))
 
 
-# ---- the same again --------------------------------------------------------------------------------------------------
-
 texts = st.text("ab é😀\n\ud800", max_size=6)
+
+
 call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(sorted(request.ROLES)), "content": texts}, optional={"name": texts})
     | st.just({"role": "assistant", "content": None, "tool_calls": [call]})
@@ -45,6 +230,8 @@ messages = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
 shared = {
     "temperature": st.floats(0, 2), "top_p": st.floats(0, 1), "seed": st.integers(), "presence_penalty": st.floats(-2, 2),
     "max_tokens": st.integers(1, 99), "stop": texts | st.lists(texts, max_size=3), "logit_bias": st.just({"42": -1.5}), "model": texts,
@@ -52,10 +239,14 @@ shared = {
     "edge_rt": st.fixed_dictionaries({}, optional={"top_k": st.integers(), "grammar": texts, "post": st.lists(texts, max_size=2),
         "priority": st.just("low"), "prune": st.just({"budget": 0.5, "unit": "share"}), "adapter": texts, "ignore_eos": st.booleans()}),
 }  # fmt: skip
+
+
 chats = st.fixed_dictionaries({"messages": messages}, optional={
     **shared, "logprobs": st.booleans(), "tools": st.lists(st.just(TOOL), max_size=2), "max_completion_tokens": st.none(),
 }) | st.fixed_dictionaries({"messages": messages}, optional={**shared, "response_format": st.sampled_from(
     [{"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}])})  # fmt: skip
+
+
 completions = st.fixed_dictionaries(
     {"prompt": texts | st.lists(texts, min_size=1, max_size=1)}, optional={**shared, "logprobs": st.integers(0, 5)}
 )
@@ -111,9 +302,6 @@ def test_a_line_is_json_in_one_line_whatever_the_text():
     assert (written.count(b"\n"), json.loads(written.decode())) == (1, {"text": text})
 
 
-# ---- outcomes --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("more", "outcome"),
     [
@@ -148,18 +336,32 @@ def test_half_a_secret_at_the_end_of_an_answer_is_one_if_it_was_cut_off(redactio
     assert line(redaction, {"messages": HELLO}, reason=reason, stop=stop, text="my card is 4111 1111 11")["answer"] == answer
 
 
-# ---- redaction -------------------------------------------------------------------------------------------------------
-
 secret = st.sampled_from(SECRETS)
+
+
 around = st.text("ab ,.é", max_size=4)
+
+
 spoilt = st.builds(lambda before, one, after: f"{before} {one} {after}", around, secret, around)
+
+
 values = st.recursive(spoilt | st.integers(0, 9), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(spoilt, inner, max_size=1))
+
+
 told = st.fixed_dictionaries({"role": st.just("user"), "content": spoilt}, optional={"name": spoilt, "tool_call_id": spoilt})
+
+
 calls = st.builds(lambda name, text: {"role": "assistant", "content": None, "tool_calls": [{**call, "function": {
     "name": name, "arguments": json.dumps({"to": text})}}]}, spoilt, spoilt)  # fmt: skip
+
+
 options = st.fixed_dictionaries({}, optional={"stop": st.lists(spoilt, max_size=2), "grammar": spoilt, "adapter": spoilt,
     "post": st.lists(spoilt, max_size=2), "max_tokens": st.just(3), "seed": st.just(3)})  # fmt: skip
+
+
 bound = st.fixed_dictionaries({}, optional={"json_schema": st.dictionaries(spoilt, values, max_size=1)})
+
+
 offered = st.lists(st.builds(lambda name, rest: {"type": "function", "function": {"name": name, **rest}}, spoilt,
                              st.dictionaries(spoilt, values, max_size=1)), max_size=2)  # fmt: skip
 
@@ -186,11 +388,6 @@ def test_numbers_that_read_as_secrets_are_told_from_options(redaction):
     found = line(redaction, {"messages": HELLO, "options": {"seed": 4111111111111111, "json_schema": schema}})["request"]
     assert found["response_format"]["json_schema"]["schema"] == {"enum": ["[CARD]", 7, 2.5, True, None]}
     assert found["seed"] == 4111111111111111
-
-
-def test_two_names_that_become_one_are_no_line(redaction):
-    with pytest.raises(ValueError, match="two names became one"):
-        line(redaction, {"messages": HELLO, "options": {"json_schema": {"a@example.com": {}, "b@example.com": {}}}})
 
 
 def test_rules_of_a_file_that_conceal_are_used_and_no_others(tmp_path):
@@ -257,9 +454,6 @@ def _hook(function):
     return hookimpl(edge_rt_post_processors)
 
 
-# ---- conversations ---------------------------------------------------------------------------------------------------
-
-
 def said(*contents):
     """User and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
@@ -273,8 +467,8 @@ class Trace:
 
     def write(self, session, *contents):
         messages = said(*contents)
-        found = self.conversations.placed(session, messages)
-        self.conversations.written(session, messages)
+        found = self.conversations.locate(session, messages)
+        self.conversations.note_written(session, messages)
         return found
 
 
@@ -287,17 +481,10 @@ def test_of_a_session_only_what_is_new_is_written():
     assert trace.write("y", "a", "b", "c") == ("s2", said("c"))
 
 
-@pytest.mark.parametrize("next_one", [("a",), ("a", "b"), ("A", "b", "c"), ("c",), ()])
-def test_what_does_not_go_on_begins_anew(next_one):
-    trace = Trace()
-    trace.write("x", "a")
-    assert trace.write("x", *next_one) == ("s2", said(*next_one))
-
-
 def test_what_was_not_written_is_in_the_next_line_and_a_new_file_begins_anew():
     trace = Trace()
     trace.write("x", "a")
-    trace.conversations.placed("x", said("a", "b", "c"))  # and dropped
+    trace.conversations.locate("x", said("a", "b", "c"))  # and dropped
     assert trace.write("x", "a", "b", "c", "d", "e") == ("s1", said("a", "b", "c", "d", "e")[2:])
     trace.conversations.forget()
     assert trace.write("x", "a", "b", "c", "d", "e", "f", "g") == ("s2", said("a", "b", "c", "d", "e", "f", "g"))
@@ -315,7 +502,7 @@ def test_sessions_are_written_by_their_aliases_and_prompts_without(redaction):
     lines = LineBuilder(redaction, False)
     first, second = (recorded({"messages": said(*one)}, session="real-id") for one in [("a",), ("a", "b", "c")])
     assert json.loads(lines.line(first))["session"] == "s1"
-    lines.written(first)
+    lines.note_written(first)
     written = lines.line(second)
     assert b"real-id" not in written
     assert (json.loads(written)["session"], json.loads(written)["request"]["messages"]) == ("s1", [{"role": "user", "content": "c"}])

@@ -1,11 +1,7 @@
-"""The built-in page and the daemon's facts behind it: files, headers, who may see what, and what is counted. The null engine answers."""
+"""The built-in page and the status behind it: files, headers, and who may see what."""
 
 import fnmatch
-import json
 import re
-import shutil
-import subprocess
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,14 +11,24 @@ from http_peer import Peer
 
 from edge_rt.daemon.metrics import RATE_SECONDS, TokenRate
 
-pytest.importorskip("h11", reason="the daemon speaks HTTP with h11; pip install 'edge-rt[http]'")
+ROOT = Path(__file__).parents[4]
 
-ROOT = Path(__file__).parents[3]
+
 PAGE = ROOT / "edge_rt" / "daemon" / "http" / "page"
+
+
 KEY, OTHER = "a" * 20, "b" * 20
+
+
 CHAT, STATUS = "/v1/chat/completions", "/edge-rt/status"
+
+
 SHORT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "temperature": 0}
+
+
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
@@ -56,9 +62,6 @@ def other(port):
 
 def named(session, **more):
     return {**SHORT, "edge_rt": {"ignore_eos": True, "session": session, **more}}
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_browser_gets_the_page_and_others_a_line_of_text(port):
@@ -122,6 +125,8 @@ def test_the_page_has_nothing_inline_and_nothing_from_elsewhere():
 _OF_THE_DAEMON = (
     "ready", "none", "waiting", "failed", "draining", "starting", "mapping", "load", "packing", "prefetch", "warm-up",
 )  # fmt: skip
+
+
 """States and phases, which the daemon names."""
 
 
@@ -138,37 +143,6 @@ def test_every_word_is_there_in_both_languages_and_used():
         assert f'"{name}"' in page + code.replace(table, "") or name in _OF_THE_DAEMON, f"{name} is not used"
 
 
-STREAM = """
-globalThis.sessionStorage = { getItem: () => null, setItem() {} };
-Object.defineProperty(globalThis, "navigator", { value: { language: "en" }, configurable: true });
-const { events } = await import("./api.js");
-const found = [];
-for (const step of [1, 7, 1000]) { // whatever pieces it comes in
-  const text = JSON.parse(process.argv[2]);
-  const pieces = Array.from({ length: Math.ceil(text.length / step) }, (_, i) => text.slice(i * step, (i + 1) * step));
-  const body = ReadableStream.from(pieces).pipeThrough(new TextEncoderStream());
-  const here = [];
-  for await (const event of events(new Response(body))) here.push(event);
-  found.push(here);
-}
-console.log(JSON.stringify(found));
-"""
-
-
-def test_the_page_understands_that_a_request_waits_for_memory(tmp_path):
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    for name in ("api.js", "words.js"):
-        shutil.copy(PAGE / name, tmp_path / name)
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    (tmp_path / "run.js").write_text(STREAM)
-    said = ': queued: the memory is promised\n\n: something else\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n'
-    done = subprocess.run([node, "run.js", json.dumps(said)], cwd=tmp_path, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout) == [[{"queued": "the memory is promised"}, {"choices": []}]] * 3
-
-
 def test_all_that_is_no_python_is_in_the_wheel():
     patterns = re.search(r"^edge_rt = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     allowed = re.findall(r'"([^"]+)"', patterns)
@@ -176,9 +150,6 @@ def test_all_that_is_no_python_is_in_the_wheel():
     names = [path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert any(name.endswith("page.js") for name in names)
     assert [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in allowed)] == []
-
-
-# ---- facts -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_facts_need_a_key(port, peer):
@@ -206,18 +177,6 @@ def test_the_facts(daemon, peer):
     assert memory["units"] == [], "the null engine has none"
     (own,) = [one for one in found["sessions"]["own"] if one["name"] == "facts"]
     assert (own["busy"], own["cells"] > 12, own["model"]) == (False, True, status["models"][0]["name"])
-
-
-def test_throughput_is_of_all_clients_and_falls_again(peer, other):
-    other.post(CHAT, {**SHORT, "max_tokens": 100, "edge_rt": {"ignore_eos": True}})
-    found = peer.get(STATUS).json["throughput"]
-    assert len(found["by_second"]) == RATE_SECONDS
-    until = time.monotonic() + 20
-    while found["tokens_per_second"]:
-        assert time.monotonic() < until
-        time.sleep(0.2)
-        found = peer.get(STATUS).json["throughput"]
-    assert sum(found["by_second"]) >= 100
 
 
 def test_nobody_sees_anothers_sessions(peer, other):
@@ -249,33 +208,6 @@ def test_what_leaves_the_context_is_counted(daemon, peer):
         assert client.call("metrics")["context"]["evicted_tokens"] == after["evicted_tokens"]
 
 
-def test_before_there_is_a_model_there_are_facts(tmp_path):
-    write_plugin(tmp_path)
-    with Daemon(tmp_path, "--http", str(tmp_path / "h.sock")):
-        found = Peer(str(tmp_path / "h.sock")).get(STATUS).json
-    assert (found["worker"]["state"], found["model"], found["models"], found["memory"], found["rules"]) == ("none", None, [], {}, None)
-    assert found["sessions"] == {"open": 0, "own": []}
-
-
-def test_a_session_that_went_with_the_worker_holds_nothing(daemon, peer):
-    assert peer.post(CHAT, named("gone")).status == 200
-    assert peer.post("/v1/completions", {"prompt": "\x01 now"}).code == "worker_died"
-    daemon.ready().close()
-    found = peer.get(STATUS).json
-    assert found["counts"]["worker_deaths"] == 1
-    assert {(one["cells"], one["bytes"]) for one in found["sessions"]["own"] if one["name"] == "gone"} == {(None, None)}
-    assert peer.post(CHAT, named("gone")).status == 200
-
-
-def test_our_own_page_may_ask_also_behind_a_proxy_with_tls(peer):
-    for origin in ("http://box.local", "https://box.local"):
-        assert peer.post(CHAT, named("proxy"), Host="box.local", Origin=origin).status == 200
-    assert peer.post(CHAT, named("proxy"), Host="box.local", Origin="https://elsewhere.local").code == "origin_not_allowed"
-
-
-# ---- usage while it streams ------------------------------------------------------------------------------------------
-
-
 def test_usage_so_far_is_in_every_chunk_if_asked_for(peer):
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last, done = peer.stream(CHAT, {**named("usage"), "stream_options": options})
@@ -287,9 +219,6 @@ def test_usage_so_far_is_in_every_chunk_if_asked_for(peer):
     assert all(chunk["usage"]["total_tokens"] == sum(list(chunk["usage"].values())[:2]) for chunk in chunks)
     reply = peer.post(CHAT, {**SHORT, "stream": True, "stream_options": {"continuous_usage_stats": 1}})
     assert reply.status == 400
-
-
-# ---- the window of the last minute -----------------------------------------------------------------------------------
 
 
 def test_tokens_by_second():

@@ -1,4 +1,4 @@
-"""Each user has a share of the requests under way and of the bytes held for them; what is left over is for others."""
+"""Operations: quotas of users, errors of requests, models that clients load, and adapters."""
 
 import struct
 import time
@@ -16,7 +16,11 @@ from edge_rt.daemon.protocol import FrameReader, pack
 from edge_rt.errors import DaemonError, ProtocolError
 
 KEY = "0123456789abcdef"
+
+
 LONG = {"max_tokens": 3500, "ignore_eos": True}
+
+
 FEW = Limits(requests=5, requests_per_user=3, held_bytes=50, held_bytes_per_user=30)
 
 

@@ -1,4 +1,4 @@
-"""What OpenAI's requests mean and what is refused, calls in the text of an answer, and chunks that add up to the whole answer."""
+"""OpenAI's API: requests and what is refused, tool calls in text, chunks that add up to the completion."""
 
 import ast
 import json
@@ -18,15 +18,16 @@ from edge_rt.daemon.http.routes import GenerationAnswer
 from edge_rt.errors import ContextOverflow, ProtocolError
 
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 
 
 def options(**fields):
     return request.parse_chat({"messages": HELLO, **fields}).fields["options"]
-
-
-# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 def test_fields_become_options():
@@ -118,11 +119,6 @@ def test_what_cannot_be_done_is_refused(fields, param, code):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
-def test_a_prompt_may_be_its_tokens(prompt):
-    assert request.parse_completion({"prompt": prompt}).fields["tokens"] == [1, 2]
-
-
 @pytest.mark.parametrize("prompt", [None, 3, [], ["a", "b"], [[]], [[1], [2]], [1, "a"], [-1], [True], {}])
 def test_prompts_that_are_none(prompt):
     with pytest.raises(ApiError) as caught:
@@ -131,14 +127,20 @@ def test_prompts_that_are_none(prompt):
 
 
 texts = st.text("ab1é😀\ud800", max_size=5)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
+
+
 fields = st.sampled_from(
     sorted({*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"})
 )
+
+
 """Of requests, by name."""
 
 
@@ -170,7 +172,7 @@ def test_every_code_of_the_protocol_has_a_status():
 
 
 def test_the_page_says_all_that_there_is():
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     page = (root / "docs" / "http.md").read_text(encoding="utf-8")
     fields = {*request.CHAT_FIELDS, *request.COMPLETION_FIELDS, *request.FIXED_VALUES, *request.IGNORED, "prompt", "stop", "tool_choice"}
     deprecated = {"functions", "function_call"}
@@ -182,9 +184,6 @@ def test_the_page_says_all_that_there_is():
         codes |= {args[2].value for args in named if isinstance(args[2], ast.Constant)}
     assert len(codes) > 20
     assert [code for code in codes if f"`{code}`" not in page] == []
-
-
-# ---- bodies ----------------------------------------------------------------------------------------------------------
 
 
 def test_bodies():
@@ -210,9 +209,6 @@ def test_any_bytes_are_a_body_that_a_frame_can_hold_or_an_error(data):
         code = "malformed_json"
         assert unpack(pack(found)[4:]) == found
     assert code == "malformed_json"
-
-
-# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 def call(name="add", arguments='{"a": 1}'):
@@ -275,8 +271,6 @@ def test_calls_are_the_same_however_the_text_is_split(pieces, seed):
         assert "".join(found) == text
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
 DONE = {
     "event": "done", "reason": "end_of_generation", "stop": None, "seed": 1, "timings": {}, "context": {}, "post": (), "rules": "",
     "answer": None, "usage": {"prompt_tokens": 3, "completion_tokens": 4, "reused_tokens": 2},
@@ -286,11 +280,11 @@ DONE = {
 def answered(texts, stream, **fields):
     asked = request.parse_chat({"messages": HELLO, "stream": stream, **fields})
     answer = CompletionBuilder(asked, "m")
-    chunks = answer.begin()
+    chunks = answer.first_chunks()
     for text in texts:
-        chunks += answer.event({"event": "delta", "text": text, "tokens": (1,)})
-    chunks += answer.event({"event": "notice", "message": "so"})
-    chunks += answer.event(DONE)
+        chunks += answer.add_event({"event": "delta", "text": text, "tokens": (1,)})
+    chunks += answer.add_event({"event": "notice", "message": "so"})
+    chunks += answer.add_event(DONE)
     return answer, chunks
 
 
@@ -312,10 +306,10 @@ def test_who_waits_for_memory_gets_a_comment_in_the_stream(stream):
             said.append(found["choices"][0]["message"]["content"])
 
     exchange = SimpleNamespace(connection=Connection())
-    generation = GenerationAnswer(exchange, request.parse_chat({"messages": HELLO, "stream": stream}), "m", "m", ())
+    generation = GenerationAnswer(exchange, request.parse_chat({"messages": HELLO, "stream": stream}), "m", "m")
     queued = {"event": "queued", "reason": "so", "needed": 2, "available": 1}
     for message in (queued, {"event": "delta", "text": "a", "tokens": (1,)}, DONE, {"ok": {}}):
-        generation._heard(message)
+        generation._on_message(message)
     if stream:
         assert said[0] == ": queued: so"
         assert [json.loads(one)["choices"][0]["delta"].get("content") for one in said[1:-2]] == ["", "a", None]
@@ -326,7 +320,7 @@ def test_who_waits_for_memory_gets_a_comment_in_the_stream(stream):
 @given(st.lists(st.sampled_from(["I ", "add", "\n", call(), "<tool_call>"]), max_size=6))
 def test_chunks_add_up_to_the_whole_answer(texts):
     _, chunks = answered(texts, True, tools=[TOOL])
-    whole = answered(texts, False, tools=[TOOL])[0].whole()
+    whole = answered(texts, False, tools=[TOOL])[0].completion()
     message, reason = whole["choices"][0]["message"], whole["choices"][0]["finish_reason"]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == (message["content"] or "")
@@ -343,19 +337,8 @@ def test_chunks_add_up_to_the_whole_answer(texts):
 def test_reasons():
     for reason, said in (("stop_string", "stop"), ("max_tokens", "length"), ("context_full", "length")):
         answer, _ = answered([], False)
-        answer.event({**DONE, "reason": reason})
-        assert answer.whole()["choices"][0]["finish_reason"] == said
+        answer.add_event({**DONE, "reason": reason})
+        assert answer.completion()["choices"][0]["finish_reason"] == said
     with pytest.raises(ApiError, match="about to end") as caught:
-        answered([], True)[0].event({**DONE, "reason": "cancelled"})
+        answered([], True)[0].add_event({**DONE, "reason": "cancelled"})
     assert caught.value.status == 503
-
-
-def test_a_log_probability_of_the_impossible():
-    asked = request.parse_chat({"messages": HELLO, "logprobs": True, "top_logprobs": 1})
-    answer = CompletionBuilder(asked, "m")
-    entry = {"token": 1, "text": "x", "logprob": None, "top": ((2, -0.5),), "piece": b"\xc3", "top_pieces": [b"y"]}
-    answer.event({"event": "delta", "text": "", "tokens": (1,), "logprobs": [entry]})
-    answer.event(DONE)
-    assert answer.whole()["choices"][0]["logprobs"]["content"] == [
-        {"token": "�", "logprob": -9999.0, "bytes": [195], "top_logprobs": [{"token": "y", "logprob": -0.5, "bytes": [121]}]}
-    ]

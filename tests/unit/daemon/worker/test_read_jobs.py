@@ -1,27 +1,22 @@
-"""Texts to embed in the daemon: in turns, beside those who generate, and nothing of them is left when they end."""
+"""Texts to embed: in turns, beside generations, and without leftovers when they end."""
 
 import asyncio
 import random
-import signal
-import socket
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from daemons import Daemon, write_plugin
-from hypothesis import given
-from hypothesis import strategies as st
 from readers import Asks
 
 from edge_rt.core.generate import scheduler as batch_module
-from edge_rt.core.generate.scheduler import LEAST, Scheduler
-from edge_rt.daemon.client import AsyncClient, Client
+from edge_rt.core.generate.scheduler import Scheduler
+from edge_rt.daemon.client import AsyncClient
 from edge_rt.daemon.worker import read_jobs as module
 from edge_rt.daemon.worker.read_jobs import ReadJobs
 from edge_rt.errors import Cancelled, ContextOverflow, DaemonError, OptionError, OutOfMemory
 from edge_rt.testing.null_device import NullEngine
-from edge_rt.types import Delta, Done
 
 TEXTS = ["ab", "a river", "東京", "x" * 200, "ab"]
 
@@ -62,15 +57,6 @@ def test_everyone_gets_what_they_would_get_alone(model, asks, seed):
         assert asks.ended[name] == {"pooling": pooling, "dimensions": 8, "tokens": sum(counts)}
 
 
-def test_requests_take_turns_text_by_text(asks):
-    asks.add("many", texts=["a"] * 50)
-    asks.add("few", texts=["b"] * 3)
-    order = []
-    asks.work._say = lambda asked, message: (order.append(asked.id), asks.say(asked, message))
-    asks.finish()
-    assert order[:6] == ["many", "few"] * 3
-
-
 def test_who_has_no_credits_waits_and_holds_up_nobody(asks):
     asks.add("slow", credits=2, texts=TEXTS)
     asks.add("quick", texts=TEXTS)
@@ -92,16 +78,6 @@ def test_cancelling_in_the_middle_of_a_text(asks):
     assert isinstance(asks.ended["long"], Cancelled)
     asks.finish()
     assert (asks.said["long"], asks.ended["other"]["tokens"]) == ([], 3)
-
-
-def test_cancelling_another_leaves_the_text_that_is_read(asks, model):
-    asks.add("one", texts=["x" * 300])
-    asks.add("two", texts=["y"])
-    asks.work.step(64)
-    asks.work.step(64)
-    asks.asked["two"].cancelled = True
-    asks.finish()
-    np.testing.assert_array_equal(asks.rows("one"), model.embed(["x" * 300]))
 
 
 def test_many_texts_are_tokenised_a_few_at_a_time_and_checked_before_any_is_read(asks, monkeypatch):
@@ -150,9 +126,6 @@ def test_an_engine_that_makes_none(model):
         ReadJobs(mute, None, None, None, None).add(None, {"op": "embed", "texts": ["a"]})
 
 
-# ---- beside generations ----------------------------------------------------------------------------------------------
-
-
 def test_those_who_decode_share_the_time_with_those_who_embed(model, monkeypatch):
     """By a clock of the test's own: a token costs as much in either kind of work."""
     now, log = [0.0], []
@@ -188,31 +161,6 @@ def test_those_who_decode_share_the_time_with_those_who_embed(model, monkeypatch
     model.prefixes.clear()
     asks.finish()
     assert len(asks.said["texts"]) == 3
-
-
-@given(decoding=st.floats(1e-4, 1), token=st.floats(1e-6, 1), other=st.floats(1e-6, 10))
-def test_room_beside_a_batch(decoding, token, other):
-    batch = Scheduler(NullEngine(), None)
-    assert batch.room() == 64, "a whole chunk while nobody decodes"
-    batch._running = [SimpleNamespace(part=SimpleNamespace(logits="all"))]
-    assert batch.room() == LEAST, "as long as nothing was measured"
-    batch._decoding, batch._a_prompt_token = {1: decoding}, token
-    assert LEAST <= batch.room() <= 64
-    batch.waited(other)
-    assert batch.room() == 0
-    batch._learn([], other / 2)
-    assert batch.room() == 0, "half of its time was made up for"
-    batch._learn([], other)
-    assert batch.room() > 0
-    decoding = batch._running
-    batch._running = [SimpleNamespace(part=SimpleNamespace(logits="last")), SimpleNamespace(part=None)]
-    assert batch.room() == 64, "who reads a prompt takes turns with us"
-    batch.waited(other)
-    batch._running = decoding
-    assert batch.room() > 0, "what was done while nobody decoded is not held against us"
-
-
-# ---- the daemon ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -256,24 +204,6 @@ def test_the_clients(daemon, client):
     assert (caught.value.code, caught.value.fields) == ("context_overflow", {"needed": 5001, "available": 4096})
 
 
-def test_beside_generations(client, daemon):
-    options = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
-    alone = [event for event in client.generate("abc", **options) if isinstance(event, Delta)]
-    expected = client.embed(TEXTS)
-
-    async def write(mine):
-        return [event async for event in mine.generate("abc", **options) if isinstance(event, Delta)]
-
-    async def work():
-        async with AsyncClient(str(daemon.socket)) as mine:
-            return await asyncio.gather(*(write(mine) for _ in range(3)), *(mine.embed(TEXTS) for _ in range(3)))
-
-    found = asyncio.run(work())
-    text = "".join(event.text for event in alone)
-    assert ["".join(event.text for event in one) for one in found[:3]] == [text] * 3
-    assert found[3:] == [expected] * 3
-
-
 def test_a_task_that_is_cancelled_ends_its_request(daemon, client):
     async def work():
         async with AsyncClient(str(daemon.socket)) as mine:
@@ -287,26 +217,3 @@ def test_a_task_that_is_cancelled_ends_its_request(daemon, client):
             quiet(client)
 
     asyncio.run(work())
-
-
-def test_who_does_not_read_holds_up_nobody(daemon, client):
-    expected = client.embed(["a"] * 3)
-    with Client(str(daemon.socket), timeout=30) as slow:
-        answers = slow._ask("embed", {"texts": ["a"] * 20000})
-        while client.call("metrics")["tokens"]["embedded_tokens"] < 100:
-            time.sleep(0.01)
-        for _ in range(3):
-            assert client.embed(["a"] * 3) == expected
-        done = [event for event in client.generate("ab", max_tokens=5, ignore_eos=True) if isinstance(event, Done)]
-        assert len(done) == 1
-        assert not answers.over
-        slow._socket.shutdown(socket.SHUT_RDWR)
-    quiet(client)
-
-
-def test_a_worker_that_dies(daemon, client):
-    with pytest.raises(DaemonError) as caught:
-        client.embed(["fine", "\x01\x01"])
-    assert (caught.value.code, signal.SIGKILL.name in str(caught.value)) == ("worker_died", True)
-    daemon.ready().close()
-    assert len(client.embed(["fine"])) == 1
