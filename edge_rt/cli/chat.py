@@ -19,32 +19,45 @@ if TYPE_CHECKING:
     from edge_rt.session import Session
     from edge_rt.types import GenerateOptions
 
-HELP = """Talk with a model.
 
-Ctrl-C ends the answer and not the program; at the empty prompt twice, or Ctrl-D, leaves.
-Each line of standard input is a turn where that is no terminal. A line that ends in \\ goes on in the next.
+class ChatCommand(GenerationOptions, ModelOptions):
+    r"""Talk with a model.
 
-\b
-Examples:
-  edge-rt chat
-  edge-rt chat -m model.gguf --system "Answer in one sentence." --temp 0
-  edge-rt chat --load talk.json
+    Ctrl-C ends the answer and not the program; at the empty prompt twice, or Ctrl-D, leaves.
+    Each line of standard input is a turn where that is no terminal. A line that ends in \ goes on in the next.
 
-\b
-In the conversation:
-  /help          these commands
-  /clear         forget what was said
-  /save FILE     write the conversation to a file, for --load
-  /reload PLUGIN import a plugin's code anew
-  /quit          leave
-"""
+    Examples:
+      edge-rt chat
+      edge-rt chat -m model.gguf --system "Answer in one sentence." --temp 0
+      edge-rt chat --load talk.json
 
-
-class Options(GenerationOptions, ModelOptions):
-    """The command's options."""
+    In the conversation:
+      /help          these commands
+      /clear         forget what was said
+      /save FILE     write the conversation to a file, for --load
+      /reload PLUGIN import a plugin's code anew
+      /quit          leave
+    """
 
     system: str | None = option(None, "--system TEXT", "System message, or @FILE.")
     load: str | None = option(None, "--load FILE", "Go on with a conversation that /save wrote.")
+
+    def run(self) -> int:
+        request, news = generate_options(self), list[str]()
+        first, messages = _beginning(self)
+
+        def told(error: RuleError | None) -> None:
+            news.append(f"the rules stay as they were: {error}" if error else "the rules were exchanged")
+
+        with (
+            post_processed(request, self, watch=True, told=told) as (asked, registry),
+            opened(self, self.policy, self.embedder, registry, self.adapter) as model,
+            model.session() as session,
+        ):
+            chat = Chat(session, asked, first, messages, self.verbose, news, registry)
+            if terminal(sys.stdin):
+                say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
+            return _converse(chat)
 
 
 @dataclass
@@ -118,26 +131,7 @@ class Chat:
 COMMANDS = {"/help": Chat.help, "/clear": Chat.clear, "/save": Chat.save, "/reload": Chat.reload, "/quit": Chat.quit, "/exit": Chat.quit}
 
 
-def run(options: Options) -> int:
-    """Talk until the user leaves."""
-    request, news = generate_options(options), list[str]()
-    first, messages = _beginning(options)
-
-    def told(error: RuleError | None) -> None:
-        news.append(f"the rules stay as they were: {error}" if error else "the rules were exchanged")
-
-    with (
-        post_processed(request, options, watch=True, told=told) as (asked, registry),
-        opened(options, options.policy, options.embedder, registry, options.adapter) as model,
-        model.session() as session,
-    ):
-        chat = Chat(session, asked, first, messages, options.verbose, news, registry)
-        if terminal(sys.stdin):
-            say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
-        return _converse(chat)
-
-
-def _beginning(options: Options) -> tuple[list[Message], list[Message]]:
+def _beginning(options: ChatCommand) -> tuple[list[Message], list[Message]]:
     """The system message, if any, and what was said before. Raises OptionError."""
     messages = _load(options.load) if options.load is not None else []
     first = [message for message in messages if message["role"] == "system"][:1]

@@ -1,47 +1,51 @@
-"""`edge-rt doctor`: what edge-rt found on this machine, and what stands in its way."""
+"""`edge-rt doctor` and `edge-rt plugins`: what edge-rt found on this machine, what became of it, and reports of bugs."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import table, write, write_json
+from edge_rt.config import cache_dir
+from edge_rt.errors import EdgeError
+from edge_rt.profile_check import FIGURES
 from edge_rt.sizes import shown
 
-HELP = """Show what edge-rt found on this machine.
-
-Versions, the native library, processors, memory, devices, plugins, cache.
-Every device says how it is now, and what its figures rest on: measured on this device, simulated, or projected from data sheets.
-The exit status is 1 if no model can run here.
-
-\b
-Examples:
-  edge-rt doctor
-  edge-rt doctor --probe
-  edge-rt doctor --json > report.json
-  edge-rt doctor --rules rules.toml
-"""
+if TYPE_CHECKING:
+    from edge_rt.device_profile import Profile
+    from edge_rt.guarded import PluginDevice
+    from edge_rt.registry import Registry
 
 
-class Options(JsonOption):
-    """The command's options."""
+class DoctorCommand(JsonOption):
+    """Show what edge-rt found on this machine.
+
+    Versions, the native library, processors, memory, devices, plugins, cache.
+    Every device says how it is now, and what its figures rest on: measured on this device, simulated, or projected from data sheets.
+    The exit status is 1 if no model can run here.
+
+    Examples:
+      edge-rt doctor
+      edge-rt doctor --probe
+      edge-rt doctor --json > report.json
+      edge-rt doctor --rules rules.toml
+    """
 
     probe: bool = option(False, "--probe", "Measure how fast each device is: takes all of it for half a second.")
     rules: str | None = option(None, "--rules FILE", "Look at these rules for post-processors too.")
 
-
-def run(options: Options) -> int:
-    """Look and print."""
-    found = facts(options.rules, options.probe)
-    if options.json:
-        write_json(found, indent=2)
-    else:
-        write(_text(found))
-    return 1 if found["problems"] else 0
+    def run(self) -> int:
+        found = facts(self.rules, self.probe)
+        if self.json:
+            write_json(found, indent=2)
+        else:
+            write(_text(found))
+        return 1 if found["problems"] else 0
 
 
 def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
@@ -214,3 +218,268 @@ def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
         return [("wrong", rules["message"])]
     rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", ", ".join(one["name"] for one in rules["pipeline"]))]
     return [*rows, *(("names", file) for file in rules["files"])]
+
+
+# ---- devices -----------------------------------------------------------------------------------------------------------
+
+
+_APART = 0.02
+"""Seconds between two looks at a device: some of its meters are counters, which tell the power by their change."""
+_GIGA = 1e9
+
+
+def devices(registry: Registry, probe: bool) -> list[dict[str, Any]]:
+    """Each device as JSON. ``health``: None if it does not say. ``profile``: None if it does not say, or was not asked (``probe``); why it
+    could not say is in ``profile_error``, ``health_error``."""
+    from edge_rt.hooks import HasProfile, Refusal
+
+    found = []
+    for name, device in registry.devices().items():
+        answer = registry.probe(name)
+        usable = not isinstance(answer, Refusal)
+        one = {"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()}
+        if usable:
+            one |= _health(device) | {"has_profile": isinstance(device.device, HasProfile), "profile": None, "profile_error": None}
+            if probe:
+                one |= _profile(device)
+        found.append(one)
+    return found
+
+
+def _health(device: PluginDevice) -> dict[str, Any]:
+    try:
+        if device.health() is None:
+            return {"health": None, "health_error": None}
+        time.sleep(_APART)
+        health = device.health()
+    except EdgeError as error:
+        return {"health": None, "health_error": str(error)}
+    return {"health": health._asdict() if health is not None else None, "health_error": None}
+
+
+def _profile(device: PluginDevice) -> dict[str, Any]:
+    try:
+        profile = device.profile()
+    except EdgeError as error:
+        return {"profile": None, "profile_error": str(error)}
+    return {"profile": _as_json(profile) if profile is not None else None, "profile_error": None}
+
+
+def _as_json(profile: Profile) -> dict[str, Any]:
+    """With a basis for each field, and threads as text: JSON has no other keys."""
+    return {
+        **profile._asdict(),
+        "cores": [{**cores._asdict(), "caches": [cache._asdict() for cache in cores.caches]} for cores in profile.cores],
+        "bandwidth": {str(threads): rate for threads, rate in profile.bandwidth.items()},
+        "operations": dict(profile.operations),
+        "basis": {field: profile.basis.get(field, "unknown") for field in FIGURES},
+    }
+
+
+# ---- as text ---------------------------------------------------------------------------------------------------------
+
+
+def device_rows(device: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The lines of a device: its name and a text."""
+    if not device["usable"]:
+        return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
+    return [
+        (device["name"], f"{device['description']}, {shown(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
+        ("", f"engines {', '.join(device['engines'])}; features {', '.join(device['features']) or 'none stated'}"),
+        *(("", f"{title:<11} {text}") for title, text in (*_health_rows(device), *_profile_rows(device))),
+    ]
+
+
+def _health_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    health = device["health"]
+    if device["health_error"]:
+        yield "now", device["health_error"]
+    elif health is None:
+        yield "now", "it does not say"
+    else:
+        yield "now", ", ".join(_now(health)) or "its sensors say nothing"
+        if health["throttled"]:
+            yield "slowed down", "; ".join(health["throttled"])
+
+
+def _now(health: Mapping[str, Any]) -> Iterator[str]:
+    if health["temperature"] is not None:
+        yield f"{health['temperature']:.1f} degrees Celsius"
+    if health["power"] is not None:
+        yield f"{health['power']:.1f} W"
+    if health["clock"] is not None:
+        most = f" of {health['most'] / _GIGA:.2f}" if health["most"] is not None else ""
+        yield f"{health['clock'] / _GIGA:.2f}{most} GHz"
+
+
+def _profile_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    profile = device["profile"]
+    if device["profile_error"]:
+        yield "profile", device["profile_error"]
+    elif profile is None:
+        yield "profile", "edge-rt doctor --probe measures it" if device["has_profile"] else "it does not say"
+    else:
+        told = [(field, text) for field in FIGURES for text in _shown(field, profile[field])]
+        yield from ((field.replace("_", " "), f"{text} ({profile['basis'][field]})") for field, text in told)
+        # The processor's memory is the host's: there is no link to tell of.
+        unknown = [field for field in FIGURES if field not in dict(told) and not (field == "link" and profile["kind"] == "cpu")]
+        if unknown:
+            yield "unknown", ", ".join(field.replace("_", " ") for field in unknown)
+
+
+def _shown(field: str, value: Any) -> Iterator[str]:
+    """A figure for people, a line each; none for one that is not known."""
+    if not value:
+        return
+    if field == "cores":
+        yield from map(_cores, value)
+    elif field == "bandwidth":
+        yield ", ".join(f"{_rate(rate)} by {threads} {'thread' if threads == '1' else 'threads'}" for threads, rate in value.items())
+    elif field == "operations":
+        yield ", ".join(f"{kind} {rate / _GIGA:.4g} Gop/s" for kind, rate in value.items())
+    elif field == "memory":
+        yield shown(value)
+    elif field in ("storage", "link"):
+        yield _rate(value)
+    else:
+        yield f"{value:g} {'degrees Celsius' if field == 'hottest' else 'W'}"
+
+
+def _rate(value: float) -> str:
+    return f"{shown(value)}/s"
+
+
+def _cores(cores: Mapping[str, Any]) -> str:
+    clock = f" at {cores['clock'] / _GIGA:.2f} GHz" if cores["clock"] is not None else ""
+    caches = ", ".join(f"L{cache['level']} {_binary(cache['size'])}{_shared(cache)}" for cache in cores["caches"])
+    cpus = f", CPUs {_ranges(cores['cpus'])}" if cores["cpus"] else ""
+    return f"{cores['number']} x {cores['name']}{clock}{cpus}" + (f", {caches}" if caches else "")
+
+
+def _shared(cache: Mapping[str, Any]) -> str:
+    return f" for {cache['shared_by']}" if cache["shared_by"] > 1 else ""
+
+
+def _binary(count: int) -> str:
+    """Bytes of a cache, as makers of processors write them: 32 KiB."""
+    return f"{count / (1 << 20):g} MiB" if count >= 1 << 20 else f"{count / (1 << 10):g} KiB"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3,8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+# ---- edge-rt plugins ---------------------------------------------------------------------------------------------------
+
+
+_BY_NAME = {
+    "embedders": ("embedder", "Embedders for --embedder"),
+    "post_processors": ("post-processor", "Post-processors for --post"),
+}
+"""Key in the JSON output -> kind, title: what a request or a model is given by name."""
+
+
+class PluginsCommand(JsonOption):
+    """List plugins and what they offer.
+
+    One that does not work is listed with the reason.
+
+    Examples:
+      edge-rt plugins
+      edge-rt plugins --json
+    """
+
+    def run(self) -> int:
+        from edge_rt.registry import Registry
+
+        silence_warnings()
+        found = plugin_facts(Registry.load())
+        if self.json:
+            write_json(found, indent=2)
+            return 0
+        rows = [("PLUGIN", "FROM", "STATE", "OFFERS")]
+        for plugin in found["plugins"]:
+            source = f"{plugin['distribution']} {plugin['version']}".strip()
+            rows.append((plugin["name"], source, plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])))
+        write(table(rows))
+        for key, (_, title) in _BY_NAME.items():
+            if found[key]:
+                write(f"\n{title}:\n" + table([(one["name"], one["description"]) for one in found[key]], "  "))
+        return 0
+
+
+def silence_warnings() -> None:
+    """What the registry would log of broken plugins, this command shows."""
+    import logging
+
+    logging.getLogger("edge_rt.plugins").setLevel(logging.ERROR)
+
+
+def plugin_facts(registry: Registry) -> dict[str, Any]:
+    """Plugins with their states and offers. Asks each for its offers, since that is where it may fail."""
+    kinds: dict[str, Mapping[str, Any]] = {
+        "device": registry.devices(),
+        "engine": registry.engines(),
+        "context policy": registry.context_policies(),
+        "grader": registry.graders(),
+        "embedder": registry.embedders(),
+        "post-processor": registry.post_processors(),
+    }
+    plugins = [{**status._asdict(), "offers": list(_offers(status.name, kinds))} for status in registry.plugins]
+    return {"plugins": plugins, **{key: _described(kinds[kind]) for key, (kind, _) in _BY_NAME.items()}}
+
+
+def _described(items: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"name": name, "description": item.description} for name, item in items.items()]
+
+
+def _offers(plugin: str, kinds: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    return (f"{kind} {name}" for kind, items in kinds.items() for name, item in items.items() if item.plugin == plugin)
+
+
+# ---- reports of bugs ---------------------------------------------------------------------------------------------------
+
+
+def write_report(error: BaseException, command: str) -> str:
+    """Write a report file and return the sentence that says where it is (or carries the report, where no file can be written)."""
+    text = _text(error, command)
+    name = f"edge-rt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    problems = []
+    for folder in (cache_dir() / "reports", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as problem:
+            problems.append(f"{folder}: {problem.strerror}")
+        else:
+            return f"This is a bug in edge-rt or in a library it uses. A report is in {folder / name}"
+    return f"This is a bug in edge-rt or in a library it uses. No report could be written ({'; '.join(problems)}):\n{text}"
+
+
+def _text(error: BaseException, command: str) -> str:
+    facts = {**versions(), "command": command or "(none of edge-rt's own)"}
+    head = "".join(f"{name}: {value}\n" for name, value in facts.items())
+    return f"{head}\n{''.join(traceback.format_exception(error))}"
+
+
+def versions() -> dict[str, str]:
+    """What runs here, by name. Loads no native library."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from edge_rt import __version__
+
+    found = {"edge-rt": __version__, "Python": platform.python_version(), "platform": platform.platform()}
+    for package in ("llama-cpp-python", "gguf", "numpy", "pluggy", "typer"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from edge_rt import sizes
 from edge_rt.cli import interrupts
 from edge_rt.cli.options import GenerationOptions, ModelOptions
 from edge_rt.cli.output import ProgressBar, say, write, write_json
-from edge_rt.cli.post_options import names
 from edge_rt.errors import ConstraintError, OptionError
 from edge_rt.records import decode_rate, record
 from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, Pruning, SamplingParams
@@ -225,29 +223,55 @@ def _tools(name: str) -> Sequence[Mapping[str, Any]]:
         raise OptionError(f"the tools in {name} are not JSON: {error}") from error
 
 
-# ---- to the terminal -------------------------------------------------------------------------------------------------
+# ---- post-processing --------------------------------------------------------------------------------------------------
+
+
+def names(options: PostOptions) -> tuple[str, ...]:
+    """The post-processors asked for by name. Raises OptionError for an empty name."""
+    found = tuple(name.strip() for name in options.post.split(",")) if options.post is not None else ()
+    if "" in found:
+        raise OptionError("--post takes names with commas between them, as redaction,punctuation")
+    return found
+
+
+def asked(options: PostOptions) -> bool:
+    """Whether the options ask for post-processing."""
+    return options.post is not None or options.rules is not None or bool(options.rule)
 
 
 @contextmanager
-def cancelling(cancel: Callable[[], None]) -> Iterator[list[int]]:
-    """While it lasts Ctrl-C calls ``cancel``, a second one raises KeyboardInterrupt; yields a list that is empty until the first."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        cancel()
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, which alone may set handlers: Ctrl-C goes elsewhere
-        yield seen
+def post_processed(
+    request: GenerateOptions, options: PostOptions, *, watch: bool = False, told: Callable[[RuleError | None], None] = lambda error: None
+) -> Iterator[tuple[GenerateOptions, Registry | None]]:
+    """A request with the rules of the options, and the registry of its post-processors, None without any."""
+    if not asked(options):
+        yield request, None
         return
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
+    from edge_rt.registry import Registry
+
+    registry = Registry.load()
+    with rulebook(options, registry, watch=watch, told=told) as book:
+        yield request._replace(rules=book), registry
+
+
+@contextmanager
+def rulebook(
+    options: PostOptions, registry: Registry, *, watch: bool = False, told: Callable[[RuleError | None], None] = lambda error: None
+) -> Iterator[Rulebook | None]:
+    """The rules that the options give, None if they give none; watched while it lasts, if asked for. Raises RuleError, PluginError."""
+    if options.rules is None and not options.rule:
+        yield None
+        return
+    from edge_rt.rules import RuleFile, Ruleset, change
+
+    if options.rules is None:
+        yield Ruleset(change({}, options.rule), registry)
+        return
+    with RuleFile(options.rules, registry, overrides=options.rule, watch=watch, told=told) as book:
+        yield book
+
+
+# ---- to the terminal -------------------------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):

@@ -1,43 +1,62 @@
-"""The command line `edge-rt`: which command, what becomes of an error, and with which status the process ends.
+"""The command line `edge-rt`: finds the command, runs it, reports errors and sets the exit status.
 
-A command is a module with ``HELP``, a class ``Options`` (see options.py) and ``run(options) -> int``; COMMANDS is the list.
-The time until `edge-rt run` opens its model counts, so this module and options.py import little, and typer only when
-``quick_parse`` does not understand the line.
-
-Status: 0 done; 1 the user can mend it; 2 wrong usage; 3 a bug (a report is written); 130 interrupted; 141 standard output closed.
+Exit status: 0 success; 1 an error that the user can correct; 2 wrong usage; 3 a bug (a report is written); 130 interrupted;
+141 standard output was closed. Start-up time counts, so a command's module is imported only when that command is asked for, and typer,
+which plugins declare their commands with, only for a command that is none of edge-rt's own.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edge_rt.cli import interrupts
 from edge_rt.errors import OptionError
 
-COMMANDS = {
-    "run": "edge_rt.cli.run",
-    "chat": "edge_rt.cli.chat",
-    "embed": "edge_rt.cli.embed",
-    "post": "edge_rt.cli.post",
-    "rules": "edge_rt.cli.rules",
-    "pull": "edge_rt.cli.pull",
-    "models": "edge_rt.cli.models",
-    "inspect": "edge_rt.cli.inspect_model",
-    "plan": "edge_rt.cli.plan",
-    "compile": "edge_rt.cli.compile",
-    "context": "edge_rt.cli.context",
-    "plugins": "edge_rt.cli.plugins",
-    "doctor": "edge_rt.cli.doctor",
-    "bench": "edge_rt.cli.bench",
-    "serve": "edge_rt.cli.serve",
-}
+if TYPE_CHECKING:
+    import typer
 
-SUCCESS, USER_ERROR, BUG, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 3, 130, 141
+    from edge_rt.cli.options import Command
+
+COMMANDS = {
+    "run": ("edge_rt.cli.run", "RunCommand"),
+    "chat": ("edge_rt.cli.chat", "ChatCommand"),
+    "embed": ("edge_rt.cli.run", "EmbedCommand"),
+    "post": ("edge_rt.cli.post", "PostCommand"),
+    "rules": ("edge_rt.cli.post", "RulesCommand"),
+    "pull": ("edge_rt.cli.models", "PullCommand"),
+    "models": ("edge_rt.cli.models", "ModelsCommand"),
+    "inspect": ("edge_rt.cli.models", "InspectCommand"),
+    "plan": ("edge_rt.cli.compile", "PlanCommand"),
+    "compile": ("edge_rt.cli.compile", "CompileCommand"),
+    "context": ("edge_rt.cli.context", "ContextCommand"),
+    "plugins": ("edge_rt.cli.doctor", "PluginsCommand"),
+    "doctor": ("edge_rt.cli.doctor", "DoctorCommand"),
+    "bench": ("edge_rt.cli.bench", "BenchCommand"),
+    "serve": ("edge_rt.cli.serve", "ServeCommand"),
+}
+"""Name -> module and class."""
+
+SUCCESS, USER_ERROR, WRONG_USAGE, BUG, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 130, 141
+
+USAGE = "edge-rt [OPTIONS] COMMAND [ARGS]..."
+HEAD = f"""Usage: {USAGE}
+
+Run language models on edge devices.
+
+  edge-rt pull smollm2            fetch a small model
+  edge-rt run "Why is the sky blue?"
+  edge-rt chat -m model.gguf
+
+Options:
+  --version   Show the version and exit.
+  -h, --help  Show this message and exit.
+
+Commands:
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,19 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if level := os.environ.get("EDGE_RT_LOG"):
             _log(level)
-        # Until a command runs there is nothing to put in order: an interrupt during the imports ends the process at once.
-        with QuietInterrupts():
+        # Nothing needs to be put in order before a command runs: an interrupt during the imports ends the process at once.
+        with interrupts.ending(INTERRUPTED):
             start = _command(words)
         interrupts.remember()
         return start()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:  # argparse and typer end so, after help too
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         return INTERRUPTED if interrupts.pending() else _status(error, words)
 
 
 def _log(level: str) -> None:
-    """Show on standard error what edge-rt and the native libraries log."""
+    """Log what edge-rt and the native libraries say on standard error."""
     import logging
 
     if level.lower() not in ("debug", "info", "warning", "error"):
@@ -67,59 +88,83 @@ def _log(level: str) -> None:
 
 
 def _command(words: list[str]) -> Callable[[], int]:
-    """What carries out the line, with everything imported that it needs before it opens a model."""
-    if words == ["--version"]:
-        return _version
-    if not words or words[0] not in COMMANDS or "_EDGE_RT_COMPLETE" in os.environ:
-        return lambda: _by_typer(words)  # help, completion, a plugin's command: these run inside typer
-    from edge_rt.cli.options import quick_parse
+    """What carries out the line, with everything imported that it needs before it opens a model. Raises SystemExit for wrong usage."""
+    name = words[0] if words else ""
+    if name not in COMMANDS:
+        return lambda: _other(words)
+    kind = command_class(name)
+    from edge_rt.cli.options import check, parse
 
-    command = import_module(COMMANDS[words[0]])
-    options = quick_parse(command.Options, words[1:])
-    if options is None:
-        return lambda: _by_typer(words)
-    return lambda: _run(command, options)
+    options = parse(name, kind, words[1:])
 
+    def run() -> int:
+        check(options)
+        return options.run()
 
-def _by_typer(words: list[str]) -> int:
-    from edge_rt.cli.typer_app import parse
-
-    parsed = parse(words, COMMANDS)
-    return parsed if isinstance(parsed, int) else _run(*parsed)
+    return run
 
 
-def _run(command: Any, options: Any) -> int:
-    from edge_rt.cli.options import check
+def command_class(name: str) -> type[Command]:
+    """The class of one of edge-rt's own commands; imports its module."""
+    module, attribute = COMMANDS[name]
+    kind: type[Command] = getattr(import_module(module), attribute)
+    return kind
 
-    check(options)
-    status: int = command.run(options)
-    return status
+
+# ---- help, version and the commands of plugins -----------------------------------------------------------------------
 
 
-def _version() -> int:
+def _other(words: list[str]) -> int:
+    """A line that does not begin with one of edge-rt's own commands."""
     from edge_rt import __version__
-    from edge_rt.cli.output import write
+    from edge_rt.cli.options import similar, wrong_usage
+    from edge_rt.cli.output import say, write
 
-    write(f"edge-rt {__version__}\n")
+    if not words:
+        say(HEAD + _list())
+        return WRONG_USAGE
+    if words[0] in ("-h", "--help"):
+        write(HEAD + _list() + "\n")
+    elif words[0] == "--version":
+        write(f"edge-rt {__version__}\n")
+    elif words[0].startswith("-"):
+        wrong_usage(USAGE, "edge-rt", f"no such option: {words[0]}")
+    else:
+        app, names = _plugin_app()
+        if words[0] not in names:
+            wrong_usage(USAGE, "edge-rt", f"no such command: {words[0]}{similar(words[0], [*COMMANDS, *names])}")
+        app(args=words, prog_name="edge-rt")
     return SUCCESS
 
 
-class QuietInterrupts:
-    """While it lasts, Ctrl-C ends the process with status 130 and without a traceback."""
+def _list() -> str:
+    """Every command with the first line of its help; those of plugins last."""
+    rows = [*((name, command_class(name).__doc__ or "") for name in COMMANDS), *_plugin_app()[1].items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {text.partition(chr(10))[0]}".rstrip() for name, text in rows)
 
-    def __enter__(self) -> None:
-        try:
-            self.before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-        except ValueError:  # not the main thread: a test, an embedding
-            self.before = None
 
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+def _plugin_app() -> tuple[typer.Typer, dict[str, str]]:
+    """The application that plugins add their commands to, and these commands' names with their help."""
+    import typer
+
+    from edge_rt.registry import Registry
+
+    app = typer.Typer(
+        rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    app.callback()(lambda: None)  # without a callback typer makes an only command the whole application
+    Registry.load().add_cli_commands(app)
+    group = typer.main.get_group(app)
+    return app, {name: group.commands[name].get_short_help_str(100) for name in group.commands}
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def _status(error: Exception, words: list[str]) -> int:
-    """Tell the person about an error and return the exit status for it."""
+    """Report an error on standard error and return the exit status for it."""
     from edge_rt.cli.output import OutputClosed, say
     from edge_rt.errors import Cancelled, UserError
 
@@ -130,7 +175,7 @@ def _status(error: Exception, words: list[str]) -> int:
     if isinstance(error, UserError):
         say(f"error: {error}")
         return USER_ERROR
-    from edge_rt.cli.report import write_report
+    from edge_rt.cli.doctor import write_report
 
     say(f"error: {type(error).__name__}: {error}")
     say(write_report(error, words[0] if words and words[0] in COMMANDS else ""))

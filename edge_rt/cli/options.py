@@ -1,42 +1,31 @@
-"""The command line's options, defined once: a class a command, each attribute with its flags and its help.
+"""A command's options, declared as the attributes of its class, and the argparse parser that is built from them.
 
-From the same attributes come the typer application (`typer_app.py`: help, completion, messages about wrong usage), the generated
-documentation (`tools/generate_cli_doc.py`) and ``quick_parse`` below. Importing typer takes longer than everything else
-`edge-rt run` does before it opens the model, so a command line that is plainly right is read here without it; whatever
-``quick_parse`` does not understand (``--help``, a misspelt flag, a value of the wrong type) goes to typer, which says so properly.
-(For the same reason these are no dataclasses: generating the code of one takes about a millisecond.)
+A command is a subclass of Command whose docstring is its help. The same attributes are read by mypy as typed values, by ``parse``, by
+``--help`` and by `tools/generate_cli_doc.py`. This module is imported before every model is opened, so it imports little, and its
+classes are no dataclasses: generating the code of one takes about a millisecond.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from edge_rt.catalog import DEFAULT
 from edge_rt.errors import OptionError
 from edge_rt.types import SamplingParams
 
 T = TypeVar("T")
-C = TypeVar("C", bound="CommandOptions")
+C = TypeVar("C", bound="Command")
 
-CONVERTERS: Mapping[str, Callable[[str], Any]] = {
-    "str": str,
-    "str | None": str,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "float | None": float,
-    "tuple[str, ...]": str,
-}
-"""What an attribute's annotation (a string, by the __future__ import) makes of the text on the command line; bool takes no text."""
-
+WRONG_USAGE = 2
 REQUIRED: Any = object()
 """The default of an argument that must be given."""
 
 
 class Spec(NamedTuple):
-    """An option as the command line sees it. No flags: an argument by position. ``low``/``high``: inclusive limits."""
+    """One option. Without ``flags`` it is an argument by position. ``low``, ``high``: inclusive limits."""
 
     default: Any
     help: str
@@ -48,19 +37,17 @@ class Spec(NamedTuple):
 
     @property
     def long(self) -> str:
-        """The flag as messages name it."""
+        """The flag that messages name; the metavar of an argument."""
         return next((flag for flag in self.flags if flag.startswith("--")), self.metavar)
 
     @property
     def shown_default(self) -> bool:
-        """Whether the default tells a person something."""
+        """False for defaults that mean "not given"."""
         return not any(self.default is nothing for nothing in (None, False, (), "", REQUIRED))
 
 
-def option(
-    default: T, flags: str, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
-) -> T:
-    """An option set by ``flags``, which may end in a metavar ("-n --max-tokens N"); typed as its value, so that mypy checks its use."""
+def option(default: T, flags: str, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> T:
+    """Declare an option by its flags, which may end in a metavar ("-n --max-tokens N"). Typed as the value, so that mypy checks its use."""
     words = flags.split()
     metavar = "" if words[-1].startswith("-") else words.pop()
     spec: Any = Spec(default, help, tuple(words), metavar, low, high, choices)
@@ -68,12 +55,12 @@ def option(
 
 
 def argument(default: Any = REQUIRED, *, help: str, metavar: str) -> Any:
-    """An option set by position; required without a default. The last may be a tuple of all words that are left."""
+    """Declare an argument by position. Without a default it is required; the last one may be a tuple, which takes all remaining words."""
     return Spec(default, help, (), metavar)
 
 
-class CommandOptions:
-    """Base of every command's options. An instance has the values, the class has the Specs."""
+class Command:
+    """Base of commands and of the groups of options they share. The class holds Specs, an instance holds values."""
 
     def __init__(self, **values: Any) -> None:
         for name, (spec, _) in specs(type(self)).items():
@@ -84,9 +71,13 @@ class CommandOptions:
         if values:
             raise TypeError(f"no such option: {', '.join(values)}")
 
+    def run(self) -> int:
+        """Carry the command out and return the exit status."""
+        raise NotImplementedError
 
-def specs(kind: type) -> dict[str, tuple[Spec, str]]:
-    """Name -> (Spec, annotation), as a person should read them: positions, the command's own options, then each group's."""
+
+def specs(kind: type[Command]) -> dict[str, tuple[Spec, str]]:
+    """Attribute name -> (Spec, annotation) in the order of the help: arguments, the command's own options, then those of each group."""
     found: dict[str, tuple[Spec, str]] = {}
     for owner in kind.__mro__[:-1]:
         for name, annotation in owner.__annotations__.items():
@@ -94,12 +85,26 @@ def specs(kind: type) -> dict[str, tuple[Spec, str]]:
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1][0].flags)))
 
 
+def help_text(kind: type[Command]) -> str:
+    """A command's docstring without its indentation."""
+    from inspect import cleandoc
+
+    return cleandoc(kind.__doc__ or "")
+
+
+def usage(name: str, kind: type[Command]) -> str:
+    """The command with its arguments, for example ``edge-rt run [PROMPT] [OPTIONS]``."""
+    found = (spec for spec, _ in specs(kind).values() if not spec.flags)
+    words = (spec.metavar if spec.default is REQUIRED else f"[{spec.metavar}]" for spec in found)
+    return " ".join(["edge-rt", name, *words, "[OPTIONS]"])
+
+
 # ---- groups of options that several commands share -------------------------------------------------------------------
 
 _S = SamplingParams()
 
 
-class ModelOptions(CommandOptions):
+class ModelOptions(Command):
     """Which model, and how it is opened."""
 
     model: str = option(DEFAULT, "-m --model MODEL", "GGUF file, or a name from `edge-rt models`.")
@@ -120,7 +125,7 @@ class ModelOptions(CommandOptions):
     verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took.")
 
 
-class PostOptions(CommandOptions):
+class PostOptions(Command):
     """How text is post-processed."""
 
     post: str | None = option(None, "--post A,B", "Post-processors, in this order, see `edge-rt plugins`; those of the rules if left out.")
@@ -163,7 +168,7 @@ class GenerationOptions(PostOptions):
     ignore_eos: bool = option(False, "--ignore-eos", "Go on when the model would stop.")
 
 
-class JsonOption(CommandOptions):
+class JsonOption(Command):
     """Output for programs."""
 
     json: bool = option(False, "--json", "Write JSON on standard output.")
@@ -172,49 +177,117 @@ class JsonOption(CommandOptions):
 # ---- reading a command line ------------------------------------------------------------------------------------------
 
 
-def quick_parse(kind: type[C], argv: Sequence[str]) -> C | None:
-    """Read ``argv`` into ``kind``, or None if any of it is not plainly right: typer then reads it again and says what is wrong."""
-    options = specs(kind)
-    by_flag = {flag: name for name, (spec, _) in options.items() for flag in spec.flags}
-    positions = [name for name, (spec, _) in options.items() if not spec.flags]
-    values: dict[str, Any] = {}
-    rest, words = list(argv), []
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            words += rest
-            break
-        if not word.startswith("-") or word == "-":
-            words.append(word)
-            continue
-        flag, equals, text = word.partition("=")
-        name = by_flag.get(flag)
-        if name is None or (equals and not flag.startswith("--")):
-            return None
-        annotation = options[name][1]
+def parse(name: str, kind: type[C], words: Sequence[str]) -> C:
+    """The options on the command line ``edge-rt NAME WORDS``. Raises SystemExit: 0 after ``--help``, 2 for wrong usage."""
+    return kind(**_Parser(name, kind).values(words))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """80 columns. (Without a width argparse imports shutil to ask for the terminal's, and that for every option that is added.)"""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=80)
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of one command."""
+
+    def __init__(self, name: str, kind: type[Command]) -> None:
+        super().__init__(
+            f"edge-rt {name}", usage(name, kind), allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_Formatter
+        )
+        self._kind, self._specs = kind, specs(kind)
+        self._flags: dict[str, str] = {"-h": "", "--help": ""}  # flag -> the long flag of an option that takes a value, "" for a switch
+        for key, (spec, annotation) in self._specs.items():
+            self._add(key, spec, annotation)
+            self._flags.update(dict.fromkeys(spec.flags, "" if annotation == "bool" else spec.long))
+
+    def _add(self, key: str, spec: Spec, annotation: str) -> None:
+        shown = spec.help.replace("%", "%%") + (f" [default: {spec.default}]" if spec.shown_default else "")
+        kind = next((kind for kind in (int, float) if annotation.startswith(kind.__name__)), str)
+        many = annotation.startswith("tuple")
         if annotation == "bool":
-            if equals:
-                return None
-            values[name] = True
-            continue
-        if not equals and not rest:
-            return None
-        try:
-            value = CONVERTERS[annotation](text if equals else rest.pop(0))
-        except ValueError:
-            return None
-        values[name] = (*values.get(name, ()), value) if annotation == "tuple[str, ...]" else value
-    given: dict[str, Any] = dict(zip(positions, words, strict=False))
-    if positions and options[positions[-1]][1] == "tuple[str, ...]":
-        given[positions[-1]] = tuple(words[len(positions) - 1 :])
-    elif len(words) > len(positions):
-        return None
-    if any(options[name][0].default is REQUIRED for name in positions[len(words) :]):
-        return None
-    return kind(**values, **given)
+            self.add_argument(*spec.flags, dest=key, action="store_true", help=shown)
+        elif spec.flags:
+            self.add_argument(*spec.flags, dest=key, action="append" if many else "store", type=kind, metavar=spec.metavar, help=shown)
+        else:
+            nargs: Any = "*" if many else None if spec.default is REQUIRED else "?"
+            self.add_argument(key, nargs=nargs, type=kind, metavar=spec.metavar, help=shown)
+
+    def values(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values that were given, by attribute."""
+        options, arguments = self._split(words)
+        found = vars(self.parse_args([*options, *(["--", *arguments] if arguments else [])]))
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+    def _split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Options, with each value joined to its flag as ``--flag=value``, and arguments.
+
+        argparse alone takes a value that begins with a dash (``--stop --``) for an option, and cannot collect arguments that stand
+        between options.
+        """
+        options: list[str] = []
+        arguments: list[str] = []
+        rest = iter(words)
+        for word in rest:
+            if word == "--":
+                arguments += rest
+            elif word == "-" or not word.startswith("-"):
+                arguments.append(word)
+            else:
+                options += self._option(word, rest)
+        return options, arguments
+
+    def _option(self, word: str, rest: Iterator[str]) -> Iterator[str]:
+        """One word that begins with a dash, as argparse reads it without doubt; the value of its option is taken from ``rest``."""
+        while word not in self._flags and self._flags.get(word[:2]) == "":  # -vn5 is -v -n5
+            yield word[:2]
+            word = f"-{word[2:]}"
+        if long := self._flags.get(word):
+            text = next(rest, None)
+            yield word if text is None else f"{long}={text}"
+        elif long := self._flags.get(word[:2]):
+            yield f"{long}={word[2:]}"
+        elif (flag := word.partition("=")[0]) in self._flags:
+            yield word
+        else:
+            self.error(f"no such option: {flag}{similar(flag, self._flags)}")
+
+    def format_help(self) -> str:
+        """The help; paragraphs of the description are filled, but for those with indented lines, such as examples."""
+        from textwrap import fill
+
+        self.description = "\n\n".join(text if "\n  " in text else fill(text, 80) for text in help_text(self._kind).split("\n\n"))
+        return super().format_help()
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to standard output."""
+        from edge_rt.cli.output import write
+
+        write(self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the line. Raises SystemExit."""
+        wrong_usage(self.usage or "", self.prog, message)
 
 
-def check(options: CommandOptions) -> None:
+def similar(word: str, known: Iterable[str]) -> str:
+    """A hint at what may be meant by a misspelt word, to be put behind a message; empty where nothing is like it."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word, known)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def wrong_usage(usage: str, command: str, message: str) -> NoReturn:
+    """Say on standard error what is wrong with a command line. Raises SystemExit."""
+    from edge_rt.cli.output import say
+
+    say(f"Usage: {usage}\nTry '{command} --help' for help.\n\nError: {message}")
+    raise SystemExit(WRONG_USAGE)
+
+
+def check(options: Command) -> None:
     """Raise OptionError for the first value outside its option's limits."""
     for name, (spec, _) in specs(type(options)).items():
         value = getattr(options, name)
