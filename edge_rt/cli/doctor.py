@@ -1,4 +1,4 @@
-"""`edge-rt doctor` and `edge-rt plugins`: what edge-rt found on this machine, what became of it, and reports of bugs."""
+"""`edge-rt doctor` and `edge-rt plugins`: what edge-rt found on this machine and whether it works; and reports of bugs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import table, write, write_json
 from edge_rt.config import cache_dir
 from edge_rt.errors import EdgeError
-from edge_rt.profile_check import FIGURES
 from edge_rt.sizes import shown
 
 if TYPE_CHECKING:
     from edge_rt.device_profile import Profile
     from edge_rt.guarded import PluginDevice
     from edge_rt.registry import Registry
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_HEALTH_INTERVAL = 0.02
+"""Seconds between two readings of a device: some of its meters are counters, whose difference is the power."""
+_GIGA = 1e9
+_BY_NAME = {
+    "embedders": ("embedder", "Embedders for --embedder"),
+    "post_processors": ("post-processor", "Post-processors for --post"),
+}
+"""Key in the JSON output of `edge-rt plugins` -> kind, title: what a request or a model is given by name."""
 
 
 class DoctorCommand(JsonOption):
@@ -48,18 +57,47 @@ class DoctorCommand(JsonOption):
         return 1 if found["problems"] else 0
 
 
-def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
-    """Everything the command shows; ``problems`` are what keeps every model from running, or the rules from being used. Sizes in bytes.
+class PluginsCommand(JsonOption):
+    """List plugins and what they offer.
 
-    ``probe``: measure how fast devices are.
+    One that does not work is listed with the reason.
+
+    Examples:
+      edge-rt plugins
+      edge-rt plugins --json
     """
-    from edge_rt.cli.plugins import facts as plugin_facts
-    from edge_rt.cli.plugins import silence_warnings
-    from edge_rt.cli.report import versions
-    from edge_rt.cli.rules import facts as rule_facts
+
+    def run(self) -> int:
+        from edge_rt.registry import Registry
+
+        _silence_plugin_warnings()
+        found = plugin_facts(Registry.load())
+        if self.json:
+            write_json(found, indent=2)
+            return 0
+        rows = [("PLUGIN", "FROM", "STATE", "OFFERS")]
+        for plugin in found["plugins"]:
+            source = f"{plugin['distribution']} {plugin['version']}".strip()
+            rows.append((plugin["name"], source, plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])))
+        write(table(rows))
+        for key, (_, title) in _BY_NAME.items():
+            if found[key]:
+                write(f"\n{title}:\n" + table([(one["name"], one["description"]) for one in found[key]], "  "))
+        return 0
+
+
+# ---- what is here ----------------------------------------------------------------------------------------------------
+
+
+def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
+    """What `edge-rt doctor` shows. Sizes in bytes. ``probe``: measure the speed of devices.
+
+    ``problems``: what keeps every model from running, or the rules from being used.
+    """
+    from edge_rt.cli.post import rule_facts
     from edge_rt.registry import Registry
 
-    silence_warnings()
+    _silence_plugin_warnings()
     registry = Registry.load()
     found: dict[str, Any] = {
         "versions": versions(),
@@ -71,8 +109,7 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
         "cache": _cache(),
         "rules": rule_facts(rules, registry) if rules is not None else None,
     }
-    usable = [device["name"] for device in found["devices"] if device["usable"]]
-    problems = [] if usable else ["no device can be used"]
+    problems = [] if any(device["usable"] for device in found["devices"]) else ["no device can be used"]
     if not registry.engines():
         problems.append("no engine is installed")
     if not found["library"]["file"]:
@@ -80,6 +117,22 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
     if found["rules"] and not found["rules"]["ok"]:
         problems.append(f"the rules cannot be used: {found['rules']['message']}")
     return {**found, "problems": problems}
+
+
+def versions() -> dict[str, str]:
+    """Versions by name. Loads no native library."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from edge_rt import __version__
+
+    found = {"edge-rt": __version__, "Python": platform.python_version(), "platform": platform.platform()}
+    for package in ("llama-cpp-python", "gguf", "numpy", "pluggy", "typer"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def _library() -> dict[str, Any]:
@@ -103,18 +156,11 @@ def _processors() -> dict[str, Any]:
 
     from edge_rt.config import available_cpus
 
-    return {"machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": _load()}
-
-
-def _load() -> float | None:
-    """Processes that ran or waited, over the last minute; None where the system cannot say."""
     try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
-
-
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # a system that does not say
+        load = None
+    return {"machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": load}
 
 
 def _memory() -> dict[str, Any]:
@@ -147,16 +193,12 @@ def _lockable() -> int | None:
 
 def _cache() -> dict[str, Any]:
     from edge_rt import catalog
-    from edge_rt.config import cache_dir, models_dir, packed_dir
+    from edge_rt.config import models_dir, packed_dir
 
     folder = cache_dir()
-    return {
-        "folder": str(folder),
-        "writable": _writable(folder),
-        "models": _bytes(models_dir()),
-        "packed": _bytes(packed_dir()),
-        "installed": [model.name for model in catalog.installed()],
-    }
+    models, packed = (sum(path.stat().st_size for path in kind.rglob("*") if path.is_file()) for kind in (models_dir(), packed_dir()))
+    installed = [model.name for model in catalog.installed()]
+    return {"folder": str(folder), "writable": _writable(folder), "models": models, "packed": packed, "installed": installed}
 
 
 def _writable(folder: Path) -> bool:
@@ -170,8 +212,80 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+def plugin_facts(registry: Registry) -> dict[str, Any]:
+    """Plugins with their states and offers. Asks each for its offers, since that is where it may fail."""
+    kinds: dict[str, Mapping[str, Any]] = {
+        "device": registry.devices(),
+        "engine": registry.engines(),
+        "context policy": registry.context_policies(),
+        "grader": registry.graders(),
+        "embedder": registry.embedders(),
+        "post-processor": registry.post_processors(),
+    }
+    offers = [(item.plugin, f"{kind} {name}") for kind, items in kinds.items() for name, item in items.items()]
+    plugins = [{**one._asdict(), "offers": [offer for plugin, offer in offers if plugin == one.name]} for one in registry.plugins]
+    by_name = {
+        key: [{"name": name, "description": item.description} for name, item in kinds[kind].items()] for key, (kind, _) in _BY_NAME.items()
+    }
+    return {"plugins": plugins, **by_name}
+
+
+def _silence_plugin_warnings() -> None:
+    """The registry logs broken plugins; these commands list them instead."""
+    import logging
+
+    logging.getLogger("edge_rt.plugins").setLevel(logging.ERROR)
+
+
+def devices(registry: Registry, probe: bool) -> list[dict[str, Any]]:
+    """Each device as JSON. ``health``: None if it does not say. ``profile``: None if it does not say, or was not asked (``probe``).
+
+    The reasons for not saying are in ``profile_error`` and ``health_error``.
+    """
+    from edge_rt.hooks import HasProfile, Refusal
+
+    found = []
+    for name, device in registry.devices().items():
+        answer = registry.probe(name)
+        usable = not isinstance(answer, Refusal)
+        one = {"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()}
+        if usable:
+            one |= _health(device) | {"has_profile": isinstance(device.device, HasProfile), "profile": None, "profile_error": None}
+            if probe:
+                one |= _profile(device)
+        found.append(one)
+    return found
+
+
+def _health(device: PluginDevice) -> dict[str, Any]:
+    try:
+        if (health := device.health()) is not None:
+            time.sleep(_HEALTH_INTERVAL)
+            health = device.health()
+    except EdgeError as error:
+        return {"health": None, "health_error": str(error)}
+    return {"health": health._asdict() if health is not None else None, "health_error": None}
+
+
+def _profile(device: PluginDevice) -> dict[str, Any]:
+    try:
+        profile = device.profile()
+    except EdgeError as error:
+        return {"profile": None, "profile_error": str(error)}
+    return {"profile": _as_json(profile) if profile is not None else None, "profile_error": None}
+
+
+def _as_json(profile: Profile) -> dict[str, Any]:
+    """With a basis for each field, and threads as text: JSON has no other keys."""
+    from edge_rt.profile_check import FIGURES
+
+    return {
+        **profile._asdict(),
+        "cores": [{**cores._asdict(), "caches": [cache._asdict() for cache in cores.caches]} for cores in profile.cores],
+        "bandwidth": {str(threads): rate for threads, rate in profile.bandwidth.items()},
+        "operations": dict(profile.operations),
+        "basis": {field: profile.basis.get(field, "unknown") for field in FIGURES},
+    }
 
 
 # ---- as text ---------------------------------------------------------------------------------------------------------
@@ -220,65 +334,6 @@ def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
     return [*rows, *(("names", file) for file in rules["files"])]
 
 
-# ---- devices -----------------------------------------------------------------------------------------------------------
-
-
-_APART = 0.02
-"""Seconds between two looks at a device: some of its meters are counters, which tell the power by their change."""
-_GIGA = 1e9
-
-
-def devices(registry: Registry, probe: bool) -> list[dict[str, Any]]:
-    """Each device as JSON. ``health``: None if it does not say. ``profile``: None if it does not say, or was not asked (``probe``); why it
-    could not say is in ``profile_error``, ``health_error``."""
-    from edge_rt.hooks import HasProfile, Refusal
-
-    found = []
-    for name, device in registry.devices().items():
-        answer = registry.probe(name)
-        usable = not isinstance(answer, Refusal)
-        one = {"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()}
-        if usable:
-            one |= _health(device) | {"has_profile": isinstance(device.device, HasProfile), "profile": None, "profile_error": None}
-            if probe:
-                one |= _profile(device)
-        found.append(one)
-    return found
-
-
-def _health(device: PluginDevice) -> dict[str, Any]:
-    try:
-        if device.health() is None:
-            return {"health": None, "health_error": None}
-        time.sleep(_APART)
-        health = device.health()
-    except EdgeError as error:
-        return {"health": None, "health_error": str(error)}
-    return {"health": health._asdict() if health is not None else None, "health_error": None}
-
-
-def _profile(device: PluginDevice) -> dict[str, Any]:
-    try:
-        profile = device.profile()
-    except EdgeError as error:
-        return {"profile": None, "profile_error": str(error)}
-    return {"profile": _as_json(profile) if profile is not None else None, "profile_error": None}
-
-
-def _as_json(profile: Profile) -> dict[str, Any]:
-    """With a basis for each field, and threads as text: JSON has no other keys."""
-    return {
-        **profile._asdict(),
-        "cores": [{**cores._asdict(), "caches": [cache._asdict() for cache in cores.caches]} for cores in profile.cores],
-        "bandwidth": {str(threads): rate for threads, rate in profile.bandwidth.items()},
-        "operations": dict(profile.operations),
-        "basis": {field: profile.basis.get(field, "unknown") for field in FIGURES},
-    }
-
-
-# ---- as text ---------------------------------------------------------------------------------------------------------
-
-
 def device_rows(device: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The lines of a device: its name and a text."""
     if not device["usable"]:
@@ -297,72 +352,58 @@ def _health_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif health is None:
         yield "now", "it does not say"
     else:
-        yield "now", ", ".join(_now(health)) or "its sensors say nothing"
+        now = [f"{health['temperature']:.1f} degrees Celsius"] if health["temperature"] is not None else []
+        now += [f"{health['power']:.1f} W"] if health["power"] is not None else []
+        if health["clock"] is not None:
+            highest = f" of {health['most'] / _GIGA:.2f}" if health["most"] is not None else ""
+            now.append(f"{health['clock'] / _GIGA:.2f}{highest} GHz")
+        yield "now", ", ".join(now) or "its sensors say nothing"
         if health["throttled"]:
             yield "slowed down", "; ".join(health["throttled"])
 
 
-def _now(health: Mapping[str, Any]) -> Iterator[str]:
-    if health["temperature"] is not None:
-        yield f"{health['temperature']:.1f} degrees Celsius"
-    if health["power"] is not None:
-        yield f"{health['power']:.1f} W"
-    if health["clock"] is not None:
-        most = f" of {health['most'] / _GIGA:.2f}" if health["most"] is not None else ""
-        yield f"{health['clock'] / _GIGA:.2f}{most} GHz"
-
-
 def _profile_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from edge_rt.profile_check import FIGURES
+
     profile = device["profile"]
     if device["profile_error"]:
         yield "profile", device["profile_error"]
     elif profile is None:
         yield "profile", "edge-rt doctor --probe measures it" if device["has_profile"] else "it does not say"
     else:
-        told = [(field, text) for field in FIGURES for text in _shown(field, profile[field])]
-        yield from ((field.replace("_", " "), f"{text} ({profile['basis'][field]})") for field, text in told)
-        # The processor's memory is the host's: there is no link to tell of.
-        unknown = [field for field in FIGURES if field not in dict(told) and not (field == "link" and profile["kind"] == "cpu")]
+        unknown = []
+        for field in FIGURES:
+            if lines := _figure(field, profile[field]):
+                yield from ((field.replace("_", " "), f"{text} ({profile['basis'][field]})") for text in lines)
+            elif not (field == "link" and profile["kind"] == "cpu"):  # the processor's memory is the host's: it has no link
+                unknown.append(field.replace("_", " "))
         if unknown:
-            yield "unknown", ", ".join(field.replace("_", " ") for field in unknown)
+            yield "unknown", ", ".join(unknown)
 
 
-def _shown(field: str, value: Any) -> Iterator[str]:
-    """A figure for people, a line each; none for one that is not known."""
+def _figure(field: str, value: Any) -> list[str]:
+    """The lines for a figure of a profile; none if it is not known."""
     if not value:
-        return
+        return []
     if field == "cores":
-        yield from map(_cores, value)
-    elif field == "bandwidth":
-        yield ", ".join(f"{_rate(rate)} by {threads} {'thread' if threads == '1' else 'threads'}" for threads, rate in value.items())
-    elif field == "operations":
-        yield ", ".join(f"{kind} {rate / _GIGA:.4g} Gop/s" for kind, rate in value.items())
-    elif field == "memory":
-        yield shown(value)
-    elif field in ("storage", "link"):
-        yield _rate(value)
-    else:
-        yield f"{value:g} {'degrees Celsius' if field == 'hottest' else 'W'}"
-
-
-def _rate(value: float) -> str:
-    return f"{shown(value)}/s"
+        return [_cores(cores) for cores in value]
+    if field == "bandwidth":
+        return [", ".join(f"{shown(rate)}/s by {threads} {'thread' if threads == '1' else 'threads'}" for threads, rate in value.items())]
+    if field == "operations":
+        return [", ".join(f"{kind} {rate / _GIGA:.4g} Gop/s" for kind, rate in value.items())]
+    if field == "memory":
+        return [shown(value)]
+    return [f"{shown(value)}/s" if field in ("storage", "link") else f"{value:g} {'degrees Celsius' if field == 'hottest' else 'W'}"]
 
 
 def _cores(cores: Mapping[str, Any]) -> str:
-    clock = f" at {cores['clock'] / _GIGA:.2f} GHz" if cores["clock"] is not None else ""
-    caches = ", ".join(f"L{cache['level']} {_binary(cache['size'])}{_shared(cache)}" for cache in cores["caches"])
-    cpus = f", CPUs {_ranges(cores['cpus'])}" if cores["cpus"] else ""
-    return f"{cores['number']} x {cores['name']}{clock}{cpus}" + (f", {caches}" if caches else "")
-
-
-def _shared(cache: Mapping[str, Any]) -> str:
-    return f" for {cache['shared_by']}" if cache["shared_by"] > 1 else ""
-
-
-def _binary(count: int) -> str:
-    """Bytes of a cache, as makers of processors write them: 32 KiB."""
-    return f"{count / (1 << 20):g} MiB" if count >= 1 << 20 else f"{count / (1 << 10):g} KiB"
+    text = f"{cores['number']} x {cores['name']}" + (f" at {cores['clock'] / _GIGA:.2f} GHz" if cores["clock"] is not None else "")
+    text += f", CPUs {_ranges(cores['cpus'])}" if cores["cpus"] else ""
+    for cache in cores["caches"]:
+        size = cache["size"]  # in binary units, as makers of processors write it
+        text += f", L{cache['level']} " + (f"{size / (1 << 20):g} MiB" if size >= 1 << 20 else f"{size / (1 << 10):g} KiB")
+        text += f" for {cache['shared_by']}" if cache["shared_by"] > 1 else ""
+    return text
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -376,80 +417,18 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-# ---- edge-rt plugins ---------------------------------------------------------------------------------------------------
-
-
-_BY_NAME = {
-    "embedders": ("embedder", "Embedders for --embedder"),
-    "post_processors": ("post-processor", "Post-processors for --post"),
-}
-"""Key in the JSON output -> kind, title: what a request or a model is given by name."""
-
-
-class PluginsCommand(JsonOption):
-    """List plugins and what they offer.
-
-    One that does not work is listed with the reason.
-
-    Examples:
-      edge-rt plugins
-      edge-rt plugins --json
-    """
-
-    def run(self) -> int:
-        from edge_rt.registry import Registry
-
-        silence_warnings()
-        found = plugin_facts(Registry.load())
-        if self.json:
-            write_json(found, indent=2)
-            return 0
-        rows = [("PLUGIN", "FROM", "STATE", "OFFERS")]
-        for plugin in found["plugins"]:
-            source = f"{plugin['distribution']} {plugin['version']}".strip()
-            rows.append((plugin["name"], source, plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])))
-        write(table(rows))
-        for key, (_, title) in _BY_NAME.items():
-            if found[key]:
-                write(f"\n{title}:\n" + table([(one["name"], one["description"]) for one in found[key]], "  "))
-        return 0
-
-
-def silence_warnings() -> None:
-    """What the registry would log of broken plugins, this command shows."""
-    import logging
-
-    logging.getLogger("edge_rt.plugins").setLevel(logging.ERROR)
-
-
-def plugin_facts(registry: Registry) -> dict[str, Any]:
-    """Plugins with their states and offers. Asks each for its offers, since that is where it may fail."""
-    kinds: dict[str, Mapping[str, Any]] = {
-        "device": registry.devices(),
-        "engine": registry.engines(),
-        "context policy": registry.context_policies(),
-        "grader": registry.graders(),
-        "embedder": registry.embedders(),
-        "post-processor": registry.post_processors(),
-    }
-    plugins = [{**status._asdict(), "offers": list(_offers(status.name, kinds))} for status in registry.plugins]
-    return {"plugins": plugins, **{key: _described(kinds[kind]) for key, (kind, _) in _BY_NAME.items()}}
-
-
-def _described(items: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"name": name, "description": item.description} for name, item in items.items()]
-
-
-def _offers(plugin: str, kinds: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    return (f"{kind} {name}" for kind, items in kinds.items() for name, item in items.items() if item.plugin == plugin)
-
-
-# ---- reports of bugs ---------------------------------------------------------------------------------------------------
+# ---- reports of bugs -------------------------------------------------------------------------------------------------
 
 
 def write_report(error: BaseException, command: str) -> str:
-    """Write a report file and return the sentence that says where it is (or carries the report, where no file can be written)."""
-    text = _text(error, command)
+    """Write a file with what a developer needs, and nothing that the user typed. Returns the sentence that says where it is.
+
+    Where no file can be written, the sentence carries the report.
+    """
+    import traceback
+
+    lines = {**versions(), "command": command or "(none of edge-rt's own)"}
+    text = "".join(f"{name}: {value}\n" for name, value in lines.items()) + "\n" + "".join(traceback.format_exception(error))
     name = f"edge-rt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     problems = []
     for folder in (cache_dir() / "reports", Path(tempfile.gettempdir())):
@@ -461,25 +440,3 @@ def write_report(error: BaseException, command: str) -> str:
         else:
             return f"This is a bug in edge-rt or in a library it uses. A report is in {folder / name}"
     return f"This is a bug in edge-rt or in a library it uses. No report could be written ({'; '.join(problems)}):\n{text}"
-
-
-def _text(error: BaseException, command: str) -> str:
-    facts = {**versions(), "command": command or "(none of edge-rt's own)"}
-    head = "".join(f"{name}: {value}\n" for name, value in facts.items())
-    return f"{head}\n{''.join(traceback.format_exception(error))}"
-
-
-def versions() -> dict[str, str]:
-    """What runs here, by name. Loads no native library."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from edge_rt import __version__
-
-    found = {"edge-rt": __version__, "Python": platform.python_version(), "platform": platform.platform()}
-    for package in ("llama-cpp-python", "gguf", "numpy", "pluggy", "typer"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

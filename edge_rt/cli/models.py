@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from edge_rt.core.load.header import Header, TensorInfo
     from edge_rt.core.load.model_file import ModelFile
 
+_MADE_FOR = "edge_rt.compensation.model"
+_FACTS = ("name", "type", "size_label", "quantization_version", "file_type", "license")
+_SIZES = {
+    "context_length": "context", "embedding_length": "width", "block_count": "blocks", "feed_forward_length": "feed-forward",
+    "attention.head_count": "heads", "attention.head_count_kv": "KV heads", "expert_count": "experts",
+    "expert_used_count": "experts used", "rope.freq_base": "rope base",
+}  # fmt: skip
+"""Key of the header behind the architecture's name -> name in the output."""
+
 
 class ModelsCommand(JsonOption):
     """List models by name.
@@ -37,9 +46,7 @@ class ModelsCommand(JsonOption):
             write_json({"installed": installed, "available": available}, indent=2)
             return 0
         rows = [(model.name, shown(model.size), str(model.path)) for model in here]
-        rows += [
-            (known.name, shown(known.size), f"not here; edge-rt pull {known.name}  ({known.summary}, {known.licence})") for known in absent
-        ]
+        rows += [(one.name, shown(one.size), f"not here; edge-rt pull {one.name}  ({one.summary}, {one.licence})") for one in absent]
         write(table(rows))
         return 0
 
@@ -80,24 +87,6 @@ class PullCommand(Command):
         return 0
 
 
-# ---- edge-rt inspect ---------------------------------------------------------------------------------------------------
-
-
-_MADE_FOR = "edge_rt.compensation.model"
-_FACTS = ("name", "type", "size_label", "quantization_version", "file_type", "license")
-_SIZES = (
-    ("context_length", "context"),
-    ("embedding_length", "width"),
-    ("block_count", "blocks"),
-    ("feed_forward_length", "feed-forward"),
-    ("attention.head_count", "heads"),
-    ("attention.head_count_kv", "KV heads"),
-    ("expert_count", "experts"),
-    ("expert_used_count", "experts used"),
-    ("rope.freq_base", "rope base"),
-)
-
-
 class InspectCommand(JsonOption):
     """Show what a model file holds.
 
@@ -119,7 +108,7 @@ class InspectCommand(JsonOption):
         from edge_rt.core.load.model_file import ModelFile
 
         with ModelFile.open(resolve(self.file)) as model:
-            found = facts(model, tensors=self.tensors)
+            found = model_facts(model, tensors=self.tensors)
         if self.json:
             write_json(found, indent=2)
         else:
@@ -127,33 +116,37 @@ class InspectCommand(JsonOption):
         return 0
 
 
-def facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
-    """Everything the command shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
+# ---- what a model file holds -----------------------------------------------------------------------------------------
+
+
+def model_facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
+    """What `edge-rt inspect` shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
     from edge_rt.core.load.adapter import is_adapter
     from edge_rt.core.load.compensation import find, is_compensation
 
-    header = model.header
+    header, path = model.header, Path(model.path)
+    sizes = {name: header.get(f"{header.architecture}.{key}") for key, name in _SIZES.items() if f"{header.architecture}.{key}" in header}
     found: dict[str, Any] = {
-        "path": str(Path(model.path).absolute()),
+        "path": str(path.absolute()),
         "bytes": header.file_size,
         "gguf_version": header.version,
         "alignment": header.alignment,
         "architecture": header.architecture,
-        "parameters": sum(_elements(tensor) for tensor in header.tensors.values()),
+        "parameters": sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         "metadata": {key: header.get(f"general.{key}") for key in _FACTS if f"general.{key}" in header},
-        "sizes": {name: header.get(f"{header.architecture}.{key}") for key, name in _SIZES if f"{header.architecture}.{key}" in header},
+        "sizes": sizes,
         "vocabulary": header.count("tokenizer.ggml.tokens"),
         "tokenizer": header.get("tokenizer.ggml.model"),
         "chat_template": "tokenizer.chat_template" in header,
         "types": _types(header.tensors.values()),
         "units": _units(model),
-        "packed": _packed(Path(model.path)),
+        "packed": _packed(path),
     }
     if is_adapter(header):
         found["adapter"] = _adapter(header)
     elif is_compensation(header):
         found["corrects"] = {"weights": len({name.rpartition(".")[0] for name in header.tensors}), "model": header.get(_MADE_FOR)}
-    elif (side := find(Path(model.path))) is not None:
+    elif (side := find(path)) is not None:
         found["compensation"] = _compensation(side, model)
     if tensors:
         found["tensors"] = [
@@ -182,19 +175,13 @@ def _compensation(side: Path, model: ModelFile) -> dict[str, Any]:
         return {**found.facts(), "problem": None}
 
 
-def _elements(tensor: TensorInfo) -> int:
-    import math
-
-    return math.prod(tensor.shape)
-
-
 def _types(tensors: Any) -> list[dict[str, Any]]:
     """Tensor types by bytes, largest first."""
     found: dict[str, dict[str, Any]] = {}
     for tensor in tensors:
         entry = found.setdefault(tensor.type_name, {"type": tensor.type_name, "tensors": 0, "parameters": 0, "bytes": 0})
         entry["tensors"] += 1
-        entry["parameters"] += _elements(tensor)
+        entry["parameters"] += math.prod(tensor.shape)
         entry["bytes"] += tensor.nbytes
     return sorted(found.values(), key=lambda entry: -int(entry["bytes"]))
 
@@ -264,6 +251,9 @@ def _page_runs(base: int, tensors: list[TensorInfo]) -> list[tuple[int, int]]:
         else:
             runs.append((start, length))
     return runs
+
+
+# ---- as text -----------------------------------------------------------------------------------------------------------
 
 
 def _text(found: dict[str, Any]) -> str:
