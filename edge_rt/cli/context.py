@@ -18,29 +18,40 @@ if TYPE_CHECKING:
     from edge_rt.core.context.history import Segment
     from edge_rt.hooks import Grade
 
-HELP = """Show a conversation's segments, their grades and what makes them.
-
-Grades say which segments a full context can best do without; protected ones must stay.
-FILE holds messages, as a JSON list or one a line, or a request {"messages": [...], "tools": [...]}, or else plain text.
-
-\b
-Examples:
-  edge-rt context explain talk.json
-  edge-rt context explain letter.txt --weights mine.ini
-  edge-rt context explain talk.json --json | jq -r 'select(.score < 0.1) | .text'
-"""
-
 _SHOWN = 100  # characters of a segment
 
 
-class Options(JsonOption):
-    """The command's options."""
+class ContextCommand(JsonOption):
+    """Show a conversation's segments, their grades and what makes them.
+
+    Grades say which segments a full context can best do without; protected ones must stay.
+    FILE holds messages, as a JSON list or one a line, or a request {"messages": [...], "tools": [...]}, or else plain text.
+
+    Examples:
+      edge-rt context explain talk.json
+      edge-rt context explain letter.txt --weights mine.ini
+      edge-rt context explain talk.json --json | jq -r 'select(.score < 0.1) | .text'
+    """
 
     action: str = argument(metavar="explain", help="What to do: explain.")
     file: str = argument(metavar="FILE", help="The conversation; - for standard input.")
     grader: str = option("content", "--grader NAME", "Grader, as `edge-rt plugins` names it.")
     weights: str | None = option(None, "--weights FILE", "Weights for the grader instead of its own.")
     json: bool = option(False, "--json", "Write one JSON object a segment.")
+
+    def run(self) -> int:
+        if self.action != "explain":
+            raise OptionError(f"edge-rt context has no action {self.action!r}; write edge-rt context explain FILE")
+        from edge_rt.plugin_host.registry import Registry
+
+        messages, tools = parse(read_text(self.file, "the conversation"))
+        grade = Registry.load().grader(self.grader).start(None if self.weights is None else Path(self.weights))
+        for entry in explained(messages, tools, grade):
+            if self.json:
+                write_json(_record(entry))
+            else:
+                write(_text(entry))
+        return 0
 
 
 class Explained(NamedTuple):
@@ -49,22 +60,6 @@ class Explained(NamedTuple):
     segment: Segment
     grade: Grade
     protected: tuple[Protection, ...]
-
-
-def run(options: Options) -> int:
-    """Grade and print."""
-    if options.action != "explain":
-        raise OptionError(f"edge-rt context has no action {options.action!r}; write edge-rt context explain FILE")
-    from edge_rt.plugin_host.registry import Registry
-
-    messages, tools = parse(read_text(options.file, "the conversation"))
-    grade = Registry.load().grader(options.grader).start(None if options.weights is None else Path(options.weights))
-    for entry in explained(messages, tools, grade):
-        if options.json:
-            write_json(_record(entry))
-        else:
-            write(_text(entry))
-    return 0
 
 
 def explained(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], grade: Callable[[Segment], Grade]) -> Iterator[Explained]:

@@ -1,61 +1,103 @@
-"""`edge-rt doctor`: what edge-rt found on this machine, and what stands in its way."""
+"""`edge-rt doctor` and `edge-rt plugins`: what edge-rt found on this machine and whether it works; and reports of bugs."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_rt.cli.doctor_devices import device_rows, devices
 from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import table, write, write_json
+from edge_rt.config import cache_dir
+from edge_rt.errors import EdgeError
 from edge_rt.model_hub import format_size
 
-HELP = """Show what edge-rt found on this machine.
+if TYPE_CHECKING:
+    from edge_rt.hardware.profile import Profile
+    from edge_rt.plugin_host.guard import PluginDevice
+    from edge_rt.plugin_host.registry import Registry
 
-Versions, the native library, processors, memory, devices, plugins, cache.
-Every device says how it is now, and what its figures rest on: measured on this device, simulated, or projected from data sheets.
-The exit status is 1 if no model can run here.
-
-\b
-Examples:
-  edge-rt doctor
-  edge-rt doctor --probe
-  edge-rt doctor --json > report.json
-  edge-rt doctor --rules rules.toml
-"""
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_HEALTH_INTERVAL = 0.02
+"""Seconds between two readings of a device: some of its meters are counters, whose difference is the power."""
+_GIGA = 1e9
+_BY_NAME = {
+    "embedders": ("embedder", "Embedders for --embedder"),
+    "post_processors": ("post-processor", "Post-processors for --post"),
+}
+"""Key in the JSON output of `edge-rt plugins` -> kind, title: what a request or a model is given by name."""
 
 
-class Options(JsonOption):
-    """The command's options."""
+class DoctorCommand(JsonOption):
+    """Show what edge-rt found on this machine.
+
+    Versions, the native library, processors, memory, devices, plugins, cache.
+    Every device says how it is now, and what its figures rest on: measured on this device, simulated, or projected from data sheets.
+    The exit status is 1 if no model can run here.
+
+    Examples:
+      edge-rt doctor
+      edge-rt doctor --probe
+      edge-rt doctor --json > report.json
+      edge-rt doctor --rules rules.toml
+    """
 
     probe: bool = option(False, "--probe", "Measure how fast each device is: takes all of it for half a second.")
     rules: str | None = option(None, "--rules FILE", "Look at these rules for post-processors too.")
 
+    def run(self) -> int:
+        found = facts(self.rules, self.probe)
+        if self.json:
+            write_json(found, indent=2)
+        else:
+            write(_text(found))
+        return 1 if found["problems"] else 0
 
-def run(options: Options) -> int:
-    """Look and print."""
-    found = facts(options.rules, options.probe)
-    if options.json:
-        write_json(found, indent=2)
-    else:
-        write(_text(found))
-    return 1 if found["problems"] else 0
+
+class PluginsCommand(JsonOption):
+    """List plugins and what they offer.
+
+    One that does not work is listed with the reason.
+
+    Examples:
+      edge-rt plugins
+      edge-rt plugins --json
+    """
+
+    def run(self) -> int:
+        from edge_rt.plugin_host.registry import Registry
+
+        _silence_plugin_warnings()
+        found = plugin_facts(Registry.load())
+        if self.json:
+            write_json(found, indent=2)
+            return 0
+        rows = [("PLUGIN", "FROM", "STATE", "OFFERS")]
+        for plugin in found["plugins"]:
+            source = f"{plugin['distribution']} {plugin['version']}".strip()
+            rows.append((plugin["name"], source, plugin["state"], plugin["reason"] or ", ".join(plugin["offers"])))
+        write(table(rows))
+        for key, (_, title) in _BY_NAME.items():
+            if found[key]:
+                write(f"\n{title}:\n" + table([(one["name"], one["description"]) for one in found[key]], "  "))
+        return 0
+
+
+# ---- what is here ----------------------------------------------------------------------------------------------------
 
 
 def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
-    """Everything the command shows; ``problems`` are what keeps every model from running, or the rules from being used. Sizes in bytes.
+    """What `edge-rt doctor` shows. Sizes in bytes. ``probe``: measure the speed of devices.
 
-    ``probe``: measure how fast devices are.
+    ``problems``: what keeps every model from running, or the rules from being used.
     """
-    from edge_rt.cli.plugins import facts as plugin_facts
-    from edge_rt.cli.plugins import silence_warnings
-    from edge_rt.cli.report import versions
-    from edge_rt.cli.rules import facts as rule_facts
+    from edge_rt.cli.post import rule_facts
     from edge_rt.plugin_host.registry import Registry
 
-    silence_warnings()
+    _silence_plugin_warnings()
     registry = Registry.load()
     found: dict[str, Any] = {
         "versions": versions(),
@@ -67,8 +109,7 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
         "cache": _cache(),
         "rules": rule_facts(rules, registry) if rules is not None else None,
     }
-    usable = [device["name"] for device in found["devices"] if device["usable"]]
-    problems = [] if usable else ["no device can be used"]
+    problems = [] if any(device["usable"] for device in found["devices"]) else ["no device can be used"]
     if not registry.engines():
         problems.append("no engine is installed")
     if not found["library"]["file"]:
@@ -76,6 +117,22 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
     if found["rules"] and not found["rules"]["ok"]:
         problems.append(f"the rules cannot be used: {found['rules']['message']}")
     return {**found, "problems": problems}
+
+
+def versions() -> dict[str, str]:
+    """Versions by name. Loads no native library."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from edge_rt import __version__
+
+    found = {"edge-rt": __version__, "Python": platform.python_version(), "platform": platform.platform()}
+    for package in ("llama-cpp-python", "gguf", "numpy", "pluggy", "typer"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def _library() -> dict[str, Any]:
@@ -99,18 +156,11 @@ def _processors() -> dict[str, Any]:
 
     from edge_rt.config import available_cpus
 
-    return {"machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": _load()}
-
-
-def _load() -> float | None:
-    """Processes that ran or waited, over the last minute; None where the system cannot say."""
     try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
-
-
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # a system that does not say
+        load = None
+    return {"machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": load}
 
 
 def _memory() -> dict[str, Any]:
@@ -143,16 +193,12 @@ def _lockable() -> int | None:
 
 def _cache() -> dict[str, Any]:
     from edge_rt import model_hub
-    from edge_rt.config import cache_dir, models_dir, packed_dir
+    from edge_rt.config import models_dir, packed_dir
 
     folder = cache_dir()
-    return {
-        "folder": str(folder),
-        "writable": _writable(folder),
-        "models": _bytes(models_dir()),
-        "packed": _bytes(packed_dir()),
-        "installed": [model.name for model in model_hub.installed_models()],
-    }
+    models, packed = (sum(path.stat().st_size for path in kind.rglob("*") if path.is_file()) for kind in (models_dir(), packed_dir()))
+    installed = [model.name for model in model_hub.installed_models()]
+    return {"folder": str(folder), "writable": _writable(folder), "models": models, "packed": packed, "installed": installed}
 
 
 def _writable(folder: Path) -> bool:
@@ -166,8 +212,80 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+def plugin_facts(registry: Registry) -> dict[str, Any]:
+    """Plugins with their states and offers. Asks each for its offers, since that is where it may fail."""
+    kinds: dict[str, Mapping[str, Any]] = {
+        "device": registry.devices(),
+        "engine": registry.engines(),
+        "context policy": registry.context_policies(),
+        "grader": registry.graders(),
+        "embedder": registry.embedders(),
+        "post-processor": registry.post_processors(),
+    }
+    offers = [(item.plugin, f"{kind} {name}") for kind, items in kinds.items() for name, item in items.items()]
+    plugins = [{**one._asdict(), "offers": [offer for plugin, offer in offers if plugin == one.name]} for one in registry.plugins]
+    by_name = {
+        key: [{"name": name, "description": item.description} for name, item in kinds[kind].items()] for key, (kind, _) in _BY_NAME.items()
+    }
+    return {"plugins": plugins, **by_name}
+
+
+def _silence_plugin_warnings() -> None:
+    """The registry logs broken plugins; these commands list them instead."""
+    import logging
+
+    logging.getLogger("edge_rt.plugins").setLevel(logging.ERROR)
+
+
+def devices(registry: Registry, probe: bool) -> list[dict[str, Any]]:
+    """Each device as JSON. ``health``: None if it does not say. ``profile``: None if it does not say, or was not asked (``probe``).
+
+    The reasons for not saying are in ``profile_error`` and ``health_error``.
+    """
+    from edge_rt.hooks import HasProfile, Refusal
+
+    found = []
+    for name, device in registry.devices().items():
+        answer = registry.probe(name)
+        usable = not isinstance(answer, Refusal)
+        one = {"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()}
+        if usable:
+            one |= _health(device) | {"has_profile": isinstance(device.device, HasProfile), "profile": None, "profile_error": None}
+            if probe:
+                one |= _profile(device)
+        found.append(one)
+    return found
+
+
+def _health(device: PluginDevice) -> dict[str, Any]:
+    try:
+        if (health := device.health()) is not None:
+            time.sleep(_HEALTH_INTERVAL)
+            health = device.health()
+    except EdgeError as error:
+        return {"health": None, "health_error": str(error)}
+    return {"health": health._asdict() if health is not None else None, "health_error": None}
+
+
+def _profile(device: PluginDevice) -> dict[str, Any]:
+    try:
+        profile = device.profile()
+    except EdgeError as error:
+        return {"profile": None, "profile_error": str(error)}
+    return {"profile": _as_json(profile) if profile is not None else None, "profile_error": None}
+
+
+def _as_json(profile: Profile) -> dict[str, Any]:
+    """With a basis for each field, and threads as text: JSON has no other keys."""
+    from edge_rt.hardware.profile import FIGURES
+
+    return {
+        **profile._asdict(),
+        "cores": [{**cores._asdict(), "caches": [cache._asdict() for cache in cores.caches]} for cores in profile.cores],
+        "bandwidth": {str(threads): rate for threads, rate in profile.bandwidth.items()},
+        "operations": dict(profile.operations),
+        "basis": {field: profile.basis.get(field, "unknown") for field in FIGURES},
+    }
 
 
 # ---- as text ---------------------------------------------------------------------------------------------------------
@@ -214,3 +332,112 @@ def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
         return [("wrong", rules["message"])]
     rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", ", ".join(one["name"] for one in rules["pipeline"]))]
     return [*rows, *(("names", file) for file in rules["files"])]
+
+
+def device_rows(device: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The lines of a device: its name and a text."""
+    if not device["usable"]:
+        return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
+    return [
+        (device["name"], f"{device['description']}, {format_size(device['memory_bytes'])}; score {device['score']:g}, {device['basis']}"),
+        ("", f"engines {', '.join(device['engines'])}; features {', '.join(device['features']) or 'none stated'}"),
+        *(("", f"{title:<11} {text}") for title, text in (*_health_rows(device), *_profile_rows(device))),
+    ]
+
+
+def _health_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    health = device["health"]
+    if device["health_error"]:
+        yield "now", device["health_error"]
+    elif health is None:
+        yield "now", "it does not say"
+    else:
+        now = [f"{health['temperature']:.1f} degrees Celsius"] if health["temperature"] is not None else []
+        now += [f"{health['power']:.1f} W"] if health["power"] is not None else []
+        if health["clock"] is not None:
+            highest = f" of {health['most'] / _GIGA:.2f}" if health["most"] is not None else ""
+            now.append(f"{health['clock'] / _GIGA:.2f}{highest} GHz")
+        yield "now", ", ".join(now) or "its sensors say nothing"
+        if health["throttled"]:
+            yield "slowed down", "; ".join(health["throttled"])
+
+
+def _profile_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from edge_rt.hardware.profile import FIGURES
+
+    profile = device["profile"]
+    if device["profile_error"]:
+        yield "profile", device["profile_error"]
+    elif profile is None:
+        yield "profile", "edge-rt doctor --probe measures it" if device["has_profile"] else "it does not say"
+    else:
+        unknown = []
+        for field in FIGURES:
+            if lines := _figure(field, profile[field]):
+                yield from ((field.replace("_", " "), f"{text} ({profile['basis'][field]})") for text in lines)
+            elif not (field == "link" and profile["kind"] == "cpu"):  # the processor's memory is the host's: it has no link
+                unknown.append(field.replace("_", " "))
+        if unknown:
+            yield "unknown", ", ".join(unknown)
+
+
+def _figure(field: str, value: Any) -> list[str]:
+    """The lines for a figure of a profile; none if it is not known."""
+    if not value:
+        return []
+    if field == "cores":
+        return [_cores(cores) for cores in value]
+    if field == "bandwidth":
+        rates = ((format_size(rate), threads, "thread" if threads == "1" else "threads") for threads, rate in value.items())
+        return [", ".join(f"{rate}/s by {threads} {noun}" for rate, threads, noun in rates)]
+    if field == "operations":
+        return [", ".join(f"{kind} {rate / _GIGA:.4g} Gop/s" for kind, rate in value.items())]
+    if field == "memory":
+        return [format_size(value)]
+    return [f"{format_size(value)}/s" if field in ("storage", "link") else f"{value:g} {'degrees Celsius' if field == 'hottest' else 'W'}"]
+
+
+def _cores(cores: Mapping[str, Any]) -> str:
+    text = f"{cores['number']} x {cores['name']}" + (f" at {cores['clock'] / _GIGA:.2f} GHz" if cores["clock"] is not None else "")
+    text += f", CPUs {_ranges(cores['cpus'])}" if cores["cpus"] else ""
+    for cache in cores["caches"]:
+        size = cache["size"]  # in binary units, as makers of processors write it
+        text += f", L{cache['level']} " + (f"{size / (1 << 20):g} MiB" if size >= 1 << 20 else f"{size / (1 << 10):g} KiB")
+        text += f" for {cache['shared_by']}" if cache["shared_by"] > 1 else ""
+    return text
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3,8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+# ---- reports of bugs -------------------------------------------------------------------------------------------------
+
+
+def write_report(error: BaseException, command: str) -> str:
+    """Write a file with what a developer needs, and nothing that the user typed. Returns the sentence that says where it is.
+
+    Where no file can be written, the sentence carries the report.
+    """
+    import traceback
+
+    lines = {**versions(), "command": command or "(none of edge-rt's own)"}
+    text = "".join(f"{name}: {value}\n" for name, value in lines.items()) + "\n" + "".join(traceback.format_exception(error))
+    name = f"edge-rt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    problems = []
+    for folder in (cache_dir() / "reports", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as problem:
+            problems.append(f"{folder}: {problem.strerror}")
+        else:
+            return f"This is a bug in edge-rt or in a library it uses. A report is in {folder / name}"
+    return f"This is a bug in edge-rt or in a library it uses. No report could be written ({'; '.join(problems)}):\n{text}"

@@ -17,22 +17,19 @@ if TYPE_CHECKING:
     from edge_rt.daemon.config import Config, HttpConfig, RecordConfig
     from edge_rt.daemon.recording import Recorder
 
-HELP = """Serve a model to other programs on this machine.
 
-The daemon listens at a socket that only you can open, and speaks the protocol of docs/protocol.md. Without --model it waits until a
-client asks for one. SIGTERM and Ctrl-C let requests come to their end; a second one does not. SIGHUP reads the rules again.
+class ServeCommand(ModelOptions):
+    """Serve a model to other programs on this machine.
 
-\b
-Examples:
-  edge-rt serve -m smollm2
-  edge-rt serve -m model.gguf --listen /run/user/1000/llm.sock --rules rules.toml
-  edge-rt serve -m smollm2 --http /run/user/1000/llm-http.sock
-  edge-rt serve --config daemon.toml --check
-"""
+    The daemon listens at a socket that only you can open, and speaks the protocol of docs/protocol.md. Without --model it waits until a
+    client asks for one. SIGTERM and Ctrl-C let requests come to their end; a second one does not. SIGHUP reads the rules again.
 
-
-class Options(ModelOptions):
-    """The command's options."""
+    Examples:
+      edge-rt serve -m smollm2
+      edge-rt serve -m model.gguf --listen /run/user/1000/llm.sock --rules rules.toml
+      edge-rt serve -m smollm2 --http /run/user/1000/llm-http.sock
+      edge-rt serve --config daemon.toml --check
+    """
 
     model: str = option("", "-m --model MODEL", "GGUF file, or a name from `edge-rt models`; none if left out.")
     listen: tuple[str, ...] = option((), "--listen ADDRESS", "A path, abstract:NAME or tcp:127.0.0.1:PORT. May be given several times.")
@@ -46,25 +43,23 @@ class Options(ModelOptions):
     verbose: bool = option(False, "-v --verbose", "Say on standard error what becomes of the worker.")
     embedder: str | None = option(None, "--embedder NAME", "Embedder to recall by, see `edge-rt plugins`; the model's own if left out.")
 
+    def run(self) -> int:
+        from edge_rt.daemon import address as addresses
 
-def run(options: Options) -> int:
-    """Serve until a signal says to stop."""
-    from edge_rt.daemon import address as addresses
+        config = configured(self)
+        if self.check:
+            return check(config)
+        import asyncio
+        import logging
 
-    config = configured(options)
-    if options.check:
-        return check(config)
-    import asyncio
-    import logging
+        from edge_rt.daemon.server import serve
 
-    from edge_rt.daemon.server import serve
-
-    logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
-    recorder = _recorder(config)
-    listeners = listen(config, addresses.systemd_listeners())
-    where = ", ".join(shown(one.address, one.http) for one in listeners)
-    asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}"), recorder))
-    return 0
+        logging.basicConfig(level="INFO" if self.verbose else "WARNING", format="%(levelname)s %(name)s: %(message)s")
+        recorder = _recorder(config)
+        listeners = listen(config, addresses.systemd_listeners())
+        where = ", ".join(shown(one.address, one.http) for one in listeners)
+        asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}"), recorder))
+        return 0
 
 
 def _recorder(config: Config) -> Recorder | None:
@@ -76,7 +71,7 @@ def _recorder(config: Config) -> Recorder | None:
     return open_recorder(config.record)
 
 
-def configured(options: Options) -> Config:
+def configured(options: ServeCommand) -> Config:
     """The configuration file with what the command line says. Raises OptionError, RuleError."""
     from edge_rt.daemon import address as addresses
     from edge_rt.daemon import config as configuration

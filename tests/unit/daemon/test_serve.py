@@ -15,7 +15,7 @@ from daemons import Daemon
 
 from edge_rt.cli import main as cli
 from edge_rt.cli import serve
-from edge_rt.cli.options import quick_parse
+from edge_rt.cli.options import parse
 from edge_rt.daemon import config as configuration
 from edge_rt.daemon.address import Address
 from edge_rt.errors import DaemonError, OptionError, RuleError
@@ -123,10 +123,10 @@ def test_options_of_the_command_line_come_before_the_file(tmp_path, words, expec
     (tmp_path / "d.toml").write_text(
         "\n".join(['listen = ["a"]', 'rules = "a.toml"', "[model]", 'file = "a"', *lines, "[http]", 'listen = ["h"]'])
     )
-    options = quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words])
+    options = parse("serve", serve.ServeCommand, ["--config", str(tmp_path / "d.toml"), *words])
     assert serve.configured(options).model_options == FILE_OPTIONS | expected
     more = ["-m", "b", "--listen", "/b", "--http", "/i", "--rules", "/b.toml"]
-    found = serve.configured(quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words, *more]))
+    found = serve.configured(parse("serve", serve.ServeCommand, ["--config", str(tmp_path / "d.toml"), *words, *more]))
     assert (found.model, found.rules, found.model_options) == ("b", "/b.toml", FILE_OPTIONS | expected)
     assert (found.listen, found.http.listen) == ((Address("unix", "/b"),), (Address("unix", "/i"),))
 

@@ -12,7 +12,7 @@ from http_peer import Peer
 
 from edge_rt.cli import main as cli
 from edge_rt.cli import serve
-from edge_rt.cli.options import quick_parse
+from edge_rt.cli.options import parse
 from edge_rt.daemon import config as configuration
 from edge_rt.daemon.config import RecordConfig
 from edge_rt.errors import DaemonError, RuleError
@@ -68,9 +68,9 @@ def test_configurations_that_are_wrong(tmp_path, text, message):
 
 def test_the_command_line_names_the_file_and_keeps_the_other_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert serve.configured(quick_parse(serve.Options, ["--record", "t"])).record == RecordConfig(tmp_path / "t")
+    assert serve.configured(parse("serve", serve.ServeCommand, ["--record", "t"])).record == RecordConfig(tmp_path / "t")
     (tmp_path / "d.toml").write_text("[record]\nfile = 'x'\nsample = 0.5\n")
-    found = serve.configured(quick_parse(serve.Options, ["--config", "d.toml", "--record", "t"]))
+    found = serve.configured(parse("serve", serve.ServeCommand, ["--config", "d.toml", "--record", "t"]))
     assert found.record == RecordConfig(tmp_path / "t", 0.5)
 
 
