@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from edge_rt.cli.main import COMMANDS, command_class
-from edge_rt.cli.options import Command, GenerationOptions, ModelOptions, Spec, help_text, specs, usage
+from edge_rt.cli.options import GenerationOptions, ModelOptions, Spec, help_text, specs, usage
 
 TARGET = Path(__file__).parent.parent / "docs" / "cli.md"
 HEAD = """# Command line
@@ -37,7 +38,7 @@ Answers go to standard output, everything else to standard error. `edge-rt COMMA
 | `EDGE_RT_STATE` | folder of what the daemon keeps: saved sessions (default: `$XDG_STATE_HOME/edge-rt`, else `~/.local/state/edge-rt`) |
 | `HTTPS_PROXY`, `SSL_CERT_FILE` | proxy and certificates for downloads |
 """
-GROUPS: dict[str, type[Command]] = {"Generation options": GenerationOptions, "Model options": ModelOptions}
+GROUPS: dict[str, Any] = {"Generation options": GenerationOptions, "Model options": ModelOptions}
 
 
 def document() -> str:

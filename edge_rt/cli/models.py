@@ -1,21 +1,29 @@
-"""`edge-rt models`, `pull` and `inspect`: model files here, where they come from, and what is in one. None of them needs an engine."""
+"""`edge-rt models`, `pull` and `inspect`: which models are here, how to get others, and what a model file holds. None needs an engine."""
 
 from __future__ import annotations
 
+import glob
 import math
+import mmap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_rt import model_hub
 from edge_rt.cli.options import Command, JsonOption, argument, option
 from edge_rt.cli.output import ProgressBar, say, table, write, write_json
+from edge_rt.config import packed_dir
+from edge_rt.core.gguf.lora import is_adapter
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.error_correction import find_compensation, is_compensation, open_compensation
+from edge_rt.core.weights.units import unit_name
 from edge_rt.errors import ModelFileError, OptionError
 from edge_rt.model_hub import format_size
+from edge_rt.native import memory
 
 if TYPE_CHECKING:
-    from edge_rt.core.gguf.model_file import ModelFile
     from edge_rt.core.gguf.reader import Header, TensorInfo
 
-_MADE_FOR = "edge_rt.compensation.model"
 _FACTS = ("name", "type", "size_label", "quantization_version", "file_type", "license")
 _SIZES = {
     "context_length": "context", "embedding_length": "width", "block_count": "blocks", "feed_forward_length": "feed-forward",
@@ -36,8 +44,6 @@ class ModelsCommand(JsonOption):
     """
 
     def run(self) -> int:
-        from edge_rt import model_hub
-
         here = model_hub.installed_models()
         absent = [known for known in model_hub.CATALOG if known.name not in {model.name for model in here}]
         if self.json:
@@ -68,9 +74,6 @@ class PullCommand(Command):
     sha256: str | None = option(None, "--sha256 HEX", "The SHA-256 a file from an address must have.")
 
     def run(self) -> int:
-        from edge_rt import model_hub
-        from edge_rt.model_hub import sha256_of
-
         is_address = "://" in self.name
         if self.sha256 is not None and not is_address:
             raise OptionError("--sha256 is for addresses; the models edge-rt knows by name have theirs built in")
@@ -80,7 +83,7 @@ class PullCommand(Command):
             else:
                 path = model_hub.fetch_model(self.name, progress)
         if is_address and self.sha256 is None:
-            say(f"note: nothing says that this is the right file; with --sha256 {sha256_of(path)} a later pull would make sure")
+            say(f"note: nothing says that this is the right file; with --sha256 {model_hub.sha256_of(path)} a later pull would make sure")
         write(f"{path}\n")
         return 0
 
@@ -102,10 +105,7 @@ class InspectCommand(JsonOption):
     tensors: bool = option(False, "--tensors", "List every tensor.")
 
     def run(self) -> int:
-        from edge_rt.core.gguf.model_file import ModelFile
-        from edge_rt.model_hub import resolve_model
-
-        with ModelFile.open(resolve_model(self.file)) as model:
+        with ModelFile.open(model_hub.resolve_model(self.file)) as model:
             found = model_facts(model, tensors=self.tensors)
         if self.json:
             write_json(found, indent=2)
@@ -118,44 +118,42 @@ class InspectCommand(JsonOption):
 
 
 def model_facts(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
-    """What `edge-rt inspect` shows. Sizes in bytes; ``resident`` is None where the system cannot say."""
-    from edge_rt.core.gguf.lora import is_adapter
-    from edge_rt.core.weights.error_correction import find_compensation, is_compensation
-
+    """What `edge-rt inspect` shows. Sizes in bytes; ``resident``, the bytes in memory, is None where the system does not tell."""
     header, path = model.header, Path(model.path)
-    sizes = {name: header.get(f"{header.architecture}.{key}") for key, name in _SIZES.items() if f"{header.architecture}.{key}" in header}
+    infos = list(header.tensors.values())
+    sizes = {name: f"{header.architecture}.{key}" for key, name in _SIZES.items()}
     found: dict[str, Any] = {
         "path": str(path.absolute()),
         "bytes": header.file_size,
         "gguf_version": header.version,
         "alignment": header.alignment,
         "architecture": header.architecture,
-        "parameters": sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
+        "parameters": _parameters(infos),
         "metadata": {key: header.get(f"general.{key}") for key in _FACTS if f"general.{key}" in header},
-        "sizes": sizes,
+        "sizes": {name: header.get(key) for name, key in sizes.items() if key in header},
         "vocabulary": header.count("tokenizer.ggml.tokens"),
         "tokenizer": header.get("tokenizer.ggml.model"),
         "chat_template": "tokenizer.chat_template" in header,
-        "types": _types(header.tensors.values()),
+        "types": _types(infos),
         "units": _units(model),
-        "packed": _packed(path),
+        "packed": [_packed(file) for file in sorted(packed_dir().glob(f"{glob.escape(path.stem)}-*.pack"))],
     }
     if is_adapter(header):
         found["adapter"] = _adapter(header)
     elif is_compensation(header):
-        found["corrects"] = {"weights": len({name.rpartition(".")[0] for name in header.tensors}), "model": header.get(_MADE_FOR)}
+        weights = {name.rpartition(".")[0] for name in header.tensors}
+        found["corrects"] = {"weights": len(weights), "model": header.get("edge_rt.compensation.model")}
     elif (side := find_compensation(path)) is not None:
         found["compensation"] = _compensation(side, model)
     if tensors:
         found["tensors"] = [
-            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "offset": t.offset, "bytes": t.nbytes}
-            for t in header.tensors.values()
+            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "offset": t.offset, "bytes": t.nbytes} for t in infos
         ]
     return found
 
 
 def _adapter(header: Header) -> dict[str, Any]:
-    """What a LoRA adapter changes: how many weights, by factors of which ranks."""
+    """How many weights a LoRA adapter changes, and the ranks of its factors."""
     second = [tensor for tensor in header.tensors.values() if tensor.name.endswith(".lora_b")]
     ranks = sorted({tensor.shape[0] for tensor in second})
     return {"type": header.get("adapter.type"), "alpha": header.get("adapter.lora.alpha"), "ranks": ranks, "weights": len(second)}
@@ -163,8 +161,6 @@ def _adapter(header: Header) -> dict[str, Any]:
 
 def _compensation(side: Path, model: ModelFile) -> dict[str, Any]:
     """What the side file of a model corrects, or the ``problem`` with it."""
-    from edge_rt.core.weights.error_correction import open_compensation
-
     try:
         found = open_compensation(side, model)
     except ModelFileError as error:
@@ -173,63 +169,48 @@ def _compensation(side: Path, model: ModelFile) -> dict[str, Any]:
         return {**found.facts(), "problem": None}
 
 
-def _types(tensors: Any) -> list[dict[str, Any]]:
+def _parameters(tensors: Iterable[TensorInfo]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _types(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
     """Tensor types by bytes, largest first."""
-    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:
-        entry = found.setdefault(tensor.type_name, {"type": tensor.type_name, "tensors": 0, "parameters": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["parameters"] += math.prod(tensor.shape)
-        entry["bytes"] += tensor.nbytes
-    return sorted(found.values(), key=lambda entry: -int(entry["bytes"]))
+        groups.setdefault(tensor.type_name, []).append(tensor)
+    types = [
+        {"type": name, "tensors": len(group), "parameters": _parameters(group), "bytes": sum(tensor.nbytes for tensor in group)}
+        for name, group in groups.items()
+    ]
+    return sorted(types, key=lambda entry: -int(entry["bytes"]))
 
 
 def _units(model: ModelFile) -> list[dict[str, Any]]:
-    """Units in file order of their first tensor, with the pages they cover and those in memory."""
-    from edge_rt.core.weights.units import unit_name
-    from edge_rt.native import memory
-
+    """Units in the order in which a forward pass reads them, with the pages that they cover and the bytes in memory."""
     base = memory.address_of(model.map)
-    grouped: dict[str, list[TensorInfo]] = {}
+    groups: dict[str, list[TensorInfo]] = {}
     for tensor in model.header.tensors.values():
-        grouped.setdefault(unit_name(tensor.name), []).append(tensor)
-    found = []
-    for name, tensors in sorted(grouped.items(), key=lambda entry: _place(entry[0])):
-        spans = _page_runs(base, tensors)
-        resident = [memory.resident_bytes(*span) for span in spans]
-        size_ = sum(tensor.nbytes for tensor in tensors)
-        found.append(
+        groups.setdefault(unit_name(tensor.name), []).append(tensor)
+    units = []
+    for name, tensors in sorted(groups.items(), key=lambda entry: _position(entry[0])):
+        runs = _page_runs(base, tensors)
+        resident = [memory.resident_bytes(*run) for run in runs]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        units.append(
             {
                 "unit": name,
                 "tensors": len(tensors),
-                "blocks": sum(span[1] for span in spans) // memory.PAGE,
-                "bytes": size_,
-                "resident": None if None in resident else min(size_, sum(part or 0 for part in resident)),
+                "blocks": sum(length for _, length in runs) // memory.PAGE,
+                "bytes": nbytes,
+                "resident": None if None in resident else min(nbytes, sum(part or 0 for part in resident)),
                 "types": sorted({tensor.type_name for tensor in tensors}),
             }
         )
-    return found
+    return units
 
 
-def _packed(path: Path) -> list[dict[str, Any]]:
-    """Packed weights in the cache that were made from a file of this name: where they exist, they are what is in memory."""
-    import glob
-    import mmap
-
-    from edge_rt.config import packed_dir
-    from edge_rt.native import memory
-
-    found = []
-    for packed in sorted(packed_dir().glob(f"{glob.escape(path.stem)}-*.pack")):
-        with packed.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            resident = memory.resident_bytes(*memory.page_span(memory.address_of(mapped), len(mapped)))
-            size_ = len(mapped)
-        found.append({"path": str(packed), "bytes": size_, "resident": None if resident is None else min(resident, size_)})
-    return found
-
-
-def _place(unit: str) -> tuple[int, int]:
-    """Units in the order a forward pass touches them."""
+def _position(unit: str) -> tuple[int, int]:
+    """Where a forward pass reads a unit, as a key to sort by."""
     if unit.startswith("blk."):
         number = unit.removeprefix("blk.")
         return (1, int(number) if number.isdecimal() else 0)
@@ -238,17 +219,22 @@ def _place(unit: str) -> tuple[int, int]:
 
 def _page_runs(base: int, tensors: list[TensorInfo]) -> list[tuple[int, int]]:
     """The runs of whole pages that cover tensors, as (address, bytes), without counting a page twice."""
-    from edge_rt.native import memory
-
     runs: list[tuple[int, int]] = []
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         start, length = memory.page_span(base + tensor.offset, tensor.nbytes)
-        if runs and start <= runs[-1][0] + runs[-1][1]:
+        if runs and start <= sum(runs[-1]):
             first = runs[-1][0]
-            runs[-1] = (first, max(runs[-1][1], start + length - first))
+            runs[-1] = (first, max(sum(runs[-1]), start + length) - first)
         else:
             runs.append((start, length))
     return runs
+
+
+def _packed(path: Path) -> dict[str, Any]:
+    """A file of packed weights in the cache: where one exists, it is read in place of the model's own weights."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        resident = memory.resident_bytes(*memory.page_span(memory.address_of(mapped), len(mapped)))
+        return {"path": str(path), "bytes": len(mapped), "resident": None if resident is None else min(resident, len(mapped))}
 
 
 # ---- as text -----------------------------------------------------------------------------------------------------------
@@ -261,48 +247,49 @@ def _text(found: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
         ("file", f"{found['path']}  ({format_size(found['bytes'])}{in_memory})"),
         ("format", f"GGUF {found['gguf_version']}, tensors aligned to {found['alignment']}"),
-        (kind, f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters" + _of_side_file(found)),
+        (kind, f"{found['architecture']}, {found['parameters'] / 1e6:.1f} million parameters" + _side_file_text(found)),
         *((key.replace("_", " "), str(value)) for key, value in found["metadata"].items()),
         *((name, str(value)) for name, value in found["sizes"].items()),
-        *([("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})")] if kind == "model" else []),
-        *(("packed weights", f"{p['path']}  ({format_size(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]),
-        *([("compensation", _of_compensation(found["compensation"]))] if "compensation" in found else []),
-        *([("chat template", "yes" if found["chat_template"] else "no; run with --raw")] if kind == "model" else []),
     ]
-    text = table(rows) + "\n"
-    types = ((t["type"], str(t["tensors"]), str(t["parameters"]), format_size(t["bytes"])) for t in found["types"])
-    text += table([("TYPE", "TENSORS", "PARAMETERS", "SIZE"), *types]) + "\n"
-    text += table([("UNIT", "TENSORS", "BLOCKS", "SIZE", "RESIDENT", "TYPES"), *map(_unit_row, units)])
+    if kind == "model":
+        rows.append(("vocabulary", f"{found['vocabulary']} tokens ({found['tokenizer']})"))
+    rows += [("packed weights", f"{p['path']}  ({format_size(p['bytes'])}, {_share(p)} in memory)") for p in found["packed"]]
+    if "compensation" in found:
+        rows.append(("compensation", _compensation_text(found["compensation"])))
+    if kind == "model":
+        rows.append(("chat template", "yes" if found["chat_template"] else "no; run with --raw"))
+    tables = [rows]
+    tables.append([("TYPE", "TENSORS", "PARAMETERS", "SIZE")])
+    tables[-1] += [(t["type"], str(t["tensors"]), str(t["parameters"]), format_size(t["bytes"])) for t in found["types"]]
+    tables.append([("UNIT", "TENSORS", "BLOCKS", "SIZE", "RESIDENT", "TYPES")])
+    tables[-1] += [
+        (u["unit"], str(u["tensors"]), str(u["blocks"]), format_size(u["bytes"]), _share(u), " ".join(u["types"])) for u in units
+    ]
     if "tensors" in found:
-        tensors = (
-            (t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), format_size(t["bytes"])) for t in found["tensors"]
-        )
-        text += "\n" + table([("TENSOR", "SHAPE", "TYPE", "OFFSET", "SIZE"), *tensors])
-    return text
+        tables.append([("TENSOR", "SHAPE", "TYPE", "OFFSET", "SIZE")])
+        for t in found["tensors"]:
+            tables[-1].append((t["name"], " x ".join(map(str, t["shape"])), t["type"], str(t["offset"]), format_size(t["bytes"])))
+    return "\n".join(map(table, tables))
 
 
-def _of_compensation(side: dict[str, Any]) -> str:
+def _compensation_text(side: dict[str, Any]) -> str:
     if side["problem"] is not None:
         return str(side["problem"])
     parts = f"{side['low_rank']} low-rank terms, {side['tables']} tables, {side['biases']} biases"
     return f"{side['path']}  ({format_size(side['bytes'])}, at {side['sites']} weights: {parts})"
 
 
-def _of_side_file(found: dict[str, Any]) -> str:
+def _side_file_text(found: dict[str, Any]) -> str:
+    """What an adapter or a compensation changes, and how to use it; empty for a model."""
     if "corrects" in found:
         return f", corrects {found['corrects']['weights']} weights; run the model that it lies beside"
-    adapter = found.get("adapter")
-    if adapter is None:
+    if "adapter" not in found:
         return ""
-    ranks, alpha = " and ".join(map(str, adapter["ranks"])), adapter["alpha"]
-    said = f"rank {ranks}" + (f", alpha {alpha:g}" if isinstance(alpha, float) else "")
-    return f", {adapter['type']} of {adapter['weights']} weights, {said}; run its model with --adapter"
-
-
-def _unit_row(unit: dict[str, Any]) -> tuple[str, ...]:
-    return (unit["unit"], str(unit["tensors"]), str(unit["blocks"]), format_size(unit["bytes"]), _share(unit), " ".join(unit["types"]))
+    adapter, alpha = found["adapter"], found["adapter"]["alpha"]
+    rank = f"rank {' and '.join(map(str, adapter['ranks']))}" + (f", alpha {alpha:g}" if isinstance(alpha, float) else "")
+    return f", {adapter['type']} of {adapter['weights']} weights, {rank}; run its model with --adapter"
 
 
 def _share(entry: dict[str, Any]) -> str:
-    """The part of something that is in memory."""
+    """The share of a unit or file that is in memory."""
     return "unknown" if entry["resident"] is None else f"{entry['resident'] / max(1, entry['bytes']):.0%}"
