@@ -43,8 +43,8 @@ class BenchCommand(ModelOptions, JsonOption):
                 raise ContextError(f"the test needs {needed} tokens of context and has {allowed}; lower -p or -n, or raise --ctx")
             for notice in model.new_notices():
                 say(f"note: {notice}")
-            results = [_once(model, self, number) for number in range(self.repeat + 1)][1:]
-            found = {
+            results = [_measure(model, self, number) for number in range(self.repeat + 1)][1:]
+            found: dict[str, Any] = {
                 "model": str(model.file.path),
                 "engine": model.info.engine,
                 "device": model.info.device,
@@ -52,31 +52,34 @@ class BenchCommand(ModelOptions, JsonOption):
                 "prompt_tokens": results[0]["prompt_tokens"],
                 "answer_tokens": self.max_tokens,
                 "repetitions": self.repeat,
-                **{name: _spread([result[name] for result in results]) for name in ("prefill", "decode", "first_token")},
             }
+            for name in ("prefill", "decode", "first_token"):
+                values = [result[name] for result in results]
+                found[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         if self.json:
             write_json(found, indent=2)
             return 0
         say(f"{found['model']}: {found['engine']} on {found['device']}, opened in {open_seconds:.3f} s, {self.repeat} repetitions")
-        write(
-            table(
-                [
-                    ("", "TOKENS", "MEDIAN", "FROM", "TO"),
-                    _row("prefill", found["prompt_tokens"], found["prefill"], "tokens/s", 1),
-                    _row("decode", self.max_tokens, found["decode"], "tokens/s", 1),
-                    _row("first token", found["prompt_tokens"], found["first_token"], "s", 3),
-                ]
-            )
-        )
+        rows: list[tuple[str, ...]] = [("", "TOKENS", "MEDIAN", "FROM", "TO")]
+        for name, tokens, unit, digits in (
+            ("prefill", found["prompt_tokens"], "tokens/s", 1),
+            ("decode", self.max_tokens, "tokens/s", 1),
+            ("first_token", found["prompt_tokens"], "s", 3),
+        ):
+            median, least, most = (f"{value:.{digits}f}" for value in found[name].values())
+            rows.append((name.replace("_", " "), str(tokens), f"{median} {unit}", least, most))
+        write(table(rows))
         return 0
 
 
-def _once(model: Model, options: BenchCommand, number: int) -> dict[str, Any]:
+def _measure(model: Model, options: BenchCommand, number: int) -> dict[str, Any]:
     """One repetition in an empty session: rates in tokens a second, time to the first token in seconds."""
-    prompt = _prompt(model, options.prompt_tokens, number)
+    # The text differs from its beginning in every repetition, so that nothing of the last one is reused.
+    text = f"{number} times: " + "the quick brown fox jumps over the lazy dog and runs back home. " * options.prompt_tokens
+    prompt = model.detokenize(model.tokenize(text)[: options.prompt_tokens])
     request = GenerateOptions(max_tokens=options.max_tokens, ignore_eos=True, sampling=SamplingParams(temperature=0, seed=1))
     with model.session() as session:
-        _, done, interrupted = answer(session, prompt, request, _silently)
+        _, done, interrupted = answer(session, prompt, request, _show_nothing)
     if interrupted:
         raise Cancelled("the measurement was stopped")
     computed = done.usage.prompt_tokens - done.usage.reused_tokens
@@ -88,19 +91,5 @@ def _once(model: Model, options: BenchCommand, number: int) -> dict[str, Any]:
     }
 
 
-def _silently(events: Iterable[Event]) -> tuple[str, Done]:
+def _show_nothing(events: Iterable[Event]) -> tuple[str, Done]:
     return "", next(event for event in events if isinstance(event, Done))
-
-
-def _prompt(model: Model, count: int, number: int) -> str:
-    """A text of about ``count`` tokens whose beginning differs in every repetition, so that nothing is reused from the last one."""
-    text = f"{number} times: " + "the quick brown fox jumps over the lazy dog and runs back home. " * count
-    return model.detokenize(model.tokenize(text)[:count])
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _row(name: str, tokens: int, spread: dict[str, float], unit: str, digits: int) -> tuple[str, ...]:
-    return (name, str(tokens), f"{spread['median']:.{digits}f} {unit}", f"{spread['min']:.{digits}f}", f"{spread['max']:.{digits}f}")

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_rt import __version__, model_hub
 from edge_rt.cli.options import JsonOption, option
 from edge_rt.cli.output import table, write, write_json
-from edge_rt.config import cache_dir
+from edge_rt.config import available_cpus, cache_dir, models_dir, packed_dir
 from edge_rt.errors import EdgeError
+from edge_rt.hardware.profile import FIGURES
+from edge_rt.hooks import HasProfile, Refusal
 from edge_rt.model_hub import format_size
+from edge_rt.plugin_host.registry import Registry
 
 if TYPE_CHECKING:
-    from edge_rt.hardware.profile import Profile
     from edge_rt.plugin_host.guard import PluginDevice
-    from edge_rt.plugin_host.registry import Registry
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _HEALTH_INTERVAL = 0.02
@@ -28,7 +32,7 @@ _BY_NAME = {
     "embedders": ("embedder", "Embedders for --embedder"),
     "post_processors": ("post-processor", "Post-processors for --post"),
 }
-"""Key in the JSON output of `edge-rt plugins` -> kind, title: what a request or a model is given by name."""
+"""What users choose by name: key in the JSON of `edge-rt plugins` -> kind of offer, title."""
 
 
 class DoctorCommand(JsonOption):
@@ -68,10 +72,7 @@ class PluginsCommand(JsonOption):
     """
 
     def run(self) -> int:
-        from edge_rt.plugin_host.registry import Registry
-
-        _silence_plugin_warnings()
-        found = plugin_facts(Registry.load())
+        found = plugin_facts(_load_plugins())
         if self.json:
             write_json(found, indent=2)
             return 0
@@ -86,33 +87,59 @@ class PluginsCommand(JsonOption):
         return 0
 
 
-# ---- what is here ----------------------------------------------------------------------------------------------------
+# ---- facts -----------------------------------------------------------------------------------------------------------
+
+
+def _load_plugins() -> Registry:
+    """The installed plugins. Broken ones, which the registry logs, are not logged: these commands list them."""
+    logging.getLogger("edge_rt.plugins").setLevel(logging.ERROR)
+    return Registry.load()
 
 
 def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
-    """What `edge-rt doctor` shows. Sizes in bytes. ``probe``: measure the speed of devices.
+    """What `edge-rt doctor` shows; sizes in bytes. ``rules``: a rule file to check. ``probe``: measure the speed of devices.
 
-    ``problems``: what keeps every model from running, or the rules from being used.
+    ``problems`` lists what keeps every model from running, or the rules from being used.
     """
-    from edge_rt.cli.post import rule_facts
-    from edge_rt.plugin_host.registry import Registry
+    import psutil
 
-    _silence_plugin_warnings()
-    registry = Registry.load()
+    from edge_rt.cli.post import rule_facts
+    from edge_rt.core.weights.repack import layouts
+    from edge_rt.native import abi
+
+    registry, library, memory = _load_plugins(), abi.report(), psutil.virtual_memory()
     found: dict[str, Any] = {
         "versions": versions(),
-        "library": _library(),
-        "processors": _processors(),
-        "memory": _memory(),
+        "library": {
+            "file": library.library,
+            "ggml": library.ggml_version,
+            "commit": library.ggml_commit,
+            "known": list(abi.KNOWN_VERSIONS),
+            "features": list(library.cpu_features),
+            "layouts": [] if library.problem else list(layouts()),
+            "verdict": library.problem or "as expected",
+        },
+        "processors": {
+            "machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": _load(),
+        },
+        "memory": {
+            "total": memory.total, "available": memory.available, "cgroup_limit": _cgroup_limit(memory.total), "lockable": _lockable(),
+        },
         "devices": devices(registry, probe),
         "plugins": plugin_facts(registry)["plugins"],
-        "cache": _cache(),
+        "cache": {
+            "folder": str(cache_dir()),
+            "writable": _is_writable(cache_dir()),
+            "models": _size(models_dir()),
+            "packed": _size(packed_dir()),
+            "installed": [model.name for model in model_hub.installed_models()],
+        },
         "rules": rule_facts(rules, registry) if rules is not None else None,
-    }
+    }  # fmt: skip
     problems = [] if any(device["usable"] for device in found["devices"]) else ["no device can be used"]
     if not registry.engines():
         problems.append("no engine is installed")
-    if not found["library"]["file"]:
+    if not library.library:
         problems.append(found["library"]["verdict"])
     if found["rules"] and not found["rules"]["ok"]:
         problems.append(f"the rules cannot be used: {found['rules']['message']}")
@@ -121,10 +148,7 @@ def facts(rules: str | None = None, probe: bool = False) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions by name. Loads no native library."""
-    import platform
     from importlib.metadata import PackageNotFoundError, version
-
-    from edge_rt import __version__
 
     found = {"edge-rt": __version__, "Python": platform.python_version(), "platform": platform.platform()}
     for package in ("llama-cpp-python", "gguf", "numpy", "pluggy", "typer"):
@@ -135,43 +159,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _library() -> dict[str, Any]:
-    from edge_rt.core.weights.repack import layouts
-    from edge_rt.native import abi
-
-    report = abi.report()
-    return {
-        "file": report.library,
-        "ggml": report.ggml_version,
-        "commit": report.ggml_commit,
-        "known": list(abi.KNOWN_VERSIONS),
-        "features": list(report.cpu_features),
-        "layouts": [] if report.problem else list(layouts()),
-        "verdict": report.problem or "as expected",
-    }
-
-
-def _processors() -> dict[str, Any]:
-    import platform
-
-    from edge_rt.config import available_cpus
-
+def _load() -> float | None:
+    """Processes that wait for a processor, as a mean of the last minute; None on systems that do not count them."""
     try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):  # a system that does not say
-        load = None
-    return {"machine": platform.machine(), "installed": os.cpu_count(), "available": available_cpus(), "load": load}
-
-
-def _memory() -> dict[str, Any]:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return {"total": memory.total, "available": memory.available, "cgroup_limit": _cgroup_limit(memory.total), "lockable": _lockable()}
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def _cgroup_limit(total: int) -> int | None:
-    """The cgroup's limit in bytes, None without one (a version 1 cgroup says so with a huge number)."""
+    """The cgroup's limit in bytes, None without one (which a version 1 cgroup reports as a huge number)."""
     for path in _CGROUP_LIMITS:
         try:
             limit = int(Path(path).read_text())
@@ -182,7 +179,7 @@ def _cgroup_limit(total: int) -> int | None:
 
 
 def _lockable() -> int | None:
-    """Bytes this process may lock in memory, which --memory needs; None: no limit, or unknown."""
+    """Bytes this process may lock in memory, which --memory needs; None for no limit, and on systems without one."""
     try:
         import resource
     except ImportError:
@@ -191,18 +188,12 @@ def _lockable() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
-def _cache() -> dict[str, Any]:
-    from edge_rt import model_hub
-    from edge_rt.config import models_dir, packed_dir
-
-    folder = cache_dir()
-    models, packed = (sum(path.stat().st_size for path in kind.rglob("*") if path.is_file()) for kind in (models_dir(), packed_dir()))
-    installed = [model.name for model in model_hub.installed_models()]
-    return {"folder": str(folder), "writable": _writable(folder), "models": models, "packed": packed, "installed": installed}
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _writable(folder: Path) -> bool:
-    """Whether a file can really be made there (permission bits say little on a read-only file system, or to root)."""
+def _is_writable(folder: Path) -> bool:
+    """Whether a file can be created there. Permission bits do not tell on a read-only file system, or for root."""
     while not folder.exists():
         folder = folder.parent
     try:
@@ -213,7 +204,7 @@ def _writable(folder: Path) -> bool:
 
 
 def plugin_facts(registry: Registry) -> dict[str, Any]:
-    """Plugins with their states and offers. Asks each for its offers, since that is where it may fail."""
+    """Plugins with their states and offers. Collects the offers of each, since that is where a plugin may fail."""
     kinds: dict[str, Mapping[str, Any]] = {
         "device": registry.devices(),
         "engine": registry.engines(),
@@ -230,55 +221,44 @@ def plugin_facts(registry: Registry) -> dict[str, Any]:
     return {"plugins": plugins, **by_name}
 
 
-def _silence_plugin_warnings() -> None:
-    """The registry logs broken plugins; these commands list them instead."""
-    import logging
-
-    logging.getLogger("edge_rt.plugins").setLevel(logging.ERROR)
-
-
 def devices(registry: Registry, probe: bool) -> list[dict[str, Any]]:
-    """Each device as JSON. ``health``: None if it does not say. ``profile``: None if it does not say, or was not asked (``probe``).
+    """Each device as JSON, with its profile only if ``probe`` is set.
 
-    The reasons for not saying are in ``profile_error`` and ``health_error``.
+    ``health`` and ``profile`` are None where the device has none or fails; ``health_error`` and ``profile_error`` are the failures.
     """
-    from edge_rt.hooks import HasProfile, Refusal
-
     found = []
     for name, device in registry.devices().items():
         answer = registry.probe(name)
-        usable = not isinstance(answer, Refusal)
-        one = {"name": name, "plugin": device.plugin, "usable": usable, **answer._asdict()}
-        if usable:
-            one |= _health(device) | {"has_profile": isinstance(device.device, HasProfile), "profile": None, "profile_error": None}
+        one = {"name": name, "plugin": device.plugin, "usable": not isinstance(answer, Refusal), **answer._asdict()}
+        if one["usable"]:
+            one |= _result("health", _health, device)
+            one |= {"has_profile": isinstance(device.device, HasProfile), "profile": None, "profile_error": None}
             if probe:
-                one |= _profile(device)
+                one |= _result("profile", _profile, device)
         found.append(one)
     return found
 
 
-def _health(device: PluginDevice) -> dict[str, Any]:
+def _result(key: str, read: Callable[[PluginDevice], dict[str, Any] | None], device: PluginDevice) -> dict[str, Any]:
     try:
-        if (health := device.health()) is not None:
-            time.sleep(_HEALTH_INTERVAL)
-            health = device.health()
+        return {key: read(device), f"{key}_error": None}
     except EdgeError as error:
-        return {"health": None, "health_error": str(error)}
-    return {"health": health._asdict() if health is not None else None, "health_error": None}
+        return {key: None, f"{key}_error": str(error)}
 
 
-def _profile(device: PluginDevice) -> dict[str, Any]:
-    try:
-        profile = device.profile()
-    except EdgeError as error:
-        return {"profile": None, "profile_error": str(error)}
-    return {"profile": _as_json(profile) if profile is not None else None, "profile_error": None}
+def _health(device: PluginDevice) -> dict[str, Any] | None:
+    if device.health() is None:
+        return None
+    time.sleep(_HEALTH_INTERVAL)
+    health = device.health()
+    return None if health is None else health._asdict()
 
 
-def _as_json(profile: Profile) -> dict[str, Any]:
-    """With a basis for each field, and threads as text: JSON has no other keys."""
-    from edge_rt.hardware.profile import FIGURES
-
+def _profile(device: PluginDevice) -> dict[str, Any] | None:
+    """With a basis for each figure, and numbers of threads as text: JSON has no other keys."""
+    profile = device.profile()
+    if profile is None:
+        return None
     return {
         **profile._asdict(),
         "cores": [{**cores._asdict(), "caches": [cache._asdict() for cache in cores.caches]} for cores in profile.cores],
@@ -319,23 +299,22 @@ def _text(found: dict[str, Any]) -> str:
             ("models", f"{format_size(cache['models'])}: {', '.join(cache['installed']) or 'none; edge-rt pull smollm2 fetches one'}"),
             ("packed weights", format_size(cache["packed"])),
         ],
-        "Rules": _rule_rows(found["rules"]),
+        "Rules": _rule_rows(found["rules"]) if found["rules"] else [],
         "Problems": [(problem,) for problem in found["problems"]],
     }
     return "\n".join(f"{title}\n{table(rows, '  ')}" for title, rows in sections.items() if rows)
 
 
-def _rule_rows(rules: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    if rules is None:
-        return []
+def _rule_rows(rules: dict[str, Any]) -> list[tuple[str, ...]]:
     if not rules["ok"]:
         return [("wrong", rules["message"])]
-    rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", ", ".join(one["name"] for one in rules["pipeline"]))]
+    pipeline = ", ".join(one["name"] for one in rules["pipeline"])
+    rows = [("file", rules["file"]), ("version", rules["version"]), ("pipeline", pipeline)]
     return [*rows, *(("names", file) for file in rules["files"])]
 
 
 def device_rows(device: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The lines of a device: its name and a text."""
+    """The lines of a device, each as name and text; the name only in the first."""
     if not device["usable"]:
         return [(device["name"], f"refused: {device['reason']}"), *([("", device["remedy"])] if device["remedy"] else [])]
     return [
@@ -363,8 +342,6 @@ def _health_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _profile_rows(device: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    from edge_rt.hardware.profile import FIGURES
-
     profile = device["profile"]
     if device["profile_error"]:
         yield "profile", device["profile_error"]
@@ -408,7 +385,7 @@ def _cores(cores: Mapping[str, Any]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0-3,8."""
+    """Numbers in ascending order as text such as ``0-3,8``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

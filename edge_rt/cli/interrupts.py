@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 _seen: list[int] = []
 
 
-@contextlib.contextmanager
+@contextmanager
 def _handler(handle: Callable[[int, Any], object]) -> Iterator[None]:
-    """Handle Ctrl-C with a function. Does nothing outside the main thread, which alone may set handlers."""
+    """Call a function at Ctrl-C. Does nothing outside the main thread, which alone may set handlers."""
     try:
         before = signal.signal(signal.SIGINT, handle)
     except ValueError:
@@ -25,23 +25,23 @@ def _handler(handle: Callable[[int, Any], object]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def ending(status: int) -> contextlib.AbstractContextManager[None]:
+def ending(status: int) -> AbstractContextManager[None]:
     """Let Ctrl-C end the process with a status and without a traceback."""
     return _handler(lambda *_: os._exit(status))
 
 
-# While a model opens KeyboardInterrupt alone is not enough. Python raises it wherever it is: a callback from C swallows it, and an import
-# in C may turn it into an ImportError, which looks like a broken plugin. So it is remembered until the model is open.
+# While a model opens, KeyboardInterrupt alone is not enough: it is raised at whatever Python executes, a callback from C swallows it, and
+# an import in C may turn it into an ImportError, which looks like a broken plugin. So it is remembered until the model is open.
 
 
 def remember() -> None:
     """From now on Ctrl-C raises KeyboardInterrupt and is remembered for ``pending``."""
-    with contextlib.suppress(ValueError):  # not the main thread: a test, an embedding
+    with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, _raise)
 
 
 def pending() -> bool:
-    """Whether Ctrl-C came since ``remember``; any later error is then taken for its consequence."""
+    """Whether Ctrl-C came since ``remember``; a later error is then taken for its consequence."""
     return bool(_seen)
 
 
@@ -49,7 +49,7 @@ def forget() -> None:
     """Restore Python's own handler. Raises KeyboardInterrupt if one was raised since ``remember`` and got lost."""
     lost = pending()
     _seen.clear()
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if lost:
         raise KeyboardInterrupt
@@ -60,9 +60,9 @@ def _raise(number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
+@contextmanager
 def cancelling(cancel: Callable[[], None]) -> Iterator[list[int]]:
-    """Let Ctrl-C call ``cancel``, and a second one raise KeyboardInterrupt. Yields a list that is empty until the first."""
+    """Let the first Ctrl-C call ``cancel`` and the second raise KeyboardInterrupt. Yields a list that is empty until the first."""
     seen: list[int] = []
 
     def handle(number: int, frame: object) -> None:
