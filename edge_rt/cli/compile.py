@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import edge_rt
+from edge_rt import error_correction
 from edge_rt.cli.options import JsonOption, argument, option
 from edge_rt.cli.output import ProgressBar, say, table, write, write_json
 from edge_rt.config import available_cpus
+from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.weights.error_correction import Compensation
+from edge_rt.deploy import folding, sensitivity
+from edge_rt.deploy import target as targets
+from edge_rt.deploy.cost import ModelShape, Prediction, predict, read_shape
+from edge_rt.deploy.passes import TYPES, Goals, Situation, built_in, decide
+from edge_rt.deploy.plan import Deployed, Plan
+from edge_rt.deploy.plot import svg
+from edge_rt.deploy.writer import write as write_directory
 from edge_rt.errors import OptionError, UserError
 from edge_rt.model_hub import format_size, parse_size, resolve_model
-
-if TYPE_CHECKING:
-    from edge_rt.core.gguf.model_file import ModelFile
-    from edge_rt.core.weights.error_correction import Compensation
-    from edge_rt.deploy.cost import ModelShape, Prediction
-    from edge_rt.deploy.passes import Goals, Situation
-    from edge_rt.deploy.plan import Deployed, Plan
-    from edge_rt.deploy.sensitivity import Sensitive
-    from edge_rt.deploy.target import Target
-    from edge_rt.plugin_host.registry import Registry
+from edge_rt.plugin_host.registry import Registry
 
 _TITLES = ("TARGET", "THREADS", "FIRST TOKEN", "", "COLD", "", "TOKENS/S", "", "MEMORY", "J/TOKEN", "ROW")
 
@@ -50,10 +52,6 @@ class PlanCommand(JsonOption):
     plot: str | None = option(None, "--plot FILE.svg", "Draw the table as a picture.")
 
     def run(self) -> int:
-        from edge_rt.core.gguf.model_file import ModelFile
-        from edge_rt.deploy.cost import read_shape
-        from edge_rt.plugin_host.registry import Registry
-
         path = resolve_model(self.file)
         with ModelFile.open(path) as model:
             shape = read_shape(model.header)
@@ -81,19 +79,14 @@ class PlanCommand(JsonOption):
 
 def predictions(options: PlanCommand, shape: ModelShape, registry: Registry) -> list[Prediction]:
     """One prediction for each target that the options name. Raises OptionError."""
-    from edge_rt.deploy import target as targets
-    from edge_rt.deploy.calibrate import here
-    from edge_rt.deploy.cost import predict
-
     more = registry.compiler_targets()
     if options.all_targets and options.target:
         raise OptionError("--target and --all-targets contradict each other; give one of them")
-    names = [targets.AUTO, *targets.names(more)] if options.all_targets else options.target or [targets.AUTO]
     rows = []
-    for name in names:
+    for name in [targets.AUTO, *targets.names(more)] if options.all_targets else options.target or [targets.AUTO]:
         threads = options.threads
         if name == targets.AUTO:
-            target = here(registry, shape, [threads] if threads else [])
+            target = _this_machine(registry, shape, [threads] if threads else [])
         else:
             target = targets.load(name, more)
             threads = None if threads is None else min(threads, target.threads)
@@ -101,9 +94,14 @@ def predictions(options: PlanCommand, shape: ModelShape, registry: Registry) -> 
     return rows
 
 
+def _this_machine(registry: Registry, shape: ModelShape, threads: Sequence[int] = ()) -> targets.Target:
+    from edge_rt.deploy.calibrate import here  # imports NumPy
+
+    return here(registry, shape, threads)
+
+
 def _measured(options: PlanCommand, path: Path) -> Prediction:
     """The row for the model as it runs on this machine."""
-    import edge_rt
     from edge_rt.deploy.calibrate import measure
 
     threads = options.threads or available_cpus()
@@ -113,8 +111,6 @@ def _measured(options: PlanCommand, path: Path) -> Prediction:
 
 
 def _draw(path: Path, rows: Sequence[Prediction], title: str) -> None:
-    from edge_rt.deploy.plot import svg
-
     try:
         path.write_text(svg(rows, title), encoding="utf-8")
     except OSError as error:
@@ -176,19 +172,17 @@ class CompileCommand(JsonOption):
     dry_run: bool = option(False, "--dry-run", "Decide and print, write nothing.")
 
     def run(self) -> int:
-        from edge_rt import error_correction
-        from edge_rt.core.gguf.model_file import ModelFile
-        from edge_rt.deploy import folding
-        from edge_rt.deploy import target as targets
-        from edge_rt.deploy.passes import Situation, built_in, decide
-        from edge_rt.plugin_host.registry import Registry
-
         registry = Registry.load()
         path = resolve_model(self.file)
         with ModelFile.open(path) as source, ExitStack() as undo:
             compensation = error_correction.opened(path, source, self.compensation or "auto", undo)
             here = self.target == targets.AUTO
-            target = _this_machine(registry, source) if here else targets.load(self.target, registry.compiler_targets())
+            if here:
+                shape, apart = read_shape(source.header), read_shape(source.header, joined=())
+                # Passes decide whether products are joined, so both ways are timed.
+                target = _this_machine(registry, shape._replace(products=(*shape.products, *apart.products)))
+            else:
+                target = targets.load(self.target, registry.compiler_targets())
             norms = folding.norms(source)
             if compensation is not None:
                 norms = folding.kept_for_compensation(norms)
@@ -197,8 +191,6 @@ class CompileCommand(JsonOption):
             plan = decide(situation, [*built_in(), *registry.compiler_passes()])
             deployed, copied = None, _compensation_to_copy(compensation, plan)
             if not self.dry_run:
-                from edge_rt.deploy.writer import write as write_directory
-
                 folder = Path(self.output or f"{path.stem}-{target.name}")
                 with ProgressBar() as progress:
                     deployed = write_directory(source, target, plan, folder, here=here, progress=progress, compensation=copied)
@@ -215,33 +207,18 @@ def _compensation_to_copy(compensation: Compensation | None, plan: Plan) -> Comp
     return compensation
 
 
-def _this_machine(registry: Registry, source: ModelFile) -> Target:
-    """This machine as a target, with kernels timed for the model's products both as they are and joined."""
-    from edge_rt.deploy.calibrate import here
-    from edge_rt.deploy.cost import read_shape
-
-    shape = read_shape(source.header)
-    apart = read_shape(source.header, joined=())
-    return here(registry, shape._replace(products=(*shape.products, *apart.products)))
-
-
-def _sensitivities(options: CompileCommand, source: ModelFile) -> Sequence[Sensitive]:
+def _sensitivities(options: CompileCommand, source: ModelFile) -> Sequence[sensitivity.Sensitive]:
     """Sensitivities of the weights, measured if the goals need them. Raises OptionError."""
     if options.quality is None and options.weights is None:
         if options.calibration is not None:
             raise OptionError("--calibration is of use only with --quality or --weights; add one of them")
         return ()
-    from edge_rt.deploy import sensitivity
-    from edge_rt.deploy.passes import TYPES
-
     tokens = sensitivity.calibration(source, None if options.calibration is None else Path(options.calibration))
     with ProgressBar() as progress:
         return sensitivity.measure(source, tokens, TYPES, available_cpus(), lambda done, total: progress("measuring", done, total))
 
 
 def _goals(options: CompileCommand) -> Goals:
-    from edge_rt.deploy.passes import Goals
-
     memory = None if options.memory is None else parse_size(options.memory, "--memory")
     weights = None if options.weights is None else parse_size(options.weights, "--weights")
     return Goals(memory, options.power, options.latency, options.context, options.quality, weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_rt.cli.generation import read_text
 from edge_rt.cli.options import JsonOption, argument, option
@@ -13,11 +13,9 @@ from edge_rt.cli.output import write, write_json
 from edge_rt.core.context.eviction import Protection, protections
 from edge_rt.core.context.history import Segment, segments
 from edge_rt.errors import OptionError
+from edge_rt.hooks import Grade
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.types import Message
-
-if TYPE_CHECKING:
-    from edge_rt.hooks import Grade
 
 _SHOWN = 100  # characters of a segment
 

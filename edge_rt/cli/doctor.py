@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_rt import __version__, model_hub
 from edge_rt.cli.options import JsonOption, option
@@ -19,10 +19,8 @@ from edge_rt.errors import EdgeError
 from edge_rt.hardware.profile import FIGURES
 from edge_rt.hooks import HasProfile, Refusal
 from edge_rt.model_hub import format_size
+from edge_rt.plugin_host.guard import PluginDevice
 from edge_rt.plugin_host.registry import Registry
-
-if TYPE_CHECKING:
-    from edge_rt.plugin_host.guard import PluginDevice
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _HEALTH_INTERVAL = 0.02

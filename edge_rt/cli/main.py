@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from edge_rt.cli.options import Command
 
 COMMANDS = {
-    "run": ("edge_rt.cli.run", "RunCommand"),
-    "chat": ("edge_rt.cli.chat", "ChatCommand"),
-    "embed": ("edge_rt.cli.run", "EmbedCommand"),
-    "post": ("edge_rt.cli.post", "PostCommand"),
-    "rules": ("edge_rt.cli.post", "RulesCommand"),
-    "pull": ("edge_rt.cli.models", "PullCommand"),
-    "models": ("edge_rt.cli.models", "ModelsCommand"),
-    "inspect": ("edge_rt.cli.models", "InspectCommand"),
-    "plan": ("edge_rt.cli.compile", "PlanCommand"),
-    "compile": ("edge_rt.cli.compile", "CompileCommand"),
-    "context": ("edge_rt.cli.context", "ContextCommand"),
-    "plugins": ("edge_rt.cli.doctor", "PluginsCommand"),
-    "doctor": ("edge_rt.cli.doctor", "DoctorCommand"),
-    "bench": ("edge_rt.cli.bench", "BenchCommand"),
-    "serve": ("edge_rt.cli.serve", "ServeCommand"),
+    "run": ("run", "RunCommand", "Answer one prompt."),
+    "chat": ("chat", "ChatCommand", "Talk with a model."),
+    "embed": ("run", "EmbedCommand", "Embed texts: numbers that lie close for texts of close meaning."),
+    "post": ("post", "PostCommand", "Post-process a text."),
+    "rules": ("post", "RulesCommand", "Check rules for post-processors."),
+    "pull": ("models", "PullCommand", "Fetch a model into the cache."),
+    "models": ("models", "ModelsCommand", "List models by name."),
+    "inspect": ("models", "InspectCommand", "Show what a model file holds."),
+    "plan": ("compile", "PlanCommand", "Predict how fast a model runs on a device."),
+    "compile": ("compile", "CompileCommand", "Fit a model to a device."),
+    "context": ("context", "ContextCommand", "Show a conversation's segments, their grades and what makes them."),
+    "plugins": ("doctor", "PluginsCommand", "List plugins and what they offer."),
+    "doctor": ("doctor", "DoctorCommand", "Show what edge-rt found on this machine."),
+    "bench": ("bench", "BenchCommand", "Measure a model's speed here."),
+    "serve": ("serve", "ServeCommand", "Serve a model to other programs on this machine."),
 }
-"""Name -> module and class, in the order of the help."""
+"""Name -> module, class, and the first line of its help: `edge-rt --help` imports no command."""
 
 SUCCESS, USER_ERROR, BUG, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 3, 130, 141
 
@@ -101,8 +101,8 @@ def _command(words: list[str]) -> Callable[[], int]:
 
 def command_class(name: str) -> type[Command]:
     """The class of one of edge-rt's own commands. Imports its module."""
-    module, attribute = COMMANDS[name]
-    kind: type[Command] = getattr(import_module(module), attribute)
+    module, attribute, _ = COMMANDS[name]
+    kind: type[Command] = getattr(import_module(f"edge_rt.cli.{module}"), attribute)
     return kind
 
 
@@ -148,7 +148,7 @@ def _run_other(words: list[str]) -> int:
     if first and not first.startswith("-"):
         near = similar(first, [*COMMANDS, *commands])
         report_wrong_usage(USAGE, "edge-rt", f"No such command '{first}'." + (f" Did you mean '{near[0]}'?" if near else ""))
-    rows = [*((name, (command_class(name).__doc__ or "").partition("\n")[0]) for name in COMMANDS), *commands.items()]
+    rows = [*((name, summary) for name, (_, _, summary) in COMMANDS.items()), *commands.items()]
     write(HELP + table(rows, "  "))
     return SUCCESS if first else WRONG_USAGE
 

@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_rt import model_hub
 from edge_rt.cli.options import Command, JsonOption, argument, option
@@ -15,14 +15,12 @@ from edge_rt.cli.output import ProgressBar, say, table, write, write_json
 from edge_rt.config import packed_dir
 from edge_rt.core.gguf.lora import is_adapter
 from edge_rt.core.gguf.model_file import ModelFile
+from edge_rt.core.gguf.reader import Header, TensorInfo
 from edge_rt.core.weights.error_correction import find_compensation, is_compensation, open_compensation
 from edge_rt.core.weights.units import unit_name
 from edge_rt.errors import ModelFileError, OptionError
 from edge_rt.model_hub import format_size
 from edge_rt.native import memory
-
-if TYPE_CHECKING:
-    from edge_rt.core.gguf.reader import Header, TensorInfo
 
 _FACTS = ("name", "type", "size_label", "quantization_version", "file_type", "license")
 _SIZES = {

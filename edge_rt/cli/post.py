@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_rt.cli.generation import is_post_processed, post_processor_names, rulebook
 from edge_rt.cli.options import JsonOption, PostOptions, argument, option
 from edge_rt.cli.output import say, table, write, write_bytes, write_json
 from edge_rt.errors import EdgeError, OptionError, RuleError, UserError
-
-if TYPE_CHECKING:
-    from edge_rt.plugin_host.registry import Registry
-    from edge_rt.postprocess.pipeline import Pipeline
-    from edge_rt.postprocess.rules import Rulebook
-
+from edge_rt.plugin_host.registry import Registry
+from edge_rt.postprocess.pipeline import Pipeline
+from edge_rt.postprocess.rules import Rulebook, RuleFile, Ruleset
 
 _CHUNK = 1 << 16  # bytes read at once, at most
 
@@ -41,9 +39,6 @@ class PostCommand(PostOptions):
     counts: bool = option(False, "--counts", "Say on standard error what was done, as JSON.")
 
     def run(self) -> int:
-        from edge_rt.plugin_host.registry import Registry
-        from edge_rt.postprocess.rules import Ruleset
-
         if not is_post_processed(self):
             raise OptionError("there is nothing to do; name post-processors with --post, as --post redaction, or give --rules")
         names, registry = post_processor_names(self), Registry.load()
@@ -57,8 +52,6 @@ class PostCommand(PostOptions):
                 interrupted = True
             stream.close(cut=interrupted)
             if self.counts:
-                import json
-
                 say(json.dumps({"rules": stream.rules, "post": list(stream.counts.values())}, ensure_ascii=False))
         return 130 if interrupted else 0
 
@@ -150,8 +143,6 @@ class RulesCommand(JsonOption):
     def run(self) -> int:
         if self.action != "check":
             raise OptionError(f"edge-rt rules has no action {self.action!r}; write edge-rt rules check FILE")
-        from edge_rt.plugin_host.registry import Registry
-
         found = rule_facts(self.file, Registry.load())
         if self.json:
             write_json(found, indent=2)
@@ -167,8 +158,6 @@ class RulesCommand(JsonOption):
 
 def rule_facts(file: str, registry: Registry) -> dict[str, Any]:
     """What `edge-rt rules check` shows of a rule file: the version and pipeline, or why it cannot be used."""
-    from edge_rt.postprocess.rules import RuleFile
-
     started = time.perf_counter()
     try:
         book = RuleFile(file, registry, watch=False)

@@ -93,7 +93,7 @@ def test_wrong_usage(line, message, capsys):
 def test_every_command_is_completely_described(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # wider than help may become
     kind = command_class(command)
-    assert help_text(kind).splitlines()[0].endswith(".")
+    assert help_text(kind).splitlines()[0] == COMMANDS[command][2]
     with pytest.raises(SystemExit) as raised:
         parse(command, kind, ["--help"])
     assert raised.value.code == 0
