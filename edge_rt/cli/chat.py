@@ -13,8 +13,9 @@ from edge_rt.cli.generation import (
     check_text,
     generate_options,
     opened,
-    post_processed,
+    plugins_for,
     read_text,
+    rulebook,
     show_text,
     summary,
     text_or_file,
@@ -58,14 +59,15 @@ class ChatCommand(GenerationOptions, ModelOptions):
         def note_change(error: RuleError | None) -> None:
             notes.append(f"the rules stay as they were: {error}" if error else "the rules were exchanged")
 
+        registry = plugins_for(self)
         with (
-            post_processed(request, self, watch=True, on_change=note_change) as (request, registry),
+            rulebook(self, registry, watch=True, on_change=note_change) as rules,
             opened(self, registry) as model,
             model.session() as session,
         ):
             if is_terminal(sys.stdin):
                 say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
-            return _converse(Chat(session, request, system, messages, self.verbose, notes, registry))
+            return _converse(Chat(session, request._replace(rules=rules), system, messages, self.verbose, notes, registry))
 
 
 @dataclass

@@ -220,30 +220,24 @@ def is_post_processed(options: PostOptions) -> bool:
     return options.post is not None or options.rules is not None or bool(options.rule)
 
 
-@contextmanager
-def post_processed(
-    request: GenerateOptions, options: PostOptions, *, watch: bool = False, on_change: OnChange = lambda error: None
-) -> Iterator[tuple[GenerateOptions, Registry | None]]:
-    """The request with the rules of the options, and the registry of its post-processors, None if it has none."""
+def plugins_for(options: PostOptions) -> Registry | None:
+    """The registry of post-processors; None, and no plugin is imported, if the options ask for no post-processing."""
     if not is_post_processed(options):
-        yield request, None
-        return
+        return None
     from edge_rt.plugin_host.registry import Registry
 
-    registry = Registry.load()
-    with rulebook(options, registry, watch=watch, on_change=on_change) as book:
-        yield request._replace(rules=book), registry
+    return Registry.load()
 
 
 @contextmanager
 def rulebook(
-    options: PostOptions, registry: Registry, *, watch: bool = False, on_change: OnChange = lambda error: None
+    options: PostOptions, registry: Registry | None, *, watch: bool = False, on_change: OnChange = lambda error: None
 ) -> Iterator[Rulebook | None]:
     """The rules of the options, None without any. Raises RuleError, PluginError.
 
     With ``watch`` a rule file is read again whenever it changes.
     """
-    if options.rules is None and not options.rule:
+    if registry is None or (options.rules is None and not options.rule):
         yield None
         return
     from edge_rt.postprocess.rules import RuleFile, Ruleset, change

@@ -141,8 +141,7 @@ def _run_other(words: list[str]) -> int:
     completing = _COMPLETE in os.environ or first in ("--install-completion", "--show-completion")
     if first.startswith("-") and not completing and first not in ("-h", "--help"):
         report_wrong_usage(USAGE, "edge-rt", f"No such option: {first}")
-    app = _typer_app(own_commands=completing)
-    commands = _commands_of(app)
+    app, commands = _typer_app(own_commands=completing)
     if completing or first in commands:
         app(args=words, prog_name="edge-rt")  # raises SystemExit
     if first and not first.startswith("-"):
@@ -153,8 +152,8 @@ def _run_other(words: list[str]) -> int:
     return SUCCESS if first else WRONG_USAGE
 
 
-def _typer_app(own_commands: bool) -> Any:
-    """The typer application with the commands of plugins, None if no plugin has any.
+def _typer_app(own_commands: bool) -> tuple[Any, dict[str, str]]:
+    """The typer application with the commands of plugins, and the first line of help of each; (None, {}) if no plugin has commands.
 
     ``own_commands`` adds edge-rt's own commands by name and options, which is what shell completion needs; they do nothing.
     """
@@ -162,27 +161,17 @@ def _typer_app(own_commands: bool) -> Any:
 
     registry = Registry.load()
     if not own_commands and not any("edge_rt_cli_commands" in plugin.hooks for plugin in registry.plugins):
-        return None
+        return None, {}
     import typer
 
-    app = typer.Typer(
-        rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
-    )  # fmt: skip
+    names = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=names)
     app.callback()(lambda: None)  # without a callback typer makes an only command the whole application
     for name in COMMANDS if own_commands else ():
         app.command(name)(_completed(command_class(name)))
     registry.add_cli_commands(app)
-    return app
-
-
-def _commands_of(app: Any) -> dict[str, str]:
-    """The commands of a typer application with the first line of their help."""
-    if app is None:
-        return {}
-    import typer
-
     commands = typer.main.get_group(app).commands
-    return {name: command.get_short_help_str(100) for name, command in commands.items()}
+    return app, {name: command.get_short_help_str(100) for name, command in commands.items()}
 
 
 def _completed(kind: type[Command]) -> Callable[..., None]:

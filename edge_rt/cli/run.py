@@ -14,8 +14,9 @@ from edge_rt.cli.generation import (
     check_text,
     generate_options,
     opened,
-    post_processed,
+    plugins_for,
     read_text,
+    rulebook,
     show_json,
     show_text,
     summary,
@@ -71,12 +72,13 @@ class RunCommand(GenerationOptions, ModelOptions):
 
 def _answer(options: RunCommand, prompt: str | list[Message], request: GenerateOptions) -> int:
     saved = Path(options.session) if options.session is not None else None
-    with post_processed(request, options) as (request, registry), opened(options, registry) as model:
+    registry = plugins_for(options)
+    with rulebook(options, registry) as rules, opened(options, registry) as model:
         if options.json:
             write_json({"event": "model", "path": str(model.file.path), "engine": model.info.engine, "device": model.info.device,
                         "architecture": model.info.architecture, "context": model.info.max_context})  # fmt: skip
         with model.restore(saved) if saved and saved.exists() else model.session() as session:
-            text, done, interrupted = answer(session, prompt, request, show_json if options.json else show_text)
+            text, done, interrupted = answer(session, prompt, request._replace(rules=rules), show_json if options.json else show_text)
             if not options.json and not text.endswith("\n"):
                 write("\n")
             if options.verbose:
