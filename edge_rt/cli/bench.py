@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_rt.cli.generation import answer, opened
 from edge_rt.cli.options import JsonOption, ModelOptions, option
-from edge_rt.cli.output import say, table, write, write_json
+from edge_rt.cli.output import table, write, write_json, write_stderr
 from edge_rt.errors import Cancelled, ContextError
 from edge_rt.types import Done, Event, GenerateOptions, SamplingParams, decode_rate
 
@@ -42,7 +42,7 @@ class BenchCommand(ModelOptions, JsonOption):
             if needed > allowed:
                 raise ContextError(f"the test needs {needed} tokens of context and has {allowed}; lower -p or -n, or raise --ctx")
             for notice in model.new_notices():
-                say(f"note: {notice}")
+                write_stderr(f"note: {notice}")
             results = [_measure(model, self, number) for number in range(self.repeat + 1)][1:]
             found: dict[str, Any] = {
                 "model": str(model.file.path),
@@ -59,7 +59,7 @@ class BenchCommand(ModelOptions, JsonOption):
         if self.json:
             write_json(found, indent=2)
             return 0
-        say(f"{found['model']}: {found['engine']} on {found['device']}, opened in {open_seconds:.3f} s, {self.repeat} repetitions")
+        write_stderr(f"{found['model']}: {found['engine']} on {found['device']}, opened in {open_seconds:.3f} s, {self.repeat} repetitions")
         rows: list[tuple[str, ...]] = [("", "TOKENS", "MEDIAN", "FROM", "TO")]
         for name, tokens, unit, digits in (
             ("prefill", found["prompt_tokens"], "tokens/s", 1),

@@ -21,7 +21,7 @@ from edge_rt.cli.generation import (
     text_or_file,
 )  # fmt: skip
 from edge_rt.cli.options import GenerationOptions, ModelOptions, help_text, option
-from edge_rt.cli.output import is_terminal, say, write
+from edge_rt.cli.output import is_terminal, write, write_stderr
 from edge_rt.errors import ContextError, OptionError, RuleError, UserError
 from edge_rt.types import GenerateOptions, Message
 
@@ -66,7 +66,7 @@ class ChatCommand(GenerationOptions, ModelOptions):
             model.session() as session,
         ):
             if is_terminal(sys.stdin):
-                say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
+                write_stderr("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
             return _converse(Chat(session, request._replace(rules=rules), system, messages, self.verbose, notes, registry))
 
 
@@ -85,25 +85,25 @@ class Chat:
     def turn(self, text: str) -> None:
         """Answer one message. If that fails, the conversation stays as it was."""
         while self.notes:
-            say(f"note: {self.notes.pop(0)}")
+            write_stderr(f"note: {self.notes.pop(0)}")
         question: Message = {"role": "user", "content": text}
         text, done, interrupted = answer(self.session, [*self.system, *self.messages, question], self.request, show_text)
         if not text.endswith("\n"):
             write("\n")
         self.messages += [question, {"role": "assistant", "content": text if done.answer is None else done.answer}]
         if interrupted:
-            say("[stopped]")
+            write_stderr("[stopped]")
         if self.verbose:
-            say(summary(done))
+            write_stderr(summary(done))
         elif is_terminal(sys.stderr):
             left = f", {done.context.absent_tokens} tokens left it" if done.context.absent_tokens else ""
-            say(f"[context {done.context.used} of {done.context.allowed}{left}]")
+            write_stderr(f"[context {done.context.used} of {done.context.allowed}{left}]")
 
     # Commands; each takes what stands behind its name and returns whether the conversation goes on.
 
     def clear(self, argument: str) -> bool:
         self.messages.clear()
-        say("The conversation starts anew.")
+        write_stderr("The conversation starts anew.")
         return True
 
     def save(self, file: str) -> bool:
@@ -116,18 +116,18 @@ class Chat:
             Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise OptionError(f"cannot write {file}: {(error.strerror or str(error)).lower()}") from error
-        say(f"Saved; edge-rt chat --load {file} goes on from here.")
+        write_stderr(f"Saved; edge-rt chat --load {file} goes on from here.")
         return True
 
     def reload(self, plugin: str) -> bool:
         if self.registry is None:
             raise OptionError("/reload is for plugins that --post or --rules name; start edge-rt chat with one of them")
         self.registry.reload(plugin)
-        say(f"The code of {plugin} was reloaded; the next answer uses it.")
+        write_stderr(f"The code of {plugin} was reloaded; the next answer uses it.")
         return True
 
     def help(self, argument: str) -> bool:
-        say(help_text(ChatCommand).partition("In the conversation:\n")[2])
+        write_stderr(help_text(ChatCommand).partition("In the conversation:\n")[2])
         return True
 
     def quit(self, argument: str) -> bool:
@@ -167,10 +167,10 @@ def _converse(chat: Chat) -> int:
             message = _read_message()
         except KeyboardInterrupt:
             if interrupted or not is_terminal(sys.stdin):
-                say("")
+                write_stderr("")
                 return 130
             interrupted = True
-            say("\nCtrl-C again or /quit leaves.")
+            write_stderr("\nCtrl-C again or /quit leaves.")
             continue
         interrupted = False
         if message is None or not _handle(chat, message.strip()):
@@ -189,11 +189,11 @@ def _handle(chat: Chat, message: str) -> bool:
             check_text(message, "the message")
             chat.turn(message)
     except KeyboardInterrupt:
-        say("\n[stopped]")  # the second Ctrl-C during one answer
+        write_stderr("\n[stopped]")  # the second Ctrl-C during one answer
     except ContextError as error:
-        say(f"error: {error}, or start anew with /clear")
+        write_stderr(f"error: {error}, or start anew with /clear")
     except UserError as error:
-        say(f"error: {error}")
+        write_stderr(f"error: {error}")
     return True
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import edge_rt
 from edge_rt import error_correction
 from edge_rt.cli.options import JsonOption, argument, option
-from edge_rt.cli.output import ProgressBar, say, table, write, write_json
+from edge_rt.cli.output import ProgressBar, table, write, write_json, write_stderr
 from edge_rt.config import available_cpus
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.core.weights.error_correction import Compensation
@@ -72,7 +72,7 @@ class PlanCommand(JsonOption):
             write_json({"model": str(path), **facts, "rows": [_record(row) for row in rows]}, indent=2)
             return 0
         size, main_type = format_size(shape.weights), next(iter(shape.types))
-        say(f"{path.name}: {shape.parameters / 1e6:.0f} million weights a token, {size}, mostly {main_type}")
+        write_stderr(f"{path.name}: {shape.parameters / 1e6:.0f} million weights a token, {size}, mostly {main_type}")
         write(table([_TITLES, *(_row(row) for row in rows)]))
         return 0
 
@@ -202,7 +202,7 @@ def _compensation_to_copy(compensation: Compensation | None, plan: Plan) -> Comp
     """The model's compensation; None, with a note, if the plan changes types of weights and so makes it useless."""
     if compensation is not None and plan.types:
         changed = f"{len(plan.types)} weights that it was made for get other types"
-        say(f"note: the compensation {compensation.file.path} is left out, as {changed}; make one for the compiled model")
+        write_stderr(f"note: the compensation {compensation.file.path} is left out, as {changed}; make one for the compiled model")
         return None
     return compensation
 
@@ -234,9 +234,9 @@ def _show(options: CompileCommand, plan: Plan, situation: Situation, deployed: D
         return
     rows = [(gain.by, _ratio(gain.first), _ratio(gain.token), _ratio(gain.memory), gain.what) for gain in plan.gains]
     write(table([("PASS", "FIRST TOKEN", "TOKENS/S", "MEMORY", "DECIDED"), *rows]))
-    say(f"predicted: first token after {first:.2f} s, {rate:.1f} tokens/s with {situation.context} cells, {format_size(memory)}")
+    write_stderr(f"predicted: first token after {first:.2f} s, {rate:.1f} tokens/s with {situation.context} cells, {format_size(memory)}")
     if deployed is not None:
-        say(f"wrote {deployed.folder}; run it with `edge-rt run -m {deployed.folder}`")
+        write_stderr(f"wrote {deployed.folder}; run it with `edge-rt run -m {deployed.folder}`")
 
 
 def _ratio(gain: float) -> str:

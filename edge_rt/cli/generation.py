@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from edge_rt import model_hub
 from edge_rt.cli import interrupts
 from edge_rt.cli.options import GenerationOptions, ModelOptions, PostOptions
-from edge_rt.cli.output import ProgressBar, say, write, write_json
+from edge_rt.cli.output import ProgressBar, write, write_json, write_stderr
 from edge_rt.errors import ConstraintError, OptionError, RuleError
 from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, Pruning, SamplingParams, decode_rate, record
 
@@ -73,7 +73,7 @@ def opened(options: ModelOptions, registry: Registry | None = None) -> Iterator[
         if options.verbose:
             info, applied = model.info, f", with {model.compensation.sentence}" if model.compensation else ""
             seconds = time.perf_counter() - started
-            say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}{applied}; opened in {seconds:.3f} s]")
+            write_stderr(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}{applied}; opened in {seconds:.3f} s]")
         yield model
 
 
@@ -281,10 +281,10 @@ def show_text(events: Iterable[Event]) -> tuple[str, Done]:
                 parts.append(event.text)
                 write(event.text)
         elif isinstance(event, Notice):
-            say(f"note: {event.message}")
+            write_stderr(f"note: {event.message}")
         elif isinstance(event, Done):
             if event.reason == "context_full":
-                say(
+                write_stderr(
                     f"note: the answer ends because the context of {event.context.allowed} tokens is full; "
                     "--ctx N allows more, where the model does"
                 )

@@ -108,7 +108,7 @@ def command_class(name: str) -> type[Command]:
 
 def _report(error: Exception, words: list[str]) -> int:
     """Report an error on standard error and return the exit status for it."""
-    from edge_rt.cli.output import OutputClosed, say
+    from edge_rt.cli.output import OutputClosed, write_stderr
     from edge_rt.errors import Cancelled, UserError
 
     if isinstance(error, OutputClosed):
@@ -116,12 +116,12 @@ def _report(error: Exception, words: list[str]) -> int:
     if isinstance(error, Cancelled):
         return INTERRUPTED
     if isinstance(error, UserError):
-        say(f"error: {error}")
+        write_stderr(f"error: {error}")
         return USER_ERROR
     from edge_rt.cli.doctor import write_report
 
-    say(f"error: {type(error).__name__}: {error}")
-    say(write_report(error, words[0] if words and words[0] in COMMANDS else ""))
+    write_stderr(f"error: {type(error).__name__}: {error}")
+    write_stderr(write_report(error, words[0] if words and words[0] in COMMANDS else ""))
     return BUG
 
 

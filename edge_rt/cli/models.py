@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_rt import model_hub
 from edge_rt.cli.options import Command, JsonOption, argument, option
-from edge_rt.cli.output import ProgressBar, say, table, write, write_json
+from edge_rt.cli.output import ProgressBar, table, write, write_json, write_stderr
 from edge_rt.config import packed_dir
 from edge_rt.core.gguf.lora import is_adapter
 from edge_rt.core.gguf.model_file import ModelFile
@@ -81,7 +81,8 @@ class PullCommand(Command):
             else:
                 path = model_hub.fetch_model(self.name, progress)
         if is_address and self.sha256 is None:
-            say(f"note: nothing says that this is the right file; with --sha256 {model_hub.sha256_of(path)} a later pull would make sure")
+            sha256 = model_hub.sha256_of(path)
+            write_stderr(f"note: nothing says that this is the right file; with --sha256 {sha256} a later pull would make sure")
         write(f"{path}\n")
         return 0
 

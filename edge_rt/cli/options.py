@@ -305,7 +305,7 @@ def similar(word: str, known: Iterable[str]) -> list[str]:
 
 def report_wrong_usage(usage: str, command: str, message: str) -> NoReturn:
     """Say on standard error what is wrong with a command line. Raises SystemExit."""
-    from edge_rt.cli.output import say
+    from edge_rt.cli.output import write_stderr
 
-    say(f"Usage: {usage}\nTry '{command} -h' for help.\n\nError: {message}")
+    write_stderr(f"Usage: {usage}\nTry '{command} -h' for help.\n\nError: {message}")
     raise SystemExit(WRONG_USAGE)

@@ -64,7 +64,7 @@ def write_json(record: dict[str, Any], indent: int | None = None) -> None:
     write(json.dumps(record, ensure_ascii=not utf8, allow_nan=False, indent=indent) + "\n")
 
 
-def say(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write a line to standard error. Does nothing if it is closed."""
     if sys.stderr is None:
         return
@@ -106,7 +106,7 @@ class ProgressBar:
                 self._draw(phase, done, total)
                 self._due = now + 0.1
             else:
-                say(f"{phase}" + (f" {format_size(total)}" if total else "") + " ...")
+                write_stderr(f"{phase}" + (f" {format_size(total)}" if total else "") + " ...")
                 self._due = float("inf")
 
     def __enter__(self) -> ProgressBar:

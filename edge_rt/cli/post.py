@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_rt.cli.generation import is_post_processed, post_processor_names, rulebook
 from edge_rt.cli.options import JsonOption, PostOptions, argument, option
-from edge_rt.cli.output import say, table, write, write_bytes, write_json
+from edge_rt.cli.output import table, write, write_bytes, write_json, write_stderr
 from edge_rt.errors import EdgeError, OptionError, RuleError, UserError
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.postprocess.pipeline import Pipeline
@@ -52,12 +52,12 @@ class PostCommand(PostOptions):
                 interrupted = True
             stream.close(cut=interrupted)
             if self.counts:
-                say(json.dumps({"rules": stream.rules, "post": list(stream.counts.values())}, ensure_ascii=False))
+                write_stderr(json.dumps({"rules": stream.rules, "post": list(stream.counts.values())}, ensure_ascii=False))
         return 130 if interrupted else 0
 
 
 def _report_change(error: RuleError | None) -> None:
-    say(f"note: {error or 'the rules were exchanged'}")
+    write_stderr(f"note: {error or 'the rules were exchanged'}")
 
 
 class _Stream:
@@ -95,7 +95,7 @@ class _Stream:
             return
         _write(pipeline.cut("") if cut else pipeline.flush())
         for notice in pipeline.notices:
-            say(f"note: {notice}")
+            write_stderr(f"note: {notice}")
         for use in pipeline.use():
             total = self.counts.setdefault(use.name, {"name": use.name, "counts": {}, "most_held": None})
             for kind, count in use.counts.items():

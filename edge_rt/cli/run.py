@@ -23,7 +23,7 @@ from edge_rt.cli.generation import (
     text_or_file,
 )  # fmt: skip
 from edge_rt.cli.options import GenerationOptions, ModelOptions, argument, option
-from edge_rt.cli.output import is_terminal, say, write, write_json
+from edge_rt.cli.output import is_terminal, write, write_json, write_stderr
 from edge_rt.errors import OptionError, UserError
 from edge_rt.types import GenerateOptions, Message, singles
 
@@ -82,12 +82,13 @@ def _answer(options: RunCommand, prompt: str | list[Message], request: GenerateO
             if not options.json and not text.endswith("\n"):
                 write("\n")
             if options.verbose:
-                say(summary(done))
+                write_stderr(summary(done))
             _report_limits(model, options)
             if saved and not interrupted:
                 session.save(saved)
                 if any(one.conceals for one in done.post):
-                    say(f"note: the session in {saved} holds the answer as the model wrote it, with what was concealed; keep it safe")
+                    note = "holds the answer as the model wrote it, with what was concealed; keep it safe"
+                    write_stderr(f"note: the session in {saved} {note}")
     return 130 if interrupted else 0
 
 
@@ -101,9 +102,9 @@ def _report_limits(model: Model, options: RunCommand) -> None:
     if options.json:
         write_json({"event": "sustained", **found._asdict()})
     elif options.verbose:
-        say(f"[{sentence(found)}]")
+        write_stderr(f"[{sentence(found)}]")
     elif found.problem:
-        say(f"note: {found.problem}")
+        write_stderr(f"note: {found.problem}")
 
 
 def _prompt(options: RunCommand) -> str | list[Message]:
@@ -170,7 +171,7 @@ class EmbedCommand(ModelOptions):
                     write_json({"index": index, "embedding": singles(one.vector.tolist()), "tokens": one.tokens})
                     count, tokens = count + 1, tokens + one.tokens
             if self.verbose:
-                say(f"[{count} texts, {tokens} tokens ({tokens / (time.perf_counter() - started):.0f}/s)]")
+                write_stderr(f"[{count} texts, {tokens} tokens ({tokens / (time.perf_counter() - started):.0f}/s)]")
         return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_rt.cli.options import ModelOptions, option
-from edge_rt.cli.output import say
+from edge_rt.cli.output import write_stderr
 from edge_rt.daemon import address as addresses
 from edge_rt.daemon.address import Address, Listener
 from edge_rt.daemon.config import Config, HttpConfig, RecordConfig, default_config, read_config
@@ -58,7 +58,7 @@ class ServeCommand(ModelOptions):
         recorder = _recorder(config)
         listeners = _listen(config)
         where = ", ".join(_place(one.address, one.http) for one in listeners)
-        asyncio.run(serve(config, listeners, lambda: say(f"edge-rt listens at {where}"), recorder))
+        asyncio.run(serve(config, listeners, lambda: write_stderr(f"edge-rt listens at {where}"), recorder))
         return 0
 
 
@@ -166,15 +166,15 @@ def _check(config: Config) -> None:
     """Say what the daemon would do, without doing it. Raises what would make it fail."""
     for address, http in _addresses(config):
         addresses.check_address(address)
-        say(f"would listen at {_place(address, http)}")
+        write_stderr(f"would listen at {_place(address, http)}")
     users = ", ".join("root" if one == 0 else "you" if one == os.getuid() else str(one) for one in sorted(config.users))
-    say(f"would let in {users}")
+    write_stderr(f"would let in {users}")
     if config.rules is not None:
         from edge_rt.plugin_host.registry import Registry
         from edge_rt.postprocess.rules import RuleFile
 
         book = RuleFile(config.rules, Registry.load(), watch=False)
-        say(f"would post-process by {config.rules}, version {book.current.version}")
+        write_stderr(f"would post-process by {config.rules}, version {book.current.version}")
     if config.record is not None:
         _check_record(config.record)
     _check_models(config)
@@ -187,8 +187,8 @@ def _check_record(record: RecordConfig) -> None:
     redaction = load_redaction(record.rules)
     check_trace_file(record.file)
     what = "requests" if record.sample == 1 else f"{100 * record.sample:g} % of the requests"
-    say(f"would record {what} {'and their answers' if record.answers else 'without their answers'} in {record.file}")
-    say(f"would redact what is recorded: {redaction.by}")
+    write_stderr(f"would record {what} {'and their answers' if record.answers else 'without their answers'} in {record.file}")
+    write_stderr(f"would redact what is recorded: {redaction.by}")
 
 
 def _check_models(config: Config) -> None:
@@ -201,7 +201,7 @@ def _check_models(config: Config) -> None:
 
     budget = config.memory or default_memory_budget()
     if config.model is None:
-        say("would wait for a client to load a model" if not config.models else "would open no model before it is asked for")
+        write_stderr("would wait for a client to load a model" if not config.models else "would open no model before it is asked for")
     given = [("would open", config.model, config.model_options)] if config.model is not None else []
     for verb, model, options in [*given, *((f"would know {name}:", *model) for name, model in config.models.items())]:
         path = resolve_model(model)
@@ -211,13 +211,13 @@ def _check_models(config: Config) -> None:
             if model is config.model:
                 check_model_name(model, spec, config.models)
             needs = estimate_memory(spec).total
-            say(f"{verb} {path}, architecture {file.header.architecture}, which needs about {format_size(needs)}")
+            write_stderr(f"{verb} {path}, architecture {file.header.architecture}, which needs about {format_size(needs)}")
             if (side := find_compensation(path, options.get("compensation", AUTO))) is not None:
                 with open_compensation(side, file).file:
-                    say(f"would apply its compensation {side}")
+                    write_stderr(f"would apply its compensation {side}")
             for name, adapter in options.get("adapters", {}).items():
                 with open_lora(adapter, file.header).file:
-                    say(f"would offer its adapter {name}, {adapter}")
+                    write_stderr(f"would offer its adapter {name}, {adapter}")
         if needs > budget:
             raise OptionError(f"{model} needs {format_size(needs)} and all models may have {format_size(budget)}; raise memory")
-    say(f"would let models have {format_size(budget)} together")
+    write_stderr(f"would let models have {format_size(budget)} together")

@@ -125,9 +125,9 @@ def test_a_letter_the_terminal_cannot_show_does_not_end_the_answer(monkeypatch):
 
 def test_nobody_reading_stderr_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Broken(BrokenPipeError(errno.EPIPE, "Broken pipe")))
-    output.say("anyone?")
+    output.write_stderr("anyone?")
     monkeypatch.setattr(sys, "stderr", None)
-    output.say("anyone?")
+    output.write_stderr("anyone?")
 
 
 @pytest.fixture
