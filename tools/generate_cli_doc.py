@@ -1,17 +1,17 @@
-"""Writes docs/cli.md from the commands' help and options; with --check only says whether it is current.
+"""Writes docs/cli.md from the commands' help and options; with --check it only tests whether the file is current.
 
-It reads the definitions themselves and not the output of --help, whose layout differs between versions of typer.
+It reads the definitions and not the output of --help, whose layout differs between versions of Python.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from edge_rt.cli.main import COMMANDS
-from edge_rt.cli.options import REQUIRED, CommandOptions, GenerationOptions, ModelOptions, Spec, specs
+from edge_rt.cli.main import COMMANDS, command_class
+from edge_rt.cli.options import GenerationOptions, ModelOptions, Spec, help_text, specs, usage
 
 TARGET = Path(__file__).parent.parent / "docs" / "cli.md"
 HEAD = """# Command line
@@ -38,48 +38,34 @@ Answers go to standard output, everything else to standard error. `edge-rt COMMA
 | `EDGE_RT_STATE` | folder of what the daemon keeps: saved sessions (default: `$XDG_STATE_HOME/edge-rt`, else `~/.local/state/edge-rt`) |
 | `HTTPS_PROXY`, `SSL_CERT_FILE` | proxy and certificates for downloads |
 """
-GROUPS: dict[str, type[CommandOptions]] = {"Generation options": GenerationOptions, "Model options": ModelOptions}
+GROUPS: dict[str, Any] = {"Generation options": GenerationOptions, "Model options": ModelOptions}
 
 
 def document() -> str:
     """The whole page."""
     parts = [HEAD]
     shared = {name for kind in GROUPS.values() for name in specs(kind)}
-    for name, path in COMMANDS.items():
-        module = import_module(path)
-        options = specs(module.Options)
-        words = [metavar(spec) for spec, _ in options.values() if not spec.flags]
-        parts.append(f"## {name}\n\n`{' '.join(['edge-rt', name, *words, '[OPTIONS]'])}`\n\n{prose(module.HELP)}")
-        own = {key: entry for key, entry in options.items() if not (key in shared and belongs(module.Options, key))}
-        if own:
+    for name in COMMANDS:
+        kind = command_class(name)
+        parts.append(f"## {name}\n\n`{usage(name, kind)}`\n\n{prose(help_text(kind))}")
+        # An option of a group that the command declares anew is the command's own.
+        if own := {key: entry for key, entry in specs(kind).items() if key not in shared or key in kind.__annotations__}:
             parts.append(table(own))
-        groups = [title.lower() for title, kind in GROUPS.items() if issubclass(module.Options, kind)]
-        links = [f"[{title}](#{title.replace(' ', '-')})" for title in groups]
+        links = [f"[{title.lower()}](#{title.lower().replace(' ', '-')})" for title, group in GROUPS.items() if issubclass(kind, group)]
         if links:
             parts.append(f"And the {' and the '.join(links)}.\n")
-    parts += [f"## {title}\n\n{table(specs(kind))}" for title, kind in GROUPS.items()]
+    parts += [f"## {title}\n\n{table(specs(group))}" for title, group in GROUPS.items()]
     return "\n".join(parts)
 
 
-def belongs(kind: type, name: str) -> bool:
-    """Whether a command has an option from a group and does not define it anew."""
-    return name not in kind.__annotations__
-
-
-def metavar(spec: Spec) -> str:
-    """An argument as the usage line shows it."""
-    return spec.metavar if spec.default is REQUIRED else f"[{spec.metavar}]"
-
-
 def prose(text: str) -> str:
-    """A command's help as Markdown: examples and tables, which `\\b` keeps from being filled, become code."""
+    """A command's help as Markdown: paragraphs with indented lines, such as examples, become code."""
     blocks = []
-    for block in text.strip().split("\n\n"):
-        if not block.startswith("\b\n"):
-            blocks.append(block)
-            continue
-        title, *lines = block.removeprefix("\b\n").splitlines()
-        blocks.append(f"{title}\n\n```\n" + "\n".join(line.removeprefix("  ") for line in lines) + "\n```")
+    for block in text.split("\n\n"):
+        title, *lines = block.splitlines()
+        if any(line.startswith("  ") for line in lines):
+            block = f"{title}\n\n```\n" + "\n".join(line.removeprefix("  ") for line in lines) + "\n```"
+        blocks.append(block)
     return "\n\n".join(blocks) + "\n"
 
 

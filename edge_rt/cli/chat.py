@@ -3,148 +3,147 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_rt.cli.generation import answer, check_text, facts, generate_options, opened, read_text, show_text
-from edge_rt.cli.options import GenerationOptions, ModelOptions, option
-from edge_rt.cli.output import say, terminal, write
-from edge_rt.cli.post_options import post_processed
+from edge_rt.cli.generation import (
+    answer,
+    check_text,
+    generate_options,
+    opened,
+    plugins_for,
+    read_text,
+    rulebook,
+    show_text,
+    summary,
+    text_or_file,
+)  # fmt: skip
+from edge_rt.cli.options import GenerationOptions, ModelOptions, help_text, option
+from edge_rt.cli.output import is_terminal, write, write_stderr
 from edge_rt.errors import ContextError, OptionError, RuleError, UserError
-from edge_rt.types import Message
+from edge_rt.types import GenerateOptions, Message
 
 if TYPE_CHECKING:
     from edge_rt.plugin_host.registry import Registry
     from edge_rt.session import Session
-    from edge_rt.types import GenerateOptions
-
-HELP = """Talk with a model.
-
-Ctrl-C ends the answer and not the program; at the empty prompt twice, or Ctrl-D, leaves.
-Each line of standard input is a turn where that is no terminal. A line that ends in \\ goes on in the next.
-
-\b
-Examples:
-  edge-rt chat
-  edge-rt chat -m model.gguf --system "Answer in one sentence." --temp 0
-  edge-rt chat --load talk.json
-
-\b
-In the conversation:
-  /help          these commands
-  /clear         forget what was said
-  /save FILE     write the conversation to a file, for --load
-  /reload PLUGIN import a plugin's code anew
-  /quit          leave
-"""
 
 
-class Options(GenerationOptions, ModelOptions):
-    """The command's options."""
+class ChatCommand(GenerationOptions, ModelOptions):
+    r"""Talk with a model.
+
+    Ctrl-C ends the answer and not the program; at the empty prompt twice, or Ctrl-D, leaves.
+    Each line of standard input is a turn where that is no terminal. A line that ends in \ goes on in the next.
+
+    Examples:
+      edge-rt chat
+      edge-rt chat -m model.gguf --system "Answer in one sentence." --temp 0
+      edge-rt chat --load talk.json
+
+    In the conversation:
+      /help          these commands
+      /clear         forget what was said
+      /save FILE     write the conversation to a file, for --load
+      /reload PLUGIN import a plugin's code anew
+      /quit          leave
+    """
 
     system: str | None = option(None, "--system TEXT", "System message, or @FILE.")
     load: str | None = option(None, "--load FILE", "Go on with a conversation that /save wrote.")
 
+    def run(self) -> int:
+        request, notes = generate_options(self), list[str]()
+        system, messages = _initial_messages(self)
+
+        def note_change(error: RuleError | None) -> None:
+            notes.append(f"the rules stay as they were: {error}" if error else "the rules were exchanged")
+
+        registry = plugins_for(self)
+        with (
+            rulebook(self, registry, watch=True, on_change=note_change) as rules,
+            opened(self, registry) as model,
+            model.session() as session,
+        ):
+            if is_terminal(sys.stdin):
+                write_stderr("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
+            return _converse(Chat(session, request._replace(rules=rules), system, messages, self.verbose, notes, registry))
+
 
 @dataclass
 class Chat:
-    """A conversation under way. ``first`` holds the system message, which /clear keeps."""
+    """A conversation. ``system`` holds the system message, if any, which /clear keeps. ``notes`` are shown before the next answer."""
 
     session: Session
     request: GenerateOptions
-    first: list[Message]
-    messages: list[Message] = field(default_factory=list)
-    verbose: bool = False
-    news: list[str] = field(default_factory=list)
-    """What the person is to know before the next answer."""
-    registry: Registry | None = None
+    system: list[Message]
+    messages: list[Message]
+    verbose: bool
+    notes: list[str]
+    registry: Registry | None
 
     def turn(self, text: str) -> None:
-        """Answer one message. A question that failed is not remembered."""
-        while self.news:
-            say(f"note: {self.news.pop(0)}")
-        asked: Message = {"role": "user", "content": text}
-        text, done, interrupted = answer(self.session, [*self.first, *self.messages, asked], self.request, show_text)
+        """Answer one message. If that fails, the conversation stays as it was."""
+        while self.notes:
+            write_stderr(f"note: {self.notes.pop(0)}")
+        question: Message = {"role": "user", "content": text}
+        text, done, interrupted = answer(self.session, [*self.system, *self.messages, question], self.request, show_text)
         if not text.endswith("\n"):
             write("\n")
-        self.messages += [asked, {"role": "assistant", "content": text if done.answer is None else done.answer}]
+        self.messages += [question, {"role": "assistant", "content": text if done.answer is None else done.answer}]
         if interrupted:
-            say("[stopped]")
+            write_stderr("[stopped]")
         if self.verbose:
-            say(facts(done))
-        elif terminal(sys.stderr):
+            write_stderr(summary(done))
+        elif is_terminal(sys.stderr):
             left = f", {done.context.absent_tokens} tokens left it" if done.context.absent_tokens else ""
-            say(f"[context {done.context.used} of {done.context.allowed}{left}]")
+            write_stderr(f"[context {done.context.used} of {done.context.allowed}{left}]")
+
+    # Commands; each takes what stands behind its name and returns whether the conversation goes on.
 
     def clear(self, argument: str) -> bool:
-        """Forget what was said."""
         self.messages.clear()
-        say("The conversation starts anew.")
+        write_stderr("The conversation starts anew.")
         return True
 
-    def save(self, argument: str) -> bool:
-        """Write the conversation to a file."""
+    def save(self, file: str) -> bool:
         import json
 
-        if not argument:
+        if not file:
             raise OptionError("/save needs the name of a file, as /save talk.json")
-        text = json.dumps({"messages": [*self.first, *self.messages]}, ensure_ascii=False, indent=1)
+        text = json.dumps({"messages": [*self.system, *self.messages]}, ensure_ascii=False, indent=1)
         try:
-            Path(argument).expanduser().write_text(text + "\n", encoding="utf-8")
+            Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise OptionError(f"cannot write {argument}: {(error.strerror or str(error)).lower()}") from error
-        say(f"Saved; edge-rt chat --load {argument} goes on from here.")
+            raise OptionError(f"cannot write {file}: {(error.strerror or str(error)).lower()}") from error
+        write_stderr(f"Saved; edge-rt chat --load {file} goes on from here.")
         return True
 
-    def reload(self, argument: str) -> bool:
-        """Import a plugin's code anew."""
+    def reload(self, plugin: str) -> bool:
         if self.registry is None:
             raise OptionError("/reload is for plugins that --post or --rules name; start edge-rt chat with one of them")
-        self.registry.reload(argument)
-        say(f"The code of {argument} was reloaded; the next answer uses it.")
+        self.registry.reload(plugin)
+        write_stderr(f"The code of {plugin} was reloaded; the next answer uses it.")
         return True
 
     def help(self, argument: str) -> bool:
-        """Show the commands."""
-        say(HELP.partition("In the conversation:\n")[2].rstrip())
+        write_stderr(help_text(ChatCommand).partition("In the conversation:\n")[2])
         return True
 
     def quit(self, argument: str) -> bool:
-        """Leave."""
         return False
 
 
 COMMANDS = {"/help": Chat.help, "/clear": Chat.clear, "/save": Chat.save, "/reload": Chat.reload, "/quit": Chat.quit, "/exit": Chat.quit}
 
 
-def run(options: Options) -> int:
-    """Talk until the user leaves."""
-    request, news = generate_options(options), list[str]()
-    first, messages = _beginning(options)
-
-    def told(error: RuleError | None) -> None:
-        news.append(f"the rules stay as they were: {error}" if error else "the rules were exchanged")
-
-    with (
-        post_processed(request, options, watch=True, told=told) as (asked, registry),
-        opened(options, options.policy, options.embedder, registry, options.adapter) as model,
-        model.session() as session,
-    ):
-        chat = Chat(session, asked, first, messages, options.verbose, news, registry)
-        if terminal(sys.stdin):
-            say("Ctrl-C stops an answer, /help shows the commands, /quit leaves.")
-        return _converse(chat)
-
-
-def _beginning(options: Options) -> tuple[list[Message], list[Message]]:
-    """The system message, if any, and what was said before. Raises OptionError."""
+def _initial_messages(options: ChatCommand) -> tuple[list[Message], list[Message]]:
+    """The system message, if any, and the messages to go on from. Raises OptionError."""
     messages = _load(options.load) if options.load is not None else []
-    first = [message for message in messages if message["role"] == "system"][:1]
+    system = [message for message in messages if message["role"] == "system"][:1]
     if options.system is not None:
-        text = read_text(options.system[1:], "the system message") if options.system.startswith("@") else options.system
-        first = [{"role": "system", "content": text}]
-    return first, [message for message in messages if message["role"] != "system"]
+        system = [{"role": "system", "content": text_or_file(options.system, "the system message")}]
+    return system, [message for message in messages if message["role"] != "system"]
 
 
 def _load(name: str) -> list[Message]:
@@ -155,84 +154,79 @@ def _load(name: str) -> list[Message]:
         if all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
             return list(messages)
     except (ValueError, KeyError, TypeError):
-        pass  # said below, as for messages of the wrong form
+        pass  # the same error as for messages of the wrong form
     raise OptionError(f"{name} is no conversation that /save wrote; check the name")
 
 
 def _converse(chat: Chat) -> int:
-    _line_editing()
+    """Read and answer messages until the end. Returns the exit status."""
+    _enable_line_editing()
     interrupted = False
     while True:
         try:
-            line = _read()
+            message = _read_message()
         except KeyboardInterrupt:
-            if interrupted or not terminal(sys.stdin):
-                say("")
+            if interrupted or not is_terminal(sys.stdin):
+                write_stderr("")
                 return 130
             interrupted = True
-            say("\nCtrl-C again or /quit leaves.")
+            write_stderr("\nCtrl-C again or /quit leaves.")
             continue
-        if line is None:
-            return 0
         interrupted = False
-        if not _one(chat, line.strip()):
+        if message is None or not _handle(chat, message.strip()):
             return 0
 
 
-def _one(chat: Chat, line: str) -> bool:
-    """Do what one line asks for; False to leave. What the user can mend is said, and the conversation goes on."""
-    command, _, argument = line.partition(" ")
+def _handle(chat: Chat, message: str) -> bool:
+    """Run a command or answer a message. Reports errors that the user can correct. Returns whether the conversation goes on."""
+    command, _, argument = message.partition(" ")
     try:
         if command in COMMANDS:
             return COMMANDS[command](chat, argument.strip())
         if command.startswith("/") and command[1:].isalpha():
             raise OptionError(f"there is no command {command}; /help shows them")
-        if line:
-            check_text(line, "the message")
-            chat.turn(line)
+        if message:
+            check_text(message, "the message")
+            chat.turn(message)
     except KeyboardInterrupt:
-        say("\n[stopped]")  # the second Ctrl-C during one answer
+        write_stderr("\n[stopped]")  # the second Ctrl-C during one answer
     except ContextError as error:
-        say(f"error: {error}, or start anew with /clear")
+        write_stderr(f"error: {error}, or start anew with /clear")
     except UserError as error:
-        say(f"error: {error}")
+        write_stderr(f"error: {error}")
     return True
 
 
-def _line_editing() -> None:
-    if not terminal(sys.stdin) or not terminal(sys.stdout):
-        return
-    try:
-        import readline  # noqa: F401 - importing it gives input() editing and history
-    except ImportError:
-        return  # not on every system; input() works without
+def _enable_line_editing() -> None:
+    """Give ``input`` editing and history, where the system has them."""
+    if is_terminal(sys.stdin) and is_terminal(sys.stdout):
+        with suppress(ImportError):
+            import readline  # noqa: F401 - the import is what enables them
 
 
-def _read() -> str | None:
-    """One turn's text, or None at the end of the input. Raises KeyboardInterrupt."""
+def _read_message() -> str | None:
+    """The next message, which goes on over lines that end in a backslash; None at the end. Raises KeyboardInterrupt, OptionError."""
     lines: list[str] = []
-    while True:
-        line = _read_line("> " if not lines else ". ")
-        if line is None:
-            return "\n".join(lines) if lines else None
+    while (line := _read_line(". " if lines else "> ")) is not None:
         if not line.endswith("\\"):
             return "\n".join([*lines, line])
         lines.append(line[:-1])
+    return "\n".join(lines) if lines else None
 
 
 def _read_line(prompt: str) -> str | None:
     if sys.stdin is None:
         return None
     try:
-        if terminal(sys.stdin) and terminal(sys.stdout):
+        if is_terminal(sys.stdin) and is_terminal(sys.stdout):
             return input(prompt)
-        if terminal(sys.stdin) and sys.stderr is not None:
+        if is_terminal(sys.stdin) and sys.stderr is not None:
             sys.stderr.write(prompt)
             sys.stderr.flush()
         line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None
     except EOFError:
-        if terminal(sys.stdout):
+        if is_terminal(sys.stdout):
             write("\n")
         return None
     except UnicodeDecodeError as error:

@@ -1,9 +1,8 @@
-"""What `run` and `chat` share: from the command line to a request, and from events to text or JSON."""
+"""What `run` and `chat` share: from options to a model and a request, and from events to text or JSON."""
 
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -13,112 +12,94 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from edge_rt import model_hub
 from edge_rt.cli import interrupts
-from edge_rt.cli.options import GenerationOptions, ModelOptions
-from edge_rt.cli.output import ProgressBar, say, write, write_json
-from edge_rt.cli.post_options import names
-from edge_rt.errors import ConstraintError, OptionError
+from edge_rt.cli.options import GenerationOptions, ModelOptions, PostOptions
+from edge_rt.cli.output import ProgressBar, write, write_json, write_stderr
+from edge_rt.errors import ConstraintError, OptionError, RuleError
 from edge_rt.types import Delta, Done, Event, GenerateOptions, Message, Notice, Pruning, SamplingParams, decode_rate, record
 
 if TYPE_CHECKING:
     from edge_rt.model import Model
     from edge_rt.plugin_host.registry import Registry
+    from edge_rt.postprocess.rules import Rulebook
     from edge_rt.session import Session
 
 Show = Callable[[Iterable[Event]], tuple[str, Done]]
+"""Shows the events of an answer as they come; returns the whole text and the last event."""
+OnChange = Callable[[RuleError | None], None]
+"""Called after rules were read again, with the error if they cannot be used."""
 
 
-# ---- from the command line -------------------------------------------------------------------------------------------
+# ---- from options to a model and a request ---------------------------------------------------------------------------
 
 
 @contextmanager
-def opened(
-    options: ModelOptions, policy: str = "graded", embedder: str | None = None, registry: Registry | None = None,
-    adapter: str | None = None,
-) -> Iterator[Model]:  # fmt: skip
-    """Open the model the options name, with a progress bar. ``policy``: the context policy. ``embedder``: what recalls, by name.
-
-    ``adapter``: as the command line has it.
-    """
-    from edge_rt.model_hub import resolve_model
-
-    path = resolve_model(options.model)
+def opened(options: ModelOptions, registry: Registry | None = None) -> Iterator[Model]:
+    """Open the model that the options name, with a progress bar, and close it at the end."""
+    path = model_hub.resolve_model(options.model)
     memory = model_hub.parse_size(options.memory, "--memory") if options.memory is not None else None
+    more: dict[str, Any] = {}
+    if isinstance(options, GenerationOptions):
+        adapter = _adapter(options.adapter)
+        adapters = {Path(adapter[0]).name: adapter[0]} if adapter else {}
+        more = {"policy": options.policy, "embedder": options.embedder, "adapters": adapters}
     import edge_rt
 
-    progress = ProgressBar()
     started = time.perf_counter()
-    gc.disable()  # opening imports much and frees nothing: collecting in the meantime is a tenth of the start-up time
+    gc.disable()  # opening imports much and frees nothing: garbage collection would be a tenth of the start-up time
     try:
-        model = edge_rt.open(
-            path,
-            engine=options.engine,
-            device=options.device,
-            context=options.ctx,
-            threads=options.threads,
-            memory=memory,
-            pack=not options.no_pack,
-            key_type=options.key_type or "f16",  # type: ignore[arg-type]  # one of the choices that check() allows
-            policy=policy,
-            embedder=embedder,
-            adapters={Path(file).name: file for file, _ in _adapter(adapter)},
-            compensation=options.compensation or "auto",
-            power=options.power,
-            celsius=options.celsius,
-            progress=progress,
-            registry=registry,
-        )
-        import edge_rt.session  # what the answer needs, while the vocabulary still loads
+        with ProgressBar() as progress:
+            model = edge_rt.open(
+                path,
+                engine=options.engine,
+                device=options.device,
+                context=options.ctx,
+                threads=options.threads,
+                memory=memory,
+                pack=not options.no_pack,
+                key_type=options.key_type or "f16",  # type: ignore[arg-type]  # one of the option's choices
+                compensation=options.compensation or "auto",
+                power=options.power,
+                celsius=options.celsius,
+                progress=progress,
+                registry=registry,
+                **more,
+            )
+            import edge_rt.session  # the answer needs it, and the vocabulary is still loading
     finally:
-        progress.finish()
         gc.freeze()
         gc.enable()
     with model:
         interrupts.forget()
         if options.verbose:
-            info, with_ = model.info, f", with {model.compensation.sentence}" if model.compensation else ""
+            info, applied = model.info, f", with {model.compensation.sentence}" if model.compensation else ""
             seconds = time.perf_counter() - started
-            say(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}{with_}; opened in {seconds:.3f} s]")
+            write_stderr(f"[{path.name}: {info.architecture} on {info.engine}, {info.device}{applied}; opened in {seconds:.3f} s]")
         yield model
 
 
 def generate_options(options: GenerationOptions, logprobs: int = 0) -> GenerateOptions:
-    """The request's options. Raises OptionError, ConstraintError."""
-    adapter, scale = next(((Path(file).name, scale) for file, scale in _adapter(options.adapter)), (None, 1.0))
+    """The request that the options describe; files they name are read. Raises OptionError, ConstraintError."""
+    sampling = {name: getattr(options, name) for name in SamplingParams._fields if name != "logit_bias"}
+    adapter = _adapter(options.adapter)
     return GenerateOptions(
         max_tokens=options.max_tokens,
         stop=tuple(_not_empty(text, "--stop") for text in options.stop),
-        sampling=SamplingParams(
-            temperature=options.temp,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            typical_p=options.typical,
-            repeat_penalty=options.repeat_penalty,
-            repeat_last_n=options.repeat_last_n,
-            frequency_penalty=options.frequency_penalty,
-            presence_penalty=options.presence_penalty,
-            dry_multiplier=options.dry_multiplier,
-            dry_base=options.dry_base,
-            dry_allowed_length=options.dry_allowed_length,
-            dry_penalty_last_n=options.dry_penalty_last_n,
-            seed=options.seed,
-            logit_bias=dict(map(_bias, options.logit_bias)),
-        ),
+        sampling=SamplingParams(**sampling, logit_bias=dict(map(_bias, options.logit_bias))),
         grammar=_grammar(options),
         json_schema=_schema(options),
         logprobs=logprobs,
         speculate=options.speculate,
-        post=names(options),
+        post=post_processor_names(options),
         ignore_eos=options.ignore_eos,
         prune=_pruning(options),
         tools=_tools(options.tools) if options.tools is not None else (),
-        adapter=adapter,
-        adapter_scale=scale,
+        adapter=Path(adapter[0]).name if adapter else None,
+        adapter_scale=adapter[1] if adapter else 1.0,
     )
 
 
 def read_text(name: str, what: str) -> str:
-    """The text of a file, or of standard input for ``-``. Raises OptionError."""
+    """The text of a file, or of standard input for ``-``. ``what`` names it in errors. Raises OptionError."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode()
@@ -126,6 +107,11 @@ def read_text(name: str, what: str) -> str:
         raise OptionError(f"cannot read {what} from {name}: {(error.strerror or str(error)).lower()}") from error
     except UnicodeDecodeError as error:
         raise OptionError(f"{what} in {name} is not UTF-8 (byte {error.start}); convert it first, for example with iconv") from error
+
+
+def text_or_file(text: str, what: str) -> str:
+    """An option's text, or for ``@FILE`` the text of that file. Raises OptionError."""
+    return read_text(text[1:], what) if text.startswith("@") else text
 
 
 def check_text(text: str, what: str) -> None:
@@ -155,27 +141,26 @@ def _bias(text: str) -> tuple[int, float]:
         raise OptionError(f"--logit-bias takes a token id and a signed number, as 42+1.5, and not {text!r}") from None
 
 
-def _adapter(text: str | None) -> list[tuple[str, float]]:
-    """``FILE`` or ``FILE:SCALE`` as (file, scale), if there is one. A file whose name ends so is meant itself. Raises OptionError."""
+def _adapter(text: str | None) -> tuple[str, float] | None:
+    """``FILE`` or ``FILE:SCALE`` as (file, scale). A colon that belongs to the name of an existing file begins no scale."""
     if text is None:
-        return []
+        return None
     file, _, scale = text.rpartition(":")
     if not file or Path(text).exists():
-        return [(_not_empty(text, "--adapter"), 1.0)]
+        return _not_empty(text, "--adapter"), 1.0
     try:
-        return [(file, float(scale))]
+        return file, float(scale)
     except ValueError:
-        return [(text, 1.0)]  # opening it says what is wrong
+        return text, 1.0  # opening the file reports what is wrong
 
 
 def _pruning(options: GenerationOptions) -> Pruning | None:
     """``1024`` cells, ``64M`` bytes or ``25%`` of the tokens."""
-    text = options.prune
+    text, every = options.prune, options.prune_every
     if text is None:
-        if options.prune_every:
+        if every:
             raise OptionError("--prune-every says when to prune and --prune how far; give both")
         return None
-    every = options.prune_every
     try:
         if text.endswith("%"):
             return Pruning(float(text[:-1]) / 100, "share", every=every)
@@ -184,16 +169,12 @@ def _pruning(options: GenerationOptions) -> Pruning | None:
         raise OptionError(f"--prune takes cells as 1024, a size as 64M or a share as 25%, and not {text!r}") from None
 
 
-def _or_file(text: str, what: str) -> str:
-    return read_text(text[1:], what) if text.startswith("@") else text
-
-
 def _grammar(options: GenerationOptions) -> str | None:
     if options.grammar is not None and options.grammar_file is not None:
         raise OptionError("--grammar and --grammar-file contradict each other; give one of them")
     if options.grammar_file is not None:
         return read_text(options.grammar_file, "the grammar")
-    return _or_file(options.grammar, "the grammar") if options.grammar is not None else None
+    return text_or_file(options.grammar, "the grammar") if options.grammar is not None else None
 
 
 def _schema(options: GenerationOptions) -> Mapping[str, Any] | None:
@@ -204,7 +185,7 @@ def _schema(options: GenerationOptions) -> Mapping[str, Any] | None:
     import json
 
     try:
-        schema = json.loads(_or_file(options.json_schema, "the JSON schema"))
+        schema = json.loads(text_or_file(options.json_schema, "the JSON schema"))
     except json.JSONDecodeError as error:
         raise ConstraintError(f"--json-schema is not JSON: {error}") from error
     if not isinstance(schema, dict):
@@ -213,7 +194,6 @@ def _schema(options: GenerationOptions) -> Mapping[str, Any] | None:
 
 
 def _tools(name: str) -> Sequence[Mapping[str, Any]]:
-    """The tool schemas in a file. Raises OptionError."""
     import json
 
     from edge_rt.chat.tools import checked
@@ -224,29 +204,52 @@ def _tools(name: str) -> Sequence[Mapping[str, Any]]:
         raise OptionError(f"the tools in {name} are not JSON: {error}") from error
 
 
-# ---- to the terminal -------------------------------------------------------------------------------------------------
+# ---- post-processing -------------------------------------------------------------------------------------------------
+
+
+def post_processor_names(options: PostOptions) -> tuple[str, ...]:
+    """The names that --post lists. Raises OptionError for an empty one."""
+    names = tuple(name.strip() for name in options.post.split(",")) if options.post is not None else ()
+    if "" in names:
+        raise OptionError("--post takes names with commas between them, as redaction,punctuation")
+    return names
+
+
+def is_post_processed(options: PostOptions) -> bool:
+    """Whether any option asks for post-processing."""
+    return options.post is not None or options.rules is not None or bool(options.rule)
+
+
+def plugins_for(options: PostOptions) -> Registry | None:
+    """The registry of post-processors; None, and no plugin is imported, if the options ask for no post-processing."""
+    if not is_post_processed(options):
+        return None
+    from edge_rt.plugin_host.registry import Registry
+
+    return Registry.load()
 
 
 @contextmanager
-def cancelling(cancel: Callable[[], None]) -> Iterator[list[int]]:
-    """While it lasts Ctrl-C calls ``cancel``, a second one raises KeyboardInterrupt; yields a list that is empty until the first."""
-    seen: list[int] = []
+def rulebook(
+    options: PostOptions, registry: Registry | None, *, watch: bool = False, on_change: OnChange = lambda error: None
+) -> Iterator[Rulebook | None]:
+    """The rules of the options, None without any. Raises RuleError, PluginError.
 
-    def handle(number: int, frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        cancel()
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, which alone may set handlers: Ctrl-C goes elsewhere
-        yield seen
+    With ``watch`` a rule file is read again whenever it changes.
+    """
+    if registry is None or (options.rules is None and not options.rule):
+        yield None
         return
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
+    from edge_rt.postprocess.rules import RuleFile, Ruleset, change
+
+    if options.rules is None:
+        yield Ruleset(change({}, options.rule), registry)
+        return
+    with RuleFile(options.rules, registry, overrides=options.rule, watch=watch, told=on_change) as book:
+        yield book
+
+
+# ---- to the terminal -------------------------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):
@@ -259,18 +262,18 @@ class Answer(NamedTuple):
 
 def answer(session: Session, prompt: str | Sequence[Message], request: GenerateOptions, show: Show) -> Answer:
     """Answer a prompt and show the events; Ctrl-C ends the answer early."""
-    with cancelling(session.cancel) as interrupts:  # preparing imports much, and an exception in the midst of that breaks it
+    with interrupts.cancelling(session.cancel) as seen:  # not KeyboardInterrupt: an exception in the midst of an import breaks it
         events = session.generate(prompt, request)
-        if interrupts:
+        if seen:
             session.cancel()
         # The request ends here whatever happens: a generator that a traceback keeps alive would hold the session.
         with closing(cast("Generator[Event]", events)):
             text, done = show(events)
-    return Answer(text, done, bool(interrupts))
+    return Answer(text, done, bool(seen))
 
 
 def show_text(events: Iterable[Event]) -> tuple[str, Done]:
-    """Stream an answer to standard output, notices to standard error; returns the whole text and the last event."""
+    """Stream an answer to standard output, notices to standard error."""
     parts: list[str] = []
     for event in events:
         if isinstance(event, Delta):
@@ -278,15 +281,19 @@ def show_text(events: Iterable[Event]) -> tuple[str, Done]:
                 parts.append(event.text)
                 write(event.text)
         elif isinstance(event, Notice):
-            say(f"note: {event.message}")
+            write_stderr(f"note: {event.message}")
         elif isinstance(event, Done):
-            _say_context(event)
+            if event.reason == "context_full":
+                write_stderr(
+                    f"note: the answer ends because the context of {event.context.allowed} tokens is full; "
+                    "--ctx N allows more, where the model does"
+                )
             return "".join(parts), event
     raise AssertionError("the answer ended without a Done event")
 
 
 def show_json(events: Iterable[Event]) -> tuple[str, Done]:
-    """One JSON object a line for every event; returns the whole text and the last event."""
+    """Write each event as one line of JSON."""
     parts: list[str] = []
     for event in events:
         write_json(record(event))
@@ -297,8 +304,8 @@ def show_json(events: Iterable[Event]) -> tuple[str, Done]:
     raise AssertionError("the answer ended without a Done event")
 
 
-def facts(done: Done) -> str:
-    """One line about an answer: tokens, rates, context."""
+def summary(done: Done) -> str:
+    """An answer in one line: context, tokens, rates, seed."""
     use, times, context = done.usage, done.timings, done.context
     parts = [f"context {context.used} of {context.allowed}", f"prompt {use.prompt_tokens} tokens"]
     if context.absent_tokens:
@@ -318,25 +325,3 @@ def facts(done: Done) -> str:
         if did := ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count):
             parts.append(f"{one.name} {did}")
     return f"[{'; '.join(parts)}; {done.reason.replace('_', ' ')}; seed {done.seed}]"
-
-
-def say_sustained(model: Model, *, json: bool, verbose: bool) -> None:
-    """What --power and --celsius came to, if they were given: as JSON, as a line with -v, and never silent where they were not held."""
-    from edge_rt.power.limits import sentence, sustained
-
-    found = sustained(model.engine)
-    if found is None:
-        return
-    if json:
-        write_json({"event": "sustained", **found._asdict()})
-    elif verbose:
-        say(f"[{sentence(found)}]")
-    elif found.problem:
-        say(f"note: {found.problem}")
-
-
-def _say_context(done: Done) -> None:
-    """Why an answer ended early is never silent. (What left the context and what came back, a Notice has said.)"""
-    if done.reason == "context_full":
-        allowed = done.context.allowed
-        say(f"note: the answer ends because the context of {allowed} tokens is full; --ctx N allows more, where the model does")

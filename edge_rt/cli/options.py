@@ -1,42 +1,34 @@
-"""The command line's options, defined once: a class a command, each attribute with its flags and its help.
+"""A command's options, declared as attributes of its class, and the argparse parser that is built from them.
 
-From the same attributes come the typer application (`typer_app.py`: help, completion, messages about wrong usage), the generated
-documentation (`tools/generate_cli_doc.py`) and ``quick_parse`` below. Importing typer takes longer than everything else
-`edge-rt run` does before it opens the model, so a command line that is plainly right is read here without it; whatever
-``quick_parse`` does not understand (``--help``, a misspelt flag, a value of the wrong type) goes to typer, which says so properly.
-(For the same reason these are no dataclasses: generating the code of one takes about a millisecond.)
+A command is a subclass of ``Command`` whose docstring is its help. mypy reads the declarations as typed values; ``parse``, ``--help`` and
+`tools/generate_cli_doc.py` read them as ``Spec``. This module is imported before every model is opened, so it imports little, and its
+classes are no dataclasses: generating the code of one takes about a millisecond.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from edge_rt.errors import OptionError
 from edge_rt.model_hub import DEFAULT
 from edge_rt.types import SamplingParams
 
 T = TypeVar("T")
-C = TypeVar("C", bound="CommandOptions")
+C = TypeVar("C", bound="Command")
 
-CONVERTERS: Mapping[str, Callable[[str], Any]] = {
-    "str": str,
-    "str | None": str,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "float | None": float,
-    "tuple[str, ...]": str,
-}
-"""What an attribute's annotation (a string, by the __future__ import) makes of the text on the command line; bool takes no text."""
-
+WRONG_USAGE = 2
+_MARK = "\0"
+"""Stands before a value in what argparse gets; no command line can hold it."""
 REQUIRED: Any = object()
 """The default of an argument that must be given."""
 
 
 class Spec(NamedTuple):
-    """An option as the command line sees it. No flags: an argument by position. ``low``/``high``: inclusive limits."""
+    """One option, or without ``flags`` an argument by position. ``low`` and ``high`` are inclusive limits."""
 
     default: Any
     help: str
@@ -47,44 +39,34 @@ class Spec(NamedTuple):
     choices: tuple[str, ...] = ()
 
     @property
-    def long(self) -> str:
-        """The flag as messages name it."""
-        return next((flag for flag in self.flags if flag.startswith("--")), self.metavar)
-
-    @property
     def shown_default(self) -> bool:
-        """Whether the default tells a person something."""
-        return not any(self.default is nothing for nothing in (None, False, (), "", REQUIRED))
+        """Whether help shows the default; False for defaults that mean "not given"."""
+        return not any(self.default is absent for absent in (None, False, (), "", REQUIRED))
 
 
 def option(default: T, flags: str, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> T:
-    """An option set by ``flags``, which may end in a metavar ("-n --max-tokens N"); typed as its value, so that mypy checks its use."""
+    """Declare an option by its flags, which may end in a metavar: "-n --max-tokens N". A tuple as default: it may be given repeatedly."""
     words = flags.split()
     metavar = "" if words[-1].startswith("-") else words.pop()
     spec: Any = Spec(default, help, tuple(words), metavar, low, high, choices)
-    return spec  # type: ignore[no-any-return]
+    return spec  # type: ignore[no-any-return]  # typed as its value, so that mypy checks how it is used
 
 
 def argument(default: Any = REQUIRED, *, help: str, metavar: str) -> Any:
-    """An option set by position; required without a default. The last may be a tuple of all words that are left."""
+    """Declare an argument by position, required if it has no default. A tuple as default takes all remaining words."""
     return Spec(default, help, (), metavar)
 
 
-class CommandOptions:
-    """Base of every command's options. An instance has the values, the class has the Specs."""
+class Command(ABC):
+    """A command, or a group of options that commands share. The class holds Specs, an instance made by ``parse`` their values."""
 
-    def __init__(self, **values: Any) -> None:
-        for name, (spec, _) in specs(type(self)).items():
-            value = values.pop(name, spec.default)
-            if value is REQUIRED:
-                raise TypeError(f"{name} is required")
-            setattr(self, name, value)
-        if values:
-            raise TypeError(f"no such option: {', '.join(values)}")
+    @abstractmethod
+    def run(self) -> int:
+        """Carry the command out. Returns the exit status; raises UserError for what the user can correct."""
 
 
-def specs(kind: type) -> dict[str, tuple[Spec, str]]:
-    """Name -> (Spec, annotation), as a person should read them: positions, the command's own options, then each group's."""
+def specs(kind: type[Command]) -> dict[str, tuple[Spec, str]]:
+    """Attribute name -> (Spec, annotation) in the order of the help: arguments, the command's own options, then those of each group."""
     found: dict[str, tuple[Spec, str]] = {}
     for owner in kind.__mro__[:-1]:
         for name, annotation in owner.__annotations__.items():
@@ -92,12 +74,26 @@ def specs(kind: type) -> dict[str, tuple[Spec, str]]:
     return dict(sorted(found.items(), key=lambda entry: bool(entry[1][0].flags)))
 
 
+def help_text(kind: type[Command]) -> str:
+    """A command's docstring without its indentation."""
+    from inspect import cleandoc
+
+    return cleandoc(kind.__doc__ or "")
+
+
+def usage(name: str, kind: type[Command]) -> str:
+    """The command with its arguments, for example ``edge-rt run [PROMPT] [OPTIONS]``."""
+    arguments = (spec for spec, _ in specs(kind).values() if not spec.flags)
+    words = (spec.metavar if spec.default is REQUIRED else f"[{spec.metavar}]" for spec in arguments)
+    return " ".join(["edge-rt", name, *words, "[OPTIONS]"])
+
+
 # ---- groups of options that several commands share -------------------------------------------------------------------
 
 _S = SamplingParams()
 
 
-class ModelOptions(CommandOptions):
+class ModelOptions(Command):
     """Which model, and how it is opened."""
 
     model: str = option(DEFAULT, "-m --model MODEL", "GGUF file, or a name from `edge-rt models`.")
@@ -118,7 +114,7 @@ class ModelOptions(CommandOptions):
     verbose: bool = option(False, "-v --verbose", "Say on standard error how long what took.")
 
 
-class PostOptions(CommandOptions):
+class PostOptions(Command):
     """How text is post-processed."""
 
     post: str | None = option(None, "--post A,B", "Post-processors, in this order, see `edge-rt plugins`; those of the rules if left out.")
@@ -131,11 +127,11 @@ class GenerationOptions(PostOptions):
 
     max_tokens: int | None = option(None, "-n --max-tokens --n-predict N", "Tokens to make; until the model stops if left out.", low=1)
     stop: tuple[str, ...] = option((), "--stop TEXT", "Stop before this text. May be given several times.")
-    temp: float = option(_S.temperature, "--temp X", "Temperature; 0 always takes the likeliest token.", low=0)
+    temperature: float = option(_S.temperature, "--temp X", "Temperature; 0 always takes the likeliest token.", low=0)
     top_k: int = option(_S.top_k, "--top-k N", "Choose among the N likeliest tokens; 0: all.", low=0)
     top_p: float = option(_S.top_p, "--top-p X", "Choose among the likeliest tokens that add up to X; 1: all.", low=0, high=1)
     min_p: float = option(_S.min_p, "--min-p X", "Leave out tokens less likely than X times the likeliest; 0: none.", low=0, high=1)
-    typical: float = option(_S.typical_p, "--typical X", "Locally typical sampling; 1: off.", low=0, high=1)
+    typical_p: float = option(_S.typical_p, "--typical X", "Locally typical sampling; 1: off.", low=0, high=1)
     repeat_penalty: float = option(_S.repeat_penalty, "--repeat-penalty X", "Penalty for repeating tokens; 1: none.", low=0)
     repeat_last_n: int = option(_S.repeat_last_n, "--repeat-last-n N", "Tokens the penalties look back; -1: the context.", low=-1)
     presence_penalty: float = option(_S.presence_penalty, "--presence-penalty X", "Penalty for tokens that occurred.")
@@ -161,74 +157,155 @@ class GenerationOptions(PostOptions):
     ignore_eos: bool = option(False, "--ignore-eos", "Go on when the model would stop.")
 
 
-class JsonOption(CommandOptions):
+class JsonOption(Command):
     """Output for programs."""
 
     json: bool = option(False, "--json", "Write JSON on standard output.")
 
 
-# ---- reading a command line ------------------------------------------------------------------------------------------
+# ---- parsing ---------------------------------------------------------------------------------------------------------
 
 
-def quick_parse(kind: type[C], argv: Sequence[str]) -> C | None:
-    """Read ``argv`` into ``kind``, or None if any of it is not plainly right: typer then reads it again and says what is wrong."""
-    options = specs(kind)
-    by_flag = {flag: name for name, (spec, _) in options.items() for flag in spec.flags}
-    positions = [name for name, (spec, _) in options.items() if not spec.flags]
-    values: dict[str, Any] = {}
-    rest, words = list(argv), []
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            words += rest
-            break
-        if not word.startswith("-") or word == "-":
-            words.append(word)
-            continue
-        flag, equals, text = word.partition("=")
-        name = by_flag.get(flag)
-        if name is None or (equals and not flag.startswith("--")):
-            return None
-        annotation = options[name][1]
-        if annotation == "bool":
-            if equals:
-                return None
-            values[name] = True
-            continue
-        if not equals and not rest:
-            return None
+def parse(name: str, kind: type[C], words: Sequence[str]) -> C:
+    """The command with the options that follow ``edge-rt NAME``.
+
+    Raises SystemExit, with status 0 after ``--help`` and 2 for wrong usage, and OptionError for a value outside its limits.
+    """
+    parser = _Parser(name, kind)
+    command = kind()
+    values = vars(parser.parse_args(parser.marked(words)))
+    for key, (spec, _) in specs(kind).items():
+        value = values.get(key, spec.default)
+        _check(spec, value)
+        setattr(command, key, tuple(value) if isinstance(value, list) else value)
+    return command
+
+
+def _check(spec: Spec, value: Any) -> None:
+    """Raise OptionError for a value outside its option's limits."""
+    name = next((flag for flag in spec.flags if flag.startswith("--")), spec.metavar)
+    if spec.choices and value not in (None, *spec.choices):
+        raise OptionError(f"{name} takes {' or '.join(spec.choices)} and not {value!r}")
+    if not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise OptionError(f"{name} takes a finite number and not {value}")
+    if (spec.low is not None and value < spec.low) or (spec.high is not None and value > spec.high):
+        limits = f"of at least {spec.low}" if spec.high is None else f"from {spec.low} to {spec.high}"
+        raise OptionError(f"{name} takes a number {limits} and not {value}")
+
+
+def _formatter(prog: str, width: int = 80) -> argparse.HelpFormatter:
+    """Help at a given width. (Left to itself, argparse asks for the terminal's width, and imports shutil, at every option it adds.)"""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+
+
+def _converter(annotation: str) -> Callable[[str], int | float | str]:
+    """The function from a marked word to a value of an annotated type."""
+    kind: Any = {"int": int, "float": float}.get(annotation.partition(" ")[0], str)
+    noun = "integer" if kind is int else "number"
+
+    def convert(text: str) -> int | float | str:
         try:
-            value = CONVERTERS[annotation](text if equals else rest.pop(0))
+            return kind(text[1:])  # type: ignore[no-any-return]
         except ValueError:
-            return None
-        values[name] = (*values.get(name, ()), value) if annotation == "tuple[str, ...]" else value
-    given: dict[str, Any] = dict(zip(positions, words, strict=False))
-    if positions and options[positions[-1]][1] == "tuple[str, ...]":
-        given[positions[-1]] = tuple(words[len(positions) - 1 :])
-    elif len(words) > len(positions):
-        return None
-    if any(options[name][0].default is REQUIRED for name in positions[len(words) :]):
-        return None
-    return kind(**values, **given)
+            raise argparse.ArgumentTypeError(f"{text[1:]!r} is not a valid {noun}") from None
+
+    return convert
 
 
-def check(options: CommandOptions) -> None:
-    """Raise OptionError for the first value outside its option's limits."""
-    for name, (spec, _) in specs(type(options)).items():
-        value = getattr(options, name)
-        if value is None:
-            continue
-        if spec.choices and value not in spec.choices:
-            raise OptionError(f"{spec.long} takes {' or '.join(spec.choices)} and not {value!r}")
-        if not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise OptionError(f"{spec.long} takes a finite number and not {value}")
-        if (spec.low is not None and value < spec.low) or (spec.high is not None and value > spec.high):
-            raise OptionError(f"{spec.long} takes a number {_limits(spec)} and not {value}")
+class _Parser(argparse.ArgumentParser):
+    """The parser of one command."""
+
+    def __init__(self, name: str, kind: type[Command]) -> None:
+        super().__init__(f"edge-rt {name}", usage(name, kind), allow_abbrev=False, formatter_class=_formatter)
+        self._kind = kind
+        self._takes_value = {"-h": False, "--help": False}  # by flag
+        for key, (spec, annotation) in specs(kind).items():
+            self._takes_value.update(dict.fromkeys(spec.flags, annotation != "bool"))
+            shown = spec.help.replace("%", "%%") + (f" [default: {spec.default}]" if spec.shown_default else "")
+            many = isinstance(spec.default, tuple)
+            settings: dict[str, Any] = {"type": _converter(annotation), "metavar": spec.metavar, "help": shown}
+            if annotation == "bool":
+                self.add_argument(*spec.flags, dest=key, action="store_true", help=shown)
+            elif spec.flags:
+                self.add_argument(*spec.flags, dest=key, default=argparse.SUPPRESS, action="append" if many else "store", **settings)
+            else:
+                self.add_argument(key, nargs="*" if many else None if spec.default is REQUIRED else "?", **settings)
+
+    def marked(self, words: Sequence[str]) -> list[str]:
+        """The same command line with values joined to their flags, arguments last, and a mark before each value and argument.
+
+        By itself argparse takes a value that begins with a dash (``--stop --x``) for an option, loses a value that is ``--``, and cannot
+        collect arguments that stand between options.
+        """
+        options: list[str] = []
+        arguments: list[str] = []
+        rest = iter(words)
+        for word in rest:
+            if word == "--":
+                arguments += rest
+            elif word == "-" or not word.startswith("-"):
+                arguments.append(word)
+            else:
+                options += self._option(word, rest)
+        return [*options, *(_MARK + word for word in arguments)]
+
+    def _option(self, word: str, rest: Iterator[str]) -> Iterator[str]:
+        """One word that begins with a dash, normalised; a value that stands apart is taken from ``rest``."""
+        while word not in self._takes_value and self._takes_value.get(word[:2]) is False:  # -vn5 is -v -n5
+            yield word[:2]
+            word = f"-{word[2:]}"
+        flag, equals, text = word.partition("=")
+        if flag not in self._takes_value and self._takes_value.get(word[:2]):
+            yield f"{word[:2]}={_MARK}{word[2:]}"
+        elif flag not in self._takes_value:
+            near = ", ".join(similar(flag, self._takes_value))
+            self.error(f"No such option: {flag}" + (f" (Possible options: {near})" if near else ""))
+        elif equals and not self._takes_value[flag]:
+            self.error(f"Option '{flag}' does not take a value.")
+        elif not self._takes_value[flag]:
+            yield flag
+        elif equals:
+            yield f"{flag}={_MARK}{text}"
+        elif (value := next(rest, None)) is not None:
+            yield f"{flag}={_MARK}{value}"
+        else:
+            self.error(f"Option '{flag}' requires an argument.")
+
+    def format_help(self) -> str:
+        """The help, as wide as the terminal and at most 80 columns. Paragraphs are filled, but for those with indented lines."""
+        from functools import partial
+        from shutil import get_terminal_size
+        from textwrap import fill
+
+        width = max(min(get_terminal_size().columns, 80) - 2, 50)
+        self.formatter_class = partial(_formatter, width=width)
+        paragraphs = help_text(self._kind).split("\n\n")
+        self.description = "\n\n".join(text if "\n  " in text else fill(text, width) for text in paragraphs)
+        return super().format_help()
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to standard output."""
+        from edge_rt.cli.output import write
+
+        write(self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Report wrong usage and exit. argparse calls this too."""
+        report_wrong_usage(self.usage or "", self.prog, message.replace(_MARK, ""))
 
 
-def _limits(spec: Spec) -> str:
-    if spec.high is None:
-        return f"of at least {spec.low}"
-    return f"from {spec.low} to {spec.high}"
+def similar(word: str, known: Iterable[str]) -> list[str]:
+    """The known words that a misspelt one is like, likeliest first."""
+    from difflib import get_close_matches
+
+    return get_close_matches(word, known)
+
+
+def report_wrong_usage(usage: str, command: str, message: str) -> NoReturn:
+    """Say on standard error what is wrong with a command line. Raises SystemExit."""
+    from edge_rt.cli.output import write_stderr
+
+    write_stderr(f"Usage: {usage}\nTry '{command} -h' for help.\n\nError: {message}")
+    raise SystemExit(WRONG_USAGE)

@@ -1,4 +1,4 @@
-"""What the commands write: results on standard output, everything else on standard error."""
+"""Output of the commands: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_rt.model_hub import format_size
 
 
 class OutputClosed(Exception):
-    """Whoever read our standard output has stopped; the command ends quietly."""
+    """The reader of standard output has closed it; the command ends without a message."""
 
 
 def write(text: str) -> None:
@@ -30,7 +30,7 @@ def write(text: str) -> None:
 
 
 def write_bytes(data: bytes) -> None:
-    """The same for bytes."""
+    """Write bytes to standard output and flush. Raises OutputClosed, UserError."""
     if data:
         _put(lambda out: out.buffer.write(data))
 
@@ -50,7 +50,7 @@ def _put(put: Callable[[Any], object]) -> None:
 
 
 def abandon_stdout() -> None:
-    """Point standard output at nothing, so that the interpreter's last flush has no reason to complain."""
+    """Redirect standard output to the null device, so that the flush at the end of the process does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
@@ -64,8 +64,8 @@ def write_json(record: dict[str, Any], indent: int | None = None) -> None:
     write(json.dumps(record, ensure_ascii=not utf8, allow_nan=False, indent=indent) + "\n")
 
 
-def say(text: str) -> None:
-    """A line for the person, on standard error. Nobody listening is no reason to fail."""
+def write_stderr(text: str) -> None:
+    """Write a line to standard error. Does nothing if it is closed."""
     if sys.stderr is None:
         return
     try:
@@ -75,27 +75,27 @@ def say(text: str) -> None:
         return
 
 
-def terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
     """Whether a stream is a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 class ProgressBar:
-    """Shows (phase, done, total) on standard error: a bar on a terminal, elsewhere one line for a phase that takes a while.
+    """Shows progress on standard error: a bar on a terminal, elsewhere one line for each phase of more than a second.
 
-    May be called from any thread, and after ``finish``: weights are still being read while the answer is already written.
+    A context manager. May be called from any thread, and after the end: weights are still read while the answer is already written.
     """
 
     def __init__(self) -> None:
-        self._terminal = terminal(sys.stderr)
+        self._terminal = is_terminal(sys.stderr)
         self._lock = threading.Lock()
         self._phase = ""
-        self._due = 0.0  # when to write next
+        self._due = 0.0  # time of the next output, by the monotonic clock
         self._drawn = False
         self._finished = False
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """Note that ``done`` of ``total`` bytes (0: unknown) of a phase are done."""
+        """Show that ``done`` of ``total`` bytes (0: unknown) of a phase are done."""
         with self._lock:
             now = time.monotonic()
             if phase != self._phase:
@@ -106,11 +106,14 @@ class ProgressBar:
                 self._draw(phase, done, total)
                 self._due = now + 0.1
             else:
-                say(f"{phase}" + (f" {format_size(total)}" if total else "") + " ...")
+                write_stderr(f"{phase}" + (f" {format_size(total)}" if total else "") + " ...")
                 self._due = float("inf")
 
-    def finish(self) -> None:
-        """Remove the bar, for good."""
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar. Later calls do nothing."""
         with self._lock:
             self._finished = True
             if self._drawn:
@@ -126,12 +129,12 @@ class ProgressBar:
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
-        except OSError:  # the terminal is gone: the work goes on, and whoever waits for it will notice
+        except OSError:  # the terminal is gone; the work goes on
             self._finished = True
 
 
 def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
-    """Rows as aligned columns, one line each."""
+    """Rows as lines of aligned columns. A row may have fewer columns than others."""
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows), default=0))]
     lines = (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
     return "".join(line + "\n" for line in lines)

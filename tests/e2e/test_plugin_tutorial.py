@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import edge_rt
-from edge_rt.cli.plugins import facts
+from edge_rt.cli.doctor import plugin_facts
 from edge_rt.errors import RuleError
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.postprocess.rules import Ruleset
@@ -149,8 +149,8 @@ def test_the_embedder_on_the_page_finds_a_fact_far_back(page: str, smollm2: Path
         assert isinstance(done, Done)
         assert done.context.recalled_segments == 1
         assert "48213" in model.detokenize(session.tokens)
-    assert facts(registry)["embedders"] == [{"name": "word-parts", "description": "parts of words in common"}]
-    assert facts(registry)["plugins"][-1]["offers"] == ["embedder word-parts"]
+    assert plugin_facts(registry)["embedders"] == [{"name": "word-parts", "description": "parts of words in common"}]
+    assert plugin_facts(registry)["plugins"][-1]["offers"] == ["embedder word-parts"]
 
     class TestWordParts(EmbedderConformance):
         examples = {"Which code do the doors at the front have?": (fact[0]["content"], talk[0]["content"])}  # noqa: RUF012

@@ -9,7 +9,7 @@ import pytest
 from worker_host import Host
 
 from edge_rt.cli import main, serve
-from edge_rt.cli.options import quick_parse
+from edge_rt.cli.options import parse
 from edge_rt.core.gguf.model_file import ModelFile
 from edge_rt.daemon import config as configuration
 from edge_rt.daemon.models import estimate_memory
@@ -39,8 +39,7 @@ def model(tmp_path: Path) -> Path:
 )
 def test_where_the_configuration_says_it_is(line: str, words: list[str], expected: str | None, tmp_path: Path) -> None:
     (tmp_path / "d.toml").write_text(f'listen = ["a"]\n[model]\nfile = "m"\n{line}\n')
-    options = quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words])
-    assert options is not None
+    options = parse("serve", serve.ServeCommand, ["--config", str(tmp_path / "d.toml"), *words])
     found = serve.configured(options).model_options.get("compensation")
     assert found == (None if expected is None else expected.format(folder=tmp_path))
     assert configuration.read_config(tmp_path / "d.toml").model == "m"

@@ -15,7 +15,7 @@ from edge_rt_ascend.engine import CannFactory
 from test_ascend_device import B3, device, machine, never, refused
 
 import edge_rt
-from edge_rt.cli.doctor_devices import device_rows, devices
+from edge_rt.cli.doctor import device_rows, devices
 from edge_rt.errors import PluginError
 from edge_rt.hooks import EngineOptions, ModelFile, NativeError, Offer, OptionError, UnsupportedModel, hookimpl
 from edge_rt.plugin_host.registry import Registry

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edge_rt.cli import doctor
-from edge_rt.cli.doctor_devices import device_rows, devices
+from edge_rt.cli.doctor import device_rows, devices
 from edge_rt.hardware.profile import Cache, Cores
 from edge_rt.hooks import API_VERSION, Health, Offer, Profile, Refusal, hookimpl
 from edge_rt.plugin_host.registry import BUILT_INS, Registry

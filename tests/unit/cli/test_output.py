@@ -10,7 +10,8 @@ import pytest
 
 from edge_rt import model_hub
 from edge_rt.cli import output
-from edge_rt.cli.generation import cancelling, check_text, facts, read_text, show_json, show_text
+from edge_rt.cli.generation import check_text, read_text, show_json, show_text, summary
+from edge_rt.cli.interrupts import cancelling
 from edge_rt.errors import OptionError, UserError
 from edge_rt.types import ContextUse, Delta, Done, Notice, PostUse, PromptProgress, Timings, TokenLogprob, Usage, record
 
@@ -82,7 +83,7 @@ def test_a_rate_needs_two_tokens():
 
 
 def test_facts_are_one_line():
-    assert facts(done()) == (
+    assert summary(done()) == (
         "[context 15 of 64; prompt 10 tokens, 4 of them reused (24/s); answer 5 tokens (2.0/s); 2 of 3 drafted tokens right; "
         "first token after 0.500 s; max tokens; seed 9]"
     )
@@ -90,8 +91,8 @@ def test_facts_are_one_line():
 
 def test_facts_say_what_left_the_context():
     post = (PostUse("redaction", {"phone": 2, "card": 0, "e-mail": 1}), PostUse("punctuation", {}))
-    assert "; redaction 2 phone, 1 e-mail; max tokens; seed 9]" in facts(done(post=post))
-    found = facts(done(context=ContextUse(15, 64, evicted_segments=1, evicted_tokens=7, absent_tokens=30)))
+    assert "; redaction 2 phone, 1 e-mail; max tokens; seed 9]" in summary(done(post=post))
+    found = summary(done(context=ContextUse(15, 64, evicted_segments=1, evicted_tokens=7, absent_tokens=30)))
     assert found.startswith("[context 15 of 64, 30 tokens left it; prompt 10 tokens")
 
 
@@ -124,9 +125,9 @@ def test_a_letter_the_terminal_cannot_show_does_not_end_the_answer(monkeypatch):
 
 def test_nobody_reading_stderr_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Broken(BrokenPipeError(errno.EPIPE, "Broken pipe")))
-    output.say("anyone?")
+    output.write_stderr("anyone?")
     monkeypatch.setattr(sys, "stderr", None)
-    output.say("anyone?")
+    output.write_stderr("anyone?")
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away(monkeypatch, clock):
     bar("downloading", 50_000_001, 100_000_000)  # at once: too soon to draw
     clock[0] += 0.2
     bar("downloading", 100_000_000, 100_000_000)
-    bar.finish()
+    bar.__exit__()
     assert screen.getvalue().count("\r") == 3
     assert screen.getvalue().endswith("\r\x1b[K")
     assert "\n" not in screen.getvalue()
@@ -168,7 +169,7 @@ def test_progress_elsewhere_is_one_line_for_a_phase_that_takes_a_while(capsys, c
     bar("packing", 6, 2_000_000)
     bar("reading", 0, 0)
     bar("reading", 1, 0)
-    bar.finish()
+    bar.__exit__()
     assert capsys.readouterr().err == "packing 2.0 MB ...\n"
 
 
@@ -180,7 +181,7 @@ def test_progress_on_a_terminal_that_went_away_is_no_error(monkeypatch, clock):
     bar("packing", 1, 2)
     clock[0] += 1
     bar("packing", 1, 2)
-    bar.finish()
+    bar.__exit__()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from edge_rt.cli import main as cli
-from edge_rt.cli.post import _Work
+from edge_rt.cli.post import _Stream
 from edge_rt.plugin_host.registry import Registry
 from edge_rt.postprocess.rules import Ruleset
 
@@ -163,14 +163,14 @@ def test_doctor_looks_at_rules(call, site):
 
 def test_nothing_of_a_long_text_or_line_is_kept(site):
     for lines in (False, True):
-        work, written = _Work(Ruleset({"stars": {}}, Registry.load()), ()), 0
+        stream, written = _Stream(Ruleset({"stars": {}}, Registry.load()), ()), 0
 
         def count(data):
             nonlocal written
             written += len(data)
 
         with patch("edge_rt.cli.post.write_bytes", count):
-            process = work.line if lines else work.part
+            process = stream.feed_lines if lines else stream.feed
             process("a" * 1000)
             tracemalloc.start()
             for _ in range(1000):
@@ -182,11 +182,11 @@ def test_nothing_of_a_long_text_or_line_is_kept(site):
 
 
 def test_lines_that_end_are_all_there_are(site):
-    work, written = _Work(Ruleset({"stars": {}}, Registry.load()), ()), []
+    stream, written = _Stream(Ruleset({"stars": {}}, Registry.load()), ()), []
     with patch("edge_rt.cli.post.write_bytes", written.append):
-        work.line("")
-        work.end(cut=False)
-    assert work.report() == {"rules": "", "post": []}  # no text was begun for what follows the last line
+        stream.feed_lines("")
+        stream.close(cut=False)
+    assert (stream.rules, stream.counts) == ("", {})  # no text was begun for what follows the last line
     assert written == []
 
 

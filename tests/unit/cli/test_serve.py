@@ -10,7 +10,7 @@ import pytest
 
 from edge_rt.cli import main as cli
 from edge_rt.cli import serve
-from edge_rt.cli.options import quick_parse
+from edge_rt.cli.options import parse
 from edge_rt.core.gguf.reader import read_header
 from edge_rt.daemon.address import Address
 from edge_rt.daemon.config import RecordConfig
@@ -38,10 +38,10 @@ def test_options_of_the_command_line_come_before_the_file(tmp_path, words, expec
     (tmp_path / "d.toml").write_text(
         "\n".join(['listen = ["a"]', 'rules = "a.toml"', "[model]", 'file = "a"', *lines, "[http]", 'listen = ["h"]'])
     )
-    options = quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words])
+    options = parse("serve", serve.ServeCommand, ["--config", str(tmp_path / "d.toml"), *words])
     assert serve.configured(options).model_options == FILE_OPTIONS | expected
     more = ["-m", "b", "--listen", "/b", "--http", "/i", "--rules", "/b.toml"]
-    found = serve.configured(quick_parse(serve.Options, ["--config", str(tmp_path / "d.toml"), *words, *more]))
+    found = serve.configured(parse("serve", serve.ServeCommand, ["--config", str(tmp_path / "d.toml"), *words, *more]))
     assert (found.model, found.rules, found.model_options) == ("b", "/b.toml", FILE_OPTIONS | expected)
     assert (found.listen, found.http.listen) == ((Address("unix", "/b"),), (Address("unix", "/i"),))
 
@@ -133,9 +133,9 @@ def test_check_of_adapters(tmp_path, random_model, capsys):
 
 def test_the_command_line_names_the_file_and_keeps_the_other_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert serve.configured(quick_parse(serve.Options, ["--record", "t"])).record == RecordConfig(tmp_path / "t")
+    assert serve.configured(parse("serve", serve.ServeCommand, ["--record", "t"])).record == RecordConfig(tmp_path / "t")
     (tmp_path / "d.toml").write_text("[record]\nfile = 'x'\nsample = 0.5\n")
-    found = serve.configured(quick_parse(serve.Options, ["--config", "d.toml", "--record", "t"]))
+    found = serve.configured(parse("serve", serve.ServeCommand, ["--config", "d.toml", "--record", "t"]))
     assert found.record == RecordConfig(tmp_path / "t", 0.5)
 
 
