@@ -1,4 +1,4 @@
-"""``python -m bench.walks [--json FILE] [--model FILE]``: which files and functions of edge_rt a token, an opening, a run and a request
+"""``python -m bench.walks [--markdown] [--json FILE] [--model FILE]``: which files and functions of edge_rt a token, an opening, a run and a request
 pass through.
 
 - `token`: one greedy token of the native engine, from ``next(stream)`` to its event, after the first tokens. Of eight tokens the
@@ -37,6 +37,12 @@ TARGETS = {"token": 9, "open": 15, "run": 40, "request": 12}
 """Files that a walk may pass through; of `request`, those that `run` does not."""
 REQUESTS = 3
 """Requests of which the last is traced."""
+_TITLES = {
+    "token": "One greedy token",
+    "open": "Opening a model that was opened before",
+    "run": "`edge-rt run`, from its arguments to the first byte",
+    "request": "A request to the daemon, up to the write of its first event",
+}
 _TREE = Path(__file__).parents[1]
 _INNER = re.compile(r"(\.<locals>)?\.<(lambda|listcomp|setcomp|dictcomp|genexpr)>.*")
 _MESSAGES = [{"role": "user", "content": "Write a long story about a river."}]
@@ -93,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.walks", description="Trace what a token, an opening, a run and a request execute."
     )
+    parser.add_argument("--markdown", action="store_true", help="print the lists of docs/architecture.md")
     parser.add_argument("--json", type=Path, help="write what was found to this file too")
     parser.add_argument("--model", type=Path, help="a GGUF file, instead of the SmolLM2 that edge-rt pull fetches")
     parser.add_argument("--tree", type=Path, default=_TREE, help="a checkout, instead of this one")
@@ -100,8 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tree = options.tree.resolve()
     walks = take(tree, options.model or default_model(tree))
     for walk in walks:
-        print(listed(walk))
-    print(table(walks))
+        print(markdown(walk) if options.markdown else listed(walk))
+    if not options.markdown:
+        print(table(walks))
     if options.json:
         save(options.json, [as_json(walk) for walk in walks])
     return int(any(walk.counted > walk.target for walk in walks))
@@ -230,6 +238,17 @@ def listed(walk: Walk) -> str:
     for number, place in enumerate(walk.places, 1):
         where = f"{place.process}: {place.file}" if place.process else place.file
         lines.append(f"{number:3} {where}: {', '.join(place.functions)}")
+    return "\n".join(lines) + "\n"
+
+
+def markdown(walk: Walk) -> str:
+    """A numbered list for docs/architecture.md: at most four functions of a file, and how many there are."""
+    lines = [f"### {_TITLES[walk.name]}", ""]
+    for number, place in enumerate(walk.places, 1):
+        shown = ", ".join(f"`{name}`" for name in place.functions[:4])
+        more = f" and {len(place.functions) - 4} more" if len(place.functions) > 4 else ""
+        process = f"{place.process}: " if place.process else ""
+        lines.append(f"{number}. {process}[{place.file}](../edge_rt/{place.file}): {shown}{more}")
     return "\n".join(lines) + "\n"
 
 
