@@ -1,6 +1,6 @@
-"""``python -m bench.walks [--markdown] [--json FILE] [--model FILE]``: which files and functions of edge_rt a token, an opening, a run and a request
-pass through.
+"""``python -m bench.walks [--markdown] [--json FILE] [--model FILE]``: which files and functions of edge_rt run.
 
+Four walks:
 - `token`: one greedy token of the native engine, from ``next(stream)`` to its event, after the first tokens. Of eight tokens the
   commonest walk is told.
 - `open`: ``edge_rt.open`` of a model that was opened before, until it returns.
